@@ -1,0 +1,99 @@
+# `make bench` and `make test` work on a fresh clone: both go through `make setup`, which every later call skips.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check
+STAMPS := $(VENV)/.stamps
+TEST_ARGS ?=
+BENCH_ARGS ?=
+
+NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py effkernels/_version.py
+FORMATTED_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup build test bench lint format format-check types clean distclean wheel
+
+help: ## list these commands
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMPS)/dev ## create .venv with the pinned torch and the dev extra, and build the library
+
+build: $(STAMPS)/torch ## compile what changed in csrc into effkernels/lib
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $(STAMPS)/build
+
+test: setup ## run the whole test suite (TEST_ARGS="-k name" for a part)
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+bench: setup ## time EfficientNet-B0 against PyTorch eager and torch.compile (BENCH_ARGS adds flags)
+	$(BIN)/effkernels bench --model efficientnet_b0 --batch-size 1 16 \
+	  --contender effkernels eager eager-channels-last compile $(BENCH_ARGS)
+
+lint: format-check types ## ruff, clang-format and mypy; changes nothing
+
+format-check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_SOURCES)
+
+types: setup
+	$(BIN)/mypy
+
+format: setup ## put every source into the project's format
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(FORMATTED_SOURCES)
+
+wheel: setup ## pack the wheel for this platform into dist/
+	$(PIP) wheel . --no-build-isolation --no-deps --wheel-dir dist
+
+clean: ## remove what the build made, keep .venv
+	rm -rf build dist effkernels/lib effkernels.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	rm -f $(STAMPS)/build $(STAMPS)/dev
+
+distclean: clean ## remove .venv too
+	rm -rf $(VENV)
+
+# ------------------------------------------------------------------------------------------------ the steps of setup
+
+define require_python
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) was not found; install Python 3.10 or later," \
+	  "or name it: make setup PYTHON=/path/to/python3" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "setup: $(PYTHON) is" \
+	  "$$($(PYTHON) --version), and Python 3.10 or later is needed" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "setup: $(PYTHON) lacks the venv module;" \
+	  "install it (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+endef
+
+define require_compiler
+	@echo 'int main() { if constexpr (true) return 0; }' | $${CXX:-c++} -std=c++17 -x c++ -fsyntax-only - 2>/dev/null || \
+	  { echo "setup: $${CXX:-c++} is not a working C++17 compiler; install one (Debian and Ubuntu: apt install g++)," \
+	  "or name it: CXX=/path/to/compiler make setup" >&2; exit 1; }
+endef
+
+$(STAMPS)/venv:
+	$(require_python)
+	$(require_compiler)
+	@echo "setup 1/4: virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+# torch goes first and alone: everything after it then finds its requirement met and brings in no second torch.
+$(STAMPS)/torch: $(STAMPS)/venv constraints.txt
+	@echo "setup 2/4: the pinned torch and the build tools"
+	@$(PIP) install --quiet --progress-bar on -c constraints.txt torch
+	@$(PIP) install --quiet --progress-bar on -c constraints.txt setuptools wheel cmake ninja
+	@touch $@
+
+$(STAMPS)/build: $(STAMPS)/torch $(NATIVE_SOURCES)
+	$(require_compiler)
+	@echo "setup 3/4: the compiled library"
+	@$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/build pyproject.toml constraints.txt
+	@echo "setup 4/4: the package and its dev extra"
+	@$(PIP) install --quiet --progress-bar on --no-build-isolation -c constraints.txt -e ".[dev]"
+	@touch $@

@@ -1,0 +1,147 @@
+// Activations and gates on vectors. exp by a polynomial of our own fit; NaN goes through every one of them.
+#pragma once
+#include "vector.h"
+
+namespace effkernels::cpu::EFFKERNELS_ISA {
+
+// The larger (smaller) of limit and x; NaN in x stays, as in relu of PyTorch.
+EFFKERNELS_INLINE Vec at_least(float limit, Vec x) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_max_ps(_mm512_set1_ps(limit), __m512(x)));
+#elif defined(__AVX2__)
+  return Vec(_mm256_max_ps(_mm256_set1_ps(limit), __m256(x)));
+#else
+  return splat(limit) > x ? splat(limit) : x;
+#endif
+}
+EFFKERNELS_INLINE Vec at_most(float limit, Vec x) {
+#if defined(__AVX512F__)
+  return Vec(_mm512_min_ps(_mm512_set1_ps(limit), __m512(x)));
+#elif defined(__AVX2__)
+  return Vec(_mm256_min_ps(_mm256_set1_ps(limit), __m256(x)));
+#else
+  return splat(limit) < x ? splat(limit) : x;
+#endif
+}
+EFFKERNELS_INLINE Vec clamp(Vec x, float low, float high) { return at_most(high, at_least(low, x)); }
+
+// 2^t for t in [-126, 126], with AVX-512 for any t: relative error 1e-7, t = whole + part, |part| <= 1/2, a polynomial of degree 5 for 2^part
+// (least squares on Chebyshev points, relative error 7.7e-8) and the whole part into the exponent.
+EFFKERNELS_INLINE Vec exp2_within(Vec t) {
+#if defined(__AVX512F__)
+  const Vec whole = Vec(_mm512_roundscale_ps(__m512(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  const Vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec whole = (t + magic) - magic;
+#endif
+  const Vec part = t - whole;
+  Vec p = part * 0.00132669704f + 0.00967545975f;
+  p = p * part + 0.0555074262f;
+  p = p * part + 0.240221218f;
+  p = p * part + 0.693146949f;
+  p = p * part + 1.00000007f;
+#if defined(__AVX512F__)
+  return Vec(_mm512_scalef_ps(__m512(p), __m512(whole)));
+#else
+  const IntVec exponent = (__builtin_convertvector(whole, IntVec) + 127) << 23;
+  return p * (Vec)exponent;  // the bits, not the value
+#endif
+}
+
+// 1 / d for d in [1, 2^127)
+EFFKERNELS_INLINE Vec reciprocal(Vec d) {
+#if defined(__AVX512F__)
+  const Vec r = Vec(_mm512_rcp14_ps(__m512(d)));  // 2^-14, squared by one Newton step
+  return r + r * (1.f - d * r);
+#else
+  return 1.f / d;
+#endif
+}
+
+EFFKERNELS_INLINE Vec sigmoid(Vec x) {
+  Vec t = at_most(126.f, x * -1.44269504f);  // beyond it the reciprocal would meet infinity
+#if !defined(__AVX512F__)
+  t = at_least(-126.f, t);
+#endif
+  return reciprocal(1.f + exp2_within(t));
+}
+
+// erfc(a) for a >= 0: exp(-a^2) times a polynomial of degree 10 in (a - 2) / (a + 2), fitted for [0, 10.5].
+EFFKERNELS_INLINE Vec erfc_positive(Vec a) {
+  a = clamp(a, 0.f, 10.5f);
+  const Vec q = (a - 2.f) / (a + 2.f);
+  Vec p = q * 3.29748679e-05f + 0.000147036471f;
+  p = p * q + 2.73764076e-05f;
+  p = p * q - 0.000972460964f;
+  p = p * q - 0.000839610473f;
+  p = p * q + 0.00699605749f;
+  p = p * q + 0.00373161927f;
+  p = p * q - 0.0789784782f;
+  p = p * q + 0.241658267f;
+  p = p * q - 0.427185851f;
+  p = p * q + 0.255395676f;
+  return p * exp2_within(clamp(a * a * -1.44269504f, -126.f, 0.f));
+}
+
+template <Activation A>
+EFFKERNELS_INLINE Vec activate(Vec x) {
+  if constexpr (A == Activation::kRelu) return at_least(0.f, x);
+  if constexpr (A == Activation::kRelu6) return clamp(x, 0.f, 6.f);
+  if constexpr (A == Activation::kSilu) return x * sigmoid(x);
+  if constexpr (A == Activation::kHardSwish) return x * clamp(x + 3.f, 0.f, 6.f) * (1.f / 6.f);
+  if constexpr (A == Activation::kGelu) {  // x * normal distribution function of x
+    const Vec a = x < splat(0.f) ? -x : x, half_tail = 0.5f * erfc_positive(a * 0.707106781f);
+    return x * (x < splat(0.f) ? half_tail : 1.f - half_tail);
+  }
+  // x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), which loses nothing near zero
+  if constexpr (A == Activation::kGeluTanh) return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+  return x;
+}
+
+// Calls visit(std::integral_constant-like tag) with the activation as a constant.
+template <Activation A>
+struct ActivationTag {
+  static constexpr Activation value = A;
+};
+template <class Visit>
+inline void with_activation(Activation activation, Visit visit) {
+  switch (activation) {
+    case Activation::kRelu: return visit(ActivationTag<Activation::kRelu>{});
+    case Activation::kRelu6: return visit(ActivationTag<Activation::kRelu6>{});
+    case Activation::kSilu: return visit(ActivationTag<Activation::kSilu>{});
+    case Activation::kHardSwish: return visit(ActivationTag<Activation::kHardSwish>{});
+    case Activation::kGelu: return visit(ActivationTag<Activation::kGelu>{});
+    case Activation::kGeluTanh: return visit(ActivationTag<Activation::kGeluTanh>{});
+    default: return visit(ActivationTag<Activation::kIdentity>{});
+  }
+}
+
+EFFKERNELS_INLINE Vec apply_gate(Gate gate, Vec x) {
+  return gate == Gate::kSigmoid ? sigmoid(x) : clamp(x + 3.f, 0.f, 6.f) * (1.f / 6.f);
+}
+
+// Scale and shift of channels [begin, begin + count), written to arrays padded to whole vectors.
+inline void form_scale_shift(const Norm& norm, int64_t begin, int64_t count, float* scale, float* shift) {
+  for (int64_t i = 0; i < count; i += kLanes) {
+    const int64_t c = begin + i, n = count - i;
+    const Vec conv_bias = load_param(norm.conv_bias, c, n, 0.f);
+    Vec s = splat(1.f), t = conv_bias;
+    if (norm.mean.data) {
+      const Vec variance = load_param(norm.var, c, n, 1.f) + norm.eps;
+#if defined(__AVX512F__)
+      const Vec deviation = Vec(_mm512_sqrt_ps(__m512(variance)));
+#elif defined(__AVX2__)
+      const Vec deviation = Vec(_mm256_sqrt_ps(__m256(variance)));
+#else
+      Vec deviation;
+      for (int j = 0; j < kLanes; j++) deviation[j] = __builtin_sqrtf(variance[j]);
+#endif
+      s = load_param(norm.weight, c, n, 1.f) / deviation;
+      t = load_param(norm.bias, c, n, 0.f) + (conv_bias - load_param(norm.mean, c, n, 0.f)) * s;
+    }
+    store(scale + i, s);
+    store(shift + i, t);
+  }
+}
+
+}  // namespace effkernels::cpu::EFFKERNELS_ISA

@@ -1,0 +1,134 @@
+// Dense convolution without an unfolded copy of its input.
+//
+// The input rows of an output row lie in float32 as planes, [channel][ring of KH rows][column], with zero columns for
+// the padding, whatever layout x has: a contiguous NCHW image needs no conversion of its own. Then the window of tap
+// (channel, ky, kx) for neighbouring outputs is a run of constant stride, and a tile of output columns by a panel of
+// output channels is summed tap by tap in registers, as in pointwise.cpp.
+#include "product.h"
+
+namespace effkernels::cpu::EFFKERNELS_ISA {
+namespace {
+
+constexpr int kBandRows = 8;  // output rows of a task
+
+// acc[Columns][Vecs * kLanes] = windows starting at `first` times the panel. Stride 0: given at run time.
+template <int Columns, int Vecs, int Stride>
+void multiply(const float* const* taps, const float* __restrict panel, int64_t k, int64_t first, int64_t stride,
+              float* __restrict acc) {
+  if constexpr (Stride != 0) stride = Stride;
+  Vec sum[Columns][Vecs];
+  for (int r = 0; r < Columns; r++)
+    for (int v = 0; v < Vecs; v++) sum[r][v] = Vec{};
+  for (int64_t i = 0; i < k; i++, panel += Vecs * kLanes) {
+    const float* window = taps[i] + first * stride;
+    Vec b[Vecs];
+    for (int v = 0; v < Vecs; v++) b[v] = load(panel + v * kLanes);
+    for (int r = 0; r < Columns; r++) {
+      const Vec a = splat(window[r * stride]);
+      for (int v = 0; v < Vecs; v++) sum[r][v] += a * b[v];
+    }
+  }
+  for (int r = 0; r < Columns; r++)
+    for (int v = 0; v < Vecs; v++) store(acc + (r * Vecs + v) * kLanes, sum[r][v]);
+}
+
+struct Tile {
+  int columns;
+  void (*wide)(const float* const*, const float*, int64_t, int64_t, int64_t, float*);
+  void (*narrow)(const float* const*, const float*, int64_t, int64_t, int64_t, float*);
+};
+
+template <int Columns, int Stride>
+constexpr Tile make_tile() {
+  return {Columns, multiply<Columns, kPanelVecs, Stride>, multiply<Columns, 1, Stride>};
+}
+
+// The tile that computes the fewest columns past the end of a row, the longest first.
+template <int Stride>
+Tile pick_tile(int64_t out_width) {
+  constexpr int kHalf = kRows / 2;
+  const Tile all[] = {make_tile<kRows, Stride>(), make_tile<kRows - 2, Stride>(), make_tile<kHalf + 1, Stride>(),
+                      make_tile<kHalf, Stride>()};
+  Tile best = all[0];
+  for (const Tile& tile : all)
+    if (round_up(out_width, tile.columns) < round_up(out_width, best.columns)) best = tile;
+  return best;
+}
+
+template <class T>
+void fill_row(const ConvParams& p, const T* x, int64_t filled, float* row, int64_t plane) {
+  for (int64_t c = 0; c < p.in_channels; c++, x += p.x_stride_c, row += plane) {
+    int64_t i = 0;
+    if (p.x_stride_w == 1)
+      for (; i + kLanes <= filled; i += kLanes) store(row + i, load(x + i));
+    for (; i < filled; i++) row[i] = to_float(x[i * p.x_stride_w]);
+  }
+}
+
+}  // namespace
+
+void conv(const ConvParams& p, const Parallel& parallel) {
+  const int64_t k = p.in_channels * p.kernel_h * p.kernel_w, n = p.out_channels;
+  if (p.batch == 0) return;
+  const Tile tile = p.stride == 1   ? pick_tile<1>(p.out_width)
+                    : p.stride == 2 ? pick_tile<2>(p.out_width)
+                                    : make_tile<kRows / 2, 0>();
+  const int64_t columns = (round_up(p.out_width, tile.columns) - 1) * p.stride + p.kernel_w;
+  const int64_t filled = max_of<int64_t>(0, min_of(p.width, columns - p.pad_left)), plane = columns * p.kernel_h;
+  const int64_t panels = ceil_div(n, kPanel), bands = ceil_div(p.out_height, kBandRows);
+  const int64_t group = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (k * kPanel * 4)));
+
+  parallel_for(parallel, p.batch * bands, [&](int64_t begin, int64_t end) {
+    const int64_t packed_size = group * k * kPanel, rows_size = round_up((p.in_channels + 1) * plane, kLanes);
+    const int64_t floats = packed_size + 2 * group * kPanel + kRows * kPanel + rows_size;
+    float* packed = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(k) * sizeof(float*)));
+    float *scale = packed + packed_size, *shift = scale + group * kPanel, *acc = shift + group * kPanel;
+    float *input = acc + kRows * kPanel, *zeros = input + p.in_channels * plane;
+    const float** taps = reinterpret_cast<const float**>(input + rows_size);
+    for (int64_t i = 0; i < rows_size; i++) input[i] = 0.f;  // the padding columns and the row of zeros stay so
+    for (int64_t g = 0; g < panels; g += group) {
+      const int64_t g_end = min_of(g + group, panels);
+      for (int64_t q = g; q < g_end; q++)
+        pack_panel(p.weight, q * kPanel, int(min_of<int64_t>(kPanel, n - q * kPanel)), k,
+                   packed + (q - g) * k * kPanel);
+      form_scale_shift(p.norm, g * kPanel, min_of(n, g_end * kPanel) - g * kPanel, scale, shift);
+      with_type(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        with_activation(p.activation, [&](auto activation) {
+          for (int64_t task = begin; task < end; task++) {
+            const int64_t image = task / bands, row_begin = task % bands * kBandRows;
+            const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n;
+            int64_t loaded = 0;
+            for (int64_t oy = row_begin; oy < min_of(row_begin + kBandRows, p.out_height); oy++) {
+              const int64_t top = oy * p.stride - p.pad_top;
+              loaded = max_of(loaded, top);
+              for (; loaded < min_of(top + p.kernel_h, p.height); loaded++)
+                fill_row(p, x + loaded * p.x_stride_h, filled,
+                         input + loaded % p.kernel_h * columns + p.pad_left, plane);
+              for (int64_t i = 0; i < k; i++) {
+                const int64_t kx = i % p.kernel_w, ky = i / p.kernel_w % p.kernel_h, c = i / p.kernel_w / p.kernel_h;
+                const int64_t iy = top + ky;
+                const bool inside = iy >= 0 && iy < p.height;
+                taps[i] = (inside ? input + c * plane + iy % p.kernel_h * columns : zeros) + kx;
+              }
+              T* y = static_cast<T*>(p.y) + (image * p.out_height + oy) * p.out_width * n;
+              for (int64_t ox = 0; ox < p.out_width; ox += tile.columns) {
+                const int count = int(min_of<int64_t>(tile.columns, p.out_width - ox));
+                Row<T> rows[kRows];
+                for (int r = 0; r < count; r++) rows[r] = {y + (ox + r) * n, nullptr};
+                for (int64_t q = g; q < g_end; q++) {
+                  const int width = int(min_of<int64_t>(kPanel, n - q * kPanel));
+                  (width > kLanes ? tile.wide : tile.narrow)(taps, packed + (q - g) * k * kPanel, k, ox, p.stride, acc);
+                  write<T, decltype(activation)::value>(acc, rows, count, q * kPanel, width, scale + (q - g) * kPanel,
+                                                        shift + (q - g) * kPanel);
+                }
+              }
+            }
+          }
+        });
+      });
+    }
+  });
+}
+
+}  // namespace effkernels::cpu::EFFKERNELS_ISA

@@ -1,0 +1,36 @@
+// The CPU kernels as a table of functions, one table per instruction set; dispatch.cpp chooses at run time.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../params.h"
+
+namespace effkernels::cpu {
+
+// Threads, handed in by the adaptor (torch's own pool). `run` splits [0, tasks) into contiguous ranges and calls
+// body(context, begin, end) for each. What a task computes never depends on how the ranges were cut, so results are
+// bit-equal for any number of threads.
+struct Parallel {
+  int threads = 1;
+  void (*run)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) = nullptr;
+};
+
+struct Kernels {
+  const char* isa;
+  void (*depthwise)(const DepthwiseParams&, const Parallel&);
+  void (*squeeze_excite)(const SqueezeExciteParams&, const Parallel&);
+  void (*scale)(const ScaleParams&, const Parallel&);
+  void (*pointwise)(const PointwiseParams&, const Parallel&);
+  void (*conv)(const ConvParams&, const Parallel&);
+};
+
+// The table in use: the widest instruction set of this machine, unless set_isa chose another.
+const Kernels& kernels();
+
+// "avx512", "avx2", "plain", or "auto" for the widest. False: not built or not on this machine; nothing changes then.
+bool set_isa(const char* name);
+
+// Scratch memory of the calling thread, 64-byte aligned, valid until its next call of scratch().
+void* scratch(size_t bytes);
+
+}  // namespace effkernels::cpu

@@ -1,0 +1,36 @@
+// Weights as stored, rows of k, to panels in which one vector holds kLanes rows of one k.
+#pragma once
+#include "vector.h"
+
+namespace effkernels::cpu::EFFKERNELS_ISA {
+
+// panel[k][width] = W[n0 .. n0 + columns)[k], width the columns rounded up to whole vectors, zero beyond them
+template <class T>
+inline void pack_panel(const T* weight, int64_t n0, int columns, int64_t k, float* panel) {
+  const int width = int(round_up(columns, kLanes));
+  for (int group = 0; group < width; group += kLanes) {
+    const int rows = min_of(kLanes, columns - group);
+    const T* source = weight + (n0 + group) * k;
+    for (int64_t k0 = 0; k0 < k; k0 += kLanes) {
+      const int64_t n = k - k0;
+      Vec block[kLanes];
+      if (rows == kLanes && n >= kLanes) {
+        for (int i = 0; i < kLanes; i++) block[i] = load(source + i * k + k0);
+      } else {
+        for (int i = 0; i < kLanes; i++) block[i] = i < rows ? load_up_to(source + i * k + k0, n) : Vec{};
+      }
+      transpose(block);
+      const int stored = int(min_of<int64_t>(kLanes, n));
+      for (int i = 0; i < stored; i++) store(panel + (k0 + i) * width + group, block[i]);
+    }
+  }
+}
+
+inline void pack_panel(const Param& weight, int64_t n0, int columns, int64_t k, float* panel) {
+  with_type(weight.dtype, [&](auto type) {
+    using W = decltype(type);
+    pack_panel(static_cast<const W*>(weight.data), n0, columns, k, panel);
+  });
+}
+
+}  // namespace effkernels::cpu::EFFKERNELS_ISA

@@ -1,0 +1,37 @@
+// What the two matrix products of this folder (pointwise.cpp, conv.cpp) share: the size of a tile and how a finished
+// tile is written.
+#pragma once
+#include "activation.h"
+#include "pack.h"
+
+namespace effkernels::cpu::EFFKERNELS_ISA {
+
+// kRows * (kPanel / kLanes) accumulators leave room for a panel's vectors and one broadcast among 32 (AVX-512) or 16
+// registers.
+inline constexpr int kRows = kLanes == 16 ? 14 : 6;
+inline constexpr int kPanelVecs = 2;
+inline constexpr int kPanel = kPanelVecs * kLanes;
+inline constexpr int64_t kPackedBytes = 384 * 1024;  // of the second-level cache, 1 MiB or more on current servers
+
+// One row of the result: where it goes, and what is added to it.
+template <class T>
+struct Row {
+  T* y;
+  const T* residual;
+};
+
+// y = activation(acc * scale + shift) + residual for columns [n0, n0 + columns) of row_count rows.
+template <class T, Activation A>
+inline void write(const float* acc, const Row<T>* rows, int row_count, int64_t n0, int columns, const float* scale,
+           const float* shift) {
+  const int width = int(round_up(columns, kLanes));
+  for (int r = 0; r < row_count; r++)
+    for (int c = 0; c < columns; c += kLanes) {
+      const int n = columns - c;
+      Vec v = activate<A>(load(acc + r * width + c) * load(scale + c) + load(shift + c));
+      if (rows[r].residual) v += load_up_to(rows[r].residual + n0 + c, n);
+      store_up_to(rows[r].y + n0 + c, v, n);
+    }
+}
+
+}  // namespace effkernels::cpu::EFFKERNELS_ISA

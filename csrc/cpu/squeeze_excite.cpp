@@ -1,0 +1,89 @@
+// The two small matrix products of squeeze-and-excitation, and the multiplication by the gate where it is asked for.
+#include <cstdlib>
+#include <new>
+
+#include "activation.h"
+#include "pack.h"
+
+namespace effkernels::cpu::EFFKERNELS_ISA {
+namespace {
+
+constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which waking threads costs more than it saves
+
+// Sum over C of pooled[n][c] * w[r][c], four independent sums so that additions do not wait for each other.
+template <class T>
+float dot(const float* a, const T* b, int64_t count) {
+  Vec sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= count; i += 4 * kLanes)
+    for (int j = 0; j < 4; j++) sum[j] += load(a + i + j * kLanes) * load(b + i + j * kLanes);
+  for (; i < count; i += kLanes) sum[0] += load_up_to(a + i, count - i) * load_up_to(b + i, count - i);
+  return sum_of((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+}  // namespace
+
+void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
+  if (p.batch == 0 || p.channels == 0) return;
+  const int64_t hidden_stride = round_up(p.reduced, kLanes), blocks = ceil_div(p.channels, kLanes);
+  const Parallel serial;
+  const Parallel& threads = p.batch * p.reduced * p.channels < kSerialWork ? serial : parallel;
+  float* hidden = static_cast<float*>(std::aligned_alloc(64, size_t(round_up(p.batch * hidden_stride * 4, 64))));
+  if (!hidden) throw std::bad_alloc();
+
+  parallel_for(threads, p.batch * p.reduced, [&](int64_t begin, int64_t end) {
+    with_type(p.w_reduce.dtype, [&](auto type) {
+      const auto* weight = static_cast<const decltype(type)*>(p.w_reduce.data);
+      for (int64_t task = begin; task < end; task++) {
+        const int64_t n = task / p.reduced, r = task % p.reduced;
+        hidden[n * hidden_stride + r] = dot(p.pooled + n * p.channels, weight + r * p.channels, p.channels);
+      }
+    });
+  });
+  with_activation(p.activation, [&](auto activation) {
+    for (int64_t n = 0; n < p.batch; n++)
+      for (int64_t r = 0; r < p.reduced; r += kLanes) {
+        float* h = hidden + n * hidden_stride + r;
+        store(h, activate<decltype(activation)::value>(load(h) + load_param(p.b_reduce, r, p.reduced - r, 0.f)));
+      }
+  });
+  parallel_for(threads, blocks, [&](int64_t begin, int64_t end) {
+    float* panel = static_cast<float*>(scratch(size_t(p.reduced * kLanes) * sizeof(float)));
+    for (int64_t block = begin; block < end; block++) {
+      const int64_t c = block * kLanes, channels = min_of<int64_t>(kLanes, p.channels - c);
+      pack_panel(p.w_expand, c, int(channels), p.reduced, panel);
+      const Vec bias = load_param(p.b_expand, c, channels, 0.f);
+      for (int64_t n = 0; n < p.batch; n++) {
+        const float* h = hidden + n * hidden_stride;
+        Vec sum[4] = {};
+        int64_t r = 0;
+        for (; r + 4 <= p.reduced; r += 4)
+          for (int j = 0; j < 4; j++) sum[j] += h[r + j] * load(panel + (r + j) * kLanes);
+        for (; r < p.reduced; r++) sum[0] += h[r] * load(panel + r * kLanes);
+        const Vec gate = apply_gate(p.gate_activation, ((sum[0] + sum[1]) + (sum[2] + sum[3])) + bias);
+        with_type(p.gate_dtype, [&](auto type) {
+          store_up_to(static_cast<decltype(type)*>(p.gate) + n * p.channels + c, gate, channels);
+        });
+      }
+    }
+  });
+  std::free(hidden);
+}
+
+void scale(const ScaleParams& p, const Parallel& parallel) {
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    parallel_for(parallel, p.batch * p.pixels, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; row++) {
+        T* y = static_cast<T*>(p.y) + row * p.channels;
+        const T* gate = static_cast<const T*>(p.gate) + row / p.pixels * p.channels;
+        for (int64_t c = 0; c < p.channels; c += kLanes) {
+          const int64_t n = p.channels - c;
+          store_up_to(y + c, load_up_to(y + c, n) * load_up_to(gate + c, n), n);
+        }
+      }
+    });
+  });
+}
+
+}  // namespace effkernels::cpu::EFFKERNELS_ISA

@@ -1,0 +1,15 @@
+// The kernels of one instruction set, for dispatch.cpp.
+#include "vector.h"
+
+namespace effkernels::cpu::EFFKERNELS_ISA {
+
+void depthwise(const DepthwiseParams&, const Parallel&);
+void squeeze_excite(const SqueezeExciteParams&, const Parallel&);
+void scale(const ScaleParams&, const Parallel&);
+void pointwise(const PointwiseParams&, const Parallel&);
+void conv(const ConvParams&, const Parallel&);
+
+extern const Kernels table;
+const Kernels table{EFFKERNELS_ISA_STRING(EFFKERNELS_ISA), depthwise, squeeze_excite, scale, pointwise, conv};
+
+}  // namespace effkernels::cpu::EFFKERNELS_ISA

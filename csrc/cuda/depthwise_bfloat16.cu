@@ -1,0 +1,8 @@
+// The depthwise kernels for bfloat16.
+#include "depthwise.cuh"
+
+namespace effkernels::cuda {
+
+template cudaError_t run_depthwise<__nv_bfloat16>(const DepthwiseParams&, const DepthwisePlan&, float*, const Launch&);
+
+}  // namespace effkernels::cuda

@@ -1,0 +1,8 @@
+// The depthwise kernels for float32.
+#include "depthwise.cuh"
+
+namespace effkernels::cuda {
+
+template cudaError_t run_depthwise<float>(const DepthwiseParams&, const DepthwisePlan&, float*, const Launch&);
+
+}  // namespace effkernels::cuda

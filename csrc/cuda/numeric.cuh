@@ -1,0 +1,143 @@
+// Values: vectors of up to 16 bytes along the channels, conversions, parameters as modules store them, activations.
+#pragma once
+#include "compat.cuh"
+#include "params.h"
+
+namespace effkernels::cuda {
+
+__device__ __forceinline__ float to_float(float value) { return value; }
+__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
+__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float value);
+template <>
+__device__ __forceinline__ float from_float<float>(float value) {
+  return value;
+}
+template <>
+__device__ __forceinline__ __half from_float<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+template <class T>
+constexpr int kVectorOf = 16 / sizeof(T);  // elements in the widest access
+
+// kCount consecutive elements, read and written by one instruction where that is 16 bytes.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Vector {
+  static_assert(sizeof(T) * kCount <= 16, "one access moves at most 16 bytes");
+  T at[kCount];
+};
+
+// Reads through the read-only cache: the caller never writes the same memory in the same launch.
+template <class T, int kCount>
+__device__ __forceinline__ void load(const T* from, float (&to)[kCount]) {
+  Vector<T, kCount> raw;
+  if constexpr (sizeof(raw) == 16) {
+    *reinterpret_cast<uint4*>(&raw) = __ldg(reinterpret_cast<const uint4*>(from));
+  } else {
+    static_assert(kCount == 1, "a vector is 16 bytes or one element");
+    raw.at[0] = __ldg(from);
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) to[i] = to_float(raw.at[i]);
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void store(T* to, const float (&from)[kCount]) {
+  Vector<T, kCount> raw;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) raw.at[i] = from_float<T>(from[i]);
+  *reinterpret_cast<Vector<T, kCount>*>(to) = raw;
+}
+
+// Element `index` of a parameter in whichever type its module keeps it; `missing` where it is not given.
+__device__ __forceinline__ float parameter(const Param& param, int64_t index, float missing) {
+  if (param.data == nullptr) return missing;
+  switch (param.dtype) {
+    case DType::kFloat16:
+      return to_float(static_cast<const __half*>(param.data)[index]);
+    case DType::kBFloat16:
+      return to_float(static_cast<const __nv_bfloat16*>(param.data)[index]);
+    default:
+      return static_cast<const float*>(param.data)[index];
+  }
+}
+
+// Batch norm and convolution bias of one channel as y = x * scale + shift.
+struct ScaleShift {
+  float scale, shift;
+};
+
+__device__ __forceinline__ ScaleShift scale_shift(const Norm& norm, int64_t channel) {
+  const float conv_bias = parameter(norm.conv_bias, channel, 0.f);
+  if (norm.var.data == nullptr) return {1.f, conv_bias};
+  const float variance = parameter(norm.var, channel, 1.f);
+  const float scale = parameter(norm.weight, channel, 1.f) * rsqrtf(variance + norm.eps);
+  const float mean = parameter(norm.mean, channel, 0.f);
+  return {scale, parameter(norm.bias, channel, 0.f) + (conv_bias - mean) * scale};
+}
+
+// x * sigmoid(x), to the precision that the output type can show.
+template <class T>
+__device__ __forceinline__ float silu(float x) {
+  return x / (1.f + expf(-x));
+}
+template <>
+__device__ __forceinline__ float silu<__half>(float x) {
+  return __fdividef(x, 1.f + __expf(-x));
+}
+// One special-function instruction instead of two: its 2^-11 is below bfloat16's rounding of 2^-9.
+template <>
+__device__ __forceinline__ float silu<__nv_bfloat16>(float x) {
+  const float half = 0.5f * x;
+  return fmaf(half, tanh_approx(half), half);
+}
+
+// Comparisons are written so that a NaN stays a NaN, as in PyTorch (fminf and fmaxf would drop it).
+__device__ __forceinline__ float clamp_to(float x, float low, float high) {
+  return x < low ? low : (x > high ? high : x);
+}
+
+// The switch is outside of the loop, so that it costs one uniform branch per kCount values.
+template <class T, int kCount>
+__device__ __forceinline__ void activate(float (&x)[kCount], Activation activation) {
+  switch (activation) {
+    case Activation::kIdentity:
+      break;
+    case Activation::kRelu:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] = x[i] < 0.f ? 0.f : x[i];
+      break;
+    case Activation::kRelu6:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] = clamp_to(x[i], 0.f, 6.f);
+      break;
+    case Activation::kSilu:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] = silu<T>(x[i]);
+      break;
+    case Activation::kHardSwish:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] *= clamp_to(x[i] + 3.f, 0.f, 6.f) * (1.f / 6.f);
+      break;
+    case Activation::kGelu:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) x[i] = 0.5f * x[i] * (1.f + erff(x[i] * 0.70710678118654752f));
+      break;
+    case Activation::kGeluTanh:
+#pragma unroll
+      for (int i = 0; i < kCount; ++i) {
+        const float inner = 0.79788456080286536f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
+        x[i] = 0.5f * x[i] * (1.f + tanhf(inner));
+      }
+      break;
+  }
+}
+
+}  // namespace effkernels::cuda

@@ -1,0 +1,81 @@
+// From torch tensors to the params of csrc/params.h: every check, every allocation and every packing that the adaptors
+// of the CPU and of CUDA share. A message names the operator, the argument, its value and what is allowed.
+#pragma once
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "../params.h"
+
+namespace effkernels::ops {
+
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+// The norm of an operator, as the schema passes it.
+struct NormArguments {
+  const OptionalTensor &bias, &weight, &norm_bias, &mean, &var;
+  double eps;
+};
+
+struct SeArguments {
+  const Tensor& w_reduce;
+  const OptionalTensor& b_reduce;
+  const Tensor& w_expand;
+  const OptionalTensor& b_expand;
+  const std::string &activation, &gate;
+};
+
+struct DepthwiseArguments {
+  const Tensor &x, &weight;
+  NormArguments norm;
+  int64_t stride;
+  const std::vector<int64_t>& padding;
+  int64_t dilation;
+  const std::string& activation;
+};
+
+// Keeps the tensors that a params struct points into alive, copies of the caller's where a layout had to change.
+using Keep = std::vector<Tensor>;
+
+// A 4-d output (N, C, H, W) with exact channels_last strides, and a matrix (N, C).
+Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w);
+Tensor empty_matrix(const Tensor& like, int64_t n, int64_t c, torch::headeronly::ScalarType dtype);
+
+// Check the arguments, allocate the output and describe both to the kernels. `gate_dtype`: the type of the gate.
+struct Depthwise {
+  DepthwiseParams params;
+  Tensor y;
+};
+Depthwise make_depthwise(const char* op, const DepthwiseArguments& arguments, Keep& keep);
+
+struct SqueezeExcite {
+  SqueezeExciteParams params;
+  Tensor gate;
+};
+// `pooled` may be undefined (a CPU or CUDA tensor follows later): then `batch` and `channels` say its size.
+SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t batch, int64_t channels,
+                                  const SeArguments& arguments, torch::headeronly::ScalarType gate_dtype, Keep& keep);
+void check_pooled(const char* op, const Tensor& pooled);
+
+struct Pointwise {
+  PointwiseParams params;
+  Tensor y;
+};
+Pointwise make_pointwise(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm,
+                         const OptionalTensor& gate, const OptionalTensor& residual, const std::string& activation,
+                         bool allow_tf32, Keep& keep);
+
+struct Conv {
+  ConvParams params;
+  Tensor y;
+};
+Conv make_conv(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm, int64_t stride,
+               const std::vector<int64_t>& padding, const std::string& activation, bool allow_tf32, Keep& keep);
+
+}  // namespace effkernels::ops

@@ -1,0 +1,117 @@
+// The CPU's side of every operator: check and pack (check.h), then the kernel of the instruction set in use.
+#include "../cpu/kernels.h"
+#include "parameters.h"
+
+namespace effkernels::ops {
+namespace {
+
+using torch::headeronly::ScalarType;
+
+cpu::Parallel torch_threads() {
+  cpu::Parallel parallel;
+  parallel.threads = int(torch::stable::get_num_threads());
+  parallel.run = [](int64_t tasks, void (*body)(void*, int64_t, int64_t), void* context) {
+    torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
+  };
+  return parallel;
+}
+
+Tensor depthwise_bn_act(DEPTHWISE_PARAMETERS) {
+  Keep keep;
+  Depthwise d = make_depthwise("depthwise_bn_act", DEPTHWISE, keep);
+  cpu::kernels().depthwise(d.params, torch_threads());
+  return d.y;
+}
+
+std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(DEPTHWISE_PARAMETERS) {
+  Keep keep;
+  Depthwise d = make_depthwise("depthwise_bn_act_squeeze", DEPTHWISE, keep);
+  Tensor pooled = empty_matrix(x, d.params.batch, d.params.channels, ScalarType::Float);
+  d.params.pooled = static_cast<float*>(pooled.mutable_data_ptr());
+  cpu::kernels().depthwise(d.params, torch_threads());
+  return {d.y, pooled};
+}
+
+Tensor squeeze_excite_gate(const Tensor& pooled, SE_PARAMETERS) {
+  constexpr const char* op = "squeeze_excite_gate";
+  Keep keep;
+  check_pooled(op, pooled);
+  SqueezeExcite s =
+      make_squeeze_excite(op, pooled, pooled.size(0), pooled.size(1), SE, w_expand.scalar_type(), keep);
+  keep.push_back(pooled.is_contiguous() ? pooled : torch::stable::contiguous(pooled));
+  s.params.pooled = static_cast<const float*>(keep.back().const_data_ptr());
+  cpu::kernels().squeeze_excite(s.params, torch_threads());
+  return s.gate;
+}
+
+std::tuple<Tensor, Tensor> depthwise_with_gate(const char* op, const DepthwiseArguments& depthwise,
+                                               const SeArguments& se) {
+  Keep keep;
+  Depthwise d = make_depthwise(op, depthwise, keep);
+  SqueezeExcite s = make_squeeze_excite(op, depthwise.x, d.params.batch, d.params.channels, se,
+                                        depthwise.x.scalar_type(), keep);
+  const Tensor pooled = empty_matrix(depthwise.x, d.params.batch, d.params.channels, ScalarType::Float);
+  d.params.pooled = static_cast<float*>(pooled.mutable_data_ptr());
+  s.params.pooled = d.params.pooled;
+  cpu::kernels().depthwise(d.params, torch_threads());
+  cpu::kernels().squeeze_excite(s.params, torch_threads());
+  return {d.y, s.gate};
+}
+
+std::tuple<Tensor, Tensor> depthwise_bn_act_gate(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
+  return depthwise_with_gate("depthwise_bn_act_gate", DEPTHWISE, SE);
+}
+
+Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
+  auto [y, gates] = depthwise_with_gate("depthwise_bn_act_se", DEPTHWISE, SE);
+  ScaleParams p;
+  p.y = y.mutable_data_ptr(), p.gate = gates.const_data_ptr();
+  p.dtype = x.scalar_type() == ScalarType::Float  ? DType::kFloat32
+            : x.scalar_type() == ScalarType::Half ? DType::kFloat16
+                                                  : DType::kBFloat16;
+  p.batch = y.size(0), p.channels = y.size(1), p.pixels = y.size(2) * y.size(3);
+  cpu::kernels().scale(p, torch_threads());
+  return y;
+}
+
+Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, const OptionalTensor& gate,
+                        const OptionalTensor& residual, const std::string& activation, bool allow_tf32) {
+  Keep keep;
+  Pointwise p =
+      make_pointwise("pointwise_bn_act", x, weight, NORM, gate, residual, activation, allow_tf32, keep);
+  cpu::kernels().pointwise(p.params, torch_threads());
+  return p.y;
+}
+
+Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64_t stride,
+                   const std::vector<int64_t>& padding, const std::string& activation, bool allow_tf32) {
+  Keep keep;
+  Conv c = make_conv("conv_bn_act", x, weight, NORM, stride, padding, activation, allow_tf32, keep);
+  cpu::kernels().conv(c.params, torch_threads());
+  return c.y;
+}
+
+std::string cpu_isa(const std::string& name) {
+  STD_TORCH_CHECK(name.empty() || cpu::set_isa(name.c_str()), "cpu_isa: name='", name,
+                  "' is not built or not on this machine; allowed: auto, plain, and what the processor has of avx2, "
+                  "avx512");
+  return cpu::kernels().isa;
+}
+
+}  // namespace
+}  // namespace effkernels::ops
+
+STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
+  using namespace effkernels::ops;
+  m.impl("depthwise_bn_act", TORCH_BOX(&depthwise_bn_act));
+  m.impl("depthwise_bn_act_squeeze", TORCH_BOX(&depthwise_bn_act_squeeze));
+  m.impl("squeeze_excite_gate", TORCH_BOX(&squeeze_excite_gate));
+  m.impl("depthwise_bn_act_gate", TORCH_BOX(&depthwise_bn_act_gate));
+  m.impl("depthwise_bn_act_se", TORCH_BOX(&depthwise_bn_act_se));
+  m.impl("pointwise_bn_act", TORCH_BOX(&pointwise_bn_act));
+  m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(effkernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&effkernels::ops::cpu_isa));
+}

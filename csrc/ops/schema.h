@@ -1,0 +1,23 @@
+// The operators of namespace `effkernels`: the one place where their signatures stand. An op is added by one line.
+#pragma once
+
+// clang-format off
+#define EFFKERNELS_NORM \
+  "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float eps"
+#define EFFKERNELS_DEPTHWISE \
+  "Tensor x, Tensor weight, " EFFKERNELS_NORM ", int stride, SymInt[4] padding, int dilation, str activation"
+#define EFFKERNELS_SE \
+  "Tensor w_reduce, Tensor? b_reduce, Tensor w_expand, Tensor? b_expand, str se_activation, str gate"
+
+#define EFFKERNELS_SCHEMAS(OP)                                                                                        \
+  OP("depthwise_bn_act(" EFFKERNELS_DEPTHWISE ") -> Tensor")                                                          \
+  OP("depthwise_bn_act_squeeze(" EFFKERNELS_DEPTHWISE ") -> (Tensor, Tensor)")                                        \
+  OP("squeeze_excite_gate(Tensor pooled, " EFFKERNELS_SE ") -> Tensor")                                               \
+  OP("depthwise_bn_act_gate(" EFFKERNELS_DEPTHWISE ", " EFFKERNELS_SE ") -> (Tensor, Tensor)")                        \
+  OP("depthwise_bn_act_se(" EFFKERNELS_DEPTHWISE ", " EFFKERNELS_SE ") -> Tensor")                                    \
+  OP("pointwise_bn_act(Tensor x, Tensor weight, " EFFKERNELS_NORM                                                     \
+     ", Tensor? gate, Tensor? residual, str activation, bool allow_tf32) -> Tensor")                                  \
+  OP("conv_bn_act(Tensor x, Tensor weight, " EFFKERNELS_NORM                                                          \
+     ", int stride, SymInt[4] padding, str activation, bool allow_tf32) -> Tensor")                                   \
+  OP("cpu_isa(str name) -> str")  /* sets (name not empty) and tells the instruction set of the CPU kernels */
+// clang-format on

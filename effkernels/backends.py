@@ -1,0 +1,243 @@
+"""Which implementation runs an operator, and why another one does not.
+
+Four rooms can hold an operator: `cuda` and `cpu` (the compiled library), `triton`, and `reference` (plain PyTorch,
+which runs everything). `can_run_cuda`, `can_run_cpu` and `can_run_triton` answer for one operator with the exact
+reason, `choose` picks, and `backend` forces a choice for a while:
+
+    with effkernels.backend("reference"):
+        y = model(x)
+
+The environment variable EFFKERNELS_BACKEND sets the choice a process starts with; it is read once, at import.
+
+A choice depends on device, dtype, channels, kernel size, stride and activation only, never on batch, height or width,
+so that a trace with dynamic sizes stays one graph. The state is a plain module variable, which torch.compile guards;
+it belongs to the process, not to a thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effkernels import _library
+
+BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
+OPERATORS: tuple[str, ...] = (
+    "depthwise_bn_act",
+    "depthwise_bn_act_squeeze",
+    "squeeze_excite_gate",
+    "depthwise_bn_act_gate",
+    "depthwise_bn_act_se",
+    "pointwise_bn_act",
+    "conv_bn_act",
+)
+DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
+DEPTHWISE_KERNEL_SIZES: tuple[int, ...] = (3, 5, 7, 9)
+
+_ALLOWED_NAMES = ("auto", *BACKENDS)
+_OLDEST_CUDA_CAPABILITY = (8, 0)
+
+
+class Decision(NamedTuple):
+    """Whether a backend can run an operator, and in one line why not ("" where it can)."""
+
+    ok: bool
+    reason: str
+
+
+def _compiled_for(dispatch_key: str) -> frozenset[str]:
+    """The operators for which the compiled library holds a kernel of that device."""
+    if not _library.is_loaded():
+        return frozenset()
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return frozenset(op for op in OPERATORS if has_kernel(f"effkernels::{op}", dispatch_key))
+
+
+# Registrations do not change after the library is loaded, so they are asked for once.
+_COMPILED_CPU = _compiled_for("CPU")
+_COMPILED_CUDA = _compiled_for("CUDA")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in _ALLOWED_NAMES:
+        raise ValueError(f"{source}={name!r} is not a backend; allowed: {', '.join(_ALLOWED_NAMES)}")
+    return name
+
+
+_selected: str = _checked(os.environ.get("EFFKERNELS_BACKEND") or "auto", "EFFKERNELS_BACKEND")
+
+
+def selected() -> str:
+    """The backend now asked for: "auto" or one of `BACKENDS`."""
+    return _selected
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Force a backend inside a `with` block; "auto" lets `choose` pick.
+
+    A forced backend that cannot run an operator raises RuntimeError with the reason when that operator is called.
+    The choice holds for the whole process, not only for the calling thread.
+
+    Raises:
+        ValueError: name is neither "auto" nor one of `BACKENDS`.
+    """
+    global _selected
+    before = _selected
+    _selected = _checked(name, "backend")
+    try:
+        yield
+    finally:
+        _selected = before
+
+
+def can_run_cpu(
+    op: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    channels: int | None = None,
+    kernel_size: int | None = None,
+    stride: int | None = None,
+    activation: str | None = None,
+) -> Decision:
+    """Whether the compiled CPU kernels run `op`.
+
+    Args:
+        op: one of `OPERATORS`.
+        device, dtype: of x. On "meta" it is the shape function of the compiled operator that runs.
+        channels, kernel_size, stride, activation: of the call; None where they are not known or do not apply.
+    """
+    return _can_run_compiled(op, "cpu", _COMPILED_CPU, torch.device(device), dtype, kernel_size)
+
+
+def can_run_cuda(
+    op: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    channels: int | None = None,
+    kernel_size: int | None = None,
+    stride: int | None = None,
+    activation: str | None = None,
+) -> Decision:
+    """Whether the compiled CUDA kernels run `op`. Arguments as in `can_run_cpu`."""
+    device = torch.device(device)
+    decision = _can_run_compiled(op, "cuda", _COMPILED_CUDA, device, dtype, kernel_size)
+    if decision.ok and device.type == "cuda":
+        problem = _cuda_problem(device.index)
+        if problem:
+            return Decision(False, problem)
+    return decision
+
+
+def can_run_triton(
+    op: str,
+    *,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    channels: int | None = None,
+    kernel_size: int | None = None,
+    stride: int | None = None,
+    activation: str | None = None,
+) -> Decision:
+    """Whether a Triton kernel runs `op`. Arguments as in `can_run_cpu`."""
+    if op not in OPERATORS:
+        return Decision(False, f"{op!r} is not an operator; allowed: {', '.join(OPERATORS)}")
+    return Decision(False, f"no Triton implementation of {op}")
+
+
+def choose(op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, activation: str = "identity") -> str:
+    """The backend that runs `op` on `x`: one of `BACKENDS`.
+
+    Args:
+        op: one of `OPERATORS`.
+        x: the first input of the operator, (N, C, H, W) or (N, C); only its device, dtype and channels count.
+        weight: of the convolution, (C_out, C_in, K, K), where there is one; only its kernel size counts.
+        stride, activation: of the call.
+
+    Raises:
+        TypeError: x is not a tensor.
+        RuntimeError: the backend asked for cannot run the operator; the message has the reason.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: the input is {type(x).__name__}; expected a Tensor")
+    # The way of nearly every call comes first: this runs some fifty times in one forward of a small network.
+    if _selected == "auto":
+        if x.is_cpu:
+            return "cpu" if op in _COMPILED_CPU and x.dtype in DTYPES else "reference"
+        candidates = BACKENDS
+    elif _selected == "reference":
+        return "reference"
+    else:
+        candidates = (_selected,)
+    channels = x.shape[1] if x.dim() > 1 else None
+    kernel_size = weight.shape[3] if weight is not None and weight.dim() == 4 else None
+    reason = ""
+    for name in candidates:
+        if name == "reference":
+            return name
+        decision = _CAN_RUN[name](
+            op,
+            device=x.device,
+            dtype=x.dtype,
+            channels=channels,
+            kernel_size=kernel_size,
+            stride=stride,
+            activation=activation,
+        )
+        if decision.ok:
+            return name
+        reason = decision.reason
+    raise RuntimeError(f"{op}: backend={_selected!r} was asked for and cannot run: {reason}")
+
+
+_CAN_RUN = {"cuda": can_run_cuda, "triton": can_run_triton, "cpu": can_run_cpu}
+
+
+def _can_run_compiled(
+    op: str, name: str, compiled: frozenset[str], device: torch.device, dtype: torch.dtype, kernel_size: int | None
+) -> Decision:
+    if op not in OPERATORS:
+        return Decision(False, f"{op!r} is not an operator; allowed: {', '.join(OPERATORS)}")
+    if not _library.is_loaded():
+        return Decision(False, _library.load_error() or "the compiled library is not loaded")
+    if op not in compiled:
+        return Decision(False, f"the compiled library has no {name.upper()} kernel of {op}")
+    if device.type not in (name, "meta"):
+        return Decision(False, f"device={device} is not {name}")
+    if dtype not in DTYPES:
+        return Decision(False, f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
+    if kernel_size is not None and op.startswith("depthwise") and kernel_size not in DEPTHWISE_KERNEL_SIZES:
+        allowed = ", ".join(map(str, DEPTHWISE_KERNEL_SIZES))
+        return Decision(False, f"kernel_size={kernel_size} is not supported; allowed: {allowed}")
+    return Decision(True, "")
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_problem(index: int | None) -> str:
+    """Why this process's GPU cannot run the compiled kernels; "" where it can. Constant per device, hence cached."""
+    index = torch.cuda.current_device() if index is None else index
+    if index not in _cuda_problems:
+        _cuda_problems[index] = _find_cuda_problem(index)
+    return _cuda_problems[index]
+
+
+_cuda_problems: dict[int, str] = {}
+
+
+def _find_cuda_problem(index: int) -> str:
+    capability = torch.cuda.get_device_capability(index)
+    if capability < _OLDEST_CUDA_CAPABILITY:
+        return f"compute capability {'.'.join(map(str, capability))} of cuda:{index} is below 8.0"
+    built = str(_library.build_info().get("cuda_version") or "")
+    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
+    if built and driver < 1000 * int(built.split(".")[0]):
+        known = f"{driver // 1000}.{driver % 1000 // 10}"
+        return f"the library was built with CUDA {built} and the driver knows CUDA up to {known}"
+    return ""

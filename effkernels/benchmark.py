@@ -1,0 +1,253 @@
+"""The measuring core: contenders timed in turns, statistics, result rows and the file they are appended to.
+
+Nothing here knows what is measured. A contender is a function that makes one call on the i-th of several inputs; the
+models' contenders are in ``contenders.py``, the operators' in the repository's ``benchmarks/``.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import json
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from effkernels import environment
+
+Run = Callable[[int], object]
+
+# A sample shorter than this is the mean of several calls: reading the clock twice costs about 0.1 us.
+_SHORTEST_SAMPLE_S = 20e-6
+# One turn of a contender: long enough for caches and clock frequency to settle on it, short enough that a slow drift
+# of the machine meets all contenders alike.
+_TURN_S = 0.05
+_MOST_SAMPLES_PER_TURN = 50
+# Rotated inputs: at most this many, and at most this much memory.
+_MOST_INPUTS = 64
+_MOST_INPUT_BYTES = 512 << 20
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of the time of one call, in microseconds."""
+
+    median_us: float
+    p95_us: float
+    p99_us: float
+    samples: int
+
+
+def summarise(samples_us: Sequence[float]) -> Statistics:
+    """Median and percentiles of times in microseconds, interpolated linearly between neighbouring samples."""
+    if not samples_us:
+        raise ValueError("summarise: no samples; at least one is needed")
+    times = torch.tensor(list(samples_us), dtype=torch.float64)
+    if not bool(torch.isfinite(times).all()):
+        raise ValueError("summarise: a sample is not finite; times are finite microseconds")
+    median, p95, p99 = (float(torch.quantile(times, q)) for q in (0.5, 0.95, 0.99))
+    return Statistics(median, p95, p99, len(samples_us))
+
+
+def input_count(bytes_each: int, cache_bytes: int) -> int:
+    """How many inputs to rotate so that none is still in the cache when its turn comes again.
+
+    Twice the cache in total, at least 2, and bounded so that tiny inputs do not become thousands and large ones do not
+    fill the memory.
+    """
+    wanted = math.ceil(2 * cache_bytes / max(bytes_each, 1))
+    affordable = max(2, _MOST_INPUT_BYTES // max(bytes_each, 1))
+    return max(2, min(wanted, affordable, _MOST_INPUTS))
+
+
+def _time_calls(run: Run, indices: Iterable[int], samples: int, calls_per_sample: int, device: torch.device) -> list[float]:
+    """``samples`` times of one call, in microseconds.
+
+    On a GPU by events, all recorded before the first is waited for: launches overlap execution as in real use.
+    """
+    index = iter(indices)
+    if device.type == "cuda":
+        events = [tuple(torch.cuda.Event(enable_timing=True) for _ in range(2)) for _ in range(samples)]
+        torch.cuda.synchronize(device)
+        for start, end in events:
+            start.record()
+            for _ in range(calls_per_sample):
+                run(next(index))
+            end.record()
+        torch.cuda.synchronize(device)
+        return [start.elapsed_time(end) * 1e3 / calls_per_sample for start, end in events]
+    times = []
+    for _ in range(samples):
+        begin = time.perf_counter_ns()
+        for _ in range(calls_per_sample):
+            run(next(index))
+        times.append((time.perf_counter_ns() - begin) / 1e3 / calls_per_sample)
+    return times
+
+
+def time_in_turns(
+    runs: Mapping[str, Run],
+    *,
+    device: torch.device | str = "cpu",
+    warmup: int = 3,
+    rounds: int = 20,
+    advance: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Time every contender of ``runs`` in turns, in this process.
+
+    In each round every contender has one turn, in an order drawn anew (from a fixed seed), so that neither drift nor a
+    neighbour's habits favours one of them. A turn starts with one call that is not counted and brings back its
+    weights and threads, then takes samples for about a twentieth of a second, at least one.
+
+    Args:
+        runs: name -> function that makes one call on input number i (any non-negative i).
+        warmup: calls of each contender before the first round.
+        rounds: turns of each contender.
+        advance: called with the contender's name after each of its turns.
+
+    Returns:
+        name -> times of one call in microseconds, in the order they were measured.
+    """
+    if not runs:
+        raise ValueError("time_in_turns: no contenders; at least one is needed")
+    if warmup < 1 or rounds < 1:
+        raise ValueError(f"time_in_turns: warmup={warmup}, rounds={rounds}; both must be at least 1")
+    device = torch.device(device)
+    counters = {name: itertools.count() for name in runs}
+    calls_per_sample: dict[str, int] = {}
+    samples: dict[str, int] = {}
+    for name, run in runs.items():
+        _time_calls(run, counters[name], warmup, 1, device)
+        call_s = min(_time_calls(run, counters[name], 2, 1, device)) / 1e6
+        calls_per_sample[name] = max(1, math.ceil(_SHORTEST_SAMPLE_S / max(call_s, 1e-9)))
+        turn = _TURN_S / max(call_s * calls_per_sample[name], 1e-9)
+        samples[name] = max(1, min(_MOST_SAMPLES_PER_TURN, int(turn)))
+
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds):
+        order = list(runs)
+        random.Random(number).shuffle(order)
+        for name in order:
+            runs[name](next(counters[name]))
+            times[name] += _time_calls(
+                runs[name], counters[name], samples[name], calls_per_sample[name], device
+            )
+            advance(name)
+    return times
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement: one contender on one case. None where nobody measured or computed the value.
+
+    Every row of one run carries the same ``date``: a ratio counts only between such rows.
+    """
+
+    suite: str
+    case: str
+    contender: str
+    device: str
+    dtype: str
+    batch: int
+    median_us: float
+    p95_us: float
+    p99_us: float
+    images_per_s: float
+    peak_bytes: int | None
+    rel_error: float | None
+    floor_us: float | None
+    bytes: int | None
+    launches: int | None
+    commit: str | None
+    dirty: bool | None
+    date: str
+    versions: dict[str, str | None]
+
+    def to_json(self) -> str:
+        """The row as one line of strict JSON."""
+        return json.dumps(asdict(self), allow_nan=False)
+
+
+def run_date() -> str:
+    """The stamp of a run: UTC, to the second."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def make_row(
+    statistics: Statistics,
+    *,
+    suite: str,
+    case: str,
+    contender: str,
+    device: str,
+    dtype: str,
+    batch: int,
+    date: str,
+    packages: Sequence[str] = (),
+    peak_bytes: int | None = None,
+    rel_error: float | None = None,
+    floor_us: float | None = None,
+    bytes: int | None = None,
+    launches: int | None = None,
+) -> Row:
+    """A row with the commit and versions of this process filled in.
+
+    Args:
+        packages: distributions besides torch and triton whose versions decide this measurement.
+        rel_error: relative L2 distance to the float64 reference.
+        bytes: what the case must move at least, in bytes; ``floor_us`` the time that takes on this device.
+    """
+    commit, dirty = environment.commit()
+    return Row(
+        suite=suite,
+        case=case,
+        contender=contender,
+        device=device,
+        dtype=dtype,
+        batch=batch,
+        median_us=round(statistics.median_us, 3),
+        p95_us=round(statistics.p95_us, 3),
+        p99_us=round(statistics.p99_us, 3),
+        images_per_s=round(batch / statistics.median_us * 1e6, 3),
+        peak_bytes=peak_bytes,
+        rel_error=rel_error,
+        floor_us=floor_us,
+        bytes=bytes,
+        launches=launches,
+        commit=commit,
+        dirty=dirty,
+        date=date,
+        versions=environment.versions(*packages),
+    )
+
+
+def append_rows(file: Path, rows: Iterable[Row]) -> None:
+    """Append rows to a results file, one JSON object per line; the folder is made if need be."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as out:
+        out.writelines(row.to_json() + "\n" for row in rows)
+
+
+def read_rows(file: Path) -> list[Row]:
+    """Read a results file.
+
+    Raises:
+        ValueError: a line is not JSON or lacks a field; the message names file and line.
+    """
+    rows = []
+    names = [field.name for field in fields(Row)]
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            values = json.loads(line)
+            rows.append(Row(**{name: values[name] for name in names}))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise ValueError(f"{file}:{number}: not a result row: {error!r}; needed fields: {', '.join(names)}") from error
+    return rows
+

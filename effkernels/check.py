@@ -1,0 +1,279 @@
+"""Parity of the installed package on the machine it runs on: every operator and EfficientNet-B0 against float64.
+
+The rule has no tuned constant. A result passes where its error against the float64 reference is at most twice the
+error of PyTorch's own computation in the same dtype, plus one rounding of the output type. The error is measured in
+two ways, as relative L2 norm and as largest deviation over largest value, and each must hold.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import effkernels
+from effkernels import _library, backends, ops, reference
+from effkernels.models import EfficientNet
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance of a result to the truth: relative L2 norm, and largest deviation over the largest value."""
+
+    l2: float
+    largest: float
+
+
+def errors(result: Tensor, truth: Tensor) -> Errors:
+    """Both errors of a result; infinite where its shape is another or a value is not finite."""
+    truth = truth.double().cpu()
+    if result.shape != truth.shape:
+        return Errors(math.inf, math.inf)
+    if truth.numel() == 0:
+        return Errors(0.0, 0.0)
+    difference = result.double().cpu() - truth
+    measured = []
+    for distance, scale in (
+        (torch.linalg.vector_norm(difference), torch.linalg.vector_norm(truth)),
+        (difference.abs().max(), truth.abs().max()),
+    ):
+        value = float(distance / scale) if float(scale) > 0 else float(distance)
+        measured.append(value if math.isfinite(value) else math.inf)
+    return Errors(*measured)
+
+
+def limits(plain: Tensor, truth: Tensor) -> Errors:
+    """What a result of ``plain``'s dtype may be off by, given PyTorch's own result in that dtype."""
+    own = errors(plain, truth)
+    rounding = torch.finfo(plain.dtype).eps / 2
+    return Errors(2 * own.l2 + rounding, 2 * own.largest + rounding)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the check. ``ok`` is None where the backend cannot run the case; then ``reason`` says why."""
+
+    subject: str
+    backend: str
+    dtype: str
+    ok: bool | None
+    error: float | None = None
+    limit: float | None = None
+    reason: str = ""
+
+    def line(self) -> str:
+        """The finding as one line of text."""
+        verdict = {True: "ok  ", False: "FAIL", None: "--  "}[self.ok]
+        head = f"{verdict}  {self.backend:<9}  {self.dtype:<8}  {self.subject:<52}"
+        if self.error is None:
+            return f"{head}  {self.reason}".rstrip()
+        return f"{head}  error {self.error:.1e}, limit {self.limit:.1e}"
+
+
+def judge(results: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[bool, float, float]:
+    """Whether all results keep to the rule, with error and limit of the one that is nearest to breaking it."""
+    worst = (-1.0, 0.0, 0.0)
+    for one_result, one_plain, one_truth in zip(results, plain, truth, strict=True):
+        error, limit = errors(one_result, one_truth), limits(one_plain, one_truth)
+        for measured, allowed in ((error.l2, limit.l2), (error.largest, limit.largest)):
+            worst = max(worst, (measured / allowed, measured, allowed))
+    return worst[0] <= 1, worst[1], worst[2]
+
+
+@dataclass(frozen=True)
+class OpCase:
+    """One call of an operator: its name, the shape in words, tensor arguments and the rest."""
+
+    op: str
+    shape: str
+    tensors: Mapping[str, Tensor]
+    options: Mapping[str, Any]
+
+    def call(self, module: Any, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        """Call ``module.<op>``; matrices and images in ``dtype``, per-channel vectors in float32 (or float64)."""
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        arguments: dict[str, Any] = {}
+        for name, tensor in self.tensors.items():
+            value = tensor.to(device, dtype if tensor.ndim > 1 and name != "pooled" else wide)
+            arguments[name] = value.to(memory_format=torch.channels_last) if tensor.ndim == 4 else value
+        if self.op == "squeeze_excite_gate":
+            # This operator takes its tensors by position.
+            names = ("pooled", "w_reduce", "b_reduce", "w_expand", "b_expand")
+            result = getattr(module, self.op)(*(arguments[name] for name in names), **self.options)
+        else:
+            x, weight = arguments.pop("x"), arguments.pop("weight")
+            result = getattr(module, self.op)(x, weight, **arguments, **self.options)
+        return result if isinstance(result, tuple) else (result,)
+
+    def rounded(self, dtype: torch.dtype) -> OpCase:
+        """The case with its values rounded to ``dtype``, so that the truth sees what the kernel sees."""
+        tensors = {
+            name: (t.to(dtype) if t.ndim > 1 and name != "pooled" else t.float()).double()
+            for name, t in self.tensors.items()
+        }
+        return OpCase(self.op, self.shape, tensors, self.options)
+
+
+def _norm(channels: int, random: Callable[..., Tensor]) -> dict[str, Tensor]:
+    return {
+        "norm_weight": 1 + 0.2 * random(channels),
+        "norm_bias": 0.2 * random(channels),
+        "norm_mean": 0.2 * random(channels),
+        "norm_var": random(channels).abs() + 0.3,
+    }
+
+
+def _excite(channels: int, reduced: int, random: Callable[..., Tensor]) -> dict[str, Tensor]:
+    return {
+        "w_reduce": random(reduced, channels) / math.sqrt(channels),
+        "b_reduce": 0.1 * random(reduced),
+        "w_expand": random(channels, reduced) / math.sqrt(reduced),
+        "b_expand": 0.1 * random(channels),
+    }
+
+
+def op_cases() -> Iterator[OpCase]:
+    """A few shapes of every operator: a usual one, and odd channel counts, planes and paddings."""
+    random = functools.partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for batch, channels, height, width, kernel, stride, padding in (
+        (2, 32, 28, 28, 3, 1, (1, 1, 1, 1)),
+        (1, 40, 13, 14, 5, 2, (1, 2, 2, 1)),
+        (3, 7, 7, 9, 3, 2, (0, 1, 0, 1)),
+    ):
+        shape = f"{batch}x{channels}x{height}x{width} {kernel}x{kernel} stride {stride}"
+        tensors = {
+            "x": random(batch, channels, height, width),
+            "weight": random(channels, 1, kernel, kernel) / kernel,
+            **_norm(channels, random),
+        }
+        options: dict[str, Any] = {"stride": stride, "padding": padding, "activation": "silu"}
+        excite = _excite(channels, max(1, channels // 4), random)
+        yield OpCase("depthwise_bn_act", shape, tensors, options)
+        yield OpCase("depthwise_bn_act_squeeze", shape, tensors, options)
+        yield OpCase("depthwise_bn_act_gate", shape, {**tensors, **excite}, options)
+        yield OpCase("depthwise_bn_act_se", shape, {**tensors, **excite}, options)
+        yield OpCase("squeeze_excite_gate", f"{batch}x{channels}", {"pooled": random(batch, channels), **excite}, {})
+    for batch, wide, narrow, height, width in ((2, 96, 24, 14, 14), (1, 40, 7, 7, 9)):
+        tensors = {
+            "x": random(batch, wide, height, width),
+            "weight": random(narrow, wide, 1, 1) / math.sqrt(wide),
+            **_norm(narrow, random),
+        }
+        shape = f"{batch}x{wide}x{height}x{width} to {narrow}"
+        yield OpCase("pointwise_bn_act", shape, tensors, {"activation": "silu"})
+        extra = {"gate": torch.sigmoid(random(batch, wide)), "residual": random(batch, narrow, height, width)}
+        yield OpCase("pointwise_bn_act", shape + ", gate, residual", {**tensors, **extra}, {})
+    for batch, channels, size, out in ((1, 3, 65, 32), (2, 8, 14, 12)):
+        tensors = {
+            "x": random(batch, channels, size, size),
+            "weight": random(out, channels, 3, 3) / math.sqrt(9 * channels),
+            **_norm(out, random),
+        }
+        options = {"stride": 2, "padding": (1, 1, 1, 1), "activation": "silu"}
+        yield OpCase("conv_bn_act", f"{batch}x{channels}x{size}x{size} 3x3 stride 2 to {out}", tensors, options)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def check_op(case: OpCase, backend: str, dtype: torch.dtype, device: torch.device) -> Finding:
+    """Hold one operator on one backend against the rule."""
+    subject = f"{case.op} {case.shape}"
+    rounded = case.rounded(dtype)
+    try:
+        with effkernels.backend(backend):
+            result = rounded.call(ops, dtype, device)
+    except Exception as error:  # whatever a kernel raises is a finding, and the other lines are still wanted
+        return Finding(subject, backend, _name(dtype), False, reason=f"raised {type(error).__name__}: {error}")
+    plain = rounded.call(reference, dtype, device)
+    truth = rounded.call(reference, torch.float64, torch.device("cpu"))
+    ok, error_size, limit = judge(result, plain, truth)
+    return Finding(subject, backend, _name(dtype), ok, error_size, limit)
+
+
+def _set_statistics(norm: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """Give a batch norm random parameters that bring the input it is about to see to a size of about 1."""
+    assert isinstance(norm, torch.nn.BatchNorm2d) and norm.running_mean is not None and norm.running_var is not None
+    size = inputs[0].square().mean((0, 2, 3)).sqrt()
+    norm.running_mean.normal_(0, 0.1).mul_(size)
+    norm.running_var.uniform_(0.8, 1.2).mul_(size.square())
+    norm.weight.uniform_(0.8, 1.2)
+    norm.bias.normal_(0, 0.1)
+
+
+@functools.lru_cache(maxsize=2)
+def sample_model(name: str, seed: int = 0) -> EfficientNet:
+    """A float32 model on the CPU, in eval mode, with random weights whose activations have a realistic size.
+
+    In a freshly initialised network, whose norms have statistics of 0 and 1, the signal dies out on the way, and then
+    every implementation agrees. So each norm gets its statistics from what reaches it in one pass over noise. They
+    are root mean squares: dividing by the small standard deviations of noise would make a network that multiplies
+    every rounding error a thousandfold. So would squeeze-and-excitation with the usual initialisation, by fan-out:
+    its gates would be open or shut. The result is shared: do not change it.
+    """
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.random.default_generator.manual_seed(seed)
+        model = effkernels.create_model(name).eval()
+        assert isinstance(model, EfficientNet)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.weight.normal_(0, 1 / math.sqrt(module.weight[0].numel()))
+                if module.bias is not None:
+                    module.bias.normal_(0, 0.1)
+        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        hooks = [norm.register_forward_pre_hook(_set_statistics) for norm in norms]
+        with effkernels.backend("reference"):
+            model(torch.randn(4, 3, 192, 192))
+        for hook in hooks:
+            hook.remove()
+    return model
+
+
+def check_model(name: str, backend: str, dtype: torch.dtype, device: torch.device, img_size: int = 224) -> Finding:
+    """Hold the logits of a whole model on one backend against the rule."""
+    subject = f"{name} at {img_size}"
+    model = copy.deepcopy(sample_model(name)).to(dtype)
+    images = torch.randn(2, 3, img_size, img_size, generator=torch.Generator().manual_seed(1)).to(dtype)
+    with torch.inference_mode():
+        try:
+            with effkernels.backend(backend):
+                result = model.to(device)(images.to(device))
+        except Exception as error:  # as in check_op
+            return Finding(subject, backend, _name(dtype), False, reason=f"raised {type(error).__name__}: {error}")
+        with effkernels.backend("reference"):
+            plain = model(images.to(device))
+            truth = copy.deepcopy(model).cpu().double()(images.double())
+    ok, error_size, limit = judge([result], [plain], [truth])
+    return Finding(subject, backend, _name(dtype), ok, error_size, limit)
+
+
+def run_checks(device: torch.device) -> Iterator[Finding]:
+    """Every operator and EfficientNet-B0, in every dtype, on every backend that has a kernel for the device."""
+    if _library.load_error() is not None and _library.build_info():
+        # Built but not loadable is a broken installation, and must not pass as "nothing to check".
+        yield Finding("the compiled library", "-", "-", False, reason=_library.load_error() or "")
+    can_run = {"cuda": backends.can_run_cuda, "triton": backends.can_run_triton, "cpu": backends.can_run_cpu}
+    for backend, decide in can_run.items():
+        decisions = {op: decide(op, device=device, dtype=torch.float32) for op in backends.OPERATORS}
+        if not any(decision.ok for decision in decisions.values()):
+            yield Finding("no operator", backend, "-", None, reason=next(iter(decisions.values())).reason)
+            continue
+        refused = {op: decision.reason for op, decision in decisions.items() if not decision.ok}
+        for op, reason in refused.items():
+            yield Finding(op, backend, "-", None, reason=reason)
+        for case in op_cases():
+            if case.op not in refused:
+                for dtype in DTYPES:
+                    yield check_op(case, backend, dtype, device)
+        for dtype in DTYPES:
+            # With operators missing, the model takes what the automatic choice gives it.
+            yield check_model("efficientnet_b0", "auto" if refused else backend, dtype, device)

@@ -1,0 +1,81 @@
+"""Tables and progress on a terminal: rich where it is installed, plain text otherwise."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+try:
+    import rich.console
+    import rich.markup
+    import rich.progress
+    import rich.table
+    import rich.text
+
+    HAVE_RICH = True
+except ImportError:  # rich is in the bench extra; info, check and predict work without it
+    HAVE_RICH = False
+
+Advance = Callable[[str], None]
+
+
+def note(message: str) -> None:
+    """One line on standard error: standard output stays clean for tables and JSON."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table on standard output; the first column and those that hold no number are aligned to the left."""
+    right = [i > 0 and any(row[i][:1].isdigit() for row in rows) for i in range(len(columns))]
+    if HAVE_RICH and sys.stdout.isatty():
+        shown = rich.table.Table(title=title, title_justify="left")
+        for name, is_number in zip(columns, right, strict=True):
+            shown.add_column(name, justify="right" if is_number else "left")
+        for row in rows:
+            # Text, not markup: a file called "[red].png" is a name, not a colour.
+            shown.add_row(*(rich.text.Text(cell) for cell in row))
+        rich.console.Console().print(shown)
+        return
+    # Into a file or a pipe goes plain text of the full width: rich would cut it at 80 columns.
+    widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
+    print(title)
+    for row in [columns, ["-" * width for width in widths], *rows]:
+        cells = (
+            cell.rjust(width) if is_number else cell.ljust(width)
+            for cell, width, is_number in zip(row, widths, right, strict=True)
+        )
+        print("  ".join(cells).rstrip())
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Advance]:
+    """A progress bar on standard error; the block gets a function that takes the name of the step just done.
+
+    Without a terminal one line is printed for every tenth of the way, so that a log shows life without filling up.
+    """
+    if HAVE_RICH and sys.stderr.isatty():
+        columns = (
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeRemainingColumn(),
+        )
+        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True, auto_refresh=False) as bar:
+            task = bar.add_task(title, total=total)
+
+            def advance_bar(step: str) -> None:
+                bar.update(task, advance=1, description=f"{title}: {rich.markup.escape(step)}")
+
+            yield advance_bar
+        return
+
+    done = 0
+
+    def advance_plain(step: str) -> None:
+        nonlocal done
+        done += 1
+        if done == total or done * 10 // max(total, 1) != (done - 1) * 10 // max(total, 1):
+            note(f"{title}: {done}/{total} {step}")
+
+    yield advance_plain

@@ -1,0 +1,426 @@
+"""Whole networks in every form worth comparing, each behind the same small interface.
+
+A contender says in one line why it is not available, or prepares a `Runner` for a case. All of them get the same
+weights, those of ``check.sample_model``. "The plain network" is the same architecture out of ordinary PyTorch modules:
+timm's where timm is installed, otherwise this package's with every operator on the reference backend; the runner's
+label names which one ran.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import importlib
+import importlib.util
+import math
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import effkernels
+from effkernels import _library, backends, environment, peers
+from effkernels.check import sample_model
+
+# Name on the command line -> dtype of weights and input, dtype of autocast. "amp" means what is usual on the device.
+PRECISIONS = ("float32", "bfloat16", "float16", "amp", "amp_bfloat16", "amp_float16")
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is run: model, input and circumstances. ``channels_last`` holds for contenders that leave it open."""
+
+    model: str
+    img_size: int
+    batch: int
+    precision: str = "float32"
+    device: str = "cpu"
+    threads: int = 1
+    channels_last: bool = False
+    seed: int = 0
+
+    @property
+    def torch_device(self) -> torch.device:
+        return torch.device(self.device)
+
+    @property
+    def dtype_name(self) -> str:
+        """The precision as it stands in a row: 'amp' resolved to the dtype that it means on this device."""
+        if self.precision == "amp":
+            return "amp_float16" if self.torch_device.type == "cuda" else "amp_bfloat16"
+        return self.precision
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of weights and input."""
+        name = self.dtype_name
+        return torch.float32 if name.startswith("amp") else getattr(torch, name)
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        name = self.dtype_name
+        return getattr(torch, name.removeprefix("amp_")) if name.startswith("amp") else None
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def images(self, number: int) -> Tensor:
+        """Input number ``number``: float32 noise, (batch, 3, img_size, img_size), on the CPU."""
+        generator = torch.Generator().manual_seed(1000 + number)
+        return torch.randn(self.batch, 3, self.img_size, self.img_size, generator=generator)
+
+
+@dataclass(frozen=True)
+class Runner:
+    """A contender ready to run a case.
+
+    Attributes:
+        label: the name for tables and rows; says which implementation ran where there are several.
+        convert: brings a float32 NCHW batch on the CPU into the contender's own input type, device, dtype and layout.
+        run: one call; everything in it is timed.
+        packages: distributions whose version decides the speed, besides torch and triton.
+        compiles: preparing and the first calls compile; the compiler's own memory is not what inference needs.
+    """
+
+    label: str
+    convert: Callable[[Tensor], Any]
+    run: Callable[[Any], Any]
+    packages: tuple[str, ...] = ()
+    compiles: bool = False
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A name on the command line, a line of description, the devices it is for, and how to get it.
+
+    ``missing`` returns why the contender cannot run a case, None where it can; ``prepare`` is called only then.
+    """
+
+    name: str
+    description: str
+    devices: tuple[str, ...]
+    missing: Callable[[Case], str | None]
+    prepare: Callable[[Case], Runner]
+
+    def unavailable(self, case: Case) -> str | None:
+        """Why this contender cannot run the case, in one line, or None."""
+        if case.torch_device.type not in self.devices:
+            return f"only for {' and '.join(self.devices)}, not {case.torch_device.type}"
+        return self.missing(case)
+
+
+# ------------------------------------------------------------------------------------------- PyTorch modules
+
+
+def _layout(channels_last: bool) -> torch.memory_format:
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _module_runner(
+    label: str,
+    case: Case,
+    module: nn.Module,
+    *,
+    channels_last: bool,
+    packages: tuple[str, ...] = (),
+    compiles: bool = False,
+    transform: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda module: module,
+) -> Runner:
+    """A runner for a module with the case's device, dtype and autocast, and the given layout."""
+    module = module.to(case.torch_device, case.dtype, memory_format=_layout(channels_last))  # type: ignore[call-overload]
+    call = transform(module)
+    autocast = case.autocast_dtype
+
+    def convert(images: Tensor) -> Tensor:
+        return images.to(case.torch_device, case.dtype).to(memory_format=_layout(channels_last))
+
+    def run(images: Tensor) -> Tensor:
+        return call(images)
+
+    def run_autocast(images: Tensor) -> Tensor:
+        with torch.autocast(case.torch_device.type, dtype=autocast):
+            return call(images)
+
+    return Runner(label, convert, run if autocast is None else run_autocast, packages, compiles)
+
+
+class _OnReference(nn.Module):
+    """A model of this package with every operator in plain PyTorch, whatever the backend in force."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        with effkernels.backend("reference"):
+            return self.model(images)  # type: ignore[no-any-return]
+
+
+def _timm_model(case: Case) -> nn.Module:
+    model: nn.Module = peers.import_timm().create_model(case.model).eval()
+    model.load_state_dict(sample_model(case.model, case.seed).state_dict())
+    return model
+
+
+def _timm_missing(case: Case) -> str | None:
+    try:
+        timm = peers.import_timm()
+    except ImportError as error:
+        return f"not available: {error}"
+    return None if timm.is_model(case.model) else f"timm {timm.__version__} has no model {case.model}"
+
+
+def plain_network(case: Case) -> tuple[nn.Module, str, tuple[str, ...]]:
+    """The plain network with the case's weights, the name of its source, and the packages it comes from."""
+    if _timm_missing(case) is None:
+        return _timm_model(case), "timm", ("timm",)
+    return _OnReference(copy.deepcopy(sample_model(case.model, case.seed))), "reference", ()
+
+
+def _effkernels_backend(case: Case) -> str:
+    """The backend that runs a block's depthwise convolution in this case, which stands for the model."""
+    x = torch.empty(1, 32, 8, 8, dtype=case.autocast_dtype or case.dtype, device=case.torch_device)
+    weight = torch.empty(32, 1, 3, 3, dtype=x.dtype, device=x.device)
+    return backends.choose("depthwise_bn_act_gate", x, weight, activation="silu")
+
+
+def _effkernels_missing(case: Case) -> str | None:
+    if _effkernels_backend(case) == "reference":
+        reason = _library.load_error() or "no kernel takes this device and dtype (see: effkernels info)"
+        return f"not available: {reason}"
+    return None
+
+
+def _effkernels(case: Case) -> Runner:
+    model = copy.deepcopy(sample_model(case.model, case.seed))
+    return _module_runner(f"effkernels-{_effkernels_backend(case)}", case, model, channels_last=case.channels_last)
+
+
+def _eager(case: Case, channels_last: bool) -> Runner:
+    model, source, packages = plain_network(case)
+    name = "eager-channels-last" if channels_last else "eager"
+    return _module_runner(f"{name} ({source})", case, model, channels_last=channels_last, packages=packages)
+
+
+def _timm(case: Case) -> Runner:
+    return _module_runner("timm", case, _timm_model(case), channels_last=case.channels_last, packages=("timm",))
+
+
+def _torchvision_missing(case: Case) -> str | None:
+    try:
+        torchvision = peers.import_torchvision()
+    except ImportError as error:
+        return f"not available: {error}"
+    if case.model.startswith("tf_"):
+        return f"torchvision has no model with the SAME padding of {case.model}"
+    if case.model not in importlib.import_module("torchvision.models").list_models():
+        return f"torchvision {torchvision.__version__} has no model {case.model}"
+    return None
+
+
+def _torchvision(case: Case) -> Runner:
+    from effkernels.models.layouts import TIMM, TORCHVISION, translation
+
+    peers.import_torchvision()
+    source = sample_model(case.model, case.seed)
+    names = translation(TIMM, TORCHVISION, source.architecture)
+    model: nn.Module = importlib.import_module("torchvision.models").get_model(case.model).eval()
+    state = {}
+    for key, value in source.state_dict().items():
+        module, _, leaf = key.rpartition(".")
+        state[f"{names[module]}.{leaf}"] = value
+    model.load_state_dict(state)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eps = source.bn1.eps  # B5 to B7 have another one there
+    return _module_runner(
+        "torchvision", case, model, channels_last=case.channels_last, packages=("torchvision",)
+    )
+
+
+# --------------------------------------------------------------------------------------------- torch.compile
+
+
+def _compiler_missing(case: Case) -> str | None:
+    if case.torch_device.type == "cuda":
+        return None if importlib.util.find_spec("triton") else "not available: pip install triton"
+    compiler = os.environ.get("CXX") or "g++"
+    return None if shutil.which(compiler) or shutil.which("clang++") else f"not available: no C++ compiler ({compiler})"
+
+
+def _compiled(case: Case, name: str, mode: str | None, graph: bool = False) -> Runner:
+    model, source, packages = plain_network(case)
+
+    def transform(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        compiled: Callable[[Tensor], Tensor] = torch.compile(module, mode=mode, dynamic=False)
+        inductor_config = importlib.import_module("torch._inductor.config")
+        # Freezing folds the norms into the weights and prepacks them. It is read while the first call compiles,
+        # so the setting is taken back after that and meets no other contender.
+        images = case.images(0).to(case.torch_device, case.dtype).to(memory_format=torch.channels_last)
+        autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+        if case.autocast_dtype is not None:
+            autocast = torch.autocast(case.torch_device.type, dtype=case.autocast_dtype)
+        with inductor_config.patch(freezing=True), torch.inference_mode(), autocast:
+            compiled(images)
+        return compiled
+
+    label = f"{name} ({source})"
+    # A graph takes its memory while it is recorded, which must not be left out with the compiler's.
+    return _module_runner(
+        label, case, model, channels_last=True, packages=packages, compiles=not graph, transform=transform
+    )
+
+
+# ----------------------------------------------------------------------------------------------- CUDA graphs
+
+
+def _as_graph(prepare: Callable[[Case], Runner], case: Case) -> Runner:
+    """A runner replayed as one CUDA graph; a call copies its input into the graph's own and replays."""
+    runner = prepare(case)
+    static_input = runner.convert(case.images(0))
+    side = torch.cuda.Stream(case.torch_device)
+    side.wait_stream(torch.cuda.current_stream(case.torch_device))
+    with torch.inference_mode(), torch.cuda.stream(side):
+        for _ in range(3):
+            runner.run(static_input)
+    torch.cuda.current_stream(case.torch_device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode(), torch.cuda.graph(graph):
+        static_output = runner.run(static_input)
+
+    def run(images: Tensor) -> Tensor:
+        static_input.copy_(images)
+        graph.replay()
+        return static_output  # type: ignore[no-any-return]
+
+    name, _, source = runner.label.partition(" ")
+    return Runner(f"{name}-graph {source}".rstrip(), runner.convert, run, runner.packages, runner.compiles)
+
+
+# ----------------------------------------------------------------------------------------- ONNX Runtime, OpenVINO
+
+
+def _packages_missing(*packages: str) -> str | None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    return f"not available: pip install {' '.join(missing)}" if missing else None
+
+
+@functools.lru_cache(maxsize=1)
+def _onnx_model(model: str, img_size: int, batch: int, seed: int) -> tuple[bytes, str, tuple[str, ...]]:
+    """The plain network as an ONNX file in memory, with static shapes, which both runtimes optimise best."""
+    case = Case(model, img_size, batch, seed=seed)
+    network, source, packages = plain_network(case)
+    with torch.no_grad():
+        program = torch.onnx.export(network.eval(), (case.images(0),), dynamo=True, external_data=False, verbose=False)
+    assert program is not None
+    return program.model_proto.SerializeToString(), source, packages
+
+
+def _onnxruntime_missing(case: Case) -> str | None:
+    if case.dtype_name != "float32":
+        return f"ONNX Runtime's CPU kernels have no {case.dtype_name}"
+    return _packages_missing("onnx", "onnxscript", "onnxruntime")
+
+
+def _onnxruntime(case: Case) -> Runner:
+    onnxruntime = importlib.import_module("onnxruntime")
+    content, source, packages = _onnx_model(case.model, case.img_size, case.batch, case.seed)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = case.threads
+    # Its threads otherwise spin for a while after a call and take the cores from whoever has the next turn.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    name = session.get_inputs()[0].name
+    return Runner(
+        f"onnxruntime ({source})",
+        lambda images: images.numpy(),
+        lambda images: session.run(None, {name: images})[0],
+        ("onnxruntime", "onnx", *packages),
+    )
+
+
+def _openvino_missing(case: Case) -> str | None:
+    missing = _packages_missing("onnx", "onnxscript", "openvino")
+    if missing or case.dtype_name == "float32":
+        return missing
+    if case.dtype_name == "bfloat16":
+        capabilities = importlib.import_module("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return None if "BF16" in capabilities else "OpenVINO has no bfloat16 on this processor"
+    return f"the OpenVINO contender runs float32 and bfloat16, not {case.dtype_name}"
+
+
+def _openvino(case: Case) -> Runner:
+    openvino = importlib.import_module("openvino")
+    content, source, packages = _onnx_model(case.model, case.img_size, case.batch, case.seed)
+    core = openvino.Core()
+    settings = {
+        "INFERENCE_NUM_THREADS": case.threads,
+        "PERFORMANCE_HINT": "LATENCY",
+        # Left alone it takes bfloat16 wherever the processor has it, also for a float32 model.
+        "INFERENCE_PRECISION_HINT": "f32" if case.dtype_name == "float32" else "bf16",
+    }
+    compiled = core.compile_model(core.read_model(content), "CPU", settings)
+    return Runner(
+        f"openvino ({source})",
+        lambda images: images.numpy(),
+        lambda images: compiled([images], share_inputs=True)[0],
+        ("openvino", "onnx", *packages),
+    )
+
+
+def _nothing_missing(case: Case) -> str | None:
+    return None
+
+
+_eager_nchw = functools.partial(_eager, channels_last=False)
+_eager_channels_last = functools.partial(_eager, channels_last=True)
+
+CONTENDERS: dict[str, Contender] = {
+    contender.name: contender
+    for contender in (
+        Contender("effkernels", "this package", ("cpu", "cuda"), _effkernels_missing, _effkernels),
+        Contender("eager", "plain PyTorch, NCHW", ("cpu", "cuda"), _nothing_missing, _eager_nchw),
+        Contender(
+            "eager-channels-last", "plain PyTorch, channels_last", ("cpu", "cuda"), _nothing_missing,
+            _eager_channels_last,
+        ),
+        Contender(
+            "compile", "torch.compile with freezing, channels_last", ("cpu", "cuda"), _compiler_missing,
+            functools.partial(_compiled, name="compile", mode=None),
+        ),
+        Contender(
+            "compile-max-autotune", "the same, kernels tuned by measurement", ("cuda",), _compiler_missing,
+            functools.partial(_compiled, name="compile-max-autotune", mode="max-autotune-no-cudagraphs"),
+        ),
+        Contender(
+            "effkernels-graph", "this package in one CUDA graph", ("cuda",), _effkernels_missing,
+            functools.partial(_as_graph, _effkernels),
+        ),
+        Contender(
+            "eager-channels-last-graph", "plain PyTorch, channels_last, in one CUDA graph", ("cuda",),
+            _nothing_missing, functools.partial(_as_graph, _eager_channels_last),
+        ),
+        Contender(
+            "compile-graph", "torch.compile with freezing and CUDA graphs", ("cuda",), _compiler_missing,
+            functools.partial(_compiled, name="compile-graph", mode="reduce-overhead", graph=True),
+        ),
+        Contender(
+            "compile-max-autotune-graph", "tuned by measurement, with CUDA graphs", ("cuda",), _compiler_missing,
+            functools.partial(_compiled, name="compile-max-autotune-graph", mode="max-autotune", graph=True),
+        ),
+        Contender("timm", "timm's model as it comes", ("cpu", "cuda"), _timm_missing, _timm),
+        Contender("torchvision", "torchvision's model as it comes", ("cpu", "cuda"), _torchvision_missing, _torchvision),
+        Contender("onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime),
+        Contender("openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino),
+    )
+}  # fmt: skip
+
+
+def to_tensor(output: Any) -> Tensor:
+    """A contender's output as a tensor."""
+    return output if isinstance(output, Tensor) else torch.as_tensor(output)

@@ -1,0 +1,132 @@
+"""What a measurement ran on: processor, caches, GPU, library versions, commit. Reads only; nothing is configured here."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from effkernels._version import __version__
+
+# The instruction sets that decide which kernels run, of a list of some hundred flags.
+_FEATURES_SHOWN = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16",
+    "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16", "asimd", "asimdhp", "bf16", "sve",
+)  # fmt: skip
+
+
+@cache
+def _cpuinfo() -> dict[str, str]:
+    """The first processor's entry of /proc/cpuinfo (empty where there is no such file)."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    entry = text.split("\n\n", 1)[0]
+    pairs = (line.split(":", 1) for line in entry.splitlines() if ":" in line)
+    return {key.strip(): value.strip() for key, value in pairs}
+
+
+def cpu_model() -> str:
+    """The processor's name as its maker gives it, or the architecture where the system does not tell."""
+    return _cpuinfo().get("model name") or platform.processor() or platform.machine() or "unknown CPU"
+
+
+def cpu_features() -> list[str]:
+    """The instruction sets of this processor that matter to the kernels, in a fixed order."""
+    info = _cpuinfo()
+    flags = set((info.get("flags") or info.get("Features") or "").split())
+    return [feature for feature in _FEATURES_SHOWN if feature in flags]
+
+
+def last_level_cache_bytes(device: torch.device) -> int:
+    """Size of the largest cache that a repeated input could stay in; 32 MiB where the system does not tell."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [0]
+    for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        match = re.fullmatch(r"(\d+)([KMG]?)", file.read_text(encoding="ascii").strip())
+        if match:
+            sizes.append(int(match[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[match[2]])
+    return max(sizes) or 32 << 20
+
+
+def device_name(device: torch.device, threads: int) -> str:
+    """The name that stands in a result row: a GPU's, or the processor's with the number of threads it was given."""
+    if device.type == "cuda":
+        return str(torch.cuda.get_device_name(device))
+    return f"{cpu_model()}, {threads} thread{'s' if threads != 1 else ''}"
+
+
+def file_stem(name: str) -> str:
+    """A device name as a file name: 'AMD EPYC, 2 threads' becomes 'amd-epyc-2-threads'."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def installed_version(package: str) -> str | None:
+    """The version of an installed distribution, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@cache
+def _driver_version() -> str | None:
+    try:
+        done = subprocess.run(
+            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
+            capture_output=True, text=True, timeout=20, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.splitlines()[0].strip() if done.stdout.strip() else None
+
+
+def versions(*packages: str) -> dict[str, str | None]:
+    """Versions of what decides a measurement; ``packages`` are added where they are installed."""
+    found: dict[str, str | None] = {
+        "effkernels": __version__,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": installed_version("triton"),
+        "driver": _driver_version() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+    }
+    found.update({package: version for package in packages if (version := installed_version(package))})
+    return found
+
+
+@cache
+def commit() -> tuple[str | None, bool | None]:
+    """The commit of the source tree this package is imported from and whether the tree differs from it.
+
+    (None, None) for an installed wheel: a git repository that merely contains the environment is not ours, so the
+    top of the work tree must be the folder that holds the package, and git must track this file.
+    """
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None, None
+        git("ls-files", "--error-unmatch", "effkernels/environment.py")
+        # Result files are appended by the very run that asks, and must not make it look like changed source.
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+        return git("rev-parse", "HEAD"), bool(changed)
+    except (OSError, subprocess.SubprocessError):
+        return None, None
+
+
+def python_version() -> str:
+    """The interpreter in one line."""
+    return f"{platform.python_implementation()} {platform.python_version()} on {sys.platform} {platform.machine()}"

@@ -1,0 +1,174 @@
+"""Networks against each other: parity first, then time in turns, then memory in processes of their own."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import effkernels
+from effkernels import benchmark, environment
+from effkernels.benchmark import Row
+from effkernels.check import errors, sample_model
+from effkernels.contenders import CONTENDERS, Case, Runner, to_tensor
+from effkernels.memory import peak_memory
+
+# Images whose logits are compared; the float64 reference is slow, and a batch repeats the same work.
+_PARITY_IMAGES = 4
+# Beyond this many times what plain PyTorch is off in the same precision it is no inaccuracy but another function, and
+# the speed of a wrong answer is worth nothing.
+_WRONG = 10
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A contender that was asked for and did not run, and why, in one line."""
+
+    contender: str
+    case: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to measure: calls before the first round, rounds, and whether peak memory is wanted too."""
+
+    warmup: int = 3
+    rounds: int = 20
+    memory: bool = True
+
+
+def case_name(case: Case) -> str:
+    """The case as rows name it: 'efficientnet_b0@224'."""
+    return f"{case.model}@{case.img_size}"
+
+
+def steps(contenders: Sequence[str], options: Options) -> int:
+    """How often `run_case` calls ``advance``: preparing, turns and memory of each contender."""
+    return len(contenders) * (1 + options.rounds + int(options.memory))
+
+
+@functools.lru_cache(maxsize=1)
+def _truth(model: str, img_size: int, batch: int, seed: int) -> Tensor:
+    """Float64 logits of the first images of a case by the reference backend, (min(batch, 4), classes)."""
+    images = Case(model, img_size, batch, seed=seed).images(0)[:_PARITY_IMAGES]
+    network = copy.deepcopy(sample_model(model, seed)).double()
+    with effkernels.backend("reference"), torch.inference_mode():
+        return network(images.double())  # type: ignore[no-any-return]
+
+
+def _error(runner: Runner, case: Case) -> float:
+    """Relative L2 error of a runner's logits against the float64 reference."""
+    with torch.inference_mode():
+        logits = to_tensor(runner.run(runner.convert(case.images(0))))[:_PARITY_IMAGES].clone()
+    return errors(logits, _truth(case.model, case.img_size, case.batch, case.seed)).l2
+
+
+@functools.lru_cache(maxsize=1)
+def _plain_error(case: Case) -> float:
+    """What plain PyTorch is off in the precision of a case."""
+    return _error(CONTENDERS["eager"].prepare(case), case)
+
+
+def _prepare(name: str, case: Case) -> tuple[Runner, float] | str:
+    """The contender ready to run, and its error against float64; or why it does not run."""
+    reason = CONTENDERS[name].unavailable(case)
+    if reason:
+        return reason
+    try:
+        runner = CONTENDERS[name].prepare(case)
+        error = _error(runner, case)
+    except Exception as failure:  # a foreign compiler may raise anything, and the other contenders are still wanted
+        return f"failed: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
+    usual = _plain_error(case)
+    if not error <= _WRONG * usual:
+        return f"wrong: off by {error:.1e} from float64, plain PyTorch by {usual:.1e}; not timed"
+    return runner, error
+
+
+def _as_run(runner: Runner, case: Case, inputs: int) -> benchmark.Run:
+    batches = [runner.convert(case.images(number)) for number in range(inputs)]
+    return lambda number: runner.run(batches[number % inputs])
+
+
+def run_case(
+    case: Case,
+    contenders: Sequence[str],
+    options: Options,
+    *,
+    date: str,
+    advance: Callable[[str], None] = lambda step: None,
+) -> tuple[list[Row], list[Refusal]]:
+    """Measure a case with every contender that can run it.
+
+    Args:
+        contenders: names of ``contenders.CONTENDERS``.
+        date: the stamp of the run, see ``benchmark.run_date``.
+        advance: called after each step, `steps` times in all.
+
+    Returns:
+        Rows in the order of ``contenders``, and the contenders that did not run.
+    """
+    # Compiled functions of earlier cases count against the limit of recompilations of the same code.
+    torch._dynamo.reset()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        runners: dict[str, Runner] = {}
+        parity: dict[str, float] = {}
+        refusals = []
+        for name in contenders:
+            prepared = _prepare(name, case)
+            if isinstance(prepared, str):
+                refusals.append(Refusal(name, case_name(case), prepared))
+                for _ in range(steps([name], options) - 1):
+                    advance(name)
+            else:
+                runners[name], parity[name] = prepared
+            advance(f"{name} prepared")
+        if not runners:
+            return [], refusals
+
+        images = case.images(0)
+        cache = environment.last_level_cache_bytes(case.torch_device)
+        inputs = benchmark.input_count(images.nbytes, cache)
+        with torch.inference_mode():
+            times = benchmark.time_in_turns(
+                {name: _as_run(runner, case, inputs) for name, runner in runners.items()},
+                device=case.torch_device,
+                warmup=options.warmup,
+                rounds=options.rounds,
+                advance=advance,
+            )
+        rows = []
+        for name, runner in runners.items():
+            peak: int | None = None
+            if options.memory:
+                measured = peak_memory(name, case)
+                if isinstance(measured, str):
+                    refusals.append(Refusal(name, case_name(case), measured))
+                else:
+                    peak = measured
+                advance(f"{name} memory")
+            rows.append(
+                benchmark.make_row(
+                    benchmark.summarise(times[name]),
+                    suite="model",
+                    case=case_name(case),
+                    contender=runner.label,
+                    device=environment.device_name(case.torch_device, case.threads),
+                    dtype=case.dtype_name,
+                    batch=case.batch,
+                    date=date,
+                    packages=runner.packages,
+                    peak_bytes=peak,
+                    rel_error=parity[name],
+                )
+            )
+        return rows, refusals
+    finally:
+        torch.set_num_threads(threads)

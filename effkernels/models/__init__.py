@@ -1,0 +1,28 @@
+"""The networks, the registry that builds them by name, and the loading of other libraries' checkpoints."""
+
+from __future__ import annotations
+
+from effkernels.models.architecture import BASELINE, Architecture, Stage
+from effkernels.models.checkpoints import Checkpoint, CheckpointError, load_checkpoint, read_checkpoint
+from effkernels.models.config import ModelConfig
+from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
+from effkernels.models.features import FeatureInfo
+from effkernels.models.registry import create_model, list_models, model_config, register
+
+__all__ = [
+    "BASELINE",
+    "Architecture",
+    "Checkpoint",
+    "CheckpointError",
+    "EfficientNet",
+    "EfficientNetFeatures",
+    "FeatureInfo",
+    "ModelConfig",
+    "Stage",
+    "create_model",
+    "list_models",
+    "load_checkpoint",
+    "model_config",
+    "read_checkpoint",
+    "register",
+]

@@ -1,0 +1,41 @@
+"""What a model expects of its input."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+IMAGENET_MEAN: tuple[float, float, float] = (0.485, 0.456, 0.406)
+IMAGENET_STD: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The input a model was designed for, with timm's names.
+
+    Attributes:
+        name: of the model in the registry.
+        input_size: (channels, height, width) of one image, in pixels.
+        dropout: the probability that the paper trains the variant with (`drop_rate` of `create_model`).
+        crop_pct: share of the resized image that the central crop keeps: an image is resized so that its shorter side
+            has height / crop_pct pixels, then cropped to (height, width).
+        interpolation: of the resize.
+        mean, std: per channel, of an image scaled to [0, 1]; the network sees (image - mean) / std.
+        num_classes: of the classifier; 0: none.
+        first_conv, classifier: names of the two modules that transfer learning replaces.
+    """
+
+    name: str
+    input_size: tuple[int, int, int]
+    dropout: float
+    crop_pct: float
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    num_classes: int = 1000
+    first_conv: str = "conv_stem"
+    classifier: str = "classifier"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes as a dict, which timm's `resolve_data_config` takes."""
+        return asdict(self)

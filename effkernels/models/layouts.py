@@ -1,0 +1,240 @@
+"""How each library names the parts of an EfficientNet, and what its weights mean.
+
+A part (a convolution, a norm, a linear layer) has one canonical name here, for instance `Part("expand", stage=2,
+block=0)`; a `Layout` says what a library calls it. Every library keeps PyTorch's names below that (`weight`,
+`running_mean`, ...), so a table of module names is all that a state_dict needs to go from one library to another.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from effkernels.models.architecture import Architecture
+
+
+class Part(NamedTuple):
+    """A module that holds parameters: its role and, for the parts of a block, where the block stands (from 0)."""
+
+    role: str
+    stage: int = -1
+    block: int = -1
+
+
+@dataclass(frozen=True)
+class Semantics:
+    """What a library's weights were trained with; None: the file does not tell, the model's own value stays.
+
+    Attributes:
+        pad_type: one of `effkernels.nn.PAD_TYPES`.
+        bn_eps, bn_momentum: of the batch norms, in PyTorch's meaning.
+    """
+
+    pad_type: str | None = None
+    bn_eps: float | None = None
+    bn_momentum: float | None = None
+
+
+def _unchanged(key: str) -> str:
+    return key
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The names one library uses.
+
+    Attributes:
+        name: of the library.
+        marker: a key that every checkpoint of the library has and no other library's.
+        outside: role -> module name, for stem, head and classifier.
+        expanding, plain: role -> name inside a block, for blocks with an expand convolution and without.
+        prefix: (stage, block, number of the block in the network), all from 0 -> name of the block, with its dot.
+        semantics: variant ("b0" to "b7") -> what the weights mean.
+        rename: brings an older spelling of a key to the current one.
+    """
+
+    name: str
+    marker: str
+    outside: Mapping[str, str]
+    expanding: Mapping[str, str]
+    plain: Mapping[str, str]
+    prefix: Callable[[int, int, int], str]
+    semantics: Callable[[str], Semantics]
+    rename: Callable[[str], str] = _unchanged
+
+    def module_names(self, architecture: Architecture) -> dict[Part, str]:
+        """What the library calls each part of a network."""
+        names = {Part(role): name for role, name in self.outside.items()}
+        number = 0
+        for stage, row in enumerate(architecture.stages):
+            roles = self.plain if row.expansion == 1 else self.expanding
+            for block in range(row.layers):
+                prefix = self.prefix(stage, block, number)
+                names |= {Part(role, stage, block): prefix + name for role, name in roles.items()}
+                number += 1
+        return names
+
+
+def _without_expand(expanding: Mapping[str, str]) -> dict[str, str]:
+    return {role: name for role, name in expanding.items() if role not in ("expand", "expand_norm")}
+
+
+TIMM = Layout(
+    name="timm",
+    marker="conv_stem.weight",
+    outside={
+        "stem": "conv_stem",
+        "stem_norm": "bn1",
+        "head": "conv_head",
+        "head_norm": "bn2",
+        "classifier": "classifier",
+    },
+    expanding={
+        "expand": "conv_pw",
+        "expand_norm": "bn1",
+        "depthwise": "conv_dw",
+        "depthwise_norm": "bn2",
+        "squeeze": "se.conv_reduce",
+        "excite": "se.conv_expand",
+        "project": "conv_pwl",
+        "project_norm": "bn3",
+    },
+    plain={
+        "depthwise": "conv_dw",
+        "depthwise_norm": "bn1",
+        "squeeze": "se.conv_reduce",
+        "excite": "se.conv_expand",
+        "project": "conv_pw",
+        "project_norm": "bn2",
+    },
+    prefix=lambda stage, block, number: f"blocks.{stage}.{block}.",
+    # efficientnet_* and tf_efficientnet_* have the same keys: the name of the model decides.
+    semantics=lambda variant: Semantics(),
+)
+
+TORCHVISION = Layout(
+    name="torchvision",
+    marker="features.0.0.weight",
+    outside={
+        "stem": "features.0.0",
+        "stem_norm": "features.0.1",
+        "head": "features.8.0",
+        "head_norm": "features.8.1",
+        "classifier": "classifier.1",
+    },
+    expanding={
+        "expand": "0.0",
+        "expand_norm": "0.1",
+        "depthwise": "1.0",
+        "depthwise_norm": "1.1",
+        "squeeze": "2.fc1",
+        "excite": "2.fc2",
+        "project": "3.0",
+        "project_norm": "3.1",
+    },
+    plain={
+        "depthwise": "0.0",
+        "depthwise_norm": "0.1",
+        "squeeze": "1.fc1",
+        "excite": "1.fc2",
+        "project": "2.0",
+        "project_norm": "2.1",
+    },
+    prefix=lambda stage, block, number: f"features.{stage + 1}.{block}.block.",
+    semantics=lambda variant: Semantics("", 1e-3, 0.01) if variant in ("b5", "b6", "b7") else Semantics("", 1e-5, 0.1),
+)
+
+_LUKEMELAS_BLOCK = {
+    "expand": "_expand_conv",
+    "expand_norm": "_bn0",
+    "depthwise": "_depthwise_conv",
+    "depthwise_norm": "_bn1",
+    "squeeze": "_se_reduce",
+    "excite": "_se_expand",
+    "project": "_project_conv",
+    "project_norm": "_bn2",
+}
+
+LUKEMELAS = Layout(
+    name="lukemelas",
+    marker="_conv_stem.weight",
+    outside={"stem": "_conv_stem", "stem_norm": "_bn0", "head": "_conv_head", "head_norm": "_bn1", "classifier": "_fc"},
+    expanding=_LUKEMELAS_BLOCK,
+    plain=_without_expand(_LUKEMELAS_BLOCK),
+    prefix=lambda stage, block, number: f"_blocks.{number}.",
+    # Its models freeze SAME padding at the native size unless they are built with image_size=None ("same" here).
+    semantics=lambda variant: Semantics("same_native", 1e-3, 0.01),
+)
+
+_HUGGING_FACE_BLOCK = {
+    "expand": "expansion.expand_conv",
+    "expand_norm": "expansion.expand_bn",
+    "depthwise": "depthwise_conv.depthwise_conv",
+    "depthwise_norm": "depthwise_conv.depthwise_norm",
+    "squeeze": "squeeze_excite.reduce",
+    "excite": "squeeze_excite.expand",
+    "project": "projection.project_conv",
+    "project_norm": "projection.project_bn",
+}
+
+HUGGING_FACE = Layout(
+    name="huggingface",
+    marker="efficientnet.embeddings.convolution.weight",
+    outside={
+        "stem": "efficientnet.embeddings.convolution",
+        "stem_norm": "efficientnet.embeddings.batchnorm",
+        "head": "efficientnet.encoder.top_conv",
+        "head_norm": "efficientnet.encoder.top_bn",
+        "classifier": "classifier",
+    },
+    expanding=_HUGGING_FACE_BLOCK,
+    plain=_without_expand(_HUGGING_FACE_BLOCK),
+    prefix=lambda stage, block, number: f"efficientnet.encoder.blocks.{number}.",
+    # Its asymmetric padding, with the exceptions it lists per variant, is SAME frozen at the native size. It hands
+    # TensorFlow's momentum 0.99 to PyTorch as it is; what was meant is PyTorch's 0.01.
+    semantics=lambda variant: Semantics("same_native", 1e-3, 0.01),
+)
+
+_NVIDIA_BLOCK = {
+    "expand": "expand.conv",
+    "expand_norm": "expand.bn",
+    "depthwise": "depsep.conv",
+    "depthwise_norm": "depsep.bn",
+    "squeeze": "se.squeeze",
+    "excite": "se.expand",
+    "project": "proj.conv",
+    "project_norm": "proj.bn",
+}
+
+NVIDIA = Layout(
+    name="nvidia",
+    marker="stem.conv.weight",
+    outside={
+        "stem": "stem.conv",
+        "stem_norm": "stem.bn",
+        "head": "features.conv",
+        "head_norm": "features.bn",
+        "classifier": "classifier.fc",
+    },
+    expanding=_NVIDIA_BLOCK,
+    plain=_without_expand(_NVIDIA_BLOCK),
+    prefix=lambda stage, block, number: f"layers.{stage}.block{block}.",
+    semantics=lambda variant: Semantics("", 1e-3, 0.01),
+    # The files on NGC say layer1 where the published code says layers.0.
+    rename=lambda key: re.sub(r"^layer(\d+)\.", lambda match: f"layers.{int(match[1]) - 1}.", key),
+)
+
+LAYOUTS: tuple[Layout, ...] = (TIMM, TORCHVISION, LUKEMELAS, HUGGING_FACE, NVIDIA)
+
+
+def recognise(keys: Collection[str]) -> Layout | None:
+    """The library whose names these are, or None."""
+    return next((layout for layout in LAYOUTS if layout.marker in keys), None)
+
+
+def translation(source: Layout, target: Layout, architecture: Architecture) -> dict[str, str]:
+    """Module names of `source` -> those of `target`, for every part of a network."""
+    names = target.module_names(architecture)
+    return {name: names[part] for part, name in source.module_names(architecture).items()}

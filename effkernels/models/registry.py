@@ -1,0 +1,174 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from effkernels.models.architecture import BASELINE, Architecture
+from effkernels.models.checkpoints import load_into
+from effkernels.models.config import ModelConfig
+from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
+from effkernels.scaling.compound import PUBLISHED
+
+
+@dataclass(frozen=True)
+class RegisteredModel:
+    """What a name stands for.
+
+    Attributes:
+        config: the input the model expects; its `name` is the name.
+        architecture: the scaled network.
+        pad_type, bn_eps, bn_momentum: what the variant was trained with.
+    """
+
+    config: ModelConfig
+    architecture: Architecture
+    pad_type: str = ""
+    bn_eps: float = 1e-5
+    bn_momentum: float = 0.1
+
+
+_MODELS: dict[str, RegisteredModel] = {}
+
+
+def register(model: RegisteredModel) -> None:
+    """Make `create_model` know `model` under `model.config.name`.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    name = model.config.name
+    if name in _MODELS:
+        raise ValueError(f"the name {name!r} is taken by another model")
+    _MODELS[name] = model
+
+
+def list_models(filter: str | Sequence[str] = "") -> list[str]:
+    """Names that `create_model` knows, sorted; `filter` is one shell pattern or several ("tf_*", "*_b[0-3]")."""
+    patterns = [filter] if isinstance(filter, str) else list(filter)
+    return sorted(name for name in _MODELS if any(fnmatch.fnmatch(name, pattern or "*") for pattern in patterns))
+
+
+def model_config(name: str) -> ModelConfig:
+    """The input that the model of that name expects, without building it; ValueError for an unknown name."""
+    return _find(name).config
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    *,
+    num_classes: int = 1000,
+    in_chans: int = 3,
+    drop_rate: float = 0.0,
+    drop_path_rate: float = 0.0,
+    global_pool: str = "avg",
+    features_only: bool = False,
+    out_indices: Sequence[int] | None = None,
+    pad_type: str | None = None,
+    bn_eps: float | None = None,
+    bn_momentum: float | None = None,
+    checkpoint_path: str | Path | None = None,
+    backend: str | None = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> EfficientNet | EfficientNetFeatures:
+    """Build a model by name, with weights drawn at random or read from a checkpoint file.
+
+    Args:
+        name: one of `list_models()`. `efficientnet_*` pad symmetrically with eps 1e-5; `tf_efficientnet_*` pad SAME
+            with eps 1e-3, as the weights that were trained in TensorFlow need it.
+        pretrained: not offered: no weights are shipped. Give checkpoint_path.
+        num_classes: of the classifier; 0: none.
+        in_chans: channels of an image.
+        drop_rate, drop_path_rate: dropout before the classifier and stochastic depth, in training. Both 0 by default,
+            as in timm; the paper trains with `model_config(name).dropout` and 0.2.
+        global_pool: "avg", "max" or "".
+        features_only: return a backbone whose forward gives the list of feature maps.
+        out_indices: of a backbone: which maps; None: all.
+        pad_type, bn_eps, bn_momentum: override what the name, or the checkpoint's library, stands for.
+        checkpoint_path: a .pth or .safetensors file of timm, torchvision, lukemelas, Hugging Face or NVIDIA; see
+            `effkernels.models.load_checkpoint`.
+        backend: the model runs under `effkernels.backend(backend)`; None: under whatever holds where it is called.
+        device, dtype: of the parameters. On "meta" nothing is allocated and a forward counts FLOPs.
+
+    Returns:
+        The model, in training mode as PyTorch modules come.
+
+    Raises:
+        ValueError: unknown name (the message offers the nearest), an argument out of its range.
+        NotImplementedError: pretrained=True.
+        CheckpointError: the file is not a checkpoint of this model; the message says what differs.
+    """
+    registered = _find(name)
+    if pretrained:
+        raise NotImplementedError(
+            f"create_model({name!r}, pretrained=True): no weights are shipped. Give a checkpoint file of timm, "
+            "torchvision, lukemelas, Hugging Face or NVIDIA: create_model(..., checkpoint_path=FILE)"
+        )
+    if out_indices is not None and not features_only:
+        raise ValueError(f"out_indices={tuple(out_indices)} is for features_only=True")
+    config = replace(
+        registered.config,
+        input_size=(in_chans, *registered.config.input_size[1:]),
+        num_classes=0 if features_only else num_classes,
+    )
+    options: dict[str, Any] = {
+        "in_chans": in_chans,
+        "drop_rate": drop_rate,
+        "drop_path_rate": drop_path_rate,
+        "pad_type": registered.pad_type if pad_type is None else pad_type,
+        "bn_eps": registered.bn_eps if bn_eps is None else bn_eps,
+        "bn_momentum": registered.bn_momentum if bn_momentum is None else bn_momentum,
+        "backend": backend,
+        "config": config,
+        "device": device,
+        "dtype": dtype,
+    }
+    model: EfficientNet | EfficientNetFeatures
+    if features_only:
+        model = EfficientNetFeatures(registered.architecture, out_indices=out_indices, **options)
+    else:
+        model = EfficientNet(registered.architecture, num_classes=num_classes, global_pool=global_pool, **options)
+    if checkpoint_path is not None:
+        load_into(model, checkpoint_path, pad_type=pad_type, bn_eps=bn_eps, bn_momentum=bn_momentum)
+    return model
+
+
+def _find(name: str) -> RegisteredModel:
+    if name not in _MODELS:
+        near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5)
+        hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(list_models())}"
+        raise ValueError(f"unknown model {name!r}: {hint}")
+    return _MODELS[name]
+
+
+# The share of the resized image that the central crop keeps, as published with the weights: size / (size + 32).
+_CROP_PCT = {
+    "b0": 0.875,
+    "b1": 0.882,
+    "b2": 0.890,
+    "b3": 0.904,
+    "b4": 0.922,
+    "b5": 0.934,
+    "b6": 0.942,
+    "b7": 0.949,
+}
+
+for _variant, _coefficients in PUBLISHED.items():
+    _config = ModelConfig(
+        name=f"efficientnet_{_variant}",
+        input_size=(3, _coefficients.resolution, _coefficients.resolution),
+        dropout=_coefficients.dropout,
+        crop_pct=_CROP_PCT[_variant],
+    )
+    _architecture = BASELINE.scaled(_coefficients)
+    register(RegisteredModel(_config, _architecture))
+    register(RegisteredModel(replace(_config, name=f"tf_{_config.name}"), _architecture, pad_type="same", bn_eps=1e-3))

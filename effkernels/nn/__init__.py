@@ -1,0 +1,29 @@
+"""Modules built on the fused operators: in eval mode they run fused, in training mode as plain PyTorch modules.
+
+`torch.nn` modules hold every parameter, under timm's names; nothing is folded, copied or cached, so weights changed by
+any means take effect at the next call and a state_dict never depends on how a module runs.
+"""
+
+from __future__ import annotations
+
+from effkernels.nn.conv_bn_act import ConvBnAct, conv_bn_act
+from effkernels.nn.drop_path import DropPath
+from effkernels.nn.fusible import norm_arguments
+from effkernels.nn.mbconv import DepthwiseSeparable, MBConv
+from effkernels.nn.padding import PAD_TYPES, PaddedConv2d, explicit_padding, same_padding, symmetric_padding
+from effkernels.nn.squeeze_excite import SqueezeExcite
+
+__all__ = [
+    "PAD_TYPES",
+    "ConvBnAct",
+    "DepthwiseSeparable",
+    "DropPath",
+    "MBConv",
+    "PaddedConv2d",
+    "SqueezeExcite",
+    "conv_bn_act",
+    "explicit_padding",
+    "norm_arguments",
+    "same_padding",
+    "symmetric_padding",
+]

@@ -1,0 +1,122 @@
+"""A convolution with its batch norm and activation, fused in eval mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from effkernels import ops
+from effkernels.nn.fusible import (
+    conv_arguments,
+    fusible_norm,
+    is_fusible_dense,
+    is_fusible_depthwise,
+    is_fusible_pointwise,
+)
+from effkernels.nn.padding import PaddedConv2d, explicit_padding
+from effkernels.reference import ACTIVATIONS, activate
+
+
+def check_activation(owner: str, activation: str, argument: str = "activation") -> str:
+    """Return `activation`, or raise ValueError naming the owner, the argument and what is allowed."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{owner}: {argument}={activation!r} is not known; allowed: {', '.join(ACTIVATIONS)}")
+    return activation
+
+
+def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) -> Tensor:
+    """`activate(norm(conv(x)), activation)`, as one fused operator where the modules allow it.
+
+    They allow it in eval mode, when both are what they seem (see `effkernels.nn.fusible`) and the convolution is 1x1,
+    depthwise or dense; otherwise the modules are called one after the other.
+
+    Args:
+        x: (N, C, H, W), floating.
+        conv: the convolution.
+        norm: the batch norm.
+        activation: one of `effkernels.reference.ACTIVATIONS`.
+
+    Returns:
+        (N, C', H', W') in x's dtype (under autocast in autocast's); channels_last where it ran fused.
+    """
+    running = fusible_norm(norm)
+    if running is None:
+        return activate(norm(conv(x)), activation)
+    if is_fusible_pointwise(conv):
+        return ops.pointwise_bn_act(x, *conv_arguments(conv), *running, activation=activation)
+    if is_fusible_depthwise(conv):
+        return ops.depthwise_bn_act(
+            x,
+            *conv_arguments(conv),
+            *running,
+            stride=conv.stride[0],
+            padding=explicit_padding(conv, x.shape[2], x.shape[3]),
+            dilation=conv.dilation[0],
+            activation=activation,
+        )
+    if is_fusible_dense(conv):
+        return ops.conv_bn_act(
+            x,
+            *conv_arguments(conv),
+            *running,
+            stride=conv.stride[0],
+            padding=explicit_padding(conv, x.shape[2], x.shape[3]),
+            activation=activation,
+        )
+    return activate(norm(conv(x)), activation)
+
+
+class ConvBnAct(nn.Module):
+    """Convolution, batch norm and activation; parameters `conv`, `bn1`.
+
+    Equivalent PyTorch: `act(bn1(conv(x)))` with `conv` a `PaddedConv2d` without bias.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups: of the convolution; groups == in_channels ==
+            out_channels makes it depthwise.
+        activation: one of `effkernels.reference.ACTIVATIONS`.
+        pad_type: one of `effkernels.nn.PAD_TYPES` but `"same_native"`.
+        bn_eps, bn_momentum: of the batch norm.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: activation or pad_type unknown.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        *,
+        dilation: int = 1,
+        groups: int = 1,
+        activation: str = "silu",
+        pad_type: str = "",
+        bn_eps: float = 1e-5,
+        bn_momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.activation = check_activation("ConvBnAct", activation)
+        self.conv = PaddedConv2d(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            dilation=dilation,
+            groups=groups,
+            pad_type=pad_type,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn1 = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
+        return conv_bn_act(x, self.conv, self.bn1, self.activation)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"

@@ -1,0 +1,263 @@
+"""The mobile inverted bottleneck (Sandler et al. 2018; with squeeze-and-excitation Tan and Le 2019, table 1).
+
+In eval mode a block is two or three fused operators: the 1x1 expand, the depthwise convolution with its norm,
+activation and the squeeze-and-excitation gate, and the 1x1 project that multiplies by the gate as it reads and adds the
+residual as it writes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from effkernels import ops
+from effkernels.nn.conv_bn_act import check_activation
+from effkernels.nn.drop_path import DropPath
+from effkernels.nn.fusible import (
+    NormArguments,
+    conv_arguments,
+    fusible_norm,
+    is_fusible_depthwise,
+    is_fusible_pointwise,
+    is_untouched,
+)
+from effkernels.nn.padding import PaddedConv2d, explicit_padding
+from effkernels.nn.squeeze_excite import SqueezeExcite, is_fusible_squeeze_excite, squeeze_excite_arguments
+from effkernels.reference import activate
+
+
+class DepthwiseSeparable(nn.Module):
+    """MBConv with expansion 1: depthwise, squeeze-and-excitation, project; parameters `conv_dw, bn1, se, conv_pw, bn2`.
+
+    Equivalent PyTorch: `drop_path(bn2(conv_pw(se(act(bn1(conv_dw(x))))))) + x`, the sum only where `has_skip`.
+
+    Args:
+        in_channels, out_channels: of the block.
+        kernel_size, stride, dilation: of the depthwise convolution.
+        se_channels: width of the squeeze-and-excitation; 0 leaves it out.
+        activation: after the depthwise convolution and inside the squeeze-and-excitation (unless `se_activation` says
+            otherwise), one of `effkernels.reference.ACTIVATIONS`.
+        se_activation: the activation inside the squeeze-and-excitation; None: `activation`.
+        gate: one of `effkernels.reference.GATES`.
+        skip: add the input where stride is 1 and the channels agree.
+        drop_path_rate: probability of dropping the branch of a sample in training.
+        pad_type: one of `effkernels.nn.PAD_TYPES` but `"same_native"`.
+        bn_eps, bn_momentum: of the batch norms.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: activation, gate, pad_type unknown, drop_path_rate not a probability.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        *,
+        dilation: int = 1,
+        se_channels: int = 0,
+        activation: str = "silu",
+        se_activation: str | None = None,
+        gate: str = "sigmoid",
+        skip: bool = True,
+        drop_path_rate: float = 0.0,
+        pad_type: str = "",
+        bn_eps: float = 1e-5,
+        bn_momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        place = _Place(device, dtype)
+        self.activation = check_activation("DepthwiseSeparable", activation)
+        self.has_skip = skip and stride == 1 and in_channels == out_channels
+        self.conv_dw = PaddedConv2d(
+            in_channels,
+            in_channels,
+            kernel_size,
+            stride,
+            dilation=dilation,
+            groups=in_channels,
+            pad_type=pad_type,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn1 = place.norm(in_channels, bn_eps, bn_momentum)
+        self.se = place.squeeze_excite(in_channels, se_channels, se_activation or activation, gate)
+        self.conv_pw = place.pointwise(in_channels, out_channels)
+        self.bn2 = place.norm(out_channels, bn_eps, bn_momentum)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
+        parts = self._modules
+        depthwise, se, project = parts["conv_dw"], parts["se"], parts["conv_pw"]
+        norm1, norm2 = fusible_norm(parts["bn1"]), fusible_norm(parts["bn2"])
+        if (
+            norm1 is None
+            or norm2 is None
+            or not is_fusible_depthwise(depthwise)
+            or not is_fusible_pointwise(project)
+            or not _is_transparent_or_fusible(se)
+            or not _is_idle(parts["drop_path"])
+        ):
+            return self._forward_plain(x)
+        y, gate = _depthwise(x, depthwise, norm1, self.activation, se)
+        residual = x if self.has_skip else None
+        return ops.pointwise_bn_act(y, *conv_arguments(project), *norm2, gate=gate, residual=residual)
+
+    def _forward_plain(self, x: Tensor) -> Tensor:
+        y = activate(self.bn1(self.conv_dw(x)), self.activation)
+        z: Tensor = self.bn2(self.conv_pw(self.se(y)))
+        return x + self.drop_path(z) if self.has_skip else z
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, has_skip={self.has_skip}"
+
+
+class MBConv(nn.Module):
+    """Mobile inverted bottleneck: expand, depthwise, squeeze-and-excitation, project.
+
+    Parameters `conv_pw, bn1, conv_dw, bn2, se, conv_pwl, bn3`. Equivalent PyTorch, the last sum only where `has_skip`:
+    `drop_path(bn3(conv_pwl(se(act(bn2(conv_dw(act(bn1(conv_pw(x))))))))))  + x`.
+
+    Args:
+        in_channels, out_channels: of the block.
+        kernel_size, stride, dilation: of the depthwise convolution.
+        expansion: the block is in_channels * expansion wide inside.
+        others: as of `DepthwiseSeparable`, which is the block for expansion 1.
+
+    Raises:
+        ValueError: as of `DepthwiseSeparable`, or expansion below 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        *,
+        expansion: int = 6,
+        dilation: int = 1,
+        se_channels: int = 0,
+        activation: str = "silu",
+        se_activation: str | None = None,
+        gate: str = "sigmoid",
+        skip: bool = True,
+        drop_path_rate: float = 0.0,
+        pad_type: str = "",
+        bn_eps: float = 1e-5,
+        bn_momentum: float = 0.1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if expansion < 1:
+            raise ValueError(f"MBConv: expansion={expansion} must be at least 1")
+        place = _Place(device, dtype)
+        expanded = in_channels * expansion
+        self.activation = check_activation("MBConv", activation)
+        self.has_skip = skip and stride == 1 and in_channels == out_channels
+        self.conv_pw = place.pointwise(in_channels, expanded)
+        self.bn1 = place.norm(expanded, bn_eps, bn_momentum)
+        self.conv_dw = PaddedConv2d(
+            expanded,
+            expanded,
+            kernel_size,
+            stride,
+            dilation=dilation,
+            groups=expanded,
+            pad_type=pad_type,
+            device=device,
+            dtype=dtype,
+        )
+        self.bn2 = place.norm(expanded, bn_eps, bn_momentum)
+        self.se = place.squeeze_excite(expanded, se_channels, se_activation or activation, gate)
+        self.conv_pwl = place.pointwise(expanded, out_channels)
+        self.bn3 = place.norm(out_channels, bn_eps, bn_momentum)
+        self.drop_path = DropPath(drop_path_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
+        parts = self._modules
+        expand, depthwise, se, project = parts["conv_pw"], parts["conv_dw"], parts["se"], parts["conv_pwl"]
+        norm1, norm2, norm3 = fusible_norm(parts["bn1"]), fusible_norm(parts["bn2"]), fusible_norm(parts["bn3"])
+        if (
+            norm1 is None
+            or norm2 is None
+            or norm3 is None
+            or not is_fusible_pointwise(expand)
+            or not is_fusible_depthwise(depthwise)
+            or not is_fusible_pointwise(project)
+            or not _is_transparent_or_fusible(se)
+            or not _is_idle(parts["drop_path"])
+        ):
+            return self._forward_plain(x)
+        y = ops.pointwise_bn_act(x, *conv_arguments(expand), *norm1, activation=self.activation)
+        y, gate = _depthwise(y, depthwise, norm2, self.activation, se)
+        residual = x if self.has_skip else None
+        return ops.pointwise_bn_act(y, *conv_arguments(project), *norm3, gate=gate, residual=residual)
+
+    def _forward_plain(self, x: Tensor) -> Tensor:
+        y = activate(self.bn1(self.conv_pw(x)), self.activation)
+        y = activate(self.bn2(self.conv_dw(y)), self.activation)
+        z: Tensor = self.bn3(self.conv_pwl(self.se(y)))
+        return x + self.drop_path(z) if self.has_skip else z
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}, has_skip={self.has_skip}"
+
+
+class _Place:
+    """Builds the parts of a block on one device, in one dtype."""
+
+    def __init__(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
+        self.device = device
+        self.dtype = dtype
+
+    def pointwise(self, in_channels: int, out_channels: int) -> nn.Conv2d:
+        return nn.Conv2d(in_channels, out_channels, 1, bias=False, device=self.device, dtype=self.dtype)
+
+    def norm(self, channels: int, eps: float, momentum: float) -> nn.BatchNorm2d:
+        return nn.BatchNorm2d(channels, eps=eps, momentum=momentum, device=self.device, dtype=self.dtype)
+
+    def squeeze_excite(self, channels: int, se_channels: int, activation: str, gate: str) -> nn.Module:
+        if se_channels == 0:
+            return nn.Identity()
+        return SqueezeExcite(
+            channels, se_channels, activation=activation, gate=gate, device=self.device, dtype=self.dtype
+        )
+
+
+def _is_transparent_or_fusible(se: nn.Module | None) -> bool:
+    return is_fusible_squeeze_excite(se) or (type(se) is nn.Identity and is_untouched(se))
+
+
+def _is_idle(drop_path: nn.Module | None) -> bool:
+    """True where a call of `drop_path` would return its input. Norms may be frozen in eval while it still drops."""
+    if isinstance(drop_path, DropPath) and type(drop_path) is DropPath:
+        return (drop_path.rate == 0.0 or not drop_path.training) and is_untouched(drop_path)
+    return type(drop_path) is nn.Identity and is_untouched(drop_path)
+
+
+def _depthwise(
+    x: Tensor, conv: nn.Conv2d, norm: NormArguments, activation: str, se: nn.Module | None
+) -> tuple[Tensor, Tensor | None]:
+    """Depthwise convolution, norm and activation of x: (N, C, H, W), and the gate (N, C) where there is one."""
+    padding = explicit_padding(conv, x.shape[2], x.shape[3])
+    stride, dilation = conv.stride[0], conv.dilation[0]
+    arguments = (x, *conv_arguments(conv), *norm)
+    if not isinstance(se, SqueezeExcite):
+        y = ops.depthwise_bn_act(*arguments, stride=stride, padding=padding, dilation=dilation, activation=activation)
+        return y, None
+    return ops.depthwise_bn_act_gate(
+        *arguments,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+        **squeeze_excite_arguments(se),
+    )

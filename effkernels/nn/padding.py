@@ -1,0 +1,138 @@
+"""Padding of convolutions: symmetric as in PyTorch, and TensorFlow's SAME.
+
+SAME makes an output of ceil(size / stride) and pads as little as that needs, the odd zero at the bottom and the right.
+With stride 2 that differs from symmetric padding by a shift of one pixel, which changes the logits of a network by
+some 3 %, so weights have to run with the padding they were trained with.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAD_TYPES: tuple[str, ...] = ("", "same", "same_native")
+"""`""`: symmetric, as timm spells it; `"same"`: SAME for the size at hand; `"same_native"`: SAME for one fixed size."""
+
+
+def symmetric_padding(kernel_size: int, stride: int = 1, dilation: int = 1) -> int:
+    """Zeros on each of the four sides that keep ceil(size / stride) pixels for an odd kernel: (dilation * (K - 1)
+    + stride - 1) // 2 pixels.
+    """
+    return (dilation * (kernel_size - 1) + stride - 1) // 2
+
+
+def same_padding(size: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> tuple[int, int]:
+    """Zeros before and after one axis of `size` pixels under TensorFlow's SAME rule.
+
+    Together max((ceil(size / stride) - 1) * stride + dilation * (K - 1) + 1 - size, 0), half of it, rounded down,
+    before. `size` may be symbolic: no branch is taken on it, so a trace stays one graph for every size, and from the
+    sum written this way it works out that the output has ceil(size / stride) pixels (with size % stride in place of
+    the division, the sizes of a network's last layers became terms of several pages).
+    """
+    span = dilation * (kernel_size - 1)
+    if stride == 1:
+        return span // 2, span - span // 2
+    outputs = (size + stride - 1) // stride
+    total = (outputs - 1) * stride + span + 1 - size
+    if span + 1 < stride:  # only a kernel smaller than its stride can ask for less than nothing
+        total = torch.sym_max(total, 0)  # type: ignore[no-untyped-call]
+    return total // 2, total - total // 2
+
+
+class PaddedConv2d(nn.Conv2d):
+    """`nn.Conv2d` with a square kernel whose padding is symmetric or TensorFlow's SAME.
+
+    With `pad_type=""` it is exactly `nn.Conv2d(..., padding=symmetric_padding(kernel_size, stride, dilation))`.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, dilation, groups, bias: as of `nn.Conv2d`, one integer for
+            both axes.
+        pad_type: one of `PAD_TYPES`.
+        native_size: (height, width) of the input for which `"same_native"` freezes its padding; None otherwise.
+        device, dtype: of the parameters.
+
+    Raises:
+        ValueError: pad_type unknown, or native_size missing.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int,
+        stride: int = 1,
+        *,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        pad_type: str = "",
+        native_size: tuple[int, int] | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.set_padding(pad_type, native_size)
+
+    def set_padding(self, pad_type: str, native_size: tuple[int, int] | None = None) -> None:
+        """Change the padding in place; arguments and errors as of the class."""
+        if pad_type not in PAD_TYPES:
+            raise ValueError(f"pad_type={pad_type!r} is not known; allowed: {', '.join(map(repr, PAD_TYPES))}")
+        if pad_type == "same_native" and native_size is None:
+            raise ValueError("pad_type='same_native' needs native_size=(height, width)")
+        self.pad_type = pad_type
+        self.native_size = native_size if pad_type == "same_native" else None
+        kernel, stride, dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
+        pad = symmetric_padding(kernel, stride, dilation) if pad_type == "" else 0
+        self.padding = (pad, pad)
+        # nn.Conv2d derives this one in its constructor; keep it true for those who read it.
+        self._reversed_padding_repeated_twice = [pad] * 4
+
+    def padding_for(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Zeros at (top, bottom, left, right) for an input of that many pixels; both may be symbolic."""
+        if self.pad_type == "":
+            return (*self._symmetric(), *self._symmetric())
+        if self.native_size is not None:
+            height, width = self.native_size
+        kernel, stride, dilation = self.kernel_size[0], self.stride[0], self.dilation[0]
+        return (*same_padding(height, kernel, stride, dilation), *same_padding(width, kernel, stride, dilation))
+
+    def _symmetric(self) -> tuple[int, int]:
+        pad = int(self.padding[0])
+        return pad, pad
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.pad_type == "":
+            return super().forward(input)
+        top, bottom, left, right = self.padding_for(input.shape[-2], input.shape[-1])
+        if self.stride == (1, 1) and top == bottom and left == right:
+            # Stride 1: the padding does not depend on the size, and the convolution pads without a copy.
+            return F.conv2d(input, self.weight, self.bias, 1, (top, left), self.dilation, self.groups)
+        return super().forward(F.pad(input, (left, right, top, bottom)))
+
+    def extra_repr(self) -> str:
+        described: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        if self.pad_type:
+            described += f", pad_type={self.pad_type!r}"
+        return described if self.native_size is None else f"{described}, native_size={self.native_size}"
+
+
+def explicit_padding(conv: nn.Conv2d, height: int, width: int) -> tuple[int, int, int, int]:
+    """Zeros that `conv` puts at (top, bottom, left, right) of an input of that many pixels (ints or symbolic)."""
+    if isinstance(conv, PaddedConv2d):
+        return conv.padding_for(height, width)
+    if isinstance(conv.padding, str):  # "valid" and PyTorch's "same", which is for stride 1
+        left, right, top, bottom = conv._reversed_padding_repeated_twice
+        return top, bottom, left, right
+    vertical, horizontal = conv.padding
+    return vertical, vertical, horizontal, horizontal

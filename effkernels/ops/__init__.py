@@ -1,0 +1,18 @@
+"""The fused operators. Each picks a backend, runs the compiled operator or the reference, and is differentiable."""
+
+from __future__ import annotations
+
+from effkernels.ops.conv import conv_bn_act
+from effkernels.ops.depthwise import depthwise_bn_act, depthwise_bn_act_squeeze
+from effkernels.ops.pointwise import pointwise_bn_act
+from effkernels.ops.squeeze_excite import depthwise_bn_act_gate, depthwise_bn_act_se, squeeze_excite_gate
+
+__all__ = [
+    "conv_bn_act",
+    "depthwise_bn_act",
+    "depthwise_bn_act_gate",
+    "depthwise_bn_act_se",
+    "depthwise_bn_act_squeeze",
+    "pointwise_bn_act",
+    "squeeze_excite_gate",
+]

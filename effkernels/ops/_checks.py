@@ -1,0 +1,247 @@
+"""Argument checks of the operators, for the shape functions and for the reference path.
+
+The compiled kernels check their arguments themselves, in C++ and with the same wording, so that no call is checked
+twice. A message names the operator, the argument, its value and what is allowed. A size that is still symbolic (batch,
+height, width and padding under tracing) is not looked at: a comparison would put a guard on it and split the graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from effkernels.backends import DEPTHWISE_KERNEL_SIZES
+from effkernels.reference import ACTIVATIONS, GATES, _surely
+
+DEPTHWISE_STRIDES: tuple[int, ...] = (1, 2)
+_FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+
+def depthwise(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor | None, ...],
+    eps: float,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+    activation: str,
+) -> tuple[int, int]:
+    """Check the arguments of a depthwise operator; returns (out_height, out_width)."""
+    _check_x(op, x)
+    _check_tensor(op, "weight", weight, x.device, x.dtype)
+    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
+        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: (C, 1, K, K)")
+    channels, kernel = weight.shape[0], weight.shape[2]
+    if kernel not in DEPTHWISE_KERNEL_SIZES:
+        raise ValueError(f"{op}: kernel size {kernel}; allowed: {_list(DEPTHWISE_KERNEL_SIZES)}")
+    if x.shape[1] != channels:
+        allowed = f"({x.shape[1]}, 1, {kernel}, {kernel})"
+        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: {allowed}, with the channels of x")
+    if stride not in DEPTHWISE_STRIDES:
+        raise ValueError(f"{op}: stride={stride}; allowed: {_list(DEPTHWISE_STRIDES)}")
+    if dilation < 1:
+        raise ValueError(f"{op}: dilation={dilation}; allowed: 1 or more")
+    _check_norm(op, x, norm, eps, channels)
+    _check_activation(op, "activation", activation)
+    window = dilation * (kernel - 1) + 1
+    return _check_window(op, x, (window, window), stride, padding)
+
+
+def squeeze_excite(
+    op: str,
+    channels: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    w_reduce: Tensor,
+    b_reduce: Tensor | None,
+    w_expand: Tensor,
+    b_expand: Tensor | None,
+    activation: str,
+    gate: str,
+    activation_name: str = "se_activation",
+) -> None:
+    """Check the squeeze-and-excitation arguments of an operator whose pooled values have `channels` channels.
+
+    Each parameter may be float32 or `dtype`, that of the gate.
+    """
+    for name, matrix in (("w_reduce", w_reduce), ("w_expand", w_expand)):
+        _check_tensor(op, name, matrix, device, dtype)
+    reduced = w_reduce.shape[0] if w_reduce.dim() else 0
+    if reduced < 1 or not _is_matrix(w_reduce, reduced, channels):
+        allowed = f"(R, {channels}) or (R, {channels}, 1, 1), R at least 1"
+        raise ValueError(f"{op}: w_reduce has shape {_shape(w_reduce)}; allowed: {allowed}")
+    if not _is_matrix(w_expand, channels, reduced):
+        allowed = f"({channels}, {reduced}) or ({channels}, {reduced}, 1, 1)"
+        raise ValueError(f"{op}: w_expand has shape {_shape(w_expand)}; allowed: {allowed}")
+    _check_vector(op, "b_reduce", b_reduce, reduced, device, dtype)
+    _check_vector(op, "b_expand", b_expand, channels, device, dtype)
+    _check_activation(op, activation_name, activation)
+    if gate not in GATES:
+        raise ValueError(f"{op}: gate={gate!r} is not known; allowed: {_list(GATES)}")
+
+
+def pooled(op: str, value: Tensor) -> None:
+    """Check the pooled input (N, C) of `squeeze_excite_gate`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{op}: pooled is {type(value).__name__}; allowed: Tensor")
+    if value.dim() != 2 or value.shape[1] < 1:
+        raise ValueError(
+            f"{op}: pooled has shape {_shape(value)}; allowed: two dimensions (N, C), at least one channel"
+        )
+    if value.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op}: pooled has dtype {_name(value.dtype)}; allowed: float32, float64")
+
+
+def pointwise(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor | None, ...],
+    eps: float,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> None:
+    """Check the arguments of `pointwise_bn_act`."""
+    _check_x(op, x)
+    _check_tensor(op, "weight", weight, x.device, x.dtype)
+    if weight.dim() != 4 or weight.shape[2] != 1 or weight.shape[3] != 1:
+        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: (Cout, Cin, 1, 1)")
+    _check_in_channels(op, x, weight)
+    out_channels, in_channels = weight.shape[:2]
+    _check_norm(op, x, norm, eps, out_channels)
+    if gate is not None:
+        _check_tensor(op, "gate", gate, x.device, x.dtype)
+        if gate.dim() != 2 or gate.shape[1] != in_channels or _surely(gate.shape[0] != x.shape[0]):
+            raise ValueError(f"{op}: gate has shape {_shape(gate)}; allowed: ({x.shape[0]}, {in_channels})")
+    if residual is not None:
+        _check_tensor(op, "residual", residual, x.device, x.dtype, exactly=True)
+        expected = (x.shape[0], out_channels, x.shape[2], x.shape[3])
+        if residual.dim() != 4 or any(_surely(a != b) for a, b in zip(residual.shape, expected, strict=True)):
+            raise ValueError(f"{op}: residual has shape {_shape(residual)}; allowed: {_tuple(expected)}")
+    _check_activation(op, "activation", activation)
+
+
+def conv(
+    op: str,
+    x: Tensor,
+    weight: Tensor,
+    norm: tuple[Tensor | None, ...],
+    eps: float,
+    stride: int,
+    padding: Sequence[int],
+    activation: str,
+) -> tuple[int, int]:
+    """Check the arguments of `conv_bn_act`; returns (out_height, out_width)."""
+    _check_x(op, x)
+    _check_tensor(op, "weight", weight, x.device, x.dtype)
+    if weight.dim() != 4 or weight.shape[2] < 1 or weight.shape[3] < 1:
+        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: (Cout, Cin, KH, KW)")
+    _check_in_channels(op, x, weight)
+    if stride < 1:
+        raise ValueError(f"{op}: stride={stride}; allowed: 1 or more")
+    _check_norm(op, x, norm, eps, weight.shape[0])
+    _check_activation(op, "activation", activation)
+    return _check_window(op, x, (weight.shape[2], weight.shape[3]), stride, padding)
+
+
+def _check_x(op: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: x is {type(x).__name__}; allowed: Tensor")
+    if x.dim() != 4:
+        raise ValueError(f"{op}: x has shape {_shape(x)}; allowed: four dimensions (N, C, H, W)")
+    if x.dtype not in _FLOATING:
+        raise TypeError(f"{op}: x has dtype {_name(x.dtype)}; allowed: {_list(map(_name, _FLOATING))}")
+    if any(_surely(size < 1) for size in x.shape[1:]):
+        raise ValueError(f"{op}: x has shape {_shape(x)}; allowed: at least one channel, row and column")
+
+
+def _check_tensor(
+    op: str, name: str, t: Tensor, device: torch.device, dtype: torch.dtype, exactly: bool = False
+) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"{op}: {name} is {type(t).__name__}; allowed: Tensor")
+    if t.device != device:
+        raise ValueError(f"{op}: {name} is on {t.device}, the input on {device}; allowed: one device for all")
+    allowed = (dtype,) if exactly else tuple(dict.fromkeys((torch.float32, dtype)))
+    if t.dtype not in allowed:
+        raise TypeError(f"{op}: {name} has dtype {_name(t.dtype)}; allowed: {_list(map(_name, allowed))}")
+
+
+def _check_vector(op: str, name: str, t: Tensor | None, length: int, device: torch.device, dtype: torch.dtype) -> None:
+    if t is None:
+        return
+    _check_tensor(op, name, t, device, dtype)
+    if t.dim() != 1 or t.shape[0] != length:
+        raise ValueError(f"{op}: {name} has shape {_shape(t)}; allowed: ({length},)")
+
+
+def _check_norm(op: str, x: Tensor, norm: tuple[Tensor | None, ...], eps: float, channels: int) -> None:
+    names = ("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")
+    for name, t in zip(names, norm, strict=True):
+        _check_vector(op, name, t, channels, x.device, x.dtype)
+    _, weight, bias, mean, var = norm
+    if (mean is None) != (var is None):
+        missing = "norm_mean" if mean is None else "norm_var"
+        raise ValueError(f"{op}: norm_mean and norm_var belong together; {missing} is None; allowed: both or neither")
+    if mean is None and (weight is not None or bias is not None):
+        given = "norm_weight" if weight is not None else "norm_bias"
+        raise ValueError(
+            f"{op}: {given} needs norm_mean and norm_var, which are None; allowed: all of the norm or none"
+        )
+    if not 0 < eps < math.inf:  # also false for NaN; torch.compile may hand in a symbolic float
+        raise ValueError(f"{op}: eps={eps}; allowed: finite and above 0")
+
+
+def _check_activation(op: str, name: str, activation: str) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"{op}: {name}={activation!r} is not known; allowed: {_list(ACTIVATIONS)}")
+
+
+def _check_in_channels(op: str, x: Tensor, weight: Tensor) -> None:
+    if x.shape[1] != weight.shape[1]:
+        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: {x.shape[1]} input channels, as x has")
+    if weight.shape[0] < 1:
+        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: at least one output channel")
+
+
+def _check_window(op: str, x: Tensor, window: tuple[int, int], stride: int, padding: Sequence[int]) -> tuple[int, int]:
+    if len(padding) != 4:
+        raise ValueError(f"{op}: padding has {len(padding)} numbers; allowed: four (top, bottom, left, right)")
+    if any(_surely(side < 0) for side in padding):
+        raise ValueError(f"{op}: padding={_tuple(padding)}; allowed: four numbers, none negative")
+    top, bottom, left, right = padding
+    out_height = (x.shape[2] + top + bottom - window[0]) // stride + 1
+    out_width = (x.shape[3] + left + right - window[1]) // stride + 1
+    if _surely(out_height < 1) or _surely(out_width < 1):
+        raise ValueError(
+            f"{op}: the output would be {out_height} x {out_width} (image {x.shape[2]} x {x.shape[3]}, "
+            f"padding={_tuple(padding)}, window {window[0]} x {window[1]}); allowed: at least one output"
+        )
+    return out_height, out_width
+
+
+def _is_matrix(t: Tensor, rows: int, columns: int) -> bool:
+    return tuple(t.shape) in ((rows, columns), (rows, columns, 1, 1))
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _shape(t: Tensor) -> str:
+    return _tuple(t.shape)
+
+
+def _tuple(values: Sequence[object]) -> str:
+    inner = ", ".join(map(str, values))
+    return f"({inner},)" if len(values) == 1 else f"({inner})"
+
+
+def _list(values: Iterable[object]) -> str:
+    return ", ".join(map(str, values))

@@ -1,0 +1,196 @@
+"""What Python adds to the compiled operators: shape functions, gradients, autocast and FLOP formulas.
+
+A family file describes each of its operators by one `Operator` and hands it to `register`. Everything here also works
+without the compiled library: `register` then does nothing, and the public functions run the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.utils.flop_counter import register_flop_formula
+
+from effkernels import _library
+
+_FRAGMENT: Any = None
+if _library.is_loaded():
+    _FRAGMENT = torch.library.Library("effkernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+_AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+
+Result = TypeVar("Result")  # of an operator: a tensor or a pair of them
+
+
+@dataclass(frozen=True)
+class Operator(Generic[Result]):
+    """One operator as the registrations need it.
+
+    Attributes:
+        name: in `torch.ops.effkernels`.
+        reference: the same function in plain PyTorch.
+        arguments: names of the reference's arguments, in the order of the schema.
+        fake: shape function; takes the arguments of the schema.
+        flops: FLOP formula; takes the arguments of the schema, with shapes in place of tensors.
+        cast: the arguments that autocast casts whatever they are; x comes first and rules the others.
+        follow: the arguments that stay float32 under autocast if they are, and else take the dtype of the cast ones.
+    """
+
+    name: str
+    reference: Callable[..., Result]
+    arguments: tuple[str, ...]
+    fake: Callable[..., Result]
+    flops: Callable[..., int]
+    cast: tuple[str, ...]
+    follow: tuple[str, ...]
+    cast_at: tuple[int, ...] = field(init=False)
+    follow_at: tuple[int, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cast_at", tuple(self.arguments.index(name) for name in self.cast))
+        object.__setattr__(self, "follow_at", tuple(self.arguments.index(name) for name in self.follow))
+
+    def run_reference(self, args: Sequence[Any]) -> Result:
+        """The reference on arguments in the order of the schema."""
+        return self.reference(**dict(zip(self.arguments, args, strict=True)))
+
+
+def register(op: Operator[Result]) -> Callable[..., Result]:
+    """Register `op` where the compiled library is loaded; returns the overload to hand to `call`."""
+    if _FRAGMENT is None:
+        return _not_loaded
+    packet = getattr(torch.ops.effkernels, op.name)
+    overload: Callable[..., Result] = packet.default
+    torch.library.register_fake(f"effkernels::{op.name}", op.fake, lib=_FRAGMENT)
+    _FRAGMENT.impl(op.name, _autograd_kernel(op, overload), "Autograd", with_keyset=True)
+    for key, device in _AUTOCAST_DEVICES.items():
+        _FRAGMENT.impl(op.name, _autocast_kernel(op, overload, device), key)
+    register_flop_formula(packet)(op.flops)
+    return overload
+
+
+def call(overload: Callable[..., Result], *args: Any) -> Result:
+    """Call a compiled operator by the cheapest way that is right.
+
+    The Autograd kernel is Python and costs more than a small operator itself, so it is stepped over where no gradient
+    can be asked for. Tracing, functorch transforms and forward-mode differentiation always go through the dispatcher.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or (torch.is_grad_enabled() and _any_requires_grad(args))
+    ):
+        return overload(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*args)
+
+
+def call_reference(op: Operator[Result], *args: Any) -> Result:
+    """Run the reference on arguments in the order of the schema, under the same autocast rule as the operator."""
+    device = args[0].device.type
+    if device in _AUTOCAST_DEVICES.values() and torch.is_autocast_enabled(device):
+        args = _cast_arguments(op, args, torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return op.run_reference(args)
+    return op.run_reference(args)
+
+
+def channels_last_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """An uninitialised (N, C, H, W) tensor of `like`'s dtype and device with exact channels_last strides."""
+    batch, channels, height, width = shape
+    strides = (height * width * channels, 1, width * channels, channels)
+    return torch.empty_strided((batch, channels, height, width), strides, dtype=like.dtype, device=like.device)
+
+
+def _not_loaded(*args: Any) -> Any:
+    raise RuntimeError(f"the compiled operators are not there: {_library.load_error()}")
+
+
+def _any_requires_grad(args: Sequence[Any]) -> bool:
+    return any(isinstance(a, Tensor) and a.requires_grad for a in args)
+
+
+def _autograd_kernel(op: Operator[Any], overload: Any) -> Callable[..., Any]:
+    """Forward by the compiled operator; backward by recomputing the reference and differentiating it.
+
+    Nothing but the inputs is saved. The recomputed graph hangs on aliases of the saved tensors, not on detached copies,
+    so that a second differentiation (create_graph=True) runs on through it and is right.
+    """
+
+    class Recompute(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, keyset: Any, *args: Any) -> Any:
+            ctx.set_materialize_grads(False)
+            ctx.constants = [None if isinstance(a, Tensor) else a for a in args]
+            ctx.tensor_at = [i for i, a in enumerate(args) if isinstance(a, Tensor)]
+            ctx.save_for_backward(*(args[i] for i in ctx.tensor_at))
+            with torch._C._AutoDispatchBelowAutograd():
+                return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+        @staticmethod
+        def backward(ctx: Any, *output_grads: Tensor | None) -> Any:
+            create_graph = torch.is_grad_enabled()
+            args = list(ctx.constants)
+            wanted = []
+            with torch.enable_grad(), torch._C._DisableAutocast():
+                for i, saved in zip(ctx.tensor_at, ctx.saved_tensors, strict=True):
+                    if ctx.needs_input_grad[i + 1]:
+                        args[i] = saved.view_as(saved)
+                        wanted.append(i)
+                    else:
+                        args[i] = saved.detach()
+                outputs = op.run_reference(args)
+                outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+                pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if grad is not None]
+                found = torch.autograd.grad(
+                    [out for out, _ in pairs],
+                    [args[i] for i in wanted],
+                    [grad for _, grad in pairs],
+                    create_graph=create_graph,
+                    allow_unused=True,
+                )
+            input_grads: list[Tensor | None] = [None] * (len(args) + 1)
+            for i, grad in zip(wanted, found, strict=True):
+                input_grads[i + 1] = grad
+            return tuple(input_grads)
+
+    differentiable: Callable[..., Any] = Recompute.apply
+
+    def kernel(keyset: Any, *args: Any) -> Any:
+        if torch.is_grad_enabled() and _any_requires_grad(args):
+            return differentiable(keyset, *args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
+
+    return kernel
+
+
+def _autocast_kernel(op: Operator[Any], overload: Any, device: str) -> Callable[..., Any]:
+    def kernel(*args: Any) -> Any:
+        args = _cast_arguments(op, args, torch.get_autocast_dtype(device))
+        with torch._C._DisableAutocast():
+            return overload(*args)
+
+    return kernel
+
+
+def _cast_arguments(op: Operator[Any], args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+    """Autocast: inputs and matrices go to `dtype`; vectors, depthwise weights and pooled values stay as they are.
+
+    Only a few kilobytes each, those cost nothing in float32, and the kernels take them beside a 16-bit x. A float64
+    input is left alone, as PyTorch's own autocast leaves it.
+    """
+    if args[0].dtype == torch.float64:
+        return tuple(args)
+    result = list(args)
+    for i in op.cast_at:
+        if result[i] is not None:
+            result[i] = result[i].to(dtype)
+    for i in op.follow_at:
+        if result[i] is not None and result[i].dtype != torch.float32:
+            result[i] = result[i].to(dtype)
+    return tuple(result)

@@ -1,0 +1,26 @@
+"""Whether a float32 product may run in TF32, where the caller leaves it to PyTorch's own setting for convolutions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def resolve(allow_tf32: bool | None, x: Tensor) -> bool:
+    """The `allow_tf32` to hand to a kernel: as given, or PyTorch's setting for cuDNN convolutions.
+
+    Only a float32 tensor on a CUDA device is ever asked about; elsewhere the answer is False and costs nothing.
+    """
+    if allow_tf32 is not None:
+        return allow_tf32
+    return x.is_cuda and x.dtype == torch.float32 and _convolutions_may_use_tf32()
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _convolutions_may_use_tf32() -> bool:
+    # Not torch.backends.cudnn.allow_tf32: it raises where convolutions and recurrent nets are set differently. A trace
+    # keeps the answer of its own time; reading the property inside the trace would break the graph.
+    convolutions: Any = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return bool(convolutions.fp32_precision == "tf32")

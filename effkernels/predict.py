@@ -1,0 +1,259 @@
+"""Photographs in, class predictions out: finding files, decoding, preprocessing, batching.
+
+Preprocessing is that of the ImageNet recipes (and of timm's evaluation transform): the shorter side resized to
+img_size / crop_pct, a central square of img_size cut out, values to [0, 1], then mean and standard deviation taken
+out per channel. Needs Pillow and numpy, which the extra ``models`` brings.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+    from effkernels.models import ModelConfig
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+_INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes the input of a model.
+
+    Attributes:
+        img_size: height and width of the input in pixels.
+        crop_pct: img_size over the length that the shorter side is resized to, in (0, 1].
+        interpolation: 'nearest', 'bilinear', 'bicubic' or 'lanczos'.
+        mean, std: per channel (red, green, blue), of values in [0, 1].
+    """
+
+    img_size: int
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.img_size < 1:
+            raise ValueError(f"Preprocessing: img_size={self.img_size}; at least 1 is needed")
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"Preprocessing: crop_pct={self.crop_pct}; allowed: above 0, at most 1")
+        if self.interpolation not in _INTERPOLATIONS:
+            allowed = ", ".join(_INTERPOLATIONS)
+            raise ValueError(f"Preprocessing: interpolation={self.interpolation!r}; allowed: {allowed}")
+
+    @classmethod
+    def of(cls, config: ModelConfig, img_size: int | None = None) -> Preprocessing:
+        """What a model was designed for (``effkernels.models.model_config(name)``), optionally at another size."""
+        size = config.input_size[-1] if img_size is None else img_size
+        return cls(size, config.crop_pct, config.interpolation, config.mean, config.std)
+
+    def __call__(self, image: PIL.Image.Image) -> Tensor:
+        """A decoded RGB image as a tensor, (3, img_size, img_size), float32, normalised."""
+        import numpy
+        import PIL.Image
+
+        short = math.floor(self.img_size / self.crop_pct)
+        width, height = image.size
+        if width <= height:
+            resized = (short, int(short * height / width))
+        else:
+            resized = (int(short * width / height), short)
+        left, top = (round((length - self.img_size) / 2) for length in resized)
+        # Resizing only what the crop keeps gives the same pixels, and a panorama never becomes a gigantic image.
+        across, down = width / resized[0], height / resized[1]
+        box = (
+            left * across,
+            top * down,
+            min((left + self.img_size) * across, width),
+            min((top + self.img_size) * down, height),
+        )
+        resample = PIL.Image.Resampling[self.interpolation.upper()]
+        cut = image.resize((self.img_size, self.img_size), resample, box=box)
+        pixels = torch.from_numpy(numpy.array(cut, dtype=numpy.uint8)).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (pixels - mean) / std
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A file, folder or pattern that gave no prediction, and why, in one line."""
+
+    file: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Score:
+    """One class: its index, its label (the index again where there are no labels) and its probability in [0, 1]."""
+
+    index: int
+    label: str
+    probability: float
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """The most probable classes of one file, the best first."""
+
+    file: str
+    scores: tuple[Score, ...]
+
+
+def find_images(arguments: Iterable[str]) -> tuple[list[Path], list[Failure]]:
+    """Files named by a command line: each argument is a file, a folder (searched in depth) or a glob pattern.
+
+    A file that is named itself is taken whatever its suffix; in a folder those with a suffix of `IMAGE_SUFFIXES`
+    count, and hidden ones do not. No file is listed twice.
+    """
+    found: dict[Path, None] = {}
+    failures = []
+    for argument in arguments:
+        path = Path(argument)
+        matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
+        if not matches:
+            is_pattern = glob.has_magic(argument)
+            failures.append(Failure(argument, "the pattern matches nothing" if is_pattern else "no such file or folder"))
+        for match in matches:
+            if not match.is_dir():
+                found[match] = None
+                continue
+            inside = [
+                file
+                for file in sorted(match.rglob("*"))
+                if file.suffix.lower() in IMAGE_SUFFIXES
+                and file.is_file()
+                and not any(part.startswith(".") for part in file.relative_to(match).parts)
+            ]
+            if not inside:
+                suffixes = ", ".join(sorted(IMAGE_SUFFIXES))
+                failures.append(Failure(str(match), f"no images in this folder (looked for {suffixes})"))
+            found.update(dict.fromkeys(inside))
+    return list(found), failures
+
+
+def read_image(file: Path) -> PIL.Image.Image:
+    """Decode an image of any mode to RGB, upright.
+
+    Grey, palette, CMYK and 16-bit images are converted, transparency is dropped, and the orientation that a camera
+    noted is applied.
+
+    Raises:
+        OSError, ValueError, SyntaxError: from Pillow, for what is no image or a damaged one.
+    """
+    import numpy
+    import PIL.Image
+    import PIL.ImageOps
+
+    with PIL.Image.open(file) as opened:
+        image = PIL.ImageOps.exif_transpose(opened)
+        if image.mode.startswith("I;16"):
+            # Pillow would clip 16-bit values at 255 instead of scaling them.
+            return PIL.Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8)).convert("RGB")
+        if image.mode == "P" and "transparency" in image.info:
+            image = image.convert("RGBA")
+        return image.convert("RGB")
+
+
+def _load(file: Path, preprocessing: Preprocessing) -> Tensor | Failure:
+    try:
+        return preprocessing(read_image(file))
+    except Exception as error:  # Pillow's decoders raise many types for damaged files; one must not stop the rest
+        reason = " ".join(str(error).split()) or type(error).__name__
+        return Failure(str(file), reason.removesuffix(f": {str(file)!r}"))
+
+
+def read_labels(file: Path) -> list[str]:
+    """Class labels from a text file, one per line, line i for class i."""
+    return file.read_text(encoding="utf-8").splitlines()
+
+
+def classify(
+    model: nn.Module,
+    files: Sequence[Path | str],
+    *,
+    preprocessing: Preprocessing | None = None,
+    topk: int = 5,
+    labels: Sequence[str] | None = None,
+    batch_size: int = 16,
+    amp_dtype: torch.dtype | None = None,
+) -> Iterator[Prediction | Failure]:
+    """Classify image files in order; a file that cannot be read gives a `Failure` and the rest goes on.
+
+    Files are decoded by threads while the model works, one batch ahead.
+
+    Args:
+        model: takes (N, 3, S, S) and returns logits (N, classes); in eval mode, on the device and in the dtype wanted.
+        preprocessing: by default what a model from ``effkernels.create_model`` was designed for.
+        topk: how many classes to return; all of them where there are fewer.
+        labels: one per class; by default the index stands for the label.
+        amp_dtype: dtype of autocast, or None for the model's own.
+
+    Raises:
+        ValueError: topk or batch_size below 1, another number of labels than classes, or no preprocessing for a
+            model that does not say which one it needs.
+    """
+    if topk < 1 or batch_size < 1:
+        raise ValueError(f"classify: topk={topk}, batch_size={batch_size}; both must be at least 1")
+    if preprocessing is None:
+        config = getattr(model, "config", None)
+        if config is None:
+            raise ValueError("classify: preprocessing=None needs a model with a config, as create_model returns it")
+        preprocessing = Preprocessing.of(config)
+    parameter = next(model.parameters())
+    autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    if amp_dtype is not None:
+        autocast = torch.autocast(parameter.device.type, dtype=amp_dtype)
+
+    def batch_results(names: Sequence[Path], loaded: Sequence[Tensor | Failure]) -> Iterator[Prediction | Failure]:
+        tensors = [item for item in loaded if isinstance(item, Tensor)]
+        probabilities = iter(())
+        if tensors:
+            images = torch.stack(tensors).to(parameter.device, parameter.dtype)
+            with torch.inference_mode(), autocast:
+                logits = model(images)
+            if labels is not None and len(labels) != logits.shape[1]:
+                raise ValueError(f"classify: {len(labels)} labels for a model of {logits.shape[1]} classes")
+            probabilities = iter(torch.softmax(logits.float(), 1).cpu())
+        for name, item in zip(names, loaded, strict=True):
+            yield item if isinstance(item, Failure) else _best(str(name), next(probabilities), topk, labels)
+
+    with ThreadPoolExecutor() as pool:
+        remaining = iter([Path(file) for file in files])
+
+        def start_batch() -> tuple[list[Path], Iterator[Tensor | Failure]]:
+            names = list(itertools.islice(remaining, batch_size))
+            return names, pool.map(_load, names, itertools.repeat(preprocessing))
+
+        upcoming = start_batch()
+        while upcoming[0]:
+            names, loading = upcoming
+            loaded = list(loading)
+            upcoming = start_batch()
+            yield from batch_results(names, loaded)
+
+
+def _best(file: str, probabilities: Tensor, topk: int, labels: Sequence[str] | None) -> Prediction | Failure:
+    if not bool(torch.isfinite(probabilities).all()):
+        return Failure(file, "the model's output is not finite; are there NaN or infinite values in the weights?")
+    values, indices = probabilities.topk(min(topk, len(probabilities)))
+    return Prediction(
+        file,
+        tuple(
+            Score(index, labels[index] if labels else str(index), value)
+            for index, value in zip(indices.tolist(), values.tolist(), strict=True)
+        ),
+    )

@@ -1,0 +1,419 @@
+"""Every operator of `effkernels.ops` in plain PyTorch.
+
+These functions are the yardstick of the tests (given float64 tensors they are the truth), the fallback where no kernel
+runs, the way of an ONNX export, and the source of the gradients: the backward of a fused operator recomputes its
+function here and differentiates that. They compute as ordinary modules would (`F.conv2d`, `F.batch_norm`, ... in the
+dtype of `x`), on any device, in any floating dtype, forward and backward, and also on `torch.device("meta")`.
+
+Shapes are PyTorch's logical ones, (N, C, H, W). Every four-dimensional result has exact channels_last strides, as
+`torch.empty(shape, memory_format=torch.channels_last)` gives, whatever the strides of the inputs.
+
+The norm comes as a batch norm stores it. With `norm_mean` and `norm_var` given,
+
+    norm(z) = (z - norm_mean) / sqrt(norm_var + eps) * norm_weight + norm_bias      (per channel)
+
+where a missing `norm_weight` counts as 1 and a missing `norm_bias` as 0; without them `norm(z) = z`. Parameters may be
+float32 or of x's dtype, each on its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ACTIVATIONS: tuple[str, ...] = ("identity", "relu", "relu6", "silu", "hard_swish", "gelu", "gelu_tanh")
+GATES: tuple[str, ...] = ("sigmoid", "hard_sigmoid")
+
+_ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "identity": lambda t: t,
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+    "hard_swish": F.hardswish,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda t: F.gelu(t, approximate="tanh"),
+}
+_GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
+
+
+def activate(t: Tensor, activation: str) -> Tensor:
+    """Apply one of `ACTIVATIONS` elementwise; ValueError for any other name."""
+    if activation not in _ACTIVATION_FUNCTIONS:
+        raise ValueError(f"activation={activation!r} is not known; allowed: {', '.join(ACTIVATIONS)}")
+    return _ACTIVATION_FUNCTIONS[activation](t)
+
+
+def apply_gate(t: Tensor, gate: str) -> Tensor:
+    """Apply one of `GATES` elementwise; ValueError for any other name."""
+    if gate not in _GATE_FUNCTIONS:
+        raise ValueError(f"gate={gate!r} is not known; allowed: {', '.join(GATES)}")
+    return _GATE_FUNCTIONS[gate](t)
+
+
+def depthwise_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_mean: Tensor | None = None,
+    norm_var: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: int = 1,
+    activation: str = "identity",
+) -> Tensor:
+    """Depthwise convolution, batch norm and activation: act(norm(dwconv(x) + bias)).
+
+    Args:
+        x: (N, C, H, W), floating.
+        weight: (C, 1, K, K).
+        bias: (C,), the bias of the convolution, or None.
+        norm_weight, norm_bias: (C,) or None; the affine parameters of the norm.
+        norm_mean, norm_var: (C,), running statistics; both or neither.
+        eps: added to the variance.
+        stride: of both axes, in pixels.
+        padding: zeros added at (top, bottom, left, right), in pixels.
+        dilation: of both axes.
+        activation: one of `ACTIVATIONS`.
+
+    Returns:
+        (N, C, H', W') in x's dtype, H' = (H + top + bottom - dilation * (K - 1) - 1) // stride + 1 and likewise W'.
+
+    Raises:
+        ValueError: activation unknown, or one of norm_mean and norm_var without the other.
+    """
+    z = _convolve(x, weight, bias, stride, padding, dilation, groups=weight.shape[0])
+    z = _normalize(z, norm_weight, norm_bias, norm_mean, norm_var, eps)
+    return _channels_last(activate(z, activation))
+
+
+def depthwise_bn_act_squeeze(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_mean: Tensor | None = None,
+    norm_var: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: int = 1,
+    activation: str = "identity",
+) -> tuple[Tensor, Tensor]:
+    """`depthwise_bn_act` together with the mean of each channel over the image.
+
+    Arguments and errors are those of `depthwise_bn_act`.
+
+    Returns:
+        y: (N, C, H', W') in x's dtype.
+        pooled: (N, C), y.mean((2, 3)) in float32 (float64 where x is float64).
+    """
+    y = depthwise_bn_act(
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        norm_mean,
+        norm_var,
+        eps,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+    )
+    return y, _pool(y)
+
+
+def squeeze_excite_gate(
+    pooled: Tensor,
+    w_reduce: Tensor,
+    b_reduce: Tensor | None,
+    w_expand: Tensor,
+    b_expand: Tensor | None,
+    *,
+    activation: str = "silu",
+    gate: str = "sigmoid",
+) -> Tensor:
+    """The gate of squeeze-and-excitation from pooled channels (Hu et al. 2018, equation 3).
+
+        gate(w_expand @ act(w_reduce @ pooled + b_reduce) + b_expand)
+
+    Args:
+        pooled: (N, C), the mean of each channel.
+        w_reduce: (R, C) or (R, C, 1, 1).
+        b_reduce: (R,) or None.
+        w_expand: (C, R) or (C, R, 1, 1).
+        b_expand: (C,) or None.
+        activation: one of `ACTIVATIONS`, between the two products.
+        gate: one of `GATES`, after the second.
+
+    Returns:
+        (N, C) in the dtype of w_expand, which is also the dtype of the computation.
+
+    Raises:
+        ValueError: activation or gate unknown.
+    """
+    return _excite(pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate, w_expand.dtype)
+
+
+def depthwise_bn_act_gate(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_mean: Tensor | None = None,
+    norm_var: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: int = 1,
+    activation: str = "identity",
+    w_reduce: Tensor,
+    b_reduce: Tensor | None = None,
+    w_expand: Tensor,
+    b_expand: Tensor | None = None,
+    se_activation: str = "silu",
+    gate: str = "sigmoid",
+) -> tuple[Tensor, Tensor]:
+    """`depthwise_bn_act` together with the squeeze-and-excitation gate of its result, not yet applied.
+
+    Arguments and errors are those of `depthwise_bn_act` and `squeeze_excite_gate`, whose `activation` is here called
+    `se_activation`.
+
+    Returns:
+        y: (N, C, H', W') in x's dtype.
+        gate: (N, C) in x's dtype; y * gate[:, :, None, None] is the gated result.
+    """
+    y, pooled = depthwise_bn_act_squeeze(
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        norm_mean,
+        norm_var,
+        eps,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+    )
+    return y, _excite(pooled, w_reduce, b_reduce, w_expand, b_expand, se_activation, gate, x.dtype)
+
+
+def depthwise_bn_act_se(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_mean: Tensor | None = None,
+    norm_var: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: int = 1,
+    activation: str = "identity",
+    w_reduce: Tensor,
+    b_reduce: Tensor | None = None,
+    w_expand: Tensor,
+    b_expand: Tensor | None = None,
+    se_activation: str = "silu",
+    gate: str = "sigmoid",
+) -> Tensor:
+    """`depthwise_bn_act` with squeeze-and-excitation applied: y * gate[:, :, None, None].
+
+    Arguments and errors are those of `depthwise_bn_act_gate`.
+
+    Returns:
+        (N, C, H', W') in x's dtype.
+    """
+    y, factor = depthwise_bn_act_gate(
+        x,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        norm_mean,
+        norm_var,
+        eps,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+        w_reduce=w_reduce,
+        b_reduce=b_reduce,
+        w_expand=w_expand,
+        b_expand=b_expand,
+        se_activation=se_activation,
+        gate=gate,
+    )
+    return _channels_last(y * factor[:, :, None, None])
+
+
+def pointwise_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_mean: Tensor | None = None,
+    norm_var: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    allow_tf32: bool | None = None,
+) -> Tensor:
+    """1x1 convolution of a gated input, batch norm, activation and residual.
+
+        act(norm(conv1x1(x * gate[:, :, None, None]) + bias)) + residual
+
+    Args:
+        x: (N, C_in, H, W), floating.
+        weight: (C_out, C_in, 1, 1).
+        bias: (C_out,) or None.
+        norm_weight, norm_bias, norm_mean, norm_var, eps: as in `depthwise_bn_act`, of length C_out.
+        gate: (N, C_in) or None; multiplies the input.
+        residual: (N, C_out, H, W) or None; added last, after the activation.
+        activation: one of `ACTIVATIONS`.
+        allow_tf32: accepted for the sake of one signature; here PyTorch's own setting holds.
+
+    Returns:
+        (N, C_out, H, W) in x's dtype.
+
+    Raises:
+        ValueError: activation unknown, or one of norm_mean and norm_var without the other.
+    """
+    if gate is not None:
+        x = x * gate.to(x.dtype)[:, :, None, None]
+    z = _convolve(x, weight, bias, 1, (0, 0, 0, 0), 1, groups=1)
+    z = activate(_normalize(z, norm_weight, norm_bias, norm_mean, norm_var, eps), activation)
+    return _channels_last(z if residual is None else z + residual)
+
+
+def conv_bn_act(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_mean: Tensor | None = None,
+    norm_var: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    activation: str = "identity",
+    allow_tf32: bool | None = None,
+) -> Tensor:
+    """Dense convolution, batch norm and activation: act(norm(conv(x) + bias)).
+
+    Args:
+        x: (N, C_in, H, W), floating.
+        weight: (C_out, C_in, K_h, K_w).
+        bias: (C_out,) or None.
+        norm_weight, norm_bias, norm_mean, norm_var, eps: as in `depthwise_bn_act`, of length C_out.
+        stride: of both axes, in pixels.
+        padding: zeros added at (top, bottom, left, right), in pixels.
+        activation: one of `ACTIVATIONS`.
+        allow_tf32: accepted for the sake of one signature; here PyTorch's own setting holds.
+
+    Returns:
+        (N, C_out, H', W') in x's dtype.
+
+    Raises:
+        ValueError: activation unknown, or one of norm_mean and norm_var without the other.
+    """
+    z = _convolve(x, weight, bias, stride, padding, 1, groups=1)
+    return _channels_last(activate(_normalize(z, norm_weight, norm_bias, norm_mean, norm_var, eps), activation))
+
+
+def _surely(condition: bool | torch.SymBool) -> bool:
+    """True where `condition` holds for certain. Unlike `bool(condition)` it never puts a guard on a symbolic size."""
+    if isinstance(condition, bool) and not torch.compiler.is_compiling():  # a trace calls its symbols bool too
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(condition)
+
+
+def _convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: Sequence[int], dilation: int, groups: int
+) -> Tensor:
+    top, bottom, left, right = padding
+    weight = weight.to(x.dtype)
+    bias = None if bias is None else bias.to(x.dtype)
+    if _surely(top == bottom) and _surely(left == right):
+        return F.conv2d(x, weight, bias, stride, (top, left), dilation, groups)
+    return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, groups)
+
+
+def _normalize(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
+) -> Tensor:
+    if mean is None or var is None:
+        if not (mean is None and var is None and weight is None and bias is None):
+            raise ValueError("norm_mean and norm_var must be given together, and are needed by norm_weight, norm_bias")
+        return z
+    # One dtype for all four: F.batch_norm takes float32 parameters beside a 16-bit input, but no mixture of them.
+    dtype = _wide(z.dtype)
+    mean, var = mean.to(dtype), var.to(dtype)
+    weight = None if weight is None else weight.to(dtype)
+    bias = None if bias is None else bias.to(dtype)
+    if mean.requires_grad or var.requires_grad:
+        # F.batch_norm treats running statistics as constants and would leave their gradients out in silence.
+        scale = (var + eps).rsqrt()
+        scale = scale if weight is None else scale * weight
+        wide = (z.to(dtype) - mean[:, None, None]) * scale[:, None, None]
+        return (wide if bias is None else wide + bias[:, None, None]).to(z.dtype)
+    if (weight is None) != (bias is None):
+        weight = torch.ones_like(mean) if weight is None else weight
+        bias = torch.zeros_like(mean) if bias is None else bias
+    return F.batch_norm(z, mean, var, weight, bias, training=False, eps=eps)
+
+
+def _pool(y: Tensor) -> Tensor:
+    return y.mean((2, 3), dtype=_wide(y.dtype))
+
+
+def _excite(
+    pooled: Tensor,
+    w_reduce: Tensor,
+    b_reduce: Tensor | None,
+    w_expand: Tensor,
+    b_expand: Tensor | None,
+    activation: str,
+    gate: str,
+    dtype: torch.dtype,
+) -> Tensor:
+    hidden = F.linear(pooled.to(dtype), w_reduce.flatten(1).to(dtype), None if b_reduce is None else b_reduce.to(dtype))
+    hidden = activate(hidden, activation)
+    logits = F.linear(hidden, w_expand.flatten(1).to(dtype), None if b_expand is None else b_expand.to(dtype))
+    return apply_gate(logits, gate)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _channels_last(t: Tensor) -> Tensor:
+    # Tensor.contiguous(memory_format=...) leaves the strides of axes of size 1 as they are; clone writes them exactly.
+    _, channels, height, width = t.shape
+    exact = (height * width * channels, 1, width * channels, channels)
+    if all(_surely(actual == wanted) for actual, wanted in zip(t.stride(), exact, strict=True)):
+        return t
+    return t.clone(memory_format=torch.channels_last)

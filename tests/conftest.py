@@ -1,0 +1,99 @@
+"""The one backend fixture: a test that asks for it runs once for every backend this machine has.
+
+The reference is not among them: it is the yardstick that each of them is held against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from effkernels import _library, backends
+
+# One fixed set of examples per test and no time limit: a run says the same thing on every machine and under any load.
+settings.register_profile(
+    "effkernels", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("effkernels")
+
+CPU_INSTRUCTION_SETS = ("avx512", "avx2", "plain")
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One way of running the operators, as a test's id names it.
+
+    Attributes:
+        name: the backend to force, one of effkernels.backends.BACKENDS.
+        device: where its tensors live.
+        isa: the CPU instruction set to force; None elsewhere.
+    """
+
+    name: str
+    device: str
+    isa: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.isa is None else f"{self.name}-{self.isa}"
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Force this backend, and its instruction set, for a while."""
+        if self.isa is not None:
+            torch.ops.effkernels.cpu_isa(self.isa)
+        try:
+            with backends.backend(self.name):
+                yield
+        finally:
+            if self.isa is not None:
+                torch.ops.effkernels.cpu_isa("auto")
+
+    def runs(self, op: str, dtype: torch.dtype) -> backends.Decision:
+        """Whether this backend has `op` in `dtype`, and why not."""
+        can_run = {"cpu": backends.can_run_cpu, "cuda": backends.can_run_cuda, "triton": backends.can_run_triton}
+        return can_run[self.name](op, device=self.device, dtype=dtype)
+
+
+def _offers(isa: str) -> bool:
+    try:
+        return bool(torch.ops.effkernels.cpu_isa(isa) == isa)
+    except RuntimeError:
+        return False
+    finally:
+        torch.ops.effkernels.cpu_isa("auto")
+
+
+def available_backends() -> list[Backend]:
+    """Every backend of this machine: the CPU kernels once per instruction set, and the GPU's where there is one."""
+    found = []
+    if _library.is_loaded():
+        found += [Backend("cpu", "cpu", isa) for isa in CPU_INSTRUCTION_SETS if _offers(isa)]
+    if torch.cuda.is_available():
+        found.append(Backend("cuda", "cuda"))
+    return found
+
+
+def _parameters() -> list[object]:
+    found: list[object] = [pytest.param(b, id=str(b)) for b in available_backends()]
+    reason = f"no backend beside the reference: {_library.load_error()}"
+    return found or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
+
+
+@pytest.fixture(params=_parameters())
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Each backend of this machine in turn, forced for the length of the test."""
+    chosen: Backend = request.param
+    with chosen.active():
+        yield chosen
+
+
+@pytest.fixture
+def compiled() -> None:
+    """Skips a test that needs the compiled library where there is none."""
+    if not _library.is_loaded():
+        pytest.skip(f"needs the compiled library: {_library.load_error()}")

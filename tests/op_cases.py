@@ -1,0 +1,167 @@
+"""Inputs for the tests of the operators: one `Case` says everything about a call, `Case.draw` makes the tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import effkernels
+
+DEPTHWISE_OPS = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "depthwise_bn_act_se")
+ALL_OPS = (*DEPTHWISE_OPS, "squeeze_excite_gate", "pointwise_bn_act", "conv_bn_act")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+ODD_CHANNELS = (1, 7, 8, 24, 40, 100)
+ODD_PLANES = ((1, 1), (7, 9), (13, 14))
+LAYOUTS = ("channels_last", "contiguous", "sliced", "sliced_rows", "expanded")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of one operator. `parameters`: "float32", "same" (x's dtype) or "mixed" (each tensor the other way)."""
+
+    op: str
+    dtype: torch.dtype = torch.float32
+    batch: int = 2
+    channels: int = 24
+    out_channels: int = 20
+    reduced: int = 6
+    height: int = 13
+    width: int = 14
+    kernel: tuple[int, int] = (3, 3)
+    stride: int = 1
+    padding: tuple[int, int, int, int] = (1, 1, 1, 1)
+    dilation: int = 1
+    activation: str = "silu"
+    se_activation: str = "silu"
+    gate: str = "sigmoid"
+    norm: str = "full"
+    bias: bool = False
+    gated: bool = False
+    residual: bool = False
+    parameters: str = "float32"
+    matrix_rank: int = 4
+    layout: str = "channels_last"
+
+    def __str__(self) -> str:
+        changed = [
+            f"{f.name}={str(getattr(self, f.name)).removeprefix('torch.').replace(' ', '')}"
+            for f in dataclasses.fields(self)
+            if f.name != "op" and getattr(self, f.name) != f.default
+        ]
+        return "-".join([self.op, *changed])
+
+    def with_(self, **changes: Any) -> Case:
+        return dataclasses.replace(self, **changes)
+
+    def draw(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
+        """The arguments of the operator by name, as effkernels.ops and effkernels.reference take them."""
+        generator = torch.Generator().manual_seed(seed)
+        made = 0
+
+        def parameter(*shape: int, low: float | None = None, scale: float = 1.0) -> Tensor:
+            nonlocal made
+            made += 1
+            other = self.parameters == "same" or (self.parameters == "mixed" and made % 2 == 0)
+            t = torch.randn(shape, generator=generator) * scale
+            t = t if low is None else t.abs() * 0.5 + low
+            return t.to(self.dtype if other else torch.float32).to(device)
+
+        def norm(channels: int) -> dict[str, Tensor]:
+            given: dict[str, Tensor] = {}
+            if self.bias:
+                given["bias"] = parameter(channels)
+            if self.norm == "full":
+                given["norm_weight"], given["norm_bias"] = parameter(channels, low=0.5), parameter(channels)
+            if self.norm in ("full", "statistics"):
+                given["norm_mean"], given["norm_var"] = parameter(channels, scale=0.5), parameter(channels, low=0.25)
+            return given
+
+        def excite() -> dict[str, Any]:
+            tail = (1, 1) if self.matrix_rank == 4 else ()
+            return {
+                "w_reduce": parameter(self.reduced, self.channels, *tail, scale=self.channels**-0.5 * 2),
+                "b_reduce": parameter(self.reduced) if self.bias else None,
+                "w_expand": parameter(self.channels, self.reduced, *tail, scale=self.reduced**-0.5 * 2),
+                "b_expand": parameter(self.channels) if self.bias else None,
+                "gate": self.gate,
+            }
+
+        if self.op == "squeeze_excite_gate":
+            pooled = torch.randn(self.batch, self.channels, generator=generator).to(device)
+            return {"pooled": pooled, **excite(), "activation": self.se_activation}
+        image = torch.randn(self.batch, self.channels, self.height, self.width, generator=generator).to(self.dtype)
+        arguments: dict[str, Any] = {"x": laid_out(image.to(device), self.layout), "activation": self.activation}
+        if self.op == "pointwise_bn_act":
+            shape = (self.out_channels, self.channels, 1, 1)
+            arguments |= {"weight": parameter(*shape, scale=self.channels**-0.5), **norm(self.out_channels)}
+            if self.gated:
+                arguments["gate"] = parameter(self.batch, self.channels).sigmoid()
+            if self.residual:
+                shape = (self.batch, self.out_channels, self.height, self.width)
+                added = torch.randn(shape, generator=generator).to(self.dtype).to(device)
+                arguments["residual"] = laid_out(added, self.layout)
+            return arguments
+        arguments |= {"stride": self.stride, "padding": self.padding}
+        taps = self.kernel[0] * self.kernel[1]
+        if self.op == "conv_bn_act":
+            fan_in = taps * self.channels
+            weight = parameter(self.out_channels, self.channels, *self.kernel, scale=fan_in**-0.5)
+            return arguments | {"weight": weight, **norm(self.out_channels)}
+        weight = parameter(self.channels, 1, *self.kernel, scale=taps**-0.5)
+        arguments |= {"weight": weight, "dilation": self.dilation, **norm(self.channels)}
+        if self.op in ("depthwise_bn_act_gate", "depthwise_bn_act_se"):
+            arguments |= {**excite(), "se_activation": self.se_activation}
+        return arguments
+
+
+def laid_out(image: Tensor, layout: str) -> Tensor:
+    """`image` in another memory layout. A sliced one lies inside a larger tensor of NaN, which nothing may read or
+    write: `assert_surroundings_untouched` tells.
+    """
+    if layout == "contiguous":
+        return image.contiguous()
+    if layout == "channels_last":
+        return image.clone(memory_format=torch.channels_last)
+    if layout == "expanded":  # batch and width of stride 0: every image and every column is the first one
+        return image[:1, :, :, :1].clone().expand(image.shape)
+    n, c, h, w = image.shape
+    margin = (0, 2, 1, 3) if layout == "sliced" else (0, 0, 1, 0)
+    larger = image.new_full((n, c + 2 * margin[1], h + 2 * margin[2], w + 2 * margin[3]), float("nan"))
+    larger = larger.contiguous(memory_format=torch.channels_last)
+    view = larger[:, margin[1] : margin[1] + c, margin[2] : margin[2] + h, margin[3] : margin[3] + w]
+    view.copy_(image)
+    return view
+
+
+def assert_surroundings_untouched(view: Tensor, image: Tensor) -> None:
+    """Assert that the storage around a sliced `view` is still NaN and the view itself still `image`."""
+    assert torch.equal(view, image), "an input was written to"
+    whole = torch.empty(0, dtype=view.dtype, device=view.device).set_(view.untyped_storage())
+    finite = int(torch.isfinite(whole).sum())
+    assert finite == view.numel(), f"{finite - view.numel()} elements around an input were written to"
+
+
+def run(module: Any, case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The outputs of the operator of `case` in effkernels.ops or effkernels.reference, always as a tuple."""
+    outputs = getattr(module, case.op)(**arguments)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The same arguments with every tensor in float64."""
+    return {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
+
+
+def truth(case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The outputs in float64, by the reference."""
+    return run(effkernels.reference, case, in_float64(arguments))
+
+
+def tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors among the arguments, with their names."""
+    return ((name, a) for name, a in arguments.items() if isinstance(a, Tensor))

@@ -1,0 +1,84 @@
+"""The rules of the house that a reader relies on: which file may include, import or contain what."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "effkernels"
+KERNEL_FILES = [file for room in ("cpu", "cuda") for file in sorted((ROOT / "csrc" / room).iterdir())]
+
+# The picture of docs/architecture.md, top to bottom: a module may import its own layer and every lower one.
+LAYERS: tuple[frozenset[str], ...] = (
+    frozenset({"__main__"}),
+    frozenset({"cli", "benchmark", "check", "contenders", "memory", "model_benchmark", "predict"}),
+    frozenset({"__init__"}),  # what `import effkernels` gives
+    frozenset({"models", "scaling"}),
+    frozenset({"nn"}),
+    frozenset({"ops"}),
+    frozenset({"backends"}),
+    frozenset({"reference", "console", "environment", "peers", "_library"}),
+    frozenset({"_version"}),
+)
+
+
+def layer_of(room: str) -> int:
+    layers = [index for index, rooms in enumerate(LAYERS) if room in rooms]
+    assert len(layers) == 1, f"{room} has no place in LAYERS"
+    return layers[0]
+
+
+def imported_rooms(file: Path) -> set[str]:
+    """The parts of the package that a file imports anywhere in it, `ops` for effkernels.ops.depthwise."""
+    known = frozenset.union(*LAYERS)
+    rooms: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}:{node.lineno}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        parts = [name.split(".") for name in names if name.split(".")[0] == "effkernels"]
+        rooms |= {part[1] if part[1:] and part[1] in known else "__init__" for part in parts}
+    return rooms
+
+
+@pytest.mark.parametrize("file", sorted(PACKAGE.rglob("*.py")), ids=lambda file: str(file.relative_to(ROOT)))
+def test_imports_run_downward(file: Path) -> None:
+    own = layer_of(file.relative_to(PACKAGE).with_suffix("").parts[0])
+    assert [room for room in sorted(imported_rooms(file)) if layer_of(room) < own] == []
+
+
+@pytest.mark.parametrize("file", [ROOT / "csrc/params.h", *KERNEL_FILES], ids=lambda file: file.name)
+def test_kernels_never_include_torch(file: Path) -> None:
+    assert re.findall(r'#include\s*[<"](?:torch|ATen|c10)/', file.read_text()) == []
+
+
+@pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda file: file.name)
+def test_inline_ptx_stands_in_one_file(file: Path) -> None:
+    if file.name != "ptx.cuh":
+        assert re.findall(r"\basm\b\s*(?:volatile)?\s*\(", file.read_text()) == []
+
+
+def test_no_float_atomics_so_that_results_repeat_bit_for_bit() -> None:
+    for file in KERNEL_FILES:
+        assert re.findall(r"\batomicAdd\b", file.read_text()) == [], file.name
+
+
+def test_every_native_source_is_built() -> None:
+    listed = (ROOT / "CMakeLists.txt").read_text()
+    sources = [file for file in (ROOT / "csrc").rglob("*") if file.suffix in {".cpp", ".cu"}]
+    assert [str(file.relative_to(ROOT)) for file in sources if str(file.relative_to(ROOT)) not in listed] == []
+
+
+def test_the_readme_of_the_house_names_every_room() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    rooms = [path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()]
+    rooms += [path.name for path in PACKAGE.iterdir() if path.is_dir() and (path / "__init__.py").exists()]
+    assert [room for room in rooms if f"{room}/" not in text] == []

@@ -1,0 +1,312 @@
+"""Every operator on every backend is as exact as PyTorch itself (parity.py), at ordinary and at odd shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import op_cases
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from op_cases import ALL_OPS, DEPTHWISE_OPS, DTYPES, LAYOUTS, ODD_CHANNELS, ODD_PLANES, Case
+from parity import assert_exact_channels_last, assert_parity, joined
+
+import effkernels
+
+# A result of a few elements is judged by luck: draws are joined until there are this many, or as often as DRAWS.
+ENOUGH_ELEMENTS = 4096
+DRAWS = 24
+
+ACTIVATIONS = effkernels.reference.ACTIVATIONS
+GATES = effkernels.reference.GATES
+
+
+def check(case: Case, backend) -> None:
+    decision = backend.runs(case.op, case.dtype)
+    if not decision.ok:
+        pytest.skip(decision.reason)
+    drawn: list[list[tuple]] = []
+    for seed in range(DRAWS):
+        arguments = case.draw(seed, backend.device)
+        ours = op_cases.run(effkernels.ops, case, arguments)
+        again = op_cases.run(effkernels.ops, case, arguments)
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True)), "two runs differ"
+        theirs = op_cases.run(effkernels.reference, case, arguments)
+        truths = op_cases.truth(case, arguments)
+        drawn.append(list(zip(ours, theirs, truths, strict=True)))
+        for y in ours:
+            if y.dim() == 4:
+                assert_exact_channels_last(y)
+        if (seed + 1) * ours[0].numel() >= ENOUGH_ELEMENTS or ours[0].numel() == 0:
+            break
+    for i in range(len(drawn[0])):
+        ours, theirs, truths = (joined([draw[i][role] for draw in drawn]) for role in range(3))
+        assert drawn[0][i][0].shape == drawn[0][i][2].shape
+        assert_parity(ours, theirs, truths, f"{case}, output {i}")
+
+
+def in_turn(base: Case, **choices) -> Iterator[Case]:
+    """`base` with each choice of each field in turn, the other fields as they are."""
+    for name, values in choices.items():
+        for value in values:
+            yield base.with_(**{name: value})
+
+
+def depthwise_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield from in_turn(
+            Case("depthwise_bn_act", dtype),
+            channels=ODD_CHANNELS,
+            kernel=[(k, k) for k in (3, 5, 7, 9)],
+            stride=[1, 2],
+            dilation=[2, 3],
+            padding=[(0, 0, 0, 0), (0, 1, 0, 1), (3, 0, 2, 5), (13, 0, 0, 14)],
+            activation=ACTIVATIONS,
+            norm=["none", "statistics"],
+            bias=[True],
+            parameters=["same", "mixed"],
+            batch=[0, 1, 3],
+            layout=LAYOUTS,
+        )
+        for height, width in ODD_PLANES:
+            for kernel in (3, 5, 7, 9):
+                for stride in (1, 2):
+                    half = kernel // 2
+                    padding = (half, half + 1, half, half + 1)
+                    shape = {"height": height, "width": width, "channels": 7 if kernel < 7 else 40}
+                    yield Case("depthwise_bn_act", dtype, **shape, kernel=(kernel,) * 2, stride=stride, padding=padding)
+        for kernel in (3, 5, 7, 9):
+            for dilation in (2, 3):
+                padding = (kernel, kernel, kernel + 2, kernel - 1)
+                shape = {"kernel": (kernel,) * 2, "padding": padding, "height": 21, "width": 17}
+                yield Case("depthwise_bn_act", dtype, **shape, dilation=dilation, stride=dilation - 1)
+
+
+def depthwise_with_squeeze_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        for op in DEPTHWISE_OPS[1:]:
+            base = Case(op, dtype, bias=True, kernel=(5, 5), padding=(1, 2, 1, 2), stride=2)
+            yield from in_turn(
+                base,
+                channels=ODD_CHANNELS,
+                stride=[1],
+                parameters=["same", "mixed"],
+                batch=[0, 1, 3],
+                layout=["contiguous", "sliced"],
+            )
+            yield base.with_(kernel=(3, 3), height=1, width=1, padding=(1, 1, 1, 1), channels=100)
+            if op != "depthwise_bn_act_squeeze":
+                choices = {"se_activation": ACTIVATIONS, "gate": GATES, "reduced": [1, 33], "matrix_rank": [2]}
+                yield from in_turn(base, bias=[False], **choices)
+
+
+def squeeze_excite_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        yield from in_turn(
+            Case("squeeze_excite_gate", dtype, bias=True, parameters="same"),
+            channels=ODD_CHANNELS,
+            reduced=[1, 8, 33],
+            batch=[0, 1, 3],
+            se_activation=ACTIVATIONS,
+            gate=GATES,
+            matrix_rank=[2],
+            bias=[False],
+        )
+        yield Case("squeeze_excite_gate", dtype, parameters="mixed")
+
+
+def pointwise_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        base = Case("pointwise_bn_act", dtype)
+        yield from in_turn(
+            base,
+            channels=ODD_CHANNELS,
+            out_channels=ODD_CHANNELS,
+            activation=ACTIVATIONS,
+            norm=["none", "statistics"],
+            bias=[True],
+            gated=[True],
+            residual=[True],
+            parameters=["same", "mixed"],
+            batch=[0, 1, 3],
+            layout=LAYOUTS,
+        )
+        full = base.with_(gated=True, residual=True, bias=True, parameters="mixed")
+        yield from in_turn(full, layout=LAYOUTS, channels=[1, 7, 100, 384], out_channels=[1, 7, 100, 130], batch=[0, 5])
+        for height, width in ODD_PLANES:
+            yield full.with_(height=height, width=width, channels=40, out_channels=7)
+
+
+def conv_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        base = Case("conv_bn_act", dtype, channels=3, stride=2, layout="contiguous")
+        yield from in_turn(
+            base,
+            channels=[1, 7, 24],
+            out_channels=ODD_CHANNELS,
+            kernel=[(1, 1), (5, 5), (3, 2), (7, 7)],
+            stride=[1, 2, 3],
+            padding=[(0, 0, 0, 0), (0, 1, 0, 1), (2, 0, 1, 4)],
+            activation=ACTIVATIONS,
+            norm=["none", "statistics"],
+            bias=[True],
+            parameters=["same", "mixed"],
+            batch=[0, 1, 3],
+            layout=LAYOUTS,
+        )
+        for height, width in ODD_PLANES:
+            yield base.with_(height=height, width=width, out_channels=32)
+
+
+def unique(cases: Iterator[Case]) -> list[object]:
+    return [pytest.param(case, id=str(case)) for case in dict.fromkeys(cases)]
+
+
+@pytest.mark.parametrize("case", unique(depthwise_cases()))
+def test_depthwise(case: Case, backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", unique(depthwise_with_squeeze_cases()))
+def test_depthwise_with_squeeze(case: Case, backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", unique(squeeze_excite_cases()))
+def test_squeeze_excite(case: Case, backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", unique(pointwise_cases()))
+def test_pointwise(case: Case, backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", unique(conv_cases()))
+def test_conv(case: Case, backend) -> None:
+    check(case, backend)
+
+
+@st.composite
+def any_case(draw) -> Case:
+    op = draw(st.sampled_from(ALL_OPS))
+    kernel = draw(st.sampled_from((3, 5, 7, 9))) if op.startswith("depthwise") else draw(st.integers(1, 5))
+    dilation = draw(st.integers(1, 3)) if op.startswith("depthwise") else 1
+    window = (kernel - 1) * dilation + 1
+    height, width = draw(st.integers(1, 20)), draw(st.integers(1, 20))
+    padding = [draw(st.integers(0, kernel)) for _ in range(4)]
+    padding[0] += max(0, window - height - padding[0] - padding[1])
+    padding[3] += max(0, window - width - padding[2] - padding[3])
+    return Case(
+        op,
+        draw(st.sampled_from(DTYPES)),
+        batch=draw(st.integers(0, 4)),
+        channels=draw(st.integers(1, 70)),
+        out_channels=draw(st.integers(1, 70)),
+        reduced=draw(st.integers(1, 20)),
+        height=height,
+        width=width,
+        kernel=(kernel, kernel),
+        stride=draw(st.sampled_from((1, 2))),
+        padding=(padding[0], padding[1], padding[2], padding[3]),
+        dilation=dilation,
+        activation=draw(st.sampled_from(ACTIVATIONS)),
+        se_activation=draw(st.sampled_from(ACTIVATIONS)),
+        gate=draw(st.sampled_from(GATES)),
+        norm=draw(st.sampled_from(("full", "statistics", "none"))),
+        bias=draw(st.booleans()),
+        gated=draw(st.booleans()),
+        residual=draw(st.booleans()),
+        parameters="same" if op == "squeeze_excite_gate" else draw(st.sampled_from(("float32", "same", "mixed"))),
+        matrix_rank=draw(st.sampled_from((2, 4))),
+        layout=draw(st.sampled_from(LAYOUTS)),
+    )
+
+
+@given(case=any_case())
+def test_any_shape(case: Case, backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ALL_OPS)
+@pytest.mark.parametrize("layout", ["sliced", "sliced_rows"])
+def test_nothing_is_read_or_written_around_a_sliced_input(op: str, layout: str, dtype: torch.dtype, backend) -> None:
+    """The storage around the slice is NaN: whatever reads it into a result, or writes to it, is found."""
+    if op == "squeeze_excite_gate":
+        pytest.skip("has no image")
+    if not backend.runs(op, dtype).ok:
+        pytest.skip(backend.runs(op, dtype).reason)
+    for channels in ODD_CHANNELS:
+        case = Case(op, dtype, channels=channels, layout=layout, residual=True)
+        arguments = case.draw(0, backend.device)
+        copies = {name: t.clone() for name, t in op_cases.tensors(arguments)}
+        outputs = op_cases.run(effkernels.ops, case, arguments)
+        assert all(torch.isfinite(y).all() for y in outputs)
+        for name in ("x", "residual"):
+            if name in arguments:
+                op_cases.assert_surroundings_untouched(arguments[name], copies[name])
+        for name, t in op_cases.tensors(arguments):
+            assert torch.equal(t, copies[name]), f"{name} was written to"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_every_element_is_written(op: str, dtype: torch.dtype, backend) -> None:
+    """New memory comes filled with NaN here, so that an element left out shows."""
+    if not backend.runs(op, dtype).ok:
+        pytest.skip(backend.runs(op, dtype).reason)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        assert torch.utils.deterministic.fill_uninitialized_memory
+        assert torch.empty(4, device=backend.device).isnan().all()
+        for channels in ODD_CHANNELS:
+            for height, width in ODD_PLANES:
+                case = Case(op, dtype, channels=channels, out_channels=channels, height=height, width=width)
+                outputs = op_cases.run(effkernels.ops, case, case.draw(0, backend.device))
+                assert all(torch.isfinite(y).all() for y in outputs)
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_values_that_are_not_finite_spread_as_in_pytorch(
+    op: str, activation: str, value: float, dtype: torch.dtype, backend
+) -> None:
+    """One NaN or infinity in the input gives NaN, and infinities of one sign, where PyTorch gives them."""
+    if not backend.runs(op, dtype).ok:
+        pytest.skip(backend.runs(op, dtype).reason)
+    case = Case(op, dtype, activation=activation, se_activation=activation, gated=True, residual=True, bias=True)
+    arguments = case.draw(0, backend.device)
+    target = arguments["pooled"] if op == "squeeze_excite_gate" else arguments["x"]
+    target[(0, 3, 5, 6)[: target.dim()]] = value
+    ours = op_cases.run(effkernels.ops, case, arguments)
+    theirs = op_cases.run(effkernels.reference, case, arguments)
+    for y, wanted in zip(ours, theirs, strict=True):
+        assert torch.equal(y.isnan(), wanted.isnan())
+        assert torch.equal(y.isposinf(), wanted.isposinf())
+        assert torch.equal(y.isneginf(), wanted.isneginf())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_threads_do_not_change_the_result(op: str, dtype: torch.dtype, backend) -> None:
+    if backend.name != "cpu":
+        pytest.skip("threads are the CPU's")
+    case = Case(op, dtype, batch=3, channels=40, height=28, width=28, gated=True, residual=True)
+    arguments = case.draw(0)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append(op_cases.run(effkernels.ops, case, arguments))
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
