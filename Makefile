@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
+LIBRARY := effkernels/lib/libeffkernels.so
 TEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -18,11 +19,11 @@ FORMATTED_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -na
 help: ## list these commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
-setup: $(STAMPS)/dev ## create .venv with the pinned torch and the dev extra, and build the library
+setup: $(LIBRARY) $(STAMPS)/dev ## create .venv with the pinned torch and the dev extra, and build the library
 
 build: $(STAMPS)/torch ## compile what changed in csrc into effkernels/lib
 	@$(BIN)/python setup.py -q build_ext --inplace
-	@touch $(STAMPS)/build
+	@touch $(LIBRARY)
 
 test: setup ## run the whole test suite (TEST_ARGS="-k name" for a part)
 	$(BIN)/python -m pytest $(TEST_ARGS)
@@ -51,7 +52,7 @@ wheel: setup ## pack the wheel for this platform into dist/
 
 clean: ## remove what the build made, keep .venv
 	rm -rf build dist effkernels/lib effkernels.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
-	rm -f $(STAMPS)/build $(STAMPS)/dev
+	rm -f $(STAMPS)/dev
 
 distclean: clean ## remove .venv too
 	rm -rf $(VENV)
@@ -83,17 +84,17 @@ $(STAMPS)/venv:
 # torch goes first and alone: everything after it then finds its requirement met and brings in no second torch.
 $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
 	@echo "setup 2/4: the pinned torch and the build tools"
-	@$(PIP) install --quiet --progress-bar on -c constraints.txt torch
-	@$(PIP) install --quiet --progress-bar on -c constraints.txt setuptools wheel cmake ninja
+	@$(PIP) install -c constraints.txt torch
+	@$(PIP) install -c constraints.txt setuptools wheel cmake ninja
 	@touch $@
 
-$(STAMPS)/build: $(STAMPS)/torch $(NATIVE_SOURCES)
+$(LIBRARY): $(STAMPS)/torch $(NATIVE_SOURCES)
 	$(require_compiler)
 	@echo "setup 3/4: the compiled library"
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $@
 
-$(STAMPS)/dev: $(STAMPS)/build pyproject.toml constraints.txt
+$(STAMPS)/dev: setup.py pyproject.toml constraints.txt | $(LIBRARY)
 	@echo "setup 4/4: the package and its dev extra"
-	@$(PIP) install --quiet --progress-bar on --no-build-isolation -c constraints.txt -e ".[dev]"
+	@$(PIP) install --no-build-isolation -c constraints.txt -e ".[dev]"
 	@touch $@

@@ -65,7 +65,9 @@ def input_count(bytes_each: int, cache_bytes: int) -> int:
     return max(2, min(wanted, affordable, _MOST_INPUTS))
 
 
-def _time_calls(run: Run, indices: Iterable[int], samples: int, calls_per_sample: int, device: torch.device) -> list[float]:
+def _time_calls(
+    run: Run, indices: Iterable[int], samples: int, calls_per_sample: int, device: torch.device
+) -> list[float]:
     """``samples`` times of one call, in microseconds.
 
     On a GPU by events, all recorded before the first is waited for: launches overlap execution as in real use.
@@ -134,9 +136,7 @@ def time_in_turns(
         random.Random(number).shuffle(order)
         for name in order:
             runs[name](next(counters[name]))
-            times[name] += _time_calls(
-                runs[name], counters[name], samples[name], calls_per_sample[name], device
-            )
+            times[name] += _time_calls(runs[name], counters[name], samples[name], calls_per_sample[name], device)
             advance(name)
     return times
 
@@ -248,6 +248,7 @@ def read_rows(file: Path) -> list[Row]:
             values = json.loads(line)
             rows.append(Row(**{name: values[name] for name in names}))
         except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise ValueError(f"{file}:{number}: not a result row: {error!r}; needed fields: {', '.join(names)}") from error
+            raise ValueError(
+                f"{file}:{number}: not a result row: {error!r}; needed fields: {', '.join(names)}"
+            ) from error
     return rows
-

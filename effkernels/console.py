@@ -61,7 +61,9 @@ def progress(title: str, total: int) -> Iterator[Advance]:
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeRemainingColumn(),
         )
-        with rich.progress.Progress(*columns, console=rich.console.Console(stderr=True), transient=True, auto_refresh=False) as bar:
+        with rich.progress.Progress(
+            *columns, console=rich.console.Console(stderr=True), transient=True, auto_refresh=False
+        ) as bar:
             task = bar.add_task(title, total=total)
 
             def advance_bar(step: str) -> None:

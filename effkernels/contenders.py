@@ -13,7 +13,6 @@ import copy
 import functools
 import importlib
 import importlib.util
-import math
 import os
 import shutil
 from collections.abc import Callable
@@ -24,11 +23,10 @@ import torch
 from torch import Tensor, nn
 
 import effkernels
-from effkernels import _library, backends, environment, peers
+from effkernels import _library, backends, peers
 from effkernels.check import sample_model
-
-# Name on the command line -> dtype of weights and input, dtype of autocast. "amp" means what is usual on the device.
-PRECISIONS = ("float32", "bfloat16", "float16", "amp", "amp_bfloat16", "amp_float16")
+from effkernels.models.layouts import TIMM, TORCHVISION, translation
+from effkernels.precision import Precision
 
 
 @dataclass(frozen=True)
@@ -49,22 +47,9 @@ class Case:
         return torch.device(self.device)
 
     @property
-    def dtype_name(self) -> str:
-        """The precision as it stands in a row: 'amp' resolved to the dtype that it means on this device."""
-        if self.precision == "amp":
-            return "amp_float16" if self.torch_device.type == "cuda" else "amp_bfloat16"
-        return self.precision
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of weights and input."""
-        name = self.dtype_name
-        return torch.float32 if name.startswith("amp") else getattr(torch, name)
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        name = self.dtype_name
-        return getattr(torch, name.removeprefix("amp_")) if name.startswith("amp") else None
+    def numbers(self) -> Precision:
+        """The precision as dtypes."""
+        return Precision.of(self.precision, self.torch_device.type)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -132,12 +117,12 @@ def _module_runner(
     transform: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda module: module,
 ) -> Runner:
     """A runner for a module with the case's device, dtype and autocast, and the given layout."""
-    module = module.to(case.torch_device, case.dtype, memory_format=_layout(channels_last))  # type: ignore[call-overload]
+    module = module.to(case.torch_device, case.numbers.dtype, memory_format=_layout(channels_last))  # type: ignore[call-overload]
     call = transform(module)
-    autocast = case.autocast_dtype
+    autocast = case.numbers.autocast
 
     def convert(images: Tensor) -> Tensor:
-        return images.to(case.torch_device, case.dtype).to(memory_format=_layout(channels_last))
+        return images.to(case.torch_device, case.numbers.dtype).to(memory_format=_layout(channels_last))
 
     def run(images: Tensor) -> Tensor:
         return call(images)
@@ -184,7 +169,7 @@ def plain_network(case: Case) -> tuple[nn.Module, str, tuple[str, ...]]:
 
 def _effkernels_backend(case: Case) -> str:
     """The backend that runs a block's depthwise convolution in this case, which stands for the model."""
-    x = torch.empty(1, 32, 8, 8, dtype=case.autocast_dtype or case.dtype, device=case.torch_device)
+    x = torch.empty(1, 32, 8, 8, dtype=case.numbers.computes_in, device=case.torch_device)
     weight = torch.empty(32, 1, 3, 3, dtype=x.dtype, device=x.device)
     return backends.choose("depthwise_bn_act_gate", x, weight, activation="silu")
 
@@ -224,23 +209,19 @@ def _torchvision_missing(case: Case) -> str | None:
 
 
 def _torchvision(case: Case) -> Runner:
-    from effkernels.models.layouts import TIMM, TORCHVISION, translation
-
     peers.import_torchvision()
     source = sample_model(case.model, case.seed)
     names = translation(TIMM, TORCHVISION, source.architecture)
     model: nn.Module = importlib.import_module("torchvision.models").get_model(case.model).eval()
     state = {}
     for key, value in source.state_dict().items():
-        module, _, leaf = key.rpartition(".")
-        state[f"{names[module]}.{leaf}"] = value
+        owner, _, leaf = key.rpartition(".")
+        state[f"{names[owner]}.{leaf}"] = value
     model.load_state_dict(state)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = source.bn1.eps  # B5 to B7 have another one there
-    return _module_runner(
-        "torchvision", case, model, channels_last=case.channels_last, packages=("torchvision",)
-    )
+    return _module_runner("torchvision", case, model, channels_last=case.channels_last, packages=("torchvision",))
 
 
 # --------------------------------------------------------------------------------------------- torch.compile
@@ -261,10 +242,10 @@ def _compiled(case: Case, name: str, mode: str | None, graph: bool = False) -> R
         inductor_config = importlib.import_module("torch._inductor.config")
         # Freezing folds the norms into the weights and prepacks them. It is read while the first call compiles,
         # so the setting is taken back after that and meets no other contender.
-        images = case.images(0).to(case.torch_device, case.dtype).to(memory_format=torch.channels_last)
+        images = case.images(0).to(case.torch_device, case.numbers.dtype).to(memory_format=torch.channels_last)
         autocast: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-        if case.autocast_dtype is not None:
-            autocast = torch.autocast(case.torch_device.type, dtype=case.autocast_dtype)
+        if case.numbers.autocast is not None:
+            autocast = torch.autocast(case.torch_device.type, dtype=case.numbers.autocast)
         with inductor_config.patch(freezing=True), torch.inference_mode(), autocast:
             compiled(images)
         return compiled
@@ -322,8 +303,8 @@ def _onnx_model(model: str, img_size: int, batch: int, seed: int) -> tuple[bytes
 
 
 def _onnxruntime_missing(case: Case) -> str | None:
-    if case.dtype_name != "float32":
-        return f"ONNX Runtime's CPU kernels have no {case.dtype_name}"
+    if case.numbers.name != "float32":
+        return f"ONNX Runtime's CPU kernels have no {case.numbers.name}"
     return _packages_missing("onnx", "onnxscript", "onnxruntime")
 
 
@@ -346,12 +327,12 @@ def _onnxruntime(case: Case) -> Runner:
 
 def _openvino_missing(case: Case) -> str | None:
     missing = _packages_missing("onnx", "onnxscript", "openvino")
-    if missing or case.dtype_name == "float32":
+    if missing or case.numbers.name == "float32":
         return missing
-    if case.dtype_name == "bfloat16":
+    if case.numbers.name == "bfloat16":
         capabilities = importlib.import_module("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return None if "BF16" in capabilities else "OpenVINO has no bfloat16 on this processor"
-    return f"the OpenVINO contender runs float32 and bfloat16, not {case.dtype_name}"
+    return f"the OpenVINO contender runs float32 and bfloat16, not {case.numbers.name}"
 
 
 def _openvino(case: Case) -> Runner:
@@ -362,7 +343,7 @@ def _openvino(case: Case) -> Runner:
         "INFERENCE_NUM_THREADS": case.threads,
         "PERFORMANCE_HINT": "LATENCY",
         # Left alone it takes bfloat16 wherever the processor has it, also for a float32 model.
-        "INFERENCE_PRECISION_HINT": "f32" if case.dtype_name == "float32" else "bf16",
+        "INFERENCE_PRECISION_HINT": "f32" if case.numbers.name == "float32" else "bf16",
     }
     compiled = core.compile_model(core.read_model(content), "CPU", settings)
     return Runner(
@@ -413,8 +394,8 @@ CONTENDERS: dict[str, Contender] = {
             "compile-max-autotune-graph", "tuned by measurement, with CUDA graphs", ("cuda",), _compiler_missing,
             functools.partial(_compiled, name="compile-max-autotune-graph", mode="max-autotune", graph=True),
         ),
-        Contender("timm", "timm's model as it comes", ("cpu", "cuda"), _timm_missing, _timm),
-        Contender("torchvision", "torchvision's model as it comes", ("cpu", "cuda"), _torchvision_missing, _torchvision),
+        Contender("timm", "timm's as it comes", ("cpu", "cuda"), _timm_missing, _timm),
+        Contender("torchvision", "torchvision's as it comes", ("cpu", "cuda"), _torchvision_missing, _torchvision),
         Contender("onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime),
         Contender("openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino),
     )

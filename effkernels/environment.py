@@ -1,4 +1,4 @@
-"""What a measurement ran on: processor, caches, GPU, library versions, commit. Reads only; nothing is configured here."""
+"""What a measurement ran on: processor, caches, GPU, library versions, commit. Reads only, configures nothing."""
 
 from __future__ import annotations
 

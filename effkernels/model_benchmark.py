@@ -16,6 +16,7 @@ from effkernels.benchmark import Row
 from effkernels.check import errors, sample_model
 from effkernels.contenders import CONTENDERS, Case, Runner, to_tensor
 from effkernels.memory import peak_memory
+from effkernels.models import model_config
 
 # Images whose logits are compared; the float64 reference is slow, and a batch repeats the same work.
 _PARITY_IMAGES = 4
@@ -40,6 +41,11 @@ class Options:
     warmup: int = 3
     rounds: int = 20
     memory: bool = True
+
+
+def model_size(model: str) -> int:
+    """Height and width of the images that a model was designed for, in pixels."""
+    return model_config(model).input_size[-1]
 
 
 def case_name(case: Case) -> str:
@@ -161,7 +167,7 @@ def run_case(
                     case=case_name(case),
                     contender=runner.label,
                     device=environment.device_name(case.torch_device, case.threads),
-                    dtype=case.dtype_name,
+                    dtype=case.numbers.name,
                     batch=case.batch,
                     date=date,
                     packages=runner.packages,

@@ -81,13 +81,13 @@ def _define_torchvision_schemas() -> None:
     for folder in spec.submodule_search_locations or ():
         for library in sorted(Path(folder).glob("_C*")):
             with contextlib.suppress(OSError):
-                torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+                torch.ops.load_library(str(library))
     schemas = {
         "nms": "nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
         "qnms": "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
     }
     missing = [name for name in schemas if not hasattr(torch.ops.torchvision, name)]
     if missing:
-        _TORCHVISION_SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")  # type: ignore[no-untyped-call]
+        _TORCHVISION_SCHEMAS = torch.library.Library("torchvision", "FRAGMENT")
         for name in missing:
-            _TORCHVISION_SCHEMAS.define(schemas[name])  # type: ignore[no-untyped-call]
+            _TORCHVISION_SCHEMAS.define(schemas[name])

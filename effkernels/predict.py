@@ -68,10 +68,7 @@ class Preprocessing:
 
         short = math.floor(self.img_size / self.crop_pct)
         width, height = image.size
-        if width <= height:
-            resized = (short, int(short * height / width))
-        else:
-            resized = (int(short * width / height), short)
+        resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
         left, top = (round((length - self.img_size) / 2) for length in resized)
         # Resizing only what the crop keeps gives the same pixels, and a panorama never becomes a gigantic image.
         across, down = width / resized[0], height / resized[1]
@@ -125,8 +122,8 @@ def find_images(arguments: Iterable[str]) -> tuple[list[Path], list[Failure]]:
         path = Path(argument)
         matches = [path] if path.exists() else [Path(match) for match in sorted(glob.glob(argument, recursive=True))]
         if not matches:
-            is_pattern = glob.has_magic(argument)
-            failures.append(Failure(argument, "the pattern matches nothing" if is_pattern else "no such file or folder"))
+            reason = "the pattern matches nothing" if glob.has_magic(argument) else "no such file or folder"
+            failures.append(Failure(argument, reason))
         for match in matches:
             if not match.is_dir():
                 found[match] = None

@@ -17,7 +17,11 @@ from effkernels import _library, backends
 
 # One fixed set of examples per test and no time limit: a run says the same thing on every machine and under any load.
 settings.register_profile(
-    "effkernels", derandomize=True, deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow]
+    "effkernels",
+    derandomize=True,
+    deadline=None,
+    max_examples=30,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("effkernels")
 
@@ -84,12 +88,35 @@ def _parameters() -> list[object]:
     return found or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let tests that differ only in the backend follow each other, so that they can share one yardstick."""
+    first_seen: dict[tuple[object, ...], int] = {}
+    for position, item in enumerate(items):
+        first_seen.setdefault(_apart_from_backend(item), position)
+    items.sort(key=lambda item: first_seen[_apart_from_backend(item)])
+
+
+def _apart_from_backend(item: pytest.Item) -> tuple[object, ...]:
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or "backend" not in callspec.params:
+        return (item.nodeid,)
+    others = tuple(value for name, value in callspec.indices.items() if name != "backend")
+    return (item.location[0], getattr(item, "originalname", item.name), others)
+
+
 @pytest.fixture(params=_parameters())
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend of this machine in turn, forced for the length of the test."""
     chosen: Backend = request.param
     with chosen.active():
         yield chosen
+
+
+def need(backend: Backend, op: str, dtype: torch.dtype) -> None:
+    """Skip the test, with the backend's own reason, where it cannot run `op`."""
+    decision = backend.runs(op, dtype)
+    if not decision.ok:
+        pytest.skip(f"{backend}: {decision.reason}")
 
 
 @pytest.fixture

@@ -2,7 +2,7 @@
 
 A result is held against the float64 reference on the very same (already rounded) inputs. Its error, as relative L2 and
 as max|d| / max|ref|, may be at most twice the error that PyTorch makes in the same dtype, plus one rounding of the
-output type. Nothing is tuned: a kernel that is less exact than that is wrong, and one that is not has no excuse to fail.
+output type. Nothing is tuned: a kernel that is less exact than that is wrong.
 """
 
 from __future__ import annotations

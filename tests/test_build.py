@@ -18,12 +18,10 @@ import torch
 from packaging.requirements import Requirement
 
 import effkernels
-from effkernels import _library
+from effkernels import _library, backends
 
 ROOT = Path(__file__).resolve().parents[1]
-OPERATORS = re.findall(r'OP\("(\w+)\(', (ROOT / "csrc/ops/schema.h").read_text())
 CUDA_OPERATORS = re.findall(r'm\.impl\("(\w+)"', (ROOT / "csrc/ops/cuda_ops.cpp").read_text())
-FUSED_OPERATORS = [name for name in OPERATORS if name != "cpu_isa"]
 
 needs_library = pytest.mark.skipif(not _library.is_loaded(), reason=f"no library: {_library.load_error()}")
 
@@ -87,7 +85,7 @@ def test_it_exports_nothing_and_links_only_torch_cpu() -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("operator", FUSED_OPERATORS)
+@pytest.mark.parametrize("operator", backends.OPERATORS)
 def test_every_operator_has_a_cpu_kernel(operator: str) -> None:
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"effkernels::{operator}", "CPU")
 

@@ -1,5 +1,6 @@
 // The CPU's side of every operator: check and pack (check.h), then the kernel of the instruction set in use.
 #include "../cpu/kernels.h"
+#include "../cpu/memory.h"
 #include "parameters.h"
 
 namespace effkernels::ops {
@@ -98,6 +99,11 @@ std::string cpu_isa(const std::string& name) {
   return cpu::kernels().isa;
 }
 
+int64_t cpu_memory(int64_t limit) {
+  if (limit >= 0) cpu::pool_set_limit(size_t(limit));
+  return int64_t(cpu::pool_mapped());
+}
+
 }  // namespace
 }  // namespace effkernels::ops
 
@@ -114,4 +120,5 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&effkernels::ops::cpu_isa));
+  m.impl("cpu_memory", TORCH_BOX(&effkernels::ops::cpu_memory));
 }

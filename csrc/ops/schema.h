@@ -19,5 +19,9 @@
      ", Tensor? gate, Tensor? residual, str activation, bool allow_tf32) -> Tensor")                                  \
   OP("conv_bn_act(Tensor x, Tensor weight, " EFFKERNELS_NORM                                                          \
      ", int stride, SymInt[4] padding, str activation, bool allow_tf32) -> Tensor")                                   \
-  OP("cpu_isa(str name) -> str")  /* sets (name not empty) and tells the instruction set of the CPU kernels */
+  /* The CPU kernels' instruction set: sets it (name not empty) and tells it. */                                       \
+  OP("cpu_isa(str name) -> str")                                                                                      \
+  /* The memory pool of CPU results: sets how many unused bytes it may keep (limit not negative), tells the bytes     \
+     mapped. */                                                                                                       \
+  OP("cpu_memory(int limit) -> int")
 // clang-format on

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from effkernels import ops
 from effkernels.nn.fusible import (
-    conv_arguments,
+    conv_norm_arguments,
     fusible_norm,
     is_fusible_dense,
     is_fusible_depthwise,
@@ -43,12 +43,11 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) ->
     if running is None:
         return activate(norm(conv(x)), activation)
     if is_fusible_pointwise(conv):
-        return ops.pointwise_bn_act(x, *conv_arguments(conv), *running, activation=activation)
+        return ops.pointwise_bn_act(x, *conv_norm_arguments(conv, running), activation=activation)
     if is_fusible_depthwise(conv):
         return ops.depthwise_bn_act(
             x,
-            *conv_arguments(conv),
-            *running,
+            *conv_norm_arguments(conv, running),
             stride=conv.stride[0],
             padding=explicit_padding(conv, x.shape[2], x.shape[3]),
             dilation=conv.dilation[0],
@@ -57,8 +56,7 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) ->
     if is_fusible_dense(conv):
         return ops.conv_bn_act(
             x,
-            *conv_arguments(conv),
-            *running,
+            *conv_norm_arguments(conv, running),
             stride=conv.stride[0],
             padding=explicit_padding(conv, x.shape[2], x.shape[3]),
             activation=activation,

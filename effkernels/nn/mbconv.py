@@ -15,7 +15,7 @@ from effkernels.nn.conv_bn_act import check_activation
 from effkernels.nn.drop_path import DropPath
 from effkernels.nn.fusible import (
     NormArguments,
-    conv_arguments,
+    conv_norm_arguments,
     fusible_norm,
     is_fusible_depthwise,
     is_fusible_pointwise,
@@ -106,7 +106,7 @@ class DepthwiseSeparable(nn.Module):
             return self._forward_plain(x)
         y, gate = _depthwise(x, depthwise, norm1, self.activation, se)
         residual = x if self.has_skip else None
-        return ops.pointwise_bn_act(y, *conv_arguments(project), *norm2, gate=gate, residual=residual)
+        return ops.pointwise_bn_act(y, *conv_norm_arguments(project, norm2), gate=gate, residual=residual)
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         y = activate(self.bn1(self.conv_dw(x)), self.activation)
@@ -196,10 +196,10 @@ class MBConv(nn.Module):
             or not _is_idle(parts["drop_path"])
         ):
             return self._forward_plain(x)
-        y = ops.pointwise_bn_act(x, *conv_arguments(expand), *norm1, activation=self.activation)
+        y = ops.pointwise_bn_act(x, *conv_norm_arguments(expand, norm1), activation=self.activation)
         y, gate = _depthwise(y, depthwise, norm2, self.activation, se)
         residual = x if self.has_skip else None
-        return ops.pointwise_bn_act(y, *conv_arguments(project), *norm3, gate=gate, residual=residual)
+        return ops.pointwise_bn_act(y, *conv_norm_arguments(project, norm3), gate=gate, residual=residual)
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         y = activate(self.bn1(self.conv_pw(x)), self.activation)
@@ -249,7 +249,7 @@ def _depthwise(
     """Depthwise convolution, norm and activation of x: (N, C, H, W), and the gate (N, C) where there is one."""
     padding = explicit_padding(conv, x.shape[2], x.shape[3])
     stride, dilation = conv.stride[0], conv.dilation[0]
-    arguments = (x, *conv_arguments(conv), *norm)
+    arguments = (x, *conv_norm_arguments(conv, norm))
     if not isinstance(se, SqueezeExcite):
         y = ops.depthwise_bn_act(*arguments, stride=stride, padding=padding, dilation=dilation, activation=activation)
         return y, None

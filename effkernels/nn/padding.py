@@ -36,7 +36,7 @@ def same_padding(size: int, kernel_size: int, stride: int = 1, dilation: int = 1
     outputs = (size + stride - 1) // stride
     total = (outputs - 1) * stride + span + 1 - size
     if span + 1 < stride:  # only a kernel smaller than its stride can ask for less than nothing
-        total = torch.sym_max(total, 0)  # type: ignore[no-untyped-call]
+        total = torch.sym_max(total, 0)
     return total // 2, total - total // 2
 
 

@@ -84,7 +84,8 @@ def is_fusible_squeeze_excite(module: nn.Module | None) -> TypeGuard[SqueezeExci
 def squeeze_excite_arguments(module: SqueezeExcite) -> SqueezeExciteArguments:
     """What the operators take of a squeeze-and-excitation, by name."""
     reduce, expand = module._modules["conv_reduce"], module._modules["conv_expand"]
-    assert isinstance(reduce, nn.Conv2d) and isinstance(expand, nn.Conv2d)
+    assert isinstance(reduce, nn.Conv2d)
+    assert isinstance(expand, nn.Conv2d)
     w_reduce, b_reduce = conv_arguments(reduce)
     w_expand, b_expand = conv_arguments(expand)
     return {

@@ -1,0 +1,154 @@
+"""``effkernels bench``: networks against each other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from effkernels import benchmark, console
+from effkernels.benchmark import Row
+from effkernels.commands.common import (
+    DEFAULT_MODEL,
+    UsageError,
+    add_device,
+    add_json,
+    check_models,
+    device_of,
+    positive,
+)
+from effkernels.contenders import CONTENDERS, Case
+from effkernels.model_benchmark import Options, case_name, model_size, run_case, steps
+from effkernels.precision import PRECISIONS
+
+TEXT = "Time networks against each other, in turns in one process."
+DEFAULT_CONTENDERS = ("effkernels", "eager", "eager-channels-last", "compile")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help=f"default: {DEFAULT_MODEL}")
+    parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
+    parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
+    parser.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="channels_last input for contenders that name no layout (effkernels, timm, torchvision)",
+    )
+    parser.add_argument(
+        "--contender", nargs="+", metavar="NAME", help=f"or 'all'; default: {' '.join(DEFAULT_CONTENDERS)}"
+    )
+    parser.add_argument(
+        "--list-contenders", action="store_true", help="list contenders and whether they can run, and stop"
+    )
+    parser.add_argument("--results-file", metavar="FILE", help="append the rows to this file, one JSON object per line")
+    add_device(parser)
+    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: PyTorch's own number)")
+    parser.add_argument(
+        "--warmup", type=positive, default=3, metavar="N", help="calls of each first; default: %(default)s"
+    )
+    parser.add_argument("--rounds", type=positive, default=20, metavar="N", help="turns of each; default: %(default)s")
+    parser.add_argument("--no-memory", action="store_true", help="do not measure peak memory (a process per contender)")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Time networks against each other."""
+
+    device = device_of(arguments.device)
+    if arguments.list_contenders:
+        _print_contenders(str(device), arguments.model[0])
+        return 0
+    check_models(arguments.model)
+    contenders = _known_contenders(arguments.contender, device)
+    threads = arguments.threads or torch.get_num_threads()
+    options = Options(arguments.warmup, arguments.rounds, memory=not arguments.no_memory)
+    cases = [
+        Case(
+            model,
+            arguments.img_size or model_size(model),
+            batch,
+            arguments.precision,
+            str(device),
+            threads,
+            arguments.channels_last,
+        )
+        for model in arguments.model
+        for batch in arguments.batch_size
+    ]
+    date = benchmark.run_date()
+    rows, refusals = [], []
+    with console.progress("bench", len(cases) * steps(contenders, options)) as advance:
+        for case in cases:
+            new_rows, new_refusals = run_case(case, contenders, options, date=date, advance=advance)
+            if arguments.results_file:
+                # After each case, so that a run that is broken off keeps what it measured.
+                benchmark.append_rows(Path(arguments.results_file), new_rows)
+            rows.append((case, new_rows))
+            refusals += new_refusals
+    if arguments.json:
+        report = {
+            "rows": [asdict(row) for _, measured in rows for row in measured],
+            "refusals": [asdict(refusal) for refusal in refusals],
+        }
+        print(json.dumps(report, indent=2))
+    else:
+        for case, measured in rows:
+            if measured:
+                title = f"{case_name(case)}, batch {case.batch}, {case.numbers.name}, {measured[0].device}"
+                console.table(title, *_result_table(measured))
+    for refusal in refusals:
+        console.note(f"bench: {refusal.case}: {refusal.contender}: {refusal.reason}")
+    if arguments.results_file:
+        console.note(f"bench: rows appended to {arguments.results_file}")
+    asked = set(arguments.contender or ())
+    incomplete = any(refusal.contender in asked for refusal in refusals)
+    return 1 if incomplete or not any(measured for _, measured in rows) else 0
+
+
+def _result_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Columns and cells; the last column is the time relative to the first row's."""
+    first = rows[0]
+    columns = [
+        "contender", "median ms", "p95 ms", "p99 ms", "images/s", "peak MB", "rel. error", f"x {first.contender}",
+    ]  # fmt: skip
+    cells = [
+        [
+            row.contender,
+            f"{row.median_us / 1e3:.2f}",
+            f"{row.p95_us / 1e3:.2f}",
+            f"{row.p99_us / 1e3:.2f}",
+            f"{row.images_per_s:.1f}",
+            "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:.1f}",
+            f"{row.rel_error:.1e}",
+            f"{row.median_us / first.median_us:.2f}",
+        ]
+        for row in rows
+    ]
+    return columns, cells
+
+
+def _print_contenders(device: str, model: str) -> None:
+
+    case = Case(model, 224, 1, device=device)
+    cells = [
+        [contender.name, contender.description, contender.unavailable(case) or "yes"]
+        for contender in CONTENDERS.values()
+    ]
+    console.table(f"contenders for {model} on {device}", ["name", "what", "available"], cells)
+
+
+def _known_contenders(names: Sequence[str] | None, device: torch.device) -> list[str]:
+    if names is None:
+        return list(DEFAULT_CONTENDERS)
+    if "all" in names:
+        return [name for name, contender in CONTENDERS.items() if device.type in contender.devices]
+    for name in names:
+        if name not in CONTENDERS:
+            raise UsageError(f"--contender {name}: not known; allowed: all, {', '.join(CONTENDERS)}")
+    return list(dict.fromkeys(names))

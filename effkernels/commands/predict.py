@@ -1,0 +1,114 @@
+"""``effkernels predict``: photographs in, classes out."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+import effkernels
+from effkernels import console
+from effkernels.commands.common import DEFAULT_MODEL, UsageError, add_device, check_models, device_of, positive
+from effkernels.models import CheckpointError, EfficientNet, model_config
+from effkernels.precision import PRECISIONS, Precision
+
+TEXT = "Classify photographs."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument(
+        "image", nargs="+", metavar="IMAGE", help="a file, a folder (searched in depth) or a glob pattern"
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--weights", metavar="FILE", help="checkpoint (.pth, .safetensors) of timm, torchvision, lukemelas"
+    )
+    parser.add_argument("--num-classes", type=positive, default=1000, metavar="N", help="default: %(default)s")
+    parser.add_argument("--labels", metavar="FILE", help="text file with one class label per line")
+    parser.add_argument("--topk", type=positive, default=5, metavar="K", help="default: %(default)s")
+    parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: the model's own")
+    add_device(parser)
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
+    parser.add_argument("--format", choices=("table", "json"), default="table", help="default: %(default)s")
+    parser.add_argument("--json", dest="format", action="store_const", const="json", help="the same as --format json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Classify photographs."""
+    try:
+        import numpy  # noqa: F401
+        import PIL  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"predict needs {error.name}: pip install 'effkernels[models]'") from error
+    from effkernels.predict import Failure, Prediction, Preprocessing, classify, find_images, read_labels
+
+    check_models([arguments.model])
+    device = device_of(arguments.device)
+    precision = Precision.of(arguments.precision, device.type)
+    labels = None
+    if arguments.labels:
+        try:
+            labels = read_labels(Path(arguments.labels))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--labels {arguments.labels}: {error}") from error
+    model = _model_with_weights(arguments.model, arguments.weights, arguments.num_classes)
+    if labels is not None and len(labels) != model.num_classes:
+        raise UsageError(f"--labels {arguments.labels}: {len(labels)} lines for a model of {model.num_classes} classes")
+    model = model.eval().to(device, precision.dtype)
+    config = model_config(arguments.model)
+
+    files, failures = find_images(arguments.image)
+    predictions: list[Prediction] = []
+    with console.progress("predict", len(files)) as advance:
+        for result in classify(
+            model,
+            files,
+            preprocessing=Preprocessing.of(config, arguments.img_size),
+            topk=arguments.topk,
+            labels=labels,
+            batch_size=arguments.batch_size,
+            amp_dtype=precision.autocast,
+        ):
+            if isinstance(result, Failure):
+                failures.append(result)
+            else:
+                predictions.append(result)
+            advance(result.file)
+    if arguments.format == "json":
+        report = {
+            "model": arguments.model,
+            "weights": arguments.weights,
+            "predictions": [asdict(prediction) for prediction in predictions],
+            "failures": [asdict(failure) for failure in failures],
+        }
+        print(json.dumps(report, indent=2))
+    elif predictions:
+        rows = [
+            [prediction.file if rank == 0 else "", score.label, f"{score.probability:.4f}"]
+            for prediction in predictions
+            for rank, score in enumerate(prediction.scores)
+        ]
+        console.table(f"{arguments.model}: {len(predictions)} images", ["image", "class", "probability"], rows)
+    for failure in failures:
+        console.note(f"predict: {failure.file}: {failure.reason}")
+    return 1 if failures else 0
+
+
+def _model_with_weights(name: str, weights: str | None, num_classes: int) -> EfficientNet:
+    if weights is None:
+        console.note(
+            f"WARNING: no --weights given: the weights of {name} are RANDOM and its predictions mean nothing. Give a "
+            "checkpoint of timm, torchvision or lukemelas: --weights FILE"
+        )
+        torch.manual_seed(0)
+    try:
+        model = effkernels.create_model(name, num_classes=num_classes, checkpoint_path=weights)
+    except (CheckpointError, OSError) as error:
+        raise UsageError(f"--weights {weights}: {error}") from error
+    assert isinstance(model, EfficientNet)
+    return model

@@ -1,0 +1,96 @@
+"""Models of other libraries with random weights and norm statistics, and ours with the same."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import effkernels
+import torch
+from effkernels.models import EfficientNet, EfficientNetFeatures
+from effkernels.peers import import_lukemelas, import_timm, import_torchvision
+from torch import Tensor, nn
+
+
+def randomise(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:
+    """Draw every parameter and every norm statistic, on the CPU; the model comes back in eval mode.
+
+    The statistics are measured on random images and then jittered, so that every layer sees values of the size it
+    would see after training: with free statistics the signal dies on its way, or grows until rounding errors rule,
+    and then equal logits say nothing. A model on the meta device gets memory first: drawing once here is far quicker
+    than a library's initialisation.
+    """
+    if next(model.parameters()).is_meta:
+        model.to_empty(device="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                fan_in = module.weight[0].numel()
+                module.weight.normal_(0.0, 1.0 / math.sqrt(fan_in), generator=generator)
+                if module.bias is not None:
+                    module.bias.normal_(0.0, 0.3, generator=generator)
+        model.eval()
+        for norm in norms:
+            norm.weight.uniform_(0.4, 0.8, generator=generator)
+            norm.bias.normal_(0.0, 0.2, generator=generator)
+            norm.running_mean.zero_()
+            norm.running_var.fill_(1.0)
+            norm.train()
+            norm.momentum = 1.0
+        model(images(2, 96, 96, channels, seed))
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval()
+            norm.momentum = momentum
+            norm.num_batches_tracked.zero_()
+            # One size for all channels: two images are too few to tell the channels of the last layers apart.
+            size = float((norm.running_var + norm.running_mean.square()).mean())
+            norm.running_var.uniform_(0.7 * size, 1.4 * size, generator=generator)
+            norm.running_mean.normal_(0.0, 0.2 * math.sqrt(size), generator=generator)
+    return model
+
+
+def timm_model(name: str, seed: int = 0, **options: Any) -> nn.Module:
+    """timm's model of that name, randomised, in eval mode."""
+    timm = import_timm()
+    with torch.device("meta"):
+        model = timm.create_model(name, **options)
+    return randomise(model, seed).eval()
+
+
+def torchvision_model(name: str, seed: int = 0) -> nn.Module:
+    """torchvision's model of that name ("efficientnet_b0"), randomised, in eval mode."""
+    import_torchvision()
+    from torchvision import models
+
+    with torch.device("meta"):
+        model = getattr(models, name)(weights=None)
+    return randomise(model, seed).eval()
+
+
+def lukemelas_model(variant: str, seed: int = 0, **options: Any) -> nn.Module:
+    """lukemelas' model of a variant ("b0"), randomised, in eval mode; its padding is frozen at the native size."""
+    model = import_lukemelas().EfficientNet.from_name(f"efficientnet-{variant}", **options)
+    return randomise(model, seed).eval()
+
+
+def twin(name: str, peer: nn.Module, **options: Any) -> EfficientNet | EfficientNetFeatures:
+    """Our model of that name with the weights of timm's `peer`, in eval mode."""
+    model = effkernels.create_model(name, device="meta", **options)
+    # Copies: with assign=True the two would share their tensors.
+    model.load_state_dict({key: value.clone() for key, value in peer.state_dict().items()}, assign=True)
+    return model.eval()
+
+
+def images(batch: int, height: int, width: int, channels: int = 3, seed: int = 0) -> Tensor:
+    """(batch, channels, height, width), normal, float32."""
+    return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+@functools.cache
+def small_timm_b0(prefix: str = "") -> nn.Module:
+    """timm's B0 (prefix "" or "tf_"), shared by tests that do not change it."""
+    return timm_model(f"{prefix}efficientnet_b0")
