@@ -7,6 +7,8 @@ PIP := $(BIN)/pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 LIBRARY := effkernels/lib/libeffkernels.so
 TEST_ARGS ?=
+# One process per core, each with one thread: the tests are many and small.
+TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -gt 8 ] && echo 8 || echo $$cores)
 BENCH_ARGS ?=
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py effkernels/_version.py
@@ -14,7 +16,7 @@ FORMATTED_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -na
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build test bench lint format format-check types clean distclean wheel
+.PHONY: help setup build test bench lint lint-python lint-native types format clean distclean wheel
 
 help: ## list these commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -26,17 +28,19 @@ build: $(STAMPS)/torch ## compile what changed in csrc into effkernels/lib
 	@touch $(LIBRARY)
 
 test: setup ## run the whole test suite (TEST_ARGS="-k name" for a part)
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(TEST_ARGS)
 
 bench: setup ## time EfficientNet-B0 against PyTorch eager and torch.compile (BENCH_ARGS adds flags)
 	$(BIN)/effkernels bench --model efficientnet_b0 --batch-size 1 16 \
 	  --contender effkernels eager eager-channels-last compile $(BENCH_ARGS)
 
-lint: format-check types ## ruff, clang-format and mypy; changes nothing
+lint: lint-python lint-native types ## ruff, clang-format and mypy; changes nothing
 
-format-check: setup
+lint-python: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+lint-native: setup
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_SOURCES)
 
 types: setup

@@ -25,7 +25,11 @@ if TYPE_CHECKING:
 
     from effkernels.models import ModelConfig
 
+# A photograph of the astronaut Eileen Collins, by NASA (public domain), as scikit-image ships it.
+EXAMPLE = Path(__file__).resolve().parent / "data" / "astronaut.jpg"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+# Images longer than this many times their shorter side are cropped before they are resized.
+_LONGEST_RESIZED = 16
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -66,20 +70,19 @@ class Preprocessing:
         import numpy
         import PIL.Image
 
-        short = math.floor(self.img_size / self.crop_pct)
+        size = self.img_size
+        short = math.floor(size / self.crop_pct)
         width, height = image.size
         resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        left, top = (round((length - self.img_size) / 2) for length in resized)
-        # Resizing only what the crop keeps gives the same pixels, and a panorama never becomes a gigantic image.
-        across, down = width / resized[0], height / resized[1]
-        box = (
-            left * across,
-            top * down,
-            min((left + self.img_size) * across, width),
-            min((top + self.img_size) * down, height),
-        )
+        left, top = (round((length - size) / 2) for length in resized)
         resample = PIL.Image.Resampling[self.interpolation.upper()]
-        cut = image.resize((self.img_size, self.img_size), resample, box=box)
+        if max(resized) <= _LONGEST_RESIZED * short:
+            cut = image.resize(resized, resample).crop((left, top, left + size, top + size))
+        else:
+            # A panorama would become gigantic. Resizing only what the crop keeps is the same up to roundings.
+            across, down = width / resized[0], height / resized[1]
+            right, bottom = min((left + size) * across, width), min((top + size) * down, height)
+            cut = image.resize((size, size), resample, box=(left * across, top * down, right, bottom))
         pixels = torch.from_numpy(numpy.array(cut, dtype=numpy.uint8)).permute(2, 0, 1).float() / 255
         mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
         return (pixels - mean) / std

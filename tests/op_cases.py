@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 import effkernels
 
 DEPTHWISE_OPS = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "depthwise_bn_act_se")
-ALL_OPS = (*DEPTHWISE_OPS, "squeeze_excite_gate", "pointwise_bn_act", "conv_bn_act")
+IMAGE_OPS = (*DEPTHWISE_OPS, "pointwise_bn_act", "conv_bn_act")
+ALL_OPS = (*IMAGE_OPS, "squeeze_excite_gate")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD_CHANNELS = (1, 7, 8, 24, 40, 100)
 ODD_PLANES = ((1, 1), (7, 9), (13, 14))
@@ -152,6 +154,17 @@ def run(module: Any, case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, 
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the yardsticks: on a busy machine PyTorch's small convolutions take 16 ms with two threads, 0.2 with one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
     """The same arguments with every tensor in float64."""
     return {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
@@ -165,3 +178,18 @@ def truth(case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
 def tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """The tensors among the arguments, with their names."""
     return ((name, a) for name, a in arguments.items() if isinstance(a, Tensor))
+
+
+def overload(op: str) -> Any:
+    """The compiled operator `op`."""
+    return getattr(torch.ops.effkernels, op).default
+
+
+def positional(op: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
+    """`arguments` by name as the positional arguments that the schema of the compiled operator wants."""
+    defaults = {"eps": 1e-5, "allow_tf32": False}
+    if op == "squeeze_excite_gate":
+        arguments = {("se_activation" if name == "activation" else name): a for name, a in arguments.items()}
+    names = [argument.name for argument in overload(op)._schema.arguments]
+    assert set(arguments) <= set(names)
+    return tuple(arguments.get(name, defaults.get(name)) for name in names)

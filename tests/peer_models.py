@@ -35,12 +35,14 @@ def randomise(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:
                     module.bias.normal_(0.0, 0.3, generator=generator)
         model.eval()
         for norm in norms:
-            norm.weight.uniform_(0.4, 0.8, generator=generator)
+            norm.weight.uniform_(0.7, 1.3, generator=generator)
             norm.bias.normal_(0.0, 0.2, generator=generator)
             norm.running_mean.zero_()
             norm.running_var.fill_(1.0)
             norm.train()
             norm.momentum = 1.0
+        for norm in _norms_of_skipped_blocks(model):
+            norm.weight.mul_(0.3)
         model(images(2, 96, 96, channels, seed))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
@@ -51,6 +53,23 @@ def randomise(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:
             norm.running_var.uniform_(0.7 * size, 1.4 * size, generator=generator)
             norm.running_mean.normal_(0.0, 0.2 * math.sqrt(size), generator=generator)
     return model
+
+
+def _norms_of_skipped_blocks(model: nn.Module) -> list[nn.BatchNorm2d]:
+    """The last norm of every block that adds its input: the one behind a 1x1 convolution that narrows to as many
+    channels as the block before gave. With small branches a deep network of random weights is no longer chaotic.
+    """
+    found = []
+    width = 0
+    conv: nn.Module | None = None
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            conv = module
+        elif isinstance(module, nn.BatchNorm2d) and conv.groups == 1 and conv.out_channels < conv.in_channels:
+            if conv.out_channels == width:
+                found.append(module)
+            width = conv.out_channels
+    return found
 
 
 def timm_model(name: str, seed: int = 0, **options: Any) -> nn.Module:

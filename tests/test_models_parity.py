@@ -23,7 +23,7 @@ def in_float64(model: nn.Module, x: Tensor) -> Tensor | list[Tensor]:
 def test_logits_equal_timms_at_odd_resolutions(name: str) -> None:
     peer = timm_model(name)
     ours = twin(name, peer)
-    x = images(1, 65, 97)
+    x = images(1, 78, 93)
     with torch.inference_mode():
         assert_parity(ours(x), peer(x), in_float64(peer, x), name)
 
@@ -55,7 +55,7 @@ def test_logits_equal_torchvisions(variant: str, tmp_path) -> None:
     file = tmp_path / "torchvision.pth"
     torch.save(peer.state_dict(), file)
     ours = load_checkpoint(f"efficientnet_{variant}", file).eval()
-    x = images(1, 65, 97)
+    x = images(1, 78, 93)
     with torch.inference_mode():
         assert_parity(ours(x), peer(x), in_float64(peer, x), variant)
 
@@ -67,7 +67,7 @@ def test_feature_maps_equal_timms(name: str) -> None:
     assert ours.feature_info.channels() == peer.feature_info.channels()
     assert ours.feature_info.reduction() == peer.feature_info.reduction() == [2, 4, 8, 16, 32]
     assert ours.feature_info.module_name() == peer.feature_info.module_name()
-    x = images(1, 97, 65)
+    x = images(1, 93, 78)
     with torch.inference_mode():
         found, wanted, truth = ours(x), peer(x), in_float64(peer, x)
         assert len(found) == len(wanted) == 5
@@ -78,7 +78,12 @@ def test_feature_maps_equal_timms(name: str) -> None:
 @pytest.mark.parametrize("out_indices", [(0, 1), (-1, -3), (2,), (4, 0, 2)])
 def test_out_indices_pick_the_maps_that_timm_picks(out_indices: tuple[int, ...]) -> None:
     peer = timm_model("efficientnet_b0", features_only=True, out_indices=out_indices)
-    ours = twin("efficientnet_b0", timm_model("efficientnet_b0", features_only=True), out_indices=out_indices, features_only=True)
+    ours = twin(
+        "efficientnet_b0",
+        timm_model("efficientnet_b0", features_only=True),
+        out_indices=out_indices,
+        features_only=True,
+    )
     x = images(1, 64, 64)
     with torch.inference_mode():
         found, wanted = ours(x), peer(x)
@@ -89,7 +94,7 @@ def test_out_indices_pick_the_maps_that_timm_picks(out_indices: tuple[int, ...])
 def test_features_before_and_in_the_head_equal_timms() -> None:
     peer = small_timm_b0()
     ours = twin("efficientnet_b0", peer)
-    x = images(2, 65, 70)
+    x = images(2, 78, 70)
     with torch.inference_mode():
         truth = copy.deepcopy(peer).double()
         features, wanted, exact = ours.forward_features(x), peer.forward_features(x), truth.forward_features(x.double())
@@ -123,7 +128,7 @@ def test_the_comparison_would_notice_another_padding_eps_or_gate() -> None:
     """The random weights of these tests leave nothing dead: each of the traps moves the logits."""
     peer = small_timm_b0()
     ours = twin("efficientnet_b0", peer)
-    x = images(2, 65, 70)
+    x = images(2, 78, 70)
     with torch.inference_mode():
         truth = peer(x)
 

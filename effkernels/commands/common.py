@@ -16,6 +16,13 @@ class UsageError(Exception):
     """Arguments that argparse accepts and the command cannot work with; reported in one line, exit status 2."""
 
 
+def why_no_gpu() -> str:
+    """Why PyTorch has no GPU in this process, in one line."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    return f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and finds no GPU"
+
+
 def device_of(name: str | None) -> torch.device:
     """The device asked for, or the GPU where there is one and the CPU otherwise."""
     if name is None:
@@ -27,8 +34,7 @@ def device_of(name: str | None) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise UsageError(f"--device {name}: allowed: cpu, cuda, cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        raise UsageError(f"--device {name}: torch {torch.__version__} is {built} and finds no GPU")
+        raise UsageError(f"--device {name}: {why_no_gpu()}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} GPUs")
     return device

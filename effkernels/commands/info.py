@@ -11,7 +11,7 @@ import torch
 
 import effkernels
 from effkernels import _library, backends, environment
-from effkernels.commands.common import add_json
+from effkernels.commands.common import add_json, why_no_gpu
 
 TEXT = "Show version, build, devices, and which backend can run which operator."
 
@@ -51,20 +51,29 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
-def _decisions(device: str) -> list[dict[str, Any]]:
-    """For every operator and backend whether it runs on a device, in float32, and why not."""
-    asked = {"cuda": backends.can_run_cuda, "triton": backends.can_run_triton, "cpu": backends.can_run_cpu}
-    return [
-        {"device": device, "op": op, "backend": name, "ok": decision.ok, "reason": decision.reason}
-        for op in backends.OPERATORS
-        for name, can_run in asked.items()
-        for decision in [can_run(op, device=device, dtype=torch.float32)]
-    ]
+def _decisions() -> list[dict[str, Any]]:
+    """For every operator and backend, on its own kind of device, whether it runs in float32, and why not."""
+    gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    asked = [("cpu", backends.can_run_cpu, "cpu")]
+    for name, can_run in (("cuda", backends.can_run_cuda), ("triton", backends.can_run_triton)):
+        asked += [(name, can_run, gpu) for gpu in gpus or ["no GPU"]]
+    found = []
+    for name, can_run, device in asked:
+        for op in backends.OPERATORS:
+            # "meta" asks whether the kernel is there at all.
+            decision = can_run(op, device="meta" if device == "no GPU" else device, dtype=torch.float32)
+            ok, reason = decision
+            if ok and device == "no GPU":
+                ok, reason = False, f"the kernel is there, but {why_no_gpu()}"
+            found.append({"backend": name, "device": device, "op": op, "ok": ok, "reason": reason})
+    return found
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what is installed and what can run here."""
     devices = _devices()
+    versions = environment.versions("timm", "torchvision", "onnxruntime", "openvino")
+    decisions = _decisions()
     report = {
         "version": effkernels.__version__,
         "commit": environment.commit()[0],
@@ -73,10 +82,10 @@ def run(arguments: argparse.Namespace) -> int:
             "error": _library.load_error(),
             "build": _library.build_info(),
         },
-        "versions": environment.versions("timm", "torchvision", "onnxruntime", "openvino"),
+        "versions": versions,
         "devices": devices,
         "backend": backends.selected(),
-        "operators": [decision for device in devices for decision in _decisions(device["device"])],
+        "operators": decisions,
     }
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -86,30 +95,29 @@ def run(arguments: argparse.Namespace) -> int:
     for key, value in _library.build_info().items():
         print(f"  {key:<12} {', '.join(map(str, value)) if isinstance(value, list) else value}")
     print("versions")
-    for package, version in environment.versions("timm", "torchvision", "onnxruntime", "openvino").items():
+    for package, version in versions.items():
         print(f"  {package:<12} {version or 'none'}")
     for device in devices:
         print(f"device {device['device']}")
         for key, value in device.items():
             if key != "device":
                 print(f"  {key:<16} {', '.join(value) if isinstance(value, list) else value}")
-    print(f"backend    {backends.selected()} (float32; `reference` runs everything)")
-    for device in devices:
-        _print_decisions(device["device"], _decisions(device["device"]))
+    print(f"backend {backends.selected()} (what runs float32; `reference` runs everything)")
+    _print_decisions(decisions)
     return 0
 
 
-def _print_decisions(device: str, decisions: Sequence[dict[str, Any]]) -> None:
-    """One line per backend where the answer is the same for all operators, else one line per operator."""
-    for name in dict.fromkeys(decision["backend"] for decision in decisions):
-        mine = [decision for decision in decisions if decision["backend"] == name]
-        running = [decision["op"] for decision in mine if decision["ok"]]
-        print(f"  on {device}, {name:<6} runs {', '.join(running) if running else 'nothing'}")
-        reasons = dict.fromkeys(
-            # The reason of an operator often contains its name; the same sentence is wanted once.
-            decision["reason"].replace(decision["op"], "this operator")
-            for decision in mine
-            if not decision["ok"]
-        )
-        for reason in reasons:
-            print(f"      not the others: {reason}" if running else f"      {reason}")
+def _print_decisions(decisions: Sequence[dict[str, Any]]) -> None:
+    """Per backend and device: the operators that run, then those that do not, by reason."""
+    for name, device in dict.fromkeys((decision["backend"], decision["device"]) for decision in decisions):
+        by_reason: dict[str, list[str]] = {}
+        for decision in decisions:
+            if (decision["backend"], decision["device"]) == (name, device):
+                # A reason often names its operator; the same sentence is wanted once for all of them.
+                reason = decision["reason"].replace(decision["op"], "this operator")
+                by_reason.setdefault(reason, []).append(decision["op"])
+        for reason, ops in by_reason.items():
+            every = len(ops) == len(backends.OPERATORS)
+            listed = ("no operator" if reason else "every operator") if every else ", ".join(ops)
+            verdict = f"{'runs ' if every else 'does not run '}{listed}: {reason}" if reason else f"runs {listed}"
+            print(f"  {name:<6} {device:<6}  {verdict}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 import effkernels
 from effkernels import console
 from effkernels.commands.common import DEFAULT_MODEL, UsageError, add_device, check_models, device_of, positive
-from effkernels.models import CheckpointError, EfficientNet, model_config
+from effkernels.models import CheckpointError, EfficientNet, load_checkpoint, model_config
 from effkernels.precision import PRECISIONS, Precision
 
 TEXT = "Classify photographs."
@@ -20,14 +21,12 @@ TEXT = "Classify photographs."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of the command."""
-    parser.add_argument(
-        "image", nargs="+", metavar="IMAGE", help="a file, a folder (searched in depth) or a glob pattern"
-    )
+    parser.add_argument("image", nargs="*", metavar="IMAGE", help="a file, a folder (searched in depth) or a pattern")
+    parser.add_argument("--example", action="store_true", help="also the photograph that comes with the package")
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
     parser.add_argument(
         "--weights", metavar="FILE", help="checkpoint (.pth, .safetensors) of timm, torchvision, lukemelas"
     )
-    parser.add_argument("--num-classes", type=positive, default=1000, metavar="N", help="default: %(default)s")
     parser.add_argument("--labels", metavar="FILE", help="text file with one class label per line")
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="default: %(default)s")
     parser.add_argument("--batch-size", type=positive, default=16, metavar="N", help="default: %(default)s")
@@ -45,8 +44,10 @@ def run(arguments: argparse.Namespace) -> int:
         import PIL  # noqa: F401
     except ImportError as error:
         raise UsageError(f"predict needs {error.name}: pip install 'effkernels[models]'") from error
-    from effkernels.predict import Failure, Prediction, Preprocessing, classify, find_images, read_labels
+    from effkernels.predict import EXAMPLE, Failure, Prediction, Preprocessing, classify, find_images, read_labels
 
+    if not arguments.image and not arguments.example:
+        raise UsageError("no IMAGE given; name files, folders or patterns, or use --example")
     check_models([arguments.model])
     device = device_of(arguments.device)
     precision = Precision.of(arguments.precision, device.type)
@@ -56,13 +57,13 @@ def run(arguments: argparse.Namespace) -> int:
             labels = read_labels(Path(arguments.labels))
         except (OSError, UnicodeDecodeError) as error:
             raise UsageError(f"--labels {arguments.labels}: {error}") from error
-    model = _model_with_weights(arguments.model, arguments.weights, arguments.num_classes)
+    model = _model_with_weights(arguments.model, arguments.weights)
     if labels is not None and len(labels) != model.num_classes:
         raise UsageError(f"--labels {arguments.labels}: {len(labels)} lines for a model of {model.num_classes} classes")
     model = model.eval().to(device, precision.dtype)
     config = model_config(arguments.model)
 
-    files, failures = find_images(arguments.image)
+    files, failures = find_images([*arguments.image, *([os.path.relpath(EXAMPLE)] if arguments.example else [])])
     predictions: list[Prediction] = []
     with console.progress("predict", len(files)) as advance:
         for result in classify(
@@ -93,22 +94,29 @@ def run(arguments: argparse.Namespace) -> int:
             for prediction in predictions
             for rank, score in enumerate(prediction.scores)
         ]
-        console.table(f"{arguments.model}: {len(predictions)} images", ["image", "class", "probability"], rows)
+        images = "1 image" if len(predictions) == 1 else f"{len(predictions)} images"
+        console.table(f"{arguments.model}: {images}", ["image", "class", "probability"], rows)
     for failure in failures:
         console.note(f"predict: {failure.file}: {failure.reason}")
     return 1 if failures else 0
 
 
-def _model_with_weights(name: str, weights: str | None, num_classes: int) -> EfficientNet:
+def _model_with_weights(name: str, weights: str | None) -> EfficientNet:
+    """The model with the classes of the checkpoint, or with random weights and a warning."""
     if weights is None:
         console.note(
             f"WARNING: no --weights given: the weights of {name} are RANDOM and its predictions mean nothing. Give a "
             "checkpoint of timm, torchvision or lukemelas: --weights FILE"
         )
         torch.manual_seed(0)
-    try:
-        model = effkernels.create_model(name, num_classes=num_classes, checkpoint_path=weights)
-    except (CheckpointError, OSError) as error:
-        raise UsageError(f"--weights {weights}: {error}") from error
+        model = effkernels.create_model(name)
+    else:
+        try:
+            model = load_checkpoint(name, weights)
+        except (CheckpointError, OSError) as error:
+            raise UsageError(f"--weights {weights}: {error}") from error
     assert isinstance(model, EfficientNet)
+    if model.num_classes == 0 or model.in_chans != 3:
+        found = f"{model.in_chans} image channels and {model.num_classes} classes"
+        raise UsageError(f"--weights {weights}: {found}; needed are 3 channels and at least one class")
     return model

@@ -19,7 +19,7 @@ from effkernels import _library
 
 _FRAGMENT: Any = None
 if _library.is_loaded():
-    _FRAGMENT = torch.library.Library("effkernels", "FRAGMENT")  # type: ignore[no-untyped-call]
+    _FRAGMENT = torch.library.Library("effkernels", "FRAGMENT")
 _AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 
 Result = TypeVar("Result")  # of an operator: a tensor or a pair of them

@@ -1,0 +1,59 @@
+"""Runs the commands shown in README.md and puts their real output there: ``python -m benchmarks.readme_examples``.
+
+A command is a line that starts with ``$ `` in a block marked ``console``; what follows up to the next one is its output
+on standard output.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.report import README
+
+_BLOCK = re.compile(r"(?<=```console\n).*?(?=```)", re.DOTALL)
+
+
+def commands(readme: str) -> list[str]:
+    """Every command shown, in order."""
+    lines = [line for block in _BLOCK.findall(readme) for line in block.splitlines()]
+    return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
+
+
+def output_of(command: str, folder: Path) -> str:
+    """Standard output of a command, run in a folder with this interpreter's programs first on the path.
+
+    Raises:
+        RuntimeError: the command failed.
+    """
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    # pipefail: a command that fails ahead of a `tail` has failed.
+    shell = ["bash", "-o", "pipefail", "-c", command]
+    done = subprocess.run(shell, cwd=folder, env={**os.environ, "PATH": path}, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{command}: exit status {done.returncode}: {done.stderr.strip()[-500:]}")
+    return done.stdout
+
+
+def with_outputs(readme: str, folder: Path) -> str:
+    """README.md's text with the output of every command shown run anew."""
+
+    def run(block: re.Match[str]) -> str:
+        return "".join(
+            f"$ {command}\n{output_of(command, folder)}" for command in commands(f"```console\n{block[0]}```")
+        )
+
+    return _BLOCK.sub(run, readme)
+
+
+def main() -> int:
+    """Rewrite README.md."""
+    README.write_text(with_outputs(README.read_text(encoding="utf-8"), README.parent), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,450 @@
+"""The measuring core, the contenders, and the report: nothing here asserts how fast something is."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import cases, readme_examples, report
+from effkernels import benchmark, environment, reference
+from effkernels.benchmark import Row, Statistics
+from effkernels.check import sample_model
+from effkernels.contenders import CONTENDERS, Case, Contender, Runner
+from effkernels.memory import measure_here, peak_memory
+from effkernels.model_benchmark import Options, run_case, steps
+from effkernels.op_case import OpCase, conv_case, depthwise_case, pointwise_case
+from effkernels.precision import PRECISIONS, Precision
+
+# The fields that a row must have, in order; p99_us stands beside p95_us.
+FIELDS = [
+    "suite", "case", "contender", "device", "dtype", "batch", "median_us", "p95_us", "p99_us", "images_per_s",
+    "peak_bytes", "rel_error", "floor_us", "bytes", "launches", "commit", "dirty", "date", "versions",
+]  # fmt: skip
+SMALL = Case("efficientnet_b0", 32, 1, threads=1)
+QUICK = Options(warmup=1, rounds=2, memory=False)
+
+
+def make_row(**changes: object) -> Row:
+    row = benchmark.make_row(
+        Statistics(1000.0, 2000.0, 3000.0, 10),
+        suite="model",
+        case="efficientnet_b0@224",
+        contender="effkernels-cpu",
+        device="A CPU, 2 threads",
+        dtype="float32",
+        batch=4,
+        date="2026-01-02T03:04:05+00:00",
+    )
+    return dataclasses.replace(row, **changes)  # type: ignore[arg-type]
+
+
+class TestStatistics:
+    def test_of_a_known_series(self) -> None:
+        statistics = benchmark.summarise([float(value) for value in range(100, -1, -1)])
+        assert statistics == Statistics(50.0, 95.0, 99.0, 101)
+
+    def test_percentiles_are_interpolated(self) -> None:
+        statistics = benchmark.summarise([10.0, 20.0])
+        assert (statistics.median_us, statistics.p95_us) == pytest.approx((15.0, 19.5))
+
+    def test_an_outlier_moves_p99_but_not_the_median(self) -> None:
+        statistics = benchmark.summarise([5.0] * 99 + [5000.0])
+        assert statistics.median_us == statistics.p95_us == 5.0
+        assert statistics.p99_us > 5.0
+
+    @given(st.lists(st.floats(0.1, 1e6), min_size=1, max_size=40))
+    def test_order(self, samples: list[float]) -> None:
+        got = benchmark.summarise(samples)
+        tolerance = 1e-9 * max(samples)
+        assert min(samples) - tolerance <= got.median_us <= got.p95_us + tolerance
+        assert got.p95_us <= got.p99_us + tolerance <= max(samples) + 2 * tolerance
+
+    @pytest.mark.parametrize("samples", [[], [1.0, math.nan], [math.inf]])
+    def test_bad_samples(self, samples: list[float]) -> None:
+        with pytest.raises(ValueError, match="summarise"):
+            benchmark.summarise(samples)
+
+
+class TestTurns:
+    def test_every_contender_has_its_turn_in_every_round(self) -> None:
+        log: list[str] = []
+        turns: list[str] = []
+
+        def contender(name: str) -> Callable[[int], None]:
+            def run(number: int) -> None:
+                log.append(name)
+                time.sleep(0.03)  # so long that a turn is one sample and one call before it
+
+            return run
+
+        names = ["a", "b", "c"]
+        times = benchmark.time_in_turns(
+            {name: contender(name) for name in names}, warmup=1, rounds=4, advance=turns.append
+        )
+        assert len(turns) == 12
+        rounds = [turns[start : start + 3] for start in range(0, 12, 3)]
+        assert all(sorted(members) == names for members in rounds)
+        assert len({tuple(members) for members in rounds}) > 1, "the order never changes"
+        # After the warm-up the calls follow the turns: one that is not counted, one that is.
+        assert log[-24:] == [name for name in turns for _ in range(2)]
+        assert all(len(samples) == 4 for samples in times.values())
+        assert all(sample >= 30e3 for samples in times.values() for sample in samples)
+
+    def test_each_call_gets_the_next_input(self) -> None:
+        numbers: list[int] = []
+        benchmark.time_in_turns({"one": numbers.append}, warmup=2, rounds=2)
+        assert numbers == list(range(len(numbers)))
+
+    def test_short_calls_are_averaged(self) -> None:
+        calls = 0
+
+        def run(number: int) -> None:
+            nonlocal calls
+            calls += 1
+
+        times = benchmark.time_in_turns({"nothing": run}, warmup=1, rounds=2)["nothing"]
+        assert calls > 20 * len(times), "a call of nanoseconds needs many calls per sample"
+        assert max(times) < 1000, "a sample is the time of one call"
+
+    @pytest.mark.parametrize(("runs", "options"), [({}, {}), ({"a": abs}, {"rounds": 0}), ({"a": abs}, {"warmup": 0})])
+    def test_bad_arguments(self, runs: dict[str, Callable[[int], object]], options: dict[str, int]) -> None:
+        with pytest.raises(ValueError, match="time_in_turns"):
+            benchmark.time_in_turns(runs, **options)
+
+
+@given(st.integers(1, 2**40), st.integers(1, 2**30))
+def test_rotated_inputs_exceed_the_cache_or_a_bound(bytes_each: int, cache: int) -> None:
+    count = benchmark.input_count(bytes_each, cache)
+    assert 2 <= count <= 64
+    assert count == 2 or count * bytes_each <= 512 << 20
+    assert count * bytes_each >= 2 * cache or count == 64 or (count + 1) * bytes_each > 512 << 20
+
+
+class TestRows:
+    def test_carry_every_field(self) -> None:
+        values = json.loads(make_row().to_json())
+        assert list(values) == FIELDS
+        assert values["images_per_s"] == 4000.0
+        assert {"torch", "cuda", "triton", "driver", "python"} <= set(values["versions"])
+        assert values["floor_us"] is values["bytes"] is values["launches"] is None
+
+    def test_file_is_appended_to_and_read_back(self, tmp_path: Path) -> None:
+        file = tmp_path / "new folder" / "rows.jsonl"
+        first, second = make_row(), make_row(contender="eager", peak_bytes=17, rel_error=1e-7)
+        benchmark.append_rows(file, [first])
+        before = file.read_text()
+        benchmark.append_rows(file, [second])
+        assert file.read_text().startswith(before)
+        assert benchmark.read_rows(file) == [first, second]
+
+    @pytest.mark.parametrize("line", ["no json", "{}", "[1]"])
+    def test_damaged_file_names_the_line(self, tmp_path: Path, line: str) -> None:
+        file = tmp_path / "rows.jsonl"
+        file.write_text(make_row().to_json() + "\n" + line + "\n")
+        with pytest.raises(ValueError, match=r"rows\.jsonl:2: not a result row"):
+            benchmark.read_rows(file)
+
+    def test_what_is_not_a_number_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="not JSON compliant"):
+            make_row(rel_error=math.nan).to_json()
+
+
+class TestEnvironment:
+    def test_names(self) -> None:
+        cpu = torch.device("cpu")
+        assert environment.device_name(cpu, 1).endswith(", 1 thread")
+        assert environment.device_name(cpu, 2).endswith(", 2 threads")
+        assert environment.file_stem("AMD EPYC (TM), 2 threads") == "amd-epyc-tm-2-threads"
+        assert environment.last_level_cache_bytes(cpu) > 0
+
+    def test_commit_is_of_this_tree_or_unknown(self) -> None:
+        commit, dirty = environment.commit()
+        assert (commit is None) == (dirty is None)
+        assert commit is None or len(commit) == 40
+
+
+@pytest.mark.parametrize("name", PRECISIONS)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_precision(name: str, device: str) -> None:
+    precision = Precision.of(name, device)
+    if name == "amp":
+        assert precision.name == {"cpu": "amp_bfloat16", "cuda": "amp_float16"}[device]
+    else:
+        assert precision.name == name
+    if name.startswith("amp"):
+        assert precision.dtype == torch.float32
+        assert precision.computes_in == precision.autocast != torch.float32
+    else:
+        assert str(precision.computes_in) == f"torch.{name}"
+
+
+class TestSampleModel:
+    def test_is_the_same_each_time_and_leaves_the_generator_alone(self) -> None:
+        state = torch.random.get_rng_state()
+        first = sample_model.__wrapped__("efficientnet_b0", 3)
+        assert torch.equal(torch.random.get_rng_state(), state)
+        for key, value in sample_model.__wrapped__("efficientnet_b0", 3).state_dict().items():
+            assert torch.equal(value, first.state_dict()[key])
+
+    def test_signal_neither_dies_nor_explodes(self) -> None:
+        with torch.inference_mode():
+            logits = sample_model("efficientnet_b0")(torch.randn(3, 3, 224, 224))
+        assert 1e-2 < logits.std() < 1e2
+        assert (logits[0] - logits[1]).norm() > 0.05 * logits[0].norm(), "the logits must depend on the image"
+
+    def test_has_no_hooks_left(self) -> None:
+        assert not any(module._forward_pre_hooks for module in sample_model("efficientnet_b0").modules())
+
+
+class TestContenders:
+    @pytest.mark.parametrize("name", ["effkernels", "eager", "eager-channels-last", "timm", "torchvision"])
+    def test_run_with_the_same_weights(self, name: str) -> None:
+        if reason := CONTENDERS[name].unavailable(SMALL):
+            pytest.skip(reason)
+        rows, refusals = run_case(SMALL, [name], QUICK, date="now")
+        assert refusals == []
+        assert rows[0].contender.startswith(name)
+        assert rows[0].rel_error is not None
+        assert 0 < rows[0].rel_error < 1e-4
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["compile", "onnxruntime", "openvino"])
+    def test_compilers_run_with_the_same_weights(self, name: str) -> None:
+        self.test_run_with_the_same_weights(name)
+
+    @pytest.mark.parametrize("precision", ["bfloat16", "amp"])
+    def test_low_precision(self, precision: str) -> None:
+        case = dataclasses.replace(SMALL, precision=precision)
+        rows, refusals = run_case(case, ["effkernels", "eager"], QUICK, date="now")
+        assert [refusal.contender for refusal in refusals] in ([], ["effkernels"])
+        assert all(row.dtype == case.numbers.name for row in rows)
+
+    def test_plain_network_without_timm(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def no_timm() -> None:
+            raise ImportError("timm is not installed; pip install timm")
+
+        monkeypatch.setattr("effkernels.peers.import_timm", no_timm)
+        rows, refusals = run_case(SMALL, ["eager", "timm"], QUICK, date="now")
+        assert [row.contender for row in rows] == ["eager (reference)"]
+        assert [(refusal.contender, refusal.reason) for refusal in refusals] == [
+            ("timm", "not available: timm is not installed; pip install timm")
+        ]
+
+    @pytest.mark.parametrize("name", CONTENDERS)
+    def test_say_in_one_line_why_not(self, name: str) -> None:
+        for precision in ("float32", "float16"):
+            for device in ("cpu", "cuda"):
+                if device == "cuda" and not torch.cuda.is_available() and "cuda" in CONTENDERS[name].devices:
+                    continue
+                case = dataclasses.replace(SMALL, precision=precision, device=device)
+                reason = CONTENDERS[name].unavailable(case)
+                assert reason is None or ("\n" not in reason and reason)
+
+    def test_missing_packages_are_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find_spec(name))
+        reason = CONTENDERS["openvino"].unavailable(SMALL)
+        assert reason is not None
+        assert reason.startswith("not available: pip install ")
+        assert "openvino" in reason
+
+    def test_models_nobody_else_has(self) -> None:
+        reason = CONTENDERS["torchvision"].unavailable(dataclasses.replace(SMALL, model="tf_efficientnet_b0"))
+        assert reason is not None
+
+
+class TestRunCase:
+    def add(self, monkeypatch: pytest.MonkeyPatch, name: str, prepare: Callable[[Case], Runner]) -> None:
+        contender = Contender(name, "made up", ("cpu",), lambda case: None, prepare)
+        monkeypatch.setitem(CONTENDERS, name, contender)
+
+    def test_a_wrong_answer_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        right = CONTENDERS["eager"].prepare(SMALL)
+        runner = dataclasses.replace(right, run=lambda images: right.run(images) * 1.001)
+        self.add(monkeypatch, "wrong", lambda case: runner)
+        rows, refusals = run_case(SMALL, ["wrong", "eager"], QUICK, date="now")
+        assert [row.contender for row in rows] == [right.label]
+        assert refusals[0].contender == "wrong"
+        assert refusals[0].reason.startswith("wrong: off by 1.0e-03 from float64")
+
+    @pytest.mark.parametrize("output", [torch.full((1, 1000), math.nan), torch.zeros(1, 10)])
+    def test_not_a_number_and_another_shape_are_wrong(
+        self, monkeypatch: pytest.MonkeyPatch, output: torch.Tensor
+    ) -> None:
+        self.add(monkeypatch, "odd", lambda case: Runner("odd", lambda images: images, lambda images: output))
+        rows, refusals = run_case(SMALL, ["odd"], QUICK, date="now")
+        assert rows == []
+        assert refusals[0].reason.startswith("wrong: off by inf")
+
+    def test_a_contender_that_fails_does_not_stop_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(case: Case) -> Runner:
+            raise RuntimeError("no\nsuch luck")
+
+        self.add(monkeypatch, "failing", fail)
+        advanced: list[str] = []
+        names = ["failing", "eager"]
+        rows, refusals = run_case(SMALL, names, QUICK, date="now", advance=advanced.append)
+        assert len(rows) == 1
+        assert refusals[0].reason == "failed: RuntimeError: no such luck"
+        assert len(advanced) == steps(names, QUICK)
+
+    def test_threads_are_set_and_put_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        seen: list[int] = []
+        right = CONTENDERS["eager"].prepare(SMALL)
+
+        def run(images: torch.Tensor) -> object:
+            seen.append(torch.get_num_threads())
+            return right.run(images)
+
+        self.add(monkeypatch, "counting", lambda case: dataclasses.replace(right, run=run))
+        before = torch.get_num_threads()
+        rows, _ = run_case(dataclasses.replace(SMALL, threads=before + 1), ["counting"], QUICK, date="now")
+        assert set(seen) == {before + 1}
+        assert torch.get_num_threads() == before
+        assert rows[0].device.endswith(f", {before + 1} threads")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs (Linux)")
+class TestMemory:
+    def test_growth_is_seen(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def run(images: torch.Tensor) -> torch.Tensor:
+            return torch.ones(100 << 20, dtype=torch.uint8)  # every page is written
+
+        contender = Contender(
+            "hungry", "made up", ("cpu",), lambda case: None, lambda case: Runner("hungry", lambda images: images, run)
+        )
+        monkeypatch.setitem(CONTENDERS, "hungry", contender)
+        assert (
+            90 << 20 < measure_here("hungry", dataclasses.replace(SMALL, threads=torch.get_num_threads())) < 130 << 20
+        )
+
+    def test_in_a_process_of_its_own(self) -> None:
+        peak = peak_memory("eager", SMALL)
+        assert isinstance(peak, int)
+        assert 0 < peak < 1 << 30
+
+    def test_failure_is_one_line(self) -> None:
+        reason = peak_memory("no such contender", SMALL)
+        assert isinstance(reason, str)
+        assert "no such contender" in reason
+        assert "\n" not in reason
+
+
+class TestOpCase:
+    def test_bytes_are_those_that_no_version_can_avoid(self) -> None:
+        case = pointwise_case((2, 8, 4, 4), 16)
+        images, weights, vectors = 2 * 8 * 16 + 2 * 16 * 16, 16 * 8, 4 * 16
+        assert case.bytes_moved(torch.float32) == 4 * (images + weights + vectors)
+        assert case.bytes_moved(torch.bfloat16) == 2 * (images + weights) + 4 * vectors
+
+    def test_cases_of_the_suite_are_those_of_b0(self) -> None:
+        names = {case.op for case in cases.op_cases(1)}
+        assert names >= {"conv_bn_act", "depthwise_bn_act_gate", "pointwise_bn_act", "squeeze_excite_gate"}
+        assert all(case.batch == 3 for case in cases.op_cases(3))
+
+    @pytest.mark.parametrize(
+        "case", [depthwise_case("depthwise_bn_act", (1, 4, 5, 5), 3, 1), conv_case((1, 3, 8, 8), 4)]
+    )
+    def test_each_preparation_has_tensors_of_its_own(self, case: OpCase) -> None:
+        one, other = (case.prepare(reference, torch.float32, torch.device("cpu"))() for _ in range(2))
+        assert torch.equal(one[0], other[0])
+        assert one[0].data_ptr() != other[0].data_ptr()
+
+
+class TestReport:
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        old, new = "2026-01-01T00:00:00+00:00", "2026-01-02T00:00:00+00:00"
+        rows = [
+            make_row(date=old, median_us=9000.0),
+            make_row(date=old, contender="forgotten"),
+            make_row(date=new),
+            make_row(date=new, contender="eager (timm)", median_us=2500.0, rel_error=2e-7, peak_bytes=3_000_000),
+            make_row(date=old, suite="op", case="conv_bn_act 1x3x8x8", median_us=12.5),
+        ]
+        benchmark.append_rows(tmp_path / "a-cpu-2-threads.jsonl", rows)
+        (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        return tmp_path
+
+    def run(self, folder: Path, *more: str) -> int:
+        return report.main(["--results-folder", str(folder), "--readme", str(folder / "README.md"), *more])
+
+    def test_only_the_newest_run_of_a_case_counts(self, folder: Path) -> None:
+        assert self.run(folder) == 0
+        text = (folder / "REPORT.md").read_text()
+        assert "| eager (timm) | 2.50 ms | 2.00 ms | 3.00 ms | 4,000 | 3.0 | 2.0e-07 | 2.50 |" in text
+        assert "forgotten" not in text
+        assert "9.00 ms" not in text
+        assert "conv_bn_act 1x3x8x8" in text
+
+    def test_readme_gets_the_networks_between_the_markers(self, folder: Path) -> None:
+        self.run(folder)
+        readme = (folder / "README.md").read_text()
+        assert readme.startswith("before\n")
+        assert readme.endswith("after\n")
+        assert "old" not in readme
+        assert "| eager (timm) | 2.50 ms |" in readme
+        assert "conv_bn_act" not in readme
+
+    def test_check_tells_what_is_out_of_date(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        assert self.run(folder, "--check") == 1
+        assert "out of date" in capsys.readouterr().err
+        assert self.run(folder) == 0
+        assert self.run(folder, "--check") == 0
+
+    def test_plots_are_made(self, folder: Path) -> None:
+        self.run(folder)
+        for suite in ("model", "op"):
+            assert (folder / f"a-cpu-2-threads-{suite}.png").read_bytes().startswith(b"\x89PNG")
+
+    def test_without_results(self, tmp_path: Path) -> None:
+        (tmp_path / "README.md").write_text(f"{report.BEGIN}{report.END}")
+        assert self.run(tmp_path) == 0
+        assert "No results" in (tmp_path / "README.md").read_text()
+
+    def test_missing_marker(self) -> None:
+        with pytest.raises(ValueError, match="must stand there once"):
+            report.with_section("no markers", "section")
+
+
+class TestReadmeExamples:
+    def test_outputs_are_replaced(self, tmp_path: Path) -> None:
+        text = "one\n```console\n$ echo first\nold\nolder\n$ pwd\n```\n```\n$ not run\n```\n"
+        expected = f"one\n```console\n$ echo first\nfirst\n$ pwd\n{tmp_path}\n```\n```\n$ not run\n```\n"
+        assert readme_examples.with_outputs(text, tmp_path) == expected
+
+    def test_a_command_that_fails_is_an_error(self, tmp_path: Path) -> None:
+        with pytest.raises(RuntimeError, match="exit status 3: no"):
+            readme_examples.with_outputs("```console\n$ (echo no >&2; exit 3) | tail -n 1\n```\n", tmp_path)
+
+    def test_readme_shows_every_command(self) -> None:
+        shown = " ".join(readme_examples.commands(report.README.read_text(encoding="utf-8")))
+        assert all(f"effkernels {name}" in shown for name in ("info", "check", "predict"))
+
+
+def test_report_of_this_repository_is_up_to_date() -> None:
+    """The tables of README.md and REPORT.md are those that the recorded rows give."""
+    assert report.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize("face", ["effkernels.ops", "torch.ops.effkernels", "eager", "conv2d alone"])
+@pytest.mark.usefixtures("compiled")
+def test_overhead_of_a_call(face: str, benchmark: Callable[[Callable[[], object]], object]) -> None:
+    """Reports the time of one call with next to no work; that the call works is all that is asserted."""
+    with torch.inference_mode():
+        call = cases.overhead_calls(torch.device("cpu"))[face]
+        benchmark.pedantic(call, rounds=5, iterations=20, warmup_rounds=1)  # type: ignore[attr-defined]
+        result = call()
+    result = result[0] if isinstance(result, tuple) else result
+    assert isinstance(result, torch.Tensor)
+    assert result.shape == (1, 8, 1, 1)
