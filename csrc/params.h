@@ -26,11 +26,11 @@ struct Norm {
 
 // y = activation(norm(depthwise convolution of x)), and the mean of y over its pixels where `pooled` is given.
 struct DepthwiseParams {
-  const void* x = nullptr;   // (N, H, W, C) by the strides below
-  void* y = nullptr;         // (N, OH, OW, C), contiguous in that order
-  Param weight;              // (C, 1, K, K)
+  const void* x = nullptr;  // (N, H, W, C) by the strides below
+  void* y = nullptr;        // (N, OH, OW, C), contiguous in that order
+  Param weight;             // (C, 1, K, K)
   Norm norm;
-  float* pooled = nullptr;   // (N, C) or null
+  float* pooled = nullptr;  // (N, C) or null
   DType dtype = DType::kFloat32;
   Activation activation = Activation::kIdentity;
   int64_t batch = 0, channels = 0, height = 0, width = 0, out_height = 0, out_width = 0;
@@ -40,9 +40,9 @@ struct DepthwiseParams {
 
 // gate = gate_activation(w_expand @ activation(w_reduce @ pooled + b_reduce) + b_expand)
 struct SqueezeExciteParams {
-  const float* pooled = nullptr;                  // (N, C)
-  Param w_reduce, b_reduce, w_expand, b_expand;   // (R, C), (R), (C, R), (C)
-  void* gate = nullptr;                           // (N, C)
+  const float* pooled = nullptr;                 // (N, C)
+  Param w_reduce, b_reduce, w_expand, b_expand;  // (R, C), (R), (C, R), (C)
+  void* gate = nullptr;                          // (N, C)
   DType gate_dtype = DType::kFloat32;
   Activation activation = Activation::kSilu;
   Gate gate_activation = Gate::kSigmoid;
@@ -59,9 +59,9 @@ struct ScaleParams {
 
 // y = activation(norm(w @ (x * gate))) + residual over N * P rows of Cin, P the pixels of an image.
 struct PointwiseParams {
-  const void* x = nullptr;         // row p of image n at n * x_stride_n + p * x_stride_p
-  void* y = nullptr;               // (N, P, Cout), contiguous
-  Param weight;                    // (Cout, Cin)
+  const void* x = nullptr;  // row p of image n at n * x_stride_n + p * x_stride_p
+  void* y = nullptr;        // (N, P, Cout), contiguous
+  Param weight;             // (Cout, Cin)
   Norm norm;
   Param gate;                      // (N, Cin), not given: 1
   const void* residual = nullptr;  // rows as x's, by their own strides; null: none

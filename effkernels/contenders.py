@@ -15,6 +15,7 @@ import importlib
 import importlib.util
 import os
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -296,7 +297,8 @@ def _onnx_model(model: str, img_size: int, batch: int, seed: int) -> tuple[bytes
     """The plain network as an ONNX file in memory, with static shapes, which both runtimes optimise best."""
     case = Case(model, img_size, batch, seed=seed)
     network, source, packages = plain_network(case)
-    with torch.no_grad():
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own deprecations, nothing that a reader could act on
         program = torch.onnx.export(network.eval(), (case.images(0),), dynamo=True, external_data=False, verbose=False)
     assert program is not None
     return program.model_proto.SerializeToString(), source, packages

@@ -43,7 +43,7 @@ def randomise(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:
             norm.momentum = 1.0
         for norm in _norms_of_skipped_blocks(model):
             norm.weight.mul_(0.3)
-        model(images(2, 96, 96, channels, seed))
+        model(images(2, 64, 64, channels, seed))
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval()
             norm.momentum = momentum

@@ -184,7 +184,7 @@ def test_forward_mode_and_functional_transforms_are_right_or_refused(op: str) ->
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("where", ["compiled", "reference"])
 def test_autocast(where: str, dtype: torch.dtype, op: str) -> None:
-    """x and matrices are cast, everything else stays, on either way of computing; the gradients come back in float32."""
+    """x and matrices are cast and everything else stays, on either way of computing; gradients come back in float32."""
     case = case_of(op)
     arguments = with_gradients(case.draw())
     cast = {"x", "residual", "w_reduce", "w_expand"} | ({"weight"} if not op.startswith("depthwise") else set())

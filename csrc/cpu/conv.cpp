@@ -16,20 +16,21 @@ template <int Columns, int Vecs, int Stride>
 void multiply(const float* const* taps, const float* __restrict panel, int64_t k, int64_t first, int64_t stride,
               float* __restrict acc) {
   if constexpr (Stride != 0) stride = Stride;
-  Vec sum[Columns][Vecs];
-  for (int r = 0; r < Columns; r++)
-    for (int v = 0; v < Vecs; v++) sum[r][v] = Vec{};
-  for (int64_t i = 0; i < k; i++, panel += Vecs * kLanes) {
-    const float* window = taps[i] + first * stride;
-    Vec b[Vecs];
-    for (int v = 0; v < Vecs; v++) b[v] = load(panel + v * kLanes);
-    for (int r = 0; r < Columns; r++) {
-      const Vec a = splat(window[r * stride]);
-      for (int v = 0; v < Vecs; v++) sum[r][v] += a * b[v];
+  for (int64_t begin = 0; begin < k; begin += kBlock) {
+    Vec sum[Columns][Vecs];
+    for (int r = 0; r < Columns; r++)
+      for (int v = 0; v < Vecs; v++) sum[r][v] = Vec{};
+    for (int64_t i = begin; i < min_of(begin + kBlock, k); i++, panel += Vecs * kLanes) {
+      const float* window = taps[i] + first * stride;
+      Vec b[Vecs];
+      for (int v = 0; v < Vecs; v++) b[v] = load(panel + v * kLanes);
+      for (int r = 0; r < Columns; r++) {
+        const Vec a = splat(window[r * stride]);
+        for (int v = 0; v < Vecs; v++) sum[r][v] += a * b[v];
+      }
     }
+    add_block<Columns, Vecs>(sum, begin == 0, acc);
   }
-  for (int r = 0; r < Columns; r++)
-    for (int v = 0; v < Vecs; v++) store(acc + (r * Vecs + v) * kLanes, sum[r][v]);
 }
 
 struct Tile {
@@ -103,8 +104,8 @@ void conv(const ConvParams& p, const Parallel& parallel) {
               const int64_t top = oy * p.stride - p.pad_top;
               loaded = max_of(loaded, top);
               for (; loaded < min_of(top + p.kernel_h, p.height); loaded++)
-                fill_row(p, x + loaded * p.x_stride_h, filled,
-                         input + loaded % p.kernel_h * columns + p.pad_left, plane);
+                fill_row(p, x + loaded * p.x_stride_h, filled, input + loaded % p.kernel_h * columns + p.pad_left,
+                         plane);
               for (int64_t i = 0; i < k; i++) {
                 const int64_t kx = i % p.kernel_w, ky = i / p.kernel_w % p.kernel_h, c = i / p.kernel_w / p.kernel_h;
                 const int64_t iy = top + ky;

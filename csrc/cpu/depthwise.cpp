@@ -59,14 +59,22 @@ Strip pick_strip(int64_t out_width, int dilation) {
 
 Strip pick_strip(const DepthwiseParams& p) {
   switch (p.kernel * 2 + p.stride - 1) {
-    case 6: return pick_strip<3, 1>(p.out_width, p.dilation);
-    case 7: return pick_strip<3, 2>(p.out_width, p.dilation);
-    case 10: return pick_strip<5, 1>(p.out_width, p.dilation);
-    case 11: return pick_strip<5, 2>(p.out_width, p.dilation);
-    case 14: return pick_strip<7, 1>(p.out_width, p.dilation);
-    case 15: return pick_strip<7, 2>(p.out_width, p.dilation);
-    case 18: return pick_strip<9, 1>(p.out_width, p.dilation);
-    default: return pick_strip<9, 2>(p.out_width, p.dilation);
+    case 6:
+      return pick_strip<3, 1>(p.out_width, p.dilation);
+    case 7:
+      return pick_strip<3, 2>(p.out_width, p.dilation);
+    case 10:
+      return pick_strip<5, 1>(p.out_width, p.dilation);
+    case 11:
+      return pick_strip<5, 2>(p.out_width, p.dilation);
+    case 14:
+      return pick_strip<7, 1>(p.out_width, p.dilation);
+    case 15:
+      return pick_strip<7, 2>(p.out_width, p.dilation);
+    case 18:
+      return pick_strip<9, 1>(p.out_width, p.dilation);
+    default:
+      return pick_strip<9, 2>(p.out_width, p.dilation);
   }
 }
 
@@ -185,7 +193,7 @@ void depthwise(const DepthwiseParams& p, const Parallel& parallel) {
     w.shift = w.scale + padded;
     w.ring = w.shift + padded;
     w.sum = w.ring + ring_size;
-    for (int64_t i = 0; i < ring_size; i++) w.ring[i] = 0.f;  // the padding columns stay so
+    for (int64_t i = 0; i < ring_size; i++) w.ring[i] = 0.f;                   // the padding columns stay so
     bool* packed = reinterpret_cast<bool*>(w.sum + g.strip_columns * kLanes);  // blocks whose weights are here
     for (int64_t i = 0; i < blocks; i++) packed[i] = false;
     with_type(p.dtype, [&](auto type) {
@@ -199,11 +207,11 @@ void depthwise(const DepthwiseParams& p, const Parallel& parallel) {
             form_scale_shift(p.norm, c0, min_of(g.block, p.channels - c0), w.scale + c0, w.shift + c0);
             packed[task % blocks] = true;
           }
-          float* sums = !p.pooled      ? nullptr
-                        : partial      ? partial + (image * bands + band) * p.channels
-                                       : p.pooled + image * p.channels;
-          run_band<decltype(type), decltype(activation)::value>(
-              p, g, strip, image, c0, band * kBandRows, min_of((band + 1) * kBandRows, p.out_height), w, sums);
+          float* sums = !p.pooled ? nullptr
+                        : partial ? partial + (image * bands + band) * p.channels
+                                  : p.pooled + image * p.channels;
+          run_band<decltype(type), decltype(activation)::value>(p, g, strip, image, c0, band * kBandRows,
+                                                                min_of((band + 1) * kBandRows, p.out_height), w, sums);
         }
       });
     });

@@ -13,6 +13,18 @@ inline constexpr int kPanelVecs = 2;
 inline constexpr int kPanel = kPanelVecs * kLanes;
 inline constexpr int64_t kPackedBytes = 384 * 1024;  // of the second-level cache, 1 MiB or more on current servers
 
+inline constexpr int64_t kBlock = 128;  // products summed in one chain
+
+// The sums of a block into acc[Rows][Vecs * kLanes], the first over what stood there.
+template <int Rows, int Vecs>
+EFFKERNELS_INLINE void add_block(const Vec (&sum)[Rows][Vecs], bool first, float* acc) {
+  for (int r = 0; r < Rows; r++)
+    for (int v = 0; v < Vecs; v++) {
+      float* place = acc + (r * Vecs + v) * kLanes;
+      store(place, first ? sum[r][v] : sum[r][v] + load(place));
+    }
+}
+
 // One row of the result: where it goes, and what is added to it.
 template <class T>
 struct Row {
@@ -23,7 +35,7 @@ struct Row {
 // y = activation(acc * scale + shift) + residual for columns [n0, n0 + columns) of row_count rows.
 template <class T, Activation A>
 inline void write(const float* acc, const Row<T>* rows, int row_count, int64_t n0, int columns, const float* scale,
-           const float* shift) {
+                  const float* shift) {
   const int width = int(round_up(columns, kLanes));
   for (int r = 0; r < row_count; r++)
     for (int c = 0; c < columns; c += kLanes) {

@@ -144,7 +144,9 @@ EFFKERNELS_INLINE Vec load_first(const BFloat16* p, int n) {
   const __m256i half = _mm256_maskz_loadu_epi16(first_lanes(n), p);
   return Vec(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16)));
 }
-EFFKERNELS_INLINE Vec load_first(const Half* p, int n) { return Vec(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p))); }
+EFFKERNELS_INLINE Vec load_first(const Half* p, int n) {
+  return Vec(_mm512_cvtph_ps(_mm256_maskz_loadu_epi16(first_lanes(n), p)));
+}
 EFFKERNELS_INLINE void store_first(float* p, Vec v, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), __m512(v)); }
 template <class T>
 EFFKERNELS_INLINE void store_first(T* p, Vec v, int n) {
@@ -214,9 +216,12 @@ EFFKERNELS_INLINE void store_up_to(T* p, Vec v, int64_t n) {
 EFFKERNELS_INLINE Vec load_param(const Param& param, int64_t i, int64_t n, float missing) {
   if (!param.data) return splat(missing);
   switch (param.dtype) {
-    case DType::kFloat16: return load_up_to(static_cast<const Half*>(param.data) + i, n);
-    case DType::kBFloat16: return load_up_to(static_cast<const BFloat16*>(param.data) + i, n);
-    default: return load_up_to(static_cast<const float*>(param.data) + i, n);
+    case DType::kFloat16:
+      return load_up_to(static_cast<const Half*>(param.data) + i, n);
+    case DType::kBFloat16:
+      return load_up_to(static_cast<const BFloat16*>(param.data) + i, n);
+    default:
+      return load_up_to(static_cast<const float*>(param.data) + i, n);
   }
 }
 
@@ -285,9 +290,12 @@ EFFKERNELS_INLINE void transpose(Vec (&r)[kLanes]) {
 template <class Visit>
 inline void with_type(DType dtype, Visit visit) {
   switch (dtype) {
-    case DType::kFloat16: return visit(Half{});
-    case DType::kBFloat16: return visit(BFloat16{});
-    default: return visit(float{});
+    case DType::kFloat16:
+      return visit(Half{});
+    case DType::kBFloat16:
+      return visit(BFloat16{});
+    default:
+      return visit(float{});
   }
 }
 

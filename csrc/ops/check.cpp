@@ -25,19 +25,27 @@ std::string shape_of(const Tensor& t) {
 
 const char* name_of(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "float32";
-    case ScalarType::Half: return "float16";
-    case ScalarType::BFloat16: return "bfloat16";
-    case ScalarType::Double: return "float64";
-    default: return "another type";
+    case ScalarType::Float:
+      return "float32";
+    case ScalarType::Half:
+      return "float16";
+    case ScalarType::BFloat16:
+      return "bfloat16";
+    case ScalarType::Double:
+      return "float64";
+    default:
+      return "another type";
   }
 }
 
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return DType::kFloat32;
-    case ScalarType::Half: return DType::kFloat16;
-    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
     default:
       STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", name_of(t.scalar_type()),
                       "; allowed: float32, float16, bfloat16");
@@ -177,9 +185,8 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
   } else {
     void* data = cpu::pool_allocate(bytes);
     const auto release = [](void* pointer, void*) { cpu::pool_release(pointer); };
-    const AOTITorchError error =
-        torch_from_blob(data, dim, sizes, strides, 0, int32_t(dtype), device_type, -1, &handle,
-                        aoti_torch_layout_strided(), nullptr, 0, release, nullptr);
+    const AOTITorchError error = torch_from_blob(data, dim, sizes, strides, 0, int32_t(dtype), device_type, -1, &handle,
+                                                 aoti_torch_layout_strided(), nullptr, 0, release, nullptr);
     if (error != AOTI_TORCH_SUCCESS) cpu::pool_release(data);
     STABLE_TORCH_ERROR_CODE_CHECK(error);
   }

@@ -37,8 +37,7 @@ Tensor squeeze_excite_gate(const Tensor& pooled, SE_PARAMETERS) {
   constexpr const char* op = "squeeze_excite_gate";
   Keep keep;
   check_pooled(op, pooled);
-  SqueezeExcite s =
-      make_squeeze_excite(op, pooled, pooled.size(0), pooled.size(1), SE, w_expand.scalar_type(), keep);
+  SqueezeExcite s = make_squeeze_excite(op, pooled, pooled.size(0), pooled.size(1), SE, w_expand.scalar_type(), keep);
   keep.push_back(pooled.is_contiguous() ? pooled : torch::stable::contiguous(pooled));
   s.params.pooled = static_cast<const float*>(keep.back().const_data_ptr());
   cpu::kernels().squeeze_excite(s.params, torch_threads());
@@ -49,8 +48,8 @@ std::tuple<Tensor, Tensor> depthwise_with_gate(const char* op, const DepthwiseAr
                                                const SeArguments& se) {
   Keep keep;
   Depthwise d = make_depthwise(op, depthwise, keep);
-  SqueezeExcite s = make_squeeze_excite(op, depthwise.x, d.params.batch, d.params.channels, se,
-                                        depthwise.x.scalar_type(), keep);
+  SqueezeExcite s =
+      make_squeeze_excite(op, depthwise.x, d.params.batch, d.params.channels, se, depthwise.x.scalar_type(), keep);
   const Tensor pooled = empty_matrix(depthwise.x, d.params.batch, d.params.channels, ScalarType::Float);
   d.params.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   s.params.pooled = d.params.pooled;
@@ -78,8 +77,7 @@ Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
 Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, const OptionalTensor& gate,
                         const OptionalTensor& residual, const std::string& activation, bool allow_tf32) {
   Keep keep;
-  Pointwise p =
-      make_pointwise("pointwise_bn_act", x, weight, NORM, gate, residual, activation, allow_tf32, keep);
+  Pointwise p = make_pointwise("pointwise_bn_act", x, weight, NORM, gate, residual, activation, allow_tf32, keep);
   cpu::kernels().pointwise(p.params, torch_threads());
   return p.y;
 }

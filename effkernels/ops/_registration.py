@@ -161,6 +161,9 @@ def _autograd_kernel(op: Operator[Any], overload: Any) -> Callable[..., Any]:
     differentiable: Callable[..., Any] = Recompute.apply
 
     def kernel(keyset: Any, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+            # torch.func and forward mode differentiate plain operators by rules of their own: hand them some.
+            return op.run_reference(args)
         if torch.is_grad_enabled() and _any_requires_grad(args):
             return differentiable(keyset, *args)
         with torch._C._AutoDispatchBelowAutograd():
