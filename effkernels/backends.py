@@ -69,6 +69,7 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
+_cuda_problems: dict[int, str] = {}  # by device index: why the compiled kernels cannot run there, "" where they can
 _selected: str = _checked(os.environ.get("EFFKERNELS_BACKEND") or "auto", "EFFKERNELS_BACKEND")
 
 
@@ -166,12 +167,14 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, ac
         RuntimeError: the backend asked for cannot run the operator; the message has the reason.
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: the input is {type(x).__name__}; expected a Tensor")
-    # The way of nearly every call comes first: this runs some fifty times in one forward of a small network.
+        raise TypeError(f"{op}: the input is {type(x).__name__}; allowed: Tensor")
+    # The ways of nearly every call come first: this runs some fifty times in one forward of a small network.
     if _selected == "auto":
         if x.is_cpu:
             return "cpu" if op in _COMPILED_CPU and x.dtype in DTYPES else "reference"
-        candidates = BACKENDS
+        if x.is_cuda and op in _COMPILED_CUDA and x.dtype in DTYPES and _cuda_problems.get(x.get_device()) == "":
+            return "cuda"
+        candidates = BACKENDS if x.is_cuda else ("cpu", "reference")
     elif _selected == "reference":
         return "reference"
     else:
@@ -226,9 +229,6 @@ def _cuda_problem(index: int | None) -> str:
     if index not in _cuda_problems:
         _cuda_problems[index] = _find_cuda_problem(index)
     return _cuda_problems[index]
-
-
-_cuda_problems: dict[int, str] = {}
 
 
 def _find_cuda_problem(index: int) -> str:

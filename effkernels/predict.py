@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import glob
+import importlib.util
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -25,12 +26,22 @@ if TYPE_CHECKING:
 
     from effkernels.models import ModelConfig
 
-# A photograph of the astronaut Eileen Collins, by NASA (public domain), as scikit-image ships it.
-EXAMPLE = Path(__file__).resolve().parent / "data" / "astronaut.jpg"
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 # Images longer than this many times their shorter side are cropped before they are resized.
 _LONGEST_RESIZED = 16
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+
+
+def example_image() -> Path:
+    """The photograph that scikit-image ships as `skimage.data.astronaut()`, as a file.
+
+    Raises:
+        ImportError: scikit-image is not installed.
+    """
+    spec = importlib.util.find_spec("skimage")
+    if spec is None or spec.origin is None:
+        raise ImportError("the example photograph comes with scikit-image: pip install 'effkernels[models]'")
+    return Path(spec.origin).parent / "data" / "astronaut.png"
 
 
 @dataclass(frozen=True)

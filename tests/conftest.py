@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import op_cases
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -117,6 +118,13 @@ def need(backend: Backend, op: str, dtype: torch.dtype) -> None:
     decision = backend.runs(op, dtype)
     if not decision.ok:
         pytest.skip(f"{backend}: {decision.reason}")
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Keeps PyTorch to one thread, for tests of many small calls."""
+    with op_cases.one_thread():
+        yield
 
 
 @pytest.fixture

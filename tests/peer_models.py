@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from typing import Any
 
-import effkernels
 import torch
+from parity import assert_parity, joined
+from torch import Tensor, nn
+
+import effkernels
 from effkernels.models import EfficientNet, EfficientNetFeatures
 from effkernels.peers import import_lukemelas, import_timm, import_torchvision
-from torch import Tensor, nn
 
 
 def randomise(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:
@@ -72,12 +75,12 @@ def _norms_of_skipped_blocks(model: nn.Module) -> list[nn.BatchNorm2d]:
     return found
 
 
-def timm_model(name: str, seed: int = 0, **options: Any) -> nn.Module:
-    """timm's model of that name, randomised, in eval mode."""
+def timm_model(name: str, seed: int = 0, channels: int = 3, **options: Any) -> nn.Module:
+    """timm's model of that name, for images of `channels` channels, randomised, in eval mode."""
     timm = import_timm()
     with torch.device("meta"):
-        model = timm.create_model(name, **options)
-    return randomise(model, seed).eval()
+        model = timm.create_model(name, in_chans=channels, **options)
+    return randomise(model, seed, channels)
 
 
 def torchvision_model(name: str, seed: int = 0) -> nn.Module:
@@ -87,13 +90,13 @@ def torchvision_model(name: str, seed: int = 0) -> nn.Module:
 
     with torch.device("meta"):
         model = getattr(models, name)(weights=None)
-    return randomise(model, seed).eval()
+    return randomise(model, seed)
 
 
 def lukemelas_model(variant: str, seed: int = 0, **options: Any) -> nn.Module:
     """lukemelas' model of a variant ("b0"), randomised, in eval mode; its padding is frozen at the native size."""
     model = import_lukemelas().EfficientNet.from_name(f"efficientnet-{variant}", **options)
-    return randomise(model, seed).eval()
+    return randomise(model, seed)
 
 
 def twin(name: str, peer: nn.Module, **options: Any) -> EfficientNet | EfficientNetFeatures:
@@ -107,6 +110,22 @@ def twin(name: str, peer: nn.Module, **options: Any) -> EfficientNet | Efficient
 def images(batch: int, height: int, width: int, channels: int = 3, seed: int = 0) -> Tensor:
     """(batch, channels, height, width), normal, float32."""
     return torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed))
+
+
+def in_float64(model: nn.Module, x: Tensor) -> Any:
+    """The model's answer in float64, the truth of a parity test; the model itself keeps its dtype."""
+    return copy.deepcopy(model).double()(x.double())
+
+
+def assert_gradients_parity(ours: nn.Module, peer: nn.Module, exact: nn.Module) -> None:
+    """The tolerance rule for the gradients of all parameters, as one long vector with each at its own scale: a norm of
+    eight channels has too few numbers to be judged alone.
+    """
+    found, same_dtype, truth = ({name: p.grad for name, p in m.named_parameters()} for m in (ours, peer, exact))
+    assert found.keys() == truth.keys()
+    assert all(gradient is not None for gradient in found.values())
+    scale = {name: float(gradient.norm()) for name, gradient in truth.items()}
+    assert_parity(*(joined([g[name] / scale[name] for name in scale]) for g in (found, same_dtype, truth)), "gradients")
 
 
 @functools.cache

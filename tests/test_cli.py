@@ -202,10 +202,10 @@ class TestPredict:
             assert len(probabilities) == 3
             assert probabilities == sorted(probabilities, reverse=True)
 
-    def test_example_comes_with_the_package(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_example_comes_with_scikit_image(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, report = run_json(capsys, "predict", "--example", *self.small)
         assert status == 0
-        assert [Path(prediction["file"]).name for prediction in report["predictions"]] == ["astronaut.jpg"]
+        assert [Path(prediction["file"]).name for prediction in report["predictions"]] == ["astronaut.png"]
 
     def test_random_weights_are_announced(self, capsys: pytest.CaptureFixture[str], album: Path) -> None:
         _, _, err = run(capsys, "predict", album / "coffee.jpg", *self.small)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import effkernels
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import effkernels
 from effkernels.models import BASELINE, ModelConfig, list_models, model_config, register
 from effkernels.models.registry import RegisteredModel
 from effkernels.peers import import_timm
-from torch.utils.flop_counter import FlopCounterMode
 
 # Table 2 of the paper: million parameters, billion multiply-adds. For B4 the paper prints 4.2, and counting its own
 # network gives 4.4.
@@ -60,7 +61,7 @@ def test_names() -> None:
 
 
 def test_an_unknown_name_offers_the_nearest() -> None:
-    with pytest.raises(ValueError, match="unknown model 'efficientnet-b0': did you mean .*efficientnet_b0"):
+    with pytest.raises(ValueError, match=r"unknown model 'efficientnet-b0': did you mean .*efficientnet_b0"):
         effkernels.create_model("efficientnet-b0")
     with pytest.raises(ValueError, match="known are efficientnet_b0, "):
         effkernels.create_model("zzzz")
@@ -72,7 +73,7 @@ def test_a_name_is_given_once() -> None:
 
 
 def test_no_weights_are_shipped() -> None:
-    with pytest.raises(NotImplementedError, match="no weights are shipped.*checkpoint_path=FILE"):
+    with pytest.raises(NotImplementedError, match=r"no weights are shipped.*checkpoint_path=FILE"):
         effkernels.create_model("efficientnet_b0", pretrained=True)
 
 

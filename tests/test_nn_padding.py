@@ -5,11 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from effkernels.nn import PaddedConv2d, explicit_padding, same_padding, symmetric_padding
-from effkernels.peers import import_timm
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+
+from effkernels.nn import PaddedConv2d, explicit_padding, same_padding, symmetric_padding
+from effkernels.peers import import_timm
 
 sizes = st.integers(1, 70)
 kernels = st.sampled_from([1, 2, 3, 5, 7, 9])
@@ -27,13 +28,11 @@ def test_same_padding_is_the_rule_of_tensorflow(size: int, kernel: int, stride: 
     assert (size + before + after - span) // stride + 1 == outputs
 
 
-@given(size=sizes, kernel=st.sampled_from([1, 3, 5, 7, 9]), stride=strides, dilation=dilations)
-def test_symmetric_padding_keeps_the_same_number_of_pixels(size: int, kernel: int, stride: int, dilation: int) -> None:
+@given(size=sizes, kernel=st.sampled_from([1, 3, 5, 7, 9]), stride=st.integers(1, 2), dilation=dilations)
+def test_symmetric_padding_gives_as_many_pixels_as_same(size: int, kernel: int, stride: int, dilation: int) -> None:
     pad = symmetric_padding(kernel, stride, dilation)
     span = dilation * (kernel - 1) + 1
-    if size + 2 * pad >= span:
-        outputs = (size + 2 * pad - span) // stride + 1
-        assert outputs in (-(-size // stride), size // stride + 1)
+    assert (size + 2 * pad - span) // stride + 1 == -(-size // stride)
 
 
 @given(height=st.integers(5, 20), width=st.integers(5, 20), kernel=st.sampled_from([3, 5]), stride=st.integers(1, 2))

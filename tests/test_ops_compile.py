@@ -12,6 +12,8 @@ from torch import Tensor, nn
 import effkernels
 from effkernels import backends, ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CHANNELS = 8
 SHAPES = ((2, CHANNELS, 15, 17), (3, CHANNELS, 14, 16), (5, CHANNELS, 28, 31), (4, CHANNELS, 33, 33))
 

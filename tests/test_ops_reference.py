@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import op_cases
 import pytest
 import torch
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 
 import effkernels
 from effkernels import reference
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 EXCITE = ("w_reduce", "b_reduce", "w_expand", "b_expand", "se_activation", "gate")
 ACTIVATION_MODULES = {
@@ -26,12 +26,6 @@ ACTIVATION_MODULES = {
     "gelu_tanh": nn.GELU(approximate="tanh"),
 }
 GATE_MODULES = {"sigmoid": nn.Sigmoid(), "hard_sigmoid": nn.Hardsigmoid()}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    with op_cases.one_thread():
-        yield
 
 
 def test_every_name_has_its_module() -> None:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import effkernels
 from effkernels import ops, reference
 
-pytestmark = pytest.mark.usefixtures("compiled")
+pytestmark = pytest.mark.usefixtures("compiled", "one_thread")
 
 OPCHECK_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
 from effkernels.models import BASELINE
 from effkernels.peers import import_lukemelas
 from effkernels.scaling import EFFICIENTNET, PUBLISHED, CompoundScaling, round_filters, round_repeats
-from hypothesis import given
-from hypothesis import strategies as st
 
 VARIANTS = sorted(PUBLISHED)
 

@@ -15,7 +15,7 @@ inline void pack_panel(const T* weight, int64_t n0, int columns, int64_t k, floa
       const int64_t n = k - k0;
       Vec block[kLanes];
       if (rows == kLanes && n >= kLanes) {
-        for (int i = 0; i < kLanes; i++) block[i] = load(source + i * k + k0);
+        for (int i = 0; i < kLanes; i++) block[i] = load(source + i * k + k0), __builtin_prefetch(source + (i + 2 * kLanes) * k + k0, 0, 2);
       } else {
         for (int i = 0; i < kLanes; i++) block[i] = i < rows ? load_up_to(source + i * k + k0, n) : Vec{};
       }

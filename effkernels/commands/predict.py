@@ -44,7 +44,15 @@ def run(arguments: argparse.Namespace) -> int:
         import PIL  # noqa: F401
     except ImportError as error:
         raise UsageError(f"predict needs {error.name}: pip install 'effkernels[models]'") from error
-    from effkernels.predict import EXAMPLE, Failure, Prediction, Preprocessing, classify, find_images, read_labels
+    from effkernels.predict import (
+        Failure,
+        Prediction,
+        Preprocessing,
+        classify,
+        example_image,
+        find_images,
+        read_labels,
+    )
 
     if not arguments.image and not arguments.example:
         raise UsageError("no IMAGE given; name files, folders or patterns, or use --example")
@@ -63,7 +71,13 @@ def run(arguments: argparse.Namespace) -> int:
     model = model.eval().to(device, precision.dtype)
     config = model_config(arguments.model)
 
-    files, failures = find_images([*arguments.image, *([os.path.relpath(EXAMPLE)] if arguments.example else [])])
+    named = list(arguments.image)
+    if arguments.example:
+        try:
+            named.append(os.path.relpath(example_image()))
+        except ImportError as error:
+            raise UsageError(f"--example: {error}") from error
+    files, failures = find_images(named)
     predictions: list[Prediction] = []
     with console.progress("predict", len(files)) as advance:
         for result in classify(

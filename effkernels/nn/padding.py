@@ -16,8 +16,8 @@ PAD_TYPES: tuple[str, ...] = ("", "same", "same_native")
 
 
 def symmetric_padding(kernel_size: int, stride: int = 1, dilation: int = 1) -> int:
-    """Zeros on each of the four sides that keep ceil(size / stride) pixels for an odd kernel: (dilation * (K - 1)
-    + stride - 1) // 2 pixels.
+    """Zeros on each of the four sides, in pixels, that give ceil(size / stride) pixels for an odd kernel and a stride
+    of 1 or 2: (dilation * (K - 1) + stride - 1) // 2.
     """
     return (dilation * (kernel_size - 1) + stride - 1) // 2
 

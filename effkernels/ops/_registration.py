@@ -76,10 +76,12 @@ def call(overload: Callable[..., Result], *args: Any) -> Result:
     """Call a compiled operator by the cheapest way that is right.
 
     The Autograd kernel is Python and costs more than a small operator itself, so it is stepped over where no gradient
-    can be asked for. Tracing, functorch transforms and forward-mode differentiation always go through the dispatcher.
+    can be asked for (inference mode steps over it by itself). Tracing, functorch transforms and forward-mode
+    differentiation always go through the dispatcher.
     """
     if (
         torch.compiler.is_compiling()
+        or torch.is_inference_mode_enabled()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and _any_requires_grad(args))

@@ -44,7 +44,7 @@ def conv_bn_act(
         bias: (C_out,), the bias of the convolution, or None.
         norm_weight, norm_bias: (C_out,) or None, the affine parameters of the norm; None counts as 1 and 0.
         norm_mean, norm_var: (C_out,), running statistics. Both or neither; without them there is no norm.
-        eps: added to the variance; finite and above 0.
+        eps: added to the variance; finite and not negative.
         stride: of both axes, 1 or 2.
         padding: zeros added at (top, bottom, left, right), in pixels, none negative.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh.

@@ -62,7 +62,7 @@ def depthwise_bn_act(
         bias: (C,), the bias of the convolution, or None.
         norm_weight, norm_bias: (C,) or None, the affine parameters of the norm; None counts as 1 and 0.
         norm_mean, norm_var: (C,), running statistics. Both or neither; without them there is no norm.
-        eps: added to the variance; finite and above 0.
+        eps: added to the variance; finite and not negative.
         stride: of both axes, 1 or 2.
         padding: zeros added at (top, bottom, left, right), in pixels, none negative.
         dilation: of both axes, at least 1.

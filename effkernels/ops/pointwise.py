@@ -47,7 +47,7 @@ def pointwise_bn_act(
         bias: (C_out,), the bias of the convolution, or None.
         norm_weight, norm_bias: (C_out,) or None, the affine parameters of the norm; None counts as 1 and 0.
         norm_mean, norm_var: (C_out,), running statistics. Both or neither; without them there is no norm.
-        eps: added to the variance; finite and above 0.
+        eps: added to the variance; finite and not negative.
         gate: (N, C_in), float32 or of x's dtype, or None; multiplies the input as it is read.
         residual: (N, C_out, H, W) of x's dtype, or None; added last, after the activation.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh.
