@@ -411,9 +411,10 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _channels_last(t: Tensor) -> Tensor:
-    # Tensor.contiguous(memory_format=...) leaves the strides of axes of size 1 as they are; clone writes them exactly.
+    # Tensor.contiguous(memory_format=...) leaves the strides of axes of size 1 as they are; clone writes them exactly,
+    # and in this form, unlike with memory_format=torch.channels_last, it also works under torch.vmap.
     _, channels, height, width = t.shape
     exact = (height * width * channels, 1, width * channels, channels)
     if all(_surely(actual == wanted) for actual, wanted in zip(t.stride(), exact, strict=True)):
         return t
-    return t.clone(memory_format=torch.channels_last)
+    return t.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format).permute(0, 3, 1, 2)

@@ -1,4 +1,4 @@
-"""Models of other libraries with random weights and norm statistics, and ours with the same."""
+"""Models with random weights and norm statistics: other libraries', ours with the same, and a small one of ours."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parity import assert_parity, joined
 from torch import Tensor, nn
 
 import effkernels
-from effkernels.models import EfficientNet, EfficientNetFeatures
+from effkernels.models import Architecture, EfficientNet, EfficientNetFeatures, Stage
 from effkernels.peers import import_lukemelas, import_timm, import_torchvision
 
 
@@ -73,6 +73,18 @@ def _norms_of_skipped_blocks(model: nn.Module) -> list[nn.BatchNorm2d]:
                 found.append(module)
             width = conv.out_channels
     return found
+
+
+SMALL = Architecture(
+    stem_channels=8,
+    stages=(Stage(1, 3, 1, 8, 2), Stage(4, 5, 2, 16, 2), Stage(4, 3, 2, 24, 1)),
+    head_channels=32,
+)
+
+
+def small(**options: Any) -> EfficientNet:
+    """A network of five blocks, randomised, in eval mode."""
+    return randomise(EfficientNet(SMALL, num_classes=10, **options))
 
 
 def timm_model(name: str, seed: int = 0, channels: int = 3, **options: Any) -> nn.Module:

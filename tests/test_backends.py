@@ -161,6 +161,24 @@ def test_environment_variable_with_a_bad_value() -> None:
     )
 
 
+def test_a_library_that_does_not_load_leaves_a_package_that_works() -> None:
+    program = """
+import torch
+
+def fail(path):
+    raise OSError("undefined symbol")
+
+torch.ops.load_library = fail
+import effkernels
+from effkernels import backends
+x, weight = torch.randn(1, 8, 5, 5, requires_grad=True), torch.randn(8, 1, 3, 3)
+y = effkernels.ops.depthwise_bn_act(x, weight, padding=(1, 1, 1, 1), activation="silu")
+y.sum().backward()
+print(backends.choose("depthwise_bn_act", x), tuple(x.grad.shape), hasattr(torch.ops.effkernels, "depthwise_bn_act"))
+"""
+    assert run_python(program, None) == (0, "reference (1, 8, 5, 5) False", "")
+
+
 def run_python(program: str, variable: str | None) -> tuple[int, str, str]:
     """Exit status, output and last line of errors of `program` in a process with EFFKERNELS_BACKEND set."""
     environment = {k: v for k, v in os.environ.items() if k != "EFFKERNELS_BACKEND"}

@@ -7,8 +7,7 @@ import io
 
 import pytest
 import torch
-from peer_models import images, randomise
-from test_models_training import SMALL, small
+from peer_models import SMALL, images, randomise, small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 

@@ -7,22 +7,11 @@ import copy
 import pytest
 import torch
 from parity import assert_parity
-from peer_models import assert_gradients_parity, images, randomise, timm_model, twin
+from peer_models import SMALL, assert_gradients_parity, images, randomise, small, timm_model, twin
 from torch import Tensor, nn
 
 import effkernels
-from effkernels.models import Architecture, EfficientNet, Stage
-
-SMALL = Architecture(
-    stem_channels=8,
-    stages=(Stage(1, 3, 1, 8, 2), Stage(4, 5, 2, 16, 2), Stage(4, 3, 2, 24, 1)),
-    head_channels=32,
-)
-
-
-def small(**options) -> EfficientNet:
-    """A network of five blocks, randomised, in eval mode."""
-    return randomise(EfficientNet(SMALL, num_classes=10, **options))
+from effkernels.models import EfficientNet
 
 
 def backward(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:

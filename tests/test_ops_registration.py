@@ -180,6 +180,20 @@ def test_forward_mode_and_functional_transforms_are_right_or_refused(op: str) ->
             torch.testing.assert_close(found, tangent)
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_gradients_of_each_sample_apart() -> None:
+    """torch.vmap over torch.func.grad, as a researcher takes per-sample gradients."""
+    arguments = case_of("depthwise_bn_act", batch=3).draw()
+    images, weight = arguments.pop("x"), arguments.pop("weight")
+
+    def loss(weight: Tensor, image: Tensor) -> Tensor:
+        return ops.depthwise_bn_act(image[None], weight, **arguments).square().sum()
+
+    found = torch.vmap(torch.func.grad(loss), (None, 0))(weight, images)
+    wanted = torch.stack([torch.func.grad(loss)(weight, image) for image in images])
+    torch.testing.assert_close(found, wanted)
+
+
 @pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("where", ["compiled", "reference"])

@@ -59,9 +59,8 @@ class Architecture:
         )
 
 
-#                          operator      kernel         stride    channels       layers
 BASELINE = Architecture(
-    stem_channels=32,  #   Conv          3x3            2         32             1
+    stem_channels=32,
     stages=(
         Stage(expansion=1, kernel_size=3, stride=1, channels=16, layers=1),
         Stage(expansion=6, kernel_size=3, stride=2, channels=24, layers=2),
@@ -71,7 +70,7 @@ BASELINE = Architecture(
         Stage(expansion=6, kernel_size=5, stride=2, channels=192, layers=4),
         Stage(expansion=6, kernel_size=3, stride=1, channels=320, layers=1),
     ),
-    head_channels=1280,  # Conv, pooling, classifier: 1x1, 1, 1280, 1
+    head_channels=1280,
 )
 """EfficientNet-B0 (table 1). Strides are those of a stage's first block, which is where the released models put them;
 the table prints the resolution that enters a stage.
