@@ -25,10 +25,9 @@ EFFKERNELS_INLINE Vec at_most(float limit, Vec x) {
 }
 EFFKERNELS_INLINE Vec clamp(Vec x, float low, float high) { return at_most(high, at_least(low, x)); }
 
-// 2^t for t in [-126, 126], with AVX-512 for any t: relative error 1e-7, t = whole + part, |part| <= 1/2, a polynomial
-// of degree 5 for 2^part (least squares on Chebyshev points, relative error 1.9e-9, exactly 1 at 0: an error of one sign in every element would
-// add up in pooled means) and the whole part into the
-// exponent.
+// 2^t for t in [-126, 126]: relative error 1e-7, t = whole + part, |part| <= 1/2, a polynomial
+// of degree 5 for 2^part (least squares on Chebyshev points, relative error 1.9e-9, exactly 1 at 0: an error of one
+// sign in every element would add up in pooled means) and the whole part into the exponent.
 EFFKERNELS_INLINE Vec exp2_within(Vec t) {
 #if defined(__AVX512F__)
   const Vec whole = Vec(_mm512_roundscale_ps(__m512(t), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
@@ -61,13 +60,13 @@ EFFKERNELS_INLINE Vec reciprocal(Vec d) {
 #endif
 }
 
-EFFKERNELS_INLINE Vec sigmoid(Vec x) {
-  Vec t = at_most(126.f, x * -1.44269504f);  // beyond it the reciprocal would meet infinity
-#if !defined(__AVX512F__)
-  t = at_least(-126.f, t);
-#endif
-  return reciprocal(1.f + exp2_within(t));
+// For x >= -87.3: beyond it the reciprocal would meet infinity. Products with x clamp x, too, or x = -1e38 would make a
+// visible number of what underflows.
+constexpr float kLowest = -87.3f;
+EFFKERNELS_INLINE Vec sigmoid_within(Vec x) {
+  return reciprocal(1.f + exp2_within(at_least(-126.f, x * -1.44269504f)));
 }
+EFFKERNELS_INLINE Vec sigmoid(Vec x) { return sigmoid_within(at_least(kLowest, x)); }
 
 // v / 6, correctly rounded but for rare ties: the product with the nearest float of 1/6 is 3e-8 too large everywhere.
 EFFKERNELS_INLINE Vec sixth(Vec v) {
@@ -96,14 +95,20 @@ template <Activation A>
 EFFKERNELS_INLINE Vec activate(Vec x) {
   if constexpr (A == Activation::kRelu) return at_least(0.f, x);
   if constexpr (A == Activation::kRelu6) return clamp(x, 0.f, 6.f);
-  if constexpr (A == Activation::kSilu) return x * sigmoid(x);
-  if constexpr (A == Activation::kHardSwish) return sixth(x * clamp(x + 3.f, 0.f, 6.f));
+  if constexpr (A == Activation::kSilu) {
+    x = at_least(kLowest, x);
+    return x * sigmoid_within(x);
+  }
+  if constexpr (A == Activation::kHardSwish) return x * sixth(clamp(x + 3.f, 0.f, 6.f));
   if constexpr (A == Activation::kGelu) {  // x * normal distribution function of x
     const Vec a = x < splat(0.f) ? -x : x, half_tail = 0.5f * erfc_positive(a * 0.707106781f);
-    return x * (x < splat(0.f) ? half_tail : 1.f - half_tail);
+    return at_least(-15.f, x) * (x < splat(0.f) ? half_tail : 1.f - half_tail);
   }
-  // x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), which loses nothing near zero
-  if constexpr (A == Activation::kGeluTanh) return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+  if constexpr (A ==
+                Activation::kGeluTanh) {  // x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), which loses nothing near zero
+    x = at_least(-15.f, x);
+    return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
+  }
   return x;
 }
 

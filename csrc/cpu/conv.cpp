@@ -79,57 +79,61 @@ void conv(const ConvParams& p, const Parallel& parallel) {
   const int64_t panels = ceil_div(n, kPanel), bands = ceil_div(p.out_height, kBandRows);
   const int64_t group = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (k * kPanel * 4)));
 
-  parallel_for(parallel, p.batch * bands, [&](int64_t begin, int64_t end) {
-    const int64_t packed_size = group * k * kPanel, rows_size = round_up((p.in_channels + 1) * plane, kLanes);
-    const int64_t floats = packed_size + 2 * group * kPanel + kRows * kPanel + rows_size;
-    float* packed = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(k) * sizeof(float*)));
-    float *scale = packed + packed_size, *shift = scale + group * kPanel, *acc = shift + group * kPanel;
-    float *input = acc + kRows * kPanel, *zeros = input + p.in_channels * plane;
-    const float** taps = reinterpret_cast<const float**>(input + rows_size);
-    for (int64_t i = 0; i < rows_size; i++) input[i] = 0.f;  // the padding columns and the row of zeros stay so
-    for (int64_t g = 0; g < panels; g += group) {
-      const int64_t g_end = min_of(g + group, panels);
-      for (int64_t q = g; q < g_end; q++)
-        pack_panel(p.weight, q * kPanel, int(min_of<int64_t>(kPanel, n - q * kPanel)), k,
-                   packed + (q - g) * k * kPanel);
-      form_scale_shift(p.norm, g * kPanel, min_of(n, g_end * kPanel) - g * kPanel, scale, shift);
-      with_type(p.dtype, [&](auto type) {
-        using T = decltype(type);
-        with_activation(p.activation, [&](auto activation) {
-          for (int64_t task = begin; task < end; task++) {
-            const int64_t image = task / bands, row_begin = task % bands * kBandRows;
-            const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n;
-            int64_t loaded = 0;
-            for (int64_t oy = row_begin; oy < min_of(row_begin + kBandRows, p.out_height); oy++) {
-              const int64_t top = oy * p.stride - p.pad_top;
-              loaded = max_of(loaded, top);
-              for (; loaded < min_of(top + p.kernel_h, p.height); loaded++)
-                fill_row(p, x + loaded * p.x_stride_h, filled, input + loaded % p.kernel_h * columns + p.pad_left,
-                         plane);
-              for (int64_t i = 0; i < k; i++) {
-                const int64_t kx = i % p.kernel_w, ky = i / p.kernel_w % p.kernel_h, c = i / p.kernel_w / p.kernel_h;
-                const int64_t iy = top + ky;
-                const bool inside = iy >= 0 && iy < p.height;
-                taps[i] = (inside ? input + c * plane + iy % p.kernel_h * columns : zeros) + kx;
-              }
-              T* y = static_cast<T*>(p.y) + (image * p.out_height + oy) * p.out_width * n;
-              for (int64_t ox = 0; ox < p.out_width; ox += tile.columns) {
-                const int count = int(min_of<int64_t>(tile.columns, p.out_width - ox));
-                Row<T> rows[kRows];
-                for (int r = 0; r < count; r++) rows[r] = {y + (ox + r) * n, nullptr};
-                for (int64_t q = g; q < g_end; q++) {
-                  const int width = int(min_of<int64_t>(kPanel, n - q * kPanel));
-                  (width > kLanes ? tile.wide : tile.narrow)(taps, packed + (q - g) * k * kPanel, k, ox, p.stride, acc);
-                  write<T, decltype(activation)::value>(acc, rows, count, q * kPanel, width, scale + (q - g) * kPanel,
-                                                        shift + (q - g) * kPanel);
+  parallel_for(
+      threads_for(parallel, p.batch * p.out_height * p.out_width * n * k), p.batch * bands,
+      [&](int64_t begin, int64_t end) {
+        const int64_t packed_size = group * k * kPanel, rows_size = round_up((p.in_channels + 1) * plane, kLanes);
+        const int64_t floats = packed_size + 2 * group * kPanel + kRows * kPanel + rows_size;
+        float* packed = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(k) * sizeof(float*)));
+        float *scale = packed + packed_size, *shift = scale + group * kPanel, *acc = shift + group * kPanel;
+        float *input = acc + kRows * kPanel, *zeros = input + p.in_channels * plane;
+        const float** taps = reinterpret_cast<const float**>(input + rows_size);
+        for (int64_t i = 0; i < rows_size; i++) input[i] = 0.f;  // the padding columns and the row of zeros stay so
+        for (int64_t g = 0; g < panels; g += group) {
+          const int64_t g_end = min_of(g + group, panels);
+          for (int64_t q = g; q < g_end; q++)
+            pack_panel(p.weight, q * kPanel, int(min_of<int64_t>(kPanel, n - q * kPanel)), k,
+                       packed + (q - g) * k * kPanel);
+          form_scale_shift(p.norm, g * kPanel, min_of(n, g_end * kPanel) - g * kPanel, scale, shift);
+          with_type(p.dtype, [&](auto type) {
+            using T = decltype(type);
+            with_activation(p.activation, [&](auto activation) {
+              for (int64_t task = begin; task < end; task++) {
+                const int64_t image = task / bands, row_begin = task % bands * kBandRows;
+                const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n;
+                int64_t loaded = 0;
+                for (int64_t oy = row_begin; oy < min_of(row_begin + kBandRows, p.out_height); oy++) {
+                  const int64_t top = oy * p.stride - p.pad_top;
+                  loaded = max_of(loaded, top);
+                  for (; loaded < min_of(top + p.kernel_h, p.height); loaded++)
+                    fill_row(p, x + loaded * p.x_stride_h, filled, input + loaded % p.kernel_h * columns + p.pad_left,
+                             plane);
+                  for (int64_t i = 0; i < k; i++) {
+                    const int64_t kx = i % p.kernel_w, ky = i / p.kernel_w % p.kernel_h,
+                                  c = i / p.kernel_w / p.kernel_h;
+                    const int64_t iy = top + ky;
+                    const bool inside = iy >= 0 && iy < p.height;
+                    taps[i] = (inside ? input + c * plane + iy % p.kernel_h * columns : zeros) + kx;
+                  }
+                  T* y = static_cast<T*>(p.y) + (image * p.out_height + oy) * p.out_width * n;
+                  for (int64_t ox = 0; ox < p.out_width; ox += tile.columns) {
+                    const int count = int(min_of<int64_t>(tile.columns, p.out_width - ox));
+                    Row<T> rows[kRows];
+                    for (int r = 0; r < count; r++) rows[r] = {y + (ox + r) * n, nullptr};
+                    for (int64_t q = g; q < g_end; q++) {
+                      const int width = int(min_of<int64_t>(kPanel, n - q * kPanel));
+                      (width > kLanes ? tile.wide : tile.narrow)(taps, packed + (q - g) * k * kPanel, k, ox, p.stride,
+                                                                 acc);
+                      write<T, decltype(activation)::value>(acc, rows, count, q * kPanel, width,
+                                                            scale + (q - g) * kPanel, shift + (q - g) * kPanel);
+                    }
+                  }
                 }
               }
-            }
-          }
-        });
+            });
+          });
+        }
       });
-    }
-  });
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

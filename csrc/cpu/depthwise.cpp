@@ -184,38 +184,40 @@ void depthwise(const DepthwiseParams& p, const Parallel& parallel) {
     partial = static_cast<float*>(std::malloc(size_t(p.batch * bands * p.channels) * sizeof(float)));
     if (!partial) throw std::bad_alloc();
   }
-  parallel_for(parallel, p.batch * bands * blocks, [&](int64_t begin, int64_t end) {
-    const int64_t ring_size = g.ring_rows * g.row_size();
-    const int64_t floats = padded * (taps + 2) + ring_size + g.strip_columns * kLanes;
-    Workspace w;
-    w.weights = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(blocks)));
-    w.scale = w.weights + padded * taps;
-    w.shift = w.scale + padded;
-    w.ring = w.shift + padded;
-    w.sum = w.ring + ring_size;
-    for (int64_t i = 0; i < ring_size; i++) w.ring[i] = 0.f;                   // the padding columns stay so
-    bool* packed = reinterpret_cast<bool*>(w.sum + g.strip_columns * kLanes);  // blocks whose weights are here
-    for (int64_t i = 0; i < blocks; i++) packed[i] = false;
-    with_type(p.dtype, [&](auto type) {
-      with_activation(p.activation, [&](auto activation) {
-        // From the last task to the first: what the operator before wrote last is still in the cache.
-        for (int64_t task = end - 1; task >= begin; task--) {
-          const int64_t c0 = task % blocks * g.block, band = task / blocks % bands, image = task / (blocks * bands);
-          if (!packed[task % blocks]) {
-            for (int64_t c = c0; c < min_of(c0 + g.block, p.channels); c += kLanes)
-              pack_panel(p.weight, c, int(min_of<int64_t>(kLanes, p.channels - c)), taps, w.weights + c * taps);
-            form_scale_shift(p.norm, c0, min_of(g.block, p.channels - c0), w.scale + c0, w.shift + c0);
-            packed[task % blocks] = true;
-          }
-          float* sums = !p.pooled ? nullptr
-                        : partial ? partial + (image * bands + band) * p.channels
-                                  : p.pooled + image * p.channels;
-          run_band<decltype(type), decltype(activation)::value>(p, g, strip, image, c0, band * kBandRows,
-                                                                min_of((band + 1) * kBandRows, p.out_height), w, sums);
-        }
+  parallel_for(
+      threads_for(parallel, p.batch * p.channels * pixels * taps), p.batch * bands * blocks,
+      [&](int64_t begin, int64_t end) {
+        const int64_t ring_size = g.ring_rows * g.row_size();
+        const int64_t floats = padded * (taps + 2) + ring_size + g.strip_columns * kLanes;
+        Workspace w;
+        w.weights = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(blocks)));
+        w.scale = w.weights + padded * taps;
+        w.shift = w.scale + padded;
+        w.ring = w.shift + padded;
+        w.sum = w.ring + ring_size;
+        for (int64_t i = 0; i < ring_size; i++) w.ring[i] = 0.f;                   // the padding columns stay so
+        bool* packed = reinterpret_cast<bool*>(w.sum + g.strip_columns * kLanes);  // blocks whose weights are here
+        for (int64_t i = 0; i < blocks; i++) packed[i] = false;
+        with_type(p.dtype, [&](auto type) {
+          with_activation(p.activation, [&](auto activation) {
+            // From the last task to the first: what the operator before wrote last is still in the cache.
+            for (int64_t task = end - 1; task >= begin; task--) {
+              const int64_t c0 = task % blocks * g.block, band = task / blocks % bands, image = task / (blocks * bands);
+              if (!packed[task % blocks]) {
+                for (int64_t c = c0; c < min_of(c0 + g.block, p.channels); c += kLanes)
+                  pack_panel(p.weight, c, int(min_of<int64_t>(kLanes, p.channels - c)), taps, w.weights + c * taps);
+                form_scale_shift(p.norm, c0, min_of(g.block, p.channels - c0), w.scale + c0, w.shift + c0);
+                packed[task % blocks] = true;
+              }
+              float* sums = !p.pooled ? nullptr
+                            : partial ? partial + (image * bands + band) * p.channels
+                                      : p.pooled + image * p.channels;
+              run_band<decltype(type), decltype(activation)::value>(
+                  p, g, strip, image, c0, band * kBandRows, min_of((band + 1) * kBandRows, p.out_height), w, sums);
+            }
+          });
+        });
       });
-    });
-  });
   if (!p.pooled) return;
   const float mean = 1.f / float(pixels);
   for (int64_t image = 0; image < p.batch; image++)

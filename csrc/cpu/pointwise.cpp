@@ -77,7 +77,8 @@ struct Product {
 
 // prepare(first_row, row_count, tile, rows): fills the tile and says where its rows go.
 template <class T, class Prepare>
-void matmul(const Product& p, const Parallel& parallel, const Prepare& prepare) {
+void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
+  const Parallel parallel = threads_for(all, p.m * p.n * p.k);
   const int64_t tiles = ceil_div(p.m, kRows), panels = ceil_div(p.n, kPanel);
   const Cut cut = cut_tasks(tiles, panels, parallel.threads);
   const int64_t padded_k = round_up(p.k, kChunk);

@@ -8,8 +8,6 @@
 namespace effkernels::cpu::EFFKERNELS_ISA {
 namespace {
 
-constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which waking threads costs more than it saves
-
 // Sum over C of pooled[n][c] * w[r][c], four independent sums so that additions do not wait for each other.
 template <class T>
 float dot(const float* a, const T* b, int64_t count) {
@@ -26,8 +24,7 @@ float dot(const float* a, const T* b, int64_t count) {
 void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
   if (p.batch == 0 || p.channels == 0) return;
   const int64_t hidden_stride = round_up(p.reduced, kLanes), blocks = ceil_div(p.channels, kLanes);
-  const Parallel serial;
-  const Parallel& threads = p.batch * p.reduced * p.channels < kSerialWork ? serial : parallel;
+  const Parallel threads = threads_for(parallel, p.batch * p.reduced * p.channels);
   float* hidden = static_cast<float*>(std::aligned_alloc(64, size_t(round_up(p.batch * hidden_stride * 4, 64))));
   if (!hidden) throw std::bad_alloc();
 

@@ -299,6 +299,12 @@ inline void with_type(DType dtype, Visit visit) {
   }
 }
 
+constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which waking threads costs more than it saves
+
+inline Parallel threads_for(const Parallel& parallel, int64_t work) {
+  return work < kSerialWork ? Parallel{} : parallel;
+}
+
 // Runs body(begin, end) over [0, tasks) on the adaptor's threads; alone where there is one task or one thread.
 template <class Body>
 inline void parallel_for(const Parallel& parallel, int64_t tasks, const Body& body) {
