@@ -81,7 +81,7 @@ void conv(const ConvParams& p, const Parallel& parallel) {
 
   parallel_for(
       threads_for(parallel, p.batch * p.out_height * p.out_width * n * k), p.batch * bands,
-      [&](int64_t begin, int64_t end) {
+      [=](int64_t begin, int64_t end) {
         const int64_t packed_size = group * k * kPanel, rows_size = round_up((p.in_channels + 1) * plane, kLanes);
         const int64_t floats = packed_size + 2 * group * kPanel + kRows * kPanel + rows_size;
         float* packed = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(k) * sizeof(float*)));

@@ -186,7 +186,7 @@ void depthwise(const DepthwiseParams& p, const Parallel& parallel) {
   }
   parallel_for(
       threads_for(parallel, p.batch * p.channels * pixels * taps), p.batch * bands * blocks,
-      [&](int64_t begin, int64_t end) {
+      [=](int64_t begin, int64_t end) {
         const int64_t ring_size = g.ring_rows * g.row_size();
         const int64_t floats = padded * (taps + 2) + ring_size + g.strip_columns * kLanes;
         Workspace w;

@@ -84,7 +84,7 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const int64_t padded_k = round_up(p.k, kChunk);
   const int64_t group = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (p.k * kPanel * 4)));
 
-  parallel_for(parallel, cut.row_tasks * cut.panel_tasks, [&](int64_t task_begin, int64_t task_end) {
+  parallel_for(parallel, cut.row_tasks * cut.panel_tasks, [=](int64_t task_begin, int64_t task_end) {
     const int64_t packed_size = group * p.k * kPanel, tile_size = kRows * padded_k;
     float* packed = static_cast<float*>(
         scratch(size_t(packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
@@ -140,7 +140,7 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
       using G = decltype(gate_type);
       const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
       const G* gate = static_cast<const G*>(p.gate.data);
-      matmul<T>(product, parallel, [&](int64_t first, int count, float* tile, Row<T>* rows) {
+      matmul<T>(product, parallel, [=](int64_t first, int count, float* tile, Row<T>* rows) {
         int64_t image = first / p.pixels, pixel = first % p.pixels;
         for (int r = 0; r < count; r++) {
           prepare_row(x + image * p.x_stride_n + pixel * p.x_stride_p, gate ? gate + image * p.in_channels : nullptr,

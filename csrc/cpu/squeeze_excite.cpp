@@ -28,7 +28,7 @@ void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
   float* hidden = static_cast<float*>(std::aligned_alloc(64, size_t(round_up(p.batch * hidden_stride * 4, 64))));
   if (!hidden) throw std::bad_alloc();
 
-  parallel_for(threads, p.batch * p.reduced, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, p.batch * p.reduced, [=](int64_t begin, int64_t end) {
     with_type(p.w_reduce.dtype, [&](auto type) {
       const auto* weight = static_cast<const decltype(type)*>(p.w_reduce.data);
       for (int64_t task = begin; task < end; task++) {
@@ -44,7 +44,7 @@ void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
         store(h, activate<decltype(activation)::value>(load(h) + load_param(p.b_reduce, r, p.reduced - r, 0.f)));
       }
   });
-  parallel_for(threads, blocks, [&](int64_t begin, int64_t end) {
+  parallel_for(threads, blocks, [=](int64_t begin, int64_t end) {
     float* panel = static_cast<float*>(scratch(size_t(p.reduced * kLanes) * sizeof(float)));
     for (int64_t block = begin; block < end; block++) {
       const int64_t c = block * kLanes, channels = min_of<int64_t>(kLanes, p.channels - c);
@@ -70,7 +70,7 @@ void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
 void scale(const ScaleParams& p, const Parallel& parallel) {
   with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    parallel_for(parallel, p.batch * p.pixels, [&](int64_t begin, int64_t end) {
+    parallel_for(parallel, p.batch * p.pixels, [=](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; row++) {
         T* y = static_cast<T*>(p.y) + row * p.channels;
         const T* gate = static_cast<const T*>(p.gate) + row / p.pixels * p.channels;

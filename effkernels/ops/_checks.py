@@ -194,7 +194,7 @@ def _check_norm(op: str, x: Tensor, norm: tuple[Tensor | None, ...], eps: float,
         raise ValueError(
             f"{op}: {given} needs norm_mean and norm_var, which are None; allowed: all of the norm or none"
         )
-    if not 0 < eps < math.inf:  # also false for NaN; torch.compile may hand in a symbolic float
+    if not 0 <= eps < math.inf:  # also false for NaN; torch.compile may hand in a symbolic float
         raise ValueError(f"{op}: eps={eps}; allowed: finite and not negative")
 
 
