@@ -57,24 +57,21 @@ Strip pick_strip(int64_t out_width, int dilation) {
   }
 }
 
+template <int K>
 Strip pick_strip(const DepthwiseParams& p) {
-  switch (p.kernel * 2 + p.stride - 1) {
-    case 6:
-      return pick_strip<3, 1>(p.out_width, p.dilation);
+  return p.stride == 1 ? pick_strip<K, 1>(p.out_width, p.dilation) : pick_strip<K, 2>(p.out_width, p.dilation);
+}
+
+Strip pick_strip(const DepthwiseParams& p) {  // the adaptor lets only these kernel sizes through
+  switch (p.kernel) {
+    case 3:
+      return pick_strip<3>(p);
+    case 5:
+      return pick_strip<5>(p);
     case 7:
-      return pick_strip<3, 2>(p.out_width, p.dilation);
-    case 10:
-      return pick_strip<5, 1>(p.out_width, p.dilation);
-    case 11:
-      return pick_strip<5, 2>(p.out_width, p.dilation);
-    case 14:
-      return pick_strip<7, 1>(p.out_width, p.dilation);
-    case 15:
-      return pick_strip<7, 2>(p.out_width, p.dilation);
-    case 18:
-      return pick_strip<9, 1>(p.out_width, p.dilation);
+      return pick_strip<7>(p);
     default:
-      return pick_strip<9, 2>(p.out_width, p.dilation);
+      return pick_strip<9>(p);
   }
 }
 

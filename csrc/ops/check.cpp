@@ -38,20 +38,6 @@ const char* name_of(ScalarType type) {
   }
 }
 
-DType dtype_of(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", name_of(t.scalar_type()),
-                      "; allowed: float32, float16, bfloat16");
-  }
-}
-
 void check_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
   STD_TORCH_CHECK(t.is_cuda() == x.is_cuda() && (!x.is_cuda() || t.get_device_index() == x.get_device_index()), op,
                   ": ", name, " is on ", t.is_cuda() ? "CUDA" : "the CPU", ", the input on ",
@@ -168,7 +154,6 @@ Tensor to_rows(const Tensor& x, int64_t& stride_p) {
   if (h > 1 && w > 1 && rows.stride(2) != w * rows.stride(3)) {
     rows = torch::stable::contiguous(rows, torch::headeronly::MemoryFormat::ChannelsLast);
     stride_p = rows.size(1);
-    // contiguous() returns its argument where the strides already fit, which they do not here
   }
   return rows;
 }
@@ -194,6 +179,20 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
 }
 
 }  // namespace
+
+DType dtype_of(const char* op, const char* name, const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat32;
+    case ScalarType::Half:
+      return DType::kFloat16;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    default:
+      STD_TORCH_CHECK(false, op, ": ", name, " has dtype ", name_of(t.scalar_type()),
+                      "; allowed: float32, float16, bfloat16");
+  }
+}
 
 Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
   const int64_t sizes[] = {n, c, h, w}, strides[] = {c * h * w, 1, w * c, c};

@@ -47,6 +47,9 @@ using Keep = std::vector<Tensor>;
 Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w);
 Tensor empty_matrix(const Tensor& like, int64_t n, int64_t c, torch::headeronly::ScalarType dtype);
 
+// float32, float16 or bfloat16; anything else is an error that names the argument.
+DType dtype_of(const char* op, const char* name, const Tensor& t);
+
 // Check the arguments, allocate the output and describe both to the kernels. `gate_dtype`: the type of the gate.
 struct Depthwise {
   DepthwiseParams params;
@@ -58,7 +61,8 @@ struct SqueezeExcite {
   SqueezeExciteParams params;
   Tensor gate;
 };
-// `pooled` may be undefined (a CPU or CUDA tensor follows later): then `batch` and `channels` say its size.
+// The caller sets params.pooled, float32 (batch, channels); a pooled tensor of the user's goes through check_pooled
+// first.
 SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t batch, int64_t channels,
                                   const SeArguments& arguments, torch::headeronly::ScalarType gate_dtype, Keep& keep);
 void check_pooled(const char* op, const Tensor& pooled);

@@ -66,9 +66,7 @@ Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
   auto [y, gates] = depthwise_with_gate("depthwise_bn_act_se", DEPTHWISE, SE);
   ScaleParams p;
   p.y = y.mutable_data_ptr(), p.gate = gates.const_data_ptr();
-  p.dtype = x.scalar_type() == ScalarType::Float  ? DType::kFloat32
-            : x.scalar_type() == ScalarType::Half ? DType::kFloat16
-                                                  : DType::kBFloat16;
+  p.dtype = dtype_of("depthwise_bn_act_se", "y", y);
   p.batch = y.size(0), p.channels = y.size(1), p.pixels = y.size(2) * y.size(3);
   cpu::kernels().scale(p, torch_threads());
   return y;
