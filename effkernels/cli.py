@@ -1,4 +1,4 @@
-"""The command line: ``effkernels info | check | bench | predict``. Flags have timm's names where timm has them."""
+"""The command line: ``effkernels info | check | bench | predict | explain``. Flags have timm's names if it has them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import effkernels
-from effkernels.commands import bench, check, info, predict
+from effkernels.commands import bench, check, explain, info, predict
 from effkernels.commands.common import UsageError
 
 
@@ -25,7 +25,13 @@ class Command(Protocol):
         """Run the command; the exit status is returned."""
 
 
-COMMANDS: dict[str, Command] = {"info": info, "check": check, "bench": bench, "predict": predict}
+COMMANDS: dict[str, Command] = {
+    "info": info,
+    "check": check,
+    "bench": bench,
+    "predict": predict,
+    "explain": explain,
+}
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
@@ -107,9 +108,13 @@ def versions(*packages: str) -> dict[str, str | None]:
 def commit() -> tuple[str | None, bool | None]:
     """The commit of the source tree this package is imported from and whether the tree differs from it.
 
+    A copy of the tree without git's own folder is told by EFFKERNELS_COMMIT where it came from, in the form of
+    ``git describe --always --abbrev=40 --dirty``.
+
     (None, None) for an installed wheel: a git repository that merely contains the environment is not ours, so the
     top of the work tree must be the folder that holds the package, and git must track this file.
     """
+    told = os.environ.get("EFFKERNELS_COMMIT", "")
     root = Path(__file__).resolve().parent.parent
 
     def git(*arguments: str) -> str:
@@ -118,13 +123,20 @@ def commit() -> tuple[str | None, bool | None]:
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
-            return None, None
+            return _told_commit(told)
         git("ls-files", "--error-unmatch", "effkernels/environment.py")
         # Result files are appended by the very run that asks, and must not make it look like changed source.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
         return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.SubprocessError):
+        return _told_commit(told)
+
+
+def _told_commit(told: str) -> tuple[str | None, bool | None]:
+    """("<hash>-dirty") as commit and whether the tree differs from it; (None, None) for what is no commit's hash."""
+    if not re.fullmatch(r"[0-9a-f]{40}(-dirty)?", told):
         return None, None
+    return told[:40], told.endswith("-dirty")
 
 
 def python_version() -> str:

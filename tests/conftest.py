@@ -5,13 +5,16 @@ The reference is not among them: it is the yardstick that each of them is held a
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import op_cases
 import pytest
 import torch
+from emulation.build import CannotBuild
+from emulation.control import A100, H200, Emulation, Emulator, emulator
 from hypothesis import HealthCheck, settings
 
 from effkernels import _library, backends
@@ -28,38 +31,78 @@ settings.load_profile("effkernels")
 
 CPU_INSTRUCTION_SETS = ("avx512", "avx2", "plain")
 
+# "race" or "asan": the tests run on the emulated CUDA kernels of that flavour alone (make test-race, make test-asan).
+FLAVOUR = os.environ.get("EFFKERNELS_TEST_FLAVOUR") or "plain"
+
+ABOUT_VALUES = ("test_nan_spreads_as_in_pytorch", "test_infinity_spreads_as_in_pytorch")
+
+# By the end of a test's id. Each order and each moment of landing meets both devices: one with clusters, one without.
+EMULATIONS = {
+    "plain": {
+        "forward-early": Emulation("forward", "early", H200),
+        "forward-late": Emulation("forward", "late", A100),
+        "reverse-early": Emulation("reverse", "early", A100),
+        "reverse-late": Emulation("reverse", "late", H200),
+        "random-early": Emulation("random", "early", H200),
+        "random-late": Emulation("random", "late", A100),
+    },
+    "race": {
+        "race": Emulation("random", "late", H200, "race"),
+        "race-without-clusters": Emulation("forward", "early", A100, "race"),
+    },
+    "asan": {
+        "asan": Emulation("forward", "late", H200, "asan"),
+        "asan-without-clusters": Emulation("forward", "late", A100, "asan"),
+    },
+}
+
 
 @dataclass(frozen=True)
 class Backend:
     """One way of running the operators, as a test's id names it.
 
     Attributes:
-        name: the backend to force, one of effkernels.backends.BACKENDS.
+        name: whose kernels run, one of effkernels.backends.BACKENDS.
         device: where its tensors live.
         isa: the CPU instruction set to force; None elsewhere.
+        emulated: the key in EMULATIONS of CUDA kernels that run on the CPU, in place of the CPU's; None elsewhere.
     """
 
     name: str
     device: str
     isa: str | None = None
+    emulated: str | None = None
 
     def __str__(self) -> str:
+        if self.emulated is not None:
+            return f"{self.name}-emulated-{self.emulated}"
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
+
+    def emulator(self) -> Emulator:
+        """What runs an emulated backend, set to run in its way."""
+        assert self.emulated is not None
+        how = EMULATIONS[FLAVOUR][self.emulated]
+        found = emulator(how.flavour)
+        found.configure(how)
+        return found
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Force this backend, and its instruction set, for a while."""
-        if self.isa is not None:
-            torch.ops.effkernels.cpu_isa(self.isa)
-        try:
-            with backends.backend(self.name):
-                yield
-        finally:
+        with ExitStack() as stack:
+            if self.emulated is not None:
+                stack.enter_context(self.emulator().in_place_of_cpu())
             if self.isa is not None:
-                torch.ops.effkernels.cpu_isa("auto")
+                torch.ops.effkernels.cpu_isa(self.isa)
+                stack.callback(torch.ops.effkernels.cpu_isa, "auto")
+            stack.enter_context(backends.backend(self.name if self.emulated is None else "cpu"))
+            yield
 
     def runs(self, op: str, dtype: torch.dtype) -> backends.Decision:
         """Whether this backend has `op` in `dtype`, and why not."""
+        if self.emulated is not None:
+            has = op in self.emulator().operators()
+            return backends.Decision(has, "" if has else f"the library has no CUDA kernel of {op}")
         can_run = {"cpu": backends.can_run_cpu, "cuda": backends.can_run_cuda, "triton": backends.can_run_triton}
         return can_run[self.name](op, device=self.device, dtype=dtype)
 
@@ -74,13 +117,18 @@ def _offers(isa: str) -> bool:
 
 
 def available_backends() -> list[Backend]:
-    """Every backend of this machine: the CPU kernels once per instruction set, and the GPU's where there is one."""
+    """Every backend of this machine: the CPU kernels once per instruction set, the CUDA kernels emulated in several
+    orders, and on the GPU where there is one. Of another flavour, its emulated backends alone.
+    """
     found = []
+    emulated = [Backend("cuda", "cpu", emulated=name) for name in EMULATIONS[FLAVOUR]] if _library.is_loaded() else []
+    if FLAVOUR != "plain":
+        return emulated
     if _library.is_loaded():
         found += [Backend("cpu", "cpu", isa) for isa in CPU_INSTRUCTION_SETS if _offers(isa)]
     if torch.cuda.is_available():
         found.append(Backend("cuda", "cuda"))
-    return found
+    return found + emulated
 
 
 def _parameters() -> list[object]:
@@ -89,12 +137,45 @@ def _parameters() -> list[object]:
     return found or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let tests that differ only in the backend follow each other, so that they can share one yardstick."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what runs on the emulator, leave out what a flavour cannot show, and let tests that differ only in the
+    backend follow each other, so that they can share one yardstick.
+    """
+    for item in items:
+        if _is_emulated(item):
+            item.add_marker("emulated")
+    left_out = [item for item in items if FLAVOUR != "plain" and not _shows_more_when_checked(item)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]
     first_seen: dict[tuple[object, ...], int] = {}
     for position, item in enumerate(items):
         first_seen.setdefault(_apart_from_backend(item), position)
     items.sort(key=lambda item: first_seen[_apart_from_backend(item)])
+
+
+def _is_emulated(item: pytest.Item) -> bool:
+    chosen = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+    return "emulated" in getattr(item, "fixturenames", ()) or (
+        isinstance(chosen, Backend) and chosen.emulated is not None
+    )
+
+
+def _shows_more_when_checked(item: pytest.Item) -> bool:
+    """Whether the accesses of a test can differ from those of every other test.
+
+    What the race and the asan flavour check depends on the shapes and on which inputs are given, never on values, and
+    float16 and bfloat16 take the same ways. A run that is some ten times as slow need not repeat the rest.
+    """
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    if parameters.get("dtype") is torch.bfloat16 or getattr(item, "originalname", "") in ABOUT_VALUES:
+        return False
+    case = parameters.get("case")
+    if not isinstance(case, op_cases.Case):
+        return True
+    usual = op_cases.Case(case.op)
+    values = ("activation", "se_activation", "gate", "norm", "matrix_rank")
+    return case.dtype is not torch.bfloat16 and all(getattr(case, name) == getattr(usual, name) for name in values)
 
 
 def _apart_from_backend(item: pytest.Item) -> tuple[object, ...]:
@@ -109,8 +190,26 @@ def _apart_from_backend(item: pytest.Item) -> tuple[object, ...]:
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend of this machine in turn, forced for the length of the test."""
     chosen: Backend = request.param
+    if chosen.emulated is not None:
+        built_emulator()
     with chosen.active():
         yield chosen
+
+
+def built_emulator() -> Emulator:
+    """The emulator in the flavour of this run; skips the test where this machine cannot build it."""
+    try:
+        return emulator(FLAVOUR)
+    except CannotBuild as reason:
+        pytest.skip(f"no emulated CUDA kernels: {reason}")
+
+
+@pytest.fixture
+def emulated() -> Emulator:
+    """The emulator, as if nothing had run on it: forward order, copies at once, an H200."""
+    found = built_emulator()
+    found.configure(Emulation(flavour=FLAVOUR))
+    return found
 
 
 def need(backend: Backend, op: str, dtype: torch.dtype) -> None:

@@ -1,13 +1,21 @@
 // The one header through which kernels reach CUDA: its types, and launch(). Kernels are plain CUDA C++ otherwise, so
-// that another implementation of this header can run them elsewhere.
+// that tests/emulation, which has the same names for a CPU, runs the very same sources. No other file of csrc/cuda
+// knows of the emulator. Kernels keep to dynamic shared memory: what lies there is checked to the byte.
 #pragma once
+#ifdef EFFKERNELS_EMULATED
+#include "emulated_ptx.cuh"
+#include "emulator.cuh"
+#else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include "ptx.cuh"
+#endif
+
 #include <cstdint>
 
-#include "ptx.cuh"
+#include "device.h"
 
 namespace effkernels::cuda {
 
@@ -15,22 +23,57 @@ struct Launch {
   dim3 grid, block;
   size_t shared_bytes = 0;
   cudaStream_t stream = nullptr;
+  unsigned cluster = 1;      // blocks of a cluster, along x; above 1 needs sm_90
+  bool cooperative = false;  // every block resident at once, or the launch is refused
 };
 
+// What CUDA says to a launch that it refuses, and the launch where it does not.
 template <class... Parameters, class... Arguments>
-cudaError_t launch(void (*kernel)(Parameters...), const Launch& at, const Arguments&... arguments) {
+cudaError_t launch_uncounted(void (*kernel)(Parameters...), const Launch& at, const Arguments&... arguments) {
+#ifdef EFFKERNELS_EMULATED
+  return emulation::launch({at.grid, at.block, at.shared_bytes, at.cluster, at.cooperative},
+                           [&] { kernel(Parameters(arguments)...); });
+#else
   constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  constexpr unsigned kPortableCluster = 8;
   if (at.shared_bytes > kSharedWithoutAsking) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.shared_bytes));
     if (error != cudaSuccess) return error;
   }
+  cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = at.grid;
   config.blockDim = at.block;
   config.dynamicSmemBytes = at.shared_bytes;
   config.stream = at.stream;
+  config.attrs = attributes;
+  if (at.cluster > 1) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {at.cluster, 1, 1};
+  }
+  if (at.cooperative) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
+    attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  if (at.cluster > kPortableCluster) {
+    // A GPU with disabled multiprocessors may have no room for so large a cluster: ask, the answer is cheap.
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    int clusters = 0;
+    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    if (error != cudaSuccess) return error;
+    if (clusters == 0) return cudaErrorInvalidClusterSize;
+  }
   return cudaLaunchKernelEx(&config, kernel, Parameters(arguments)...);
+#endif
+}
+
+// The one way to launch a kernel. Every launch is counted (launch_count in device.h).
+template <class... Parameters, class... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), const Launch& at, const Arguments&... arguments) {
+  const cudaError_t error = launch_uncounted(kernel, at, arguments...);
+  if (error == cudaSuccess) count_launch();
+  return error;
 }
 
 }  // namespace effkernels::cuda

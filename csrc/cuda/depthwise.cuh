@@ -1,238 +1,374 @@
-// y = activation(norm(depthwise convolution of x)), and the channel means of y, in one pass over x.
+// y = activation(norm(depthwise convolution of x)) in one pass over x, and on the way, without a second pass, the
+// channel means of y and squeeze-and-excitation's gate.
 //
-// Threads and data. threadIdx.x is a vector of 16 bytes of channels (or a single channel where the channels do not
-// divide), threadIdx.y a lane. The output plane is cut into strips: kStrip neighbouring pixels of one row. A lane
-// takes one strip per round; neighbouring lanes take strips below each other, so that the K rows which neighbours
-// share come from the L1 cache. A thread keeps the taps of one kernel row in registers and slides over the input
-// row once, adding each input vector to every output that it reaches.
+// Threads and data. A block has kDepthwiseThreads threads: `channel_vectors` along the channels, each a vector of 16
+// bytes (or a single channel where the channels do not divide), times `lanes`. The output plane is cut into strips:
+// kStrip neighbouring pixels of one row. A lane takes one strip per round; neighbouring lanes take strips below each
+// other, so that the K rows which neighbours share come from the L1 cache. A thread keeps the taps of one kernel row in
+// registers and slides over the input row once, adding each input vector to every output that it reaches.
 //
-// The channel sums are deterministic: a thread adds its strips in order, the block adds its lanes in order, and a
-// second, small kernel adds the blocks in order where an image has more than one.
+// Traffic. Memory: x once, y once, the parameters. L1: every input vector K times for a strip of kStrip outputs.
+//
+// Sums. A thread adds its strips in order, the block its lanes in order, the last block to arrive the blocks of the
+// image in order: the same bits every time, in one launch.
 #pragma once
-#include "launch.h"
-#include "numeric.cuh"
+#include "depthwise.h"
+#include "squeeze_excite.cuh"
 
 namespace effkernels::cuda {
 
-constexpr int kDepthwiseThreads = 128;
-constexpr int kMaxChannelVectors = 16;
-
-template <class Element, int kKernelSize, int kStrideSize, int kVectorSize>
+template <class Element, int kKernelSize, int kStrideSize>
 struct DepthwiseTraits {
   using T = Element;
   static constexpr int kKernel = kKernelSize;
   static constexpr int kStride = kStrideSize;
-  static constexpr int kVector = kVectorSize;
+  static constexpr int kVector = kVectorOf<T>;
   static constexpr int kStrip = depthwise_strip(kKernel, kStride);
   static constexpr int kInputs = (kStrip - 1) * kStride + kKernel;  // input columns under one strip
+  static constexpr int kBlocks = depthwise_resident_blocks(sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat16);
   static_assert(kKernel % 2 == 1 && kStride >= 1, "odd kernels only");
-  static_assert(sizeof(T) * kVector <= 16, "a vector is one access");
+};
+
+// What a depthwise kernel is given. Without squeeze-and-excitation se.gate is null.
+struct DepthwiseArguments {
+  DepthwiseParams depthwise;
+  SqueezeExciteParams se;
+  DepthwisePlan plan;
+  DepthwiseWork work;
 };
 
 // Which part of the output a thread works on.
 struct DepthwiseLane {
-  int image, tile, group, channel, first_strip;
-  bool has_channel;
+  int group;    // of channels
+  int tile;     // run of strips
+  int unit;     // run of images
+  int vector;   // of channels, within the block
+  int lane;     // along the strips
+  int channel;  // first of the thread's vector
+  bool active;  // a channel that exists, and a lane that is needed
 
-  __device__ __forceinline__ DepthwiseLane(const DepthwiseParams& p, const DepthwisePlan& plan) {
-    group = blockIdx.x % plan.channel_groups;
-    tile = blockIdx.x / plan.channel_groups % plan.tiles;
-    image = blockIdx.x / plan.channel_groups / plan.tiles;
-    channel = (group * plan.channel_vectors + threadIdx.x) * plan.vector;
-    has_channel = channel < p.channels;
-    first_strip = tile * plan.lanes * plan.rounds + threadIdx.y;
+  __device__ __forceinline__ DepthwiseLane(const DepthwiseParams& p, const DepthwisePlan& plan, int group_, int tile_,
+                                           int unit_)
+      : group(group_), tile(tile_), unit(unit_) {
+    vector = threadIdx.x % plan.channel_vectors;
+    lane = threadIdx.x / plan.channel_vectors;
+    channel = (group * plan.channel_vectors + vector) * plan.vector;
+    active = channel < p.channels && lane < plan.lanes;
   }
 };
 
-// The taps of the block's channels as float32, [tap][channel of the block], so that threads along the channels read
-// neighbouring words. Stored as (C, 1, K, K), the taps of a block are one contiguous run.
-__device__ __forceinline__ void load_taps(const DepthwiseParams& p, const DepthwisePlan& plan, int group, float* taps) {
-  const int block_channels = plan.channel_vectors * plan.vector;
-  const int first = group * block_channels;
-  const int tap_count = p.kernel * p.kernel;
-  const int threads = blockDim.x * blockDim.y;
-  for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < block_channels * tap_count; i += threads) {
-    const int channel = i / tap_count, tap = i % tap_count;
-    const bool inside = first + channel < p.channels;
-    const int64_t at = int64_t(first + channel) * tap_count + tap;
-    taps[tap * block_channels + channel] = inside ? parameter(p.weight, at, 0.f) : 0.f;
+// The block's parameters as float32 in shared memory, [tap][channel] and then scale and shift of each channel, so that
+// threads along the channels read neighbouring words. Stored as (C, 1, K, K), the taps of a block are one run of
+// memory.
+template <class W, int kCount>
+__device__ __forceinline__ void copy_taps(const W* from, int count, int tap_count, int block_channels, float* taps) {
+#pragma unroll 4
+  for (int at = threadIdx.x * kCount; at < count; at += blockDim.x * kCount) {
+    float value[kCount];
+    load(from + at, value);
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) taps[(at + i) % tap_count * block_channels + (at + i) / tap_count] = value[i];
   }
 }
 
-// Adds the lanes' channel sums in lane order and leaves the block's sums in `partial`, or the means in p.pooled.
-template <int kVector>
-__device__ __forceinline__ void finish_sums(const DepthwiseParams& p, const DepthwisePlan& plan,
-                                            const DepthwiseLane& lane, const float (&sum)[kVector], float* lane_sums,
-                                            float* partial) {
-  const int block_channels = plan.channel_vectors * kVector;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) lane_sums[threadIdx.y * block_channels + threadIdx.x * kVector + i] = sum[i];
+template <class T>
+__device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int tap_count, int64_t first_channel,
+                                                int block_channels, float* taps, ScaleShift* norm) {
+  const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
+  const int count = channels * tap_count;
+  const int64_t first = first_channel * tap_count;
+  const bool wide = p.weight.dtype == DType::kFloat32;
+  const float* as_float = static_cast<const float*>(p.weight.data) + first;
+  const T* as_stored = static_cast<const T*>(p.weight.data) + first;
+  const bool aligned = reinterpret_cast<uintptr_t>(wide ? static_cast<const void*>(as_float) : as_stored) % 16 == 0;
+  if (wide && aligned && count % kVectorOf<float> == 0)
+    copy_taps<float, kVectorOf<float>>(as_float, count, tap_count, block_channels, taps);
+  else if (!wide && aligned && count % kVectorOf<T> == 0)
+    copy_taps<T, kVectorOf<T>>(as_stored, count, tap_count, block_channels, taps);
+  else if (wide)
+    copy_taps<float, 1>(as_float, count, tap_count, block_channels, taps);
+  else
+    copy_taps<T, 1>(as_stored, count, tap_count, block_channels, taps);
+  for (int i = threadIdx.x; i < channels; i += blockDim.x) norm[i] = scale_shift(p.norm, first_channel + i);
   __syncthreads();
-  if (threadIdx.y != 0 || !lane.has_channel) return;
-  const bool whole_image = plan.tiles == 1;
-  float* to = whole_image ? p.pooled + int64_t(lane.image) * p.channels
-                          : partial + (int64_t(lane.image) * plan.tiles + lane.tile) * p.channels;
-  const float factor = whole_image ? 1.f / static_cast<float>(p.out_height * p.out_width) : 1.f;
+}
+
+// One strip, whose first output looks at the image from (top, left) on: the sums before the norm. All loads of a row
+// are under way before the first is used; the channels are then taken in parts, so that the taps of a part, the row and
+// the sums stay in registers together.
+template <class Traits>
+__device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const typename Traits::T* image, int top,
+                                               int left, const float* taps, int block_channels,
+                                               float (&acc)[Traits::kStrip][Traits::kVector]) {
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector;
+  constexpr int kPart = K >= 5 ? 2 : 4;
+#pragma unroll 1
+  for (int ky = 0; ky < K; ++ky) {
+    if (top + ky < 0 || top + ky >= p.height) continue;
+    const T* from = image + (top + ky) * p.x_stride_h + left * p.x_stride_w;
+    Vector<T, V> row[Traits::kInputs];
 #pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    float total = 0.f;
-    for (int y = 0; y < plan.lanes; ++y) total += lane_sums[y * block_channels + threadIdx.x * kVector + i];
-    to[lane.channel + i] = total * factor;
+    for (int ix = 0; ix < Traits::kInputs; ++ix) {
+      row[ix] = {};
+      if (static_cast<unsigned>(left + ix) < static_cast<unsigned>(p.width)) row[ix] = load_raw<T, V>(from);
+      from += p.x_stride_w;
+    }
+#pragma unroll
+    for (int part = 0; part < V; part += kPart) {
+      float tap[K][kPart];
+#pragma unroll
+      for (int kx = 0; kx < K; ++kx)
+#pragma unroll
+        for (int i = 0; i < kPart; ++i) tap[kx][i] = taps[(ky * K + kx) * block_channels + part + i];
+#pragma unroll
+      for (int ix = 0; ix < Traits::kInputs; ++ix)
+#pragma unroll
+        for (int i = 0; i < kPart; ++i) {
+          const float value = to_float(row[ix].at[part + i]);
+#pragma unroll
+          for (int ox = 0; ox < Traits::kStrip; ++ox) {
+            const int kx = ix - ox * S;
+            if (kx < 0 || kx >= K) continue;
+            acc[ox][part + i] = fmaf(value, tap[kx][i], acc[ox][part + i]);
+          }
+        }
+    }
   }
+}
+
+// Norm, activation and sum of one pixel.
+template <class T, int V>
+__device__ __forceinline__ void finish_pixel(const ScaleShift* norm, Activation activation, float (&value)[V],
+                                             float (&sum)[V]) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) value[i] = fmaf(value[i], norm[i].scale, norm[i].shift);
+  activate<T>(value, activation);
+#pragma unroll
+  for (int i = 0; i < V; ++i) sum[i] += value[i];
+}
+
+// The channel sums of a thread lie in shared memory, one row per lane: in registers they would be in the way of the
+// convolution.
+template <int V>
+__device__ __forceinline__ void add_to_lane(const float (&sum)[V], float* lane_sums) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) lane_sums[i] += sum[i];
+}
+
+// Adds the lanes' sums of one image in lane order into `sums`, (block_channels), and clears them for the next image.
+// Called by all threads; ends with a barrier.
+__device__ __forceinline__ void add_lanes(const DepthwisePlan& plan, float* lane_sums, float* sums) {
+  const int block_channels = plan.channel_vectors * plan.vector;
+  __syncthreads();
+  if (threadIdx.x < block_channels) {
+    float total = 0.f;
+    for (int lane = 0; lane < plan.lanes; ++lane) {
+      float& sum = lane_sums[lane * block_channels + threadIdx.x];
+      total += sum;
+      sum = 0.f;
+    }
+    sums[threadIdx.x] = total;
+  }
+  __syncthreads();
+}
+
+// Shared memory behind the block's parameters, where channel means are asked for.
+struct SumsInShared {
+  float* lane_sums;  // (lanes, block_channels)
+  float* sums;       // (images, block_channels)
+  unsigned* flag;    // one word, 16 bytes apart
+  float* hidden;     // (images, R)
+
+  __device__ __forceinline__ SumsInShared(const DepthwisePlan& plan, float* begin) {
+    const int block_channels = plan.channel_vectors * plan.vector;
+    lane_sums = begin;
+    sums = lane_sums + plan.lanes * block_channels;
+    flag = reinterpret_cast<unsigned*>(sums + plan.images * block_channels);
+    hidden = sums + plan.images * block_channels + 4;
+  }
+};
+
+__device__ __forceinline__ void clear_lanes(const DepthwisePlan& plan, float* lane_sums) {
+  const int count = plan.lanes * plan.channel_vectors * plan.vector;
+  for (int at = threadIdx.x; at < count; at += blockDim.x) lane_sums[at] = 0.f;
+}
+
+// From the sums of this block to the means, and from the means to the gate, by the blocks that come last. All threads.
+template <class T>
+__device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group, int tile, int64_t unit,
+                                         float* after_parameters) {
+  const DepthwiseParams& p = a.depthwise;
+  const SqueezeExciteParams& se = a.se;
+  const DepthwisePlan& plan = a.plan;
+  const DepthwiseWork& work = a.work;
+  const SumsInShared shared(plan, after_parameters);
+  const int block_channels = plan.channel_vectors * plan.vector;
+  const int64_t first_channel = int64_t(group) * block_channels, first_image = unit * plan.images;
+  const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
+  const int images = static_cast<int>(min(int64_t(plan.images), p.batch - first_image));
+
+  unsigned* unit_arrivals = work.arrivals + unit;
+  if (plan.tiles > 1) {
+    float* partial = work.partial + unit * plan.tiles * p.channels + first_channel;
+    if (threadIdx.x < channels) partial[tile * p.channels + threadIdx.x] = shared.sums[threadIdx.x];
+    if (!arrive_last(work.arrivals + unit * plan.channel_groups + group, plan.tiles, shared.flag)) return;
+    unit_arrivals += plan.units * plan.channel_groups;
+    // Threads that are not needed for a channel of their own share the tiles.
+    const int parts = kDepthwiseThreads / block_channels, part = threadIdx.x / block_channels;
+    const int channel = threadIdx.x % block_channels;
+    if (part < parts && channel < channels) {
+      float total = 0.f;
+#pragma unroll 4
+      for (int from = part; from < plan.tiles; from += parts) total += __ldcg(partial + from * p.channels + channel);
+      shared.lane_sums[part * block_channels + channel] = total;
+    }
+    __syncthreads();
+    if (threadIdx.x < channels) {
+      float total = 0.f;
+      for (int from = 0; from < parts; ++from) total += shared.lane_sums[from * block_channels + threadIdx.x];
+      shared.sums[threadIdx.x] = total;
+    }
+    __syncthreads();
+  }
+
+  const float factor = 1.f / static_cast<float>(p.out_height * p.out_width);
+  for (int at = threadIdx.x; at < images * block_channels; at += kDepthwiseThreads) {
+    const float mean = shared.sums[at] * factor;
+    shared.sums[at] = mean;
+    const int channel = at % block_channels;
+    if (p.pooled != nullptr && channel < channels)
+      p.pooled[(first_image + at / block_channels) * p.channels + first_channel + channel] = mean;
+  }
+  if (se.gate == nullptr) return;
+  __syncthreads();
+
+  const int reduced = static_cast<int>(se.reduced);
+  float* hidden = work.hidden + first_image * plan.channel_groups * reduced;  // (images, groups, R)
+  reduce_product<T>(se, first_channel, channels, shared.sums, block_channels, images, hidden + group * reduced,
+                    int64_t(plan.channel_groups) * reduced);
+  if (!arrive_last(unit_arrivals, plan.channel_groups, shared.flag)) return;
+  for (int at = threadIdx.x; at < images * reduced; at += kDepthwiseThreads) {
+    const float* from = hidden + (at / reduced * plan.channel_groups) * reduced + at % reduced;
+    float total = 0.f;
+#pragma unroll 4
+    for (int other = 0; other < plan.channel_groups; ++other) total += __ldcg(from + other * reduced);
+    shared.hidden[at] = total;
+  }
+  __syncthreads();
+  activate_hidden(se, images, shared.hidden);
+  T* gate = static_cast<T*>(se.gate) + first_image * p.channels;
+  const int64_t stride = p.channels;
+  expand_product<T>(
+      se, 0, static_cast<int>(p.channels), shared.hidden, images,
+      [gate, stride](int m, int64_t channel, float value) { gate[m * stride + channel] = from_float<T>(value); });
 }
 
 template <class Traits>
-__global__ void __launch_bounds__(kDepthwiseThreads, 1)
-    depthwise_strips(const DepthwiseParams p, const DepthwisePlan plan, float* partial) {
+__global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
+    depthwise_strips(const __grid_constant__ DepthwiseArguments a) {
+  const DepthwiseParams& p = a.depthwise;
+  const DepthwisePlan& plan = a.plan;
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
   const int block_channels = plan.channel_vectors * V;
   float* taps = dynamic_shared<float>();
-  float* lane_sums = taps + K * K * block_channels;
+  ScaleShift* norm = reinterpret_cast<ScaleShift*>(taps + K * K * block_channels);
+  const SumsInShared shared(plan, taps + (K * K + 2) * block_channels);
 
-  const DepthwiseLane lane(p, plan);
-  load_taps(p, plan, lane.group, taps);
-  __syncthreads();
+  const int group = blockIdx.x % plan.channel_groups, tile = blockIdx.x / plan.channel_groups % plan.tiles;
+  const DepthwiseLane at(p, plan, group, tile, blockIdx.x / plan.channel_groups / plan.tiles);
+  const bool sums = p.pooled != nullptr || a.se.gate != nullptr;
+  if (sums) clear_lanes(plan, shared.lane_sums);
+  load_parameters<T>(p, K * K, int64_t(group) * block_channels, block_channels, taps, norm);
+  const float* my_taps = taps + at.vector * V;
+  const ScaleShift* my_norm = norm + at.vector * V;
+  float* my_sums = shared.lane_sums + at.lane * block_channels + at.vector * V;
 
-  ScaleShift norm[V];
-  float sum[V];
+  for (int m = 0; m < plan.images; ++m) {
+    const int image = at.unit * plan.images + m;
+    if (image >= p.batch) break;
+    const T* from = static_cast<const T*>(p.x) + int64_t(image) * p.x_stride_n + at.channel;
+    T* to = static_cast<T*>(p.y) + int64_t(image) * p.out_height * p.out_width * p.channels + at.channel;
+    for (int round = 0; round < plan.rounds; ++round) {
+      const int strip = (tile * plan.rounds + round) * plan.lanes + at.lane;
+      if (!at.active || strip >= plan.strips) break;
+      const int row = strip % plan.out_height, column = strip / plan.out_height * kStrip;
+      float acc[kStrip][V] = {}, sum[V] = {};
+      convolve_strip<Traits>(p, from, row * S - p.pad_top, column * S - p.pad_left, my_taps, block_channels, acc);
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    norm[i] = lane.has_channel ? scale_shift(p.norm, lane.channel + i) : ScaleShift{0.f, 0.f};
-    sum[i] = 0.f;
-  }
-
-  const T* image = static_cast<const T*>(p.x) + lane.image * p.x_stride_n + lane.channel;
-  T* out = static_cast<T*>(p.y) + int64_t(lane.image) * p.out_height * p.out_width * p.channels + lane.channel;
-  const float* my_taps = taps + threadIdx.x * V;
-
-  for (int round = 0; round < plan.rounds; ++round) {
-    const int strip = lane.first_strip + round * plan.lanes;
-    if (!lane.has_channel || strip >= plan.strips) break;
-    const int row = strip % plan.out_height, column = strip / plan.out_height * kStrip;
-    const int top = row * S - p.pad_top, left = column * S - p.pad_left;
-
-    float acc[kStrip][V] = {};
-#pragma unroll 1
-    for (int ky = 0; ky < K; ++ky) {
-      if (top + ky < 0 || top + ky >= p.height) continue;
-      const T* from = image + (top + ky) * p.x_stride_h;
-      float tap[K][V];
-#pragma unroll
-      for (int kx = 0; kx < K; ++kx)
-#pragma unroll
-        for (int i = 0; i < V; ++i) tap[kx][i] = my_taps[(ky * K + kx) * block_channels + i];
-#pragma unroll
-      for (int ix = 0; ix < Traits::kInputs; ++ix) {
-        float value[V] = {};
-        if (left + ix >= 0 && left + ix < p.width) load(from + (left + ix) * p.x_stride_w, value);
-#pragma unroll
-        for (int ox = 0; ox < kStrip; ++ox) {
-          const int kx = ix - ox * S;
-          if (kx < 0 || kx >= K) continue;
-#pragma unroll
-          for (int i = 0; i < V; ++i) acc[ox][i] = fmaf(value[i], tap[kx][i], acc[ox][i]);
-        }
+      for (int ox = 0; ox < kStrip; ++ox) {
+        if (column + ox >= p.out_width) break;
+        finish_pixel<T>(my_norm, p.activation, acc[ox], sum);
+        store(to + (int64_t(row) * p.out_width + column + ox) * p.channels, acc[ox]);
       }
+      if (sums) add_to_lane(sum, my_sums);
     }
-
-#pragma unroll
-    for (int ox = 0; ox < kStrip; ++ox) {
-      if (column + ox >= p.out_width) break;
-#pragma unroll
-      for (int i = 0; i < V; ++i) acc[ox][i] = fmaf(acc[ox][i], norm[i].scale, norm[i].shift);
-      activate<T>(acc[ox], p.activation);
-#pragma unroll
-      for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
-      store(out + (int64_t(row) * p.out_width + column + ox) * p.channels, acc[ox]);
-    }
+    if (sums) add_lanes(plan, shared.lane_sums, shared.sums + m * block_channels);
   }
-  if (p.pooled != nullptr) finish_sums(p, plan, lane, sum, lane_sums, partial);
+  if (sums) finish_sums<T>(a, group, tile, at.unit, shared.lane_sums);
 }
 
 // Any stride, dilation and channel count: one output per thread and round, taps from shared memory.
 template <class T, int V>
-__global__ void __launch_bounds__(kDepthwiseThreads, 1)
-    depthwise_any(const DepthwiseParams p, const DepthwisePlan plan, float* partial) {
-  const int block_channels = plan.channel_vectors * V;
+__global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __grid_constant__ DepthwiseArguments a) {
+  const DepthwiseParams& p = a.depthwise;
+  const DepthwisePlan& plan = a.plan;
+  const int block_channels = plan.channel_vectors * V, tap_count = p.kernel * p.kernel;
   float* taps = dynamic_shared<float>();
-  float* lane_sums = taps + p.kernel * p.kernel * block_channels;
-  const DepthwiseLane lane(p, plan);
-  load_taps(p, plan, lane.group, taps);
-  __syncthreads();
+  ScaleShift* norm = reinterpret_cast<ScaleShift*>(taps + tap_count * block_channels);
+  const SumsInShared shared(plan, taps + (tap_count + 2) * block_channels);
 
-  ScaleShift norm[V];
-  float sum[V];
+  const int group = blockIdx.x % plan.channel_groups, tile = blockIdx.x / plan.channel_groups % plan.tiles;
+  const DepthwiseLane at(p, plan, group, tile, blockIdx.x / plan.channel_groups / plan.tiles);
+  const bool sums = p.pooled != nullptr || a.se.gate != nullptr;
+  if (sums) clear_lanes(plan, shared.lane_sums);
+  load_parameters<T>(p, tap_count, int64_t(group) * block_channels, block_channels, taps, norm);
+  float* my_sums = shared.lane_sums + at.lane * block_channels + at.vector * V;
+
+  for (int m = 0; m < plan.images; ++m) {
+    const int image = at.unit * plan.images + m;
+    if (image >= p.batch) break;
+    const T* from = static_cast<const T*>(p.x) + int64_t(image) * p.x_stride_n + at.channel;
+    T* to = static_cast<T*>(p.y) + int64_t(image) * p.out_height * p.out_width * p.channels + at.channel;
+    for (int round = 0; round < plan.rounds; ++round) {
+      const int strip = (tile * plan.rounds + round) * plan.lanes + at.lane;
+      if (!at.active || strip >= plan.strips) break;
+      const int row = strip % plan.out_height, column = strip / plan.out_height;
+      float acc[V] = {}, sum[V] = {};
+      for (int ky = 0; ky < p.kernel; ++ky) {
+        const int iy = row * p.stride - p.pad_top + ky * p.dilation;
+        if (iy < 0 || iy >= p.height) continue;
+        for (int kx = 0; kx < p.kernel; ++kx) {
+          const int ix = column * p.stride - p.pad_left + kx * p.dilation;
+          if (ix < 0 || ix >= p.width) continue;
+          float value[V];
+          load(from + iy * p.x_stride_h + ix * p.x_stride_w, value);
+          const float* tap = taps + (ky * p.kernel + kx) * block_channels + at.vector * V;
 #pragma unroll
-  for (int i = 0; i < V; ++i) {
-    norm[i] = lane.has_channel ? scale_shift(p.norm, lane.channel + i) : ScaleShift{0.f, 0.f};
-    sum[i] = 0.f;
-  }
-
-  const T* image = static_cast<const T*>(p.x) + lane.image * p.x_stride_n + lane.channel;
-  T* out = static_cast<T*>(p.y) + int64_t(lane.image) * p.out_height * p.out_width * p.channels + lane.channel;
-
-  for (int round = 0; round < plan.rounds; ++round) {
-    const int strip = lane.first_strip + round * plan.lanes;
-    if (!lane.has_channel || strip >= plan.strips) break;
-    const int row = strip % plan.out_height, column = strip / plan.out_height;
-    float acc[V] = {};
-    for (int ky = 0; ky < p.kernel; ++ky) {
-      const int iy = row * p.stride - p.pad_top + ky * p.dilation;
-      if (iy < 0 || iy >= p.height) continue;
-      for (int kx = 0; kx < p.kernel; ++kx) {
-        const int ix = column * p.stride - p.pad_left + kx * p.dilation;
-        if (ix < 0 || ix >= p.width) continue;
-        float value[V];
-        load(image + iy * p.x_stride_h + ix * p.x_stride_w, value);
-        const float* tap = taps + (ky * p.kernel + kx) * block_channels + threadIdx.x * V;
-#pragma unroll
-        for (int i = 0; i < V; ++i) acc[i] = fmaf(value[i], tap[i], acc[i]);
+          for (int i = 0; i < V; ++i) acc[i] = fmaf(value[i], tap[i], acc[i]);
+        }
       }
+      finish_pixel<T>(norm + at.vector * V, p.activation, acc, sum);
+      store(to + (int64_t(row) * p.out_width + column) * p.channels, acc);
+      if (sums) add_to_lane(sum, my_sums);
     }
-#pragma unroll
-    for (int i = 0; i < V; ++i) acc[i] = fmaf(acc[i], norm[i].scale, norm[i].shift);
-    activate<T>(acc, p.activation);
-#pragma unroll
-    for (int i = 0; i < V; ++i) sum[i] += acc[i];
-    store(out + (int64_t(row) * p.out_width + column) * p.channels, acc);
+    if (sums) add_lanes(plan, shared.lane_sums, shared.sums + m * block_channels);
   }
-  if (p.pooled != nullptr) finish_sums(p, plan, lane, sum, lane_sums, partial);
-}
-
-// pooled[n][c]: the mean, from the sums of the blocks of image n added in order. One thread per (n, c).
-template <int kThreads>
-__global__ void __launch_bounds__(kThreads) depthwise_mean(const DepthwiseParams p, const float* partial, int tiles) {
-  const int64_t at = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (at >= p.batch * p.channels) return;
-  const int64_t image = at / p.channels, channel = at % p.channels;
-  float total = 0.f;
-  for (int tile = 0; tile < tiles; ++tile) total += partial[(image * tiles + tile) * p.channels + channel];
-  p.pooled[at] = total / static_cast<float>(p.out_height * p.out_width);
-}
-
-inline size_t depthwise_shared_bytes(const DepthwiseParams& p, const DepthwisePlan& plan) {
-  const size_t block_channels = size_t(plan.channel_vectors) * plan.vector;
-  return (size_t(p.kernel) * p.kernel + plan.lanes) * block_channels * sizeof(float);
-}
-
-template <class T, int K, int S>
-cudaError_t run_strips(const DepthwiseParams& p, const DepthwisePlan& plan, float* partial, const Launch& at) {
-  using Traits = DepthwiseTraits<T, K, S, kVectorOf<T>>;
-  return launch(depthwise_strips<Traits>, at, p, plan, partial);
+  if (sums) finish_sums<T>(a, group, tile, at.unit, shared.lane_sums);
 }
 
 template <class T, int S>
-cudaError_t run_kernel_size(const DepthwiseParams& p, const DepthwisePlan& plan, float* partial, const Launch& at) {
-  switch (p.kernel) {
+cudaError_t run_kernel_size(const DepthwiseArguments& a, const Launch& at) {
+  switch (a.depthwise.kernel) {
     case 3:
-      return run_strips<T, 3, S>(p, plan, partial, at);
+      return launch(depthwise_strips<DepthwiseTraits<T, 3, S>>, at, a);
     case 5:
-      return run_strips<T, 5, S>(p, plan, partial, at);
+      return launch(depthwise_strips<DepthwiseTraits<T, 5, S>>, at, a);
     case 7:
-      return run_strips<T, 7, S>(p, plan, partial, at);
+      return launch(depthwise_strips<DepthwiseTraits<T, 7, S>>, at, a);
     case 9:
-      return run_strips<T, 9, S>(p, plan, partial, at);
+      return launch(depthwise_strips<DepthwiseTraits<T, 9, S>>, at, a);
     default:
       return cudaErrorInvalidValue;
   }
@@ -240,16 +376,14 @@ cudaError_t run_kernel_size(const DepthwiseParams& p, const DepthwisePlan& plan,
 
 // Chooses the instantiation that the plan names; one .cu file per element type instantiates it.
 template <class T>
-cudaError_t run_depthwise(const DepthwiseParams& p, const DepthwisePlan& plan, float* partial, const Launch& at) {
-  if (plan.unrolled)
-    return p.stride == 1 ? run_kernel_size<T, 1>(p, plan, partial, at) : run_kernel_size<T, 2>(p, plan, partial, at);
-  if (plan.vector == 1) return launch(depthwise_any<T, 1>, at, p, plan, partial);
-  return launch(depthwise_any<T, kVectorOf<T>>, at, p, plan, partial);
+cudaError_t run_depthwise(const DepthwiseArguments& a, const Launch& at) {
+  if (a.plan.unrolled) return a.depthwise.stride == 1 ? run_kernel_size<T, 1>(a, at) : run_kernel_size<T, 2>(a, at);
+  if (a.plan.vector == 1) return launch(depthwise_any<T, 1>, at, a);
+  return launch(depthwise_any<T, kVectorOf<T>>, at, a);
 }
 
-extern template cudaError_t run_depthwise<float>(const DepthwiseParams&, const DepthwisePlan&, float*, const Launch&);
-extern template cudaError_t run_depthwise<__half>(const DepthwiseParams&, const DepthwisePlan&, float*, const Launch&);
-extern template cudaError_t run_depthwise<__nv_bfloat16>(const DepthwiseParams&, const DepthwisePlan&, float*,
-                                                         const Launch&);
+extern template cudaError_t run_depthwise<float>(const DepthwiseArguments&, const Launch&);
+extern template cudaError_t run_depthwise<__half>(const DepthwiseArguments&, const Launch&);
+extern template cudaError_t run_depthwise<__nv_bfloat16>(const DepthwiseArguments&, const Launch&);
 
 }  // namespace effkernels::cuda

@@ -3,6 +3,6 @@
 
 namespace effkernels::cuda {
 
-template cudaError_t run_depthwise<__nv_bfloat16>(const DepthwiseParams&, const DepthwisePlan&, float*, const Launch&);
+template cudaError_t run_depthwise<__nv_bfloat16>(const DepthwiseArguments&, const Launch&);
 
 }  // namespace effkernels::cuda

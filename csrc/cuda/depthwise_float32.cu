@@ -3,6 +3,6 @@
 
 namespace effkernels::cuda {
 
-template cudaError_t run_depthwise<float>(const DepthwiseParams&, const DepthwisePlan&, float*, const Launch&);
+template cudaError_t run_depthwise<float>(const DepthwiseArguments&, const Launch&);
 
 }  // namespace effkernels::cuda

@@ -1,7 +1,7 @@
 // Values: vectors of up to 16 bytes along the channels, conversions, parameters as modules store them, activations.
 #pragma once
+#include "../params.h"
 #include "compat.cuh"
-#include "params.h"
 
 namespace effkernels::cuda {
 
@@ -27,29 +27,43 @@ __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) 
 template <class T>
 constexpr int kVectorOf = 16 / sizeof(T);  // elements in the widest access
 
-// kCount consecutive elements, read and written by one instruction where that is 16 bytes.
+// kCount consecutive elements, read and written by one instruction where they are at most 16 bytes, by several of 16
+// bytes where they are more. The address is a multiple of their size, or of 16.
 template <class T, int kCount>
-struct alignas(sizeof(T) * kCount) Vector {
-  static_assert(sizeof(T) * kCount <= 16, "one access moves at most 16 bytes");
+struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
   T at[kCount];
 };
 
-// Reads through the read-only cache: the caller never writes the same memory in the same launch.
+// Reads through the read-only cache: nobody writes the same memory in the same launch.
 template <class T, int kCount>
-__device__ __forceinline__ void load(const T* from, float (&to)[kCount]) {
+__device__ __forceinline__ Vector<T, kCount> load_raw(const T* from) {
+  constexpr size_t kBytes = sizeof(T) * kCount;
   Vector<T, kCount> raw;
-  if constexpr (sizeof(raw) == 16) {
-    *reinterpret_cast<uint4*>(&raw) = __ldg(reinterpret_cast<const uint4*>(from));
+  if constexpr (kBytes % 16 == 0) {
+#pragma unroll
+    for (size_t i = 0; i < kBytes / 16; ++i)
+      reinterpret_cast<uint4*>(&raw)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+  } else if constexpr (kBytes == 8) {
+    *reinterpret_cast<uint2*>(&raw) = __ldg(reinterpret_cast<const uint2*>(from));
+  } else if constexpr (kBytes == 4 && kCount > 1) {
+    *reinterpret_cast<unsigned*>(&raw) = __ldg(reinterpret_cast<const unsigned*>(from));
   } else {
-    static_assert(kCount == 1, "a vector is 16 bytes or one element");
+    static_assert(kCount == 1, "a vector is one element, or 4, 8 or a multiple of 16 bytes");
     raw.at[0] = __ldg(from);
   }
+  return raw;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void load(const T* from, float (&to)[kCount]) {
+  const Vector<T, kCount> raw = load_raw<T, kCount>(from);
 #pragma unroll
   for (int i = 0; i < kCount; ++i) to[i] = to_float(raw.at[i]);
 }
 
 template <class T, int kCount>
 __device__ __forceinline__ void store(T* to, const float (&from)[kCount]) {
+  static_assert(sizeof(T) * kCount <= 16, "one instruction");
   Vector<T, kCount> raw;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) raw.at[i] = from_float<T>(from[i]);
@@ -83,20 +97,16 @@ __device__ __forceinline__ ScaleShift scale_shift(const Norm& norm, int64_t chan
   return {scale, parameter(norm.bias, channel, 0.f) + (conv_bias - mean) * scale};
 }
 
-// x * sigmoid(x), to the precision that the output type can show.
+// x * sigmoid(x). In 16-bit types by one special-function instruction, x / 2 (1 + tanh(x / 2)), instead of two: its error
+// of 2^-11 is no larger than the rounding of the result.
 template <class T>
 __device__ __forceinline__ float silu(float x) {
-  return x / (1.f + expf(-x));
-}
-template <>
-__device__ __forceinline__ float silu<__half>(float x) {
-  return __fdividef(x, 1.f + __expf(-x));
-}
-// One special-function instruction instead of two: its 2^-11 is below bfloat16's rounding of 2^-9.
-template <>
-__device__ __forceinline__ float silu<__nv_bfloat16>(float x) {
-  const float half = 0.5f * x;
-  return fmaf(half, tanh_approx(half), half);
+  if constexpr (sizeof(T) == 2) {
+    const float half = 0.5f * x;
+    return fmaf(half, tanh_approx(half), half);
+  } else {
+    return x / (1.f + expf(-x));
+  }
 }
 
 // Comparisons are written so that a NaN stays a NaN, as in PyTorch (fminf and fmaxf would drop it).
@@ -138,6 +148,11 @@ __device__ __forceinline__ void activate(float (&x)[kCount], Activation activati
       }
       break;
   }
+}
+
+// The gate of squeeze-and-excitation: one value per channel, so that exact functions cost nothing.
+__device__ __forceinline__ float apply_gate(float x, Gate gate) {
+  return gate == Gate::kSigmoid ? 1.f / (1.f + expf(-x)) : clamp_to(x + 3.f, 0.f, 6.f) * (1.f / 6.f);
 }
 
 }  // namespace effkernels::cuda

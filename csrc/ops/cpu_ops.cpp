@@ -2,6 +2,7 @@
 #include "../cpu/kernels.h"
 #include "../cpu/memory.h"
 #include "parameters.h"
+#include "registry.h"
 
 namespace effkernels::ops {
 namespace {

@@ -1,70 +1,208 @@
-// CUDA's side of the operators: check and pack (check.h), then the kernel on torch's current stream.
-#include <dlfcn.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
+// CUDA's side of every operator: check and pack (check.h), plan, take scratch memory, launch on torch's current stream.
+#include <algorithm>
+#include <array>
 
-#include "../cuda/launch.h"
+#include "../cuda/conv.h"
+#include "../cuda/counters.h"
+#include "../cuda/depthwise.h"
+#include "../cuda/pointwise.h"
+#include "../cuda/squeeze_excite.h"
+#include "cuda_device.h"
 #include "parameters.h"
+#include "registry.h"
 
 namespace effkernels::ops {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::accelerator::DeviceGuard;
-
-// torch's current stream on a device. The symbol lives in libtorch_cuda, which this library must not link so that it
-// also loads where torch has no CUDA; a weak reference would stay null, because the loader searches only the
-// dependencies of this library. So it is looked up, once, in the libtorch_cuda that the process has loaded.
-void* current_stream(int32_t device) {
-  using Getter = decltype(&aoti_torch_get_current_cuda_stream);
-  static const Getter getter = [] {
-    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library ? reinterpret_cast<Getter>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
-  }();
-  STD_TORCH_CHECK(getter != nullptr, "effkernels: a CUDA tensor was given, but this torch has no CUDA part");
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(getter(device, &stream));
-  return stream;
-}
 
 void check_launch(const char* op, const char* error) {
   STD_TORCH_CHECK(error == nullptr, op, ": the CUDA kernel could not be launched: ", error ? error : "");
 }
 
-void run_depthwise(const char* op, Depthwise& depthwise) {
-  const int32_t device = depthwise.y.get_device_index();
-  const DeviceGuard guard(device);
-  int multiprocessors = 0;
-  check_launch(op, cuda::multiprocessor_count(device, &multiprocessors));
-  const DepthwiseParams& params = depthwise.params;
-  const cuda::DepthwisePlan plan = cuda::plan_depthwise(params, multiprocessors);
-  const int64_t partial_rows = params.pooled == nullptr ? 0 : plan.partial_rows(params.batch);
-  Tensor partial = empty_matrix(depthwise.y, partial_rows, params.channels, ScalarType::Float);
-  check_launch(op, cuda::launch_depthwise(params, plan, static_cast<float*>(partial.mutable_data_ptr()),
-                                          current_stream(device)));
+cuda::DeviceLimits limits_of(const char* op, const OnDevice& here) {
+  cuda::DeviceLimits limits;
+  check_launch(op, cuda::device_limits(here.index(), &limits));
+  return limits;
+}
+
+float* scratch_floats(const Tensor& like, int64_t count, Keep& keep) {
+  if (count == 0) return nullptr;
+  keep.push_back(empty_matrix(like, 1, count, ScalarType::Float));
+  return static_cast<float*>(keep.back().mutable_data_ptr());
+}
+
+// What CUDA refused, or null.
+const char* run_depthwise(const char* op, const cuda::DepthwiseCall& call, const cuda::DepthwisePlan& plan,
+                          const Tensor& like, const OnDevice& here, Keep& keep) {
+  const cuda::DepthwiseScratch scratch = cuda::depthwise_scratch(call, plan);
+  cuda::DepthwiseWork work;
+  work.partial = scratch_floats(like, scratch.partial, keep);
+  work.hidden = scratch_floats(like, scratch.hidden, keep);
+  void* stream = here.stream();
+  if (scratch.arrivals > 0)
+    check_launch(op, cuda::acquire_counters(here.index(), stream, scratch.arrivals, &work.arrivals));
+  return cuda::launch_depthwise(call, plan, work, stream);
 }
 
 Tensor depthwise_bn_act(DEPTHWISE_PARAMETERS) {
+  constexpr const char* op = "depthwise_bn_act";
   Keep keep;
-  Depthwise d = make_depthwise("depthwise_bn_act", DEPTHWISE, keep);
-  run_depthwise("depthwise_bn_act", d);
+  Depthwise d = make_depthwise(op, DEPTHWISE, keep);
+  const OnDevice here(d.y);
+  const cuda::DepthwiseCall call{&d.params, nullptr, false, false};
+  check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
   return d.y;
 }
 
 std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(DEPTHWISE_PARAMETERS) {
+  constexpr const char* op = "depthwise_bn_act_squeeze";
   Keep keep;
-  Depthwise d = make_depthwise("depthwise_bn_act_squeeze", DEPTHWISE, keep);
+  Depthwise d = make_depthwise(op, DEPTHWISE, keep);
   Tensor pooled = empty_matrix(x, d.params.batch, d.params.channels, ScalarType::Float);
   d.params.pooled = static_cast<float*>(pooled.mutable_data_ptr());
-  run_depthwise("depthwise_bn_act_squeeze", d);
+  const OnDevice here(d.y);
+  const cuda::DepthwiseCall call{&d.params, nullptr, true, false};
+  check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
   return {d.y, pooled};
+}
+
+Tensor squeeze_excite_gate(const Tensor& pooled, SE_PARAMETERS) {
+  constexpr const char* op = "squeeze_excite_gate";
+  Keep keep;
+  check_pooled(op, pooled);
+  SqueezeExcite s = make_squeeze_excite(op, pooled, pooled.size(0), pooled.size(1), SE, w_expand.scalar_type(), keep);
+  keep.push_back(pooled.is_contiguous() ? pooled : torch::stable::contiguous(pooled));
+  s.params.pooled = static_cast<const float*>(keep.back().const_data_ptr());
+  const OnDevice here(s.gate);
+  const cuda::SqueezeExcitePlan plan = cuda::plan_squeeze_excite(s.params, limits_of(op, here));
+  check_launch(op, cuda::launch_squeeze_excite(s.params, plan, here.stream()));
+  return s.gate;
+}
+
+std::tuple<Tensor, Tensor> depthwise_bn_act_gate(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
+  constexpr const char* op = "depthwise_bn_act_gate";
+  Keep keep;
+  Depthwise d = make_depthwise(op, DEPTHWISE, keep);
+  const SqueezeExcite s = make_squeeze_excite(op, x, d.params.batch, d.params.channels, SE, x.scalar_type(), keep);
+  const OnDevice here(d.y);
+  const cuda::DepthwiseCall call{&d.params, &s.params, false, false};
+  check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
+  return {d.y, s.gate};
+}
+
+// One launch where a team of blocks holds the result of an image; else the gate, and a second launch that applies it.
+Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
+  constexpr const char* op = "depthwise_bn_act_se";
+  Keep keep;
+  Depthwise d = make_depthwise(op, DEPTHWISE, keep);
+  const SqueezeExcite s = make_squeeze_excite(op, x, d.params.batch, d.params.channels, SE, x.scalar_type(), keep);
+  const OnDevice here(d.y);
+  cuda::DeviceLimits limits = limits_of(op, here);
+  const cuda::DepthwiseCall call{&d.params, &s.params, false, true};
+  cuda::DepthwisePlan plan;
+  const char* refused = cuda::kClusterRefused;
+  // 8 blocks are what a GPU with clusters has room for, as a rule; the largest there are, not always.
+  for (const int largest : {limits.largest_cluster, 8, 1}) {
+    if (refused != cuda::kClusterRefused) break;
+    limits.largest_cluster = std::min(largest, limits.largest_cluster);
+    plan = cuda::plan_depthwise(call, limits);
+    refused = run_depthwise(op, call, plan, d.y, here, keep);
+  }
+  check_launch(op, refused);
+  if (plan.team == 0) {
+    ScaleParams p;
+    p.y = d.params.y, p.gate = s.params.gate, p.dtype = d.params.dtype;
+    p.batch = d.params.batch, p.channels = d.params.channels, p.pixels = d.params.out_height * d.params.out_width;
+    check_launch(op, cuda::launch_scale(p, cuda::plan_scale(p, limits), here.stream()));
+  }
+  return d.y;
+}
+
+Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, const OptionalTensor& gate,
+                        const OptionalTensor& residual, const std::string& activation, bool allow_tf32) {
+  constexpr const char* op = "pointwise_bn_act";
+  Keep keep;
+  Pointwise p = make_pointwise(op, x, weight, NORM, gate, residual, activation, allow_tf32, keep);
+  const OnDevice here(p.y);
+  const cuda::PointwisePlan plan = cuda::plan_pointwise(p.params, limits_of(op, here));
+  check_launch(op, cuda::launch_pointwise(p.params, plan, here.stream()));
+  return p.y;
+}
+
+// PyTorch's convolution of x: (N, Cin, H, W) with explicit padding, without bias.
+Tensor convolve(const Tensor& x, const Tensor& weight, int64_t stride, const std::vector<int64_t>& padding) {
+  using torch::stable::detail::from;
+  using torch::stable::detail::to;
+  Tensor padded = x;
+  const bool symmetric = padding[0] == padding[1] && padding[2] == padding[3];
+  if (!symmetric) {
+    const std::vector<int64_t> sides = {padding[2], padding[3], padding[0], padding[1]};
+    std::array<StableIValue, 4> stack{from(x), from(sides), from(std::string("constant")),
+                                      from(std::optional<double>())};
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::pad", "", stack.data(), TORCH_ABI_VERSION));
+    padded = to<Tensor>(stack[0]);
+  }
+  const std::vector<int64_t> zero = {0, 0}, one = {1, 1}, strides = {stride, stride};
+  const std::vector<int64_t> inside = symmetric ? std::vector<int64_t>{padding[0], padding[2]} : zero;
+  const Tensor same_type =
+      weight.scalar_type() == x.scalar_type() ? weight : torch::stable::to(weight, x.scalar_type());
+  std::array<StableIValue, 9> stack{from(padded),  from(same_type), from(OptionalTensor()),
+                                    from(strides), from(inside),    from(one),
+                                    from(false),   from(zero),      from(int64_t(1))};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::convolution", "", stack.data(), TORCH_ABI_VERSION));
+  return to<Tensor>(stack[0]);
+}
+
+Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64_t stride,
+                   const std::vector<int64_t>& padding, const std::string& activation, bool allow_tf32) {
+  constexpr const char* op = "conv_bn_act";
+  Keep keep;
+  Conv c = make_conv(op, x, weight, NORM, stride, padding, activation, allow_tf32, keep);
+  const OnDevice here(c.y);
+  const cuda::DeviceLimits limits = limits_of(op, here);
+  const cuda::ConvPlan plan = cuda::plan_conv(c.params, limits);
+  if (plan.fused || c.params.batch == 0) {
+    check_launch(op, cuda::launch_conv(c.params, plan, here.stream()));
+    return c.y;
+  }
+  const Tensor sums =
+      torch::stable::contiguous(convolve(x, weight, stride, padding), torch::headeronly::MemoryFormat::ChannelsLast);
+  cuda::NormActParams pass;
+  pass.x = sums.const_data_ptr(), pass.y = c.params.y;
+  pass.norm = c.params.norm, pass.dtype = c.params.dtype, pass.activation = c.params.activation;
+  pass.rows = c.params.batch * c.params.out_height * c.params.out_width, pass.channels = c.params.out_channels;
+  check_launch(op, cuda::launch_norm_act(pass, limits, here.stream()));
+  return c.y;
+}
+
+std::vector<int64_t> cuda_limits(int64_t device) {
+  cuda::DeviceLimits l;
+  check_launch("cuda_limits", cuda::device_limits(int(device), &l));
+  return {l.capability,
+          l.multiprocessors,
+          l.shared_per_multiprocessor,
+          l.shared_per_block,
+          l.threads_per_multiprocessor,
+          l.blocks_per_multiprocessor,
+          l.registers_per_multiprocessor,
+          l.largest_cluster};
 }
 
 }  // namespace
 }  // namespace effkernels::ops
 
-STABLE_TORCH_LIBRARY_IMPL(effkernels, CUDA, m) {
+EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, EFFKERNELS_CUDA_KEY, m) {
   using namespace effkernels::ops;
   m.impl("depthwise_bn_act", TORCH_BOX(&depthwise_bn_act));
   m.impl("depthwise_bn_act_squeeze", TORCH_BOX(&depthwise_bn_act_squeeze));
+  m.impl("squeeze_excite_gate", TORCH_BOX(&squeeze_excite_gate));
+  m.impl("depthwise_bn_act_gate", TORCH_BOX(&depthwise_bn_act_gate));
+  m.impl("depthwise_bn_act_se", TORCH_BOX(&depthwise_bn_act_se));
+  m.impl("pointwise_bn_act", TORCH_BOX(&pointwise_bn_act));
+  m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act));
+}
+
+EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("cuda_limits", TORCH_BOX(&effkernels::ops::cuda_limits));
 }

@@ -1,9 +1,8 @@
-// Registers the schemas; cpu_ops.cpp and cuda_ops.cpp register what computes them.
-#include <torch/csrc/stable/library.h>
-
+// Registers the schemas; cpu_ops.cpp, cuda_ops.cpp and plan_ops.cpp register what computes them.
+#include "registry.h"
 #include "schema.h"
 
-STABLE_TORCH_LIBRARY(effkernels, m) {
+EFFKERNELS_LIBRARY(EFFKERNELS_NAMESPACE, m) {
 #define EFFKERNELS_DEFINE(schema) m.def(schema);
   EFFKERNELS_SCHEMAS(EFFKERNELS_DEFINE)
 #undef EFFKERNELS_DEFINE

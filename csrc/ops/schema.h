@@ -23,5 +23,11 @@
   OP("cpu_isa(str name) -> str")                                                                                      \
   /* The memory pool of CPU results: sets how many unused bytes it may keep (limit not negative), tells the bytes     \
      mapped. */                                                                                                       \
-  OP("cpu_memory(int limit) -> int")
+  OP("cpu_memory(int limit) -> int")                                                                                  \
+  /* The CUDA launches that an operator would make, one line each: plan_ops.cpp. Needs no GPU. */                      \
+  OP("cuda_plan(str op, str dtype, int[] shape, int[] limits) -> str")                                                \
+  /* The CUDA kernels and fills that this process has launched. */                                                     \
+  OP("cuda_launches() -> int")                                                                                        \
+  /* The limits of a CUDA device, in the order that cuda_plan takes them. */                                           \
+  OP("cuda_limits(int device) -> int[]")
 // clang-format on

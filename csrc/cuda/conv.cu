@@ -1,0 +1,72 @@
+// The launches of conv_bn_act.
+#include "conv.cuh"
+
+#include <limits>
+
+#include "norm_act.cuh"
+
+namespace effkernels::cuda {
+namespace {
+
+Launch launch_of(const PlannedLaunch& planned, void* stream) {
+  Launch at;
+  at.grid = dim3(static_cast<unsigned>(planned.grid));
+  at.block = dim3(planned.block_x, planned.block_y);
+  at.shared_bytes = static_cast<size_t>(planned.shared_bytes);
+  at.stream = static_cast<cudaStream_t>(stream);
+  return at;
+}
+
+template <class T>
+cudaError_t run_norm_act(const NormActParams& p, const NormActPlan& plan, const Launch& at) {
+  return plan.vectors ? launch(norm_act<T, kVectorOf<T>>, at, p, plan) : launch(norm_act<T, 1>, at, p, plan);
+}
+
+}  // namespace
+
+const char* launch_conv(const ConvParams& p, const ConvPlan& plan, void* stream) {
+  if (!plan.fused) return "this convolution has no kernel of its own";
+  const PlannedLaunches planned = planned_launches(p, plan);
+  if (planned.empty()) return nullptr;
+  if (plan.blocks > std::numeric_limits<int32_t>::max()) return "more blocks than one launch can hold";
+  const Launch at = launch_of(planned[0], stream);
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      error = launch(conv<float>, at, p, plan);
+      break;
+    case DType::kFloat16:
+      error = launch(conv<__half>, at, p, plan);
+      break;
+    case DType::kBFloat16:
+      error = launch(conv<__nv_bfloat16>, at, p, plan);
+      break;
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* launch_norm_act(const NormActParams& p, const NormActPlan& plan, void* stream) {
+  const PlannedLaunches planned = planned_launches(p, plan);
+  if (planned.empty()) return nullptr;
+  if (planned[0].grid > std::numeric_limits<int32_t>::max()) return "more blocks than one launch can hold";
+  const Launch at = launch_of(planned[0], stream);
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      error = run_norm_act<float>(p, plan, at);
+      break;
+    case DType::kFloat16:
+      error = run_norm_act<__half>(p, plan, at);
+      break;
+    case DType::kBFloat16:
+      error = run_norm_act<__nv_bfloat16>(p, plan, at);
+      break;
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+const char* launch_norm_act(const NormActParams& p, const DeviceLimits& limits, void* stream) {
+  return launch_norm_act(p, plan_norm_act(p, limits), stream);
+}
+
+}  // namespace effkernels::cuda

@@ -1,0 +1,75 @@
+// The depthwise operators on CUDA, as the adaptor sees them: plain C++.
+#pragma once
+#include "device.h"
+
+namespace effkernels::cuda {
+
+constexpr int kDepthwiseThreads = 128;
+constexpr int kResidentThreads = 256;
+constexpr int64_t kMostReduced = 8192;  // hidden values of squeeze-and-excitation that lie in shared memory
+
+// How a depthwise operator cuts its work: see depthwise.cuh and depthwise_resident.cuh for what the words mean.
+struct DepthwisePlan {
+  int vector = 1;           // channels per thread
+  int channel_vectors = 1;  // threads along the channels
+  int lanes = 1;            // threads along the strips of output pixels
+  int strip = 1;            // output pixels per thread and round, along a row
+  int rounds = 1;           // strips per thread, one after the other
+  int images = 1;           // images per block, one after the other
+  bool unrolled = false;    // kernel size, stride and dilation known at compile time
+  int strips = 1;           // strips of one image
+  int out_height = 1;       // rows of one image: how many strips lie below each other
+  int channel_groups = 1;   // blocks along the channels
+  int tiles = 1;            // blocks along the strips of one image; 0: the plane is too large for 32-bit indices
+  int64_t units = 0;        // blocks along the images
+
+  // depthwise_bn_act_se in one launch: the blocks of a team hold the result of one image in shared memory.
+  int team = 0;             // blocks of a team; 0: two launches
+  int row_blocks = 1;       // of a team, along the rows
+  int slabs = 1;            // channel groups of each block of a team
+  bool in_cluster = false;  // a team is a cluster; else the whole grid is resident
+  int64_t shared_bytes = 0;
+
+  int block_channels() const { return channel_vectors * vector; }
+  int64_t blocks() const { return units * tiles * channel_groups; }
+};
+
+// What the launch computes beside y, and the scratch memory it needs: sizes are functions of the plan.
+struct DepthwiseWork {
+  float* partial = nullptr;      // (batch * tiles, channels): the channel sums of every block, where tiles > 1
+  float* hidden = nullptr;       // (batch * hidden_rows, R): w_reduce times the means of every channel group
+  unsigned* arrivals = nullptr;  // zero before and after: of the tiles of (unit, group), then of the groups of a unit
+};
+struct DepthwiseScratch {
+  int64_t partial = 0, hidden = 0, arrivals = 0;  // elements
+};
+
+// Which operator: `se` is null without squeeze-and-excitation; `gated` asks for the result multiplied by the gate.
+struct DepthwiseCall {
+  const DepthwiseParams* depthwise = nullptr;
+  const SqueezeExciteParams* se = nullptr;
+  bool pooled = false;
+  bool gated = false;
+};
+
+// Output pixels per thread. 7 use every tap in registers 7 times and divide the planes of a network at 224 (112, 56,
+// 28, 14, 7) without waste; a stride of 2 or a large kernel needs so many input columns and taps at once that 4 are
+// left.
+constexpr int depthwise_strip(int kernel, int stride) { return kernel >= 7 || stride > 1 ? 4 : 7; }
+
+// Blocks that a multiprocessor holds: strip * vector sums and the inputs of a row per thread lie in registers.
+constexpr int depthwise_resident_blocks(DType dtype) { return dtype == DType::kFloat32 ? 5 : 3; }
+
+// A pure function of sizes, strides, types, the alignment of the pointers, and the limits of the device.
+DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limits);
+DepthwiseScratch depthwise_scratch(const DepthwiseCall& call, const DepthwisePlan& plan);
+PlannedLaunches planned_launches(const DepthwiseCall& call, const DepthwisePlan& plan);
+
+// What launch_depthwise returns where the GPU has no room for clusters as large as the plan's; nothing was launched.
+extern const char* const kClusterRefused;
+
+// depthwise->pooled, se->gate (with se and not gated) are where the results beside y go.
+const char* launch_depthwise(const DepthwiseCall& call, const DepthwisePlan& plan, const DepthwiseWork& work,
+                             void* stream);
+
+}  // namespace effkernels::cuda

@@ -1,0 +1,34 @@
+// The launch of pointwise_bn_act.
+#include "pointwise.cuh"
+
+#include <limits>
+
+namespace effkernels::cuda {
+
+const char* launch_pointwise(const PointwiseParams& p, const PointwisePlan& plan, void* stream) {
+  if (p.batch * p.pixels * p.out_channels == 0) return nullptr;
+  constexpr int64_t kMostChannels = 1 << 30;  // indices of channels, and a stage beyond them, have 32 bits
+  if (p.in_channels > kMostChannels || p.out_channels > kMostChannels) return "more channels than 32 bits index";
+  if (plan.blocks > std::numeric_limits<int32_t>::max()) return "more blocks than one launch can hold";
+  const PlannedLaunch planned = planned_launches(p, plan)[0];
+  Launch at;
+  at.grid = dim3(static_cast<unsigned>(planned.grid));
+  at.block = dim3(planned.block_x);
+  at.shared_bytes = static_cast<size_t>(planned.shared_bytes);
+  at.stream = static_cast<cudaStream_t>(stream);
+  cudaError_t error = cudaErrorInvalidValue;
+  switch (p.dtype) {
+    case DType::kFloat32:
+      error = run_pointwise<float>(p, plan, at);
+      break;
+    case DType::kFloat16:
+      error = run_pointwise<__half>(p, plan, at);
+      break;
+    case DType::kBFloat16:
+      error = run_pointwise<__nv_bfloat16>(p, plan, at);
+      break;
+  }
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+}  // namespace effkernels::cuda

@@ -1,0 +1,5 @@
+#include "pointwise.cuh"
+
+namespace effkernels::cuda {
+template cudaError_t run_pointwise<float>(const PointwiseParams&, const PointwisePlan&, const Launch&);
+}

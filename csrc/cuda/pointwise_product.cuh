@@ -1,0 +1,149 @@
+// acc += rows of x times columns of weight over one slice of k, by the three ways of PointwiseProduct. All three leave
+// the sums where mma.sync does: with g = lane / 4 and t = lane % 4, acc[i][j] holds of fragment (i, j), 16x8 of y,
+//   row g: columns 2t, 2t+1; row g + 8: columns 2t, 2t+1.
+//
+// In shared memory a row of a slice is 64 bytes, four chunks of 16. Chunk c of row r lies at c ^ (r / 2 % 4), so that
+// any eight consecutive rows, and any four rows two apart, hold one chunk number in different banks.
+#pragma once
+#include "numeric.cuh"
+#include "pointwise.h"
+
+namespace effkernels::cuda {
+
+constexpr int kSliceChunks = kPointwiseSliceBytes / 16;
+
+__device__ __forceinline__ int chunk_offset(int row, int chunk) {  // in bytes
+  return row * kPointwiseSliceBytes + ((chunk ^ ((row >> 1) & (kSliceChunks - 1))) << 4);
+}
+
+// The gates that apply to the rows of a warp, in shared memory as elements of x's type.
+template <class T>
+struct TileGate {
+  const T* gates = nullptr;      // of the first image of the tile, at the first k of the slice; null: no gate
+  const int* offsets = nullptr;  // of each of the warp's rows, in elements
+  bool uniform = true;           // all rows of the warp lie in one image
+  int offset = 0;                // of the warp's first row
+};
+
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t value, const __half* gate) {
+  const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&value), *reinterpret_cast<const __half2*>(gate));
+  return *reinterpret_cast<const uint32_t*>(&product);
+}
+__device__ __forceinline__ uint32_t multiply_pair(uint32_t value, const __nv_bfloat16* gate) {
+  const __nv_bfloat162 product =
+      __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&value), *reinterpret_cast<const __nv_bfloat162*>(gate));
+  return *reinterpret_cast<const uint32_t*>(&product);
+}
+
+// x, weight: the warp's first row and first column of the slice. left: how many of its k there are.
+template <int M, int N, class T>
+__device__ __forceinline__ void multiply_tensor16(float (&acc)[M][N][4], const unsigned char* x,
+                                                  const unsigned char* weight, const TileGate<T>& gate, int left) {
+  const int lane = threadIdx.x % 32;
+  const SharedAddress x_rows = shared_address(x), weight_rows = shared_address(weight);
+  const int x_row = lane % 16, x_chunk = lane / 16;
+  const int weight_row = lane % 8 + lane / 16 * 8, weight_chunk = lane / 8 % 2;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (k * 16 >= left) break;
+    uint32_t a[M][4], b[N / 2][4];
+#pragma unroll
+    for (int i = 0; i < M; ++i) ldmatrix_x4(a[i], x_rows + chunk_offset(i * 16 + x_row, 2 * k + x_chunk));
+#pragma unroll
+    for (int j = 0; j < N / 2; ++j)
+      ldmatrix_x4(b[j], weight_rows + chunk_offset(j * 16 + weight_row, 2 * k + weight_chunk));
+    if (gate.gates != nullptr) {
+      const T* gates = gate.gates + k * 16 + lane % 4 * 2;
+#pragma unroll
+      for (int i = 0; i < M; ++i) {
+        const T* low = gates + (gate.uniform ? gate.offset : gate.offsets[i * 16 + lane / 4]);
+        const T* high = gate.uniform ? low : gates + gate.offsets[i * 16 + lane / 4 + 8];
+        a[i][0] = multiply_pair(a[i][0], low);
+        a[i][1] = multiply_pair(a[i][1], high);
+        a[i][2] = multiply_pair(a[i][2], low + 8);
+        a[i][3] = multiply_pair(a[i][3], high + 8);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+      for (int j = 0; j < N; ++j) {
+        const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
+        mma_m16n8k16<T>(acc[i][j], a[i], pair);
+      }
+  }
+}
+
+template <int M, int N>
+__device__ __forceinline__ void multiply_tf32(float (&acc)[M][N][4], const unsigned char* x,
+                                              const unsigned char* weight, const TileGate<float>& gate, int left) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const auto at = [t](const unsigned char* rows, int row, int chunk) {
+    return reinterpret_cast<const float*>(rows + chunk_offset(row, chunk))[t];
+  };
+#pragma unroll
+  for (int k = 0; k < 2; ++k) {
+    if (k * 8 >= left) break;
+    uint32_t b[N][2];
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) b[j][h] = to_tf32(at(weight, j * 8 + g, 2 * k + h));
+#pragma unroll
+    for (int i = 0; i < M; ++i) {
+      uint32_t a[4];
+#pragma unroll
+      for (int h = 0; h < 4; ++h) {
+        const int row = i * 16 + g + h % 2 * 8;
+        float value = at(x, row, 2 * k + h / 2);
+        if (gate.gates != nullptr)
+          value *= gate.gates[(gate.uniform ? gate.offset : gate.offsets[row]) + k * 8 + h / 2 * 4 + t];
+        a[h] = to_tf32(value);
+      }
+#pragma unroll
+      for (int j = 0; j < N; ++j) mma_m16n8k8_tf32(acc[i][j], a, b[j]);
+    }
+  }
+}
+
+template <int M, int N>
+__device__ __forceinline__ void multiply_add(float (&acc)[M][N][4], const unsigned char* x, const unsigned char* weight,
+                                             const TileGate<float>& gate, int left) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const auto at = [](const unsigned char* rows, int row, int chunk) {
+    return *reinterpret_cast<const float4*>(rows + chunk_offset(row, chunk));
+  };
+#pragma unroll
+  for (int chunk = 0; chunk < kSliceChunks; ++chunk) {
+    if (chunk * 4 >= left) break;
+    float4 b[N][2];
+#pragma unroll
+    for (int j = 0; j < N; ++j)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) b[j][h] = at(weight, j * 8 + 2 * t + h, chunk);
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = i * 16 + half * 8 + g;
+        float4 a = at(x, row, chunk);
+        if (gate.gates != nullptr) {
+          const float4 by = *reinterpret_cast<const float4*>(
+              gate.gates + (gate.uniform ? gate.offset : gate.offsets[row]) + chunk * 4);
+          a.x *= by.x, a.y *= by.y, a.z *= by.z, a.w *= by.w;
+        }
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+#pragma unroll
+          for (int h = 0; h < 2; ++h) {
+            float& sum = acc[i][j][half * 2 + h];
+            sum = fmaf(a.x, b[j][h].x, sum);
+            sum = fmaf(a.y, b[j][h].y, sum);
+            sum = fmaf(a.z, b[j][h].z, sum);
+            sum = fmaf(a.w, b[j][h].w, sum);
+          }
+      }
+  }
+}
+
+}  // namespace effkernels::cuda

@@ -1,0 +1,201 @@
+// Squeeze-and-excitation's two small matrix products, as parts that several kernels share:
+//   hidden = activation(w_reduce @ means + b_reduce)        R values per image
+//   gate   = gate_activation(w_expand @ hidden + b_expand)  C values per image
+// and the kernel of squeeze_excite_gate, which is these parts alone.
+//
+// What has to be read are the weights: 2 C R values for each image, from the L2 cache. A block that has several images
+// at hand reads each weight once for all of them (kMostImagesOfGate). Every sum has a fixed order.
+#pragma once
+#include "arrival.cuh"
+#include "numeric.cuh"
+#include "squeeze_excite.h"
+
+namespace effkernels::cuda {
+
+constexpr int kReduceLanes = 16;    // threads that share one row of w_reduce
+constexpr int kExcitePrefetch = 4;  // rows of w_expand that a thread reads before it uses the first
+
+// The lanes of this thread's aligned group of `width` threads (a power of two), for shuffles within the group.
+__device__ __forceinline__ unsigned group_mask(int width) {
+  return width == 32 ? 0xffffffffu : ((1u << width) - 1) << (threadIdx.x % 32 / width * width);
+}
+
+// Sum over an aligned group of `width` threads, as a butterfly; every thread of the group gets it.
+__device__ __forceinline__ float group_sum(float value, int width, unsigned mask) {
+  for (int distance = width / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(mask, value, distance);
+  return value;
+}
+
+// The first product over `count` channels from `first` on, without bias and activation. 16 threads share a row.
+//   means: channel `first + i` of image m at m * means_stride + i
+//   hidden: row r of image m at m * hidden_stride + r
+template <class W>
+__device__ void reduce_rows(const W* weight, int64_t channels, int reduced, int64_t first, int count,
+                            const float* means, int means_stride, int images, float* hidden, int64_t hidden_stride) {
+  constexpr int E = kVectorOf<W>;
+  const int lane = threadIdx.x % kReduceLanes;
+  const unsigned mask = group_mask(kReduceLanes);
+  const bool vectors = (channels | first | count) % E == 0 && reinterpret_cast<uintptr_t>(weight) % 16 == 0;
+#pragma unroll 2
+  for (int row = threadIdx.x / kReduceLanes; row < reduced; row += blockDim.x / kReduceLanes) {
+    const W* from = weight + row * channels + first;
+    float sum[kMostImagesOfGate] = {};
+    if (vectors) {
+#pragma unroll 4
+      for (int at = lane * E; at < count; at += kReduceLanes * E) {
+        float w[E];
+        load(from + at, w);
+#pragma unroll
+        for (int m = 0; m < kMostImagesOfGate; ++m) {
+          if (m >= images) break;
+#pragma unroll
+          for (int e = 0; e < E; ++e) sum[m] = fmaf(w[e], means[m * means_stride + at + e], sum[m]);
+        }
+      }
+    } else {
+#pragma unroll 4
+      for (int at = lane; at < count; at += kReduceLanes) {
+        const float w = to_float(__ldg(from + at));
+#pragma unroll
+        for (int m = 0; m < kMostImagesOfGate; ++m)
+          if (m < images) sum[m] = fmaf(w, means[m * means_stride + at], sum[m]);
+      }
+    }
+#pragma unroll
+    for (int m = 0; m < kMostImagesOfGate; ++m) {
+      if (m >= images) break;
+      const float total = group_sum(sum[m], kReduceLanes, mask);
+      if (lane == 0) hidden[m * hidden_stride + row] = total;
+    }
+  }
+}
+
+template <class T>
+__device__ void reduce_product(const SqueezeExciteParams& p, int64_t first, int count, const float* means,
+                               int means_stride, int images, float* hidden, int64_t hidden_stride) {
+  const int reduced = static_cast<int>(p.reduced);
+  if (p.w_reduce.dtype == DType::kFloat32)
+    reduce_rows(static_cast<const float*>(p.w_reduce.data), p.channels, reduced, first, count, means, means_stride,
+                images, hidden, hidden_stride);
+  else
+    reduce_rows(static_cast<const T*>(p.w_reduce.data), p.channels, reduced, first, count, means, means_stride, images,
+                hidden, hidden_stride);
+}
+
+// Bias and activation of the first product, in place on images * R values that lie together; ends with a barrier.
+__device__ __forceinline__ void activate_hidden(const SqueezeExciteParams& p, int images, float* hidden) {
+  const int reduced = static_cast<int>(p.reduced);
+  for (int at = threadIdx.x; at < images * reduced; at += blockDim.x) {
+    float value[1] = {hidden[at] + parameter(p.b_reduce, at % reduced, 0.f)};
+    activate<float>(value, p.activation);
+    hidden[at] = value[0];
+  }
+  __syncthreads();
+}
+
+// The second product for `count` channels from `first` on, E values of a row per read, a row shared by the fewest
+// threads that cover it. write(m, channel, gate) gets each result once.
+template <class W, int E, class Write>
+__device__ void expand_rows(const SqueezeExciteParams& p, int64_t first, int count, const float* hidden, int images,
+                            Write write) {
+  const int reduced = static_cast<int>(p.reduced);
+  const W* weight = static_cast<const W*>(p.w_expand.data);
+  int width = 1;
+  while (width < 32 && width * E < reduced) width *= 2;
+  const unsigned mask = group_mask(width);
+  const int lane = threadIdx.x % width, group = threadIdx.x / width, step = blockDim.x / width;
+  for (int begin = group; begin < count; begin += kExcitePrefetch * step) {
+    float w[kExcitePrefetch][E] = {};
+#pragma unroll
+    for (int b = 0; b < kExcitePrefetch; ++b) {
+      const int channel = begin + b * step;
+      if (channel < count && lane * E < reduced) load(weight + (first + channel) * reduced + lane * E, w[b]);
+    }
+#pragma unroll
+    for (int b = 0; b < kExcitePrefetch; ++b) {
+      const int64_t channel = first + begin + b * step;
+      if (begin + b * step >= count) break;
+      float sum[kMostImagesOfGate] = {};
+      for (int at = lane * E; at < reduced; at += width * E) {
+        if (at >= width * E) load(weight + channel * reduced + at, w[b]);
+#pragma unroll
+        for (int m = 0; m < kMostImagesOfGate; ++m) {
+          if (m >= images) break;
+#pragma unroll
+          for (int e = 0; e < E; ++e) sum[m] = fmaf(w[b][e], hidden[m * reduced + at + e], sum[m]);
+        }
+      }
+      const float bias = parameter(p.b_expand, channel, 0.f);
+#pragma unroll
+      for (int m = 0; m < kMostImagesOfGate; ++m) {
+        if (m >= images) break;
+        const float total = group_sum(sum[m], width, mask);
+        if (lane == 0) write(m, channel, apply_gate(total + bias, p.gate_activation));
+      }
+    }
+  }
+}
+
+template <class W, class Write>
+__device__ void expand_product_of(const SqueezeExciteParams& p, int64_t first, int count, const float* hidden,
+                                  int images, Write write) {
+  constexpr int kWidest = kVectorOf<W>;
+  const bool aligned = reinterpret_cast<uintptr_t>(p.w_expand.data) % 16 == 0;
+  if (aligned && p.reduced % kWidest == 0)
+    expand_rows<W, kWidest>(p, first, count, hidden, images, write);
+  else if (aligned && p.reduced % (kWidest / 2) == 0)
+    expand_rows<W, kWidest / 2>(p, first, count, hidden, images, write);
+  else
+    expand_rows<W, 1>(p, first, count, hidden, images, write);
+}
+
+// hidden: images * R values that lie together.
+template <class T, class Write>
+__device__ void expand_product(const SqueezeExciteParams& p, int64_t first, int count, const float* hidden, int images,
+                               Write write) {
+  if (p.w_expand.dtype == DType::kFloat32)
+    expand_product_of<float>(p, first, count, hidden, images, write);
+  else
+    expand_product_of<T>(p, first, count, hidden, images, write);
+}
+
+// squeeze_excite_gate: block (unit, split) takes plan.images images and plan.split_channels channels of the gate. The
+// splits repeat the first product, which fills the GPU where there are few images; their weights come from L2.
+template <class T>
+__global__ void __launch_bounds__(kSqueezeExciteThreads, 2)
+    squeeze_excite_gate(const SqueezeExciteParams p, const SqueezeExcitePlan plan) {
+  float* hidden = dynamic_shared<float>();
+  const int64_t unit = blockIdx.x / plan.splits;
+  const int64_t first_image = unit * plan.images;
+  const int images = static_cast<int>(min(int64_t(plan.images), p.batch - first_image));
+  const int64_t first_channel = int64_t(blockIdx.x % plan.splits) * plan.split_channels;
+  const int count = static_cast<int>(min(int64_t(plan.split_channels), p.channels - first_channel));
+
+  const float* means = p.pooled + first_image * p.channels;
+  reduce_product<T>(p, 0, static_cast<int>(p.channels), means, static_cast<int>(p.channels), images, hidden, p.reduced);
+  __syncthreads();
+  activate_hidden(p, images, hidden);
+  T* gate = static_cast<T*>(p.gate) + first_image * p.channels;
+  const int64_t channels = p.channels;
+  expand_product<T>(p, first_channel, count, hidden, images, [gate, channels](int m, int64_t channel, float value) {
+    gate[m * channels + channel] = from_float<T>(value);
+  });
+}
+
+// y *= gate, in place. A thread takes vectors of V channels.
+template <class T, int V>
+__global__ void __launch_bounds__(kScaleThreads, 4) scale_by_gate(const ScaleParams p, int64_t vectors) {
+  const int64_t per_image = p.pixels * p.channels / V, per_pixel = p.channels / V;
+  for (int64_t at = int64_t(blockIdx.x) * kScaleThreads + threadIdx.x; at < vectors;
+       at += int64_t(gridDim.x) * kScaleThreads) {
+    float value[V], gate[V];
+    T* y = static_cast<T*>(p.y) + at * V;
+    const Vector<T, V> raw = *reinterpret_cast<const Vector<T, V>*>(y);  // written below: not through the cache of load
+    load(static_cast<const T*>(p.gate) + at / per_image * p.channels + at % per_pixel * V, gate);
+#pragma unroll
+    for (int i = 0; i < V; ++i) value[i] = to_float(raw.at[i]) * gate[i];
+    store(y, value);
+  }
+}
+
+}  // namespace effkernels::cuda

@@ -1,0 +1,184 @@
+// What the CUDA operators would launch, told without a GPU: the very plans that they follow.
+#include <algorithm>
+#include <sstream>
+
+#include "../cuda/conv.h"
+#include "../cuda/depthwise.h"
+#include "../cuda/pointwise.h"
+#include "../cuda/squeeze_excite.h"
+#include "check.h"
+#include "registry.h"
+
+namespace effkernels::ops {
+namespace {
+
+using cuda::DeviceLimits;
+using cuda::PlannedLaunches;
+using Shape = std::vector<int64_t>;
+
+constexpr int kLimits = 8;
+
+void check_count(const std::string& op, const char* name, const Shape& given, size_t wanted) {
+  STD_TORCH_CHECK(given.size() == wanted, "cuda_plan: ", name, " of ", op, " has ", given.size(),
+                  " numbers; allowed: ", wanted);
+  for (const int64_t value : given)
+    STD_TORCH_CHECK(value >= 0 && value < (int64_t(1) << 31), "cuda_plan: ", name, " of ", op, " holds ", value,
+                    "; allowed: 0 to 2^31 - 1");
+}
+
+DeviceLimits limits_of(const std::string& op, const Shape& given) {
+  check_count(op, "limits", given, kLimits);
+  DeviceLimits limits;
+  int* const to[kLimits] = {&limits.capability,
+                            &limits.multiprocessors,
+                            &limits.shared_per_multiprocessor,
+                            &limits.shared_per_block,
+                            &limits.threads_per_multiprocessor,
+                            &limits.blocks_per_multiprocessor,
+                            &limits.registers_per_multiprocessor,
+                            &limits.largest_cluster};
+  for (int i = 0; i < kLimits; i++) {
+    STD_TORCH_CHECK(given[i] > 0, "cuda_plan: limits holds ", given[i], "; allowed: 1 or more");
+    *to[i] = int(given[i]);
+  }
+  return limits;
+}
+
+DType dtype_named(const std::string& name) {
+  if (name == "float32") return DType::kFloat32;
+  if (name == "float16") return DType::kFloat16;
+  STD_TORCH_CHECK(name == "bfloat16", "cuda_plan: dtype='", name, "'; allowed: float32, float16, bfloat16");
+  return DType::kBFloat16;
+}
+
+// A tensor that is there, and aligned: a plan looks at addresses, and reads none.
+void* somewhere() { return reinterpret_cast<void*>(uintptr_t(1) << 12); }
+Param some(DType dtype) { return {somewhere(), dtype}; }
+
+Norm some_norm() {
+  Norm norm;
+  norm.weight = norm.bias = norm.mean = norm.var = some(DType::kFloat32);
+  norm.eps = 1e-5f;
+  return norm;
+}
+
+int64_t out_size(int64_t size, int64_t before, int64_t after, int64_t window, int64_t stride) {
+  STD_TORCH_CHECK(stride >= 1 && size + before + after >= window, "cuda_plan: a size of ", size, " with padding ",
+                  before, " + ", after, ", window ", window, ", stride ", stride, "; allowed: at least one output");
+  return (size + before + after - window) / stride + 1;
+}
+
+PlannedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  check_count(op, "shape", s, 12);
+  DepthwiseParams p;
+  p.x = p.y = somewhere();
+  p.dtype = dtype, p.weight = some(dtype), p.norm = some_norm();
+  p.batch = s[0], p.channels = s[1], p.height = s[2], p.width = s[3];
+  p.kernel = int32_t(s[4]), p.stride = int32_t(s[5]), p.dilation = int32_t(s[6]);
+  STD_TORCH_CHECK(s[4] == 3 || s[4] == 5 || s[4] == 7 || s[4] == 9, "cuda_plan: kernel=", s[4],
+                  "; allowed: 3, 5, 7, 9");
+  STD_TORCH_CHECK(s[6] >= 1 && s[1] >= 1, "cuda_plan: dilation=", s[6], ", channels=", s[1], "; allowed: 1 or more");
+  const int64_t window = (s[4] - 1) * s[6] + 1;
+  p.pad_top = int32_t(s[7]), p.pad_left = int32_t(s[9]);
+  p.out_height = out_size(s[2], s[7], s[8], window, s[5]), p.out_width = out_size(s[3], s[9], s[10], window, s[5]);
+  p.x_stride_w = p.channels, p.x_stride_h = p.width * p.channels, p.x_stride_n = p.height * p.x_stride_h;
+  SqueezeExciteParams se;
+  se.w_reduce = se.w_expand = some(dtype), se.b_reduce = se.b_expand = some(DType::kFloat32);
+  se.gate = somewhere(), se.gate_dtype = dtype;
+  se.batch = s[0], se.channels = s[1], se.reduced = s[11];
+  const bool excites = op == "depthwise_bn_act_gate" || op == "depthwise_bn_act_se";
+  STD_TORCH_CHECK(excites == (s[11] > 0), "cuda_plan: reduced=", s[11], " of ", op,
+                  "; allowed: ", excites ? "1 or more" : "0");
+  const cuda::DepthwiseCall call{&p, excites ? &se : nullptr, op == "depthwise_bn_act_squeeze",
+                                 op == "depthwise_bn_act_se"};
+  const cuda::DepthwisePlan plan = cuda::plan_depthwise(call, limits);
+  PlannedLaunches launches = cuda::planned_launches(call, plan);
+  if (call.gated && plan.team == 0) {
+    ScaleParams scale;
+    scale.y = somewhere(), scale.gate = somewhere(), scale.dtype = dtype;
+    scale.batch = p.batch, scale.channels = p.channels, scale.pixels = p.out_height * p.out_width;
+    for (const cuda::PlannedLaunch& one : cuda::planned_launches(scale, cuda::plan_scale(scale, limits)))
+      launches.push_back(one);
+  }
+  return launches;
+}
+
+PlannedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  check_count(op, "shape", s, 3);
+  SqueezeExciteParams p;
+  p.w_reduce = p.w_expand = some(dtype), p.b_reduce = p.b_expand = some(DType::kFloat32);
+  p.pooled = static_cast<const float*>(somewhere()), p.gate = somewhere(), p.gate_dtype = dtype;
+  p.batch = s[0], p.channels = s[1], p.reduced = s[2];
+  STD_TORCH_CHECK(s[1] >= 1 && s[2] >= 1, "cuda_plan: channels=", s[1], ", reduced=", s[2], "; allowed: 1 or more");
+  return cuda::planned_launches(p, cuda::plan_squeeze_excite(p, limits));
+}
+
+PlannedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  check_count(op, "shape", s, 8);
+  PointwiseParams p;
+  p.x = p.y = somewhere();
+  p.dtype = dtype, p.weight = some(dtype), p.norm = some_norm();
+  p.batch = s[0], p.pixels = s[1] * s[2], p.in_channels = s[3], p.out_channels = s[4];
+  STD_TORCH_CHECK(s[3] >= 1 && s[4] >= 1, "cuda_plan: channels ", s[3], " to ", s[4], "; allowed: 1 or more");
+  if (s[5]) p.gate = some(dtype);
+  if (s[6]) p.residual = somewhere();
+  p.allow_tf32 = s[7] != 0;
+  p.x_stride_p = p.in_channels, p.x_stride_n = p.pixels * p.in_channels;
+  p.residual_stride_p = p.out_channels, p.residual_stride_n = p.pixels * p.out_channels;
+  return cuda::planned_launches(p, cuda::plan_pointwise(p, limits));
+}
+
+PlannedLaunches plan_of_conv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  check_count(op, "shape", s, 12);
+  ConvParams p;
+  p.x = p.y = somewhere();
+  p.dtype = dtype, p.weight = some(dtype), p.norm = some_norm();
+  p.batch = s[0], p.in_channels = s[1], p.out_channels = s[2], p.height = s[3], p.width = s[4];
+  p.kernel_h = int32_t(s[5]), p.kernel_w = int32_t(s[6]), p.stride = int32_t(s[7]);
+  p.pad_top = int32_t(s[8]), p.pad_left = int32_t(s[10]);
+  p.out_height = out_size(s[3], s[8], s[9], s[5], s[7]), p.out_width = out_size(s[4], s[10], s[11], s[6], s[7]);
+  p.x_stride_c = 1, p.x_stride_w = p.in_channels, p.x_stride_h = p.width * p.in_channels;
+  p.x_stride_n = p.height * p.x_stride_h;
+  const cuda::ConvPlan plan = cuda::plan_conv(p, limits);
+  PlannedLaunches launches;
+  if (!plan.fused && p.batch > 0) {
+    launches.push_back({});
+    launches.back().kernel = "aten::convolution";
+  }
+  for (const cuda::PlannedLaunch& one : cuda::planned_launches(p, plan)) launches.push_back(one);
+  return launches;
+}
+
+std::string cuda_plan(const std::string& op, const std::string& dtype_name, const Shape& shape,
+                      const Shape& limit_values) {
+  const DType dtype = dtype_named(dtype_name);
+  const DeviceLimits limits = limits_of(op, limit_values);
+  PlannedLaunches launches;
+  if (op == "pointwise_bn_act")
+    launches = plan_of_pointwise(op, dtype, shape, limits);
+  else if (op == "conv_bn_act")
+    launches = plan_of_conv(op, dtype, shape, limits);
+  else if (op == "squeeze_excite_gate")
+    launches = plan_of_gate(op, dtype, shape, limits);
+  else if (op == "depthwise_bn_act" || op == "depthwise_bn_act_squeeze" || op == "depthwise_bn_act_gate" ||
+           op == "depthwise_bn_act_se")
+    launches = plan_of_depthwise(op, dtype, shape, limits);
+  else
+    STD_TORCH_CHECK(false, "cuda_plan: op='", op, "' is not an operator");
+  std::ostringstream out;
+  for (const cuda::PlannedLaunch& one : launches)
+    out << "kernel=" << one.kernel << " grid=" << one.grid << " block=" << one.block_x << ',' << one.block_y
+        << " shared=" << one.shared_bytes << " cluster=" << one.cluster << " cooperative=" << int(one.cooperative)
+        << " workspace=" << one.workspace_bytes << '\n';
+  return out.str();
+}
+
+int64_t cuda_launches() { return cuda::launch_count(); }
+
+}  // namespace
+}  // namespace effkernels::ops
+
+EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
+  m.impl("cuda_plan", TORCH_BOX(&effkernels::ops::cuda_plan));
+  m.impl("cuda_launches", TORCH_BOX(&effkernels::ops::cuda_launches));
+}

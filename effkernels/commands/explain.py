@@ -1,0 +1,113 @@
+"""``effkernels explain``: what a network would launch on a GPU, and the least time that could take."""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+
+from effkernels import console, gpus
+from effkernels.commands.common import UsageError, add_json, positive
+from effkernels.gpus import Gpu
+from effkernels.plan import PRECISIONS, Plan, Totals, plan_model
+
+TEXT = "List the kernels that a model launches on a GPU, with bytes, FLOPs and floor times. Needs no GPU."
+WIDTH = 120
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    parser.add_argument("model", metavar="MODEL", help="such as efficientnet_b0")
+    parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="default: %(default)s")
+    parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: the model's own")
+    parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bfloat16", help="default: %(default)s")
+    parser.add_argument(
+        "--no-tf32",
+        action="store_true",
+        help="float32 convolutions exact, not in TF32 as PyTorch lets them by default",
+    )
+    names = ", ".join(gpu.name for gpu in gpus.GPUS)
+    parser.add_argument("--device", default=gpus.DEFAULT_GPU, metavar="GPU", help=f"{names}; default: %(default)s")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the launch plan of a model."""
+    try:
+        gpu = gpus.find(arguments.device)
+    except ValueError as error:
+        raise UsageError(f"--device: {error}") from error
+    try:
+        plan = plan_model(
+            arguments.model,
+            gpu=gpu,
+            batch_size=arguments.batch_size,
+            img_size=arguments.img_size,
+            precision=arguments.precision,
+            allow_tf32=not arguments.no_tf32,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+    if arguments.json:
+        print(plan.to_json())
+        return 0
+    title = f"{plan.model}@{plan.img_size}, batch {plan.batch_size}, {plan.precision} on {gpu.title}"
+    _print_launches(f"{title}: the launches of one forward", plan)
+    print()
+    _print_blocks("per part of the network", plan)
+    print()
+    print(_meaning(plan, gpu))
+    print(f"launches: {plan.totals.launches}")
+    return 0
+
+
+def _print_launches(title: str, plan: Plan) -> None:
+    columns = ["layer", "kernel", "grid", "block", "shared B", "MB", "MFLOP", "special M", "floor us", "limit"]
+    rows = []
+    for launch in plan.launches:
+        grid = "-" if launch.grid is None else str(launch.grid)
+        if launch.cluster > 1:
+            grid += f"/{launch.cluster}"
+        if launch.cooperative:
+            grid += "*"
+        rows.append(
+            [
+                launch.layer,
+                launch.kernel,
+                grid,
+                "-" if launch.block is None else "x".join(map(str, launch.block)),
+                "-" if launch.shared_bytes is None else str(launch.shared_bytes),
+                *_amounts(Totals.of([launch])),
+                launch.limited_by,
+            ]
+        )
+    rows.append(["sum", "", "", "", "", *_amounts(plan.totals), ""])
+    console.table(title, columns, rows)
+
+
+def _print_blocks(title: str, plan: Plan) -> None:
+    rows = [[name, str(sums.launches), *_amounts(sums)] for name, sums in plan.by_block().items()]
+    rows.append(["sum", str(plan.totals.launches), *_amounts(plan.totals)])
+    console.table(title, ["part", "launches", "MB", "MFLOP", "special M", "floor us"], rows)
+
+
+def _amounts(sums: Totals) -> list[str]:
+    """Megabytes, millions of FLOPs and of special-function operations, microseconds."""
+    values = (sums.bytes / 1e6, sums.flops / 1e6, sums.special_functions / 1e6, sums.floor_us)
+    return [f"{value:.{3 if value < 10 else 2 if value < 100 else 1 if value < 1000 else 0}f}" for value in values]
+
+
+def _meaning(plan: Plan, gpu: Gpu) -> str:
+    tensor = f"{gpu.tensor / 1e12:g}"
+    if plan.precision == "float32":
+        tensor = f"{gpu.tf32 / 1e12:g} (TF32)" if plan.allow_tf32 else "no"
+    lines = [
+        "floor: computed, not measured. Each launch takes at least the longest of its bytes at "
+        f"{gpu.bandwidth / 1e9:.0f} GB/s, its FLOPs at {tensor} TFLOP/s in tensor cores or {gpu.float32 / 1e12:g} "
+        f"outside of them, and its special functions at {gpu.special_functions / 1e12:.2f} T/s. These rates are "
+        "published ones and never quite reached; starting the launches comes on top; and data that is still in the "
+        f"L2 cache ({gpu.l2 / 2**20:.0f} MiB) can arrive sooner than its floor says.",
+        "MB: every argument, parameter and result once, scratch memory written and read. grid: blocks, /N in clusters "
+        "of N, * all resident at once. aten:: are PyTorch's own kernels, one launch each; their grids are not known "
+        "here.",
+    ]
+    return "\n".join(textwrap.fill(line, WIDTH) for line in lines)

@@ -1,0 +1,437 @@
+"""The launch plan: what a network's forward will launch on a GPU, known without one.
+
+A plan is a pure function of model, shape, dtype and the limits of a GPU: the network runs once on the meta device,
+every fused operator it calls is put to the same plan that its launcher uses (`torch.ops.effkernels.cuda_plan`), and
+nothing is measured. Bytes, FLOPs and special-function operations are counted from the shapes, and give a floor: the
+time below which the published figures of the GPU do not let the launch go.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from effkernels import _library, backends, gpus
+from effkernels.gpus import Gpu
+from effkernels.models import create_model, model_config
+
+PRECISIONS: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+_NAMESPACE, _PYTORCH = "effkernels::", "aten::"
+
+
+@dataclass(frozen=True)
+class PlannedLaunch:
+    """One launch.
+
+    Attributes:
+        layer: path of the module whose weight it reads, or in which it happens.
+        op: the operator that launches it, 'effkernels::...' or 'aten::...'.
+        kernel: name of the kernel; of a launch of PyTorch's own the operator's name.
+        grid, block: blocks, and threads of a block along x and y; None where PyTorch decides.
+        shared_bytes: dynamic shared memory of a block; None where PyTorch decides.
+        cluster: blocks of a cluster.
+        cooperative: every block is resident at once.
+        bytes: each byte of arguments, parameters and results once, of scratch memory twice (written and read back).
+        workspace_bytes: of scratch memory.
+        flops: two per multiply-add of convolutions and matrix products; the work per value around them is left out.
+        unit: what computes them: 'tensor', 'tf32' or 'float32' (plain multiply-adds).
+        special_functions: operations of the special function units: activations, gates, reciprocal roots of norms.
+        floor_us: the longest of what bytes, FLOPs and special functions take at the GPU's published rates.
+        limited_by: which of them that is: 'memory', the unit, or 'special'.
+    """
+
+    layer: str
+    op: str
+    kernel: str
+    grid: int | None
+    block: tuple[int, int] | None
+    shared_bytes: int | None
+    cluster: int
+    cooperative: bool
+    bytes: int
+    workspace_bytes: int
+    flops: int
+    unit: str
+    special_functions: int
+    floor_us: float
+    limited_by: str
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is a kernel of this project, and not one of PyTorch's."""
+        return not self.kernel.startswith(_PYTORCH)
+
+    @property
+    def block_of_network(self) -> str:
+        """The part of the network it belongs to: 'blocks.2.1' for 'blocks.2.1.conv_dw', 'conv_stem' for 'conv_stem'."""
+        return self.layer.rpartition(".")[0] or self.layer
+
+
+@dataclass(frozen=True)
+class Totals:
+    """Sums over some launches; attributes as of `PlannedLaunch`."""
+
+    launches: int
+    bytes: int
+    flops: int
+    special_functions: int
+    floor_us: float
+
+    @classmethod
+    def of(cls, launches: Iterable[PlannedLaunch]) -> Totals:
+        """The sums over `launches`."""
+        listed = list(launches)
+        return cls(
+            len(listed),
+            sum(launch.bytes for launch in listed),
+            sum(launch.flops for launch in listed),
+            sum(launch.special_functions for launch in listed),
+            sum(launch.floor_us for launch in listed),
+        )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one forward of a model launches.
+
+    Attributes:
+        model: name in the registry.
+        gpu: name in `effkernels.gpus`.
+        batch_size: images.
+        img_size: their height and width in pixels.
+        precision: dtype of weights and images, one of `PRECISIONS`.
+        allow_tf32: whether float32 convolutions may run in TF32.
+        launches: in the order of the forward.
+    """
+
+    model: str
+    gpu: str
+    batch_size: int
+    img_size: int
+    precision: str
+    allow_tf32: bool
+    launches: tuple[PlannedLaunch, ...]
+
+    @property
+    def totals(self) -> Totals:
+        """Sums over all launches."""
+        return Totals.of(self.launches)
+
+    def by_block(self) -> dict[str, Totals]:
+        """Sums per part of the network, in the order of the forward."""
+        names = dict.fromkeys(launch.block_of_network for launch in self.launches)
+        return {name: Totals.of(one for one in self.launches if one.block_of_network == name) for name in names}
+
+    def to_json(self) -> str:
+        """The plan and its sums as strict JSON."""
+        blocks = {name: asdict(totals) for name, totals in self.by_block().items()}
+        report = {**asdict(self), "blocks": blocks, "totals": asdict(self.totals)}
+        return json.dumps(report, indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """The plan that `to_json` wrote."""
+        report = json.loads(text)
+        launches = []
+        for fields in report.pop("launches"):
+            block = fields.pop("block")
+            launches.append(PlannedLaunch(block=None if block is None else tuple(block), **fields))
+        del report["blocks"], report["totals"]
+        return cls(launches=tuple(launches), **report)
+
+
+def plan_model(
+    name: str,
+    *,
+    gpu: Gpu | str = gpus.DEFAULT_GPU,
+    batch_size: int = 1,
+    img_size: int | None = None,
+    precision: str = "bfloat16",
+    allow_tf32: bool = True,
+) -> Plan:
+    """Plan a forward of a model in eval mode, images in channels_last memory.
+
+    Args:
+        name: one of `effkernels.list_models()`.
+        gpu: one of `effkernels.gpus.GPUS`, or its name.
+        batch_size: images.
+        img_size: height and width of an image in pixels; None: what the model was designed for.
+        precision: one of `PRECISIONS`.
+        allow_tf32: whether float32 convolutions may run in TF32, PyTorch's own default.
+
+    Raises:
+        ValueError: unknown model, GPU or precision, batch_size or img_size below 1; the message lists what is allowed.
+        RuntimeError: the compiled library, which holds the plans, is not there.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not known; allowed: {', '.join(PRECISIONS)}")
+    gpu = gpus.find(gpu) if isinstance(gpu, str) else gpu
+    img_size = model_config(name).input_size[-1] if img_size is None else img_size
+    for argument, value in (("batch_size", batch_size), ("img_size", img_size)):
+        if value < 1:
+            raise ValueError(f"{argument}={value} must be at least 1")
+    if not _library.is_loaded():
+        raise RuntimeError(
+            f"a plan needs the compiled library, which holds the kernels' plans: {_library.load_error()}"
+        )
+    model = create_model(name, device="meta", dtype=PRECISIONS[precision]).eval()
+    images = torch.empty(
+        (batch_size, 3, img_size, img_size),
+        dtype=PRECISIONS[precision],
+        device="meta",
+        memory_format=torch.channels_last,
+    )
+    launches = tuple(
+        launch for call in record_calls(model, images) for launch in plan_call(call, gpu, allow_tf32=allow_tf32)
+    )
+    return Plan(name, gpu.name, batch_size, img_size, precision, allow_tf32, launches)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an operator in a forward on the meta device.
+
+    Attributes:
+        op: its name, 'effkernels::...' or 'aten::...'.
+        layer: as of `PlannedLaunch`.
+        arguments: by name; of the tensors only shape and dtype count.
+        results: the tensors it returned.
+        flops: by its FLOP formula; 0 for an operator that has none.
+    """
+
+    op: str
+    layer: str
+    arguments: Mapping[str, Any]
+    results: Sequence[Tensor]
+    flops: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype it computes on."""
+        return self.results[0].dtype
+
+
+def record_calls(model: nn.Module, images: Tensor) -> list[Call]:
+    """The calls that a forward makes: of this project's operators, and of PyTorch's that would launch something."""
+    recorder = _Recorder(model)
+    # On the meta device the CPU's operators stand for all: only the shape functions run, which all devices share.
+    with torch.no_grad(), backends.backend("cpu"), recorder.watching_modules(), recorder:
+        model(images)
+    return recorder.calls
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.calls: list[Call] = []
+        self._paths = {id(module): path for path, module in model.named_modules()}
+        self._owners = {
+            id(tensor): path for path, module in model.named_modules() for tensor in module.parameters(recurse=False)
+        }
+        self._running: list[str] = []
+
+    @contextmanager
+    def watching_modules(self) -> Iterator[None]:
+        """Keeps track of which module runs, by hooks on all modules at once: those leave a block fusible."""
+
+        def enter(module: nn.Module, *_: Any) -> None:
+            self._running.append(self._paths[id(module)])
+
+        def leave(*_: Any) -> None:
+            self._running.pop()
+
+        before = nn.modules.module.register_module_forward_pre_hook(enter)
+        after = nn.modules.module.register_module_forward_hook(leave)
+        try:
+            yield
+        finally:
+            before.remove()
+            after.remove()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        results = list(_tensors([result]))
+        if _launches(func, results):
+            names = [argument.name for argument in func._schema.arguments]
+            arguments = dict(zip(names, args, strict=False)) | kwargs
+            weight = arguments.get("weight", arguments.get("w_reduce"))
+            layer = self._owners.get(id(weight)) or self._running[-1]
+            formula = flop_registry.get(func.overloadpacket)
+            flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+            self.calls.append(Call(func._schema.name, layer, arguments, results, flops))
+        return result
+
+
+def _launches(func: Any, results: Sequence[Tensor]) -> bool:
+    """Whether an operator runs something on the device: views, allocations and questions about a tensor do not."""
+    if not results or func.is_view or torch.Tag.inplace_view in func.tags:
+        return False
+    return re.match(r"aten::(_unsafe_view|lift_fresh|(new_)?empty)", func._schema.name) is None
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _tensors(value)
+
+
+def plan_call(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
+    """The launches of one call.
+
+    The first one reads the arguments, computes and writes the results; a second one passes over the result once more,
+    reading and writing it: the norm and activation behind a convolution of PyTorch's, or the product with the gate in
+    `depthwise_bn_act_se`, which goes from the first to the second.
+    """
+    lines = [{"kernel": call.op}]
+    if call.op.startswith(_NAMESPACE):
+        lines = cuda_plan(call, gpu, allow_tf32=allow_tf32)
+    kernels = [line["kernel"] for line in lines]
+    activating = next((kernel for kernel in kernels if not kernel.startswith(_PYTORCH)), None)
+    found = []
+    for position, line in enumerate(lines):
+        first = position == 0
+        kernel, workspace = line["kernel"], int(line.get("workspace", 0))
+        moved = 2 * workspace
+        moved += moved_bytes(call) if len(lines) == 1 else _bytes_of_two(call)[position]
+        flops = call.flops if first else 0
+        special = special_functions(call) if kernel == activating else 0
+        unit = _unit(kernel, call.dtype, allow_tf32)
+        times = {
+            "memory": moved / gpu.bandwidth,
+            unit: flops / {"tensor": gpu.tensor, "tf32": gpu.tf32, "float32": gpu.float32}[unit],
+            "special": special / gpu.special_functions,
+        }
+        limited_by = max(times, key=lambda name: times[name])
+        planned = not kernel.startswith(_PYTORCH)
+        found.append(
+            PlannedLaunch(
+                layer=call.layer,
+                op=call.op,
+                kernel=kernel,
+                grid=int(line["grid"]) if planned else None,
+                block=_two(line["block"]) if planned else None,
+                shared_bytes=int(line["shared"]) if planned else None,
+                cluster=int(line.get("cluster", 1)),
+                cooperative=line.get("cooperative") == "1",
+                bytes=moved,
+                workspace_bytes=workspace,
+                flops=flops,
+                unit=unit,
+                special_functions=special,
+                floor_us=1e6 * times[limited_by],
+                limited_by=limited_by,
+            )
+        )
+    return found
+
+
+def _two(text: str) -> tuple[int, int]:
+    x, y = text.split(",")
+    return int(x), int(y)
+
+
+def cuda_plan(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[dict[str, str]]:
+    """The launches of a call of this project's operators as the compiled library plans them, by field."""
+    name = call.op.removeprefix(_NAMESPACE)
+    dtype = str(call.dtype).removeprefix("torch.")
+    text: str = torch.ops.effkernels.cuda_plan(name, dtype, _shape(name, call.arguments, allow_tf32), gpu.limits())
+    return [dict(field.split("=", 1) for field in line.split()) for line in text.splitlines()]
+
+
+def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]:
+    """The sizes that `cuda_plan` takes for an operator, in its order."""
+    if op == "squeeze_excite_gate":
+        return [*arguments["pooled"].shape, arguments["w_reduce"].shape[0]]
+    batch, channels, height, width = arguments["x"].shape
+    weight = arguments["weight"].shape
+    if op == "pointwise_bn_act":
+        gated, residual = arguments["gate"] is not None, arguments["residual"] is not None
+        return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32)]
+    stride, padding = arguments["stride"], arguments["padding"]
+    if op == "conv_bn_act":
+        return [batch, channels, weight[0], height, width, weight[2], weight[3], stride, *padding]
+    reduced = arguments["w_reduce"].shape[0] if "w_reduce" in arguments else 0
+    return [batch, channels, height, width, weight[2], stride, arguments["dilation"], *padding, reduced]
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a tensor occupies: an expanded one is smaller than its shape."""
+    return min(tensor.nbytes, tensor.untyped_storage().nbytes())
+
+
+def moved_bytes(call: Call) -> int:
+    """Bytes that a call cannot avoid: every argument read once, every result written once."""
+    read = {id(tensor): tensor for tensor in _tensors(call.arguments.values())}
+    return sum(_stored_bytes(tensor) for tensor in (*read.values(), *call.results))
+
+
+def _bytes_of_two(call: Call) -> tuple[int, int]:
+    """The same for a call that takes two launches, each by itself."""
+    second = 2 * call.results[0].nbytes
+    if "w_reduce" in call.arguments:  # the first one writes a gate, which the second one reads
+        gate = math.prod(call.results[0].shape[:2]) * call.dtype.itemsize
+        return moved_bytes(call) + gate, second + gate
+    vectors = [call.arguments[name] for name in ("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")]
+    of_norm = sum(_stored_bytes(tensor) for tensor in _tensors(vectors))
+    return moved_bytes(call) - of_norm, second + of_norm
+
+
+def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
+    """What computes the FLOPs of a kernel."""
+    if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "conv"):
+        if dtype != torch.float32:
+            return "tensor"
+        # PyTorch lets convolutions run in TF32 by default, and other matrix products not.
+        if allow_tf32 and kernel in ("pointwise", "aten::convolution"):
+            return "tf32"
+    return "float32"
+
+
+# Instructions of the special function units that nvcc makes of an activation (csrc/cuda/numeric.cuh): silu and the
+# sigmoid are a power of two and a reciprocal, gelu's erf a power of two, tanh a power of two and a reciprocal.
+_SPECIAL_FUNCTIONS = {"silu": 2, "gelu": 1, "gelu_tanh": 2, "sigmoid": 2}
+
+
+def special_functions_of(activation: str, dtype: torch.dtype) -> int:
+    """Special-function operations per value of an activation or a gate."""
+    if activation == "silu" and dtype != torch.float32:
+        return 1  # one tanh.approx
+    return _SPECIAL_FUNCTIONS.get(activation, 0)
+
+
+def special_functions(call: Call) -> int:
+    """Special-function operations of a call; 0 for one of PyTorch's own, whose kernels are not known here."""
+    if not call.op.startswith(_NAMESPACE):
+        return 0
+    arguments = call.arguments
+    count = 0
+    if "activation" in arguments:
+        count += call.results[0].numel() * special_functions_of(arguments["activation"], call.dtype)
+    if arguments.get("norm_var") is not None:
+        count += arguments["norm_var"].numel()
+    if "w_reduce" in arguments:  # computed in float32 whatever the dtype
+        batch = call.results[0].shape[0]
+        reduced, channels = arguments["w_reduce"].shape[:2]
+        count += batch * reduced * special_functions_of(arguments["se_activation"], torch.float32)
+        count += batch * channels * special_functions_of(arguments["gate"], torch.float32)
+    return count

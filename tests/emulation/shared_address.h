@@ -1,0 +1,12 @@
+// Addresses of shared memory as ldmatrix and cp.async take them.
+#pragma once
+#include "emulated_ptx.cuh"
+
+namespace effkernels::cuda {
+
+constexpr SharedAddress kSharedBase = 1 << 16;
+
+// Where `bytes` bytes at the address lie; faults where they are not all in the block's shared memory, or misaligned.
+char* checked_shared(SharedAddress address, unsigned bytes, const char* name, emulation::Where where);
+
+}  // namespace effkernels::cuda

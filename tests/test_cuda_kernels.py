@@ -1,0 +1,241 @@
+"""What the CUDA kernels promise beside the right numbers: one launch, the same bits always, counters left clean, 64-bit
+addresses, and teams of blocks where an image fits on the chip. Shown on the emulated kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import op_cases
+import pytest
+import torch
+from emulation.control import A100, H200, Emulation, Emulator
+from op_cases import Case
+from parity import assert_parity
+from torch import Tensor
+
+import effkernels
+
+DEVICES = {"H200": H200, "A100": A100}
+# One multiprocessor: nothing fits a grid that is resident as a whole, and there are no clusters.
+TINY = (80, 1, *A100[2:])
+
+CASES = {
+    "depthwise_bn_act": Case("depthwise_bn_act", torch.bfloat16, channels=40, height=30, width=29),
+    "depthwise_bn_act_squeeze": Case("depthwise_bn_act_squeeze", torch.bfloat16, channels=40, height=60, width=59),
+    "squeeze_excite_gate": Case("squeeze_excite_gate", torch.bfloat16, channels=144, batch=3, parameters="same"),
+    "depthwise_bn_act_gate": Case("depthwise_bn_act_gate", torch.bfloat16, channels=264, height=30, width=29),
+    "depthwise_bn_act_se": Case("depthwise_bn_act_se", torch.bfloat16, channels=264, height=30, width=29),
+    "pointwise_bn_act": Case(
+        "pointwise_bn_act", torch.bfloat16, channels=144, out_channels=24, gated=True, residual=True
+    ),
+    "conv_bn_act": Case("conv_bn_act", torch.bfloat16, channels=3, out_channels=32, stride=2, layout="contiguous"),
+}
+
+
+def call(emulator: Emulator, op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    """The outputs of one emulated CUDA operator."""
+    outputs = getattr(getattr(torch.ops, emulator.namespace), op)(*op_cases.positional(op, arguments))
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def launches(emulator: Emulator) -> int:
+    return int(getattr(torch.ops, emulator.namespace).cuda_launches())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", CASES)
+def test_an_operator_is_one_launch(op: str, device: str, emulated: Emulator) -> None:
+    emulated.configure(Emulation(flavour=emulated.flavour, limits=DEVICES[device]))
+    arguments = CASES[op].draw()
+    call(emulated, op, arguments)  # the first call on a device may take and fill memory for counters
+    before = launches(emulated)
+    call(emulated, op, arguments)
+    assert launches(emulated) - before == 1
+
+
+def test_what_does_not_fit_on_the_chip_is_two_launches(emulated: Emulator) -> None:
+    emulated.configure(Emulation(flavour=emulated.flavour, limits=TINY))
+    case = CASES["depthwise_bn_act_se"].with_(batch=2)
+    arguments = case.draw()
+    call(emulated, case.op, arguments)
+    before = launches(emulated)
+    call(emulated, case.op, arguments)
+    assert launches(emulated) - before == 2
+
+
+def test_a_convolution_of_many_channels_is_pytorchs_and_one_launch(emulated: Emulator) -> None:
+    arguments = Case("conv_bn_act", channels=200, out_channels=40).draw()
+    before = launches(emulated)
+    call(emulated, "conv_bn_act", arguments)
+    assert launches(emulated) - before == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("op", CASES)
+def test_the_same_bits_whatever_the_order(op: str, device: str, emulated: Emulator) -> None:
+    """Blocks, warps and threads in any order, asynchronous copies at any time: not one bit may change."""
+    arguments = CASES[op].draw()
+    results = []
+    for order, copies, seed in (("forward", "early", 1), ("reverse", "late", 1), ("random", "late", 2)):
+        emulated.configure(Emulation(order, copies, DEVICES[device], emulated.flavour, seed))
+        results.append(call(emulated, op, arguments))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------------- counters
+
+
+def test_streams_do_not_share_counters(emulated: Emulator) -> None:
+    """Nothing shows which stream is at work but the counters, which are separate: each call of each is right."""
+    case = CASES["depthwise_bn_act_gate"]
+    arguments = case.draw()
+    expected = call(emulated, case.op, arguments)
+    for stream in (1, 2, 1, 3, 2):
+        emulated.module.set_stream(stream)
+        assert all(torch.equal(a, b) for a, b in zip(call(emulated, case.op, arguments), expected, strict=True))
+
+
+def test_counters_of_a_captured_launch_belong_to_its_graph(emulated: Emulator) -> None:
+    case = CASES["depthwise_bn_act_gate"]
+    arguments = case.draw()
+    expected = call(emulated, case.op, arguments)
+    assert emulated.module.counters_lent_to_graphs() == 0
+    emulated.module.set_capturing(True)
+    lent = []
+    for _ in range(2):
+        captured = call(emulated, case.op, arguments)
+        assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+        lent.append(emulated.module.counters_lent_to_graphs())
+    assert 0 < lent[0] < lent[1], "launches of one graph may overlap those of another: nothing is shared"
+    emulated.module.set_capturing(False)
+    emulated.module.destroy_graphs()
+    assert emulated.module.counters_lent_to_graphs() == 0
+    before = emulated.module.allocated_bytes()
+    emulated.module.set_capturing(True)
+    call(emulated, case.op, arguments)
+    emulated.module.set_capturing(False)
+    emulated.module.destroy_graphs()
+    assert emulated.module.allocated_bytes() == before, "what a graph gave back serves the next one"
+
+
+def test_a_failed_allocation_is_an_error_and_no_more(emulated: Emulator) -> None:
+    # A device that no other test uses has no counters yet.
+    emulated.configure(Emulation(flavour=emulated.flavour, limits=(80, 37, *A100[2:])))
+    case = CASES["depthwise_bn_act_gate"]
+    arguments = case.draw()
+    emulated.module.fail_allocations(1)
+    with pytest.raises(RuntimeError, match="depthwise_bn_act_gate: the CUDA kernel could not be launched"):
+        call(emulated, case.op, arguments)
+    result = call(emulated, case.op, arguments)
+    truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.reference, case, arguments)
+    for ours, theirs, exact in zip(result, plain, truth, strict=True):
+        assert_parity(ours, theirs, exact)
+
+
+# ------------------------------------------------------------------------------------------------------- large tensors
+
+
+def spread(image: Tensor, stride_n: int, stride_h: int, stride_w: int) -> Tensor:
+    """`image` with other strides, in memory of which only the touched pages come into being."""
+    n, c, h, w = image.shape
+    size = (n - 1) * stride_n + (h - 1) * stride_h + (w - 1) * stride_w + c
+    view = torch.empty(size, dtype=image.dtype).as_strided(image.shape, (stride_n, 1, stride_h, stride_w))
+    return view.copy_(image)
+
+
+PAST_31_BITS = (1 << 31) + 64
+STRIDES = {"images": (PAST_31_BITS, 64 * 7, 64), "rows": (64, PAST_31_BITS // 2, 64), "columns": (64, 64, PAST_31_BITS // 3)}
+
+
+@pytest.mark.parametrize("far_apart", STRIDES)
+@pytest.mark.parametrize("op", ["depthwise_bn_act_gate", "depthwise_bn_act_se", "pointwise_bn_act", "conv_bn_act"])
+@pytest.mark.parametrize("channels", [16, 3])
+def test_elements_past_31_bits(op: str, channels: int, far_apart: str, emulated: Emulator) -> None:
+    """Offsets beyond 2^31 elements, over a mapping that is never filled."""
+    case = Case(op, torch.bfloat16, channels=channels, height=5, width=7, batch=2, gated=True)
+    arguments = case.draw()
+    near = call(emulated, op, arguments)
+    strides = STRIDES[far_apart]
+    if far_apart == "rows":
+        strides = (16 * 7, PAST_31_BITS // 2, 16)
+    if far_apart == "columns":
+        strides = (32, 16, PAST_31_BITS // 3)  # images and rows between the columns
+    height = 1 if far_apart == "columns" else 5
+    if height == 1:
+        arguments["x"] = arguments["x"][:, :, :1].contiguous(memory_format=torch.channels_last)
+        near = call(emulated, op, arguments)
+    far = call(emulated, op, {**arguments, "x": spread(arguments["x"], *strides)})
+    assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
+
+
+# --------------------------------------------------------------------------------------------------- what fits on a chip
+
+
+def planned(op: str, shape: list[int], limits: tuple[int, ...], dtype: str = "bfloat16") -> list[dict[str, str]]:
+    text = torch.ops.effkernels.cuda_plan(op, dtype, shape, list(limits))
+    return [dict(part.split("=") for part in line.split()) for line in text.splitlines()]
+
+
+def se_shape(batch: int, channels: int, plane: int, kernel: int, reduced: int) -> list[int]:
+    return [batch, channels, plane, plane, kernel, 1, 1, *([kernel // 2] * 4), reduced]
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("batch", [1, 32, 256])
+@pytest.mark.parametrize(
+    ("channels", "plane", "kernel", "reduced"), [(32, 112, 3, 8), (144, 56, 3, 6), (240, 28, 5, 10), (1152, 7, 5, 48)]
+)
+def test_every_plane_of_b0_fits_a_cluster(batch: int, channels: int, plane: int, kernel: int, reduced: int) -> None:
+    [launch] = planned("depthwise_bn_act_se", se_shape(batch, channels, plane, kernel, reduced), H200)
+    assert launch["kernel"] == "depthwise_resident"
+    cluster = int(launch["cluster"])
+    assert 1 < cluster <= H200[7]
+    assert int(launch["grid"]) == batch * cluster
+    assert int(launch["shared"]) <= H200[3]
+
+
+@pytest.mark.usefixtures("compiled")
+def test_the_early_planes_of_b4_fit_no_cluster() -> None:
+    """190 x 190 pixels of 144 channels are 10 MB: more than 16 blocks hold; a batch of them more than the whole GPU."""
+    kernels = [one["kernel"] for one in planned("depthwise_bn_act_se", se_shape(32, 144, 190, 3, 6), H200)]
+    assert kernels == ["depthwise_strips", "scale_by_gate"]
+
+
+@pytest.mark.usefixtures("compiled")
+def test_without_clusters_the_whole_grid_is_resident() -> None:
+    [launch] = planned("depthwise_bn_act_se", se_shape(1, 1152, 7, 5, 48), A100)
+    assert launch["cooperative"] == "1"
+    assert launch["cluster"] == "1"
+    assert int(launch["grid"]) <= A100[1]
+    kernels = [one["kernel"] for one in planned("depthwise_bn_act_se", se_shape(256, 1152, 7, 5, 48), A100)]
+    assert kernels == ["depthwise_strips", "scale_by_gate"]
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("channels", [1, 7, 24, 32, 144, 672, 1152, 2688, 3840])
+@pytest.mark.parametrize("plane", [1, 7, 13, 56, 190])
+@pytest.mark.parametrize("batch", [1, 3, 256])
+def test_plans_stay_within_the_device(device: str, channels: int, plane: int, batch: int) -> None:
+    limits = DEVICES[device]
+    for dtype in ("float32", "bfloat16"):
+        for op in ("depthwise_bn_act_gate", "depthwise_bn_act_se"):
+            for launch in planned(op, se_shape(batch, channels, plane, 5, max(1, channels // 24)), limits, dtype):
+                assert 0 < int(launch["grid"]) < 1 << 31
+                assert int(launch["shared"]) <= limits[3]
+                assert int(launch["cluster"]) <= limits[7]
+                if launch["cooperative"] == "1":
+                    assert int(launch["grid"]) <= limits[1]
+
+
+@pytest.mark.usefixtures("compiled")
+def test_a_wrong_request_for_a_plan_is_named() -> None:
+    for arguments, message in (
+        (("softmax", "bfloat16", [1], list(H200)), "op='softmax'"),
+        (("squeeze_excite_gate", "float64", [1, 8, 2], list(H200)), "dtype='float64'"),
+        (("squeeze_excite_gate", "float32", [1, 8], list(H200)), "shape of squeeze_excite_gate has 2 numbers"),
+        (("squeeze_excite_gate", "float32", [1, 8, 2], [90]), "limits of squeeze_excite_gate has 1 numbers"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.effkernels.cuda_plan(*arguments)
