@@ -9,14 +9,18 @@ LIBRARY := effkernels/lib/libeffkernels.so
 TEST_ARGS ?=
 # One process per core, each with one thread: the tests are many and small.
 TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -gt 8 ] && echo 8 || echo $$cores)
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
 BENCH_ARGS ?=
+PARTS ?=
+GPU_CHECK_ARGS ?=
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py effkernels/_version.py
-FORMATTED_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+FORMATTED_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build test bench lint lint-python lint-native types format clean distclean wheel
+.PHONY: help setup build test test-suite test-emulated test-race test-asan bench gpu-check kernels-table lint \
+  lint-python lint-native types format clean distclean wheel
 
 help: ## list these commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -27,12 +31,33 @@ build: $(STAMPS)/torch ## compile what changed in csrc into effkernels/lib
 	@$(BIN)/python setup.py -q build_ext --inplace
 	@touch $(LIBRARY)
 
-test: setup ## run the whole test suite (TEST_ARGS="-k name" for a part)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup $(TEST_ARGS)
+# A part of the suite (TEST_ARGS) is a part of its first run alone.
+test: test-suite $(if $(TEST_ARGS),,test-race test-asan) ## run the whole test suite (TEST_ARGS="-k name" for a part)
+
+test-suite: setup
+	$(PYTEST) $(TEST_ARGS)
+
+test-emulated: setup ## run the CUDA kernels on the CPU: parity in every order of threads, and the emulator's own tests
+	$(PYTEST) -m emulated $(TEST_ARGS)
+
+test-race: setup ## the same with every load and store checked for races and for memory that nobody wrote
+	$(BIN)/python tests/emulation/build.py race
+	EFFKERNELS_TEST_FLAVOUR=race $(PYTEST) -m emulated $(TEST_ARGS)
+
+test-asan: setup ## the same with every load and store checked for bounds and alignment
+	$(BIN)/python tests/emulation/build.py asan
+	env $$($(BIN)/python tests/emulation/build.py environment asan) EFFKERNELS_TEST_FLAVOUR=asan \
+	  $(PYTEST) -m emulated $(TEST_ARGS)
 
 bench: setup ## time EfficientNet-B0 against PyTorch eager and torch.compile (BENCH_ARGS adds flags)
 	$(BIN)/effkernels bench --model efficientnet_b0 --batch-size 1 16 \
 	  --contender effkernels eager eager-channels-last compile $(BENCH_ARGS)
+
+gpu-check: ## check and measure on a GPU, by this machine's own python3, no setup (PARTS="parity ops" for a part)
+	@$(PYTHON) -m benchmarks.gpu_check $(PARTS) $(GPU_CHECK_ARGS)
+
+kernels-table: setup ## write what the compiler made of each kernel into docs/kernels.md
+	$(BIN)/python -m benchmarks.kernel_economy
 
 lint: lint-python lint-native types ## ruff, clang-format and mypy; changes nothing
 

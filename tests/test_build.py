@@ -21,7 +21,6 @@ import effkernels
 from effkernels import _library, backends
 
 ROOT = Path(__file__).resolve().parents[1]
-CUDA_OPERATORS = re.findall(r'm\.impl\("(\w+)"', (ROOT / "csrc/ops/cuda_ops.cpp").read_text())
 
 needs_library = pytest.mark.skipif(not _library.is_loaded(), reason=f"no library: {_library.load_error()}")
 
@@ -91,7 +90,7 @@ def test_every_operator_has_a_cpu_kernel(operator: str) -> None:
 
 
 @needs_library
-@pytest.mark.parametrize("operator", CUDA_OPERATORS)
+@pytest.mark.parametrize("operator", backends.OPERATORS)
 def test_cuda_kernels_are_registered_where_they_were_built(operator: str) -> None:
     registered = torch._C._dispatch_has_kernel_for_dispatch_key(f"effkernels::{operator}", "CUDA")
     assert registered == _library.build_info()["cuda"]

@@ -133,6 +133,18 @@ def test_a_failed_allocation_is_an_error_and_no_more(emulated: Emulator) -> None
         assert_parity(ours, theirs, exact)
 
 
+def test_a_refused_launch_leaves_the_counters_clean(emulated: Emulator) -> None:
+    # 8 KB of shared memory: enough for 8 channels and 3x3, not for 264 and 9x9.
+    emulated.configure(Emulation(flavour=emulated.flavour, limits=(80, 41, 8192, 8192, *A100[4:])))
+    small = CASES["depthwise_bn_act_gate"].with_(channels=8, reduced=2)
+    arguments = small.draw()
+    expected = call(emulated, small.op, arguments)
+    refused = CASES["depthwise_bn_act_gate"].with_(kernel=(9, 9), padding=(4, 4, 4, 4))
+    with pytest.raises(RuntimeError, match="depthwise_bn_act_gate: the CUDA kernel could not be launched"):
+        call(emulated, refused.op, refused.draw())
+    assert all(torch.equal(a, b) for a, b in zip(call(emulated, small.op, arguments), expected, strict=True))
+
+
 # ------------------------------------------------------------------------------------------------------- large tensors
 
 
@@ -145,7 +157,12 @@ def spread(image: Tensor, stride_n: int, stride_h: int, stride_w: int) -> Tensor
 
 
 PAST_31_BITS = (1 << 31) + 64
-STRIDES = {"images": (PAST_31_BITS, 64 * 7, 64), "rows": (64, PAST_31_BITS // 2, 64), "columns": (64, 64, PAST_31_BITS // 3)}
+# Strides of images, rows and columns; what is near lies between what is far apart.
+STRIDES = {
+    "images": (PAST_31_BITS, 64 * 7, 64),
+    "rows": (16 * 7, PAST_31_BITS // 2, 16),
+    "columns": (32, 16, PAST_31_BITS // 3),
+}
 
 
 @pytest.mark.parametrize("far_apart", STRIDES)
@@ -155,21 +172,14 @@ def test_elements_past_31_bits(op: str, channels: int, far_apart: str, emulated:
     """Offsets beyond 2^31 elements, over a mapping that is never filled."""
     case = Case(op, torch.bfloat16, channels=channels, height=5, width=7, batch=2, gated=True)
     arguments = case.draw()
-    near = call(emulated, op, arguments)
-    strides = STRIDES[far_apart]
-    if far_apart == "rows":
-        strides = (16 * 7, PAST_31_BITS // 2, 16)
-    if far_apart == "columns":
-        strides = (32, 16, PAST_31_BITS // 3)  # images and rows between the columns
-    height = 1 if far_apart == "columns" else 5
-    if height == 1:
+    if far_apart == "columns":  # one row, or the rows would not fit between two columns
         arguments["x"] = arguments["x"][:, :, :1].contiguous(memory_format=torch.channels_last)
-        near = call(emulated, op, arguments)
-    far = call(emulated, op, {**arguments, "x": spread(arguments["x"], *strides)})
+    near = call(emulated, op, arguments)
+    far = call(emulated, op, {**arguments, "x": spread(arguments["x"], *STRIDES[far_apart])})
     assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
-# --------------------------------------------------------------------------------------------------- what fits on a chip
+# ------------------------------------------------------------------------------------------------- what fits on a chip
 
 
 def planned(op: str, shape: list[int], limits: tuple[int, ...], dtype: str = "bfloat16") -> list[dict[str, str]]:
@@ -239,3 +249,67 @@ def test_a_wrong_request_for_a_plan_is_named() -> None:
     ):
         with pytest.raises(RuntimeError, match=message):
             torch.ops.effkernels.cuda_plan(*arguments)
+
+
+# ------------------------------------------------------------------------------------------- every way to cut the work
+
+# On a GPU of few multiprocessors small tensors are cut as large ones are on a large GPU: several rounds, tiles and
+# images per block, and the large tiles of the matrix product.
+FEW = {"clusters": (90, 1, *H200[2:7], 4), "no clusters": (80, 2, *A100[2:])}
+
+
+def cut_cases(dtype: torch.dtype) -> list[Case]:
+    cases = [
+        Case("squeeze_excite_gate", dtype, channels=672, reduced=28, batch=9, parameters="same"),
+        Case("conv_bn_act", dtype, channels=3, out_channels=40, stride=2, height=66, width=40, layout="contiguous"),
+    ]
+    for op in op_cases.DEPTHWISE_OPS:
+        cases += [
+            Case(op, dtype, channels=40, height=40, width=37, reduced=10, batch=3, bias=True),
+            Case(op, dtype, channels=264, height=7, width=7, kernel=(5, 5), padding=(2, 2, 2, 2), reduced=12, batch=9),
+            Case(op, dtype, channels=7, height=30, width=31, reduced=3, batch=5),
+            Case(op, dtype, channels=96, height=28, width=28, stride=2, reduced=6, batch=2),
+        ]
+    for out_channels in (16, 40, 64, 96, 128, 320):
+        gated = out_channels in (40, 320)
+        shape: dict[str, Any] = {"channels": 144, "height": 14, "width": 14, "batch": 3}
+        cases.append(
+            Case(
+                "pointwise_bn_act",
+                dtype,
+                out_channels=out_channels,
+                gated=gated,
+                residual=gated,
+                parameters="same",
+                **shape,
+            )
+        )
+    return cases
+
+
+@pytest.mark.parametrize("order", ["forward-late", "random-early"])
+@pytest.mark.parametrize("device", FEW)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=str(case)) for dtype in op_cases.DTYPES for case in cut_cases(dtype)]
+)
+def test_parity_on_few_multiprocessors(case: Case, device: str, order: str, emulated: Emulator) -> None:
+    emulated.configure(Emulation(*order.split("-"), FEW[device], emulated.flavour))
+    arguments = case.draw()
+    result = call(emulated, case.op, arguments)
+    with op_cases.one_thread():
+        truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.reference, case, arguments)
+    for ours, theirs, exact in zip(result, plain, truth, strict=True):
+        assert_parity(ours, theirs, exact, str(case))
+
+
+@pytest.mark.usefixtures("compiled")
+def test_few_multiprocessors_meet_every_tile_of_the_product() -> None:
+    """The cases above would be worth little if they all took the same way."""
+    shared = set()
+    for dtype in op_cases.DTYPES:
+        for case in cut_cases(dtype):
+            if case.op == "pointwise_bn_act":
+                shape = [case.batch, 14, 14, case.channels, case.out_channels, 0, 0, 0]
+                [launch] = planned(case.op, shape, FEW["clusters"], str(dtype).removeprefix("torch."))
+                shared.add((str(dtype), launch["grid"], launch["block"], launch["shared"]))
+    assert len(shared) >= 9

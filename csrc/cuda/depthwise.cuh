@@ -232,9 +232,9 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
     __syncthreads();
   }
 
-  const float factor = 1.f / static_cast<float>(p.out_height * p.out_width);
+  const float pixels = static_cast<float>(p.out_height * p.out_width);
   for (int at = threadIdx.x; at < images * block_channels; at += kDepthwiseThreads) {
-    const float mean = shared.sums[at] * factor;
+    const float mean = shared.sums[at] / pixels;
     shared.sums[at] = mean;
     const int channel = at % block_channels;
     if (p.pooled != nullptr && channel < channels)

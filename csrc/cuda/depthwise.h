@@ -58,7 +58,7 @@ struct DepthwiseCall {
 constexpr int depthwise_strip(int kernel, int stride) { return kernel >= 7 || stride > 1 ? 4 : 7; }
 
 // Blocks that a multiprocessor holds: strip * vector sums and the inputs of a row per thread lie in registers.
-constexpr int depthwise_resident_blocks(DType dtype) { return dtype == DType::kFloat32 ? 5 : 3; }
+constexpr int depthwise_resident_blocks(DType dtype) { return dtype == DType::kFloat32 ? 4 : 3; }
 
 // A pure function of sizes, strides, types, the alignment of the pointers, and the limits of the device.
 DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limits);

@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   // This block's share of w_reduce @ means: the channel groups of its slabs are neighbours, and so are their columns.
   const int64_t first_channel = int64_t(channel_block) * plan.slabs * block_channels;
   const int channels = static_cast<int>(min(int64_t(plan.slabs) * block_channels, p.channels - first_channel));
-  const float factor = 1.f / static_cast<float>(p.out_height * p.out_width);
-  for (int i = threadIdx.x; i < channels; i += kResidentThreads) shared.sums[i] *= factor;
+  const float image_pixels = static_cast<float>(p.out_height * p.out_width);
+  for (int i = threadIdx.x; i < channels; i += kResidentThreads) shared.sums[i] /= image_pixels;
   __syncthreads();
   float* own = kCluster ? shared.partial : a.work.hidden + (int64_t(image) * plan.team + rank) * reduced;
   reduce_product<T>(a.se, first_channel, channels, shared.sums, channels, 1, own, reduced);

@@ -35,15 +35,17 @@ cudaError_t ask(int device, DeviceLimits* limits) {
 
 }  // namespace
 
-const char* device_limits(int device, DeviceLimits* limits) {
+const char* enter_device(int device, DeviceLimits* limits) {
   constexpr int kDevices = 64;
   static std::mutex mutex;
   static DeviceLimits known[kDevices];
   static bool is_known[kDevices] = {};
   if (device < 0 || device >= kDevices) return "device index out of range; allowed: 0 to 63";
+  cudaError_t error = cudaSetDevice(device);
+  if (error != cudaSuccess) return cudaGetErrorString(error);
   const std::lock_guard<std::mutex> lock(mutex);
   if (!is_known[device]) {
-    const cudaError_t error = ask(device, &known[device]);
+    error = ask(device, &known[device]);
     if (error != cudaSuccess) return cudaGetErrorString(error);
     is_known[device] = true;
   }

@@ -21,8 +21,9 @@ struct DeviceLimits {
   int largest_cluster = 1;  // blocks; 1 where there are no clusters
 };
 
-// Asked once per device.
-const char* device_limits(int device, DeviceLimits* limits);
+// Makes a device the current one of this library's own CUDA runtime, which is not torch's, and tells its limits, which
+// are asked once.
+const char* enter_device(int device, DeviceLimits* limits);
 
 // One launch of a plan: what `effkernels explain` prints. Grid and cluster are along x.
 struct PlannedLaunch {

@@ -97,8 +97,8 @@ __device__ __forceinline__ ScaleShift scale_shift(const Norm& norm, int64_t chan
   return {scale, parameter(norm.bias, channel, 0.f) + (conv_bias - mean) * scale};
 }
 
-// x * sigmoid(x). In 16-bit types by one special-function instruction, x / 2 (1 + tanh(x / 2)), instead of two: its error
-// of 2^-11 is no larger than the rounding of the result.
+// x * sigmoid(x). In 16-bit types by one special-function instruction, x / 2 (1 + tanh(x / 2)), instead of two: its
+// error of 2^-11 is no larger than the rounding of the result.
 template <class T>
 __device__ __forceinline__ float silu(float x) {
   if constexpr (sizeof(T) == 2) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ void activate(float (&x)[kCount], Activation activati
 
 // The gate of squeeze-and-excitation: one value per channel, so that exact functions cost nothing.
 __device__ __forceinline__ float apply_gate(float x, Gate gate) {
-  return gate == Gate::kSigmoid ? 1.f / (1.f + expf(-x)) : clamp_to(x + 3.f, 0.f, 6.f) * (1.f / 6.f);
+  return gate == Gate::kSigmoid ? 1.f / (1.f + expf(-x)) : clamp_to(x + 3.f, 0.f, 6.f) / 6.f;
 }
 
 }  // namespace effkernels::cuda

@@ -101,9 +101,10 @@ __device__ __forceinline__ void add_release(unsigned* to, unsigned value) {
 
 // Clusters, sm_90 and later. Elsewhere the kernels compile but trap: no plan launches them there.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-// Every thread of every block of the cluster arrives and waits; orders shared and global memory among them.
+// Every thread of every block of the cluster arrives and waits; orders shared and global memory among them. Not the
+// .aligned form: the threads of a warp may come from different ways through the code.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;

@@ -111,26 +111,26 @@ __device__ void expand_rows(const SqueezeExciteParams& p, int64_t first, int cou
       const int channel = begin + b * step;
       if (channel < count && lane * E < reduced) load(weight + (first + channel) * reduced + lane * E, w[b]);
     }
+#pragma unroll 1
+    for (int m = 0; m < images; ++m) {
+      const float* from = hidden + m * reduced;
 #pragma unroll
-    for (int b = 0; b < kExcitePrefetch; ++b) {
-      const int64_t channel = first + begin + b * step;
-      if (begin + b * step >= count) break;
-      float sum[kMostImagesOfGate] = {};
-      for (int at = lane * E; at < reduced; at += width * E) {
-        if (at >= width * E) load(weight + channel * reduced + at, w[b]);
+      for (int b = 0; b < kExcitePrefetch; ++b) {
+        const int64_t channel = first + begin + b * step;
+        if (begin + b * step >= count) break;
+        float sum = 0.f;
+        if (lane * E < reduced)
 #pragma unroll
-        for (int m = 0; m < kMostImagesOfGate; ++m) {
-          if (m >= images) break;
+          for (int e = 0; e < E; ++e) sum = fmaf(w[b][e], from[lane * E + e], sum);
+#pragma unroll 1
+        for (int at = (lane + width) * E; at < reduced; at += width * E) {  // rows longer than 32 threads cover
+          float more[E];
+          load(weight + channel * reduced + at, more);
 #pragma unroll
-          for (int e = 0; e < E; ++e) sum[m] = fmaf(w[b][e], hidden[m * reduced + at + e], sum[m]);
+          for (int e = 0; e < E; ++e) sum = fmaf(more[e], from[at + e], sum);
         }
-      }
-      const float bias = parameter(p.b_expand, channel, 0.f);
-#pragma unroll
-      for (int m = 0; m < kMostImagesOfGate; ++m) {
-        if (m >= images) break;
-        const float total = group_sum(sum[m], width, mask);
-        if (lane == 0) write(m, channel, apply_gate(total + bias, p.gate_activation));
+        const float total = group_sum(sum, width, mask);
+        if (lane == 0) write(m, channel, apply_gate(total + parameter(p.b_expand, channel, 0.f), p.gate_activation));
       }
     }
   }

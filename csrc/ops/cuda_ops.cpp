@@ -22,7 +22,7 @@ void check_launch(const char* op, const char* error) {
 
 cuda::DeviceLimits limits_of(const char* op, const OnDevice& here) {
   cuda::DeviceLimits limits;
-  check_launch(op, cuda::device_limits(here.index(), &limits));
+  check_launch(op, cuda::enter_device(here.index(), &limits));
   return limits;
 }
 
@@ -162,7 +162,8 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64
   const OnDevice here(c.y);
   const cuda::DeviceLimits limits = limits_of(op, here);
   const cuda::ConvPlan plan = cuda::plan_conv(c.params, limits);
-  if (plan.fused || c.params.batch == 0) {
+  if (c.params.batch == 0) return c.y;
+  if (plan.fused) {
     check_launch(op, cuda::launch_conv(c.params, plan, here.stream()));
     return c.y;
   }
@@ -178,7 +179,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64
 
 std::vector<int64_t> cuda_limits(int64_t device) {
   cuda::DeviceLimits l;
-  check_launch("cuda_limits", cuda::device_limits(int(device), &l));
+  check_launch("cuda_limits", cuda::enter_device(int(device), &l));
   return {l.capability,
           l.multiprocessors,
           l.shared_per_multiprocessor,

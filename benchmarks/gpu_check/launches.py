@@ -1,0 +1,99 @@
+"""Part `launches`: what the profiler sees of one call of each operator. A fill counts as a launch.
+
+The profiler's account and the library's own counter have to agree, and operators that promise one launch must have one.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+import effkernels
+from benchmarks.gpu_check.common import NotAvailable, Options, run_part
+from benchmarks.gpu_check.measure import launch_count
+from effkernels import ops
+from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, gate_case, pointwise_case
+
+# Operators that take one launch at every size; depthwise_bn_act_se takes one or two, as its plan says.
+ONE_LAUNCH = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "squeeze_excite_gate",
+              "pointwise_bn_act", "conv_bn_act")  # fmt: skip
+
+
+def cases() -> list[OpCase]:
+    """Each operator at an early and at a late shape of EfficientNet-B0."""
+    found = []
+    for channels, plane, kernel, stride, reduced in ((96, 112, 3, 2, 4), (672, 14, 5, 1, 28)):
+        for op in DEPTHWISE_OPS:
+            found.append(depthwise_case(op, (4, channels, plane, plane), kernel, stride, reduced=reduced))
+        found.append(gate_case(4, channels, reduced))
+    found.append(pointwise_case((4, 96, 56, 56), 24, gate=True))
+    found.append(pointwise_case((4, 192, 7, 7), 1152, activation="silu"))
+    found.append(conv_case((4, 3, 224, 224), 32))
+    return found
+
+
+def device_events(events: Sequence[Any]) -> list[str]:
+    """Names of the kernels, fills and copies among a profile's events."""
+    return [
+        event.name
+        for event in events
+        if event.device_type.name == "CUDA" and not getattr(event, "is_user_annotation", False)
+    ]
+
+
+def profiled(call: Callable[[], object]) -> list[str]:
+    """What one call puts on the GPU, by the profiler."""
+    from torch.profiler import ProfilerActivity, profile
+
+    call()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        call()
+        torch.cuda.synchronize()
+    events = profiler.events()
+    return device_events(events if events is not None else [])
+
+
+def complaint(op: str, seen: Sequence[str], counted: int | None) -> str | None:
+    """What is wrong with the launches of one call, in one line; None if nothing is."""
+    if counted is not None and counted != len(seen):
+        return f"the profiler sees {len(seen)} launches, the library counted {counted}: {', '.join(seen)}"
+    if op in ONE_LAUNCH and len(seen) != 1:
+        return f"{len(seen)} launches where one is promised: {', '.join(seen)}"
+    if not 1 <= len(seen) <= 2:
+        return f"{len(seen)} launches: {', '.join(seen)}"
+    return None
+
+
+def launches(options: Options) -> str:
+    """Launches of one call of each operator."""
+    if options.device != "cuda":
+        raise NotAvailable("needs a GPU")
+    device = torch.device("cuda")
+    spare = torch.empty(1 << 20, device=device)
+    if not profiled(spare.zero_):
+        raise NotAvailable("torch.profiler sees no GPU activity here")
+    wrong = []
+    with torch.inference_mode(), effkernels.backend("cuda"):
+        for case in cases():
+            call = case.prepare(ops, torch.bfloat16, device)
+            call()
+            before = launch_count()
+            call()
+            counted = None if before is None else (launch_count() or 0) - before
+            seen = profiled(call)
+            print(f"{case.op:<26} {case.shape:<40} {len(seen)}  {', '.join(name[:60] for name in seen)}", flush=True)
+            problem = complaint(case.op, seen, counted)
+            if problem:
+                wrong.append(f"{case.op} {case.shape}: {problem}")
+    for line in wrong:
+        print(line)
+    assert not wrong, f"{len(wrong)} operators with other launches than promised, the first: {wrong[0]}"
+    return f"{len(cases())} calls, each with the launches that it promises"
+
+
+if __name__ == "__main__":
+    sys.exit(run_part(launches))

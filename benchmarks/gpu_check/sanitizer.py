@@ -1,0 +1,118 @@
+"""Part `sanitizer`: compute-sanitizer over small calls of every operator.
+
+A tool counts only where it also finds the mistake that tests/gpu/planted.cu has for it: on some machines it starts,
+sees nothing, and reports no errors.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.gpu_check.common import ROOT, WORK, NotAvailable, Options, python, run_part, tool_output
+from benchmarks.kernel_economy.reading import ToolMissing, find_tool
+
+PLANTED = ROOT / "tests" / "gpu" / "planted.cu"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a run of a tool says: the errors it counted, or None where it gave no account of the whole run."""
+
+    errors: int | None
+    line: str
+
+
+def read_verdict(output: str) -> Verdict:
+    """Reads the summary of a compute-sanitizer run; it prints one for each process."""
+    errors: int | None = None
+    lines = []
+    pattern = r"^=+ ((?:ERROR|RACECHECK) SUMMARY: (\d+) .*)$"
+    for text, number in re.findall(pattern, output, flags=re.MULTILINE):
+        errors = (errors or 0) + int(number)
+        lines.append(text)
+    refused = re.search(
+        r"^=+ (?:Error|ERROR): .*|.*Device not supported.*|.*terminated before first instrumented.*",
+        output,
+        flags=re.MULTILINE,
+    )
+    if refused and not errors:
+        return Verdict(None, refused[0].strip("= "))
+    return Verdict(errors, "; ".join(lines) or "no summary")
+
+
+def build_planted() -> Path:
+    """The program with mistakes on purpose.
+
+    Raises:
+        NotAvailable: it cannot be built here.
+    """
+    WORK.mkdir(parents=True, exist_ok=True)
+    program = WORK / "planted"
+    try:
+        nvcc = find_tool("nvcc")
+    except ToolMissing as missing:
+        raise NotAvailable(f"the tool cannot be tried on a known mistake: {missing}") from missing
+    status, output = tool_output([nvcc, "-arch=native", "-o", program, PLANTED], 60)
+    if status != 0:
+        raise NotAvailable(f"{PLANTED.name} does not compile: {output.strip()[-200:]}")
+    return program
+
+
+def check(sanitizer: Path, tool: str, planted: Path, seconds: float) -> str:
+    """Try one tool on its planted mistake, then on the operators. Returns its summary line.
+
+    Raises:
+        NotAvailable: it does not find the mistake, or does not get through.
+        AssertionError: it finds errors in the operators.
+    """
+    command: list[str | Path] = [sanitizer, "--tool", tool]
+    _, output = tool_output([*command, planted, tool], 60)
+    verdict = read_verdict(output)
+    if not verdict.errors:
+        raise NotAvailable(f"{tool} does not find a planted mistake here ({verdict.line})")
+    calls = python("-m", "benchmarks.gpu_check.small_calls", "cuda")
+    # Every tensor an allocation of its own: inside of PyTorch's large ones nothing is out of bounds.
+    status, output = tool_output([*command, *calls], seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    verdict = read_verdict(output)
+    if verdict.errors is None:
+        raise NotAvailable(f"{tool}: {verdict.line}")
+    if verdict.errors or status != 0:
+        print(output[-6000:])
+    assert verdict.errors == 0, f"{tool}: {verdict.line}"
+    assert status == 0, f"{tool}: the calls ended with exit status {status}"
+    return f"{tool}: {verdict.line}"
+
+
+def sanitizer(options: Options) -> str:
+    """memcheck, racecheck and synccheck, each with what it found."""
+    if options.device != "cuda":
+        raise NotAvailable("needs a GPU")
+    try:
+        program = find_tool("compute-sanitizer")
+    except ToolMissing as missing:
+        raise NotAvailable(str(missing)) from missing
+    planted = build_planted()
+    box = options.time_box
+    works, fails, absent = [], [], []
+    for tool in ("memcheck", "racecheck", "synccheck"):
+        if not box.affords(tool, 15):
+            absent.append(f"{tool}: no time left")
+            continue
+        try:
+            works.append(check(program, tool, planted, box.left))
+        except NotAvailable as reason:
+            absent.append(str(reason))
+        except AssertionError as failure:
+            fails.append(str(failure))
+        print((works + fails + absent)[-1], flush=True)
+    assert not fails, "; ".join(fails)
+    if absent:
+        raise NotAvailable("; ".join(absent + works))
+    return "; ".join(works)
+
+
+if __name__ == "__main__":
+    sys.exit(run_part(sanitizer))

@@ -1,0 +1,248 @@
+"""What every kernel family claims, and whether what the compiler made of it keeps the claim.
+
+A family without an entry in `CLAIMS` is an error of its own: a new kernel says what it promises.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.kernel_economy.reading import Kernel
+
+Rule = Callable[[Kernel], str | None]  # what is wrong, or None
+
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def element_bytes(kernel: Kernel) -> int:
+    """Bytes of an element of the images: of the first type among the template arguments, else 4."""
+    return next((_ELEMENT_BYTES[name] for name in kernel.arguments if name in _ELEMENT_BYTES), 4)
+
+
+def in_registers(kernel: Kernel) -> str | None:
+    """Nothing in local memory: no spilled register, no array that is indexed at run time."""
+    if kernel.stack or kernel.local or kernel.local_accesses:
+        return (
+            f"{kernel.stack} bytes of stack, {kernel.local} of local memory, {kernel.local_accesses} loads and stores "
+            "of local memory; a kernel keeps everything in registers and shared memory"
+        )
+    return None
+
+
+def wide_loads(at_least: int = 1) -> Rule:
+    """At least so many 16-byte reads of global memory stand in the code, into registers or shared memory."""
+
+    def rule(kernel: Kernel) -> str | None:
+        found = kernel.accesses("LDG")[16] + kernel.accesses("LDGSTS")[16]
+        return None if found >= at_least else f"{found} loads of 16 bytes; the claim is at least {at_least}"
+
+    return rule
+
+
+def wide_stores(kernel: Kernel) -> str | None:
+    """Results leave in 16-byte stores, and no store is as narrow as an element of 16 bits."""
+    stores = kernel.accesses("STG")
+    if not stores[16]:
+        return "no store of 16 bytes"
+    narrow = stores[1] + stores[2]
+    return f"{narrow} stores of 1 or 2 bytes beside the wide ones" if narrow else None
+
+
+def images_read_wide(kernel: Kernel) -> str | None:
+    """Nothing narrower than 16 bytes is read through the read-only path, which `load` of numeric.cuh takes.
+
+    Parameters, which may be of any type, are read by plain loads and are not meant.
+    """
+    read_only = sum(
+        times
+        for name, times in kernel.instructions.items()
+        if name.startswith("LDG.") and "CONSTANT" in name.split(".") and "128" not in name.split(".")
+    )
+    return f"{read_only} loads of images below 16 bytes" if read_only else None
+
+
+def copies_asynchronously(kernel: Kernel) -> str | None:
+    """Global memory goes to shared memory by 16-byte cp.async."""
+    found = kernel.accesses("LDGSTS")
+    return None if found[16] and not (found.total() - found[16]) else "no 16-byte cp.async, or a narrower one beside it"
+
+
+def tensor_cores(kernel: Kernel) -> str | None:
+    """Products run on the tensor cores, their factors come by ldmatrix where the type has 16 bits."""
+    if not kernel.count("HMMA"):
+        return "no tensor-core instruction (HMMA)"
+    if element_bytes(kernel) == 2 and not kernel.count("LDSM"):
+        return "no ldmatrix (LDSM)"
+    return None
+
+
+def exact_products(kernel: Kernel) -> str | None:
+    """Float32 products by fused multiply-add, not on the tensor cores."""
+    if kernel.count("HMMA"):
+        return "tensor-core instructions in a kernel that promises exact float32"
+    return None if kernel.count("FFMA") else "no fused multiply-add (FFMA)"
+
+
+def resident_threads(at_least: int) -> Rule:
+    """Registers leave room for so many threads on a multiprocessor, in blocks of the size of __launch_bounds__."""
+
+    def rule(kernel: Kernel) -> str | None:
+        if not kernel.max_threads:
+            return "no __launch_bounds__"
+        threads = kernel.max_threads * kernel.resident_blocks(kernel.max_threads)
+        if threads >= at_least:
+            return None
+        return f"{kernel.registers} registers leave room for {threads} threads; the claim is {at_least}"
+
+    return rule
+
+
+def launch_bounds_kept(kernel: Kernel) -> str | None:
+    """As many blocks fit on a multiprocessor, by their registers, as __launch_bounds__ asks for."""
+    if not (kernel.max_threads and kernel.min_blocks):
+        return "no __launch_bounds__ with a number of blocks"
+    blocks = kernel.resident_blocks(kernel.max_threads)
+    if blocks >= kernel.min_blocks:
+        return None
+    return f"{kernel.registers} registers leave room for {blocks} blocks; __launch_bounds__ says {kernel.min_blocks}"
+
+
+def one_tanh_per_element(elements: Callable[[Kernel], int]) -> Rule:
+    """In 16-bit types swish costs one special-function instruction: the code has one MUFU.TANH per element.
+
+    Args:
+        elements: how many elements of the result a pass through the code activates.
+    """
+
+    def rule(kernel: Kernel) -> str | None:
+        if element_bytes(kernel) != 2:
+            return None
+        found, wanted = kernel.special_functions["TANH"], elements(kernel)
+        if found == wanted:
+            return None
+        return f"{found} MUFU.TANH for {wanted} elements; swish takes one for each"
+
+    return rule
+
+
+def stored_elements(kernel: Kernel) -> int:
+    """Elements in the 16-byte stores, and one for each store as narrow as an element."""
+    size = element_bytes(kernel)
+    stores = kernel.accesses("STG")
+    return stores[16] * (16 // size) + stores[size]
+
+
+def strip(kernel: Kernel) -> int:
+    """Output pixels of a depthwise thread: depthwise_strip in depthwise.h."""
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    return 4 if size >= 7 or stride > 1 else 7
+
+
+def row_of_inputs(kernel: Kernel) -> str | None:
+    """Every input vector under a strip is read by one 16-byte load, all of a row's in the code at once."""
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    return wide_loads((strip(kernel) - 1) * stride + size)(kernel)
+
+
+def strip_elements(kernel: Kernel) -> int:
+    """Elements of the result of a depthwise thread's strip."""
+    return strip(kernel) * 16 // element_bytes(kernel)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the kernels promise whose whole name matches ``pattern``.
+
+    Attributes:
+        says: the claim in words, for docs/kernels.md.
+    """
+
+    pattern: str
+    says: str
+    rules: tuple[Rule, ...]
+
+    def broken(self, kernel: Kernel) -> list[str]:
+        """What of the claim, and of what holds for every kernel, is not so."""
+        return [message for rule in (in_registers, *self.rules) if (message := rule(kernel))]
+
+
+_TYPE16 = "(?:bfloat16|float16)"
+
+# The first pattern that matches counts: the wide paths before the general ones.
+CLAIMS: tuple[Claim, ...] = (
+    Claim(
+        rf"depthwise_strips<{_TYPE16}, [3579], [12]>",
+        "16-byte loads of every input, 16-byte stores, 3 blocks of 128 threads",
+        (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(384), one_tanh_per_element(strip_elements)),
+    ),
+    Claim(
+        r"depthwise_strips<float32, [3579], [12]>",
+        "16-byte loads of every input, 16-byte stores, 4 blocks of 128 threads",
+        (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(512)),
+    ),
+    Claim(
+        rf"depthwise_any<(?:{_TYPE16}, 8|float32, 4)>",
+        "16-byte loads and stores, 4 blocks of 128 threads",
+        (wide_loads(), wide_stores, launch_bounds_kept, resident_threads(512), one_tanh_per_element(stored_elements)),
+    ),
+    Claim(
+        r"depthwise_any<\w+, 1>",
+        "any channel count: element by element, 4 blocks of 128 threads",
+        (launch_bounds_kept, resident_threads(512)),
+    ),
+    Claim(
+        r"depthwise_resident<\w+, [35], [12], (?:true|false)>",
+        "16-byte loads of every input, 16-byte stores, one block of 256 threads beside the result that it holds",
+        (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(256), one_tanh_per_element(strip_elements)),
+    ),
+    Claim(
+        r"pointwise<\w+, [01], \d, false>",
+        "16-byte cp.async, tensor cores, 16-byte stores, the blocks that its tile claims",
+        (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept, one_tanh_per_element(stored_elements)),
+    ),
+    Claim(
+        r"pointwise<float32, 2, \d, false>",
+        "16-byte cp.async, exact multiply-adds, 16-byte stores, 3 blocks",
+        (copies_asynchronously, exact_products, wide_stores, launch_bounds_kept),
+    ),
+    Claim(
+        r"pointwise<\w+, [01], \d, true>",
+        "any type and alignment: element by element, tensor cores",
+        (tensor_cores, launch_bounds_kept),
+    ),
+    Claim(
+        r"pointwise<float32, 2, \d, true>",
+        "any type and alignment: element by element, exact multiply-adds",
+        (exact_products, launch_bounds_kept),
+    ),
+    Claim(
+        rf"conv<{_TYPE16}>",
+        "tensor cores, 3 blocks of 256 threads, 16-byte stores where the channels divide",
+        (tensor_cores, launch_bounds_kept, resident_threads(768), one_tanh_per_element(stored_elements)),
+    ),
+    Claim(r"conv<float32>", "exact multiply-adds, 3 blocks of 256 threads", (exact_products, launch_bounds_kept)),
+    Claim(
+        rf"(?:norm_act|scale_by_gate)<(?:{_TYPE16}, 8|float32, 4)>",
+        "16-byte loads and stores, 1024 threads",
+        (wide_loads(), images_read_wide, wide_stores, resident_threads(1024)),
+    ),
+    Claim(r"(?:norm_act|scale_by_gate)<\w+, 1>", "element by element, 1024 threads", (resident_threads(1024),)),
+    Claim(r"squeeze_excite_gate<\w+>", "2 blocks of 256 threads", (launch_bounds_kept, resident_threads(512))),
+)
+
+
+def claim_of(kernel: Kernel, claims: Sequence[Claim] = CLAIMS) -> Claim | None:
+    """The first claim whose pattern matches the kernel's whole name."""
+    return next((claim for claim in claims if re.fullmatch(claim.pattern, kernel.name)), None)
+
+
+def broken_claims(kernels: Iterable[Kernel], claims: Sequence[Claim] = CLAIMS) -> list[str]:
+    """One line for everything that is not as claimed, and for every kernel without a claim."""
+    lines = []
+    for kernel in kernels:
+        claim = claim_of(kernel, claims)
+        broken = ["no claim: add one to CLAIMS"] if claim is None else claim.broken(kernel)
+        lines += [f"{kernel.name} (sm_{kernel.arch}): {message}" for message in broken]
+    return lines

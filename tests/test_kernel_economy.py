@@ -1,0 +1,213 @@
+"""What the compiler made of the kernels: every claim of benchmarks/kernel_economy holds in the library that ships.
+
+Read from machine code, so it needs nvcc's output and a disassembler, but no GPU. Covered: every architecture that the
+library was built for, and the kernels of `COMPILED_HERE` for sm_80 too.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import pickle
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.kernel_economy import estimate, reading, rules, table
+from benchmarks.kernel_economy.reading import Kernel, ToolMissing
+from benchmarks.kernel_economy.rules import Claim, Rule
+from effkernels import _library
+from effkernels.op_case import depthwise_case, pointwise_case
+
+TESTS = Path(__file__).parent
+
+
+def need_tools(*names: str) -> None:
+    try:
+        for name in names:
+            reading.find_tool(name)
+    except ToolMissing as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="module")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
+    """The kernels of the library that ships; disassembled once for all processes of a test run, it takes 20 seconds."""
+    if not _library.build_info().get("cuda"):
+        pytest.skip(f"the library holds no CUDA kernels: {_library.build_info().get('cuda_reason', 'it is not built')}")
+    need_tools("cuobjdump", "nvdisasm")
+    folder = tmp_path_factory.getbasetemp().parent
+    with open(folder / "kernels.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = folder / f"kernels-{_library.LIBRARY_FILE.stat().st_mtime_ns}.pickle"
+        if not known.exists():
+            known.write_bytes(pickle.dumps(reading.read_kernels(_library.LIBRARY_FILE)))
+        kernels: list[Kernel] = pickle.loads(known.read_bytes())
+    return kernels
+
+
+@pytest.fixture(scope="module")
+def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
+    """The kernels of kernel_economy_mutants.cu by name."""
+    need_tools("nvcc", "cuobjdump", "nvdisasm")
+    folder = tmp_path_factory.mktemp("mutants")
+    (object_file,) = reading.compile_sources([TESTS / "kernel_economy_mutants.cu"], 90, folder)
+    return {kernel.name: kernel for kernel in reading.read_kernels(object_file)}
+
+
+class TestTheLibrary:
+    def test_keeps_every_claim(self, shipped: list[Kernel]) -> None:
+        broken = rules.broken_claims(shipped)
+        assert not broken, "\n".join(broken)
+
+    def test_has_kernels_of_every_claim(self, shipped: list[Kernel]) -> None:
+        """A claim that nothing matches is a slip of its pattern."""
+        met = {claim.pattern for kernel in shipped if (claim := rules.claim_of(kernel))}
+        assert [claim.pattern for claim in rules.CLAIMS if claim.pattern not in met] == []
+
+    def test_holds_machine_code_of_each_architecture(self, shipped: list[Kernel]) -> None:
+        built = {int(arch.removesuffix("-real")) for arch in _library.build_info()["cuda_archs"] if "real" in arch}
+        assert {kernel.arch for kernel in shipped} == built
+
+
+class TestThePage:
+    def test_tables_are_up_to_date(self, shipped: list[Kernel], tmp_path: Path) -> None:
+        """docs/kernels.md says what the library holds; comparable only where the compiler is the same."""
+        need_tools("nvcc")
+        page = table.PAGE.read_text(encoding="utf-8")
+        if 90 not in {kernel.arch for kernel in shipped}:
+            pytest.skip("the library was not built for sm_90, which the tables are of")
+        if table.caption(reading.nvcc_version()) not in page:
+            pytest.skip(f"the tables are of another compiler than nvcc {reading.nvcc_version()}")
+        expected = table.with_section(page, table.section(shipped, tmp_path))
+        assert page == expected, "run: make kernels-table"
+
+    def test_a_page_without_markers_is_refused(self) -> None:
+        with pytest.raises(ValueError, match="must stand there once"):
+            table.with_section("# CUDA kernels", "text")
+
+
+# sm_90 is what continuous integration builds. Of sm_80 it compiles the kernels that networks spend their time in; the
+# other types differ in the conversions only.
+COMPILED_HERE = ("depthwise_bfloat16.cu", "pointwise_bfloat16.cu")
+
+
+@pytest.mark.slow
+def test_claims_hold_for_sm_80(tmp_path: Path) -> None:
+    need_tools("nvcc", "cuobjdump", "nvdisasm")
+    binaries = reading.compile_sources([reading.SOURCES / name for name in COMPILED_HERE], 80, tmp_path)
+    kernels = [kernel for binary in binaries for kernel in reading.read_kernels(binary)]
+    assert {kernel.family for kernel in kernels} >= {"depthwise_strips", "pointwise"}
+    assert rules.broken_claims(kernels) == []
+
+
+class TestTheEstimate:
+    def test_counts_the_bytes_that_the_operator_cannot_avoid(self) -> None:
+        """The same bytes as OpCase counts, but for weights and vectors."""
+        call = estimate.depthwise("depthwise_bn_act_squeeze", 96, 112, 3, 2, 0)
+        case = depthwise_case("depthwise_bn_act", (1, 96, 112, 112), 3, 2)
+        images = case.bytes_moved(torch.bfloat16) - 96 * (9 * 2 + 4 * 4)
+        assert call.moved == estimate._BATCH * images
+        call = estimate.pointwise(144, 56, 24, True, True)
+        pointwise = pointwise_case((1, 144, 56, 56), 24, gate=True, residual=True)
+        images = pointwise.bytes_moved(torch.bfloat16) - 24 * (144 * 2 + 4 * 4) - 144 * 2
+        assert call.moved == estimate._BATCH * images
+
+    def test_plans_are_of_one_launch(self, compiled: None) -> None:
+        for call in estimate.CALLS:
+            assert len(estimate.planned(call)) == 1, call.words
+
+
+GOOD = "good<bfloat16, 1>"
+PRODUCT = "product<bfloat16>"
+
+
+class TestTheRules:
+    """Each rule passes a good kernel and finds the kernel that is bad in its way."""
+
+    @pytest.mark.parametrize(
+        ("rule", "good", "bad"),
+        [
+            (rules.in_registers, "hungry<bfloat16, 128>", "hungry<bfloat16, 1024>"),
+            (rules.in_registers, GOOD, "local_array<bfloat16>"),
+            (rules.wide_loads(1), GOOD, "scalar_loads<bfloat16>"),
+            (rules.images_read_wide, GOOD, "scalar_loads<bfloat16>"),
+            (rules.wide_stores, GOOD, "scalar_stores<bfloat16>"),
+            (rules.launch_bounds_kept, GOOD, "two_special_functions<bfloat16>"),
+            (rules.resident_threads(1024), GOOD, "hungry<bfloat16, 128>"),
+            (rules.one_tanh_per_element(rules.stored_elements), GOOD, "two_special_functions<bfloat16>"),
+            (rules.tensor_cores, PRODUCT, GOOD),
+            (rules.copies_asynchronously, PRODUCT, GOOD),
+            (rules.exact_products, "hungry<bfloat16, 128>", PRODUCT),
+        ],
+        ids=lambda value: getattr(value, "__qualname__", str(value)),
+    )
+    def test_find_their_mutant(self, mutants: dict[str, Kernel], rule: Rule, good: str, bad: str) -> None:
+        assert rule(mutants[good]) is None
+        assert rule(mutants[bad])
+
+    def test_report_what_is_wrong_and_where(self, mutants: dict[str, Kernel]) -> None:
+        claims = [Claim(r"scalar_\w+<.*>", "", (rules.wide_loads(1), rules.wide_stores))]
+        kernels = [mutants["scalar_loads<bfloat16>"], mutants["scalar_stores<bfloat16>"]]
+        first, second = rules.broken_claims(kernels, claims)
+        assert first == "scalar_loads<bfloat16> (sm_90): 0 loads of 16 bytes; the claim is at least 1"
+        assert second.startswith("scalar_stores<bfloat16> (sm_90): no store of 16 bytes")
+
+    def test_a_kernel_without_a_claim_is_reported(self, mutants: dict[str, Kernel]) -> None:
+        assert rules.broken_claims([mutants[GOOD]], []) == [f"{GOOD} (sm_90): no claim: add one to CLAIMS"]
+
+    def test_local_memory_breaks_every_claim(self, mutants: dict[str, Kernel]) -> None:
+        claim = Claim(".*", "", ())
+        assert claim.broken(mutants["local_array<bfloat16>"])
+        assert not claim.broken(mutants[GOOD])
+
+
+def kernel(registers: int, arch: int = 90, **changes: object) -> Kernel:
+    values = {"stack": 0, "local": 0, "shared": 1024 if arch >= 90 else 0, "max_threads": 128, "min_blocks": 1}
+    return Kernel("k", arch, registers, **{**values, "instructions": Counter(), **changes})  # type: ignore[arg-type]
+
+
+class TestReading:
+    @pytest.mark.parametrize(
+        ("demangled", "name"),
+        [
+            ("void effkernels::cuda::scale<float, 4>(effkernels::ScaleParams)", "scale<float32, 4>"),
+            (
+                "void effkernels::cuda::strips<effkernels::cuda::StripsTraits<__nv_bfloat16, 3, (bool)1> >(int)",
+                "strips<bfloat16, 3, 1>",
+            ),
+            ("effkernels::cuda::(anonymous namespace)::fill(float*)", "fill"),
+            ("void a::b<a::C<__half, -1>, (a::D)2>(a::E<float>)", "b<float16, -1, 2>"),
+        ],
+    )
+    def test_short_names(self, demangled: str, name: str) -> None:
+        assert reading.short_name(demangled) == name
+
+    def test_access_widths(self) -> None:
+        instructions = Counter(
+            {"LDG.E.128.CONSTANT": 3, "LDG.E.64": 1, "LDG.E": 2, "LDG.E.U16": 5, "LDGSTS.E.BYPASS.LTC128B.128": 7}
+        )
+        assert kernel(32, instructions=instructions).accesses("LDG") == {16: 3, 8: 1, 4: 2, 2: 5}
+        assert kernel(32, instructions=instructions).accesses("LDGSTS") == {16: 7}
+
+    @pytest.mark.parametrize(
+        ("registers", "threads", "shared", "arch", "blocks"),
+        [
+            (32, 128, 0, 90, 16),  # 2048 threads
+            (33, 128, 0, 90, 12),  # registers come in steps of 8 a thread: 40
+            (255, 128, 0, 90, 2),
+            (64, 256, 0, 80, 4),
+            (32, 32, 0, 80, 32),  # the most blocks
+            (32, 128, 100 * 1024, 90, 2),  # shared memory
+            (32, 128, 48 * 1024, 80, 3),
+            (32, 128, 0, 89, 12),  # 1536 threads
+        ],
+    )
+    def test_occupancy(self, registers: int, threads: int, shared: int, arch: int, blocks: int) -> None:
+        """As the CUDA occupancy calculator has it."""
+        assert kernel(registers, arch).resident_blocks(threads, shared) == blocks
+
+    def test_a_missing_tool_is_named_with_the_way_to_get_it(self) -> None:
+        with pytest.raises(ToolMissing, match=r"nvlens is not on this machine; pip install nvidia-cuda-nvlens"):
+            reading.find_tool("nvlens")
