@@ -49,7 +49,7 @@ const char* launch_depthwise(const DepthwiseCall& call, const DepthwisePlan& pla
       error = run<__nv_bfloat16>(arguments, at);
       break;
   }
-  if (error == cudaErrorInvalidClusterSize) {
+  if (error != cudaSuccess && plan.in_cluster) {
     cudaGetLastError();  // answered by another plan: nobody else is to find it
     return kClusterRefused;
   }

@@ -65,7 +65,7 @@ DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limi
 DepthwiseScratch depthwise_scratch(const DepthwiseCall& call, const DepthwisePlan& plan);
 PlannedLaunches planned_launches(const DepthwiseCall& call, const DepthwisePlan& plan);
 
-// What launch_depthwise returns where the GPU has no room for clusters as large as the plan's; nothing was launched.
+// What launch_depthwise returns where the GPU refuses clusters as large as the plan's; nothing was launched.
 extern const char* const kClusterRefused;
 
 // depthwise->pooled, se->gate (with se and not gated) are where the results beside y go.
