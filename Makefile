@@ -19,7 +19,7 @@ FORMATTED_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build test test-suite test-emulated test-race test-asan bench gpu-check kernels-table lint \
+.PHONY: help setup build test test-suite test-emulated test-race test-asan test-triton bench gpu-check kernels-table lint \
   lint-python lint-native types format clean distclean wheel
 
 help: ## list these commands
@@ -32,7 +32,7 @@ build: $(STAMPS)/torch ## compile what changed in csrc into effkernels/lib
 	@touch $(LIBRARY)
 
 # A part of the suite (TEST_ARGS) is a part of its first run alone.
-test: test-suite $(if $(TEST_ARGS),,test-race test-asan) ## run the whole test suite (TEST_ARGS="-k name" for a part)
+test: test-suite $(if $(TEST_ARGS),,test-triton test-race test-asan) ## run the whole test suite (TEST_ARGS="-k name" for a part)
 
 test-suite: setup
 	$(PYTEST) $(TEST_ARGS)
@@ -48,6 +48,9 @@ test-asan: setup ## the same with every load and store checked for bounds and al
 	$(BIN)/python tests/emulation/build.py asan
 	env $$($(BIN)/python tests/emulation/build.py environment asan) EFFKERNELS_TEST_FLAVOUR=asan \
 	  $(PYTEST) -m emulated $(TEST_ARGS)
+
+test-triton: setup ## run the Triton kernels on the CPU, by Triton's interpreter: parity, opcheck, compile
+	EFFKERNELS_TEST_FLAVOUR=triton $(PYTEST) -m interpreted $(TEST_ARGS)
 
 bench: setup ## time EfficientNet-B0 against PyTorch eager and torch.compile (BENCH_ARGS adds flags)
 	$(BIN)/effkernels bench --model efficientnet_b0 --batch-size 1 16 \

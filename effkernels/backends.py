@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effkernels import _library
+from effkernels import _library, triton
 
 BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
 OPERATORS: tuple[str, ...] = (
@@ -147,10 +147,15 @@ def can_run_triton(
     stride: int | None = None,
     activation: str | None = None,
 ) -> Decision:
-    """Whether a Triton kernel runs `op`. Arguments as in `can_run_cpu`."""
+    """Whether a Triton kernel runs `op`: on a GPU, and on the CPU in a process where Triton interprets its kernels
+    (TRITON_INTERPRET=1, for tests). Arguments as in `can_run_cpu`.
+    """
     if op not in OPERATORS:
         return Decision(False, f"{op!r} is not an operator; allowed: {', '.join(OPERATORS)}")
-    return Decision(False, f"no Triton implementation of {op}")
+    problem = triton.problem_of(op, torch.device(device))
+    if problem:
+        return Decision(False, problem)
+    return _can_run_call(op, dtype, kernel_size)
 
 
 def choose(op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, activation: str = "identity") -> str:
@@ -214,6 +219,11 @@ def _can_run_compiled(
         return Decision(False, f"the compiled library has no {name.upper()} kernel of {op}")
     if device.type not in (name, "meta"):
         return Decision(False, f"device={device} is not {name}")
+    return _can_run_call(op, dtype, kernel_size)
+
+
+def _can_run_call(op: str, dtype: torch.dtype, kernel_size: int | None) -> Decision:
+    """What every backend with kernels of its own asks of a call."""
     if dtype not in DTYPES:
         return Decision(False, f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
     if kernel_size is not None and op.startswith("depthwise") and kernel_size not in DEPTHWISE_KERNEL_SIZES:

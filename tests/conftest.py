@@ -5,6 +5,9 @@ The reference is not among them: it is the yardstick that each of them is held a
 
 from __future__ import annotations
 
+import triton_interpreter  # first: it decides what the import of effkernels finds
+
+# isort: split
 import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -32,6 +35,7 @@ settings.load_profile("effkernels")
 CPU_INSTRUCTION_SETS = ("avx512", "avx2", "plain")
 
 # "race" or "asan": the tests run on the emulated CUDA kernels of that flavour alone (make test-race, make test-asan).
+# "triton": they run on interpreted Triton kernels alone (make test-triton).
 FLAVOUR = os.environ.get("EFFKERNELS_TEST_FLAVOUR") or "plain"
 
 ABOUT_VALUES = ("test_nan_spreads_as_in_pytorch", "test_infinity_spreads_as_in_pytorch")
@@ -118,16 +122,18 @@ def _offers(isa: str) -> bool:
 
 def available_backends() -> list[Backend]:
     """Every backend of this machine: the CPU kernels once per instruction set, the CUDA kernels emulated in several
-    orders, and on the GPU where there is one. Of another flavour, its emulated backends alone.
+    orders, and on the GPU, where there is one, beside the Triton kernels. Of another flavour, what it is about alone.
     """
     found = []
+    if FLAVOUR == "triton":
+        return [Backend("triton", "cpu")] if triton_interpreter.ACTIVE else []
     emulated = [Backend("cuda", "cpu", emulated=name) for name in EMULATIONS[FLAVOUR]] if _library.is_loaded() else []
     if FLAVOUR != "plain":
         return emulated
     if _library.is_loaded():
         found += [Backend("cpu", "cpu", isa) for isa in CPU_INSTRUCTION_SETS if _offers(isa)]
     if torch.cuda.is_available():
-        found.append(Backend("cuda", "cuda"))
+        found += [Backend("cuda", "cuda"), Backend("triton", "cuda")]
     return found + emulated
 
 
@@ -144,7 +150,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if _is_emulated(item):
             item.add_marker("emulated")
-    left_out = [item for item in items if FLAVOUR != "plain" and not _shows_more_when_checked(item)]
+        if _is_interpreted(item):
+            item.add_marker("interpreted")
+    left_out = [item for item in items if _is_of_another_flavour(item)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
@@ -159,6 +167,21 @@ def _is_emulated(item: pytest.Item) -> bool:
     return "emulated" in getattr(item, "fixturenames", ()) or (
         isinstance(chosen, Backend) and chosen.emulated is not None
     )
+
+
+def _is_interpreted(item: pytest.Item) -> bool:
+    chosen = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+    return "interpreted" in getattr(item, "fixturenames", ()) or (
+        isinstance(chosen, Backend) and chosen.name == "triton" and chosen.device == "cpu"
+    )
+
+
+def _is_of_another_flavour(item: pytest.Item) -> bool:
+    if FLAVOUR in ("race", "asan"):
+        return not _shows_more_when_checked(item)
+    if FLAVOUR == "triton":  # an interpreted call takes up to a second: test_triton_operators.py draws fewer shapes
+        return getattr(item, "originalname", "") == "test_any_shape"
+    return FLAVOUR == "plain" and _is_interpreted(item)
 
 
 def _shows_more_when_checked(item: pytest.Item) -> bool:
@@ -210,6 +233,15 @@ def emulated() -> Emulator:
     found = built_emulator()
     found.configure(Emulation(flavour=FLAVOUR))
     return found
+
+
+@pytest.fixture
+def interpreted() -> Iterator[None]:
+    """Forces the Triton kernels, interpreted; skips a test in a process where Triton does not interpret."""
+    if not triton_interpreter.ACTIVE:
+        pytest.skip("needs a process in which Triton interprets its kernels: make test-triton")
+    with backends.backend("triton"):
+        yield
 
 
 def need(backend: Backend, op: str, dtype: torch.dtype) -> None:

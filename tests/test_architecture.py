@@ -20,7 +20,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"nn"}),
     frozenset({"ops"}),
     frozenset({"backends"}),
-    frozenset({"reference", "environment", "peers", "_library"}),
+    frozenset({"triton", "reference", "environment", "peers", "_library"}),
     frozenset({"_version"}),
 )
 

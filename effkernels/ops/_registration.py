@@ -1,7 +1,9 @@
-"""What Python adds to the compiled operators: shape functions, gradients, autocast and FLOP formulas.
+"""What Python adds to the operators of both namespaces: shape functions, gradients, autocast and FLOP formulas.
 
-A family file describes each of its operators by one `Operator` and hands it to `register`. Everything here also works
-without the compiled library: `register` then does nothing, and the public functions run the reference.
+A family file describes each of its operators by one `Operator` and hands it to `register`. The compiled library defines
+the operators of `torch.ops.effkernels`, and `register` adds what needs Python; where the library is not loaded there is
+nothing to add to. Those of `torch.ops.effkernels_triton` are defined here, with the same schemas, so that they live
+without the library; their kernels are those of effkernels.triton.
 """
 
 from __future__ import annotations
@@ -15,12 +17,19 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from effkernels import _library
+from effkernels import _library, triton
+from effkernels.backends import DTYPES
 
-_FRAGMENT: Any = None
-if _library.is_loaded():
-    _FRAGMENT = torch.library.Library("effkernels", "FRAGMENT")
+COMPILED = "effkernels"  # the namespace of the library's operators
+TRITON = "effkernels_triton"  # and of the Triton kernels
+
+_COMPILED_LIBRARY: Any = torch.library.Library(COMPILED, "FRAGMENT") if _library.is_loaded() else None
+_TRITON_LIBRARY: Any = torch.library.Library(TRITON, "DEF")
+# The keys under which Triton kernels are found. On the CPU there are some where Triton interprets them.
+_TRITON_DEVICES = ("CUDA", "CPU") if triton.INTERPRETED else ("CUDA",)
 _AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+
+NORM_SCHEMA = "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float eps"
 
 Result = TypeVar("Result")  # of an operator: a tensor or a pair of them
 
@@ -30,16 +39,18 @@ class Operator(Generic[Result]):
     """One operator as the registrations need it.
 
     Attributes:
-        name: in `torch.ops.effkernels`.
+        name: in `torch.ops.effkernels` and `torch.ops.effkernels_triton`.
+        schema: arguments and results, as csrc/ops/schema.h has them.
         reference: the same function in plain PyTorch.
         arguments: names of the reference's arguments, in the order of the schema.
-        fake: shape function; takes the arguments of the schema.
+        fake: shape function; takes the arguments of the schema, checks them and returns results yet to be computed.
         flops: FLOP formula; takes the arguments of the schema, with shapes in place of tensors.
         cast: the arguments that autocast casts whatever they are; x comes first and rules the others.
         follow: the arguments that stay float32 under autocast if they are, and else take the dtype of the cast ones.
     """
 
     name: str
+    schema: str
     reference: Callable[..., Result]
     arguments: tuple[str, ...]
     fake: Callable[..., Result]
@@ -58,27 +69,33 @@ class Operator(Generic[Result]):
         return self.reference(**dict(zip(self.arguments, args, strict=True)))
 
 
-def register(op: Operator[Result]) -> Callable[..., Result]:
-    """Register `op` where the compiled library is loaded; returns the overload to hand to `call`."""
-    if _FRAGMENT is None:
-        return _not_loaded
-    packet = getattr(torch.ops.effkernels, op.name)
-    overload: Callable[..., Result] = packet.default
-    torch.library.register_fake(f"effkernels::{op.name}", op.fake, lib=_FRAGMENT)
-    _FRAGMENT.impl(op.name, _autograd_kernel(op, overload), "Autograd", with_keyset=True)
-    for key, device in _AUTOCAST_DEVICES.items():
-        _FRAGMENT.impl(op.name, _autocast_kernel(op, overload, device), key)
-    register_flop_formula(packet)(op.flops)
-    return overload
+@dataclass(frozen=True)
+class Overloads(Generic[Result]):
+    """One operator in each namespace."""
+
+    compiled: Callable[..., Result]
+    triton: Callable[..., Result]
 
 
-def call(overload: Callable[..., Result], *args: Any) -> Result:
-    """Call a compiled operator by the cheapest way that is right.
+def register(op: Operator[Result]) -> Overloads[Result]:
+    """Register `op` in both namespaces; returns the overloads to hand to `call`."""
+    compiled = _not_loaded if _COMPILED_LIBRARY is None else _extend(op, COMPILED, _COMPILED_LIBRARY)
+    if op.name not in triton.FAMILIES:
+        return Overloads(compiled, _no_triton_kernel)
+    _TRITON_LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in _TRITON_DEVICES:
+        _TRITON_LIBRARY.impl(op.name, _triton_kernel(op), key)
+    return Overloads(compiled, _extend(op, TRITON, _TRITON_LIBRARY))
+
+
+def call(overloads: Overloads[Result], backend: str, *args: Any) -> Result:
+    """Call the operator of a backend by the cheapest way that is right.
 
     The Autograd kernel is Python and costs more than a small operator itself, so it is stepped over where no gradient
     can be asked for (inference mode steps over it by itself). Tracing, functorch transforms and forward-mode
     differentiation always go through the dispatcher.
     """
+    overload = overloads.triton if backend == "triton" else overloads.compiled
     if (
         torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
@@ -106,6 +123,40 @@ def channels_last_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     batch, channels, height, width = shape
     strides = (height * width * channels, 1, width * channels, channels)
     return torch.empty_strided((batch, channels, height, width), strides, dtype=like.dtype, device=like.device)
+
+
+def _extend(op: Operator[Result], namespace: str, library: Any) -> Callable[..., Result]:
+    """Add to an operator that is defined what it needs from Python; returns its overload."""
+    packet = getattr(getattr(torch.ops, namespace), op.name)
+    overload: Callable[..., Result] = packet.default
+    torch.library.register_fake(f"{namespace}::{op.name}", op.fake, lib=library)
+    library.impl(op.name, _autograd_kernel(op, overload), "Autograd", with_keyset=True)
+    for key, device in _AUTOCAST_DEVICES.items():
+        library.impl(op.name, _autocast_kernel(op, overload, device), key)
+    register_flop_formula(packet)(op.flops)
+    return overload
+
+
+def _triton_kernel(op: Operator[Result]) -> Callable[..., Result]:
+    """`op` by Triton. The shape function checks the arguments and allocates what the kernels fill, so that a trace and
+    a call cannot differ in shapes, strides or what they refuse.
+    """
+
+    def kernel(*args: Any) -> Result:
+        results = op.fake(*args)
+        for t in (args[0], *(results if isinstance(results, tuple) else (results,))):
+            if t.dtype not in DTYPES:
+                allowed = ", ".join(map(str, DTYPES))
+                raise TypeError(f"{op.name}: dtype={t.dtype} is not supported; allowed: {allowed}")
+        if args[0].shape[0] > 0:
+            triton.implementation(op.name)(results, *args)
+        return results
+
+    return kernel
+
+
+def _no_triton_kernel(*args: Any) -> Any:
+    raise RuntimeError("there is no Triton implementation of this operator")
 
 
 def _not_loaded(*args: Any) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from effkernels import reference
 from effkernels.backends import choose
 from effkernels.ops import _checks, _tf32
-from effkernels.ops._registration import Operator, call, call_reference, channels_last_empty, register
+from effkernels.ops._registration import NORM_SCHEMA, Operator, call, call_reference, channels_last_empty, register
 
 NAME = "conv_bn_act"
 
@@ -58,9 +58,11 @@ def conv_bn_act(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    if choose(NAME, x, weight, stride, activation) != "reference":
+    backend = choose(NAME, x, weight, stride, activation)
+    if backend != "reference":
         return call(
-            _overload,
+            _overloads,
+            backend,
             x,
             weight,
             bias,
@@ -104,6 +106,8 @@ def _flops(x: Any, weight: Sequence[int], *args: Any, out_shape: Sequence[int], 
 
 OPERATOR = Operator(
     NAME,
+    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[4] padding, str activation, bool allow_tf32)"
+    " -> Tensor",
     reference.conv_bn_act,
     (
         "x",
@@ -124,4 +128,4 @@ OPERATOR = Operator(
     cast=("x", "weight"),
     follow=("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var"),
 )
-_overload = register(OPERATOR)
+_overloads = register(OPERATOR)

@@ -12,7 +12,7 @@ from torch import Tensor
 from effkernels import reference
 from effkernels.backends import choose
 from effkernels.ops import _checks
-from effkernels.ops._registration import Operator, call, call_reference, channels_last_empty, register
+from effkernels.ops._registration import NORM_SCHEMA, Operator, call, call_reference, channels_last_empty, register
 
 ARGUMENTS = (
     "x",
@@ -28,6 +28,7 @@ ARGUMENTS = (
     "dilation",
     "activation",
 )
+SCHEMA = f"Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[4] padding, int dilation, str activation"
 FOLLOW = ("weight", "bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")
 
 
@@ -76,9 +77,11 @@ def depthwise_bn_act(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    if choose("depthwise_bn_act", x, weight, stride, activation) != "reference":
+    backend = choose("depthwise_bn_act", x, weight, stride, activation)
+    if backend != "reference":
         return call(
             _bn_act,
+            backend,
             x,
             weight,
             bias,
@@ -123,9 +126,11 @@ def depthwise_bn_act_squeeze(
         y: (N, C, H', W') in x's dtype, with exact channels_last strides.
         pooled: (N, C), float32 (float64 where x is float64).
     """
-    if choose("depthwise_bn_act_squeeze", x, weight, stride, activation) != "reference":
+    backend = choose("depthwise_bn_act_squeeze", x, weight, stride, activation)
+    if backend != "reference":
         return call(
             _bn_act_squeeze,
+            backend,
             x,
             weight,
             bias,
@@ -188,10 +193,18 @@ def _flops_bn_act_squeeze(x: Any, weight: Any, *args: Any, out_shape: Any, **kwa
 
 
 BN_ACT = Operator(
-    "depthwise_bn_act", reference.depthwise_bn_act, ARGUMENTS, _fake_bn_act, _flops_bn_act, cast=("x",), follow=FOLLOW
+    "depthwise_bn_act",
+    f"({SCHEMA}) -> Tensor",
+    reference.depthwise_bn_act,
+    ARGUMENTS,
+    _fake_bn_act,
+    _flops_bn_act,
+    cast=("x",),
+    follow=FOLLOW,
 )
 BN_ACT_SQUEEZE = Operator(
     "depthwise_bn_act_squeeze",
+    f"({SCHEMA}) -> (Tensor, Tensor)",
     reference.depthwise_bn_act_squeeze,
     ARGUMENTS,
     _fake_bn_act_squeeze,

@@ -11,7 +11,7 @@ from torch import Tensor
 from effkernels import reference
 from effkernels.backends import choose
 from effkernels.ops import _checks, _tf32
-from effkernels.ops._registration import Operator, call, call_reference, channels_last_empty, register
+from effkernels.ops._registration import NORM_SCHEMA, Operator, call, call_reference, channels_last_empty, register
 
 NAME = "pointwise_bn_act"
 
@@ -60,9 +60,11 @@ def pointwise_bn_act(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    if choose(NAME, x, weight, 1, activation) != "reference":
+    backend = choose(NAME, x, weight, 1, activation)
+    if backend != "reference":
         return call(
-            _overload,
+            _overloads,
+            backend,
             x,
             weight,
             bias,
@@ -106,6 +108,8 @@ def _flops(x: Any, weight: Sequence[int], *args: Any, out_shape: Sequence[int], 
 
 OPERATOR = Operator(
     NAME,
+    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, Tensor? gate, Tensor? residual, str activation, bool allow_tf32)"
+    " -> Tensor",
     reference.pointwise_bn_act,
     (
         "x",
@@ -126,4 +130,4 @@ OPERATOR = Operator(
     cast=("x", "weight", "residual"),
     follow=("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var", "gate"),
 )
-_overload = register(OPERATOR)
+_overloads = register(OPERATOR)

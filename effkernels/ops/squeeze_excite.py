@@ -13,6 +13,7 @@ from effkernels.backends import choose
 from effkernels.ops import _checks, depthwise
 from effkernels.ops._registration import Operator, call, call_reference, channels_last_empty, register
 
+SE_SCHEMA = "Tensor w_reduce, Tensor? b_reduce, Tensor w_expand, Tensor? b_expand, str se_activation, str gate"
 SE_ARGUMENTS = ("w_reduce", "b_reduce", "w_expand", "b_expand", "se_activation", "gate")
 
 
@@ -50,8 +51,9 @@ def squeeze_excite_gate(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    if choose("squeeze_excite_gate", pooled, activation=activation) != "reference":
-        return call(_gate, pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate)
+    backend = choose("squeeze_excite_gate", pooled, activation=activation)
+    if backend != "reference":
+        return call(_gate, backend, pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate)
     _check_gate(pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate)
     return call_reference(GATE, pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate)
 
@@ -89,9 +91,11 @@ def depthwise_bn_act_gate(
         y: (N, C, H', W') in x's dtype, with exact channels_last strides.
         gate: (N, C) in x's dtype.
     """
-    if choose("depthwise_bn_act_gate", x, weight, stride, activation) != "reference":
+    backend = choose("depthwise_bn_act_gate", x, weight, stride, activation)
+    if backend != "reference":
         return call(
             _bn_act_gate,
+            backend,
             x,
             weight,
             bias,
@@ -147,9 +151,11 @@ def depthwise_bn_act_se(
     Returns:
         (N, C, H', W') in x's dtype, with exact channels_last strides.
     """
-    if choose("depthwise_bn_act_se", x, weight, stride, activation) != "reference":
+    backend = choose("depthwise_bn_act_se", x, weight, stride, activation)
+    if backend != "reference":
         return call(
             _bn_act_se,
+            backend,
             x,
             weight,
             bias,
@@ -244,6 +250,7 @@ def _flops_bn_act_se(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: 
 
 GATE = Operator(
     "squeeze_excite_gate",
+    f"(Tensor pooled, {SE_SCHEMA}) -> Tensor",
     reference.squeeze_excite_gate,
     ("pooled", "w_reduce", "b_reduce", "w_expand", "b_expand", "activation", "gate"),
     _fake_gate,
@@ -253,6 +260,7 @@ GATE = Operator(
 )
 BN_ACT_GATE = Operator(
     "depthwise_bn_act_gate",
+    f"({depthwise.SCHEMA}, {SE_SCHEMA}) -> (Tensor, Tensor)",
     reference.depthwise_bn_act_gate,
     depthwise.ARGUMENTS + SE_ARGUMENTS,
     _fake_bn_act_gate,
@@ -262,6 +270,7 @@ BN_ACT_GATE = Operator(
 )
 BN_ACT_SE = Operator(
     "depthwise_bn_act_se",
+    f"({depthwise.SCHEMA}, {SE_SCHEMA}) -> Tensor",
     reference.depthwise_bn_act_se,
     depthwise.ARGUMENTS + SE_ARGUMENTS,
     _fake_bn_act_se,

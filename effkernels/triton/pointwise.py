@@ -1,0 +1,374 @@
+"""`pointwise_bn_act` in Triton: a matrix product whose input is gated as it is read and whose result is finished as it
+is written.
+
+y (M x N) = epilogue((x * gate) (M x K) @ weight^T), M the pixels of all images, K and N the input and output channels,
+weight (N x K) as stored. A program computes one tile of y with all of its k; programs that share rows of x are
+neighbours, so that x comes from memory once and from L2 after that.
+
+One kernel serves every shape. What the compiler must know for 16-byte accesses, that rows start at multiples of so many
+elements, is told by passing channels and strides in vectors: 24 channels of 16 bits are 3 vectors of 8, where Triton's
+own test for multiples of 16 would give up.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from effkernels.triton import _common, _launch
+
+# One chain of additions over 1152 channels would err twice as much as PyTorch's blocked product: exact float32 sums
+# are taken in runs of so many channels. Tensor cores add several products at once and need none.
+EXACT_RUN = 128
+# Below so many pixels per image, a tile takes rows of several images, each with a gate of its own.
+FEWEST_PIXELS_OF_OWN_TILE = 32
+
+
+class Tile(NamedTuple):
+    """How the product is cut: rows and columns of y per program, channels of x per step, and who computes it."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+    stages: int
+
+
+class Rows(NamedTuple):
+    """An image tensor as a matrix: pixel p of image n lies at n * image + p * pixel, channels next to each other."""
+
+    data: Tensor
+    image: int
+    pixel: int
+
+
+def tile_of(
+    images: int,
+    pixels: int,
+    in_channels: int,
+    out_channels: int,
+    dtype: torch.dtype,
+    exact: bool,
+    gated: bool,
+    spans: bool,
+    multiprocessors: int,
+) -> Tile:
+    """The tile for `images` times `pixels` rows on a GPU with so many multiprocessors.
+
+    The largest that gives each of them a tile; small ones read x and weight more often, but from L2. The numbers
+    are what compiles without a spill for sm_80 and sm_90 (tests/triton_gates), not what was measured to be fastest.
+
+    Args:
+        exact: float32 by multiply-adds, not on tensor cores.
+        gated: whether a gate multiplies x, which then passes through registers.
+        spans: whether a tile holds rows of several images.
+    """
+    # Few input channels: writing y outweighs reading x more often, and small tiles overlap the two better.
+    most_columns = 32 if exact else 64 if in_channels <= 96 else 128
+    if out_channels <= most_columns:
+        columns = max(_launch.next_power_of_2(out_channels), 16)  # 16: the least that tl.dot takes
+    elif most_columns == 128:
+        columns = min((128, 64), key=lambda c: _launch.divide_up(out_channels, c) * c)
+    else:
+        columns = most_columns
+    # 128 x 128 takes all registers, leaves one block to a multiprocessor and pays where products outweigh traffic.
+    many_products = dtype.itemsize == 2 and not gated and in_channels >= 256
+    rows = 64 if exact or spans or (columns == 128 and not many_products) else 128
+    while rows > 32 and rows >= 2 * (images * pixels if spans else pixels):
+        rows //= 2
+
+    def tiles() -> int:
+        row_tiles = _launch.divide_up(images * pixels, rows) if spans else images * _launch.divide_up(pixels, rows)
+        return row_tiles * _launch.divide_up(out_channels, columns)
+
+    while tiles() < multiprocessors and (rows > 32 or columns > 32):
+        if rows >= columns and rows > 32:
+            rows //= 2
+        else:
+            columns //= 2
+    widest_step = 64 if dtype.itemsize == 2 else 16 if exact and rows == 32 else 32
+    step = min(max(_launch.next_power_of_2(in_channels), 16), widest_step)
+    # The fewest that spill nowhere; with short steps ptxas aims at fewer registers, and misses with 4.
+    warps = 8 if rows * columns >= 8192 or (rows * columns == 4096 and step < 64) else 4
+    return Tile(rows, columns, step, warps, stages=3)
+
+
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 1 where there is none, which makes every tile the largest: the interpreter's time goes by programs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@triton.jit
+def nearest_tf32(x):
+    """Rounded to the nearest TF32. A tensor core by itself drops the bits that it does not take, and its error is then
+    of one sign: 2.6 times that of rounding, which is what cuBLAS does.
+    """
+    bits = tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], dtype=tl.int32, is_pure=True, pack=1)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _multiply(
+    total,
+    first,
+    last,
+    x_rows,
+    gate_rows,
+    weight_columns,
+    row_inside,
+    column_inside,
+    in_channels,
+    GATED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Add the products of channels `first` to `last` to `total`."""
+    for start in range(first, last, STEP):
+        k = start + tl.arange(0, STEP)
+        inside = k < in_channels
+        x = tl.load(x_rows + k[None, :], mask=row_inside[:, None] & inside[None, :], other=0.0)
+        if GATED:
+            gate = tl.load(gate_rows + k[None, :], mask=inside[None, :], other=0.0)
+            # Rounded twice, the gate and the product, as PyTorch's x * gate.to(x.dtype) is.
+            x = (x.to(tl.float32) * gate.to(DTYPE).to(tl.float32)).to(DTYPE)
+        weight = tl.load(weight_columns + k[:, None], mask=inside[:, None] & column_inside[None, :], other=0.0)
+        weight = weight.to(DTYPE)
+        if ROUNDED:
+            x = nearest_tf32(x)
+            weight = nearest_tf32(weight)
+        total = tl.dot(x, weight, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit(
+    do_not_specialize=[
+        "rows",
+        "pixels",
+        "row_tiles",
+        "column_tiles",
+        "in_vectors",
+        "out_vectors",
+        "x_image",
+        "x_pixel",
+        "residual_image",
+        "residual_pixel",
+    ]
+)
+def pointwise_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    norm_mean_ptr,
+    norm_var_ptr,
+    gate_ptr,
+    residual_ptr,
+    y_ptr,
+    eps,
+    rows,
+    pixels,
+    row_tiles,
+    column_tiles,
+    in_vectors,
+    out_vectors,
+    x_image,
+    x_pixel,
+    residual_image,
+    residual_pixel,
+    ACTIVATION: tl.constexpr,
+    SPANS: tl.constexpr,
+    IN_VECTOR: tl.constexpr,
+    OUT_VECTOR: tl.constexpr,
+    X_VECTOR: tl.constexpr,
+    RESIDUAL_VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    RUN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """One tile of y. `row_tiles` counts those of an image, or of all rows where a tile spans images (SPANS)."""
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    GATED: tl.constexpr = gate_ptr is not None
+    in_channels = in_vectors * IN_VECTOR
+    out_channels = out_vectors * OUT_VECTOR
+    program = tl.program_id(0)
+    column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    column_inside = column < out_channels
+    row_tile = program // column_tiles
+    if SPANS:
+        row = row_tile.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row_inside = row < rows
+        row = tl.minimum(row, rows - 1)  # its image's gate is read, whatever the row
+        image = row // pixels
+        pixel = row % pixels
+    else:
+        image = (row_tile // row_tiles).to(tl.int64)
+        pixel = (row_tile % row_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        row_inside = pixel < pixels
+        row = image * pixels + pixel
+
+    x_rows = x_ptr + ((image * x_image + pixel * x_pixel) * X_VECTOR)[:, None]
+    weight_columns = weight_ptr + (column.to(tl.int64) * in_channels)[None, :]
+    gate_rows = gate_ptr
+    if GATED:
+        gate_rows = gate_ptr + ((image * in_channels)[:, None] if SPANS else image * in_channels)
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if RUN > 0:
+        for first in range(0, in_channels, RUN):
+            run = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            total += _multiply(
+                run,
+                first,
+                tl.minimum(first + RUN, in_channels),
+                x_rows,
+                gate_rows,
+                weight_columns,
+                row_inside,
+                column_inside,
+                in_channels,
+                GATED,
+                DTYPE,
+                PRECISION,
+                ROUNDED,
+                STEP,
+            )
+    else:
+        total = _multiply(
+            total,
+            0,
+            in_channels,
+            x_rows,
+            gate_rows,
+            weight_columns,
+            row_inside,
+            column_inside,
+            in_channels,
+            GATED,
+            DTYPE,
+            PRECISION,
+            ROUNDED,
+            STEP,
+        )
+
+    scale, shift = _common.scale_shift(
+        column, column_inside, bias_ptr, norm_weight_ptr, norm_bias_ptr, norm_mean_ptr, norm_var_ptr, eps
+    )
+    y = _common.activate(total * scale[None, :] + shift[None, :], ACTIVATION)
+    inside = row_inside[:, None] & column_inside[None, :]
+    if residual_ptr is not None:
+        residual_rows = residual_ptr + ((image * residual_image + pixel * residual_pixel) * RESIDUAL_VECTOR)[:, None]
+        y += tl.load(residual_rows + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + (row * out_channels)[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+def pointwise_bn_act(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    norm_mean: Tensor | None,
+    norm_var: Tensor | None,
+    eps: float,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+    allow_tf32: bool,
+) -> None:
+    """Fill `out` (N, C_out, H, W), exact channels_last; arguments as in effkernels.ops.pointwise_bn_act, checked."""
+    images, in_channels, height, width = x.shape
+    out_channels, pixels = weight.shape[0], height * width
+    x_rows = _rows(x)
+    residual_rows = None if residual is None else _rows(residual)
+    given = [x_rows] if residual_rows is None else [x_rows, residual_rows]
+    if gate is None and all(r.image == pixels * r.pixel for r in given):
+        images, pixels = 1, images * pixels  # one tall image: no tile ends where an image does
+    spans = images > 1 and pixels < FEWEST_PIXELS_OF_OWN_TILE
+    rows = images * pixels
+
+    exact = x.dtype == torch.float32 and not allow_tf32
+    tf32 = x.dtype == torch.float32 and allow_tf32
+    cut = (images, pixels, in_channels, out_channels, x.dtype, exact, gate is not None, spans)
+    tile = tile_of(*cut, multiprocessors(x.device))
+    row_tiles = _launch.divide_up(rows if spans else pixels, tile.rows)
+    column_tiles = _launch.divide_up(out_channels, tile.columns)
+    in_vector, out_vector = _vector(x.dtype, in_channels), _vector(x.dtype, out_channels)
+    x_vector = _vector(x.dtype, x_rows.image, x_rows.pixel)
+    residual_image, residual_pixel = (0, 0) if residual_rows is None else residual_rows[1:]
+    residual_vector = _vector(x.dtype, residual_image, residual_pixel)
+    _launch.run(
+        pointwise_kernel,
+        ((1 if spans else images) * row_tiles * column_tiles,),
+        x_rows.data,
+        _launch.dense(weight),
+        _launch.dense(bias),
+        _launch.dense(norm_weight),
+        _launch.dense(norm_bias),
+        _launch.dense(norm_mean),
+        _launch.dense(norm_var),
+        _launch.dense(gate),
+        None if residual_rows is None else residual_rows.data,
+        out,
+        eps,
+        rows,
+        pixels,
+        row_tiles,
+        column_tiles,
+        in_channels // in_vector,
+        out_channels // out_vector,
+        x_rows.image // x_vector,
+        x_rows.pixel // x_vector,
+        residual_image // residual_vector,
+        residual_pixel // residual_vector,
+        ACTIVATION=_launch.activation_for(activation, x.dtype),
+        SPANS=spans,
+        IN_VECTOR=in_vector,
+        OUT_VECTOR=out_vector,
+        X_VECTOR=x_vector,
+        RESIDUAL_VECTOR=residual_vector,
+        PRECISION="tf32" if tf32 else "ieee",
+        ROUNDED=tf32 and not _launch.INTERPRETED and torch.version.hip is None,
+        RUN=EXACT_RUN if exact and in_channels > EXACT_RUN else 0,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        STEP=tile.step,
+        num_warps=tile.warps,
+        # 64 KB of shared memory on AMD's GPUs, whose compiler keeps one stage in registers
+        num_stages=tile.stages if torch.version.hip is None else 2,
+    )
+
+
+OPERATORS = {"pointwise_bn_act": pointwise_bn_act}
+
+
+def _rows(t: Tensor) -> Rows:
+    """`t` as a matrix; a copy where its channels, or its rows of pixels, do not follow each other."""
+    images, _, height, width = t.shape
+    t = _launch.channels_last(t)
+    image, row, pixel = _launch.image_strides(t)
+    if height > 1 and width > 1 and row != width * pixel:
+        t = t.contiguous(memory_format=torch.channels_last)
+        image, row, pixel = _launch.image_strides(t)
+    pixel = pixel if width > 1 else row
+    # The strides that an axis of size 1 would have if it had more: then all pixels of all images may be one matrix.
+    if height * width == 1:
+        pixel = image
+    if images == 1:
+        image = height * width * pixel
+    return Rows(t, image, pixel)
+
+
+def _vector(dtype: torch.dtype, *multiples: int) -> int:
+    """The most elements, of 16 bytes, that all of `multiples` are multiples of."""
+    return math.gcd(16 // dtype.itemsize, *multiples)

@@ -1,0 +1,155 @@
+"""What Triton makes of its kernels for GPUs that are not there: no spills, wide accesses, tensor cores, short code.
+
+Each architecture is compiled by a process of its own (tests/triton_gates), at the shapes of EfficientNet and at
+odd ones. The interpreter's tests say that a kernel is right, and accept code that does not compile; these are the other
+half.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import importlib.util
+import os
+import pickle
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from triton_gates import amd, rules
+from triton_gates.amd import AmdKernel
+from triton_gates.calls import CALLS
+from triton_gates.rules import TritonKernel
+
+from benchmarks.kernel_economy.rules import Rule, in_registers, resident_threads, wide_loads, wide_stores
+from effkernels import triton as families
+
+TESTS = Path(__file__).parent
+ARCHITECTURES = (80, 90)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What triton_gates.worker read; compiled once for all processes of a test run."""
+    need_triton()
+    return readings(request.param, tmp_path_factory.getbasetemp().parent)
+
+
+def need_triton() -> None:
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed")
+
+
+def readings(arch: int | str, folder: Path) -> dict[str, Any]:
+    target = folder / f"triton-{arch}-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}.pickle"
+    with open(target.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.exists():
+            environment = {
+                **os.environ,
+                "TRITON_INTERPRET": "0",
+                "TRITON_CACHE_DIR": str(target.with_suffix(".cache")),  # a warm cache would hide the compile time
+                "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))),
+            }
+            command = [sys.executable, "-m", "triton_gates.worker", str(arch), str(target)]
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr[-4000:]
+    found: dict[str, Any] = pickle.loads(target.read_bytes())
+    return found
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> list[AmdKernel]:
+    """The kernels for an AMD GPU."""
+    need_triton()
+    from triton.backends import backends as targets
+
+    if "amd" not in targets:
+        pytest.skip("this Triton has no compiler for AMD's GPUs")
+    found: list[AmdKernel] = readings(amd.ARCHITECTURE, tmp_path_factory.getbasetemp().parent)["calls"]
+    return found
+
+
+class TestTheKernels:
+    def test_keep_every_claim(self, compiled: dict[str, Any]) -> None:
+        broken = rules.all_broken(compiled["calls"])
+        assert not broken, "\n".join(broken)
+
+    def test_every_kernel_with_a_claim_is_compiled(self, compiled: dict[str, Any]) -> None:
+        assert {kernel.name for kernel in compiled["calls"]} == set(rules.CLAIMS)
+
+    def test_every_operator_of_triton_is_compiled_in_both_sizes_of_a_number(self) -> None:
+        wanted = {(op, size) for op in families.FAMILIES for size in (2, 4)}
+        assert wanted <= {(call.op, call.dtype.itemsize) for call in CALLS}
+
+
+class TestForAmd:
+    def test_kernels_are_sound(self, kernels: list[AmdKernel]) -> None:
+        assert {kernel.name for kernel in kernels} == set(rules.CLAIMS)
+        broken = [line for kernel in kernels for line in amd.broken(kernel)]
+        assert not broken, "\n".join(broken)
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"scratch": 16}, "16 bytes of scratch"),
+            ({"shared": 2**17}, "bytes of shared memory"),
+            ({"instructions": Counter(["buffer_load_dwordx4"])}, "no matrix instruction"),
+            ({"instructions": Counter(["v_mfma_f32_32x32x8_bf16"])}, "no load of 16 bytes"),
+        ],
+        ids=lambda value: value if isinstance(value, str) else "",
+    )
+    def test_what_is_not_sound_is_found(self, kernels: list[AmdKernel], change: dict[str, Any], message: str) -> None:
+        good = next(kernel for kernel in kernels if kernel.name == "pointwise_kernel" and kernel.call.wide)
+        (line,) = amd.broken(dataclasses.replace(good, **change))
+        assert message in line
+
+
+class TestTheRules:
+    """Each rule passes a good kernel and finds the one that is bad in its way."""
+
+    @pytest.mark.parametrize(
+        ("rule", "good", "bad"),
+        [
+            (in_registers, "good", "one warp"),
+            (rules.no_narrow_loads, "good", "element by element"),
+            (wide_stores, "good", "element by element"),
+            (rules.some_wide_stores, "good", "element by element"),
+            (wide_loads(1), "good", "element by element"),
+            (rules.copies_asynchronously, "good", "waiting for every load"),
+            (rules.tensor_cores, "good", "exact"),
+            (rules.no_tensor_cores, "exact", "good"),
+            (rules.shared_fits, "good", "eight stages"),
+            (rules.one_tanh_per_element, "good", "two special functions"),
+            (rules.short_code, "exact", "unrolled"),
+            (resident_threads(256), "good", "one warp"),
+        ],
+        ids=lambda value: getattr(value, "__qualname__", str(value)),
+    )
+    def test_find_their_mutant(self, compiled: dict[str, Any], rule: Rule, good: str, bad: str) -> None:
+        mutants = compiled["mutants"]
+        assert rule(mutants[good]) is None
+        assert rule(mutants[bad])
+
+    def test_a_slow_compilation_is_found(self, compiled: dict[str, Any]) -> None:
+        good: TritonKernel = compiled["mutants"]["good"]
+        assert 0 < good.seconds <= rules.MOST_SECONDS
+        assert rules.compiles_quickly(good) is None
+        assert rules.compiles_quickly(dataclasses.replace(good, seconds=rules.MOST_SECONDS + 1))
+
+    def test_a_product_of_cut_off_factors_is_found(self, compiled: dict[str, Any]) -> None:
+        kernel: TritonKernel = next(k for k in compiled["calls"] if k.call.allow_tf32)
+        assert rules.broken(kernel) == []
+        assert "no rounding to TF32" in rules.broken(dataclasses.replace(kernel, roundings=0))[0]
+
+    def test_a_kernel_without_a_claim_is_reported(self, compiled: dict[str, Any]) -> None:
+        assert "no claim" in rules.broken(compiled["mutants"]["good"])[0]
+
+    def test_a_broken_claim_names_the_call(self, compiled: dict[str, Any]) -> None:
+        kernel: TritonKernel = next(k for k in compiled["calls"] if k.name == "scale_kernel")
+        (line,) = rules.broken(dataclasses.replace(kernel, instructions=kernel.instructions + Counter({"LDL": 2})))
+        assert str(kernel.call) in line
+        assert "2 loads and stores of local memory" in line

@@ -1,0 +1,177 @@
+"""What the Triton kernels promise, and whether what the compiler made of them keeps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+from triton_gates.calls import FLOAT32, Call
+
+from benchmarks.kernel_economy.reading import Kernel
+from benchmarks.kernel_economy.rules import (
+    Rule,
+    exact_products,
+    in_registers,
+    resident_threads,
+    wide_loads,
+    wide_stores,
+)
+
+# Of an A100 and of an H100 or H200, for which the kernels are compiled.
+MULTIPROCESSORS = {80: 108, 90: 132}
+# Of a block. Kernels do not ask for the architecture, so what is compiled for sm_80 must also fit sm_86 and sm_89.
+MOST_SHARED = {80: 99 * 1024, 90: 227 * 1024}
+# The longest kernel here has 2500; beyond, the instruction cache (128 KB, 16 bytes each) is not for one kernel alone.
+MOST_INSTRUCTIONS = 6000
+# Processor seconds, the assembler's among them. A user waits this long at the first call of a new kind.
+MOST_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class TritonKernel(Kernel):
+    """One kernel as Triton compiled it. `shared` counts what a block asks for at launch.
+
+    Attributes:
+        call: of the operator that launches it; None for a kernel of the tests.
+        roundings: to TF32, in the PTX.
+        seconds: processor time of its compilation.
+    """
+
+    call: Call | None
+    roundings: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.name} (sm_{self.arch}, {self.registers} registers) of {self.call}"
+
+
+def shared_fits(kernel: TritonKernel) -> str | None:
+    """A block's shared memory is there on every GPU that runs this code."""
+    most = MOST_SHARED[kernel.arch] + (1024 if kernel.arch >= 90 else 0)
+    return None if kernel.shared <= most else f"{kernel.shared} bytes of shared memory; {most} is the most"
+
+
+def short_code(kernel: TritonKernel) -> str | None:
+    """No loop is unrolled beyond measure."""
+    count = kernel.instructions.total()
+    return None if count <= MOST_INSTRUCTIONS else f"{count} instructions; {MOST_INSTRUCTIONS} is the most"
+
+
+def compiles_quickly(kernel: TritonKernel) -> str | None:
+    """Nobody waits long at the first call."""
+    if kernel.seconds <= MOST_SECONDS:
+        return None
+    return f"compiled for {kernel.seconds:.1f} seconds; {MOST_SECONDS:.0f} is the most"
+
+
+def no_narrow_loads(kernel: TritonKernel) -> str | None:
+    """Nothing is read by elements of 16 bits, through registers or asynchronously."""
+    narrow = kernel.accesses("LDG")[2] + kernel.accesses("LDGSTS")[2]
+    return f"{narrow} loads of 2 bytes" if narrow else None
+
+
+def copies_asynchronously(kernel: TritonKernel) -> str | None:
+    """The slices of the factors come by 16-byte cp.async while earlier ones are multiplied."""
+    return None if kernel.accesses("LDGSTS")[16] else "no 16-byte cp.async"
+
+
+def tensor_cores(kernel: TritonKernel) -> str | None:
+    """Products run on the tensor cores, those of sm_90 by either of its two instructions."""
+    found = kernel.count("HMMA") + (kernel.count("HGMMA") if kernel.arch >= 90 else 0)
+    return None if found else "no tensor-core instruction"
+
+
+def no_tensor_cores(kernel: TritonKernel) -> str | None:
+    """Exact float32: by multiply-adds."""
+    if kernel.count("HGMMA"):
+        return "tensor-core instructions in a kernel that promises exact float32"
+    return exact_products(kernel)
+
+
+def rounds_to_tf32(kernel: TritonKernel) -> str | None:
+    """Both factors of a TF32 product are rounded to the nearest: a tensor core alone would cut bits off."""
+    return None if kernel.roundings else "no rounding to TF32"
+
+
+def one_tanh_per_element(kernel: TritonKernel) -> str | None:
+    """In 16-bit types swish costs one special-function instruction for each element of the 16-byte stores."""
+    found, wanted = kernel.special_functions["TANH"], 8 * kernel.accesses("STG")[16]
+    return None if found == wanted else f"{found} MUFU.TANH for {wanted} elements; swish takes one for each"
+
+
+def some_wide_stores(kernel: TritonKernel) -> str | None:
+    """Images leave in 16-byte stores; a gate of a channel or two beside them need not."""
+    return None if kernel.accesses("STG")[16] else "no store of 16 bytes"
+
+
+EVERY: tuple[Rule, ...] = (in_registers, shared_fits, short_code, compiles_quickly, resident_threads(256))
+
+
+def _pointwise(call: Call) -> Iterator[Rule]:
+    yield no_tensor_cores if call.exact else tensor_cores
+    if call.allow_tf32:
+        yield rounds_to_tf32
+    if call.wide:
+        yield from (copies_asynchronously, no_narrow_loads, wide_stores)
+        yield from _swish(call)
+
+
+def _depthwise(call: Call) -> Iterator[Rule]:
+    if not call.wide:
+        return
+    yield wide_loads(call.kernel)  # a row of inputs, at the least
+    yield some_wide_stores
+    if not call.reduced:
+        yield wide_stores
+        yield from _swish(call)
+        if call.weight is FLOAT32:  # weights of 16 bits are read as they are stored, a tap of a channel at a time
+            yield no_narrow_loads
+
+
+def _swish(call: Call) -> Iterator[Rule]:
+    if call.activation == "silu" and call.dtype is not FLOAT32:
+        yield one_tanh_per_element
+
+
+def _scale(call: Call) -> Iterator[Rule]:
+    yield from (wide_loads(), wide_stores)
+
+
+def _conv(call: Call) -> Iterator[Rule]:
+    yield no_tensor_cores if call.exact else tensor_cores
+    if call.allow_tf32:
+        yield rounds_to_tf32
+    if call.out * call.dtype.itemsize % 16 == 0:  # the input is gathered, whatever its channels
+        yield wide_stores
+        yield from _swish(call)
+
+
+def _norm_act(call: Call) -> Iterator[Rule]:
+    yield from (wide_loads(), no_narrow_loads, wide_stores, *_swish(call))
+
+
+def _squeeze_excite(call: Call) -> Iterator[Rule]:
+    yield from ()  # a few kilobytes from L2: nothing but what every kernel promises
+
+
+# By the name of the kernel: what it promises beside EVERY, for a call that launches it.
+CLAIMS: dict[str, Callable[[Call], Iterator[Rule]]] = {
+    "pointwise_kernel": _pointwise,
+    "depthwise_kernel": _depthwise,
+    "scale_kernel": _scale,
+    "conv_kernel": _conv,
+    "norm_act_kernel": _norm_act,
+    "squeeze_excite_kernel": _squeeze_excite,
+}
+
+
+def broken(kernel: TritonKernel) -> list[str]:
+    """One line for everything that is not as claimed."""
+    if kernel.call is None or kernel.name not in CLAIMS:
+        return [f"{kernel}: no claim: add one to CLAIMS"]
+    rules = (*EVERY, *CLAIMS[kernel.name](kernel.call))
+    return [f"{kernel}: {message}" for rule in rules if (message := rule(kernel))]
+
+
+def all_broken(kernels: Iterable[TritonKernel]) -> list[str]:
+    return [line for kernel in kernels for line in broken(kernel)]

@@ -1,0 +1,99 @@
+"""Sets up the process of `EFFKERNELS_TEST_FLAVOUR=triton`: Triton interprets its kernels, and bfloat16 is right.
+
+TRITON_INTERPRET has to stand before effkernels is imported, hence a process, and a test run, of its own.
+
+Triton's interpreter keeps a bfloat16 as its 16 bits. It converts by truncation instead of rounding, and computes with
+the bits as if they were numbers. The conversions are replaced here, and arithmetic in bfloat16 is refused: the kernels
+compute in float32 and cast explicitly.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+from typing import Any
+
+# Whether Triton interprets in this process.
+ACTIVE = os.environ.get("EFFKERNELS_TEST_FLAVOUR") == "triton" and importlib.util.find_spec("triton") is not None
+
+
+def _hasten() -> None:
+    """A kernel that calls another @triton.jit function patches the whole of triton.language again, though its own start
+    did so: most of the time of a test. What is patched at first is remembered here, and nested calls go straight on.
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang
+    seen: set[int] = set()
+    execute = interpreter.GridExecutor.__call__
+
+    def patch_once(function: Any) -> Any:
+        langs = {id(value) for value in function.__globals__.values() if inspect.ismodule(value)}
+        if langs <= seen:
+            return interpreter._LangPatchScope() if hasattr(interpreter, "_LangPatchScope") else None
+        seen.update(langs)
+        return patch(function)
+
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.clear()
+        return execute(self, *args, **kwargs)
+
+    interpreter._patch_lang = patch_once
+    interpreter.GridExecutor.__call__ = run
+
+
+def _repair() -> None:
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    dot, cast, binary = builder.create_dot, builder.cast_impl, builder.binary_op
+
+    def is_bfloat16(value: Any) -> bool:
+        return bool(value.dtype.scalar == tl.bfloat16)
+
+    def widened(value: Any) -> Any:
+        if not is_bfloat16(value):
+            return value
+        return handle((value.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def rounded(data: Any) -> Any:
+        """The bits of the nearest bfloat16, ties to even."""
+        data = np.ascontiguousarray(data, dtype=np.float32)
+        bits = data.view(np.uint32).astype(np.uint64)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        return np.where(np.isnan(data), np.uint16(0x7FC0), nearest.astype(np.uint16))
+
+    def cast_impl(self: Any, source: Any, target: Any) -> Any:
+        if target.scalar == tl.bfloat16:
+            return source if is_bfloat16(source) else handle(rounded(source.data), tl.bfloat16)
+        if is_bfloat16(source):
+            source = widened(source)
+            return source if target.scalar == tl.float32 else cast(self, source, target)
+        return cast(self, source, target)
+
+    def binary_op(self: Any, left: Any, right: Any, operation: Any) -> Any:
+        if is_bfloat16(left) or is_bfloat16(right):
+            raise NotImplementedError("arithmetic in bfloat16 is not interpreted rightly: compute in float32")
+        return binary(self, left, right, operation)
+
+    builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    builder.cast_impl = cast_impl
+    builder.binary_op = binary_op
+    for name in (
+        "create_si_to_fp",
+        "create_ui_to_fp",
+        "create_fp_to_si",
+        "create_fp_to_ui",
+        "create_fp_ext",
+        "create_fp_trunc",
+    ):
+        setattr(builder, name, lambda self, source, target: self.cast_impl(source, target))
+
+
+if ACTIVE:
+    os.environ["TRITON_INTERPRET"] = "1"
+    _repair()
+    _hasten()
