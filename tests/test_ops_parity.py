@@ -10,7 +10,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from conftest import Backend, need
+from conftest import FLAVOUR, Backend, need
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import ALL_OPS, DEPTHWISE_OPS, DTYPES, IMAGE_OPS, LAYOUTS, ODD_CHANNELS, ODD_PLANES, Case
@@ -63,6 +63,8 @@ def check(case: Case, backend: Backend) -> None:
         yardsticks.append(draw)
         if (seed + 1) * outputs[0].numel() >= ENOUGH_ELEMENTS or outputs[0].numel() == 0:
             break
+    if FLAVOUR in ("race", "asan"):  # they watch accesses; the plain flavour judges the values of the very same kernels
+        return
     for i in range(len(results[0])):
         assert_parity(
             joined([outputs[i] for outputs in results]),
