@@ -76,7 +76,7 @@ def _repair() -> None:
 
     def binary_op(self: Any, left: Any, right: Any, operation: Any) -> Any:
         if is_bfloat16(left) or is_bfloat16(right):
-            raise NotImplementedError("arithmetic in bfloat16 is not interpreted rightly: compute in float32")
+            raise TypeError("arithmetic in bfloat16; allowed: float32, as the interpreter gets bfloat16 wrong")
         return binary(self, left, right, operation)
 
     builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
