@@ -27,6 +27,18 @@ struct Launch {
   bool cooperative = false;  // every block resident at once, or the launch is refused
 };
 
+// A launch as it was planned.
+inline Launch launch_of(const PlannedLaunch& planned, void* stream) {
+  Launch at;
+  at.grid = dim3(static_cast<unsigned>(planned.grid));
+  at.block = dim3(static_cast<unsigned>(planned.block_x), static_cast<unsigned>(planned.block_y));
+  at.shared_bytes = static_cast<size_t>(planned.shared_bytes);
+  at.stream = static_cast<cudaStream_t>(stream);
+  at.cluster = static_cast<unsigned>(planned.cluster);
+  at.cooperative = planned.cooperative;
+  return at;
+}
+
 // What CUDA says to a launch that it refuses, and the launch where it does not.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_uncounted(void (*kernel)(Parameters...), const Launch& at, const Arguments&... arguments) {

@@ -8,15 +8,6 @@
 namespace effkernels::cuda {
 namespace {
 
-Launch launch_of(const PlannedLaunch& planned, void* stream) {
-  Launch at;
-  at.grid = dim3(static_cast<unsigned>(planned.grid));
-  at.block = dim3(planned.block_x, planned.block_y);
-  at.shared_bytes = static_cast<size_t>(planned.shared_bytes);
-  at.stream = static_cast<cudaStream_t>(stream);
-  return at;
-}
-
 template <class T>
 cudaError_t run_norm_act(const NormActParams& p, const NormActPlan& plan, const Launch& at) {
   return plan.vectors ? launch(norm_act<T, kVectorOf<T>>, at, p, plan) : launch(norm_act<T, 1>, at, p, plan);

@@ -29,13 +29,7 @@ const char* launch_depthwise(const DepthwiseCall& call, const DepthwisePlan& pla
   if (call.se != nullptr) arguments.se = *call.se;
   arguments.plan = plan;
   arguments.work = work;
-  Launch at;
-  at.grid = dim3(static_cast<unsigned>(planned.grid));
-  at.block = dim3(static_cast<unsigned>(planned.block_x));
-  at.shared_bytes = static_cast<size_t>(planned.shared_bytes);
-  at.stream = static_cast<cudaStream_t>(stream);
-  at.cluster = static_cast<unsigned>(planned.cluster);
-  at.cooperative = planned.cooperative;
+  const Launch at = launch_of(planned, stream);
 
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.dtype) {

@@ -10,12 +10,7 @@ const char* launch_pointwise(const PointwiseParams& p, const PointwisePlan& plan
   constexpr int64_t kMostChannels = 1 << 30;  // indices of channels, and a stage beyond them, have 32 bits
   if (p.in_channels > kMostChannels || p.out_channels > kMostChannels) return "more channels than 32 bits index";
   if (plan.blocks > std::numeric_limits<int32_t>::max()) return "more blocks than one launch can hold";
-  const PlannedLaunch planned = planned_launches(p, plan)[0];
-  Launch at;
-  at.grid = dim3(static_cast<unsigned>(planned.grid));
-  at.block = dim3(planned.block_x);
-  at.shared_bytes = static_cast<size_t>(planned.shared_bytes);
-  at.stream = static_cast<cudaStream_t>(stream);
+  const Launch at = launch_of(planned_launches(p, plan)[0], stream);
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::kFloat32:

@@ -18,12 +18,7 @@ const char* launch_squeeze_excite(const SqueezeExciteParams& p, const SqueezeExc
   if (p.batch == 0) return nullptr;
   if (plan.blocks > std::numeric_limits<int32_t>::max()) return "more blocks than one launch can hold";
   if (p.channels > std::numeric_limits<int32_t>::max() / kMostImagesOfGate) return "more channels than 32 bits index";
-  const PlannedLaunch planned = planned_launches(p, plan)[0];
-  Launch at;
-  at.grid = dim3(static_cast<unsigned>(planned.grid));
-  at.block = dim3(planned.block_x);
-  at.shared_bytes = static_cast<size_t>(planned.shared_bytes);
-  at.stream = static_cast<cudaStream_t>(stream);
+  const Launch at = launch_of(planned_launches(p, plan)[0], stream);
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.gate_dtype) {
     case DType::kFloat32:
@@ -41,10 +36,7 @@ const char* launch_squeeze_excite(const SqueezeExciteParams& p, const SqueezeExc
 
 const char* launch_scale(const ScaleParams& p, const ScalePlan& plan, void* stream) {
   if (p.batch * p.pixels * p.channels == 0) return nullptr;
-  Launch at;
-  at.grid = dim3(static_cast<unsigned>(plan.blocks));
-  at.block = dim3(kScaleThreads);
-  at.stream = static_cast<cudaStream_t>(stream);
+  const Launch at = launch_of(planned_launches(p, plan)[0], stream);
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::kFloat32:
