@@ -11,6 +11,11 @@ TEST_ARGS ?=
 TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -gt 8 ] && echo 8 || echo $$cores)
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
 BENCH_ARGS ?=
+# What a clone is built for: this machine's GPUs, or sm_90 where there is none. One architecture takes 45 seconds on two
+# cores; `make wheel` builds for all of them.
+THIS_MACHINE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d ". " | \
+  awk '$$1 ~ /^[0-9]+$$/ && $$1 >= 80' | sort -nu | paste -sd ";" -)
+export EFFKERNELS_CUDA_ARCHS ?= $(or $(THIS_MACHINE),90)
 PARTS ?=
 GPU_CHECK_ARGS ?=
 
@@ -80,7 +85,7 @@ format: setup ## put every source into the project's format
 	$(BIN)/clang-format -i $(FORMATTED_SOURCES)
 
 wheel: setup ## pack the wheel for this platform into dist/
-	$(PIP) wheel . --no-build-isolation --no-deps --wheel-dir dist
+	env -u EFFKERNELS_CUDA_ARCHS $(PIP) wheel . --no-build-isolation --no-deps --wheel-dir dist
 
 clean: ## remove what the build made, keep .venv
 	rm -rf build dist effkernels/lib effkernels.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -10,8 +10,9 @@ reason, `choose` picks, and `backend` forces a choice for a while:
 The environment variable EFFKERNELS_BACKEND sets the choice a process starts with; it is read once, at import.
 
 A choice depends on device, dtype, channels, kernel size, stride and activation only, never on batch, height or width,
-so that a trace with dynamic sizes stays one graph. The state is a plain module variable, which torch.compile guards;
-it belongs to the process, not to a thread.
+so that a trace with dynamic sizes stays one graph. Where both kinds of kernels run on a GPU, the compiled ones do,
+unless `effkernels tune` found the Triton kernel faster there (effkernels.tuning). The state is a plain module variable,
+which torch.compile guards; it belongs to the process, not to a thread.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from effkernels import _library, triton
+from effkernels import _library, triton, tuning
+from effkernels.tuning import BackendKey
 
 BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
 OPERATORS: tuple[str, ...] = (
@@ -34,6 +36,7 @@ OPERATORS: tuple[str, ...] = (
     "depthwise_bn_act_gate",
     "depthwise_bn_act_se",
     "pointwise_bn_act",
+    "expand_depthwise_squeeze",
     "conv_bn_act",
 )
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -70,6 +73,9 @@ def _checked(name: str, source: str) -> str:
 
 
 _cuda_problems: dict[int, str] = {}  # by device index: why the compiled kernels cannot run there, "" where they can
+_cuda_runs_on: dict[int, bool] = {}  # by device index: whether they can
+# By device index: the calls that Triton is faster at, as (op, dtype, channels, kernel size, stride, activation).
+_faster_by_triton: dict[int, dict[tuple[object, ...], str]] = {}
 _selected: str = _checked(os.environ.get("EFFKERNELS_BACKEND") or "auto", "EFFKERNELS_BACKEND")
 
 
@@ -177,15 +183,17 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, ac
     if _selected == "auto":
         if x.is_cpu:
             return "cpu" if op in _COMPILED_CPU and x.dtype in DTYPES else "reference"
-        if x.is_cuda and op in _COMPILED_CUDA and x.dtype in DTYPES and _cuda_problems.get(x.get_device()) == "":
-            return "cuda"
+        if x.is_cuda and op in _COMPILED_CUDA and x.dtype in DTYPES and _cuda_runs(x.get_device()):
+            faster = _faster_by_triton.get(x.get_device())
+            if not faster:  # nothing is tuned on this GPU
+                return "cuda"
+            return faster.get((op, x.dtype, *_sizes_of(x, weight), stride, activation), "cuda")
         candidates = BACKENDS if x.is_cuda else ("cpu", "reference")
     elif _selected == "reference":
         return "reference"
     else:
         candidates = (_selected,)
-    channels = x.shape[1] if x.dim() > 1 else None
-    kernel_size = weight.shape[3] if weight is not None and weight.dim() == 4 else None
+    channels, kernel_size = _sizes_of(x, weight)
     reason = ""
     for name in candidates:
         if name == "reference":
@@ -208,6 +216,19 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, ac
 _CAN_RUN = {"cuda": can_run_cuda, "triton": can_run_triton, "cpu": can_run_cpu}
 
 
+def key_of(
+    op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, activation: str = "identity"
+) -> BackendKey:
+    """What a tuned plan knows the choice of a call by; arguments as in `choose`."""
+    return BackendKey(op, str(x.dtype).removeprefix("torch."), *_sizes_of(x, weight), stride, activation)
+
+
+def _sizes_of(x: Tensor, weight: Tensor | None) -> tuple[int | None, int | None]:
+    """Channels and kernel size of a call, None where there is none."""
+    channels = x.shape[1] if x.dim() > 1 else None
+    return channels, weight.shape[3] if weight is not None and weight.dim() == 4 else None
+
+
 def _can_run_compiled(
     op: str, name: str, compiled: frozenset[str], device: torch.device, dtype: torch.dtype, kernel_size: int | None
 ) -> Decision:
@@ -226,10 +247,35 @@ def _can_run_call(op: str, dtype: torch.dtype, kernel_size: int | None) -> Decis
     """What every backend with kernels of its own asks of a call."""
     if dtype not in DTYPES:
         return Decision(False, f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
-    if kernel_size is not None and op.startswith("depthwise") and kernel_size not in DEPTHWISE_KERNEL_SIZES:
+    if kernel_size is not None and "depthwise" in op and kernel_size not in DEPTHWISE_KERNEL_SIZES:
         allowed = ", ".join(map(str, DEPTHWISE_KERNEL_SIZES))
         return Decision(False, f"kernel_size={kernel_size} is not supported; allowed: {allowed}")
     return Decision(True, "")
+
+
+# A trace must not see the dictionaries that this fills on the way: it would guard their state of before.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _cuda_runs(index: int) -> bool:
+    """Whether the compiled kernels run on a GPU. The first call of a process reads what was tuned, for all GPUs."""
+    found = _cuda_runs_on.get(index)
+    if found is None:
+        found = _cuda_runs_on[index] = _cuda_problem(index) == ""
+        if not _faster_by_triton:
+            _faster_by_triton.update({i: _read_faster_by_triton(i) for i in range(torch.cuda.device_count())})
+    return found
+
+
+def _read_faster_by_triton(index: int) -> dict[tuple[object, ...], str]:
+    device = torch.device("cuda", index)
+    found: dict[tuple[object, ...], str] = {}
+    for key, backend in tuning.read(tuning.device_name(device) or "").faster_backends().items():
+        dtype = next((dtype for dtype in DTYPES if str(dtype) == f"torch.{key.dtype}"), None)
+        if backend != "triton" or dtype is None or key.op not in OPERATORS:
+            continue
+        if can_run_triton(key.op, device=device, dtype=dtype, channels=key.channels, kernel_size=key.kernel_size).ok:
+            known_by = (key.op, dtype, *key[2:])
+            found[known_by] = backend
+    return found
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

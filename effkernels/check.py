@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -19,42 +19,13 @@ from torch import Tensor
 import effkernels
 from effkernels import _library, backends, ops, reference
 from effkernels.models import EfficientNet
-from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, gate_case, pointwise_case
+from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, expand_case, gate_case, pointwise_case
+from effkernels.parity import Errors as Errors
+from effkernels.parity import errors as errors
+from effkernels.parity import judge as judge
+from effkernels.parity import limits as limits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@dataclass(frozen=True)
-class Errors:
-    """Distance of a result to the truth: relative L2 norm, and largest deviation over the largest value."""
-
-    l2: float
-    largest: float
-
-
-def errors(result: Tensor, truth: Tensor) -> Errors:
-    """Both errors of a result; infinite where its shape is another or a value is not finite."""
-    truth = truth.double().cpu()
-    if result.shape != truth.shape:
-        return Errors(math.inf, math.inf)
-    if truth.numel() == 0:
-        return Errors(0.0, 0.0)
-    difference = result.double().cpu() - truth
-    measured = []
-    for distance, scale in (
-        (torch.linalg.vector_norm(difference), torch.linalg.vector_norm(truth)),
-        (difference.abs().max(), truth.abs().max()),
-    ):
-        value = float(distance / scale) if float(scale) > 0 else float(distance)
-        measured.append(value if math.isfinite(value) else math.inf)
-    return Errors(*measured)
-
-
-def limits(plain: Tensor, truth: Tensor) -> Errors:
-    """What a result of ``plain``'s dtype may be off by, given PyTorch's own result in that dtype."""
-    own = errors(plain, truth)
-    rounding = torch.finfo(plain.dtype).eps / 2
-    return Errors(2 * own.l2 + rounding, 2 * own.largest + rounding)
 
 
 @dataclass(frozen=True)
@@ -78,16 +49,6 @@ class Finding:
         return f"{head}  error {self.error:.1e}, limit {self.limit:.1e}"
 
 
-def judge(results: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[bool, float, float]:
-    """Whether all results keep to the rule, with error and limit of the one that is nearest to breaking it."""
-    worst = (-1.0, 0.0, 0.0)
-    for one_result, one_plain, one_truth in zip(results, plain, truth, strict=True):
-        error, limit = errors(one_result, one_truth), limits(one_plain, one_truth)
-        for measured, allowed in ((error.l2, limit.l2), (error.largest, limit.largest)):
-            worst = max(worst, (measured / allowed, measured, allowed))
-    return worst[0] <= 1, worst[1], worst[2]
-
-
 def op_cases() -> Iterator[OpCase]:
     """A few shapes of every operator: a usual one, and odd channel counts, planes and paddings."""
     for batch, channels, height, width, kernel, stride, padding in (
@@ -101,6 +62,8 @@ def op_cases() -> Iterator[OpCase]:
     for shape, out in (((2, 96, 14, 14), 24), ((1, 40, 7, 9), 7)):
         yield pointwise_case(shape, out, activation="silu")
         yield pointwise_case(shape, out, gate=True, residual=True)
+    yield expand_case((2, 16, 28, 28), 96, 3, 1)
+    yield expand_case((1, 24, 13, 14), 40, 5, 2)
     yield conv_case((1, 3, 65, 65), 32)
     yield conv_case((2, 8, 14, 14), 12)
 

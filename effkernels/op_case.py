@@ -48,8 +48,12 @@ class OpCase:
             value = tensor.to(device, wide if self._is_wide(name) else dtype, copy=True)
             tensors[name] = value.to(memory_format=torch.channels_last) if tensor.ndim == 4 else value
         function = getattr(module, self.op)
-        leading = ("pooled", "w_reduce", "b_reduce", "w_expand", "b_expand")
-        positional = [tensors.pop(name) for name in (leading if "pooled" in tensors else ("x", "weight"))]
+        leading: tuple[str, ...] = ("x", "weight")
+        if "pooled" in tensors:
+            leading = ("pooled", "w_reduce", "b_reduce", "w_expand", "b_expand")
+        elif "expand_weight" in tensors:
+            leading = ("x", "expand_weight", "weight")
+        positional = [tensors.pop(name) for name in leading]
         options = {**tensors, **self.options}
 
         def call() -> tuple[Tensor, ...]:
@@ -84,12 +88,12 @@ class _Random:
     def __call__(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator, dtype=torch.float64)
 
-    def norm(self, channels: int) -> dict[str, Tensor]:
+    def norm(self, channels: int, prefix: str = "") -> dict[str, Tensor]:
         return {
-            "norm_weight": 1 + 0.2 * self(channels),
-            "norm_bias": 0.2 * self(channels),
-            "norm_mean": 0.2 * self(channels),
-            "norm_var": self(channels).abs() + 0.3,
+            f"{prefix}norm_weight": 1 + 0.2 * self(channels),
+            f"{prefix}norm_bias": 0.2 * self(channels),
+            f"{prefix}norm_mean": 0.2 * self(channels),
+            f"{prefix}norm_var": self(channels).abs() + 0.3,
         }
 
     def excite(self, channels: int, reduced: int) -> dict[str, Tensor]:
@@ -160,6 +164,22 @@ def pointwise_case(
         tensors["residual"] = random(batch, out, height, width)
         words += ", residual"
     return OpCase("pointwise_bn_act", words, batch, tensors, {"activation": activation})
+
+
+def expand_case(shape: tuple[int, int, int, int], expanded: int, kernel: int, stride: int) -> OpCase:
+    """A call of expand_depthwise_squeeze from ``shape`` over ``expanded`` channels, padded by half the kernel."""
+    random = _Random()
+    channels = shape[1]
+    tensors = {
+        "x": random(*shape),
+        "expand_weight": random(expanded, channels, 1, 1) / math.sqrt(channels),
+        **random.norm(expanded, "expand_"),
+        "weight": random(expanded, 1, kernel, kernel) / kernel,
+        **random.norm(expanded),
+    }
+    options = {"stride": stride, "padding": (kernel // 2,) * 4, "expand_activation": "silu", "activation": "silu"}
+    words = f"{_words(shape)} to {expanded}, {kernel}x{kernel} stride {stride}"
+    return OpCase("expand_depthwise_squeeze", words, shape[0], tensors, options)
 
 
 def conv_case(shape: tuple[int, int, int, int], out: int) -> OpCase:

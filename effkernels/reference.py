@@ -305,6 +305,67 @@ def pointwise_bn_act(
     return _channels_last(z if residual is None else z + residual)
 
 
+def expand_depthwise_squeeze(
+    x: Tensor,
+    expand_weight: Tensor,
+    weight: Tensor,
+    *,
+    expand_bias: Tensor | None = None,
+    expand_norm_weight: Tensor | None = None,
+    expand_norm_bias: Tensor | None = None,
+    expand_norm_mean: Tensor | None = None,
+    expand_norm_var: Tensor | None = None,
+    expand_eps: float = 1e-5,
+    expand_activation: str = "identity",
+    bias: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    norm_mean: Tensor | None = None,
+    norm_var: Tensor | None = None,
+    eps: float = 1e-5,
+    stride: int = 1,
+    padding: Sequence[int] = (0, 0, 0, 0),
+    dilation: int = 1,
+    activation: str = "identity",
+    allow_tf32: bool | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The first half of an MBConv block: `pointwise_bn_act` with the `expand_` arguments, then
+    `depthwise_bn_act_squeeze` of its result with the others.
+
+    Arguments and errors are those of the two.
+
+    Returns:
+        y: (N, C, H', W') in x's dtype, C the rows of expand_weight.
+        pooled: (N, C), y.mean((2, 3)) in float32 (float64 where x is float64).
+    """
+    expanded = pointwise_bn_act(
+        x,
+        expand_weight,
+        expand_bias,
+        expand_norm_weight,
+        expand_norm_bias,
+        expand_norm_mean,
+        expand_norm_var,
+        expand_eps,
+        activation=expand_activation,
+        allow_tf32=allow_tf32,
+    )
+    return depthwise_bn_act_squeeze(
+        expanded,
+        weight,
+        bias,
+        norm_weight,
+        norm_bias,
+        norm_mean,
+        norm_var,
+        eps,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        activation=activation,
+    )
+
+
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,

@@ -14,7 +14,8 @@ from torch import Tensor
 import effkernels
 
 DEPTHWISE_OPS = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "depthwise_bn_act_se")
-IMAGE_OPS = (*DEPTHWISE_OPS, "pointwise_bn_act", "conv_bn_act")
+EXPAND_OP = "expand_depthwise_squeeze"
+IMAGE_OPS = (*DEPTHWISE_OPS, "pointwise_bn_act", "conv_bn_act", EXPAND_OP)
 ALL_OPS = (*IMAGE_OPS, "squeeze_excite_gate")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD_CHANNELS = (1, 7, 8, 24, 40, 100)
@@ -24,7 +25,10 @@ LAYOUTS = ("channels_last", "contiguous", "sliced", "sliced_rows", "expanded")
 
 @dataclass(frozen=True)
 class Case:
-    """One call of one operator. `parameters`: "float32", "same" (x's dtype) or "mixed" (each tensor the other way)."""
+    """One call of one operator. `parameters`: "float32", "same" (x's dtype) or "mixed" (each tensor the other way).
+
+    `channels` are those of x, also where an expand convolution makes `out_channels` of them for the depthwise one.
+    """
 
     op: str
     dtype: torch.dtype = torch.float32
@@ -39,6 +43,7 @@ class Case:
     padding: tuple[int, int, int, int] = (1, 1, 1, 1)
     dilation: int = 1
     activation: str = "silu"
+    expand_activation: str = "silu"
     se_activation: str = "silu"
     gate: str = "sigmoid"
     norm: str = "full"
@@ -73,7 +78,7 @@ class Case:
             t = t if low is None else t.abs() * 0.5 + low
             return t.to(self.dtype if other else torch.float32).to(device)
 
-        def norm(channels: int) -> dict[str, Tensor]:
+        def norm(channels: int, prefix: str = "") -> dict[str, Tensor]:
             given: dict[str, Tensor] = {}
             if self.bias:
                 given["bias"] = parameter(channels)
@@ -81,7 +86,7 @@ class Case:
                 given["norm_weight"], given["norm_bias"] = parameter(channels, low=0.5), parameter(channels)
             if self.norm in ("full", "statistics"):
                 given["norm_mean"], given["norm_var"] = parameter(channels, scale=0.5), parameter(channels, low=0.25)
-            return given
+            return {prefix + name: t for name, t in given.items()}
 
         def excite() -> dict[str, Any]:
             tail = (1, 1) if self.matrix_rank == 4 else ()
@@ -114,8 +119,13 @@ class Case:
             fan_in = taps * self.channels
             weight = parameter(self.out_channels, self.channels, *self.kernel, scale=fan_in**-0.5)
             return arguments | {"weight": weight, **norm(self.out_channels)}
-        weight = parameter(self.channels, 1, *self.kernel, scale=taps**-0.5)
-        arguments |= {"weight": weight, "dilation": self.dilation, **norm(self.channels)}
+        channels = self.out_channels if self.op == EXPAND_OP else self.channels
+        if self.op == EXPAND_OP:
+            expand = parameter(channels, self.channels, 1, 1, scale=self.channels**-0.5)
+            arguments |= {"expand_weight": expand, **norm(channels, "expand_")}
+            arguments["expand_activation"] = self.expand_activation
+        weight = parameter(channels, 1, *self.kernel, scale=taps**-0.5)
+        arguments |= {"weight": weight, "dilation": self.dilation, **norm(channels)}
         if self.op in ("depthwise_bn_act_gate", "depthwise_bn_act_se"):
             arguments |= {**excite(), "se_activation": self.se_activation}
         return arguments
@@ -187,7 +197,7 @@ def overload(op: str) -> Any:
 
 def positional(op: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """`arguments` by name as the positional arguments that the schema of the compiled operator wants."""
-    defaults = {"eps": 1e-5, "allow_tf32": False}
+    defaults = {"eps": 1e-5, "expand_eps": 1e-5, "allow_tf32": False}
     if op == "squeeze_excite_gate":
         arguments = {("se_activation" if name == "activation" else name): a for name, a in arguments.items()}
     names = [argument.name for argument in overload(op)._schema.arguments]

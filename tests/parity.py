@@ -56,10 +56,15 @@ def assert_parity(result: Tensor, same_dtype: Tensor | Sequence[Tensor], truth: 
     """
     plain = [same_dtype] if isinstance(same_dtype, Tensor) else same_dtype
     assert result.dtype == plain[0].dtype, f"{what}: dtype {result.dtype}, expected {plain[0].dtype}"
+    assert_within(result, [error(one_way, truth) for one_way in plain], truth, what)
+
+
+def assert_within(result: Tensor, own: Sequence[Error], truth: Tensor, what: str = "result") -> None:
+    """Assert the tolerance rule against errors that PyTorch makes; the largest of them is its own error."""
     assert torch.isfinite(truth).all(), f"{what}: the inputs of a parity test must have a finite result"
     assert torch.isfinite(result).all(), f"{what}: not finite where the reference is"
-    ours, each = error(result, truth), [error(one_way, truth) for one_way in plain]
-    theirs = Error(max(e.l2 for e in each), max(e.largest for e in each))
+    ours = error(result, truth)
+    theirs = Error(max(e.l2 for e in own), max(e.largest for e in own))
     one = rounding(result.dtype)
     for figure in ("l2", "largest"):
         found, allowed = getattr(ours, figure), FACTOR * getattr(theirs, figure) + one

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ from benchmarks.gpu_check import (
 )
 from benchmarks.gpu_check.common import FAILED, NOT_AVAILABLE, PASSED, NotAvailable, Options, TimeBox
 from benchmarks.gpu_check.runner import Outcome, Part
-from effkernels import benchmark, environment
+from effkernels import backends, benchmark, environment, op_timing
 from effkernels.benchmark import Row, Statistics, read_rows
 from effkernels.op_case import depthwise_case, gate_case, pointwise_case
 
@@ -254,6 +255,55 @@ def test_parity_names_every_file_that_runs_over_the_backends() -> None:
     assert [file for file in parity.FILES if not (ROOT / file).is_file()] == []
 
 
+class TestParity:
+    @pytest.mark.parametrize(
+        ("counted", "status", "stopped", "note"),
+        [
+            ("12 passed in 3s", 0, False, "12 passed in 3s"),
+            ("12 passed in 3s", 2, True, "12 passed in 3s, stopped for lack of time"),
+            ("no tests ran in 3s", 2, True, "none passed, stopped for lack of time"),
+        ],
+    )
+    def test_verdict(self, counted: str, status: int, stopped: bool, note: str) -> None:
+        assert parity.verdict(counted, status, stopped) == note
+
+    @pytest.mark.parametrize(
+        ("counted", "status", "stopped"),
+        [("1 failed, 12 passed in 3s", 1, False), ("1 failed, 2 passed in 3s", 2, True), ("3 skipped", 0, False)],
+    )
+    def test_a_failure_is_one_in_time_or_not(self, counted: str, status: int, stopped: bool) -> None:
+        with pytest.raises(AssertionError):
+            parity.verdict(counted, status, stopped)
+
+    def test_both_kinds_of_kernels_are_tested_triton_in_what_is_left(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        pytest.importorskip("triton")
+        asked: list[tuple[str, float | None]] = []
+
+        def run_pytest(*arguments: str, processes: int = 1, seconds: float | None = None) -> str:
+            asked.append((arguments[arguments.index("-k") + 1], seconds))
+            return "12 passed"
+
+        monkeypatch.setattr(parity, "run_pytest", run_pytest)
+        assert parity.parity(Options(seconds=100.0)) == "cuda: 12 passed; triton: 12 passed"
+        assert parity.parity(Options(seconds=1.0)) == "cuda: 12 passed; no time for triton"
+        assert asked[0] == asked[2] == ("cuda and not emulated", None)
+        words, seconds = asked[1]
+        assert words == "triton"
+        assert seconds is not None
+        assert 90 < seconds <= 100
+
+    def test_tests_that_take_too_long_are_stopped_and_counted(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        file = tmp_path / "test_slow.py"
+        file.write_text("import time\ndef test_a(): pass\ndef test_b(): time.sleep(60)\n")
+        monkeypatch.setattr(parity, "pytest_command", lambda *arguments, processes: common.python(
+            "-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path), str(file)
+        ))  # fmt: skip
+        note = parity.run_pytest(seconds=8.0)
+        assert re.fullmatch(r"1 passed in .*s.*, stopped for lack of time", note)
+
+
 class TestSanitizer:
     CLEAN = "========= COMPUTE-SANITIZER\n7 operators called, 0 wrong results\n========= ERROR SUMMARY: 0 errors\n"
     FOUND = "========= Invalid __global__ write of size 4 bytes\n========= ERROR SUMMARY: 32 errors\n"
@@ -319,7 +369,7 @@ class TestLaunches:
             ("depthwise_bn_act_se", ["a", "b"], 2, None),
             ("depthwise_bn_act_se", ["a", "b", "c"], None, "3 launches: a, b, c"),
             ("depthwise_bn_act_se", [], None, "0 launches: "),
-            ("conv_bn_act", ["a", "Memset"], 1, "the profiler sees 2 launches, the library counted 1: a, Memset"),
+            ("conv_bn_act", ["a", "Memset"], 1, "the profiler sees 2 launches, 1 were counted: a, Memset"),
         ],
     )
     def test_complaints(self, op: str, seen: list[str], counted: int | None, says: str | None) -> None:
@@ -334,7 +384,9 @@ class TestShapes:
         assert len(depthwise) == 12
         assert {(c.channels, c.plane[0], c.kernel, c.stride) for c in depthwise} >= {(32, 112, 3, 1), (1152, 7, 5, 1)}
         assert [(c.channels, c.plane, c.out) for c in calls if c.op == "conv_bn_act"] == [(3, (224, 224), 32)]
-        assert shapes.Call("squeeze_excite_gate", 1152, (1, 1), reduced=48) in calls
+        assert shapes.Call("squeeze_excite_gate", 1152, (1, 1), reduced=48, activation="silu") in calls
+        expansions = {(c.channels, c.out, c.plane[0]) for c in calls if c.op == "expand_depthwise_squeeze"}
+        assert expansions >= {(16, 96, 112), (192, 1152, 7)}
         projects = [call for call in calls if call.op == "pointwise_bn_act" and call.residual]
         assert projects
         assert all(call.gate and call.activation == "identity" for call in projects)
@@ -357,10 +409,22 @@ def fake_row(contender: str, median_us: float) -> Row:
     )  # fmt: skip
 
 
+class _Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 class TestOperators:
     def test_enlarged_cases_compute_the_same_images(self, one_thread: None) -> None:
         case = pointwise_case((2, 8, 5, 4), 6, gate=True, residual=True)
-        large = measure.enlarged(case, 5, torch.float32, CPU)
+        large = op_timing.enlarged(case, 5, torch.float32, CPU)
         assert large.batch == 5
         assert large.shape == "5x8x5x4 to 6, gate, residual"
         assert large.tensors["weight"].shape == (6, 8, 1, 1)
@@ -382,7 +446,7 @@ class TestOperators:
         assert refused == []
         assert large.batch == 4
         names = [one.contender for one in measured]
-        assert names[:2] == ["effkernels-cpu", "eager-channels-last"]
+        assert [name for name in names if name != "effkernels-triton"][:2] == ["effkernels-cpu", "eager-channels-last"]
         for one in measured:
             assert one.statistics.median_us > 0
             assert (one.error is None) == one.contender.endswith(" alone")
@@ -423,28 +487,69 @@ class TestOperators:
     def test_the_table_holds_shares_and_ratios(self) -> None:
         rows = [
             fake_row("effkernels-cuda-graph", 100.0),
+            fake_row("effkernels-triton-graph", 110.0),
             fake_row("eager-channels-last-graph", 350.0),
             fake_row("compile-graph", 180.0),
+            fake_row("compile-max-autotune-graph", 170.0),
             fake_row("cudnn convolution alone-graph", 120.0),
         ]
-        line = ops.table([rows]).splitlines()[1]
-        assert line.split()[2:] == ["100.0", "80%", "3.50x", "1.80x", "1.20x"]
+        title, line = ops.table([rows]).splitlines()
+        assert title.split()[-5:] == ["triton", "eager", "compile", "autotune", "library"]
+        assert line.split()[2:] == ["100.0", "80%", "1.10x", "3.50x", "1.80x", "1.70x", "1.20x"]
+        alone = ops.table([rows[1:4]]).splitlines()[1]
+        assert alone.split()[2:] == ["110.0", "73%", "3.18x", "1.64x"]
+        assert alone[71:79].strip() == "", "Triton is not compared with itself"
+
+    def test_triton_is_a_contender_beside_the_compiled_kernels(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        can = {"cuda": True, "triton": True, "cpu": False}
+        for name in can:
+            decide = lambda op, name=name, **call: backends.Decision(can[name], "" if can[name] else "no")  # noqa: E731
+            monkeypatch.setattr(backends, f"can_run_{name}", decide)
+        case = pointwise_case((2, 8, 5, 4), 6)
+        names = list(measure.contenders(case, torch.bfloat16, CPU, [None]))
+        assert names == ["effkernels-cuda", "effkernels-triton", "eager-channels-last", "product alone", "compile"]
+        can["cuda"] = False
+        assert list(measure.contenders(case, torch.bfloat16, CPU, []))[:2] == [
+            "effkernels-triton",
+            "eager-channels-last",
+        ]
+        can["triton"] = False
+        assert next(iter(measure.contenders(case, torch.bfloat16, CPU, []))) == "effkernels-reference"
+
+    def test_a_contender_of_ours_runs_on_its_backend(self, compiled: None) -> None:
+        case = pointwise_case((2, 8, 5, 4), 6)
+        chosen = []
+        module = measure.contenders(case, torch.float32, CPU, [])["effkernels-cpu"].module
+        with effkernels.backend("reference"):
+            call = case.prepare(module, torch.float32, CPU)
+            with _Seen() as seen:
+                call()
+            chosen += seen.names
+            assert backends.selected() == "reference"
+        assert "effkernels::pointwise_bn_act" in chosen
+
+    @pytest.mark.usefixtures("interpreted", "one_thread")
+    def test_launches_of_triton_are_counted(self) -> None:
+        with effkernels.backend("auto"):
+            _, measured, refused = measure.measure(gate_case(2, 16), 2, torch.float32, CPU)
+        assert refused == []
+        assert {one.contender: one.launches for one in measured}["effkernels-triton"] == 1
 
     def test_without_time_it_fails_and_names_what_was_left_out(
         self, compiled: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(AssertionError, match="no time for a single case"):
             ops.operators(Options(device="cpu", seconds=0.0, smoke=True, results=tmp_path))
-        assert "left out for lack of time (0 s): 7" in capsys.readouterr().out
+        assert "left out for lack of time (0 s): 8" in capsys.readouterr().out
 
     @pytest.mark.slow
     def test_smoke(self, compiled: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The whole part on the CPU at small sizes: a row for every operator, in the smoke test's own file."""
         monkeypatch.setattr("benchmarks.gpu_check.results.WORK", tmp_path)
         note = ops.operators(Options(device="cpu", seconds=300.0, smoke=True, results=tmp_path / "never"))
-        assert note.startswith("7 cases, 0 left out")
+        assert note.startswith("8 cases, 0 left out")
         (file,) = (tmp_path / "results").glob("*.jsonl")
-        assert len({row.case.split()[0] for row in read_rows(file)}) == 7
+        assert len({row.case.split()[0] for row in read_rows(file)}) == 8
         assert not (tmp_path / "never").exists()
 
 

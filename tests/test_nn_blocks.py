@@ -14,10 +14,20 @@ from parity import assert_exact_channels_last, assert_parity
 from peer_models import images
 from torch import Tensor, nn
 
+import effkernels
 from effkernels import ops
 from effkernels.nn import ConvBnAct, DepthwiseSeparable, DropPath, MBConv, SqueezeExcite, conv_bn_act
 
-FUSED = ("depthwise_bn_act", "depthwise_bn_act_gate", "pointwise_bn_act", "conv_bn_act")
+FUSED = (
+    "depthwise_bn_act",
+    "depthwise_bn_act_gate",
+    "pointwise_bn_act",
+    "expand_depthwise_squeeze",
+    "squeeze_excite_gate",
+    "conv_bn_act",
+)
+ON_CPU = ["expand_depthwise_squeeze", "squeeze_excite_gate", "pointwise_bn_act"]
+ELSEWHERE = ["pointwise_bn_act", "depthwise_bn_act_gate", "pointwise_bn_act"]
 
 BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "mbconv": lambda: MBConv(24, 24, 5, se_channels=6),
@@ -122,13 +132,25 @@ def test_any_size_and_batch(batch: int, height: int, width: int, stride: int) ->
 def test_eval_runs_fused_and_training_runs_the_modules(calls: list[str]) -> None:
     block, x = build("mbconv"), images(2, 8, 8, 24)
     block(x)
-    assert calls == ["pointwise_bn_act", "depthwise_bn_act_gate", "pointwise_bn_act"]
+    assert calls == ON_CPU
     calls.clear()
     before = block.bn2.running_mean.clone()
     block.train()(x)
     assert calls == []
     assert not torch.equal(block.bn2.running_mean, before)
     assert int(block.bn3.num_batches_tracked) == 1
+
+
+def test_off_the_cpu_the_gate_belongs_to_the_depthwise_operator(calls: list[str]) -> None:
+    with torch.device("meta"):
+        block, x = MBConv(24, 24, 5, se_channels=6).eval(), torch.empty(2, 24, 8, 8)
+    with effkernels.backend("cpu"):  # on the meta device the CPU's shape functions stand for all
+        assert block(x).shape == x.shape
+    assert calls == ELSEWHERE
+    calls.clear()
+    with effkernels.backend("reference"):
+        build("mbconv")(images(2, 8, 8, 24))
+    assert calls == ELSEWHERE
 
 
 def test_frozen_norms_run_fused_in_a_training_model(calls: list[str]) -> None:
@@ -138,7 +160,7 @@ def test_frozen_norms_run_fused_in_a_training_model(calls: list[str]) -> None:
         if isinstance(module, nn.BatchNorm2d):
             module.eval()
     block(x)
-    assert calls == ["pointwise_bn_act", "depthwise_bn_act_gate", "pointwise_bn_act"]
+    assert calls == ON_CPU
     calls.clear()
     block.drop_path.rate = 0.5
     block(x)

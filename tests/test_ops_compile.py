@@ -54,6 +54,12 @@ class Network(nn.Module):
         )
         y = ops.pointwise_bn_act(kept, self.project, *norm, gate=gate, residual=kept)
         y, pooled = ops.depthwise_bn_act_squeeze(y, self.small, *norm, padding=same_padding(y, 3, 1))
+        expand_norm = {"expand_norm_weight": n.weight, "expand_norm_bias": n.bias}
+        expand_norm |= {"expand_norm_mean": n.running_mean, "expand_norm_var": n.running_var}
+        half, means = ops.expand_depthwise_squeeze(
+            y, self.project, self.small, **expand_norm, expand_activation="silu", padding=same_padding(y, 3, 1)
+        )
+        y = y + half * means[:, :, None, None]
         y = y * ops.squeeze_excite_gate(pooled, self.reduce, None, self.expand, None)[:, :, None, None]
         return ops.depthwise_bn_act_se(y, self.large, *norm, padding=same_padding(y, 5, 1), **excite)
 

@@ -11,7 +11,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from op_cases import ALL_OPS, DEPTHWISE_OPS, IMAGE_OPS, Case
+from op_cases import ALL_OPS, DEPTHWISE_OPS, EXPAND_OP, IMAGE_OPS, Case
 
 import effkernels
 from effkernels import backends, ops
@@ -20,7 +20,8 @@ NAN = math.nan
 T = torch.zeros
 
 SE_OPS = ("depthwise_bn_act_gate", "depthwise_bn_act_se")
-WINDOW_OPS = (*DEPTHWISE_OPS, "conv_bn_act")
+DEPTHWISE_ARGUMENT_OPS = (*DEPTHWISE_OPS, EXPAND_OP)
+WINDOW_OPS = (*DEPTHWISE_ARGUMENT_OPS, "conv_bn_act")
 
 # Operators, the arguments to replace in a good call, and what the message must contain beside the operator's name.
 MISTAKES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
@@ -60,6 +61,23 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     ((*SE_OPS, "squeeze_excite_gate"), {"b_reduce": T(8)}, r"b_reduce has shape \(8\,?\); allowed"),
     ((*SE_OPS, "squeeze_excite_gate"), {"b_expand": T(3)}, r"b_expand has shape \(3\,?\); allowed"),
     (("squeeze_excite_gate",), {"pooled": T(2, 8, 1, 1)}, r"pooled has shape \(2, 8, 1, 1\); allowed: two dimensions"),
+    # the operator with two convolutions says which one it means
+    ((EXPAND_OP,), {"x": T(2, 9, 6, 7)}, r"expand_weight has shape \(5, 8, 1, 1\); allowed: .*9"),
+    ((EXPAND_OP,), {"expand_weight": T(5, 8)}, r"expand_weight has shape \(5, 8\); allowed: \(Cout, Cin, 1, 1\)"),
+    ((EXPAND_OP,), {"expand_weight": T(6, 8, 1, 1), "expand_bias": T(6)}, r"expand_norm_weight has shape \(5\,?\)"),
+    ((EXPAND_OP,), {"weight": T(6, 1, 3, 3)}, r"weight has shape \(6, 1, 3, 3\); allowed: \(5, 1, 3, 3\)"),
+    ((EXPAND_OP,), {"weight": T(5, 1, 4, 4)}, "kernel size 4; allowed: 3, 5, 7, 9"),
+    ((EXPAND_OP,), {"expand_bias": T(8)}, r"expand_bias has shape \(8\,?\); allowed: \(5\,?\)"),
+    ((EXPAND_OP,), {"expand_norm_mean": None}, "expand_norm_mean and expand_norm_var belong together"),
+    (
+        (EXPAND_OP,),
+        {"expand_norm_mean": None, "expand_norm_var": None},
+        "expand_norm_mean and expand_norm_var.*or none",
+    ),
+    ((EXPAND_OP,), {"expand_eps": -1.0}, "expand_eps=-1.*; allowed: finite and not negative"),
+    ((EXPAND_OP,), {"expand_activation": "tanh"}, "expand_activation='tanh' is not known; allowed: identity, relu"),
+    ((EXPAND_OP,), {"stride": 3}, "stride=3; allowed: 1, 2"),
+    ((EXPAND_OP,), {"dilation": 5}, "allowed: at least one output"),
     # the norm
     (IMAGE_OPS, {"norm_mean": None}, "norm_mean and norm_var belong together.*allowed: both or neither"),
     (IMAGE_OPS, {"norm_var": None}, "norm_mean and norm_var belong together.*allowed: both or neither"),

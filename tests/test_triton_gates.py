@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from triton_gates import amd, rules
 from triton_gates.amd import AmdKernel
-from triton_gates.calls import CALLS
+from triton_gates.calls import BFLOAT16, CALLS
 from triton_gates.rules import TritonKernel
 
 from benchmarks.kernel_economy.rules import Rule, in_registers, resident_threads, wide_loads, wide_stores
@@ -144,6 +144,15 @@ class TestTheRules:
         kernel: TritonKernel = next(k for k in compiled["calls"] if k.call.allow_tf32)
         assert rules.broken(kernel) == []
         assert "no rounding to TF32" in rules.broken(dataclasses.replace(kernel, roundings=0))[0]
+
+    def test_swish_that_is_computed_more_than_once_is_found(self, compiled: dict[str, Any]) -> None:
+        """Of a pixel that two lanes of a strip need, or that no output does."""
+        kernel: TritonKernel = next(
+            k for k in compiled["calls"] if k.name == "expand_depthwise_kernel" and k.call.dtype is BFLOAT16
+        )
+        assert rules.broken(kernel) == []
+        more = dataclasses.replace(kernel, instructions=kernel.instructions + Counter({"MUFU.TANH": 4}))
+        assert "swish takes one for each" in rules.broken(more)[0]
 
     def test_a_kernel_without_a_claim_is_reported(self, compiled: dict[str, Any]) -> None:
         assert "no claim" in rules.broken(compiled["mutants"]["good"])[0]

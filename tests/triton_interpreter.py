@@ -4,11 +4,13 @@ TRITON_INTERPRET has to stand before effkernels is imported, hence a process, an
 
 Triton's interpreter keeps a bfloat16 as its 16 bits. It converts by truncation instead of rounding, and computes with
 the bits as if they were numbers. The conversions are replaced here, and arithmetic in bfloat16 is refused: the kernels
-compute in float32 and cast explicitly.
+compute in float32 and cast explicitly. That of Triton 3.6 also takes int() of arrays of one element, which NumPy from
+2.4 on refuses.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import os
@@ -19,11 +21,20 @@ ACTIVE = os.environ.get("EFFKERNELS_TEST_FLAVOUR") == "triton" and importlib.uti
 
 
 def _hasten() -> None:
-    """A kernel that calls another @triton.jit function patches the whole of triton.language again, though its own start
-    did so: most of the time of a test. What is patched at first is remembered here, and nested calls go straight on.
-    """
+    """Leave out what takes most of the time of an interpreted kernel and changes no result."""
     from triton.runtime import interpreter
 
+    # Every addition of integers is also computed in 64 bits, for an assertion that is then not made (debug=False).
+    builder = interpreter.interpreter_builder
+    builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
+    _patch_once_a_launch(interpreter)
+    _remember_types(interpreter)
+
+
+def _patch_once_a_launch(interpreter: Any) -> None:
+    """A kernel that calls another @triton.jit function patches the whole of triton.language again, though its own start
+    did so. What is patched at first is remembered here, and nested calls go straight on.
+    """
     patch = interpreter._patch_lang
     seen: set[int] = set()
     execute = interpreter.GridExecutor.__call__
@@ -41,6 +52,24 @@ def _hasten() -> None:
 
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = run
+
+
+def _remember_types(interpreter: Any) -> None:
+    """NumPy's type of a Triton type comes from a dictionary that is otherwise made anew for each look into it."""
+    import triton.language as tl
+
+    find = interpreter._get_np_dtype
+    known: dict[str, Any] = {}
+
+    def np_dtype(triton_type: Any) -> Any:
+        scalar = triton_type.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return find(scalar)
+        if scalar.name not in known:
+            known[scalar.name] = find(scalar)
+        return known[scalar.name]
+
+    interpreter._get_np_dtype = np_dtype
 
 
 def _repair() -> None:
@@ -79,6 +108,13 @@ def _repair() -> None:
             raise TypeError("arithmetic in bfloat16; allowed: float32, as the interpreter gets bfloat16 wrong")
         return binary(self, left, right, operation)
 
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index(tensor: Any, scope: Any) -> None:
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patch_index
     builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
     builder.cast_impl = cast_impl
     builder.binary_op = binary_op

@@ -1,6 +1,7 @@
 """Part `launches`: what the profiler sees of one call of each operator. A fill counts as a launch.
 
-The profiler's account and the library's own counter have to agree, and operators that promise one launch must have one.
+The profiler's account and this project's own count have to agree, for the compiled kernels and for Triton's, and
+operators that promise one launch must have one.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ import torch
 import effkernels
 from benchmarks.gpu_check.common import NotAvailable, Options, run_part
 from benchmarks.gpu_check.measure import launch_count
-from effkernels import ops
-from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, gate_case, pointwise_case
+from effkernels import backends, ops
+from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, expand_case, gate_case, pointwise_case
+from effkernels.op_timing import triton_launches
 
-# Operators that take one launch at every size; depthwise_bn_act_se takes one or two, as its plan says.
+# Operators that take one launch at every size; depthwise_bn_act_se takes one or two, expand_depthwise_squeeze two, as
+# their plans say.
 ONE_LAUNCH = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "squeeze_excite_gate",
               "pointwise_bn_act", "conv_bn_act")  # fmt: skip
 
@@ -31,6 +34,7 @@ def cases() -> list[OpCase]:
         found.append(gate_case(4, channels, reduced))
     found.append(pointwise_case((4, 96, 56, 56), 24, gate=True))
     found.append(pointwise_case((4, 192, 7, 7), 1152, activation="silu"))
+    found.append(expand_case((4, 24, 56, 56), 144, 3, 1))
     found.append(conv_case((4, 3, 224, 224), 32))
     return found
 
@@ -60,12 +64,24 @@ def profiled(call: Callable[[], object]) -> list[str]:
 def complaint(op: str, seen: Sequence[str], counted: int | None) -> str | None:
     """What is wrong with the launches of one call, in one line; None if nothing is."""
     if counted is not None and counted != len(seen):
-        return f"the profiler sees {len(seen)} launches, the library counted {counted}: {', '.join(seen)}"
+        return f"the profiler sees {len(seen)} launches, {counted} were counted: {', '.join(seen)}"
     if op in ONE_LAUNCH and len(seen) != 1:
         return f"{len(seen)} launches where one is promised: {', '.join(seen)}"
     if not 1 <= len(seen) <= 2:
         return f"{len(seen)} launches: {', '.join(seen)}"
     return None
+
+
+def call_on(backend: str, case: OpCase, device: torch.device) -> tuple[int | None, list[str]]:
+    """Launches of one call by this project's own count (None without one), and what the profiler sees of one."""
+    with torch.inference_mode(), effkernels.backend(backend):
+        call = case.prepare(ops, torch.bfloat16, device)
+        call()
+        before = launch_count()
+        with triton_launches() as names:
+            call()
+        counted = len(names) if backend == "triton" else None if before is None else (launch_count() or 0) - before
+        return counted, profiled(call)
 
 
 def launches(options: Options) -> str:
@@ -76,23 +92,22 @@ def launches(options: Options) -> str:
     spare = torch.empty(1 << 20, device=device)
     if not profiled(spare.zero_):
         raise NotAvailable("torch.profiler sees no GPU activity here")
-    wrong = []
-    with torch.inference_mode(), effkernels.backend("cuda"):
+    wrong, done = [], 0
+    for backend, can_run in (("cuda", backends.can_run_cuda), ("triton", backends.can_run_triton)):
         for case in cases():
-            call = case.prepare(ops, torch.bfloat16, device)
-            call()
-            before = launch_count()
-            call()
-            counted = None if before is None else (launch_count() or 0) - before
-            seen = profiled(call)
-            print(f"{case.op:<26} {case.shape:<40} {len(seen)}  {', '.join(name[:60] for name in seen)}", flush=True)
+            if not can_run(case.op, device=device, dtype=torch.bfloat16).ok:
+                continue
+            counted, seen = call_on(backend, case, device)
+            names = ", ".join(name[:60] for name in seen)
+            print(f"{backend:<6} {case.op:<26} {case.shape:<40} {len(seen)}  {names}", flush=True)
+            done += 1
             problem = complaint(case.op, seen, counted)
             if problem:
-                wrong.append(f"{case.op} {case.shape}: {problem}")
+                wrong.append(f"{case.op} {case.shape} by {backend}: {problem}")
     for line in wrong:
         print(line)
     assert not wrong, f"{len(wrong)} operators with other launches than promised, the first: {wrong[0]}"
-    return f"{len(cases())} calls, each with the launches that it promises"
+    return f"{done} calls, each with the launches that it promises"
 
 
 if __name__ == "__main__":

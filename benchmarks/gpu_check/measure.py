@@ -7,17 +7,19 @@ and the launches; the rows say so by "-graph". On a CPU the calls are timed as t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import effkernels
 from effkernels import backends, benchmark, environment, ops, reference
 from effkernels.benchmark import Row, Statistics
 from effkernels.check import errors, judge
 from effkernels.op_case import OpCase
+from effkernels.op_timing import as_run, enlarged, first_images, temporary_graphs, triton_launches
 
 # Results of this many images are compared with float64: every operator works image by image.
 _PARITY_IMAGES = 2
@@ -56,18 +58,6 @@ def copy_bandwidth(device: torch.device, megabytes: int) -> float:
     return 2 * source.nbytes / benchmark.summarise(times["copy"]).median_us
 
 
-def enlarged(case: OpCase, batch: int, dtype: torch.dtype, device: torch.device) -> OpCase:
-    """The case with its images repeated up to a batch, on the device: drawing each anew would take minutes."""
-    words = case.shape.partition("x")[2]
-    repeated = {}
-    for name, tensor in case.tensors.items():
-        value = tensor.to(device, torch.float32 if tensor.ndim == 1 or name == "pooled" else dtype)
-        if name in ("x", "pooled", "gate", "residual"):
-            value = value.repeat(-(-batch // case.batch), *[1] * (value.ndim - 1))[:batch]
-        repeated[name] = value
-    return replace(case, shape=f"{batch}x{words}", batch=batch, tensors=repeated)
-
-
 def launch_count() -> int | None:
     """Launches of this library in this process so far; None where there is no counter or no CUDA."""
     if not torch.cuda.is_available() or not hasattr(torch.ops.effkernels, "cuda_launches"):
@@ -100,38 +90,60 @@ def bare(case: OpCase, device: torch.device) -> tuple[str, Any] | None:
     return f"{convolution_by}convolution alone", SimpleNamespace(**{case.op: convolution})
 
 
-def contenders(case: OpCase, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None]) -> dict[str, Any]:
-    """By name: a module with the operator.
+@dataclass(frozen=True)
+class Contender:
+    """A module with the operator, and how its results are to be seen.
+
+    Attributes:
+        backend: of this project, whose results have to be right; "" for another's.
+        whole: it computes the operator and not a part of it.
+    """
+
+    module: Any
+    backend: str = ""
+    whole: bool = True
+
+
+def ours(op: str, dtype: torch.dtype, device: torch.device, kernel_size: int | None) -> dict[str, Contender]:
+    """Every backend of this project that runs a call, the compiled ones first."""
+    can_run = {"cuda": backends.can_run_cuda, "cpu": backends.can_run_cpu, "triton": backends.can_run_triton}
+    return {
+        f"effkernels-{name}": Contender(_forced(op, name), name)
+        for name, decide in can_run.items()
+        if decide(op, device=device, dtype=dtype, kernel_size=kernel_size).ok
+    }
+
+
+def _forced(op: str, backend: str) -> SimpleNamespace:
+    function = getattr(ops, op)
+
+    def call(*args: Any, **options: Any) -> Any:
+        with effkernels.backend(backend):
+            return function(*args, **options)
+
+    return SimpleNamespace(**{op: call})
+
+
+def contenders(
+    case: OpCase, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None]
+) -> dict[str, Contender]:
+    """By name.
 
     Args:
         modes: of torch.compile, None for its default.
     """
-    first = case.tensors["x" if "x" in case.tensors else "pooled"]
-    x = torch.empty((1, *first.shape[1:]), dtype=dtype if "x" in case.tensors else torch.float32, device=device)
-    found: dict[str, Any] = {f"effkernels-{backends.choose(case.op, x, case.tensors.get('weight'))}": ops}
-    found["eager-channels-last"] = reference
+    weight = case.tensors.get("weight")
+    found = ours(case.op, dtype, device, None if weight is None else weight.shape[3])
+    found = found or {"effkernels-reference": Contender(_forced(case.op, "reference"), "reference")}
+    found["eager-channels-last"] = Contender(reference)
     alone = bare(case, device)
     if alone:
-        found[alone[0]] = alone[1]
+        found[alone[0]] = Contender(alone[1], whole=False)
     for mode in modes:
         compiled = torch.compile(getattr(reference, case.op), mode=mode, dynamic=False)
-        found["compile" if mode is None else "compile-max-autotune"] = SimpleNamespace(**{case.op: compiled})
+        name = "compile" if mode is None else "compile-max-autotune"
+        found[name] = Contender(SimpleNamespace(**{case.op: compiled}))
     return found
-
-
-def in_graph(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], None]:
-    """All calls, one after the other, as one CUDA graph."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph.replay
 
 
 def measure(
@@ -148,7 +160,7 @@ def measure(
     """
     torch._dynamo.reset()
     rounded = case.rounded(dtype)
-    small = replace(rounded, tensors={name: _first_images(name, t) for name, t in rounded.tensors.items()})
+    small = first_images(rounded, _PARITY_IMAGES)
     truth = small.prepare(reference, torch.float64, device)()
     plain = small.prepare(reference, dtype, device)()
     large = enlarged(rounded, batch, dtype, device)
@@ -157,47 +169,49 @@ def measure(
     parity: dict[str, float | None] = {}
     launches: dict[str, int] = {}
     refused = []
-    for name, module in contenders(large, dtype, device, modes).items():
-        ours, whole = module is ops, not name.endswith(" alone")
-        label = f"{name}-graph" if device.type == "cuda" else name
-        try:
-            calls = [large.prepare(module, dtype, device) for _ in range(copies)]
-            before = launch_count()
-            outputs = calls[0]()
-            if ours and before is not None:
-                launches[label] = (launch_count() or 0) - before
-            results = tuple(output[: len(true)] for output, true in zip(outputs, truth, strict=False))
-            if ours:
-                ok, error, limit = judge(results, plain, truth)
-                if not ok:
-                    raise ArithmeticError(f"wrong: error {error:.1e}, limit {limit:.1e}; not timed")
-            pairs = zip(results, truth, strict=whole)
-            parity[label] = max(errors(got, true).l2 for got, true in pairs) if whole else None
-            runs[label] = _as_run(calls, device)
-        except Exception as failure:  # the others are still wanted
-            refused.append(Refused(label, f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}", ours))
-    if not runs:
-        return large, [], refused
+    with temporary_graphs():
+        for name, contender in contenders(large, dtype, device, modes).items():
+            label = f"{name}-graph" if device.type == "cuda" else name
+            try:
+                calls = [large.prepare(contender.module, dtype, device) for _ in range(copies)]
+                outputs, counted = _counted(calls[0], contender.backend)
+                if counted is not None:
+                    launches[label] = counted
+                results = tuple(output[: len(true)] for output, true in zip(outputs, truth, strict=False))
+                if contender.backend:
+                    ok, error, limit = judge(results, plain, truth)
+                    if not ok:
+                        raise ArithmeticError(f"wrong: error {error:.1e}, limit {limit:.1e}; not timed")
+                pairs = zip(results, truth, strict=contender.whole)
+                parity[label] = max(errors(got, true).l2 for got, true in pairs) if contender.whole else None
+                runs[label] = as_run(calls, device)
+            except Exception as failure:  # the others are still wanted
+                reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
+                refused.append(Refused(label, reason, bool(contender.backend)))
+        if not runs:
+            return large, [], refused
+        times = benchmark.time_in_turns(runs, device=device, warmup=2, rounds=_ROUNDS)
+        runs.clear()  # the graphs go before what they count with comes back
     calls_per_run = copies if device.type == "cuda" else 1
-    times = benchmark.time_in_turns(runs, device=device, warmup=2, rounds=_ROUNDS)
     measured = [
         Measured(
-            name, benchmark.summarise([time / calls_per_run for time in times[name]]), parity[name], launches.get(name)
+            name, benchmark.summarise([time / calls_per_run for time in samples]), parity[name], launches.get(name)
         )
-        for name in runs
+        for name, samples in times.items()
     ]
     return large, measured, refused
 
 
-def _first_images(name: str, tensor: Tensor) -> Tensor:
-    return tensor[:_PARITY_IMAGES] if name in ("x", "pooled", "gate", "residual") else tensor
-
-
-def _as_run(calls: Sequence[Callable[[], object]], device: torch.device) -> benchmark.Run:
-    if device.type == "cuda":
-        replay = in_graph(calls, device)
-        return lambda number: replay()
-    return lambda number: calls[number % len(calls)]()
+def _counted(call: Callable[[], tuple[Tensor, ...]], backend: str) -> tuple[tuple[Tensor, ...], int | None]:
+    """What a call returns, and its launches by the counter of its backend; None where there is none."""
+    before = launch_count()
+    with triton_launches() as names:
+        outputs = call()
+    if backend == "triton":
+        return outputs, len(names)
+    if backend == "cuda" and before is not None:
+        return outputs, (launch_count() or 0) - before
+    return outputs, None
 
 
 def rows_of(

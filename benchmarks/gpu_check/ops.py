@@ -1,4 +1,5 @@
-"""Part `ops`: every operator call of EfficientNet-B0 and B4 against PyTorch, torch.compile and cuDNN or cuBLAS.
+"""Part `ops`: every operator call of EfficientNet-B0 and B4 by CUDA and Triton kernels, PyTorch, torch.compile and
+cuDNN or cuBLAS.
 
 The most important cases come first, and what does not fit the time is left out and listed. Rows go to the results file
 of this device as they are measured; a table of ratios and shares of the copy bandwidth comes last.
@@ -24,25 +25,34 @@ _GUESS = 4.0
 _COMPILE_GUESS = 8.0
 
 
+_COLUMNS = {"triton": "effkernels-triton", "eager": "eager-channels-last", "compile": "compile",
+            "autotune": "compile-max-autotune", "library": " alone"}  # fmt: skip
+
+
 def table(groups: Sequence[Sequence[Row]]) -> str:
-    """One line for each case: our time, its share of the copy bandwidth, and the others' times over ours."""
-    columns = ["eager-channels-last", "compile", "compile-max-autotune", " alone"]
-    lines = [f"{'case':<52} {'us':>9} {'of copy':>8} {'eager':>7} {'compile':>8} {'autotune':>9} {'library':>8}"]
+    """One line for each case: our time, its share of the copy bandwidth, and the others' times over ours.
+
+    Ours is the compiled kernel; where there is none, Triton's, and then its own column is empty.
+    """
+    lines = [f"{'case':<52} {'us':>9} {'of copy':>8}" + "".join(f" {title:>8}" for title in _COLUMNS)]
     for rows in groups:
         ours = next((row for row in rows if row.contender.startswith("effkernels")), None)
         if ours is None:
             continue
         cells = []
-        for column in columns:
-            name = next(
-                (r for r in rows if r.contender.removesuffix("-graph") == column or column in r.contender[-12:]), None
-            )
-            cells.append("" if name is None else f"{name.median_us / ours.median_us:.2f}x")
+        for name in _COLUMNS.values():
+            found = next((row for row in rows if row is not ours and _is(row, name)), None)
+            cells.append("" if found is None else f"{found.median_us / ours.median_us:.2f}x")
         share = f"{ours.floor_us / ours.median_us:.0%}" if ours.floor_us else ""
         lines.append(
-            f"{ours.case:<52} {ours.median_us:>9.1f} {share:>8} {cells[0]:>7} {cells[1]:>8} {cells[2]:>9} {cells[3]:>8}"
+            f"{ours.case:<52} {ours.median_us:>9.1f} {share:>8}" + "".join(f" {cell:>8}" for cell in cells).rstrip()
         )
     return "\n".join(lines)
+
+
+def _is(row: Row, name: str) -> bool:
+    contender = row.contender.removesuffix("-graph")
+    return contender.endswith(name) if name.startswith(" ") else contender == name
 
 
 def wanted(options: Options) -> list[Measurement]:

@@ -13,9 +13,9 @@ import torch
 import effkernels
 from benchmarks.gpu_check import shapes
 from benchmarks.gpu_check.common import WORK, NotAvailable, Options, python, run_part, tool_output
-from benchmarks.gpu_check.measure import enlarged
 from benchmarks.kernel_economy.reading import ToolMissing, find_tool, short_name
 from effkernels import ops
+from effkernels.op_timing import enlarged
 
 _SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "LaunchStats")
 _SHOWN = {

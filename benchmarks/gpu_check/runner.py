@@ -29,11 +29,11 @@ class Part:
 
 PARTS: tuple[Part, ...] = (
     Part("build", "the library is there and runs on this GPU; else it is built", 150),
-    Part("parity", "every parity test on the device", 210),
+    Part("parity", "every parity test on the device, by CUDA and by Triton kernels", 210),
     Part("wrappers", "PTX wrappers, streams, CUDA graphs, device limits: tests/gpu", 90),
     Part("sanitizer", "compute-sanitizer: memcheck, racecheck, synccheck", 120),
     Part("launches", "launches of each operator, by the profiler", 40),
-    Part("ops", "operators against PyTorch, torch.compile and cuDNN", 230),
+    Part("ops", "operators by CUDA and Triton against PyTorch, torch.compile and cuDNN", 230),
     Part("models", "EfficientNet-B0 against every contender", 290),
     Part("profile", "Nsight Compute on the main kernels", 60),
 )

@@ -11,7 +11,7 @@ import effkernels
 from effkernels import ops, reference
 from effkernels.backends import OPERATORS
 from effkernels.check import judge
-from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, gate_case, pointwise_case
+from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, expand_case, gate_case, pointwise_case
 
 
 def small_cases() -> Iterator[OpCase]:
@@ -22,6 +22,8 @@ def small_cases() -> Iterator[OpCase]:
         yield gate_case(2, channels)
         yield pointwise_case((2, channels, height, width), 24, activation="silu")
         yield pointwise_case((2, channels, height, width), channels, gate=True, residual=True)
+    yield expand_case((2, 16, 9, 10), 40, 3, 1)
+    yield expand_case((2, 7, 5, 6), 12, 5, 2)
     yield conv_case((2, 3, 17, 19), 32)
     yield conv_case((1, 8, 7, 7), 12)
 

@@ -15,12 +15,20 @@ struct Parallel {
   void (*run)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) = nullptr;
 };
 
+// A 1x1 convolution and the depthwise one behind it, for a kernel of both: what lies between them has no place in
+// memory, so `expand.y` and `depthwise.x` are null. Two launches on CUDA, hence not in params.h.
+struct ExpandDepthwiseParams {
+  PointwiseParams expand;
+  DepthwiseParams depthwise;
+};
+
 struct Kernels {
   const char* isa;
   void (*depthwise)(const DepthwiseParams&, const Parallel&);
   void (*squeeze_excite)(const SqueezeExciteParams&, const Parallel&);
   void (*scale)(const ScaleParams&, const Parallel&);
   void (*pointwise)(const PointwiseParams&, const Parallel&);
+  void (*expand_depthwise)(const ExpandDepthwiseParams&, const Parallel&);
   void (*conv)(const ConvParams&, const Parallel&);
 };
 

@@ -5,68 +5,10 @@
 // A is converted to float32 and gated once (prepare), then multiplied with every packed panel (multiply), then norm,
 // activation and residual are applied as the result is written (write). Sums run over k in order: nothing depends on
 // how tasks were cut.
-#include "product.h"
+#include "tile.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
 namespace {
-
-constexpr int kChunk = 16;  // k is walked in chunks: tile[chunk][row][kChunk], so that every offset is a constant
-
-// acc[Rows][Vecs * kLanes] = tile (Rows x k) * panel (k x Vecs * kLanes). Sums of kBlock products are added up apart:
-// one chain over 1152 channels would lose twice the bits that PyTorch's blocked product loses.
-template <int Rows, int Vecs>
-void multiply(const float* __restrict tile, const float* __restrict panel, int64_t k, float* __restrict acc) {
-  for (int64_t begin = 0; begin < k; begin += kBlock) {
-    Vec sum[Rows][Vecs];  // cleared by a loop: an initialiser would clear the stack, too
-    for (int r = 0; r < Rows; r++)
-      for (int v = 0; v < Vecs; v++) sum[r][v] = Vec{};
-    for (int64_t k0 = begin; k0 < min_of(begin + kBlock, k); k0 += kChunk, tile += kRows * kChunk) {
-      const int n = int(min_of<int64_t>(kChunk, k - k0));
-      for (int j = 0; j < n; j++, panel += Vecs * kLanes) {
-        Vec b[Vecs];
-        for (int v = 0; v < Vecs; v++) b[v] = load(panel + v * kLanes);
-        for (int r = 0; r < Rows; r++) {
-          const Vec a = splat(tile[r * kChunk + j]);
-          for (int v = 0; v < Vecs; v++) sum[r][v] += a * b[v];
-        }
-      }
-    }
-    add_block<Rows, Vecs>(sum, begin == 0, acc);
-  }
-}
-
-using Multiply = void (*)(const float*, const float*, int64_t, float*);
-
-template <int Vecs>
-Multiply pick_multiply(int rows) {  // the smallest that covers the rows: the others compute numbers nobody reads
-  if constexpr (kRows > 6) {
-    if (rows > 12) return multiply<kRows, Vecs>;
-    if (rows > 10) return multiply<12, Vecs>;
-    if (rows > 8) return multiply<10, Vecs>;
-    if (rows > 7) return multiply<8, Vecs>;
-    if (rows > 6) return multiply<7, Vecs>;
-  }
-  if (rows > 4) return multiply<6, Vecs>;
-  if (rows > 2) return multiply<4, Vecs>;
-  return rows > 1 ? multiply<2, Vecs> : multiply<1, Vecs>;
-}
-
-// How M row tiles and P panels are cut into tasks. The model counts cycles per k of one task: a panel's share of
-// packing, a tile's share of preparing, and the products.
-struct Cut {
-  int64_t row_tasks, panel_tasks;
-};
-Cut cut_tasks(int64_t tiles, int64_t panels, int threads) {
-  Cut best{1, 1};
-  double best_cost = 0;
-  for (int64_t p = 1; p <= min_of<int64_t>(threads, panels); p++) {
-    const int64_t r = max_of<int64_t>(1, min_of<int64_t>(threads / p, tiles));
-    const double own_tiles = double(ceil_div(tiles, r)), own_panels = double(ceil_div(panels, p));
-    const double cost = own_panels * 10. + own_tiles * 1.5 * kRows + own_tiles * own_panels * kRows;
-    if (p == 1 || cost < best_cost) best = {r, p}, best_cost = cost;
-  }
-  return best;
-}
 
 struct Product {
   int64_t m, n, k;
@@ -80,7 +22,7 @@ template <class T, class Prepare>
 void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const Parallel parallel = threads_for(all, p.m * p.n * p.k);
   const int64_t tiles = ceil_div(p.m, kRows), panels = ceil_div(p.n, kPanel);
-  const Cut cut = cut_tasks(tiles, panels, parallel.threads);
+  const Cut cut = cut_tasks(tiles, 1, panels, parallel.threads);
   const int64_t padded_k = round_up(p.k, kChunk);
   const int64_t group = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (p.k * kPanel * 4)));
 
@@ -118,15 +60,6 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
       }
     }
   });
-}
-
-template <class T, class G>
-void prepare_row(const T* x, const G* gate, int64_t k, float* tile_row) {
-  for (int64_t k0 = 0; k0 < k; k0 += kLanes) {
-    Vec v = load_up_to(x + k0, k - k0);
-    if (gate) v *= load_up_to(gate + k0, k - k0);
-    store(tile_row + k0 / kChunk * (kRows * kChunk) + k0 % kChunk, v);
-  }
 }
 
 }  // namespace

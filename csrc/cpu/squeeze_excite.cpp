@@ -1,6 +1,5 @@
 // The two small matrix products of squeeze-and-excitation, and the multiplication by the gate where it is asked for.
-#include <cstdlib>
-#include <new>
+#include <memory>
 
 #include "activation.h"
 #include "pack.h"
@@ -25,8 +24,8 @@ void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
   if (p.batch == 0 || p.channels == 0) return;
   const int64_t hidden_stride = round_up(p.reduced, kLanes), blocks = ceil_div(p.channels, kLanes);
   const Parallel threads = threads_for(parallel, p.batch * p.reduced * p.channels);
-  float* hidden = static_cast<float*>(std::aligned_alloc(64, size_t(round_up(p.batch * hidden_stride * 4, 64))));
-  if (!hidden) throw std::bad_alloc();
+  const std::unique_ptr<float[]> own(new float[size_t(p.batch * hidden_stride)]());
+  float* const hidden = own.get();
 
   parallel_for(threads, p.batch * p.reduced, [=](int64_t begin, int64_t end) {
     with_type(p.w_reduce.dtype, [&](auto type) {
@@ -64,7 +63,6 @@ void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
       }
     }
   });
-  std::free(hidden);
 }
 
 void scale(const ScaleParams& p, const Parallel& parallel) {

@@ -7,9 +7,11 @@ void depthwise(const DepthwiseParams&, const Parallel&);
 void squeeze_excite(const SqueezeExciteParams&, const Parallel&);
 void scale(const ScaleParams&, const Parallel&);
 void pointwise(const PointwiseParams&, const Parallel&);
+void expand_depthwise(const ExpandDepthwiseParams&, const Parallel&);
 void conv(const ConvParams&, const Parallel&);
 
 extern const Kernels table;
-const Kernels table{EFFKERNELS_ISA_STRING(EFFKERNELS_ISA), depthwise, squeeze_excite, scale, pointwise, conv};
+const Kernels table{
+    EFFKERNELS_ISA_STRING(EFFKERNELS_ISA), depthwise, squeeze_excite, scale, pointwise, expand_depthwise, conv};
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

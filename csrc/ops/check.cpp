@@ -101,17 +101,18 @@ Param matrix_of(const char* op, const char* name, const Tensor& t, const Tensor&
 }
 
 Norm norm_of(const char* op, const NormArguments& a, const Tensor& x, int64_t channels, Keep& keep) {
-  STD_TORCH_CHECK(a.mean.has_value() == a.var.has_value(), op,
-                  ": norm_mean and norm_var belong together; allowed: both or neither");
-  STD_TORCH_CHECK(a.mean.has_value() || !(a.weight || a.norm_bias), op,
-                  ": norm_weight and norm_bias need norm_mean and norm_var; allowed: all of the norm or none");
-  STD_TORCH_CHECK(std::isfinite(a.eps) && a.eps >= 0, op, ": eps=", a.eps, "; allowed: finite and not negative");
-  return {param_of(op, "bias", a.bias, x, channels, keep),
-          param_of(op, "norm_weight", a.weight, x, channels, keep),
-          param_of(op, "norm_bias", a.norm_bias, x, channels, keep),
-          param_of(op, "norm_mean", a.mean, x, channels, keep),
-          param_of(op, "norm_var", a.var, x, channels, keep),
-          float(a.eps)};
+  STD_TORCH_CHECK(a.mean.has_value() == a.var.has_value(), op, ": ", a.prefix, "norm_mean and ", a.prefix,
+                  "norm_var belong together; allowed: both or neither");
+  STD_TORCH_CHECK(a.mean.has_value() || !(a.weight || a.norm_bias), op, ": ", a.prefix, "norm_weight and ", a.prefix,
+                  "norm_bias need ", a.prefix, "norm_mean and ", a.prefix,
+                  "norm_var; allowed: all of the norm or none");
+  STD_TORCH_CHECK(std::isfinite(a.eps) && a.eps >= 0, op, ": ", a.prefix, "eps=", a.eps,
+                  "; allowed: finite and not negative");
+  const auto vector = [&](const char* name, const OptionalTensor& t) {
+    return t ? param_of(op, (a.prefix + std::string(name)).c_str(), *t, x, {channels}, keep) : Param{};
+  };
+  return {vector("bias", a.bias),      vector("norm_weight", a.weight), vector("norm_bias", a.norm_bias),
+          vector("norm_mean", a.mean), vector("norm_var", a.var),       float(a.eps)};
 }
 
 void check_image(const char* op, const char* name, const Tensor& x) {
@@ -178,6 +179,77 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
   return Tensor(handle);
 }
 
+// Everything of a depthwise convolution of an (n, c, h, w) tensor but where that lies; of `a.x` only the dtype and the
+// device count.
+Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
+                             Keep& keep) {
+  STD_TORCH_CHECK(a.weight.dim() == 4 && a.weight.size(1) == 1 && a.weight.size(2) == a.weight.size(3), op,
+                  ": weight has shape ", shape_of(a.weight), "; allowed: (C, 1, K, K)");
+  const int64_t k = a.weight.size(2);
+  STD_TORCH_CHECK(k == 3 || k == 5 || k == 7 || k == 9, op, ": kernel size ", k, "; allowed: 3, 5, 7, 9");
+  STD_TORCH_CHECK(a.stride == 1 || a.stride == 2, op, ": stride=", a.stride, "; allowed: 1, 2");
+  STD_TORCH_CHECK(a.dilation >= 1 && a.dilation < kLargest, op, ": dilation=", a.dilation, "; allowed: 1 or more");
+  check_padding(op, a.padding);
+
+  Depthwise out;
+  DepthwiseParams& p = out.params;
+  p.dtype = dtype_of(op, "x", a.x);
+  p.activation = activation_of(op, "activation", a.activation);
+  p.weight = param_of(op, "weight", a.weight, a.x, {c, 1, k, k}, keep);
+  p.norm = norm_of(op, a.norm, a.x, c, keep);
+  p.batch = n, p.channels = c, p.height = h, p.width = w;
+  p.kernel = int32_t(k), p.stride = int32_t(a.stride), p.dilation = int32_t(a.dilation);
+  const int64_t window = (k - 1) * a.dilation + 1;
+  p.out_height = out_size(op, "height", h, a.padding[0], a.padding[1], window, a.stride);
+  p.out_width = out_size(op, "width", w, a.padding[2], a.padding[3], window, a.stride);
+  p.pad_top = int32_t(a.padding[0]), p.pad_left = int32_t(a.padding[2]);
+  out.y = empty_channels_last(a.x, n, c, p.out_height, p.out_width);
+  p.y = out.y.mutable_data_ptr();
+  return out;
+}
+
+// Everything of a 1x1 convolution but where its result lies.
+Pointwise describe_pointwise(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm,
+                             const OptionalTensor& gate, const OptionalTensor& residual, const std::string& activation,
+                             bool allow_tf32, Keep& keep) {
+  check_image(op, "x", x);
+  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
+  const std::string prefix = norm.prefix;
+  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) == 1 && weight.size(3) == 1, op, ": ",
+                  prefix, "weight has shape ", shape_of(weight), "; allowed: (Cout, Cin, 1, 1)");
+  const int64_t out_channels = weight.size(0);
+  Pointwise out;
+  PointwiseParams& p = out.params;
+  p.dtype = dtype_of(op, "x", x);
+  p.activation = activation_of(op, (prefix + "activation").c_str(), activation);
+  p.weight = param_of(op, (prefix + "weight").c_str(), weight, x, {out_channels, c, 1, 1}, keep);
+  p.norm = norm_of(op, norm, x, out_channels, keep);
+  if (gate) p.gate = param_of(op, "gate", *gate, x, {n, c}, keep);
+  p.allow_tf32 = allow_tf32;
+  p.batch = n, p.pixels = h * w, p.in_channels = c, p.out_channels = out_channels;
+  const Tensor rows = to_rows(x, p.x_stride_p);
+  keep.push_back(rows);
+  p.x = rows.const_data_ptr(), p.x_stride_n = rows.stride(0);
+  if (residual) {
+    const Tensor& r = *residual;
+    STD_TORCH_CHECK(r.dim() == 4 && r.size(0) == n && r.size(1) == out_channels && r.size(2) == h && r.size(3) == w, op,
+                    ": residual has shape ", shape_of(r), "; allowed: the output's (", n, ", ", out_channels, ", ", h,
+                    ", ", w, ")");
+    STD_TORCH_CHECK(r.scalar_type() == x.scalar_type(), op, ": residual has dtype ", name_of(r.scalar_type()),
+                    "; allowed: the input's ", name_of(x.scalar_type()));
+    check_device(op, "residual", r, x);
+    const Tensor residual_rows = to_rows(r, p.residual_stride_p);
+    keep.push_back(residual_rows);
+    p.residual = residual_rows.const_data_ptr(), p.residual_stride_n = residual_rows.stride(0);
+  }
+  return out;
+}
+
+void give_result(Pointwise& pointwise, const Tensor& x) {
+  pointwise.y = empty_channels_last(x, x.size(0), pointwise.params.out_channels, x.size(2), x.size(3));
+  pointwise.params.y = pointwise.y.mutable_data_ptr();
+}
+
 }  // namespace
 
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
@@ -206,33 +278,12 @@ Tensor empty_matrix(const Tensor& like, int64_t n, int64_t c, ScalarType dtype) 
 
 Depthwise make_depthwise(const char* op, const DepthwiseArguments& a, Keep& keep) {
   check_image(op, "x", a.x);
-  const int64_t n = a.x.size(0), c = a.x.size(1), h = a.x.size(2), w = a.x.size(3);
-  STD_TORCH_CHECK(a.weight.dim() == 4 && a.weight.size(1) == 1 && a.weight.size(2) == a.weight.size(3), op,
-                  ": weight has shape ", shape_of(a.weight), "; allowed: (C, 1, K, K)");
-  const int64_t k = a.weight.size(2);
-  STD_TORCH_CHECK(k == 3 || k == 5 || k == 7 || k == 9, op, ": kernel size ", k, "; allowed: 3, 5, 7, 9");
-  STD_TORCH_CHECK(a.stride == 1 || a.stride == 2, op, ": stride=", a.stride, "; allowed: 1, 2");
-  STD_TORCH_CHECK(a.dilation >= 1 && a.dilation < kLargest, op, ": dilation=", a.dilation, "; allowed: 1 or more");
-  check_padding(op, a.padding);
-
-  Depthwise out;
-  DepthwiseParams& p = out.params;
-  p.dtype = dtype_of(op, "x", a.x);
-  p.activation = activation_of(op, "activation", a.activation);
-  p.weight = param_of(op, "weight", a.weight, a.x, {c, 1, k, k}, keep);
-  p.norm = norm_of(op, a.norm, a.x, c, keep);
-  p.batch = n, p.channels = c, p.height = h, p.width = w;
-  p.kernel = int32_t(k), p.stride = int32_t(a.stride), p.dilation = int32_t(a.dilation);
-  const int64_t window = (k - 1) * a.dilation + 1;
-  p.out_height = out_size(op, "height", h, a.padding[0], a.padding[1], window, a.stride);
-  p.out_width = out_size(op, "width", w, a.padding[2], a.padding[3], window, a.stride);
-  p.pad_top = int32_t(a.padding[0]), p.pad_left = int32_t(a.padding[2]);
+  Depthwise out = describe_depthwise(op, a, a.x.size(0), a.x.size(1), a.x.size(2), a.x.size(3), keep);
   const Tensor x = to_channels_last(a.x);
   keep.push_back(x);
+  DepthwiseParams& p = out.params;
   p.x = x.const_data_ptr();
   p.x_stride_n = x.stride(0), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
-  out.y = empty_channels_last(a.x, n, c, p.out_height, p.out_width);
-  p.y = out.y.mutable_data_ptr();
   return out;
 }
 
@@ -269,37 +320,41 @@ SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t ba
 Pointwise make_pointwise(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm,
                          const OptionalTensor& gate, const OptionalTensor& residual, const std::string& activation,
                          bool allow_tf32, Keep& keep) {
-  check_image(op, "x", x);
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) == 1 && weight.size(3) == 1, op,
-                  ": weight has shape ", shape_of(weight), "; allowed: (Cout, Cin, 1, 1)");
-  const int64_t out_channels = weight.size(0);
-  Pointwise out;
-  PointwiseParams& p = out.params;
-  p.dtype = dtype_of(op, "x", x);
-  p.activation = activation_of(op, "activation", activation);
-  p.weight = param_of(op, "weight", weight, x, {out_channels, c, 1, 1}, keep);
-  p.norm = norm_of(op, norm, x, out_channels, keep);
-  if (gate) p.gate = param_of(op, "gate", *gate, x, {n, c}, keep);
-  p.allow_tf32 = allow_tf32;
-  p.batch = n, p.pixels = h * w, p.in_channels = c, p.out_channels = out_channels;
-  const Tensor rows = to_rows(x, p.x_stride_p);
-  keep.push_back(rows);
-  p.x = rows.const_data_ptr(), p.x_stride_n = rows.stride(0);
-  if (residual) {
-    const Tensor& r = *residual;
-    STD_TORCH_CHECK(r.dim() == 4 && r.size(0) == n && r.size(1) == out_channels && r.size(2) == h && r.size(3) == w, op,
-                    ": residual has shape ", shape_of(r), "; allowed: the output's (", n, ", ", out_channels, ", ", h,
-                    ", ", w, ")");
-    STD_TORCH_CHECK(r.scalar_type() == x.scalar_type(), op, ": residual has dtype ", name_of(r.scalar_type()),
-                    "; allowed: the input's ", name_of(x.scalar_type()));
-    check_device(op, "residual", r, x);
-    const Tensor residual_rows = to_rows(r, p.residual_stride_p);
-    keep.push_back(residual_rows);
-    p.residual = residual_rows.const_data_ptr(), p.residual_stride_n = residual_rows.stride(0);
-  }
-  out.y = empty_channels_last(x, n, out_channels, h, w);
-  p.y = out.y.mutable_data_ptr();
+  Pointwise out = describe_pointwise(op, x, weight, norm, gate, residual, activation, allow_tf32, keep);
+  give_result(out, x);
+  return out;
+}
+
+ExpandDepthwise describe_expand_depthwise(const char* op, const ExpandArguments& expand, const Tensor& weight,
+                                          const NormArguments& norm, int64_t stride,
+                                          const std::vector<int64_t>& padding, int64_t dilation,
+                                          const std::string& activation, bool allow_tf32, Keep& keep) {
+  const Tensor& x = expand.x;
+  ExpandDepthwise out;
+  out.expand = describe_pointwise(op, x, expand.weight, expand.norm, std::nullopt, std::nullopt, expand.activation,
+                                  allow_tf32, keep);
+  out.depthwise = describe_depthwise(op, {x, weight, norm, stride, padding, dilation, activation}, x.size(0),
+                                     out.expand.params.out_channels, x.size(2), x.size(3), keep);
+  DepthwiseParams& d = out.depthwise.params;
+  out.pooled = empty_matrix(x, d.batch, d.channels, ScalarType::Float);
+  d.pooled = static_cast<float*>(out.pooled.mutable_data_ptr());
+  return out;
+}
+
+void give_expanded(ExpandDepthwise& both, const Tensor& x) {
+  give_result(both.expand, x);
+  const Tensor& expanded = both.expand.y;
+  DepthwiseParams& d = both.depthwise.params;
+  d.x = expanded.const_data_ptr();
+  d.x_stride_n = expanded.stride(0), d.x_stride_h = expanded.stride(2), d.x_stride_w = expanded.stride(3);
+}
+
+ExpandDepthwise make_expand_depthwise(const char* op, const ExpandArguments& expand, const Tensor& weight,
+                                      const NormArguments& norm, int64_t stride, const std::vector<int64_t>& padding,
+                                      int64_t dilation, const std::string& activation, bool allow_tf32, Keep& keep) {
+  ExpandDepthwise out =
+      describe_expand_depthwise(op, expand, weight, norm, stride, padding, dilation, activation, allow_tf32, keep);
+  give_expanded(out, expand.x);
   return out;
 }
 

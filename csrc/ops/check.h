@@ -21,6 +21,7 @@ using OptionalTensor = std::optional<Tensor>;
 struct NormArguments {
   const OptionalTensor &bias, &weight, &norm_bias, &mean, &var;
   double eps;
+  const char* prefix = "";  // of the names in messages: an operator may have two norms
 };
 
 struct SeArguments {
@@ -37,6 +38,13 @@ struct DepthwiseArguments {
   int64_t stride;
   const std::vector<int64_t>& padding;
   int64_t dilation;
+  const std::string& activation;
+};
+
+// The 1x1 convolution in front of a depthwise one.
+struct ExpandArguments {
+  const Tensor &x, &weight;
+  NormArguments norm;
   const std::string& activation;
 };
 
@@ -74,6 +82,22 @@ struct Pointwise {
 Pointwise make_pointwise(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm,
                          const OptionalTensor& gate, const OptionalTensor& residual, const std::string& activation,
                          bool allow_tf32, Keep& keep);
+
+// Both halves of `expand_depthwise_squeeze`. make_ allocates the expanded tensor between them; describe_ leaves it out
+// (expand.y, expand.params.y and depthwise.params.x are empty), and give_expanded makes up for it.
+struct ExpandDepthwise {
+  Pointwise expand;
+  Depthwise depthwise;
+  Tensor pooled;
+};
+ExpandDepthwise make_expand_depthwise(const char* op, const ExpandArguments& expand, const Tensor& weight,
+                                      const NormArguments& norm, int64_t stride, const std::vector<int64_t>& padding,
+                                      int64_t dilation, const std::string& activation, bool allow_tf32, Keep& keep);
+ExpandDepthwise describe_expand_depthwise(const char* op, const ExpandArguments& expand, const Tensor& weight,
+                                          const NormArguments& norm, int64_t stride,
+                                          const std::vector<int64_t>& padding, int64_t dilation,
+                                          const std::string& activation, bool allow_tf32, Keep& keep);
+void give_expanded(ExpandDepthwise& both, const Tensor& x);
 
 struct Conv {
   ConvParams params;

@@ -81,6 +81,17 @@ Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, 
   return p.y;
 }
 
+std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const Tensor& x, EXPAND_PARAMETERS, const Tensor& weight,
+                                                    NORM_PARAMETERS, int64_t stride,
+                                                    const std::vector<int64_t>& padding, int64_t dilation,
+                                                    const std::string& activation, bool allow_tf32) {
+  Keep keep;
+  ExpandDepthwise e = describe_expand_depthwise("expand_depthwise_squeeze", EXPAND, weight, NORM, stride, padding,
+                                                dilation, activation, allow_tf32, keep);
+  cpu::kernels().expand_depthwise({e.expand.params, e.depthwise.params}, torch_threads());
+  return {e.depthwise.y, e.pooled};
+}
+
 Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64_t stride,
                    const std::vector<int64_t>& padding, const std::string& activation, bool allow_tf32) {
   Keep keep;
@@ -112,6 +123,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
   m.impl("depthwise_bn_act_gate", TORCH_BOX(&depthwise_bn_act_gate));
   m.impl("depthwise_bn_act_se", TORCH_BOX(&depthwise_bn_act_se));
   m.impl("pointwise_bn_act", TORCH_BOX(&pointwise_bn_act));
+  m.impl("expand_depthwise_squeeze", TORCH_BOX(&expand_depthwise_squeeze));
   m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act));
 }
 

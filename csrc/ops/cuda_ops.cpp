@@ -130,6 +130,24 @@ Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, 
   return p.y;
 }
 
+// Two launches: the expanded tensor passes through memory, as it does between the two operators.
+std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const Tensor& x, EXPAND_PARAMETERS, const Tensor& weight,
+                                                    NORM_PARAMETERS, int64_t stride,
+                                                    const std::vector<int64_t>& padding, int64_t dilation,
+                                                    const std::string& activation, bool allow_tf32) {
+  constexpr const char* op = "expand_depthwise_squeeze";
+  Keep keep;
+  ExpandDepthwise e =
+      make_expand_depthwise(op, EXPAND, weight, NORM, stride, padding, dilation, activation, allow_tf32, keep);
+  const OnDevice here(e.depthwise.y);
+  const cuda::DeviceLimits limits = limits_of(op, here);
+  check_launch(op,
+               cuda::launch_pointwise(e.expand.params, cuda::plan_pointwise(e.expand.params, limits), here.stream()));
+  const cuda::DepthwiseCall call{&e.depthwise.params, nullptr, true, false};
+  check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits), e.depthwise.y, here, keep));
+  return {e.depthwise.y, e.pooled};
+}
+
 // PyTorch's convolution of x: (N, Cin, H, W) with explicit padding, without bias.
 Tensor convolve(const Tensor& x, const Tensor& weight, int64_t stride, const std::vector<int64_t>& padding) {
   using torch::stable::detail::from;
@@ -201,6 +219,7 @@ EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, EFFKERNELS_CUDA_KEY, m) {
   m.impl("depthwise_bn_act_gate", TORCH_BOX(&depthwise_bn_act_gate));
   m.impl("depthwise_bn_act_se", TORCH_BOX(&depthwise_bn_act_se));
   m.impl("pointwise_bn_act", TORCH_BOX(&pointwise_bn_act));
+  m.impl("expand_depthwise_squeeze", TORCH_BOX(&expand_depthwise_squeeze));
   m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act));
 }
 

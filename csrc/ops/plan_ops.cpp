@@ -128,6 +128,17 @@ PlannedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shap
   return cuda::planned_launches(p, cuda::plan_pointwise(p, limits));
 }
 
+// The sizes of the depthwise operator, x's channels being the expanded ones, then the input channels and allow_tf32.
+PlannedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  check_count(op, "shape", s, 14);
+  PlannedLaunches launches =
+      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[12], s[1], 0, 0, s[13]}, limits);
+  const Shape depthwise(s.begin(), s.begin() + 12);
+  for (const cuda::PlannedLaunch& one : plan_of_depthwise("depthwise_bn_act_squeeze", dtype, depthwise, limits))
+    launches.push_back(one);
+  return launches;
+}
+
 PlannedLaunches plan_of_conv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   check_count(op, "shape", s, 12);
   ConvParams p;
@@ -156,6 +167,8 @@ std::string cuda_plan(const std::string& op, const std::string& dtype_name, cons
   PlannedLaunches launches;
   if (op == "pointwise_bn_act")
     launches = plan_of_pointwise(op, dtype, shape, limits);
+  else if (op == "expand_depthwise_squeeze")
+    launches = plan_of_expand(op, dtype, shape, limits);
   else if (op == "conv_bn_act")
     launches = plan_of_conv(op, dtype, shape, limits);
   else if (op == "squeeze_excite_gate")

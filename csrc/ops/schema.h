@@ -6,6 +6,9 @@
   "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float eps"
 #define EFFKERNELS_DEPTHWISE \
   "Tensor x, Tensor weight, " EFFKERNELS_NORM ", int stride, SymInt[4] padding, int dilation, str activation"
+#define EFFKERNELS_EXPAND                                                                   \
+  "Tensor expand_weight, Tensor? expand_bias, Tensor? expand_norm_weight, Tensor? expand_norm_bias, "                  \
+  "Tensor? expand_norm_mean, Tensor? expand_norm_var, float expand_eps, str expand_activation"
 #define EFFKERNELS_SE \
   "Tensor w_reduce, Tensor? b_reduce, Tensor w_expand, Tensor? b_expand, str se_activation, str gate"
 
@@ -17,6 +20,8 @@
   OP("depthwise_bn_act_se(" EFFKERNELS_DEPTHWISE ", " EFFKERNELS_SE ") -> Tensor")                                    \
   OP("pointwise_bn_act(Tensor x, Tensor weight, " EFFKERNELS_NORM                                                     \
      ", Tensor? gate, Tensor? residual, str activation, bool allow_tf32) -> Tensor")                                  \
+  OP("expand_depthwise_squeeze(Tensor x, " EFFKERNELS_EXPAND ", Tensor weight, " EFFKERNELS_NORM                        \
+     ", int stride, SymInt[4] padding, int dilation, str activation, bool allow_tf32) -> (Tensor, Tensor)")            \
   OP("conv_bn_act(Tensor x, Tensor weight, " EFFKERNELS_NORM                                                          \
      ", int stride, SymInt[4] padding, str activation, bool allow_tf32) -> Tensor")                                   \
   /* The CPU kernels' instruction set: sets it (name not empty) and tells it. */                                       \

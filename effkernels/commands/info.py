@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 import effkernels
-from effkernels import _library, backends, environment
+from effkernels import _library, backends, environment, tuning
 from effkernels.commands.common import add_json, why_no_gpu
+from effkernels.triton import MOST_SCALED_ALONE
 
 TEXT = "Show version, build, devices, and which backend can run which operator."
 
@@ -63,9 +64,35 @@ def _decisions() -> list[dict[str, Any]]:
             # "meta" asks whether the kernel is there at all.
             decision = can_run(op, device="meta" if device == "no GPU" else device, dtype=torch.float32)
             ok, reason = decision
+            has_kernel = ok
             if ok and device == "no GPU":
                 ok, reason = False, f"the kernel is there, but {why_no_gpu()}"
-            found.append({"backend": name, "device": device, "op": op, "ok": ok, "reason": reason})
+            line = {"backend": name, "device": device, "op": op, "ok": ok, "reason": reason, "has_kernel": has_kernel}
+            found.append(line)
+    return found
+
+
+def _what_runs(decisions: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
+    """By kind of device and operator: the backend that `effkernels.backends.choose` picks for float32.
+
+    For a GPU where there is none, what it would pick on one: there the kernels are asked for, not the device.
+    """
+    gpus = list(dict.fromkeys(d["device"] for d in decisions if d["backend"] == "cuda"))
+    found: dict[str, dict[str, str]] = {"cpu": {}, **{gpu: {} for gpu in gpus}}
+    for device, by_op in found.items():
+        asked = ("cpu",) if device == "cpu" else ("cuda", "triton")
+        for op in backends.OPERATORS:
+            can_run = {d["backend"]: d["has_kernel"] for d in decisions if (d["op"], d["device"]) == (op, device)}
+            by_op[op] = next((name for name in asked if can_run.get(name)), "reference")
+    return found
+
+
+def _tuned() -> dict[str, str | None]:
+    """By GPU: the file of its tuned plan, None where nothing is tuned."""
+    found: dict[str, str | None] = {}
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        file = tuning.file_of(tuning.device_name(torch.device("cuda", index)) or "")
+        found[f"cuda:{index}"] = str(file) if file.exists() else None
     return found
 
 
@@ -74,6 +101,8 @@ def run(arguments: argparse.Namespace) -> int:
     devices = _devices()
     versions = environment.versions("timm", "torchvision", "onnxruntime", "openvino")
     decisions = _decisions()
+    runs = _what_runs(decisions)
+    tuned = _tuned()
     report = {
         "version": effkernels.__version__,
         "commit": environment.commit()[0],
@@ -85,6 +114,8 @@ def run(arguments: argparse.Namespace) -> int:
         "versions": versions,
         "devices": devices,
         "backend": backends.selected(),
+        "runs": runs,
+        "tuned": tuned,
         "operators": decisions,
     }
     if arguments.json:
@@ -102,9 +133,28 @@ def run(arguments: argparse.Namespace) -> int:
         for key, value in device.items():
             if key != "device":
                 print(f"  {key:<16} {', '.join(value) if isinstance(value, list) else value}")
+        if device["device"] in tuned:
+            print(f"  {'tuned':<16} {tuned[device['device']] or 'no: `effkernels tune` measures what is faster here'}")
+    print("what runs, left to itself, in float32")
+    for name, by_op in runs.items():
+        print(f"  {'a GPU' if name == 'no GPU' else name:<6} {_grouped(by_op)}")
+    if any(decision["backend"] == "triton" and decision["has_kernel"] for decision in decisions):
+        print("  triton takes one launch a call, and two for")
+        print(f"    depthwise_bn_act_se       where an image of the result has more than {MOST_SCALED_ALONE} elements")
+        print("    expand_depthwise_squeeze  where the expanded tensor does not fit the chip")
     print(f"backend {backends.selected()} (what runs float32; `reference` runs everything)")
     _print_decisions(decisions)
     return 0
+
+
+def _grouped(by_op: dict[str, str]) -> str:
+    """'cuda: every operator', or each backend with its operators."""
+    groups: dict[str, list[str]] = {}
+    for op, name in by_op.items():
+        groups.setdefault(name, []).append(op)
+    return "; ".join(
+        f"{name}: {', '.join(ops) if len(groups) > 1 else 'every operator'}" for name, ops in groups.items()
+    )
 
 
 def _print_decisions(decisions: Sequence[dict[str, Any]]) -> None:

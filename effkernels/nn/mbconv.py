@@ -2,7 +2,7 @@
 
 In eval mode a block is two or three fused operators: the 1x1 expand, the depthwise convolution with its norm,
 activation and the squeeze-and-excitation gate, and the 1x1 project that multiplies by the gate as it reads and adds the
-residual as it writes.
+residual as it writes. On the CPU they are cut elsewhere: expand and depthwise in one, the gate by itself, the project.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from effkernels import ops
+from effkernels import backends, ops
 from effkernels.nn.conv_bn_act import check_activation
 from effkernels.nn.drop_path import DropPath
 from effkernels.nn.fusible import (
     NormArguments,
+    conv_arguments,
     conv_norm_arguments,
     fusible_norm,
     is_fusible_depthwise,
@@ -196,8 +197,11 @@ class MBConv(nn.Module):
             or not _is_idle(parts["drop_path"])
         ):
             return self._forward_plain(x)
-        y = ops.pointwise_bn_act(x, *conv_norm_arguments(expand, norm1), activation=self.activation)
-        y, gate = _depthwise(y, depthwise, norm2, self.activation, se)
+        if _keeps_expanded(x):
+            y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, self.activation, se)
+        else:
+            y = ops.pointwise_bn_act(x, *conv_norm_arguments(expand, norm1), activation=self.activation)
+            y, gate = _depthwise(y, depthwise, norm2, self.activation, se)
         residual = x if self.has_skip else None
         return ops.pointwise_bn_act(y, *conv_norm_arguments(project, norm3), gate=gate, residual=residual)
 
@@ -260,4 +264,61 @@ def _depthwise(
         dilation=dilation,
         activation=activation,
         **squeeze_excite_arguments(se),
+    )
+
+
+def _keeps_expanded(x: Tensor) -> bool:
+    """Whether the expanded tensor of a block never becomes one.
+
+    The CPU kernel takes the depthwise rows out of the cache where it has just expanded them. On a GPU the two
+    convolutions are two launches either way, and the depthwise one computes the gate on its side.
+    """
+    return x.is_cpu and backends.selected() in ("auto", "cpu")
+
+
+def _expand_depthwise(
+    x: Tensor,
+    expand: nn.Conv2d,
+    expand_norm: NormArguments,
+    conv: nn.Conv2d,
+    norm: NormArguments,
+    activation: str,
+    se: nn.Module | None,
+) -> tuple[Tensor, Tensor | None]:
+    """1x1 convolution and depthwise convolution of x: (N, C, H, W), each with norm and activation, and the gate."""
+    expand_weight, expand_bias = conv_arguments(expand)
+    weight, bias = conv_arguments(conv)
+    y, pooled = ops.expand_depthwise_squeeze(
+        x,
+        expand_weight,
+        weight,
+        expand_bias=expand_bias,
+        expand_norm_weight=expand_norm[0],
+        expand_norm_bias=expand_norm[1],
+        expand_norm_mean=expand_norm[2],
+        expand_norm_var=expand_norm[3],
+        expand_eps=expand_norm[4],
+        expand_activation=activation,
+        bias=bias,
+        norm_weight=norm[0],
+        norm_bias=norm[1],
+        norm_mean=norm[2],
+        norm_var=norm[3],
+        eps=norm[4],
+        stride=conv.stride[0],
+        padding=explicit_padding(conv, x.shape[2], x.shape[3]),
+        dilation=conv.dilation[0],
+        activation=activation,
+    )
+    if not isinstance(se, SqueezeExcite):
+        return y, None
+    arguments = squeeze_excite_arguments(se)
+    return y, ops.squeeze_excite_gate(
+        pooled,
+        arguments["w_reduce"],
+        arguments["b_reduce"],
+        arguments["w_expand"],
+        arguments["b_expand"],
+        activation=arguments["se_activation"],
+        gate=arguments["gate"],
     )

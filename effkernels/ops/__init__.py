@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from effkernels.ops.conv import conv_bn_act
 from effkernels.ops.depthwise import depthwise_bn_act, depthwise_bn_act_squeeze
+from effkernels.ops.expand_depthwise import expand_depthwise_squeeze
 from effkernels.ops.pointwise import pointwise_bn_act
 from effkernels.ops.squeeze_excite import depthwise_bn_act_gate, depthwise_bn_act_se, squeeze_excite_gate
 
@@ -13,6 +14,7 @@ __all__ = [
     "depthwise_bn_act_gate",
     "depthwise_bn_act_se",
     "depthwise_bn_act_squeeze",
+    "expand_depthwise_squeeze",
     "pointwise_bn_act",
     "squeeze_excite_gate",
 ]

@@ -30,8 +30,12 @@ def depthwise(
     padding: Sequence[int],
     dilation: int,
     activation: str,
+    channels_of: str = "x",
 ) -> tuple[int, int]:
-    """Check the arguments of a depthwise operator; returns (out_height, out_width)."""
+    """Check the arguments of a depthwise operator; returns (out_height, out_width).
+
+    `channels_of` names the argument that decided the channels of x.
+    """
     _check_x(op, x)
     _check_tensor(op, "weight", weight, x.device, x.dtype)
     if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
@@ -41,7 +45,9 @@ def depthwise(
         raise ValueError(f"{op}: kernel size {kernel}; allowed: {_list(DEPTHWISE_KERNEL_SIZES)}")
     if x.shape[1] != channels:
         allowed = f"({x.shape[1]}, 1, {kernel}, {kernel})"
-        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: {allowed}, with the channels of x")
+        raise ValueError(
+            f"{op}: weight has shape {_shape(weight)}; allowed: {allowed}, with the channels of {channels_of}"
+        )
     if stride not in DEPTHWISE_STRIDES:
         raise ValueError(f"{op}: stride={stride}; allowed: {_list(DEPTHWISE_STRIDES)}")
     if dilation < 1:
@@ -106,15 +112,16 @@ def pointwise(
     gate: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    prefix: str = "",
 ) -> None:
-    """Check the arguments of `pointwise_bn_act`."""
+    """Check the arguments of `pointwise_bn_act`; `prefix` stands before their names where an operator has two norms."""
     _check_x(op, x)
-    _check_tensor(op, "weight", weight, x.device, x.dtype)
+    _check_tensor(op, f"{prefix}weight", weight, x.device, x.dtype)
     if weight.dim() != 4 or weight.shape[2] != 1 or weight.shape[3] != 1:
-        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: (Cout, Cin, 1, 1)")
-    _check_in_channels(op, x, weight)
+        raise ValueError(f"{op}: {prefix}weight has shape {_shape(weight)}; allowed: (Cout, Cin, 1, 1)")
+    _check_in_channels(op, x, weight, prefix)
     out_channels, in_channels = weight.shape[:2]
-    _check_norm(op, x, norm, eps, out_channels)
+    _check_norm(op, x, norm, eps, out_channels, prefix)
     if gate is not None:
         _check_tensor(op, "gate", gate, x.device, x.dtype)
         if gate.dim() != 2 or gate.shape[1] != in_channels or _surely(gate.shape[0] != x.shape[0]):
@@ -124,7 +131,7 @@ def pointwise(
         expected = (x.shape[0], out_channels, x.shape[2], x.shape[3])
         if residual.dim() != 4 or any(_surely(a != b) for a, b in zip(residual.shape, expected, strict=True)):
             raise ValueError(f"{op}: residual has shape {_shape(residual)}; allowed: {_tuple(expected)}")
-    _check_activation(op, "activation", activation)
+    _check_activation(op, f"{prefix}activation", activation)
 
 
 def conv(
@@ -181,21 +188,22 @@ def _check_vector(op: str, name: str, t: Tensor | None, length: int, device: tor
         raise ValueError(f"{op}: {name} has shape {_shape(t)}; allowed: ({length},)")
 
 
-def _check_norm(op: str, x: Tensor, norm: tuple[Tensor | None, ...], eps: float, channels: int) -> None:
+def _check_norm(
+    op: str, x: Tensor, norm: tuple[Tensor | None, ...], eps: float, channels: int, prefix: str = ""
+) -> None:
     names = ("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")
     for name, t in zip(names, norm, strict=True):
-        _check_vector(op, name, t, channels, x.device, x.dtype)
+        _check_vector(op, f"{prefix}{name}", t, channels, x.device, x.dtype)
     _, weight, bias, mean, var = norm
+    both = f"{prefix}norm_mean and {prefix}norm_var"
     if (mean is None) != (var is None):
         missing = "norm_mean" if mean is None else "norm_var"
-        raise ValueError(f"{op}: norm_mean and norm_var belong together; {missing} is None; allowed: both or neither")
+        raise ValueError(f"{op}: {both} belong together; {prefix}{missing} is None; allowed: both or neither")
     if mean is None and (weight is not None or bias is not None):
         given = "norm_weight" if weight is not None else "norm_bias"
-        raise ValueError(
-            f"{op}: {given} needs norm_mean and norm_var, which are None; allowed: all of the norm or none"
-        )
+        raise ValueError(f"{op}: {prefix}{given} needs {both}, which are None; allowed: all of the norm or none")
     if not 0 <= eps < math.inf:  # also false for NaN; torch.compile may hand in a symbolic float
-        raise ValueError(f"{op}: eps={eps}; allowed: finite and not negative")
+        raise ValueError(f"{op}: {prefix}eps={eps}; allowed: finite and not negative")
 
 
 def _check_activation(op: str, name: str, activation: str) -> None:
@@ -203,11 +211,12 @@ def _check_activation(op: str, name: str, activation: str) -> None:
         raise ValueError(f"{op}: {name}={activation!r} is not known; allowed: {_list(ACTIVATIONS)}")
 
 
-def _check_in_channels(op: str, x: Tensor, weight: Tensor) -> None:
+def _check_in_channels(op: str, x: Tensor, weight: Tensor, prefix: str = "") -> None:
     if x.shape[1] != weight.shape[1]:
-        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: {x.shape[1]} input channels, as x has")
+        allowed = f"{x.shape[1]} input channels, as x has"
+        raise ValueError(f"{op}: {prefix}weight has shape {_shape(weight)}; allowed: {allowed}")
     if weight.shape[0] < 1:
-        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: at least one output channel")
+        raise ValueError(f"{op}: {prefix}weight has shape {_shape(weight)}; allowed: at least one output channel")
 
 
 def _check_window(op: str, x: Tensor, window: tuple[int, int], stride: int, padding: Sequence[int]) -> tuple[int, int]:

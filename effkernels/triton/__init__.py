@@ -21,6 +21,7 @@ FAMILIES: dict[str, str] = {
     "depthwise_bn_act_gate": "depthwise",
     "depthwise_bn_act_se": "depthwise",
     "pointwise_bn_act": "pointwise",
+    "expand_depthwise_squeeze": "expand_depthwise",
     "conv_bn_act": "conv",
 }
 
@@ -29,6 +30,9 @@ FAMILIES: dict[str, str] = {
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 INSTALLED: bool = importlib.util.find_spec("triton") is not None
+
+# Elements of an image that one program scales by the gate in the launch that computes it.
+MOST_SCALED_ALONE = 1 << 16
 
 
 @cache
@@ -39,6 +43,28 @@ def implementation(op: str) -> Callable[..., None]:
     module = importlib.import_module(f"{__name__}.{FAMILIES[op]}")
     function: Callable[..., None] = module.OPERATORS[op]
     return function
+
+
+def launches_of(op: str, channels: int = 0, out_height: int = 0, out_width: int = 0, *, one_pass: bool = True) -> int:
+    """Launches of Triton kernels that one call of `op` takes, whatever its batch: one, with two exceptions.
+
+    Where an image of its result has more than `MOST_SCALED_ALONE` elements, a second launch of `depthwise_bn_act_se`
+    multiplies by the gate. `expand_depthwise_squeeze` takes two where its expanded tensor is not kept on the chip.
+    (`conv_bn_act` with more than 128 factors to a sum, input channels times kernel size, also runs PyTorch's
+    convolution, which is none of these.)
+
+    Args:
+        channels, out_height, out_width: of the result; only `depthwise_bn_act_se` depends on them.
+        one_pass: of `expand_depthwise_squeeze`, what effkernels.triton.expand_depthwise.one_pass says of the call.
+
+    Raises:
+        ValueError: there is no Triton implementation of op.
+    """
+    if op not in FAMILIES:
+        raise ValueError(f"no Triton implementation of {op!r}; allowed: {', '.join(FAMILIES)}")
+    scaled_apart = op == "depthwise_bn_act_se" and channels * out_height * out_width > MOST_SCALED_ALONE
+    written = op == "expand_depthwise_squeeze" and not one_pass
+    return 2 if scaled_apart or written else 1
 
 
 def problem_of(op: str, device: Any) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effkernels import tuning
 from effkernels.triton import INTERPRETED
 
 _FEWEST_COUNTERS = 4096  # of a stream: 16 KB
@@ -26,6 +29,13 @@ def run(
         return
     with torch.cuda.device(device):  # Triton launches on the current device, wherever the tensors are
         kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, **constants)
+
+
+def tuned(
+    op: str, x: Tensor, shape: tuple[int, ...], candidates: Callable[[], Sequence[tuning.Choice]]
+) -> tuning.Choice | None:
+    """How `effkernels tune` found the work of `op` on an x of this device and dtype best cut; None: the default."""
+    return tuning.configuration(op, x.device, x.dtype, shape, candidates)
 
 
 def next_power_of_2(n: int) -> int:
@@ -122,6 +132,16 @@ def counters(device: torch.device, count: int) -> Tensor:
         return own
 
 
+@contextmanager
+def temporary_graphs() -> Iterator[None]:
+    """CUDA graphs captured inside the block are not replayed behind it: their counters come back to the stores."""
+    before = dict(_for_graphs)
+    try:
+        yield
+    finally:
+        _for_graphs.update(before)
+
+
 __all__ = [
     "INTERPRETED",
     "activation_for",
@@ -133,6 +153,8 @@ __all__ = [
     "is_wide",
     "next_power_of_2",
     "run",
+    "temporary_graphs",
+    "tuned",
     "vector_of",
     "vectors_fit",
 ]

@@ -12,6 +12,7 @@ more pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,38 @@ MOST_TAPS = EXACT_RUN  # input channels times kernel size that the kernel of the
 _STEP = 32  # taps
 _WIDEST_TILE = 32  # output channels of a program; with 64 the gather takes 240 registers and spills in float32
 _WIDEST_BLOCK = 64  # channels of a program that norms and activates
+
+
+class Tile(NamedTuple):
+    """How the kernel of the stem is cut: output pixels and channels of a program, taps of a step, and who computes."""
+
+    rows: int
+    columns: int
+    step: int
+    warps: int
+
+
+def tile_of(taps: int, out_channels: int) -> Tile:
+    """The tile for so many products per output: what compiles without a spill, not what was measured fastest."""
+    return Tile(
+        rows=64 if taps <= _STEP else 32,  # a loop over steps takes registers as well
+        columns=min(_WIDEST_TILE, max(16, _launch.next_power_of_2(out_channels))),  # 16: the least that tl.dot takes
+        step=16 if taps <= 16 else _STEP,
+        warps=4,
+    )
+
+
+def candidates(taps: int, out_channels: int) -> tuple[Tile, ...]:
+    """The tiles that `effkernels tune` may choose from, the one of `tile_of` first.
+
+    Of the default's columns alone: with fewer, the gather of a thread takes all registers, and with more the sums do.
+    """
+    default = tile_of(taps, out_channels)
+    found = [default]
+    for rows in (32, 64) if taps > _STEP else (32, 64, 128):
+        found += [default._replace(rows=rows, warps=warps) for warps in (4, 8)]
+    found += [default._replace(step=step) for step in (16, 32)]
+    return tuple(dict.fromkeys(found))
 
 
 @triton.jit(do_not_specialize=["rows", "height", "width", "out_height", "out_width", "column_tiles", "out_vectors"])
@@ -196,13 +229,13 @@ def _run_direct(
     rows = images * out_height * out_width
     taps = in_channels * kernel_h * kernel_w
     vector = _launch.vector_of(out.dtype) if _launch.vectors_fit(channels, out) else 1
-    columns = min(_WIDEST_TILE, max(16, _launch.next_power_of_2(channels)))  # 16: the least that tl.dot takes
-    column_tiles = _launch.divide_up(channels, columns)
-    tile_rows = 64 if taps <= _STEP else 32  # a loop over steps takes registers as well
     tf32 = x.dtype == torch.float32 and allow_tf32
+    shape = (rows, in_channels, channels, kernel_h, kernel_w, stride, int(tf32))
+    tile = _launch.tuned("conv_bn_act", x, shape, lambda: candidates(taps, channels)) or tile_of(taps, channels)
+    column_tiles = _launch.divide_up(channels, tile.columns)
     _launch.run(
         conv_kernel,
-        (_launch.divide_up(rows, tile_rows) * column_tiles,),
+        (_launch.divide_up(rows, tile.rows) * column_tiles,),
         x,
         weight.contiguous(),
         *norm,
@@ -226,10 +259,10 @@ def _run_direct(
         ACTIVATION=_launch.activation_for(activation, out.dtype),
         PRECISION="tf32" if tf32 else "ieee",
         ROUNDED=tf32 and not _launch.INTERPRETED and torch.version.hip is None,
-        ROWS=tile_rows,
-        COLUMNS=columns,
-        STEP=16 if taps <= 16 else _STEP,
-        num_warps=4,
+        ROWS=tile.rows,
+        COLUMNS=tile.columns,
+        STEP=tile.step,
+        num_warps=tile.warps,
     )
 
 

@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from effkernels.triton import _launch, squeeze_excite
+from effkernels.triton import MOST_SCALED_ALONE, _launch, squeeze_excite
 from effkernels.triton._common import activate, load_float, scale_shift
 from effkernels.triton.squeeze_excite import gate_of, hidden_of
 
@@ -31,7 +31,6 @@ _WIDEST_BLOCK = 64  # channels of a program: 128 bytes of a pixel in 16 bits, a 
 _THREADS = 128 if not _launch.INTERPRETED else 512  # interpreted, time goes with the number of programs
 # Left to itself the assembler spills a few registers to reach the next step of occupancy. ROCm has no such limit.
 _REGISTERS = {} if torch.version.hip else {"maxnreg": 255}
-_MOST_SCALED_ALONE = 1 << 16  # elements of an image that one program scales by the gate in the same launch
 
 # What a launch makes beside y.
 _MEANS, _GATE, _GATED = "means", "gate", "gated"
@@ -254,6 +253,15 @@ class Plan:
     warps: int
 
 
+class Cut(NamedTuple):
+    """What `effkernels tune` may choose of a `Plan`; attributes as there."""
+
+    strip: int
+    lanes: int
+    block: int
+    warps: int
+
+
 def strip_of(kernel: int, stride: int, dilation: int, vector: int) -> int:
     """Pixels of a strip: as many as leave a thread with some 150 registers for their sums and the inputs of a row."""
     if dilation > 1:
@@ -261,29 +269,59 @@ def strip_of(kernel: int, stride: int, dilation: int, vector: int) -> int:
     return 4 if vector < 8 or (stride == 1 and kernel <= 5) else 2
 
 
-def plan(x: Tensor, y: Tensor, kernel: int, stride: int, dilation: int) -> Plan:
-    """The plan for an x whose channels lie next to each other."""
-    _, channels, out_height, out_width = y.shape
-    vector = _launch.vector_of(x.dtype) if _launch.vectors_fit(channels, x, y) else 1
-    strip = strip_of(kernel, stride, dilation, vector)
-    strips = out_height * _launch.divide_up(out_width, strip)
+def cut_of(channels: int, out_height: int, out_width: int, kernel: int, stride: int, dilation: int, vector: int) -> Cut:
+    """How a launch is cut where nothing was tuned."""
     block = min(_WIDEST_BLOCK, _launch.next_power_of_2(channels))
     if block == _WIDEST_BLOCK and -channels % block >= block // 2:
         block //= 2  # half of the last group would have nothing to do
-    lanes = min(max(1, _THREADS * vector // block), 64, _launch.next_power_of_2(strips))
+    return _cut(strip_of(kernel, stride, dilation, vector), block, _THREADS, out_height, out_width, vector)
+
+
+def candidates(
+    channels: int, out_height: int, out_width: int, kernel: int, stride: int, dilation: int, vector: int
+) -> tuple[Cut, ...]:
+    """The cuts that `effkernels tune` may choose from, the one of `cut_of` first."""
+    default = cut_of(channels, out_height, out_width, kernel, stride, dilation, vector)
+    widest = _launch.next_power_of_2(channels)
+    found = [default]
+    # Of larger kernels the inputs of 7 pixels, 13 and more of them, leave no registers.
+    for strip in (1,) if dilation > 1 else (2, 4, 7) if kernel <= 5 else (2, 4):
+        for threads in (64, 128, 256):
+            found.append(_cut(strip, default.block, threads, out_height, out_width, vector))
+    for block in (16, 32, 64, 128):
+        if vector <= block <= widest:
+            found.append(_cut(default.strip, block, _THREADS, out_height, out_width, vector))
+    return tuple(dict.fromkeys(found))
+
+
+def _cut(strip: int, block: int, threads: int, out_height: int, out_width: int, vector: int) -> Cut:
+    strips = out_height * _launch.divide_up(out_width, strip)
+    lanes = min(max(1, threads * vector // block), 64, _launch.next_power_of_2(strips))
+    return Cut(strip, lanes, block, max(1, min(threads, lanes * block // vector) // 32))
+
+
+def plan(x: Tensor, y: Tensor, kernel: int, stride: int, dilation: int, op: str | None = None) -> Plan:
+    """The plan for an x whose channels lie next to each other; with the name of an operator as it was tuned for it."""
+    images, channels, out_height, out_width = y.shape
+    vector = _launch.vector_of(x.dtype) if _launch.vectors_fit(channels, x, y) else 1
+    shape = (channels, out_height, out_width, kernel, stride, dilation, vector)
+    cut = None if op is None else _launch.tuned(op, x, (images, *shape), lambda: candidates(*shape))
+    if cut is None:
+        cut = cut_of(*shape)
     return Plan(
         vector,
-        strip,
-        lanes,
-        block,
-        _launch.divide_up(channels, block),
-        _launch.divide_up(strips, lanes),
+        cut.strip,
+        cut.lanes,
+        cut.block,
+        _launch.divide_up(channels, cut.block),
+        _launch.divide_up(out_height * _launch.divide_up(out_width, cut.strip), cut.lanes),
         _launch.is_wide(x, y),
-        max(1, min(_THREADS, lanes * block // vector) // 32),
+        cut.warps,
     )
 
 
 def _run(
+    op: str,
     y: Tensor,
     conv: Sequence[Any],
     *,
@@ -295,7 +333,7 @@ def _run(
     x, weight, bias, norm_weight, norm_bias, norm_mean, norm_var, eps, stride, padding, dilation, activation = conv
     x = _launch.channels_last(x)
     batch, channels, out_height, out_width = y.shape
-    p = plan(x, y, weight.shape[2], stride, dilation)
+    p = plan(x, y, weight.shape[2], stride, dilation, op)
     result, partial, arrivals, hidden = None, None, None, None
     w_reduce = b_reduce = w_expand = b_expand = None
     reduced, se_activation, gate_activation = 0, "identity", "sigmoid"
@@ -352,24 +390,24 @@ def _run(
 
 
 def depthwise_bn_act(out: Tensor, *conv: Any) -> None:
-    _run(out, conv)
+    _run("depthwise_bn_act", out, conv)
 
 
 def depthwise_bn_act_squeeze(out: tuple[Tensor, Tensor], *conv: Any) -> None:
     y, pooled = out
-    _run(y, conv, pooled=pooled)
+    _run("depthwise_bn_act_squeeze", y, conv, pooled=pooled)
 
 
 def depthwise_bn_act_gate(out: tuple[Tensor, Tensor], *args: Any) -> None:
     y, gate = out
-    _run(y, args[:-6], excite=args[-6:], gate=gate)
+    _run("depthwise_bn_act_gate", y, args[:-6], excite=args[-6:], gate=gate)
 
 
 def depthwise_bn_act_se(out: Tensor, *args: Any) -> None:
     """One launch where a single program can scale an image fast enough, else a second one for that."""
     gate = torch.empty(out.shape[:2], dtype=out.dtype, device=out.device)
-    alone = out[0].numel() <= _MOST_SCALED_ALONE
-    _run(out, args[:-6], excite=args[-6:], gate=gate, gated=alone)
+    alone = out[0].numel() <= MOST_SCALED_ALONE
+    _run("depthwise_bn_act_se", out, args[:-6], excite=args[-6:], gate=gate, gated=alone)
     if not alone:
         squeeze_excite.scale_(out, gate)
 

@@ -25,6 +25,8 @@ from effkernels.triton import _common, _launch
 # One chain of additions over 1152 channels would err twice as much as PyTorch's blocked product: exact float32 sums
 # are taken in runs of so many channels. Tensor cores add several products at once and need none.
 EXACT_RUN = 128
+# Bytes of shared memory of a block that every GPU from compute capability 8.0 on has.
+MOST_SHARED = 99 * 1024
 # Below so many pixels per image, a tile takes rows of several images, each with a gate of its own.
 FEWEST_PIXELS_OF_OWN_TILE = 32
 
@@ -96,6 +98,42 @@ def tile_of(
     # The fewest that spill nowhere; with short steps ptxas aims at fewer registers, and misses with 4.
     warps = 8 if rows * columns >= 8192 or (rows * columns == 4096 and step < 64) else 4
     return Tile(rows, columns, step, warps, stages=3)
+
+
+def candidates(
+    images: int,
+    pixels: int,
+    in_channels: int,
+    out_channels: int,
+    dtype: torch.dtype,
+    exact: bool,
+    gated: bool,
+    spans: bool,
+    multiprocessors: int,
+) -> tuple[Tile, ...]:
+    """The tiles that `effkernels tune` may choose from, the one of `tile_of` first; arguments as there.
+
+    Every size of tile at the default's depth, then the default with other steps, warps and stages. All of them fit
+    the shared memory and, exact ones, the registers of every GPU from compute capability 8.0 on.
+    """
+    default = tile_of(images, pixels, in_channels, out_channels, dtype, exact, gated, spans, multiprocessors)
+    most_rows, most_columns = (64, 32) if exact else (64 if spans else 128, 128)
+    widest_step = min(64 if dtype.itemsize == 2 else 32, max(16, _launch.next_power_of_2(in_channels)))
+    found = [default]
+    for rows in (32, 64, 128):
+        for columns in (16, 32, 64, 128):
+            if rows <= most_rows and columns <= min(most_columns, max(16, _launch.next_power_of_2(out_channels))):
+                step = 16 if exact and rows == 32 else default.step
+                warps = 8 if rows * columns >= 8192 or (rows * columns == 4096 and step < 64) else 4
+                found.append(Tile(rows, columns, step, warps, default.stages))
+    found += [default._replace(step=step) for step in (16, 32, 64) if step <= widest_step]
+    found += [default._replace(warps=warps) for warps in (4, 8)]
+    found += [default._replace(stages=stages) for stages in (2, 4)]
+    return tuple(tile for tile in dict.fromkeys(found) if tile == default or _fits(tile, dtype))
+
+
+def _fits(tile: Tile, dtype: torch.dtype) -> bool:
+    return tile.stages * (tile.rows + tile.columns) * tile.step * dtype.itemsize <= MOST_SHARED
 
 
 def multiprocessors(device: torch.device) -> int:
@@ -300,7 +338,10 @@ def pointwise_bn_act(
     exact = x.dtype == torch.float32 and not allow_tf32
     tf32 = x.dtype == torch.float32 and allow_tf32
     cut = (images, pixels, in_channels, out_channels, x.dtype, exact, gate is not None, spans)
-    tile = tile_of(*cut, multiprocessors(x.device))
+    shape = (images, pixels, in_channels, out_channels, int(exact), int(gate is not None), int(spans))
+    tile = _launch.tuned("pointwise_bn_act", x, shape, lambda: candidates(*cut, multiprocessors(x.device)))
+    if tile is None:
+        tile = tile_of(*cut, multiprocessors(x.device))
     row_tiles = _launch.divide_up(rows if spans else pixels, tile.rows)
     column_tiles = _launch.divide_up(out_channels, tile.columns)
     in_vector, out_vector = _vector(x.dtype, in_channels), _vector(x.dtype, out_channels)

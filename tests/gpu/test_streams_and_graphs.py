@@ -9,7 +9,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from op_cases import ALL_OPS, DEPTHWISE_OPS, Case
+from op_cases import ALL_OPS, DEPTHWISE_OPS, EXPAND_OP, Case
 from torch import Tensor
 
 import effkernels
@@ -23,6 +23,7 @@ CASES = [
     Case("pointwise_bn_act", torch.bfloat16, channels=96, out_channels=24, gated=True, residual=True),
     Case("conv_bn_act", torch.bfloat16, channels=3, out_channels=32, height=64, width=64, stride=2),
     Case("squeeze_excite_gate", torch.bfloat16, channels=672, reduced=28),
+    Case(EXPAND_OP, torch.bfloat16, channels=24, out_channels=96, height=56, width=56),
 ]
 
 

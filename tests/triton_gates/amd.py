@@ -34,8 +34,12 @@ class AmdKernel:
 
 
 def calls() -> list[Call]:
-    """bfloat16 for every family; the other types take the same ways here."""
-    return [call for call in CALLS if call.dtype is BFLOAT16]
+    """One of each kind in bfloat16; the other types, and other sizes, take the same ways here."""
+    kinds: dict[tuple[object, ...], Call] = {}
+    for call in CALLS:
+        if call.dtype is BFLOAT16:
+            kinds.setdefault((call.op, call.kernel, call.stride, call.gated, call.wide), call)
+    return list(kinds.values())
 
 
 def read(compiled: Any, name: str, call: Call) -> AmdKernel:
@@ -55,7 +59,7 @@ def broken(kernel: AmdKernel) -> list[str]:
         found.append(f"{kernel.scratch} bytes of scratch memory")
     if kernel.shared > MOST_SHARED:
         found.append(f"{kernel.shared} bytes of shared memory; {MOST_SHARED} is the most")
-    if kernel.name in ("pointwise_kernel", "conv_kernel") and not any(
+    if kernel.name in ("pointwise_kernel", "expand_depthwise_kernel", "conv_kernel") and not any(
         op.startswith("v_mfma") for op in kernel.instructions
     ):
         found.append("no matrix instruction (MFMA)")

@@ -72,6 +72,12 @@ class Call:
             return options | {"allow_tf32": self.allow_tf32}
         padding = (self.dilation * (self.kernel // 2),) * 4
         options |= {"stride": self.stride, "padding": padding}
+        if self.op == "expand_depthwise_squeeze":
+            expand = {f"expand_{name}": t for name, t in _norm(self.out).items()}
+            expand |= {"expand_weight": _meta(self.out, channels, 1, 1, dtype=weight)}
+            options |= {**expand, "expand_eps": 1e-5, "expand_activation": self.activation}
+            options |= {"weight": _meta(self.out, 1, self.kernel, self.kernel, dtype=weight), **_norm(self.out)}
+            return options | {"dilation": self.dilation, "allow_tf32": self.allow_tf32}
         if self.op == "conv_bn_act":
             options |= {"weight": _meta(self.out, channels, self.kernel, self.kernel, dtype=weight), **_norm(self.out)}
             return options | {"allow_tf32": self.allow_tf32}
@@ -161,6 +167,26 @@ DEPTHWISE: tuple[Call, ...] = (
     _depthwise("_se", 256, 144, 56, 3, 1, weight=FLOAT32),
     _depthwise("_se", 256, 144, 56, 3, 1, dtype=FLOAT32),
 )
+
+
+def _expand(images: int, channels: int, size: int, out: int, kernel: int, stride: int, **others: Any) -> Call:
+    shape = (images, channels, size, size)
+    return Call("expand_depthwise_squeeze", shape, out=out, kernel=kernel, stride=stride, **others)
+
+
+EXPAND: tuple[Call, ...] = (
+    _expand(256, 16, 112, 96, 3, 2),
+    _expand(256, 24, 56, 144, 5, 2, weight=FLOAT32),
+    _expand(256, 40, 28, 240, 5, 1),
+    _expand(1, 80, 14, 480, 3, 1, weight=FLOAT32),
+    _expand(256, 128, 56, 768, 3, 1, dtype=FLOAT16),
+    _expand(2, 7, 13, 100, 3, 1, activation="gelu_tanh"),
+    _expand(256, 32, 95, 192, 3, 1, dtype=FLOAT32),
+    _expand(256, 64, 28, 384, 5, 1, dtype=FLOAT32, allow_tf32=True),
+    _expand(256, 32, 56, 192, 5, 2, dtype=FLOAT32, allow_tf32=True),
+    _expand(256, 16, 112, 96, 3, 2, dtype=FLOAT32, allow_tf32=True),
+    _expand(256, 64, 28, 384, 5, 2),
+)
 GATE: tuple[Call, ...] = (
     Call("squeeze_excite_gate", (256, 1152), reduced=48),
     Call("squeeze_excite_gate", (1, 100), reduced=7, dtype=FLOAT32, activation="relu"),
@@ -173,4 +199,4 @@ CONV: tuple[Call, ...] = (
     Call("conv_bn_act", (256, 24, 56, 56), out=96, stride=2),
     Call("conv_bn_act", (256, 24, 56, 56), FLOAT32, out=96, stride=1),
 )
-CALLS: tuple[Call, ...] = (*POINTWISE, *DEPTHWISE, *GATE, *CONV)
+CALLS: tuple[Call, ...] = (*POINTWISE, *DEPTHWISE, *EXPAND, *GATE, *CONV)

@@ -154,10 +154,36 @@ def _squeeze_excite(call: Call) -> Iterator[Rule]:
     yield from ()  # a few kilobytes from L2: nothing but what every kernel promises
 
 
+def _expand_depthwise(call: Call) -> Iterator[Rule]:
+    yield no_tensor_cores if call.exact else tensor_cores
+    if call.allow_tf32:
+        yield rounds_to_tf32
+    if call.wide:
+        yield from (copies_asynchronously, some_wide_stores)
+        if call.weight is FLOAT32:
+            yield no_narrow_loads
+        if call.activation == "silu" and call.dtype is not FLOAT32:
+            yield one_tanh_per_pixel
+
+
+def one_tanh_per_pixel(kernel: TritonKernel) -> str | None:
+    """Swish costs one special-function instruction for each expanded pixel of a strip and each that it stores."""
+    from effkernels.triton.expand_depthwise import cut_of, inputs_of  # not before the worker said which GPU it is
+
+    call = kernel.call
+    assert call is not None
+    cut = cut_of(call.kernel, call.stride, call.dtype, call.exact, call.wide, kernel.arch // 10)
+    stored = 8 * kernel.accesses("STG")[16]
+    wanted = stored + stored // cut.strip * call.stride * inputs_of(cut.strip, call.kernel, call.stride)
+    found = kernel.special_functions["TANH"]
+    return None if found == wanted else f"{found} MUFU.TANH for {wanted} pixels; swish takes one for each"
+
+
 # By the name of the kernel: what it promises beside EVERY, for a call that launches it.
 CLAIMS: dict[str, Callable[[Call], Iterator[Rule]]] = {
     "pointwise_kernel": _pointwise,
     "depthwise_kernel": _depthwise,
+    "expand_depthwise_kernel": _expand_depthwise,
     "scale_kernel": _scale,
     "conv_kernel": _conv,
     "norm_act_kernel": _norm_act,

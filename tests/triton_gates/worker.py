@@ -90,8 +90,12 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([path, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def compile_calls(calls: Iterable[Call], multiprocessors: int, take: Callable[[Any, str, Call, float], None]) -> None:
-    """Compile the kernels of every call as the operator would launch them, and hand each to `take`."""
+def compile_calls(
+    calls: Iterable[Call], multiprocessors: int, capability: int, take: Callable[[Any, str, Call, float], None]
+) -> None:
+    """Compile the kernels of every call as the operator would launch them on a GPU with so many multiprocessors and the
+    compute capability `capability`.x, and hand each to `take`.
+    """
     current: list[Call] = []
 
     def compile_instead(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
@@ -103,6 +107,8 @@ def compile_calls(calls: Iterable[Call], multiprocessors: int, take: Callable[[A
     for module in {importlib.import_module(f"effkernels.triton.{name}") for name in families.FAMILIES.values()}:
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: multiprocessors
+        if hasattr(module, "capability_of"):
+            module.capability_of = lambda device: capability
     known = operators()
     for call in calls:
         current.append(call)
@@ -111,14 +117,18 @@ def compile_calls(calls: Iterable[Call], multiprocessors: int, take: Callable[[A
 
 def compiled_calls(arch: int) -> list[TritonKernel]:
     found: list[TritonKernel] = []
-    compile_calls(CALLS, MULTIPROCESSORS[arch], lambda k, name, call, s: found.append(read(k, name, call, arch, s)))
+
+    def take(compiled: Any, name: str, call: Call, seconds: float) -> None:
+        found.append(read(compiled, name, call, arch, seconds))
+
+    compile_calls(CALLS, MULTIPROCESSORS[arch], arch // 10, take)
     return found
 
 
 def compiled_for_amd() -> list[amd.AmdKernel]:
     torch.version.hip = "0"  # what kernels ask for before they use an instruction of NVIDIA's
     found: list[amd.AmdKernel] = []
-    compile_calls(amd.calls(), amd.MULTIPROCESSORS, lambda k, name, call, _: found.append(amd.read(k, name, call)))
+    compile_calls(amd.calls(), amd.MULTIPROCESSORS, 0, lambda k, name, call, _: found.append(amd.read(k, name, call)))
     return found
 
 

@@ -1,0 +1,154 @@
+// Rows of a depthwise convolution out of a ring of input rows in float32: what depthwise.cpp, which loads the rows, and
+// expand_depthwise.cpp, which computes them, share.
+#pragma once
+#include <memory>
+
+#include "activation.h"
+#include "pack.h"
+
+namespace effkernels::cpu::EFFKERNELS_ISA {
+
+inline constexpr int kBandRows = 28;  // 112 rows: four bands, two halo rows each
+
+// Output columns summed in registers at a time: sum(rows, taps, row_count, first_column, dilation, out).
+struct Strip {
+  int columns;
+  void (*sum)(const float* const*, const float* const*, int, int64_t, int64_t, float*);
+};
+
+// For the output's width, stride and dilation.
+Strip pick_strip(const DepthwiseParams& p);  // in depthwise.cpp
+
+// Sizes that every task shares.
+struct Geometry {
+  int64_t vecs;           // vectors of channels in a block
+  int64_t block;          // channels in a block
+  int64_t window;         // input rows that an output row reads, those between the taps of a dilated one included
+  int64_t ring_rows;      // input rows held at a time, at least a window
+  int64_t columns;        // of a ring row, padding and the last strip's surplus included
+  int64_t filled;         // of them, columns that hold pixels of the image, from pad_left on
+  int64_t strip_columns;  // output columns, rounded up to whole strips
+  int64_t row_size() const { return columns * vecs * kLanes; }
+  int64_t ring_size() const { return ring_rows * row_size(); }
+};
+
+// For blocks of up to `block` channels, a multiple of kLanes; the ring holds one window.
+inline Geometry make_geometry(const DepthwiseParams& p, const Strip& strip, int64_t block) {
+  Geometry g;
+  g.vecs = min_of(block, round_up(p.channels, kLanes)) / kLanes;
+  g.block = g.vecs * kLanes;
+  g.window = g.ring_rows = int64_t(p.kernel - 1) * p.dilation + 1;
+  g.strip_columns = round_up(p.out_width, strip.columns);
+  g.columns = (g.strip_columns - 1) * p.stride + g.window;
+  g.filled = max_of<int64_t>(0, min_of(p.width, g.columns - p.pad_left));
+  return g;
+}
+
+// y = activation(sum * scale + shift) for one row and one vector of channels; returns the row's sum of y.
+template <class T, Activation A>
+inline Vec write_row(const float* sum, int64_t pixels, Vec scale, Vec shift, T* y, int64_t stride, int64_t channels) {
+  Vec total = {};
+  if (channels >= kLanes) {
+    for (int64_t i = 0; i < pixels; i++) {
+      const Vec v = activate<A>(load(sum + i * kLanes) * scale + shift);
+      total += v;
+      store(y + i * stride, v);
+    }
+  } else {
+    for (int64_t i = 0; i < pixels; i++) {
+      const Vec v = activate<A>(load(sum + i * kLanes) * scale + shift);
+      total += v;
+      store_first(y + i * stride, v, int(channels));
+    }
+  }
+  return total;
+}
+
+// A block of channels: its packed weights [vector][tap][lane], its norm, the ring [row][vector][column][lane] with
+// zeros in the padding columns, and room for one row of sums of one vector.
+struct Block {
+  const float *weights, *scale, *shift;
+  float *ring, *sum;
+};
+
+inline void pack_block(const DepthwiseParams& p, int64_t c0, int64_t channels, float* weights, float* scale,
+                       float* shift) {
+  const int64_t taps = p.kernel * p.kernel;
+  for (int64_t c = 0; c < channels; c += kLanes)
+    pack_panel(p.weight, c0 + c, int(min_of<int64_t>(kLanes, channels - c)), taps, weights + c * taps);
+  form_scale_shift(p.norm, c0, channels, scale, shift);
+}
+
+// Input rows [begin, end) that output rows [row_begin, row_end) read.
+struct InputRows {
+  int64_t begin, end;
+};
+inline InputRows rows_of_band(const DepthwiseParams& p, const Geometry& g, int64_t row_begin, int64_t row_end) {
+  const int64_t begin = max_of<int64_t>(0, row_begin * p.stride - p.pad_top);
+  return {begin, min_of(p.height, (row_end - 1) * p.stride - p.pad_top + g.window)};
+}
+
+// Output rows [row_begin, row_end) of one image and one block of channels. fill(begin, end) is asked for input rows,
+// ever larger ones, and returns the row up to which it filled the ring: end or, where the ring has room, beyond it.
+// band_sum: the sum of y per channel, or null.
+template <class T, Activation A, class Fill>
+inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& strip, int64_t image, int64_t c0,
+                     int64_t row_begin, int64_t row_end, const Block& block, float* band_sum, const Fill& fill) {
+  const int64_t channels = min_of(g.block, p.channels - c0), taps = p.kernel * p.kernel;
+  T* y = static_cast<T*>(p.y) + (image * p.out_height * p.out_width) * p.channels + c0;
+  Vec total[16] = {};
+  int64_t loaded = rows_of_band(p, g, row_begin, row_end).begin;  // rows below it are in the ring or unneeded
+  for (int64_t oy = row_begin; oy < row_end; oy++) {
+    const int64_t top = oy * p.stride - p.pad_top, end = min_of(top + g.window, p.height);
+    if (loaded < end) loaded = fill(loaded, end);
+    for (int64_t v = 0; v * kLanes < channels; v++) {
+      const float *rows[9], *row_taps[9];
+      int count = 0;
+      for (int ky = 0; ky < p.kernel; ky++) {
+        const int64_t iy = top + int64_t(ky) * p.dilation;
+        if (iy < 0 || iy >= p.height) continue;
+        rows[count] = block.ring + iy % g.ring_rows * g.row_size() + v * g.columns * kLanes;
+        row_taps[count++] = block.weights + v * kLanes * taps + ky * p.kernel * kLanes;
+      }
+      for (int64_t ox = 0; ox < g.strip_columns; ox += strip.columns)
+        strip.sum(rows, row_taps, count, ox, p.dilation, block.sum + ox * kLanes);
+      const int64_t c = v * kLanes;
+      total[v] += write_row<T, A>(block.sum, p.out_width, load(block.scale + c), load(block.shift + c),
+                                  y + oy * p.out_width * p.channels + c, p.channels, channels - c);
+    }
+  }
+  if (band_sum)
+    for (int64_t v = 0; v * kLanes < channels; v++)
+      store_up_to(band_sum + c0 + v * kLanes, total[v], channels - v * kLanes);
+}
+
+// Where the bands of an image leave their sums per channel: in `pooled` itself where there is one band, else apart,
+// [image][band][channel].
+struct BandSums {
+  float* first = nullptr;  // null where no mean is asked for
+  int64_t bands = 1, channels = 0;
+  float* of(int64_t image, int64_t band) const { return first ? first + (image * bands + band) * channels : nullptr; }
+};
+inline BandSums place_band_sums(const DepthwiseParams& p, std::unique_ptr<float[]>& apart) {
+  const int64_t bands = ceil_div(p.out_height, kBandRows);
+  if (!p.pooled || bands == 1) return {p.pooled, bands, p.channels};
+  apart.reset(new float[size_t(p.batch * bands * p.channels)]);
+  return {apart.get(), bands, p.channels};
+}
+
+// The means: the sums of the bands in order, divided by the pixels.
+inline void form_means(const DepthwiseParams& p, const BandSums& sums) {
+  if (!p.pooled) return;
+  const float mean = 1.f / float(p.out_height * p.out_width);
+  for (int64_t image = 0; image < p.batch; image++)
+    for (int64_t c = 0; c < p.channels; c++) {
+      float& pooled = p.pooled[image * p.channels + c];
+      if (sums.bands > 1) {
+        pooled = 0.f;
+        for (int64_t band = 0; band < sums.bands; band++) pooled += sums.of(image, band)[c];
+      }
+      pooled *= mean;
+    }
+}
+
+}  // namespace effkernels::cpu::EFFKERNELS_ISA

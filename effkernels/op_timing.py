@@ -1,0 +1,107 @@
+"""What timing an operator needs beside `benchmark`: large inputs, calls in CUDA graphs, counted launches of Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effkernels import benchmark, triton
+from effkernels.op_case import OpCase
+
+BATCHED = ("x", "pooled", "gate", "residual")  # the arguments that have a batch
+
+
+def enlarged(case: OpCase, batch: int, dtype: torch.dtype, device: torch.device) -> OpCase:
+    """The case with its images repeated up to a batch, on the device: drawing each anew would take minutes."""
+    words = case.shape.partition("x")[2]
+    repeated = {}
+    for name, tensor in case.tensors.items():
+        value = tensor.to(device, torch.float32 if tensor.ndim == 1 or name == "pooled" else dtype)
+        if name in BATCHED:
+            value = value.repeat(-(-batch // case.batch), *[1] * (value.ndim - 1))[:batch]
+        repeated[name] = value
+    return replace(case, shape=f"{batch}x{words}", batch=batch, tensors=repeated)
+
+
+def first_images(case: OpCase, count: int) -> OpCase:
+    """The case with at most so many images."""
+    tensors = {name: tensor[:count] if name in BATCHED else tensor for name, tensor in case.tensors.items()}
+    return replace(case, batch=min(count, case.batch), tensors=tensors)
+
+
+def in_graph(calls: Sequence[Callable[[], object]], device: torch.device, pool: Any = None) -> Callable[[], None]:
+    """All calls, one after the other, as one CUDA graph.
+
+    Args:
+        pool: memory that graphs share whose results nobody reads: torch.cuda.graph_pool_handle().
+    """
+    side = torch.cuda.Stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        for call in calls[:2]:
+            call()
+    torch.cuda.current_stream(device).wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool):
+        for call in calls:
+            call()
+    return graph.replay
+
+
+def as_run(calls: Sequence[Callable[[], object]], device: torch.device, pool: Any = None) -> benchmark.Run:
+    """A contender of `benchmark.time_in_turns`: on a GPU all calls in one graph, elsewhere one after the other."""
+    if device.type == "cuda":
+        replay = in_graph(calls, device, pool)
+        return lambda number: replay()
+    return lambda number: calls[number % len(calls)]()
+
+
+@contextmanager
+def temporary_graphs() -> Iterator[None]:
+    """CUDA graphs captured inside the block are not replayed behind it, and what Triton's kernels keep for them comes
+    back: a run that captures thousands would use it up.
+    """
+    if not triton.INSTALLED:
+        yield
+        return
+    from effkernels.triton import _launch
+
+    with _launch.temporary_graphs():
+        yield
+
+
+@contextmanager
+def triton_launches(launch: bool = True) -> Iterator[list[str]]:
+    """The names of the Triton kernels launched inside the block, in order; with ``launch`` False none is started."""
+    if not triton.INSTALLED:
+        yield []
+        return
+    from effkernels.triton import _launch
+
+    names: list[str] = []
+    run = _launch.run
+
+    def counted(kernel: Any, *args: Any, **options: Any) -> None:
+        names.append(kernel.fn.__name__)
+        if launch:
+            run(kernel, *args, **options)
+
+    _launch.run = counted
+    try:
+        yield names
+    finally:
+        _launch.run = run
+
+
+def largest_difference(result: Tensor, period: int) -> float:
+    """How far images are from the equal ones that a result starts with, `period` of them; NaN where one has a NaN."""
+    largest = result.new_zeros((), dtype=torch.float32)
+    for start in range(period, len(result), period):
+        repeated = result[start : start + period].float()
+        largest = torch.maximum(largest, (repeated - result[: len(repeated)].float()).abs().max())
+    return float(largest)

@@ -1,0 +1,58 @@
+"""The tolerance rule of the project: a result may be at most twice as far from the truth as PyTorch's own.
+
+No constant is tuned. The truth is float64; PyTorch's own result is that of plain PyTorch in the same dtype; one
+rounding of the output type is added. The distance is measured in two ways, as relative L2 norm and as largest
+deviation over largest value, and each must hold.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Errors:
+    """Distance of a result to the truth: relative L2 norm, and largest deviation over the largest value."""
+
+    l2: float
+    largest: float
+
+
+def errors(result: Tensor, truth: Tensor) -> Errors:
+    """Both errors of a result; infinite where its shape is another or a value is not finite."""
+    truth = truth.double().cpu()
+    if result.shape != truth.shape:
+        return Errors(math.inf, math.inf)
+    if truth.numel() == 0:
+        return Errors(0.0, 0.0)
+    difference = result.double().cpu() - truth
+    measured = []
+    for distance, scale in (
+        (torch.linalg.vector_norm(difference), torch.linalg.vector_norm(truth)),
+        (difference.abs().max(), truth.abs().max()),
+    ):
+        value = float(distance / scale) if float(scale) > 0 else float(distance)
+        measured.append(value if math.isfinite(value) else math.inf)
+    return Errors(*measured)
+
+
+def limits(plain: Tensor, truth: Tensor) -> Errors:
+    """What a result of ``plain``'s dtype may be off by, given PyTorch's own result in that dtype."""
+    own = errors(plain, truth)
+    rounding = torch.finfo(plain.dtype).eps / 2
+    return Errors(2 * own.l2 + rounding, 2 * own.largest + rounding)
+
+
+def judge(results: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[bool, float, float]:
+    """Whether all results keep to the rule, with error and limit of the one that is nearest to breaking it."""
+    worst = (-1.0, 0.0, 0.0)
+    for one_result, one_plain, one_truth in zip(results, plain, truth, strict=True):
+        error, limit = errors(one_result, one_truth), limits(one_plain, one_truth)
+        for measured, allowed in ((error.l2, limit.l2), (error.largest, limit.largest)):
+            worst = max(worst, (measured / allowed, measured, allowed))
+    return worst[0] <= 1, worst[1], worst[2]
