@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
 # Images longer than this many times their shorter side are cropped before they are resized.
-_LONGEST_RESIZED = 16
+LONGEST_RESIZED = 16
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
@@ -76,18 +76,22 @@ class Preprocessing:
         size = config.input_size[-1] if img_size is None else img_size
         return cls(size, config.crop_pct, config.interpolation, config.mean, config.std)
 
+    def placement(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """What an image of width x height pixels is resized to, (width, height), and the (left, top) of the crop."""
+        short = math.floor(self.img_size / self.crop_pct)
+        resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
+        return resized, (round((resized[0] - self.img_size) / 2), round((resized[1] - self.img_size) / 2))
+
     def __call__(self, image: PIL.Image.Image) -> Tensor:
         """A decoded RGB image as a tensor, (3, img_size, img_size), float32, normalised."""
         import numpy
         import PIL.Image
 
         size = self.img_size
-        short = math.floor(size / self.crop_pct)
         width, height = image.size
-        resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
-        left, top = (round((length - size) / 2) for length in resized)
+        resized, (left, top) = self.placement(width, height)
         resample = PIL.Image.Resampling[self.interpolation.upper()]
-        if max(resized) <= _LONGEST_RESIZED * short:
+        if max(resized) <= LONGEST_RESIZED * min(resized):
             cut = image.resize(resized, resample).crop((left, top, left + size, top + size))
         else:
             # A panorama would become gigantic. Resizing only what the crop keeps is the same up to roundings.
@@ -157,26 +161,34 @@ def find_images(arguments: Iterable[str]) -> tuple[list[Path], list[Failure]]:
 
 
 def read_image(file: Path) -> PIL.Image.Image:
-    """Decode an image of any mode to RGB, upright.
-
-    Grey, palette, CMYK and 16-bit images are converted, transparency is dropped, and the orientation that a camera
-    noted is applied.
+    """Decode an image of any mode to RGB, upright; `as_rgb` says how.
 
     Raises:
         OSError, ValueError, SyntaxError: from Pillow, for what is no image or a damaged one.
+    """
+    import PIL.Image
+
+    with PIL.Image.open(file) as opened:
+        return as_rgb(opened)
+
+
+def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image of any mode as RGB, upright.
+
+    Grey, palette, CMYK and 16-bit images are converted, transparency is dropped, and the orientation that a camera
+    noted is applied.
     """
     import numpy
     import PIL.Image
     import PIL.ImageOps
 
-    with PIL.Image.open(file) as opened:
-        image = PIL.ImageOps.exif_transpose(opened)
-        if image.mode.startswith("I;16"):
-            # Pillow would clip 16-bit values at 255 instead of scaling them.
-            return PIL.Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8)).convert("RGB")
-        if image.mode == "P" and "transparency" in image.info:
-            image = image.convert("RGBA")
-        return image.convert("RGB")
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I;16"):
+        # Pillow would clip 16-bit values at 255 instead of scaling them.
+        return PIL.Image.fromarray((numpy.asarray(image) >> 8).astype(numpy.uint8)).convert("RGB")
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")
+    return image.convert("RGB")
 
 
 def _load(file: Path, preprocessing: Preprocessing) -> Tensor | Failure:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from effkernels.models.architecture import BASELINE, Architecture, Stage
 from effkernels.models.checkpoints import Checkpoint, CheckpointError, load_checkpoint, read_checkpoint
 from effkernels.models.config import ModelConfig
+from effkernels.models.conversion import convert_state_dict
 from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effkernels.models.features import FeatureInfo
+from effkernels.models.layouts import Semantics
 from effkernels.models.registry import create_model, list_models, model_config, register
 
 __all__ = [
@@ -18,7 +20,9 @@ __all__ = [
     "EfficientNetFeatures",
     "FeatureInfo",
     "ModelConfig",
+    "Semantics",
     "Stage",
+    "convert_state_dict",
     "create_model",
     "list_models",
     "load_checkpoint",

@@ -7,16 +7,17 @@ momentum of the norms, which are then set in the model (see `effkernels.models.l
 
 from __future__ import annotations
 
+import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from effkernels.models.layouts import LAYOUTS, TIMM, Layout, recognise, translation
+from effkernels.models.layouts import LAYOUTS, TIMM, Layout, Semantics, recognise, translation
 
 if TYPE_CHECKING:
     from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
@@ -41,11 +42,14 @@ class Checkpoint:
         path: of the file.
         layout: the library's names and semantics.
         tensors: key -> tensor, on the CPU.
+        noted: what the file itself says about its weights, as `effkernels export` and `effkernels convert` note it in a
+            safetensors file; it counts more than the layout's.
     """
 
     path: Path
     layout: Layout
     tensors: Mapping[str, Tensor]
+    noted: Semantics = field(default_factory=Semantics)
 
     def tensor(self, role: str, name: str = "weight") -> Tensor | None:
         """A tensor outside the blocks ("stem", "head", "classifier"), or None where the file has none."""
@@ -68,21 +72,56 @@ def read_checkpoint(file: str | Path, *, use_ema: bool = True) -> Checkpoint:
             values that are not finite.
     """
     path = Path(file)
+    layout, tensors = recognise_tensors(read_tensors(path, use_ema=use_ema), str(path))
+    return Checkpoint(path, layout, tensors, _noted_semantics(path) if path.suffix == ".safetensors" else Semantics())
+
+
+def read_tensors(file: str | Path, *, use_ema: bool = True) -> dict[str, Tensor]:
+    """The tensors of a .pth or .safetensors file of any network, under the names that stand in it.
+
+    Wrappers and prefixes are taken off as by `read_checkpoint`, which also has the arguments.
+
+    Raises:
+        FileNotFoundError: no such file.
+        CheckpointError: empty, not a checkpoint, one with pickled code in it, or one with values that are not finite.
+    """
+    path = Path(file)
     if path.is_dir():
         raise CheckpointError(f"{path} is a folder; a .pth or .safetensors file is needed")
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is empty")
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
     tensors = _unwrap(path, content, use_ema)
+    check_finite(tensors, str(path))
+    return tensors
+
+
+def recognise_tensors(tensors: Mapping[str, Tensor], where: str) -> tuple[Layout, dict[str, Tensor]]:
+    """The library whose names the tensors have, and the tensors under its usual spelling of them.
+
+    Args:
+        tensors: key -> tensor, without prefixes.
+        where: they come from, for the message.
+
+    Raises:
+        CheckpointError: the names are of no known library.
+    """
     for layout in LAYOUTS:
         renamed = {layout.rename(key): tensor for key, tensor in tensors.items()}
         if recognise(renamed) is layout:
-            _check_finite(path, renamed)
-            return Checkpoint(path, layout, renamed)
+            return layout, renamed
     raise CheckpointError(
-        f"{path}: keys such as {', '.join(sorted(tensors)[:3])} are of no known EfficientNet; known are those of "
+        f"{where}: keys such as {', '.join(sorted(tensors)[:3])} are of no known EfficientNet; known are those of "
         f"{', '.join(layout.name for layout in LAYOUTS)}"
     )
+
+
+def without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors without what DataParallel and torch.compile put in front of every key."""
+    tensors = dict(tensors)
+    while tensors and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None)):
+        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
+    return tensors
 
 
 def load_checkpoint(
@@ -99,7 +138,8 @@ def load_checkpoint(
     Padding, eps and momentum of the model are set to what the file's library uses, so that the logits are that
     library's: torchvision and NVIDIA pad symmetrically; lukemelas and Hugging Face pad SAME as it is at the native
     size, whatever the size of the image (pad_type="same" for lukemelas models built with image_size=None). timm's
-    keys do not tell `tf_efficientnet_*` from `efficientnet_*`: there the model stays as its name says.
+    keys do not tell `tf_efficientnet_*` from `efficientnet_*`: there the model stays as its name says. A safetensors
+    file of `effkernels export` or `effkernels convert` notes what its weights mean, and that is what is set.
 
     Args:
         model: a model, changed in place, or a name for `create_model`, then built with the file's number of classes
@@ -157,13 +197,13 @@ def _load(
     _check_fit(checkpoint, state, tensors)
     model.load_state_dict(tensors)
     variant = model.config.name.rpartition("_")[2] if model.config is not None else ""
-    semantics = checkpoint.layout.semantics(variant)
-    pad_type = semantics.pad_type if pad_type is None else pad_type
+    known = (Semantics(pad_type, bn_eps, bn_momentum), checkpoint.noted, checkpoint.layout.semantics(variant))
+    pad_type = next((one.pad_type for one in known if one.pad_type is not None), None)
     if pad_type is not None:
         model.set_padding(pad_type)
     model.set_norm(
-        eps=semantics.bn_eps if bn_eps is None else bn_eps,
-        momentum=semantics.bn_momentum if bn_momentum is None else bn_momentum,
+        eps=next((one.bn_eps for one in known if one.bn_eps is not None), None),
+        momentum=next((one.bn_momentum for one in known if one.bn_momentum is not None), None),
     )
     return model
 
@@ -199,7 +239,7 @@ def _check_fit(checkpoint: Checkpoint, state: Mapping[str, Tensor], tensors: Map
         if key in tensors and tensors[key].shape != value.shape
     ]
     problems = [
-        f"{title} ({len(entries)}): {_enumerate(entries)}"
+        f"{title} ({len(entries)}): {enumerated(entries)}"
         for title, entries in (("missing", missing), ("unexpected", unexpected), ("of another shape", misshaped))
         if entries
     ]
@@ -214,16 +254,22 @@ def _check_fit(checkpoint: Checkpoint, state: Mapping[str, Tensor], tensors: Map
     )
 
 
-def _enumerate(entries: list[str]) -> str:
+def enumerated(entries: list[str]) -> str:
+    """The first few of many keys, for a message."""
     more = len(entries) - _LISTED
     return ", ".join(entries[:_LISTED]) + (f" and {more} more" if more > 0 else "")
 
 
-def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Refuse values that are not finite; tensors on the meta device have none.
+
+    Raises:
+        CheckpointError: with the first key that has some; the message begins with `where`.
+    """
     for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
             count = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(f"{path}: {key} has {count} of {tensor.numel()} values that are NaN or infinite")
+            raise CheckpointError(f"{where}: {key} has {count} of {tensor.numel()} values that are NaN or infinite")
 
 
 def _read_torch(path: Path) -> Any:
@@ -252,6 +298,21 @@ def _read_safetensors(path: Path) -> Any:
         raise CheckpointError(f"{path} is not a safetensors file, or is cut off ({_first_line(error)})") from error
 
 
+def _noted_semantics(path: Path) -> Semantics:
+    """What stands in the metadata of a safetensors file of this project; nothing in everybody else's."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("effkernels")
+    if text is None:
+        return Semantics()
+    try:
+        note = json.loads(text)
+        return Semantics(note.get("pad_type"), note.get("bn_eps"), note.get("bn_momentum"))
+    except (ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path}: its metadata under 'effkernels' is not what this project writes") from error
+
+
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
     return text.splitlines()[0][:200] if text else type(error).__name__
@@ -269,6 +330,4 @@ def _unwrap(path: Path, content: Any, use_ema: bool) -> dict[str, Tensor]:
     tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
     if not tensors:
         raise CheckpointError(f"{path} holds no tensors under any of the known names ({', '.join(wrappers)})")
-    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
+    return without_prefixes(tensors)

@@ -30,11 +30,20 @@ class Semantics:
     Attributes:
         pad_type: one of `effkernels.nn.PAD_TYPES`.
         bn_eps, bn_momentum: of the batch norms, in PyTorch's meaning.
+        variant: "b0" to "b7".
+        native_size: height and width of the images that the variant was designed for, in pixels.
+        build: Python that builds, as `model`, the target library's model that comes nearest to this meaning and takes
+            the converted weights by `model.load_state_dict(...)`. Filled, as is `warnings`, by `convert_state_dict`.
+        warnings: what to set or to know so that the weights keep their meaning in the target library, one each.
     """
 
     pad_type: str | None = None
     bn_eps: float | None = None
     bn_momentum: float | None = None
+    variant: str | None = None
+    native_size: int | None = None
+    build: str | None = None
+    warnings: tuple[str, ...] = ()
 
 
 def _unchanged(key: str) -> str:
@@ -52,7 +61,9 @@ class Layout:
         expanding, plain: role -> name inside a block, for blocks with an expand convolution and without.
         prefix: (stage, block, number of the block in the network), all from 0 -> name of the block, with its dot.
         semantics: variant ("b0" to "b7") -> what the weights mean.
-        rename: brings an older spelling of a key to the current one.
+        rename: brings another spelling of a key (older files, a model without its classifier) to the usual one.
+        headless: the library's spelling of a usual key in a network without classifier.
+        linear_squeeze_excite: the two layers of squeeze-and-excitation are linear, (out, in), not 1x1 convolutions.
     """
 
     name: str
@@ -63,6 +74,8 @@ class Layout:
     prefix: Callable[[int, int, int], str]
     semantics: Callable[[str], Semantics]
     rename: Callable[[str], str] = _unchanged
+    headless: Callable[[str], str] = _unchanged
+    linear_squeeze_excite: bool = False
 
     def module_names(self, architecture: Architecture) -> dict[Part, str]:
         """What the library calls each part of a network."""
@@ -195,6 +208,9 @@ HUGGING_FACE = Layout(
     # Its asymmetric padding, with the exceptions it lists per variant, is SAME frozen at the native size. It hands
     # TensorFlow's momentum 0.99 to PyTorch as it is; what was meant is PyTorch's 0.01.
     semantics=lambda variant: Semantics("same_native", 1e-3, 0.01),
+    # EfficientNetForImageClassification holds an EfficientNetModel, whose own files lack the prefix.
+    rename=lambda key: re.sub(r"^(embeddings|encoder)\.", r"efficientnet.\1.", key),
+    headless=lambda key: key.removeprefix("efficientnet."),
 )
 
 _NVIDIA_BLOCK = {
@@ -224,9 +240,61 @@ NVIDIA = Layout(
     semantics=lambda variant: Semantics("", 1e-3, 0.01),
     # The files on NGC say layer1 where the published code says layers.0.
     rename=lambda key: re.sub(r"^layer(\d+)\.", lambda match: f"layers.{int(match[1]) - 1}.", key),
+    linear_squeeze_excite=True,
 )
 
 LAYOUTS: tuple[Layout, ...] = (TIMM, TORCHVISION, LUKEMELAS, HUGGING_FACE, NVIDIA)
+
+
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+
+
+def tensor_shapes(
+    architecture: Architecture, *, in_chans: int = 3, num_classes: int = 1000
+) -> dict[tuple[Part, str], tuple[int, ...]]:
+    """Every tensor of a network with its shape, in the order of the forward, which is every library's order.
+
+    Args:
+        architecture: of the network.
+        in_chans: channels of an image.
+        num_classes: of the classifier; 0: none.
+
+    Returns:
+        (part, name of the tensor in it) -> shape. The layers of squeeze-and-excitation are 1x1 convolutions here.
+    """
+    shapes: dict[tuple[Part, str], tuple[int, ...]] = {}
+
+    def convolution(part: Part, outputs: int, inputs: int, kernel_size: int = 1, bias: bool = False) -> None:
+        shapes[part, "weight"] = (outputs, inputs, kernel_size, kernel_size)
+        if bias:
+            shapes[part, "bias"] = (outputs,)
+
+    def norm(part: Part, channels: int) -> None:
+        shapes.update({(part, name): () if name == "num_batches_tracked" else (channels,) for name in _NORM_TENSORS})
+
+    channels = architecture.stem_channels
+    convolution(Part("stem"), channels, in_chans, 3)
+    norm(Part("stem_norm"), channels)
+    for stage, row in enumerate(architecture.stages):
+        for block in range(row.layers):
+            expanded = channels * row.expansion
+            squeezed = max(1, round(channels * architecture.se_ratio))
+            if row.expansion != 1:
+                convolution(Part("expand", stage, block), expanded, channels)
+                norm(Part("expand_norm", stage, block), expanded)
+            convolution(Part("depthwise", stage, block), expanded, 1, row.kernel_size)
+            norm(Part("depthwise_norm", stage, block), expanded)
+            convolution(Part("squeeze", stage, block), squeezed, expanded, bias=True)
+            convolution(Part("excite", stage, block), expanded, squeezed, bias=True)
+            convolution(Part("project", stage, block), row.channels, expanded)
+            norm(Part("project_norm", stage, block), row.channels)
+            channels = row.channels
+    convolution(Part("head"), architecture.head_channels, channels)
+    norm(Part("head_norm"), architecture.head_channels)
+    if num_classes > 0:
+        shapes[Part("classifier"), "weight"] = (num_classes, architecture.head_channels)
+        shapes[Part("classifier"), "bias"] = (num_classes,)
+    return shapes
 
 
 def recognise(keys: Collection[str]) -> Layout | None:

@@ -1,0 +1,111 @@
+"""``effkernels export``: a network as a file that runs elsewhere."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import torch
+
+from effkernels import console
+from effkernels.commands.common import DEFAULT_MODEL, UsageError, add_json, check_models, device_of, positive
+from effkernels.export import FORMATS, Exported, ExportError, export_model
+from effkernels.models import CheckpointError, create_model, load_checkpoint
+from effkernels.precision import Precision
+
+TEXT = "Export a network to a file that runs without this package, and check that it computes the same."
+PRECISIONS = ("float32", "bfloat16", "float16")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Flags of the command."""
+    holds = "; ".join(f"{name}: {kind.holds}" for name, kind in FORMATS.items())
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
+    parser.add_argument(
+        "--checkpoint",
+        "--weights",
+        metavar="FILE",
+        help=".pth or .safetensors of timm, torchvision, lukemelas, Hugging Face or NVIDIA",
+    )
+    parser.add_argument("--format", required=True, choices=FORMATS, help=holds)
+    parser.add_argument("--output", required=True, metavar="FILE", help="ends in .pt2, .onnx or .safetensors")
+    parser.add_argument(
+        "--batch-size", type=_size, default=(1, 64), metavar="N|MIN:MAX", help="images in a call (default: 1:64)"
+    )
+    parser.add_argument(
+        "--image-size",
+        "--img-size",
+        type=_image_size,
+        metavar="N|MIN:MAX|dynamic",
+        help="pixels of either side; height and width are free of each other in a range (default: the model's own)",
+    )
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
+    parser.add_argument("--device", default="cpu", metavar="NAME", help="that will run it: cpu or cuda (default: cpu)")
+    parser.add_argument("--opset", type=positive, metavar="N", help="version of the ONNX operators (default: 20)")
+    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    add_json(parser)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Export a network."""
+    check_models([arguments.model])
+    device = device_of(arguments.device)
+    if arguments.checkpoint is None:
+        console.note(
+            f"WARNING: no --checkpoint given: the weights of {arguments.model} are RANDOM and the file is good for "
+            "trying the way only"
+        )
+        torch.manual_seed(0)
+        model = create_model(arguments.model)
+    else:
+        try:
+            model = load_checkpoint(arguments.model, arguments.checkpoint)
+        except (CheckpointError, ImportError, OSError) as error:
+            raise UsageError(f"--checkpoint {arguments.checkpoint}: {error}") from error
+    try:
+        exported = export_model(
+            model,
+            arguments.output,
+            arguments.format,
+            batch_size=arguments.batch_size,
+            image_size=arguments.image_size,
+            dtype=Precision.of(arguments.precision, device.type).dtype,
+            device=device,
+            opset=arguments.opset,
+            overwrite=arguments.force,
+        )
+    except ExportError as error:
+        console.note(f"export: {error}")
+        return 1
+    except (ValueError, ImportError, OSError) as error:
+        raise UsageError(str(error)) from error
+    if arguments.json:
+        print(
+            json.dumps({"model": arguments.model, "checkpoint": arguments.checkpoint, **exported.to_dict()}, indent=2)
+        )
+    else:
+        _print(arguments.model, exported)
+    return 0
+
+
+def _print(model: str, exported: Exported) -> None:
+    print(f"{exported.file}: {model} as {exported.format}, {exported.bytes / 1e6:.1f} MB")
+    print(f"  needs beside it  {exported.library or 'nothing'}")
+    print(f"  input            ({exported.input_shape.replace(',', ', ')}) {exported.dtype}")
+    print(f"  checked at       {', '.join('x'.join(map(str, shape)) for shape in exported.checked)}")
+    print(f"  error            {exported.error:.1e}, limit {exported.limit:.1e}")
+
+
+def _size(text: str) -> int | tuple[int, int]:
+    """A number, or two with a colon between them; export_model says whether they are allowed."""
+    try:
+        numbers = [int(part) for part in text.split(":")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in (1, 2):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor a range such as 1:64")
+    return numbers[0] if len(numbers) == 1 else (numbers[0], numbers[1])
+
+
+def _image_size(text: str) -> int | tuple[int, int] | str:
+    return text if text == "dynamic" else _size(text)

@@ -1,0 +1,216 @@
+"""The prepared model with its buckets: what computes, and what it costs in memory."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effkernels.engine.buckets import buckets_for
+from effkernels.engine.memory import model_tensors, peak_bytes, storage_bytes
+from effkernels.engine.outputs import check_output, concatenated, first_rows, nbytes
+from effkernels.engine.places import Place
+from effkernels.engine.prepare import Preparation, copy_weights, prepare
+from effkernels.engine.report import BucketReport
+from effkernels.engine.runners import EagerRunner, GraphRunner, Runner
+
+
+class Core:
+    """A prepared copy of a model and a runner for each bucket.
+
+    `working()` takes the lock; everything that computes is called inside it.
+
+    Args:
+        model: copied.
+        place: where to work.
+        how: what to do to the copy.
+        input_size: (channels, height, width).
+        sizes: of the buckets, rising.
+        cuda_graph, max_memory_bytes: as of `InferenceEngine`.
+
+    Attributes:
+        sizes: of the buckets there is room for, rising.
+
+    Raises:
+        TypeError, ValueError: as `InferenceEngine`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        place: Place,
+        how: Preparation,
+        input_size: tuple[int, int, int],
+        sizes: tuple[int, ...],
+        *,
+        cuda_graph: bool,
+        max_memory_bytes: int | None,
+    ) -> None:
+        self.place = place
+        self.dtype = how.dtype
+        self.input_size = input_size
+        self.sizes = sizes
+        self.batches = self.images = self.rows = 0
+        self._how = how
+        self._lock = threading.RLock()
+        self._released = False
+        self._runners: dict[int, Runner] = {}
+        self._reserved_bytes = 0
+        self._eager_because = "" if cuda_graph else "cuda_graph=False"
+        if place.capture is None:
+            self._eager_because = f"CUDA graphs are for GPUs, and the device is {place.device}"
+        prepared = prepare(model, how)
+        self._model = prepared.model
+        self.optimized = prepared.optimized
+        self.norms_folded = prepared.norms_folded
+        self.weight_bytes = storage_bytes(model_tensors(self._model).values())
+        with self.working():
+            self._measure(max_memory_bytes)
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """The block in which this thread, and no other, works with the model.
+
+        It is in inference mode and without autocast: the engine's dtype holds wherever it is called.
+
+        Raises:
+            RuntimeError: `release` was called.
+        """
+        with self._lock:
+            if self._released:
+                raise RuntimeError("the engine is closed")
+            autocast = torch.autocast(self.place.device.type, enabled=False)
+            with torch.inference_mode(), autocast, self.place.working():
+                yield
+
+    def new_input(self, count: int) -> Tensor:
+        """Zeros for that many images, (count, C, H, W)."""
+        shape = (count, *self.input_size)
+        memory_format = self._how.memory_format
+        with torch.inference_mode(False), torch.no_grad():
+            new = torch.empty(shape, dtype=self.dtype, device=self.place.device, memory_format=memory_format)
+            return new.zero_()
+
+    def run(self, images: Tensor) -> Any:
+        """The output for (N, C, H, W) of any N; rows of 0 for N=0."""
+        if len(images) == 0:
+            return first_rows(self._no_rows, 0)
+        parts, start = [], 0
+        for size in buckets_for(len(images), self.sizes, self.place.overhead):
+            part = images[start : start + size]
+            parts.append(self._runner(size).run(self.place.bring(part, self.dtype)))
+            start += size
+            self.batches += 1
+            self.images += len(part)
+            self.rows += size
+        return concatenated(parts)
+
+    def warm_up(self) -> None:
+        """Prepare every bucket, the largest first: the smaller ones then find its memory to use again."""
+        before = self.place.reserved_bytes()
+        weights = list(model_tensors(self._model).values())
+        for size in reversed(self.sizes):
+            runner, images = self._runner(size), self.new_input(size)
+            if size == self.sizes[-1] and runner.kind == "eager":
+                output, self._measured[size] = peak_bytes(runner.run, images, weights)
+            else:
+                output = runner.run(images)
+            check_output(output, size)
+        self.place.synchronize()
+        self._reserved_bytes = self.place.reserved_bytes() - before
+
+    def refresh(self, source: nn.Module) -> None:
+        """Write the weights of a model of the same structure into the memory of this one's."""
+        if self._how.fold_norms:  # folded weights are of another form: fold the new ones as well
+            source = prepare(source, self._how).model
+        with self.working(), torch.inference_mode(False), torch.no_grad():
+            copy_weights(source, self._model)
+
+    def release(self) -> None:
+        """Give weights and graphs back."""
+        with self._lock:
+            self._released = True
+            self.place.synchronize()
+            self._runners.clear()
+            self._model = nn.Module()
+
+    # -------------------------------------------------------------------------------------------------- memory
+
+    @property
+    def memory_bound_bytes(self) -> int:
+        """What is held at most: computed, and on a GPU at least what the allocator reserved while warming up."""
+        return max(self.bound(self.sizes[-1]), self.weight_bytes + self._reserved_bytes)
+
+    def bound(self, size: int) -> int:
+        """Weights, activations and buffers in bytes with that bucket as the largest."""
+        return self.weight_bytes + self.activation_bytes(size) + self.buffer_bytes(size)
+
+    def activation_bytes(self, size: int) -> int:
+        """The most bytes of tensors alive at once in a forward: counted, or in proportion to the smallest bucket's."""
+        if size in self._measured:
+            return self._measured[size]
+        smallest = min(self._measured)
+        return -(-self._measured[smallest] * size // smallest)
+
+    def buffer_bytes(self, size: int) -> int:
+        """Inputs and results beside a forward: padded or copied out, and on a GPU those of every graph."""
+        held = 0 if self._eager_because else sum(one for one in self.sizes if one <= size)
+        return (held + size) * self._bytes_per_image
+
+    def bucket_reports(self) -> tuple[BucketReport, ...]:
+        """What became of every batch size asked for."""
+        reports = []
+        for size in sorted({*self.sizes, *self._refused}):
+            runner = self._runners.get(size)
+            if size in self._refused:
+                kind, reason = "refused", self._refused[size]
+            elif runner is None:
+                kind, reason = "not prepared", "no call has needed it yet"
+            else:
+                kind, reason = runner.kind, self._eager_because if runner.kind == "eager" else ""
+            reports.append(BucketReport(size, kind, reason, self.bound(size)))
+        return tuple(reports)
+
+    def _measure(self, limit: int | None) -> None:
+        """Run the smallest bucket: what the model returns, what an image needs, and which buckets there is room for."""
+        smallest = self.sizes[0]
+        images = self.new_input(smallest)
+        output, activations = peak_bytes(self._model, images, list(model_tensors(self._model).values()))
+        check_output(output, smallest)
+        self._no_rows = first_rows(output, 0)
+        self._measured = {smallest: activations}
+        self._bytes_per_image = -(-(images.nbytes + nbytes(output)) // smallest)
+        self._refused = {
+            size: f"above max_memory_bytes={limit}"
+            for size in self.sizes
+            if limit is not None and self.bound(size) > limit
+        }
+        if len(self._refused) == len(self.sizes):
+            raise ValueError(
+                f"InferenceEngine: max_memory_bytes={limit}, and a batch of {smallest} needs {self.bound(smallest)} "
+                "bytes; allow more, or a smaller one of batch_sizes"
+            )
+        self.sizes = tuple(size for size in self.sizes if size not in self._refused)
+
+    # ------------------------------------------------------------------------------------------------- runners
+
+    def _runner(self, size: int) -> Runner:
+        """The runner of a bucket, made where there is none yet."""
+        if size not in self._runners:
+            self._runners[size] = self._new_runner(size)
+        return self._runners[size]
+
+    def _new_runner(self, size: int) -> Runner:
+        capture = self.place.capture
+        if capture is not None and not self._eager_because:
+            try:
+                return GraphRunner(self._model, self.new_input(size), capture)
+            except Exception as error:
+                # A model that waits for the GPU or makes tensors on the host cannot be recorded. It still runs.
+                reason = " ".join(str(error).split())
+                self._eager_because = f"recording a CUDA graph failed: {type(error).__name__}: {reason}"
+        return EagerRunner(self._model, size, self._how.memory_format)

@@ -1,0 +1,158 @@
+"""All of an engine that needs a GPU: its stream, the recording of CUDA graphs, and uploads from the host."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effkernels.engine.outputs import map_tensors
+from effkernels.engine.runners import Capture
+
+# Before a capture a call runs this often: libraries choose their algorithms, Triton compiles, buffers are allocated.
+_WARM_UP_CALLS = 3
+_SLOTS = 2
+# PyTorch records one graph at a time in a process.
+_RECORDING = threading.Lock()
+
+
+class CudaPlace:
+    """A GPU with a stream of the engine's own, on which everything it computes is in order.
+
+    All graphs take their memory from one pool. They may, because they are replayed on one stream, and because each
+    graph's results are held by its runner: only what is dead after a replay is used again by another graph.
+
+    Args:
+        cuda: `torch.cuda`, or what stands in for it in a test.
+    """
+
+    # EfficientNet-B0 in bfloat16: the design's aims of 90 to 150 us for a replay of one image and of 10 us an image at
+    # batch 256. `effkernels bench` on a GPU gives the numbers of that machine.
+    overhead = 12.0
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self._cuda = cuda
+        self.device = torch.device("cuda", cuda.current_device()) if device.index is None else device
+        self._stream: Any = cuda.Stream(self.device)
+        self._pool: Any = cuda.graph_pool_handle()
+        self._uploads = Uploads(self.device, self._stream, cuda)
+
+    @property
+    def capture(self) -> Capture | None:
+        """See `Place`."""
+        return self._capture
+
+    @contextlib.contextmanager
+    def working(self) -> Iterator[None]:
+        """See `Place`."""
+        caller = self._cuda.current_stream(self.device)
+        self._stream.wait_stream(caller)
+        self._caller = caller
+        try:
+            with self._cuda.stream(self._stream):  # makes its device the current one, too
+                yield
+        finally:
+            caller.wait_stream(self._stream)
+
+    def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """See `Place`."""
+        if tensor.device.type == "cpu":
+            return self._uploads.upload(tensor, dtype)
+        tensor.record_stream(self._stream)
+        return tensor.to(dtype)
+
+    def hand_over(self, output: Any) -> Any:
+        """See `Place`."""
+
+        def used_by_caller(tensor: Tensor) -> Tensor:
+            tensor.record_stream(self._caller)
+            return tensor
+
+        return map_tensors(output, used_by_caller)
+
+    def moment(self) -> Any:
+        """See `Place`."""
+        return self._cuda.current_stream(self.device).record_event()
+
+    def wait_for(self, moment: Any) -> None:
+        """See `Place`."""
+        self._stream.wait_event(moment)
+
+    def synchronize(self) -> None:
+        """See `Place`."""
+        self._stream.synchronize()
+
+    def reserved_bytes(self) -> int:
+        """See `Place`."""
+        reserved: int = self._cuda.memory_reserved(self.device)
+        return reserved
+
+    def _capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+        for _ in range(_WARM_UP_CALLS):
+            work()
+        self._stream.synchronize()
+        graph = self._cuda.CUDAGraph()
+        # "thread_local": what other threads of the process do on the GPU meanwhile does not break the recording.
+        how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
+        with _RECORDING, self._cuda.graph(graph, **how):
+            output = work()
+        return graph.replay, output
+
+
+class _Slot:
+    """Page-locked memory that grows to the largest upload, and when the last copy out of it is done."""
+
+    def __init__(self, cuda: Any, pinned: bool) -> None:
+        self._pinned = pinned
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self.emptied = cuda.Event()
+
+    def like(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A tensor in this memory with the shape of another one, and its strides where those leave no gaps."""
+        layout = torch.empty_like(tensor, dtype=dtype, device="meta")
+        if self._memory.numel() < layout.nbytes:
+            self._memory = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
+        flat = self._memory[: layout.nbytes].view(dtype)
+        return flat.as_strided(layout.shape, layout.stride())
+
+
+class Uploads:
+    """Copies from the host that overlap with the work on the GPU.
+
+    A tensor is copied, and converted, into one of two page-locked buffers and from there on a stream of its own, so
+    that the next one can be on its way while the last one is computed on. The host waits only for the copy before the
+    last. The tensor that was given is not needed any more when `upload` returns.
+
+    Args:
+        device: where to.
+        stream: on which the copies are used.
+        cuda: `torch.cuda`, or what stands in for it in a test.
+    """
+
+    def __init__(self, device: torch.device, stream: Any, cuda: Any = torch.cuda) -> None:
+        self._device = device
+        self._user = stream
+        self._cuda = cuda
+        self._stream = cuda.Stream(device)
+        self._slots = [_Slot(cuda, pinned=device.type == "cuda") for _ in range(_SLOTS)]
+        self._next = 0
+
+    def upload(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """A copy of a host tensor on the device, ready for whatever comes next on the stream that uses it."""
+        slot = self._slots[self._next]
+        self._next = (self._next + 1) % len(self._slots)
+        slot.emptied.synchronize()
+        staged = slot.like(tensor, dtype)
+        staged.copy_(tensor)
+        with self._cuda.stream(self._stream):
+            uploaded = torch.empty_like(staged, device=self._device)
+            uploaded.copy_(staged, non_blocking=True)
+            slot.emptied.record(self._stream)
+        self._user.wait_event(slot.emptied)
+        # Its memory belongs to the stream of the copies and may be used again there only after the work that reads it.
+        uploaded.record_stream(self._user)
+        return uploaded

@@ -1,0 +1,105 @@
+"""The engine's own copy of a model, and how new weights get into it."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from effkernels.engine.memory import model_tensors
+from effkernels.models import EfficientNet, EfficientNetFeatures
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """How a model is made ready; the attributes are arguments of `InferenceEngine`."""
+
+    device: torch.device
+    dtype: torch.dtype
+    memory_format: torch.memory_format
+    optimize: bool
+    fold_norms: bool
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model made ready, and what was done to it (as `EngineReport` tells it)."""
+
+    model: nn.Module
+    optimized: str
+    norms_folded: int | None
+
+
+def device_and_dtype_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
+    """Where the first floating tensor of a model is, and its dtype; the CPU and torch's default without one."""
+    for tensor in model_tensors(model).values():
+        if tensor.is_floating_point():
+            return tensor.device, tensor.dtype
+    return torch.device("cpu"), torch.get_default_dtype()
+
+
+def prepare(model: nn.Module, how: Preparation) -> Prepared:
+    """A copy of a model, ready to serve; the model itself stays as it is.
+
+    Raises:
+        TypeError: the model cannot be copied.
+    """
+    # Outside of inference mode: its tensors could not be written by `refresh` later.
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            ours = copy.deepcopy(model)
+        except Exception as error:
+            raise TypeError(f"InferenceEngine: {type(model).__name__} cannot be copied: {error}") from error
+        ours = ours.eval().to(how.device, how.dtype)
+        ours = ours.to(memory_format=how.memory_format)  # type: ignore[call-overload]
+        folded = None
+        if how.fold_norms:
+            from effkernels.optimize import fold_bn_
+
+            folded = fold_bn_(ours)
+        return Prepared(ours, _optimized(ours) if how.optimize else "not asked for", folded)
+
+
+def _optimized(model: nn.Module) -> str:
+    if isinstance(model, (EfficientNet, EfficientNetFeatures)):
+        return "nothing to do: the model is effkernels' own"
+    from effkernels.optimize import optimize_
+
+    report = optimize_(model)
+    return f"{report.fused} blocks fused"
+
+
+def structure_of(model: nn.Module) -> tuple[str, ...]:
+    """What has to stay the same for new weights to fit: the modules as they print, and every tensor's shape."""
+    tensors = (f"{name}: {tuple(tensor.shape)}" for name, tensor in model_tensors(model).items())
+    return (*repr(model).splitlines(), *tensors)
+
+
+def check_structure(found: tuple[str, ...], wanted: tuple[str, ...]) -> None:
+    """Refuse a model of another structure.
+
+    Raises:
+        ValueError: names the first difference.
+    """
+    for ours, theirs in zip_longest(wanted, found, fillvalue="nothing"):
+        if ours != theirs:
+            raise ValueError(
+                f"refresh: the model has {theirs.strip()!r} where the engine was made with {ours.strip()!r}; only "
+                "weights may change. Make a new engine"
+            )
+
+
+def copy_weights(source: nn.Module, into: nn.Module) -> None:
+    """Write every tensor of a model into the memory of the same tensor of another one.
+
+    Raises:
+        ValueError: they have other tensors; nothing was written.
+    """
+    ours, theirs = model_tensors(into), model_tensors(source)
+    if {name: tensor.shape for name, tensor in ours.items()} != {name: tensor.shape for name, tensor in theirs.items()}:
+        raise ValueError("refresh: the model has other parameters or buffers than the engine was made with")
+    for name, tensor in ours.items():
+        tensor.copy_(theirs[name])

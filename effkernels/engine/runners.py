@@ -1,0 +1,91 @@
+"""How one bucket is computed: a runner takes up to `batch` images and returns their results alone.
+
+A runner is called by one thread at a time, under `torch.inference_mode()`. What it returns is the caller's: it shares
+no memory with anything that a later call writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from effkernels.engine.outputs import first_rows
+
+Forward = Callable[[Tensor], Any]
+# Records what a function does, and returns a function that does it again and what it returned: the same tensors, which
+# every repetition overwrites.
+Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+
+
+class Runner(Protocol):
+    """Computes a bucket."""
+
+    @property
+    def kind(self) -> str:
+        """ "eager" or "cuda graph"."""
+
+    def run(self, images: Tensor) -> Any:
+        """The model's output for (n, C, H, W), 1 <= n <= batch: n rows."""
+
+
+class EagerRunner:
+    """Calls the model.
+
+    Args:
+        forward: the model.
+        batch: what every call is padded to, with zeros.
+        memory_format: of what the model gets.
+    """
+
+    kind = "eager"
+
+    def __init__(self, forward: Forward, batch: int, memory_format: torch.memory_format) -> None:
+        self._forward = forward
+        self._batch = batch
+        self._memory_format = memory_format
+
+    def run(self, images: Tensor) -> Any:
+        """See `Runner.run`."""
+        count = len(images)
+        if count == self._batch:
+            given = images.contiguous(memory_format=self._memory_format)
+        else:
+            given = torch.empty(
+                (self._batch, *images.shape[1:]),
+                dtype=images.dtype,
+                device=images.device,
+                memory_format=self._memory_format,
+            )
+            given[:count].copy_(images)
+            given[count:].zero_()
+        return first_rows(self._forward(given), count)
+
+
+class GraphRunner:
+    """Replays one recorded call: copies the images into its own input, replays, copies the results out.
+
+    Args:
+        forward: the model; it reads its weights where they lie, so that new values there are seen by every replay.
+        images: the input, (batch, C, H, W), which the runner keeps and writes.
+        capture: records the call; `effkernels.engine.cuda.CudaPlace.capture` on a GPU.
+
+    Raises:
+        Exception: whatever `capture` raises where the call cannot be recorded.
+    """
+
+    kind = "cuda graph"
+
+    def __init__(self, forward: Forward, images: Tensor, capture: Capture) -> None:
+        self._input = images
+        self._replay, self._output = capture(lambda: forward(images))
+
+    def run(self, images: Tensor) -> Any:
+        """See `Runner.run`."""
+        count = len(images)
+        self._input[:count].copy_(images)
+        self._input[count:].zero_()  # no image of an earlier call stays behind
+        self._replay()
+        return first_rows(self._output, count)
