@@ -66,6 +66,8 @@ gpu-check: ## check and measure on a GPU, by this machine's own python3, no setu
 
 kernels-table: setup ## write what the compiler made of each kernel into docs/kernels.md
 	$(BIN)/python -m benchmarks.kernel_economy
+	cd tests && PYTHONPATH=.. ../$(BIN)/python -m triton_gates.worker 90 ../build/triton-90.pickle
+	cd tests && PYTHONPATH=.. ../$(BIN)/python -m triton_gates.table ../build/triton-90.pickle
 
 lint: lint-python lint-native types ## ruff, clang-format and mypy; changes nothing
 

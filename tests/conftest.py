@@ -232,6 +232,14 @@ def _apart_from_backend(item: pytest.Item) -> tuple[object, ...]:
     return (item.location[0], getattr(item, "originalname", item.name), others)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_tuned_plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `effkernels tune` keeps for the user of this machine stays out of the tests, and theirs out of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EFFKERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(params=_parameters())
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend of this machine in turn, forced for the length of the test."""

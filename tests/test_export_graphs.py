@@ -26,15 +26,12 @@ def created(name: str) -> nn.Module:
 
 def optimised(name: str) -> nn.Module:
     """timm's network, whose blocks have been put on the fused operators in place."""
-    if not hasattr(effkernels, "optimize_"):
-        pytest.skip("effkernels.optimize_ is not there")
     model = timm_model(name)
     effkernels.optimize_(model)
     return model
 
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
-    "efficientnet_b0": lambda: created("efficientnet_b0"),
     "tf_efficientnet_b0": lambda: created("tf_efficientnet_b0"),
     "optimised-timm": lambda: optimised("efficientnet_b0"),
 }

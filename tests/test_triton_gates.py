@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import importlib.metadata
 import importlib.util
 import os
 import pickle
@@ -162,3 +163,15 @@ class TestTheRules:
         (line,) = rules.broken(dataclasses.replace(kernel, instructions=kernel.instructions + Counter({"LDL": 2})))
         assert str(kernel.call) in line
         assert "2 loads and stores of local memory" in line
+
+
+def test_the_page_has_these_readings(compiled: dict[str, Any]) -> None:
+    """docs/kernels.md shows what the pinned Triton made for sm_90: `make kernels-table` writes it."""
+    from triton_gates import table
+
+    page = table.PAGE.read_text(encoding="utf-8")
+    version = page.partition(table.BEGIN)[2].partition("Compiled by Triton ")[2].split(" ")[0]
+    if importlib.metadata.version("triton") != version:
+        pytest.skip(f"the page is of Triton {version}")
+    if all(kernel.arch == 90 for kernel in compiled["calls"]):
+        assert table.with_section(page, table.section(compiled["calls"])) == page, "make kernels-table"

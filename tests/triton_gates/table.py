@@ -1,0 +1,78 @@
+"""Writes what Triton made of its kernels into docs/kernels.md: python -m triton_gates.table READINGS, a file that
+triton_gates.worker wrote for sm_90.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton_gates.calls import Call
+from triton_gates.rules import TritonKernel
+from triton_gates.worker import operators
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
+BEGIN = "<!-- Triton's kernels: written by tests/triton_gates/table.py -->\n"
+END = "<!-- end of Triton's kernels -->"
+_COLUMNS = ("call", "kernel", "MB", "registers", "warps", "shared KB", "16-byte loads", "cp.async", "16-byte stores",
+            "HMMA, WGMMA", "FFMA", "TANH")  # fmt: skip
+
+
+def megabytes(call: Call) -> float:
+    """What a call cannot avoid to move: every argument read once, every result written once."""
+    op = operators()[call.op]
+    given = {"eps": 1e-5, "allow_tf32": False, "dilation": 1, **call.arguments()}
+    arguments = [given.get(name) for name in op.arguments]
+    results = op.fake(*arguments)
+    tensors = [
+        t for t in (*arguments, *(results if isinstance(results, tuple) else (results,))) if hasattr(t, "nbytes")
+    ]
+    return sum(t.nbytes for t in tensors) / 1e6
+
+
+def section(kernels: Iterable[TritonKernel]) -> str:
+    """The table of all kernels of sm_90, a line each."""
+    lines = [f"Compiled by Triton {triton.__version__} for sm_90. MB: of the call, every argument read and every result "
+             "written once. Counts of instructions\nin the code, not of executions.\n"]  # fmt: skip
+    lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|---" + "|--:" * (len(_COLUMNS) - 2) + "|"]
+    for kernel in kernels:
+        assert kernel.call is not None
+        counts: list[Any] = [
+            str(kernel.call),
+            f"`{kernel.name}`",
+            f"{megabytes(kernel.call):.3g}",
+            kernel.registers,
+            kernel.max_threads // 32,
+            f"{kernel.shared / 1024:.0f}",
+            _count(kernel, r"LDG\.E\.(\w+\.)*128"),
+            _count(kernel, r"LDGSTS.*128"),
+            _count(kernel, r"STG\.E\.(\w+\.)*128"),
+            _count(kernel, r"HMMA|WGMMA|HGMMA"),
+            _count(kernel, r"FFMA"),
+            _count(kernel, r"MUFU\.TANH"),
+        ]
+        lines.append("| " + " | ".join(map(str, counts)) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def with_section(page: str, text: str) -> str:
+    """The page with the table in its place."""
+    before, _, rest = page.partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"{PAGE.name} has no lines {BEGIN.strip()} and {END}")
+    return f"{before}{BEGIN}\n{text}\n{END}{after}"
+
+
+def _count(kernel: TritonKernel, pattern: str) -> int:
+    return sum(count for opcode, count in kernel.instructions.items() if re.match(pattern, opcode))
+
+
+if __name__ == "__main__":
+    readings = pickle.loads(Path(sys.argv[1]).read_bytes())
+    PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), section(readings["calls"])), encoding="utf-8")
