@@ -6,6 +6,24 @@ from __future__ import annotations
 from effkernels import _library, nn, ops, reference  # noqa: F401
 from effkernels._version import __version__
 from effkernels.backends import backend
-from effkernels.models import create_model, list_models
+from effkernels.engine import InferenceEngine
+from effkernels.export import export_model
+from effkernels.models import convert_state_dict, create_model, list_models
+from effkernels.optimize import convert_sync_batchnorm, fold_bn_, optimize_, restore_
 
-__all__ = ["__version__", "backend", "create_model", "list_models", "nn", "ops", "reference"]
+__all__ = [
+    "InferenceEngine",
+    "__version__",
+    "backend",
+    "convert_state_dict",
+    "convert_sync_batchnorm",
+    "create_model",
+    "export_model",
+    "fold_bn_",
+    "list_models",
+    "nn",
+    "ops",
+    "optimize_",
+    "reference",
+    "restore_",
+]

@@ -187,6 +187,16 @@ def _effkernels(case: Case) -> Runner:
     return _module_runner(f"effkernels-{_effkernels_backend(case)}", case, model, channels_last=case.channels_last)
 
 
+def _optimized_missing(case: Case) -> str | None:
+    return _effkernels_missing(case) or _timm_missing(case)
+
+
+def _optimized(case: Case) -> Runner:
+    model = _timm_model(case).to(case.torch_device, case.numbers.dtype)
+    effkernels.optimize_(model, strict=True)
+    return _module_runner("optimized (timm)", case, model, channels_last=case.channels_last, packages=("timm",))
+
+
 def _eager(case: Case, channels_last: bool) -> Runner:
     model, source, packages = plain_network(case)
     name = "eager-channels-last" if channels_last else "eager"
@@ -397,6 +407,7 @@ CONTENDERS: dict[str, Contender] = {
             functools.partial(_compiled, name="compile-max-autotune-graph", mode="max-autotune", graph=True),
         ),
         Contender("timm", "timm's as it comes", ("cpu", "cuda"), _timm_missing, _timm),
+        Contender("optimized", "timm's model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized),
         Contender("torchvision", "torchvision's as it comes", ("cpu", "cuda"), _torchvision_missing, _torchvision),
         Contender("onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime),
         Contender("openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino),

@@ -37,8 +37,10 @@ def megabytes(call: Call) -> float:
 
 def section(kernels: Iterable[TritonKernel]) -> str:
     """The table of all kernels of sm_90, a line each."""
-    lines = [f"Compiled by Triton {triton.__version__} for sm_90. MB: of the call, every argument read and every result "
-             "written once. Counts of instructions\nin the code, not of executions.\n"]  # fmt: skip
+    lines = [
+        f"Compiled by Triton {triton.__version__} for sm_90. MB: of the call, every argument read and every result",
+        "written once. Counts of instructions in the code, not of executions.\n",
+    ]
     lines += ["| " + " | ".join(_COLUMNS) + " |", "|---|---" + "|--:" * (len(_COLUMNS) - 2) + "|"]
     for kernel in kernels:
         assert kernel.call is not None

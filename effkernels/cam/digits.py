@@ -1,0 +1,231 @@
+"""Networks to look into without any download: trained in a few minutes to name a digit hidden in a larger picture.
+
+The digits are scikit-learn's (1797 of 8 x 8 pixels, from the UCI repository). Each is put, at random size and place,
+into a picture with noise and with fragments of other digits. Nothing tells the network where the digit is, but its map
+has to lie there if it looks at the right thing, and as the place is known, that can be counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effkernels.cam.maps import class_activation_map, peaks
+from effkernels.cam.networks import COMPARED, Scalable, Subject, scalings
+from effkernels.predict import Preprocessing
+from effkernels.scaling.families import build_sequential
+from effkernels.scaling.network import Stage, StagedNetwork
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+PICTURE = 64  # pixels
+CLASSES = 10
+_TRAINED_ON = 1500  # the first of the digits; the other 297 are for testing
+_FRAGMENTS = 4
+_MEAN, _STD = 0.2, 0.25  # of the pictures
+
+
+def _layers(layers: int, channels: int, stride: int, expansion: int) -> Stage:
+    options = {"expansion": expansion, "activation": "silu"}
+    return Stage("inverted_residual", layers, channels, stride, options=options)
+
+
+DIGITS_NETWORK = StagedNetwork(
+    "DigitsNet",
+    PICTURE,
+    (
+        Stage("conv", 1, 16, 2, options={"activation": "silu"}, deepens=False),
+        _layers(1, 16, 2, expansion=1),
+        _layers(1, 24, 1, expansion=3),
+        _layers(1, 32, 2, expansion=3),
+        Stage("conv", 1, 128, 1, 1, {"activation": "silu"}, deepens=False),
+    ),
+    build_sequential,
+)
+"""The baseline of the comparison: MBConv layers down to 8 x 8 positions."""
+
+
+@dataclass(frozen=True)
+class HiddenDigits:
+    """Pictures with one digit each.
+
+    Attributes:
+        pictures: (N, PICTURE, PICTURE), in [0, 1].
+        classes: (N,), the digits.
+        boxes: (N, 4), left, top, right, bottom of the digit, in shares of the picture.
+    """
+
+    pictures: Tensor
+    classes: Tensor
+    boxes: Tensor
+
+
+def hide_digits(train: bool, generator: torch.Generator) -> HiddenDigits:
+    """Draw new pictures: each digit once, in their order, at another place every time.
+
+    Args:
+        train: of the digits for training or of those for testing.
+        generator: decides places, sizes, fragments and noise.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    digits, classes = _digits(train)
+    images = len(digits)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    half = uniform(0.18, 0.26, images)  # half a digit's side, where the picture goes from 0 to 1
+    centre = half[:, None] + (1 - 2 * half[:, None]) * uniform(0, 1, images, 2)
+    pictures = _placed(digits, centre, half)
+    # Fragments of 3 x 3 of the 8 x 8 pixels, as bright and as large as the digits, so that they need to be told apart.
+    for _ in range(_FRAGMENTS):
+        whole = digits[torch.randperm(images, generator=generator)]
+        corner = torch.randint(0, 6, (images, 2, 1), generator=generator)
+        inside = (torch.arange(8) >= corner) & (torch.arange(8) < corner + 3)
+        fragment = whole * inside[:, 0, :, None] * inside[:, 1, None, :]
+        places = uniform(0.1, 0.9, images, 2)
+        pictures = torch.maximum(pictures, 0.9 * _placed(fragment, places, half))
+    pictures = (pictures + 0.06 * torch.randn(pictures.shape, generator=generator) + 0.08).clamp(0, 1)
+    return HiddenDigits(pictures, classes, torch.cat([centre - half[:, None], centre + half[:, None]], 1))
+
+
+def _placed(digits: Tensor, centre: Tensor, half: Tensor) -> Tensor:
+    """(N, 8, 8) as pictures (N, PICTURE, PICTURE), black around the digits."""
+    scale, shift = 1 / (2 * half), (1 - 2 * centre) / (2 * half[:, None])
+    affine = torch.zeros(len(digits), 2, 3)
+    affine[:, 0, 0] = affine[:, 1, 1] = scale
+    affine[:, :, 2] = shift
+    grid = F.affine_grid(affine, [len(digits), 1, PICTURE, PICTURE], align_corners=False)
+    return F.grid_sample(digits[:, None], grid, align_corners=False)[:, 0]
+
+
+def _digits(train: bool) -> tuple[Tensor, Tensor]:
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError("the digits come with scikit-learn: pip install 'effkernels[scaling]'") from error
+    pixels, classes = load_digits(return_X_y=True)
+    part = slice(None, _TRAINED_ON) if train else slice(_TRAINED_ON, None)
+    digits = torch.from_numpy(pixels[part]).float().reshape(-1, 8, 8) / 16
+    return digits, torch.from_numpy(classes[part]).long()
+
+
+def digits_preprocessing(resolution: int) -> Preprocessing:
+    """How a picture becomes the input of a network for digits: as a whole."""
+    return Preprocessing(resolution, 1.0, "bilinear", (_MEAN,) * 3, (_STD,) * 3)
+
+
+def train_on_digits(
+    network: Scalable,
+    *,
+    epochs: int = 10,
+    batch_size: int = 50,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    after_epoch: Callable[[int, float], None] | None = None,
+) -> nn.Module:
+    """Train a network to name hidden digits; what it learns depends on the arguments alone.
+
+    Args:
+        network: built for 10 classes and trained at its resolution.
+        epochs: passes over 1500 digits, each time at other places.
+        batch_size: pictures in a step.
+        seed: of weights, pictures and order.
+        device: to train on.
+        after_epoch: called with the number of epochs done and the mean loss of the last.
+
+    Returns:
+        The model in eval mode, on `device`.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = network.build(num_classes=CLASSES).to(device).train()
+    steps = epochs * -(-_TRAINED_ON // batch_size)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
+    for epoch in range(epochs):
+        hidden = hide_digits(True, generator)
+        total = 0.0
+        for batch in torch.randperm(len(hidden.classes), generator=generator).split(batch_size):
+            inputs = _inputs(hidden.pictures[batch], network.resolution).to(device)
+            loss = F.cross_entropy(model(inputs), hidden.classes[batch].to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item() * len(batch)
+        if after_epoch is not None:
+            after_epoch(epoch + 1, total / len(hidden.classes))
+    return model.eval()
+
+
+def look_at_digits(model: nn.Module, hidden: HiddenDigits, resolution: int) -> dict[str, float]:
+    """How a trained network does on pictures, and where it looks.
+
+    Returns:
+        "accuracy": the share of digits that it names; "peak_on_digit": the share of pictures where the largest value
+        of the map of the right class lies within the digit's box; "digit_area": the mean share of the box in a
+        picture, which a map that knows nothing would hit.
+    """
+    device = next(model.parameters()).device
+    named, on_digit = 0, 0
+    batches = (part.split(50) for part in (hidden.pictures, hidden.classes, hidden.boxes))
+    for pictures, classes, boxes in zip(*batches, strict=True):
+        inputs = _inputs(pictures, resolution).to(device)
+        with torch.no_grad():
+            named += int((model(inputs).argmax(1).cpu() == classes).sum())
+        peak = peaks(class_activation_map(model, inputs, classes.to(device)).maps).cpu()
+        on_digit += int(((boxes[:, :2] < peak) & (peak < boxes[:, 2:])).all(1).sum())
+    count = len(hidden.classes)
+    area = (hidden.boxes[:, 2:] - hidden.boxes[:, :2]).prod(1).mean()
+    return {"accuracy": named / count, "peak_on_digit": on_digit / count, "digit_area": float(area)}
+
+
+def digits_subjects(compare: bool, epochs: int, device: torch.device, note: Callable[[str], None]) -> Iterator[Subject]:
+    """Train `DIGITS_NETWORK`, or all of its scalings, one after another.
+
+    Args:
+        compare: all of `effkernels.cam.networks.COMPARED`.
+        epochs, device: as of `train_on_digits`.
+        note: called with a line after every epoch.
+    """
+    networks = scalings(DIGITS_NETWORK) if compare else [DIGITS_NETWORK]
+    for factors, network in zip(COMPARED[: len(networks)], networks, strict=True):
+
+        def after_epoch(epoch: int, loss: float, name: str = factors.name) -> None:
+            note(f"train {name}: epoch {epoch} of {epochs}, loss {loss:.3f}")
+
+        model = train_on_digits(network, epochs=epochs, device=device, after_epoch=after_epoch)
+        cost = network.cost(num_classes=CLASSES)
+        preprocessing = digits_preprocessing(network.resolution)
+        yield Subject(factors.name, model, preprocessing, cost.multiply_adds, cost.parameters, CLASSES, "trained here")
+
+
+def as_photographs(hidden: HiddenDigits, count: int) -> list[tuple[str, PIL.Image.Image]]:
+    """The first `count` pictures as RGB images, each with a name."""
+    import PIL.Image
+
+    found = []
+    for number, (picture, digit) in enumerate(zip(hidden.pictures[:count], hidden.classes[:count], strict=True)):
+        grey = PIL.Image.fromarray((picture * 255).round().byte().numpy())
+        found.append((f"picture {number}: a {int(digit)}", grey.convert("RGB")))
+    return found
+
+
+def _inputs(pictures: Tensor, resolution: int) -> Tensor:
+    """(N, PICTURE, PICTURE) as the (N, 3, resolution, resolution) that `digits_preprocessing` makes of them."""
+    size = (resolution, resolution)
+    resized = F.interpolate(pictures[:, None], size, mode="bilinear", align_corners=False, antialias=True)
+    return ((resized - _MEAN) / _STD).expand(-1, 3, -1, -1).contiguous(memory_format=torch.channels_last)

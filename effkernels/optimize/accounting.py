@@ -1,0 +1,140 @@
+"""What a forward launches on a GPU and how many bytes that moves, block by block, as `effkernels.plan` counts them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effkernels import _library, gpus
+from effkernels.backends import DTYPES
+from effkernels.plan import Call, plan_call, record_calls
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward on the meta device.
+
+    Attributes:
+        calls: of operators that launch something.
+        shapes: of the first argument of each module's first call, by path.
+    """
+
+    calls: Sequence[Call]
+    shapes: Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Launches and bytes of a part of a forward."""
+
+    launches: int
+    bytes: int
+
+
+def input_size_of(model: nn.Module, given: int | tuple[int, ...] | None) -> tuple[int, int, int]:
+    """(C, H, W) of the image to count with.
+
+    Args:
+        model: asked for its design size as timm, Hugging Face and lukemelas write it down; 224 x 224 without.
+        given: what the caller says: one number for both sides, (H, W) or (C, H, W).
+
+    Raises:
+        ValueError: `given` is none of these, or holds a number below 1.
+    """
+    conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    channels = 3 if conv is None else conv.in_channels
+    size = _design_size(model) if given is None else given
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    if not 1 <= len(sizes) <= 3 or not all(isinstance(one, int) and one >= 1 for one in sizes):
+        raise ValueError(f"input_size={given!r}; allowed: a number of pixels, (H, W) or (C, H, W), each at least 1")
+    if len(sizes) == 3:
+        return sizes
+    return (channels, sizes[0], sizes[-1])
+
+
+def _design_size(model: nn.Module) -> int | tuple[int, ...]:
+    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
+    if isinstance(cfg, Mapping) and isinstance(cfg.get("input_size"), tuple | list):
+        return tuple(cfg["input_size"])[1:]
+    for holder, name in (("config", "image_size"), ("_global_params", "image_size")):
+        size = getattr(getattr(model, holder, None), name, None)
+        if isinstance(size, int):
+            return size
+        if isinstance(size, tuple | list) and all(isinstance(one, int) for one in size):
+            return tuple(size)
+    return 224
+
+
+def try_forward(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Forward | None, str]:
+    """One forward of an image of that size on the meta device, whatever device the model is on.
+
+    Returns:
+        The forward, or None and the reason: the model does not take such an image, or holds tensors of its own.
+    """
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    images = torch.empty(1, *input_size, dtype=dtype, device="meta")
+    watched = _Watched(model)
+    # By the place that holds it, once each: a module that stands in two places of the model must not be put back twice,
+    # nor a tensor that two modules share once only.
+    tensors = {
+        ".".join(filter(None, ("model", path, name))): torch.empty_like(tensor, device="meta")
+        for path, module in model.named_modules()
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+    try:
+        torch.func.functional_call(watched, tensors, (images,), tie_weights=False)
+    except Exception as error:  # the model is anybody's, and this only decides whether there are figures
+        line = str(error).strip().partition("\n")[0]
+        return None, f"launches and bytes are not counted: {type(error).__name__}: {line}"
+    return Forward(watched.calls, watched.shapes), ""
+
+
+class _Watched(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self.calls: list[Call] = []
+        self.shapes: dict[str, tuple[int, ...]] = {}
+
+    def forward(self, images: Tensor) -> None:
+        paths = {id(module): path for path, module in self.model.named_modules()}
+
+        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+            path = paths.get(id(module))
+            if path is not None and args and isinstance(args[0], Tensor):
+                self.shapes.setdefault(path, tuple(args[0].shape))
+
+        handle = nn.modules.module.register_module_forward_pre_hook(see)
+        try:
+            self.calls = record_calls(self.model, images)
+        finally:
+            handle.remove()
+
+
+def costs_of(forward: Forward | None, groups: Sequence[frozenset[str]]) -> list[Cost | None]:
+    """The cost of each group of modules (by path, what is below included); None where it is not known."""
+    if forward is None or not _library.is_loaded() or any(call.dtype not in DTYPES for call in forward.calls):
+        return [None] * len(groups)
+    gpu = gpus.find(gpus.DEFAULT_GPU)
+    launches, moved = [0] * len(groups), [0] * len(groups)
+    owner = {path: index for index, paths in enumerate(groups) for path in paths}
+    for call in forward.calls:
+        index = _owner(call.layer, owner)
+        if index is not None:
+            planned = plan_call(call, gpu, allow_tf32=True)
+            launches[index] += len(planned)
+            moved[index] += sum(launch.bytes for launch in planned)
+    return [Cost(*pair) for pair in zip(launches, moved, strict=True)]
+
+
+def _owner(layer: str, owner: Mapping[str, int]) -> int | None:
+    """The group of the innermost module around a call."""
+    while layer not in owner and layer:
+        layer = layer.rpartition(".")[0]
+    return owner.get(layer)

@@ -1,0 +1,271 @@
+"""What part each node of a traced graph can play in a chain that runs fused."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from effkernels.backends import DEPTHWISE_KERNEL_SIZES
+from effkernels.optimize.probing import (
+    Padding,
+    Sides,
+    Unknown,
+    activation_of,
+    gate_of,
+    is_mean_over_image,
+    norm_activation_of,
+    padding_of,
+    returns_its_input,
+    sides_of,
+    untouched_tree,
+)
+from effkernels.optimize.tracing import PADS
+
+_ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
+_PRODUCTS = frozenset({operator.mul, operator.imul, torch.mul, "mul", "mul_"})
+_IN_PLACE = frozenset({operator.iadd, operator.imul, operator.isub, operator.itruediv})
+_RESHAPES = frozenset(
+    {
+        *("view", "reshape", "flatten", "unsqueeze", "squeeze", "expand", "expand_as", "view_as", "contiguous"),
+        *(torch.flatten, torch.unsqueeze, torch.squeeze, torch.reshape, operator.getitem),
+    }
+)
+# Modules and functions of PyTorch that give the same values in every memory format and take any of them.
+_FORMAT_FREE_MODULES = (
+    *(nn.Conv2d, BatchNorm, nn.Dropout, nn.Dropout2d, nn.Identity, nn.ZeroPad2d, nn.ConstantPad2d),
+    *(nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
+)
+_QUESTIONS = frozenset({"size", "dim", "numel", "stride", "is_contiguous"})
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution that an operator computes.
+
+    Attributes:
+        path: of the module, from the root of the trace.
+        op: "pointwise_bn_act", "depthwise_bn_act" or "conv_bn_act".
+        padding: zeros around its input.
+        kernel_size: of both axes.
+        stride, dilation: one for both axes.
+    """
+
+    path: str
+    op: str
+    padding: Padding
+    kernel_size: tuple[int, int]
+    stride: int
+    dilation: int
+
+    @property
+    def is_spatial(self) -> bool:
+        """Whether it looks at more than one pixel."""
+        return self.kernel_size != (1, 1)
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a node does: `kind`, and what is known about it in `value`.
+
+    kind: conv (Convolution), linear, norm (its activation), act (name in ACTIVATIONS), gate (name in GATES), identity,
+    copy, pool, pad (Sides), add, mul, reshape, question (about shapes), unit (already fused), opaque (reason).
+    """
+
+    kind: str
+    value: Any = None
+
+
+# Input channels from which PyTorch's own dense convolution is faster on a CPU than the fused one, whose tiles are made
+# for stems and for the few channels of FusedMBConv. 3x3, one thread, fused / PyTorch's chain in milliseconds:
+# 48 channels at 48x48 1.8 / 3.1, 64 at 56x56 1.2 / 1.2, 128 at 28x28 1.4 / 1.1, 256 at 14x14 2.5 / 1.2.
+FEWEST_CHANNELS_LEFT = 96
+
+
+class Roles:
+    """The roles of the nodes of one graph, found at the first question and kept.
+
+    Args:
+        root: of the trace.
+        units: ids of the modules that run a program of their own.
+        refused: convolutions that must stay as they are, by path, with the reason.
+        padded: convolutions whose input is padded SAME before they are called.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        units: frozenset[int],
+        refused: Mapping[str, str],
+        padded: frozenset[str] = frozenset(),
+    ) -> None:
+        self._root = root
+        self._units = units
+        self._refused = refused
+        self._padded = padded
+        self._known: dict[fx.Node, Role] = {}
+
+    def of(self, node: fx.Node) -> Role:
+        """The role of a node."""
+        if node not in self._known:
+            self._known[node] = self._find(node)
+        return self._known[node]
+
+    def _find(self, node: fx.Node) -> Role:
+        if node.op == "call_module":
+            return self._of_module(node)
+        if node.op not in ("call_function", "call_method"):
+            return Role("opaque", node.op)
+        if node.target is getattr or node.target in _QUESTIONS:
+            return Role("question")
+        tensors = [argument for argument in node.args if isinstance(argument, fx.Node)]
+        if node.target in _ADDITIONS or node.target in _PRODUCTS:
+            if len(tensors) == len(node.args) == 2 and not node.kwargs:
+                return Role("add" if node.target in _ADDITIONS else "mul")
+            return Role("opaque", "arithmetic with a constant")
+        if node.target in PADS:
+            return _of_pad(node)
+        if node.target in _RESHAPES:
+            return Role("reshape")
+        if len(node.all_input_nodes) == 1 and node.args and node.args[0] is node.all_input_nodes[0]:
+            return self._of_function(node)
+        return Role("opaque", "an operation of unknown meaning")
+
+    def _of_module(self, node: fx.Node) -> Role:
+        module = self._root.get_submodule(str(node.target))
+        if id(module) in self._units:
+            return Role("unit")
+        if str(node.target) in self._refused:
+            return Role("opaque", self._refused[str(node.target)])
+        if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or node.kwargs:
+            return Role("opaque", "called with more than one argument")
+        if not untouched_tree(module):
+            return Role("opaque", "a hook or a replaced forward is attached to it")
+        try:
+            if isinstance(module, nn.Conv2d):
+                return Role("conv", _convolution(str(node.target), module, str(node.target) in self._padded))
+            if isinstance(module, BatchNorm):
+                return _of_norm(module)
+        except Unknown as reason:
+            return Role("opaque", str(reason))
+        if type(module) is nn.Linear:
+            return Role("linear")
+        if isinstance(module, nn.ZeroPad2d) or (isinstance(module, nn.ConstantPad2d) and module.value == 0):
+            return Role("pad", sides_of(module.padding))
+        if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
+            return Role("opaque", f"{type(module).__name__} is not known")
+        return _by_probe(module)
+
+    def _of_function(self, node: fx.Node) -> Role:
+
+        def call(x: Any) -> Any:
+            if node.op == "call_method":
+                return getattr(x, str(node.target))(*node.args[1:], **node.kwargs)
+            assert callable(node.target)
+            return node.target(x, *node.args[1:], **node.kwargs)
+
+        return _by_probe(call)
+
+
+def _by_probe(function: Any) -> Role:
+    activation = activation_of(function)
+    if activation is not None:
+        if activation == "identity":
+            return Role("identity") if returns_its_input(function) else Role("copy")
+        return Role("act", activation)
+    gate = gate_of(function)
+    if gate is not None:
+        return Role("gate", gate)
+    return Role("pool") if is_mean_over_image(function) else Role("opaque", "an operation of unknown meaning")
+
+
+def _of_pad(node: fx.Node) -> Role:
+    named = dict(zip(("input", "pad", "mode", "value"), node.args, strict=False)) | node.kwargs
+    sides = named.get("pad")
+    constant = named.get("mode", "constant") == "constant" and not named.get("value")
+    if not constant or not isinstance(sides, tuple | list) or len(sides) != 4:
+        return Role("opaque", "a padding other than zeros on four sides")
+    if not all(isinstance(side, int) and side >= 0 for side in sides):
+        return Role("opaque", "a padding that depends on the size of the input or cuts")
+    return Role("pad", sides_of(tuple(sides)))
+
+
+def _of_norm(norm: BatchNorm) -> Role:
+    if norm.running_mean is None or norm.running_var is None:
+        return Role("opaque", "the norm has no running statistics")
+    return Role("norm", norm_activation_of(norm))
+
+
+def _convolution(path: str, conv: nn.Conv2d, padded: bool) -> Convolution:
+    """The convolution as an operator computes it; Unknown with the reason where none does."""
+    (kernel, other), (stride, other_stride), (dilation, other_dilation) = conv.kernel_size, conv.stride, conv.dilation
+    padding = padding_of(conv)
+    if padded and padding.sides == (0, 0, 0, 0) and dilation == 1:
+        padding = Padding(None)
+    if stride != other_stride or dilation != other_dilation:
+        raise Unknown(f"stride={conv.stride} or dilation={conv.dilation} differs between the axes")
+    if conv.groups == 1:
+        if dilation != 1 and (kernel, other) != (1, 1):
+            raise Unknown(f"dilation={dilation} of a dense convolution; allowed: 1")
+        plain = (kernel, other, stride) == (1, 1, 1) and padding.sides in (None, (0, 0, 0, 0))
+        if kernel * other > 1 and conv.in_channels >= FEWEST_CHANNELS_LEFT and conv.weight.device.type == "cpu":
+            raise Unknown(
+                f"{conv.in_channels} input channels of a {kernel}x{other} convolution: PyTorch's is faster there"
+            )
+        return Convolution(path, "pointwise_bn_act" if plain else "conv_bn_act", padding, (kernel, other), stride, 1)
+    if not conv.groups == conv.in_channels == conv.out_channels:
+        raise Unknown(f"groups={conv.groups} of {conv.in_channels} channels is neither dense nor depthwise")
+    if kernel != other or kernel not in DEPTHWISE_KERNEL_SIZES:
+        raise Unknown(f"a depthwise kernel of {kernel}x{other}; allowed: {', '.join(map(str, DEPTHWISE_KERNEL_SIZES))}")
+    if stride not in (1, 2):
+        raise Unknown(f"stride={stride} of a depthwise convolution; allowed: 1, 2")
+    return Convolution(path, "depthwise_bn_act", padding, (kernel, other), stride, dilation)
+
+
+def is_format_free(root: nn.Module, node: fx.Node, role: Role) -> bool:
+    """Whether a node gives the same values for a channels_last input as for a contiguous one, and takes both."""
+    if node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _FORMAT_FREE_MODULES):
+        return True
+    return role.kind in (
+        "conv",
+        "norm",
+        "act",
+        "gate",
+        "identity",
+        "copy",
+        "pool",
+        "pad",
+        "add",
+        "mul",
+        "question",
+        "unit",
+    )
+
+
+def mutates(root: nn.Module, node: fx.Node, role: Role) -> bool:
+    """Whether a node may overwrite its first argument. What is fused does not: that was tried (see `verifying`)."""
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        if role.kind == "unit" or isinstance(module, nn.Conv2d | BatchNorm):
+            return False  # a norm's own activation, in place or not, works on what it normalised
+        return any(getattr(one, "inplace", False) is True for one in module.modules())
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    return (
+        node.target in _IN_PLACE
+        or node.kwargs.get("inplace") is True
+        or (name.endswith("_") and not name.endswith("__"))
+        or (True in node.args and name in ("relu", "relu6", "silu", "hardswish", "hardsigmoid", "dropout"))
+    )
+
+
+__all__ = ["Convolution", "Role", "Roles", "Sides", "is_format_free", "mutates"]
