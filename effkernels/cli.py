@@ -1,4 +1,8 @@
-"""The command line: ``effkernels info | check | bench | predict | explain``. Flags have timm's names if it has them."""
+"""The command line: ``effkernels info | check | bench | predict | explain | tune | convert | export | scale | search |
+cam``.
+
+Flags have timm's names if it has them.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import effkernels
-from effkernels.commands import bench, check, explain, info, predict
+from effkernels.commands import bench, cam, check, convert, explain, export, info, predict, scale, search, tune
 from effkernels.commands.common import UsageError
 
 
@@ -31,6 +35,12 @@ COMMANDS: dict[str, Command] = {
     "bench": bench,
     "predict": predict,
     "explain": explain,
+    "tune": tune,
+    "convert": convert,
+    "export": export,
+    "cam": cam,
+    "scale": scale,
+    "search": search,
 }
 
 

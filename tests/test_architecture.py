@@ -16,11 +16,16 @@ KERNEL_FILES = [file for room in ("cpu", "cuda") for file in sorted((ROOT / "csr
 # What is not listed is the command line and what serves it, which may import everything.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"__init__"}),  # what `import effkernels` gives
-    frozenset({"models", "scaling"}),
+    frozenset({"export", "engine"}),
+    frozenset({"optimize"}),
+    frozenset({"cam"}),
+    frozenset({"predict"}),
+    frozenset({"models", "scaling", "plan"}),
     frozenset({"nn"}),
     frozenset({"ops"}),
     frozenset({"backends"}),
-    frozenset({"triton", "reference", "environment", "peers", "_library"}),
+    frozenset({"triton", "tuning", "reference", "parity", "environment", "peers", "gpus", "_library"})
+    | frozenset({"benchmark", "console"}),  # the measuring core and the terminal know nothing of networks
     frozenset({"_version"}),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from effkernels.check import Finding
 from effkernels.cli import main
 from effkernels.commands import common
 from effkernels.contenders import CONTENDERS
+from effkernels.triton import INTERPRETED, MOST_SCALED_ALONE
 
 
 @pytest.fixture
@@ -80,6 +82,10 @@ class TestMain:
             (["bench", "--device", "tpu9"], "--device tpu9: not a device; allowed: cpu, cuda, cuda:N"),
             (["bench", "--device", "mps"], "--device mps: allowed: cpu, cuda, cuda:N"),
             (["check", "--device", "cuda:99"], "--device cuda:99"),
+            (["tune", "--ops", "softmax"], "--ops softmax: not an operator; allowed: depthwise_bn_act, "),
+            (["tune", "--precision", "int8"], "float32"),
+            (["tune", "--model", "resnet50"], "--model: unknown model 'resnet50'"),
+            (["tune", "--device", "mps"], "--device mps: allowed: cpu, cuda, cuda:N"),
         ],
     )
     def test_wrong_arguments(self, capsys: pytest.CaptureFixture[str], arguments: Sequence[str], message: str) -> None:
@@ -91,7 +97,7 @@ class TestMain:
     def test_help_names_every_command(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = run(capsys, "--help")
         assert status == 0
-        assert all(name in out for name in ("info", "check", "predict", "bench"))
+        assert all(name in out for name in ("info", "check", "predict", "bench", "tune"))
 
     def test_closed_pipe_is_no_traceback(self) -> None:
         command = f"{sys.executable} -m effkernels info --json | head -n 1"
@@ -124,6 +130,52 @@ class TestInfo:
             assert run_json(capsys, "info")[1]["devices"][0]["kernel_isa"] == "plain"
         finally:
             torch.ops.effkernels.cpu_isa("auto")
+
+    def test_without_the_library_says_what_runs_where(self) -> None:
+        pytest.importorskip("triton")
+        program = """
+import sys
+import torch
+
+def hidden(path):
+    raise OSError("hidden")
+
+torch.ops.load_library = hidden
+from effkernels.cli import main
+main(sys.argv[1:])
+"""
+
+        def info(*arguments: str) -> str:
+            command = [sys.executable, "-c", program, "info", *arguments]
+            environment = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "EFFKERNELS_BACKEND")}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        report = json.loads(info("--json"))
+        gpus = [device for device in report["runs"] if device != "cpu"]
+        assert gpus
+        for op in effkernels.ops.__all__:
+            assert report["runs"]["cpu"][op] == "reference"
+            assert all(report["runs"][gpu][op] == "triton" for gpu in gpus)
+        lines = [line.split() for line in info().splitlines()]
+        assert ["cpu", "reference:", "every", "operator"] in lines
+        assert any(line[-3:] == ["triton:", "every", "operator"] for line in lines)
+        assert any(line[0] == "depthwise_bn_act_se" and str(MOST_SCALED_ALONE) in line for line in lines if line)
+
+
+class TestTune:
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    @pytest.mark.skipif(INTERPRETED, reason="Triton interprets here, which tunes: test_tuner.py")
+    def test_without_a_gpu_it_says_so_in_one_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        for arguments in ((), ("--dry-run",), ("--clear",)):
+            status, out, err = run(capsys, "tune", *arguments)
+            assert (status, out) == (2, "")
+            (line,) = err.splitlines()
+            assert line == f"effkernels tune: no GPU: {common.why_no_gpu()}"
+        status, _, err = run(capsys, "tune", "--device", "cpu")
+        assert status == 2
+        assert "--device cpu: there is nothing to tune: " in err
 
 
 class TestCheck:

@@ -1,0 +1,191 @@
+"""The search for a baseline: the space, the reward, and a study that goes on where it was killed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import search_evaluations as evaluations
+import torch
+
+from effkernels.cli import main
+from effkernels.scaling import EFFICIENTNET_B0, Network, SearchSpace, load_network, save_network, scale, search_baseline
+from effkernels.scaling.baseline_search import DIGITS_SPACE, describe, reward
+
+pytest.importorskip("optuna", reason="the extra `scaling` is not installed")
+
+SPACE = SearchSpace(
+    resolution=8,
+    stem_channels=4,
+    strides=(1, 2),
+    channels=((4,), (4, 6)),
+    layers=(1,),
+    skips=(True,),
+    head_channels=8,
+)
+
+
+class TestSpace:
+    def test_the_papers_space_holds_the_papers_baseline(self) -> None:
+        space = SearchSpace()
+        chosen = {}
+        for number, stage in enumerate(EFFICIENTNET_B0.stages[1:-1]):
+            chosen |= {
+                f"channels_{number}": stage.channels,
+                f"layers_{number}": stage.layers,
+                f"kernel_sizes_{number}": stage.kernel_size,
+                f"expansions_{number}": stage.options["expansion"],
+                f"se_ratios_{number}": stage.options["se_ratio"],
+                f"skips_{number}": True,
+            }
+        found = space.network(chosen)
+        assert found.cost() == EFFICIENTNET_B0.cost()
+        assert found.rows() == EFFICIENTNET_B0.rows()
+
+    @pytest.mark.parametrize("choice", range(6))
+    def test_every_choice_builds_and_survives_a_file(self, choice: int, tmp_path: Path) -> None:
+        chosen = {name: of[choice % len(of)] for name, of in SPACE.choices().items()}
+        network = SPACE.network(chosen)
+        save_network(network, tmp_path / "network.json")
+        assert load_network(tmp_path / "network.json") == network
+        module = network.build(num_classes=3, in_chans=1).eval()
+        assert module(torch.zeros(2, 1, 8, 8)).shape == (2, 3)
+        assert describe(network).count("x") == 2
+        assert scale(network, 1).resolution > network.resolution
+
+    def test_without_a_skip_there_is_no_residual(self) -> None:
+        first = {name: of[0] for name, of in DIGITS_SPACE.choices().items()}
+        for skips, residual in ((True, True), (False, False)):
+            network = DIGITS_SPACE.network({**first, "skips_1": skips, "layers_1": 2})
+            module = network.build(num_classes=10, in_chans=1)
+            assert module.get_submodule("stages.2.1").has_skip is residual
+
+    def test_what_cannot_be_chosen_is_refused(self) -> None:
+        first = {name: of[0] for name, of in SPACE.choices().items()}
+        with pytest.raises(ValueError, match=r"kernel_sizes_1=7; allowed: 3, 5"):
+            SPACE.network({**first, "kernel_sizes_1": 7})
+        with pytest.raises(ValueError, match="2 strides and channels for 1"):
+            SearchSpace(strides=(1, 2), channels=((8,),))
+        with pytest.raises(ValueError, match="layers_0 is empty"):
+            SearchSpace(layers=())
+
+
+class TestReward:
+    def test_is_the_papers(self) -> None:
+        assert reward(0.75, 400e6, 400e6) == 0.75
+        assert reward(0.75, 800e6, 400e6) == pytest.approx(0.75 * 2**-0.07)
+        with pytest.raises(ValueError, match="cost=0"):
+            reward(0.5, 0, 1)
+
+    def test_trials_are_ranked_by_it(self) -> None:
+        result = search_baseline(evaluations.with_gates, space=SPACE, trials=12, target=1e5)
+        rewards = [trial.reward for trial in result.trials]
+        assert len(rewards) == len({trial.network for trial in result.trials}) == 12
+        assert rewards == sorted(rewards, reverse=True)
+        for trial in result.trials:
+            counted = trial.network.cost(num_classes=10, in_chans=1)
+            assert trial.cost == counted
+            assert trial.reward == pytest.approx(reward(trial.values["accuracy"], counted.multiply_adds, 1e5))
+        assert json.loads(json.dumps(result.to_dict()))["trials"][0]["reward"] == rewards[0]
+
+    def test_latency_can_be_the_cost(self) -> None:
+        class Parameters:
+            is_measured = False
+            description = "one millisecond per thousand parameters"
+
+            def __call__(self, network: Network) -> float:
+                return network.cost(num_classes=10, in_chans=1).parameters / 1e3
+
+        result = search_baseline(evaluations.with_gates, space=SPACE, trials=5, latency=Parameters(), target=1)
+        for trial in result.trials:
+            assert trial.latency_ms == trial.cost.parameters / 1e3
+            assert trial.reward == pytest.approx(reward(trial.values["accuracy"], trial.latency_ms, 1))
+        assert "one millisecond per thousand parameters" in result.table().markdown()
+
+    def test_a_space_that_is_used_up_ends_the_search(self) -> None:
+        small = SearchSpace(8, 4, strides=(1,), channels=((4,),), layers=(1,), expansions=(1,), head_channels=8)
+        lines: list[str] = []
+        result = search_baseline(evaluations.with_gates, space=small, trials=30, report=lines.append)
+        assert len(result.trials) == small.size == 8
+        assert "nothing new after 8 networks" in lines[-1]
+
+    def test_failures_are_recorded(self) -> None:
+        result = search_baseline(evaluations.gates_fail, space=SPACE, trials=12)
+        failed = [trial for trial in result.trials if trial.error]
+        assert failed
+        assert result.trials[-len(failed) :] == tuple(failed)
+        assert all("RuntimeError: no gates, please" in str(trial.error) for trial in failed)
+        assert "no gates" in result.table(None).markdown()
+
+
+class TestStudy:
+    def test_goes_on_after_a_kill(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        log, study = tmp_path / "log", tmp_path / "study.log"
+        monkeypatch.setenv("SEARCH_LOG", str(log))
+        code = (
+            "from effkernels.scaling import search_baseline; from test_search_baseline import SPACE, evaluations as e\n"
+            f"search_baseline(e.slowly_with_gates, space=SPACE, trials=10, study={str(study)!r})"
+        )
+        process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
+        deadline = time.monotonic() + 100
+        while not (log.exists() and len(log.read_text().splitlines()) >= 4):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        before = len(log.read_text().splitlines())
+        lines: list[str] = []
+        wanted = {"space": SPACE, "study": study, "report": lines.append}
+        result = search_baseline(evaluations.slowly_with_gates, trials=10, **wanted)
+        assert len(result.trials) == 10
+        assert lines[0] in (f"{before - 1} networks stand in the study", f"{before} networks stand in the study")
+        calls = Counter(log.read_text().split("\n")[:-1])
+        assert sum(calls.values()) <= 11  # the one that was under way
+        more = search_baseline(evaluations.slowly_with_gates, trials=11, **wanted)
+        assert {trial.number for trial in result.trials} < {trial.number for trial in more.trials}
+        assert more.target == result.target
+
+    def test_that_of_another_search_is_refused(self, tmp_path: Path) -> None:
+        study = tmp_path / "study.log"
+        search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=study)
+        with pytest.raises(ValueError, match=r"weight is -0\.07 there and -0\.1 here"):
+            search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=study, weight=-0.1)
+        with pytest.raises(ValueError, match="evaluate is 'search_evaluations:with_gates' there"):
+            search_baseline(evaluations.gates_fail, space=SPACE, trials=1, study=study)
+
+    def test_a_file_of_something_else_is_refused(self, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("precious\n")
+        with pytest.raises(ValueError, match="file"):
+            search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=tmp_path / "file")
+        assert (tmp_path / "file").read_text() == "precious\n"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [({"trials": 0}, "trials=0"), ({"weight": 0.1}, "weight=0.1; allowed: at most 0"), ({"target": -1}, "target")],
+    )
+    def test_what_makes_no_sense_is_refused(self, arguments: dict[str, float], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            search_baseline(evaluations.with_gates, space=SPACE, **arguments)  # type: ignore[arg-type]
+
+
+def test_the_command_saves_a_network_that_can_be_scaled(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    found = tmp_path / "found.json"
+    status = main(
+        ["search", "--what", "baseline", "--evaluate", "search_evaluations:with_gates", "--trials", "3", "--in-chans",
+         "1", "--workers", "1", "--save", str(found), "--plot", str(tmp_path / "plot.png"), "--json"]
+    )  # fmt: skip
+    output = capsys.readouterr()
+    report = json.loads(output.out)
+    assert status == 0
+    assert "3/3" in output.err
+    assert len(report["trials"]) == 3
+    network = load_network(found)
+    assert describe(network) == report["trials"][0]["stages"]
+    assert (tmp_path / "plot.png").stat().st_size > 1000
