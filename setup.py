@@ -73,8 +73,10 @@ class PlatformWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
     def run(self) -> None:
-        # setuptools never removes from build/lib what has left the source tree, and would pack it.
-        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
+        # setuptools never removes from build/lib what has left the source tree, and would pack it; and it stumbles over
+        # what a build that was broken off has left in its other folder.
+        for folder in (self.get_finalized_command("build").build_lib, self.bdist_dir):
+            shutil.rmtree(folder, ignore_errors=True)
         super().run()
 
 

@@ -6,6 +6,7 @@ how many there were: not a failure, and not a claim either.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import signal
 import subprocess
@@ -52,6 +53,8 @@ def run_pytest(*arguments: str, processes: int = 1, seconds: float | None = None
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT,
         env={**environment(), "OMP_NUM_THREADS": "1"},
+        # A shell that starts something in the background has it ignore the signal that stops pytest below.
+        preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     stopped = threading.Event()
 
