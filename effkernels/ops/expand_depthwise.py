@@ -77,33 +77,6 @@ def expand_depthwise_squeeze(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    backend = choose(NAME, x, weight, stride, activation)
-    if backend != "reference":
-        return call(
-            _overloads,
-            backend,
-            x,
-            expand_weight,
-            expand_bias,
-            expand_norm_weight,
-            expand_norm_bias,
-            expand_norm_mean,
-            expand_norm_var,
-            expand_eps,
-            expand_activation,
-            weight,
-            bias,
-            norm_weight,
-            norm_bias,
-            norm_mean,
-            norm_var,
-            eps,
-            stride,
-            padding,
-            dilation,
-            activation,
-            _tf32.resolve(allow_tf32, x),
-        )
     arguments = (
         x,
         expand_weight,
@@ -126,6 +99,9 @@ def expand_depthwise_squeeze(
         dilation,
         activation,
     )
+    backend = choose(NAME, x, weight, stride, activation)
+    if backend != "reference":
+        return call(_overloads, backend, *arguments, _tf32.resolve(allow_tf32, x))
     _check(*arguments)
     return call_reference(OPERATOR, *arguments, allow_tf32)
 
