@@ -58,7 +58,7 @@ inline Cut cut_tasks(int64_t items, int64_t tiles_per_item, int64_t panels, int 
   for (int64_t p = 1; p <= min_of<int64_t>(threads, panels); p++) {
     const int64_t r = max_of<int64_t>(1, min_of<int64_t>(threads / p, items));
     const double own_tiles = double(ceil_div(items, r) * tiles_per_item), own_panels = double(ceil_div(panels, p));
-    const double cost = own_panels * 10. + own_tiles * 1.5 * kRows + own_tiles * own_panels * kRows;
+    const double cost = own_panels * 16. + own_tiles * 3. + own_tiles * own_panels * kRows;
     if (p == 1 || cost < best_cost) best = {r, p}, best_cost = cost;
   }
   return best;
