@@ -46,7 +46,7 @@ def is_untouched(module: nn.Module) -> bool:
 
 def norm_arguments(norm: BatchNorm) -> NormArguments:
     """(norm_weight, norm_bias, norm_mean, norm_var, eps) of a batch norm, in the order the operators take them."""
-    parameters, buffers = _parameters(norm), norm._buffers
+    parameters, buffers = parameters_of(norm), norm._buffers
     return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"], norm.eps
 
 
@@ -60,7 +60,7 @@ def fusible_norm(norm: nn.Module | None) -> NormArguments | None:
 
 def conv_arguments(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) of a convolution."""
-    parameters = _parameters(conv)
+    parameters = parameters_of(conv)
     return parameters["weight"], parameters["bias"]
 
 
@@ -111,6 +111,6 @@ def is_fusible_dense(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     )
 
 
-def _parameters(module: nn.Module) -> dict[str, Any]:
+def parameters_of(module: nn.Module) -> dict[str, Any]:
     """The parameters of a module by name. In a replica of `nn.DataParallel` they are plain attributes."""
     return module._parameters or module.__dict__

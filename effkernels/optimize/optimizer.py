@@ -12,6 +12,7 @@ from torch import nn
 
 from effkernels import backends
 from effkernels.optimize.accounting import Cost, Forward, costs_of, input_size_of, try_forward
+from effkernels.optimize.classifier import swap_classifiers
 from effkernels.optimize.report import BlockReport, NotFusedError, Report
 from effkernels.optimize.survey import FILTERED, Entry, Method, Survey, Unit
 from effkernels.optimize.swapping import is_swapped, swap, unswap
@@ -84,6 +85,9 @@ def _optimize(
     fitter = _Fitter(backend, before)
     survey = Survey(model, filter_fn or (lambda name, module: True), fitter.accept)
     survey.run()
+    fused = {path for entry in survey.entries if entry.fused for path in entry.paths}
+    if fused:
+        fitter.notes += swap_classifiers(model, before, fused, survey.allows, backend)
     order = {path: position for position, (path, _) in enumerate(model.named_modules())}
     entries = sorted(survey.entries, key=lambda entry: min(order[path] for path in entry.paths))
     after = None

@@ -1,9 +1,10 @@
-"""A fused forward as a small Python function: written from a match, compiled once, carried along as data.
+"""A fused forward as two small Python functions: written from a match, compiled once, carried along as data.
 
-The function walks the modules' own dicts to the parts it needs, declines (returns None) where any of them is no longer
-what the match saw, and otherwise calls the fused operators and, for the rest, what the original forward calls. As
-source it can be pickled with the model, read in a traceback, and traced by torch.compile; as straight code it costs
-little more than the operators (a loop over steps would cost half as much again).
+`look` walks the modules' own dicts to the parts it needs and declines (returns None) where any of them is no longer
+what the match saw. `run` takes the parts and calls the fused operators and, for the rest, what the original forward
+calls. As source they can be pickled with the model, read in a traceback, and traced by torch.compile; as straight code
+`run` costs little more than the operators (a loop over steps would cost half as much again). A second look is seldom
+needed: see `effkernels.optimize.watching`.
 
 Memory format: the result has the format of the input. For an NCHW input everything between is channels_last, and goes
 back to NCHW before whatever might depend on strides, and at the end.
@@ -20,17 +21,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from effkernels import backends, ops
-from effkernels.nn.fusible import (
-    NormArguments,
-    conv_arguments,
-    conv_norm_arguments,
-    is_untouched,
-    norm_arguments,
-)
+from effkernels.nn.fusible import is_untouched, parameters_of
 from effkernels.nn.padding import same_padding
+from effkernels.optimize.watching import Part, Watched
+
+
+def has_parameters(module: nn.Module) -> bool:
+    """Whether weight and bias, or None in their place, lie where they are looked for."""
+    parameters = parameters_of(module)
+    return "weight" in parameters and "bias" in parameters
 
 
 def inward(x: Any, convert: bool) -> Any:
@@ -70,60 +71,44 @@ def keeps_expanded(x: Tensor) -> bool:
     return x.is_cpu and backends.selected() in ("auto", "cpu")
 
 
-def expand_depthwise(
-    x: Tensor,
-    expand: nn.Conv2d,
-    expand_norm: BatchNorm | None,
-    expand_activation: str,
-    conv: nn.Conv2d,
-    norm: BatchNorm | None,
-    activation: str,
-    stride: int,
-    padding: tuple[int, int, int, int],
-    dilation: int,
-) -> tuple[Tensor, Tensor]:
-    """1x1 and depthwise convolution, each with norm and activation, in one operator; also the means of the channels."""
-    expand_weight, expand_bias = conv_arguments(expand)
-    weight, bias = conv_arguments(conv)
-    first = _NO_NORM if expand_norm is None else norm_arguments(expand_norm)
-    second = _NO_NORM if norm is None else norm_arguments(norm)
-    return ops.expand_depthwise_squeeze(
-        x,
-        expand_weight,
-        weight,
-        expand_bias=expand_bias,
-        expand_norm_weight=first[0],
-        expand_norm_bias=first[1],
-        expand_norm_mean=first[2],
-        expand_norm_var=first[3],
-        expand_eps=first[4],
-        expand_activation=expand_activation,
-        bias=bias,
-        norm_weight=second[0],
-        norm_bias=second[1],
-        norm_mean=second[2],
-        norm_var=second[3],
-        eps=second[4],
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        activation=activation,
+MOST_ROWS = 4  # of what a linear layer is given, up to which its weights' way from memory is all that counts
+
+
+def is_few_rows(x: Any, weight: Tensor) -> bool:
+    """Whether a linear layer with that weight had better go through `multiply_rows`: a few rows on a CPU.
+
+    Compiled, it never does: the graph would depend on the number of rows.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and isinstance(x, Tensor)
+        and x.is_cpu
+        and x.dim() == 2
+        and 1 <= x.shape[0] <= MOST_ROWS
+        and x.shape[1] == weight.shape[1]
+        and x.dtype == weight.dtype
+        and x.dtype in backends.DTYPES
+        and backends.selected() in ("auto", "cpu")
     )
 
 
-_NO_NORM: NormArguments = (None, None, None, None, 0.0)
+def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` of (N, C_in) by the fused 1x1 convolution: each row is an image of one pixel."""
+    return ops.pointwise_bn_act(x[:, :, None, None], weight[:, :, None, None], bias).flatten(1)
+
+
 _BASE: dict[str, Any] = {
     "__builtins__": builtins,  # and no __name__: torch.compile would look for the names in the module of that name
     "Tensor": Tensor,
-    "conv_arguments": conv_arguments,
-    "conv_norm_arguments": conv_norm_arguments,
-    "expand_depthwise": expand_depthwise,
+    "has_parameters": has_parameters,
     "inward": inward,
+    "is_few_rows": is_few_rows,
     "is_untouched": is_untouched,
     "keeps_expanded": keeps_expanded,
     "like": like,
-    "norm_arguments": norm_arguments,
+    "multiply_rows": multiply_rows,
     "outward": outward,
+    "parameters_of": parameters_of,
     "same": same,
     "squeeze": squeeze,
     **{name: getattr(ops, name) for name in ops.__all__},
@@ -134,14 +119,16 @@ class Program:
     """The fused form of one method of a module.
 
     Attributes:
-        source: of the function `run(self, x)`; it returns None where it declines.
+        source: of the functions `look(self)`, which returns the parts or None where it declines, and
+            `run(self, x, parts)`.
         names: what the source names besides the helpers of this file: classes, functions, constants.
         argument: name of the method's first argument.
         defaults: the other arguments with the values that the program holds for.
         ignored: those of them that may have any value.
         backend: that its operators are forced to, or "auto".
         fused: blocks that it runs fused.
-        run: the compiled source.
+        watched: what of the modules `look` goes by.
+        parts: what it returns.
     """
 
     def __init__(
@@ -153,6 +140,8 @@ class Program:
         ignored: frozenset[str],
         backend: str,
         fused: int,
+        watched: tuple[Watched, ...],
+        parts: tuple[Part, ...],
     ) -> None:
         self.source = source
         self.names = dict(names)
@@ -161,7 +150,16 @@ class Program:
         self.ignored = ignored
         self.backend = backend
         self.fused = fused
-        self.run: Callable[[Any, Any], Any] = _function(source, self.names)
+        self.watched = watched
+        self.parts = parts
+        self.look: Callable[[Any], tuple[Any, ...] | None]
+        self.compute: Callable[[Any, Any, tuple[Any, ...]], Any]
+        self.look, self.compute = _functions(source, self.names)
+
+    def run(self, module: Any, x: Any) -> Any:
+        """Look, and compute; None where either declines."""
+        parts = self.look(module)
+        return None if parts is None else self.compute(module, x, parts)
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The one input among the arguments of a call; None where the program does not hold for the others."""
@@ -181,17 +179,17 @@ class Program:
     def __reduce__(self) -> tuple[Any, ...]:
         return Program, (
             *(self.source, self.names, self.argument, self.defaults),
-            *(self.ignored, self.backend, self.fused),
+            *(self.ignored, self.backend, self.fused, self.watched, self.parts),
         )
 
 
 @functools.cache
-def _code(source: str) -> types.CodeType:
+def _codes(source: str) -> tuple[types.CodeType, ...]:
     file = f"<effkernels program {len(linecache.cache)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     module = compile(source, file, "exec")
-    return next(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
+    return tuple(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
 
 
-def _function(source: str, names: Mapping[str, Any]) -> Callable[[Any, Any], Any]:
-    return types.FunctionType(_code(source), {**_BASE, **names}, "run")
+def _functions(source: str, names: Mapping[str, Any]) -> list[types.FunctionType]:
+    return [types.FunctionType(code, {**_BASE, **names}, code.co_name) for code in _codes(source)]

@@ -7,17 +7,21 @@ module can be copied and pickled like any other.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from effkernels import backends
 from effkernels.optimize.program import Program
+from effkernels.optimize.watching import Watch, hooks_registered
 
 PROGRAMS = "_effkernels_programs"
 """The attribute of a swapped module with its programs by method name."""
+_WATCH = "_effkernels_watch_"  # with the name of a method: the attribute with the watch over its program's modules
 
 
 def is_swapped(module: nn.Module) -> bool:
@@ -39,6 +43,8 @@ def swap(module: nn.Module, programs: Mapping[str, Program]) -> None:
 def unswap(module: nn.Module) -> int:
     """Take a swap back; returns how many blocks the module ran fused."""
     programs: dict[str, Program] = module.__dict__.pop(PROGRAMS, {})
+    for name in programs:
+        module.__dict__.pop(_WATCH + name, None)
     module.__class__ = original_class(type(module))
     return sum(program.fused for program in programs.values())
 
@@ -83,19 +89,34 @@ def _new(original: type[nn.Module], methods: tuple[str, ...], *arguments: Any) -
     return cls.__new__(cls, *arguments)
 
 
+def _parts(module: nn.Module, name: str, program: Program) -> tuple[Any, ...] | None:
+    """What the program takes out of its modules; None where they are not what it was made for."""
+    watch: Watch | None = module.__dict__.get(_WATCH + name)
+    parts = None if watch is None else watch.parts(module)
+    if parts is None:
+        hooks = hooks_registered()
+        parts = program.look(module)
+        if parts is not None:
+            with contextlib.suppress(KeyError):
+                module.__dict__[_WATCH + name] = Watch(module, program.watched, program.parts, hooks)
+    return parts
+
+
 def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
         program: Program | None = self._effkernels_programs.get(name)
         if program is not None and not self.training:
             x = args[0] if len(args) == 1 and not kwargs else program.input_of(args, kwargs)
-            if program.backend == "auto":
-                result = program.run(self, x)
-            else:
-                with backends.backend(program.backend):
-                    result = program.run(self, x)
-            if result is not None:
-                return result
+            parts = program.look(self) if torch.compiler.is_compiling() else _parts(self, name, program)
+            if parts is not None:
+                if program.backend == "auto":
+                    result = program.compute(self, x, parts)
+                else:
+                    with backends.backend(program.backend):
+                        result = program.compute(self, x, parts)
+                if result is not None:
+                    return result
         return original(self, *args, **kwargs)
 
     return fused

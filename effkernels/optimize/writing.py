@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 from torch import fx, nn
@@ -12,10 +13,13 @@ from effkernels.optimize.matching import Gate, Match, Step
 from effkernels.optimize.program import Program
 from effkernels.optimize.roles import Roles, is_format_free
 from effkernels.optimize.tracing import Trace, owner_of
+from effkernels.optimize.watching import Part, Watched
 
 _INDENT = "    "
 _SCALARS = (bool, int, float, str, type(None))
 # What may change without changing a fused result, or is read at every call.
+_CONV_SETTINGS = ("stride", "padding", "dilation", "groups")
+_NORM_NAMES = ("norm_weight", "norm_bias", "norm_mean", "norm_var", "eps")
 _UNREAD = frozenset({"training", "inplace", "eps", "momentum", "track_running_stats"})
 
 
@@ -31,19 +35,23 @@ def write(trace: Trace, match: Match, roles: Roles, backend: str, fused: int) ->
     """
     writer = _Writer(trace, match, roles)
     source = writer.write()
-    return Program(source, writer.names, trace.argument, trace.defaults, trace.ignored, backend, fused)
+    watched = tuple(Watched(path, settings) for path, settings in writer.watched.items())
+    parts = tuple(writer.parts)
+    return Program(source, writer.names, trace.argument, trace.defaults, trace.ignored, backend, fused, watched, parts)
 
 
 class _Writer:
     def __init__(self, trace: Trace, match: Match, roles: Roles) -> None:
         self.names: dict[str, Any] = {}
+        self.watched: dict[str, tuple[str, ...]] = {}  # names of settings by path of the module
+        self.parts: dict[Part, str] = {}  # with the variable that holds it
         self._root = trace.root
         self._method = trace.method
         self._graph = trace.graph
         self._match = match
         self._roles = roles
-        self._walked: dict[str, str] = {"": "self"}  # path of a module: variable that holds it
-        self._guarded: set[str] = set()
+        self._walked: dict[str, str] = {"": "self"}  # path of a module: variable that holds it in `look`
+        self._look: list[str] = []
         self._lines: list[str] = []
         self._values: dict[fx.Node, str] = {}
         self._steps = {step.result: step for step in match.steps}
@@ -57,8 +65,6 @@ class _Writer:
         order = self._needed()
         self._is_bound = any(self._is_plain(node) and not self._is_free(node) for node in order)
         self._guard_all()
-        self._lines += ["if not isinstance(x, Tensor) or x.dim() != 4:", _INDENT + "return None"]
-        self._lines.append("nchw = x.stride(1) != 1")
         last_uses = self._last_uses(order)
         for node in order:
             self._write_node(node)
@@ -66,7 +72,16 @@ class _Writer:
             gone += [name for name, reader in self._last_uses_of_gates(order).items() if reader is node]
             if gone and node.op != "output":
                 self._lines.append(f"del {', '.join(gone)}")
-        return "def run(self, x):\n" + "".join(f"{_INDENT}{line}\n" for line in self._lines)
+        taken = [self._take(part) for part in self.parts]
+        self._look.append(f"return {_tuple_of(taken)}")
+        start = ["if not isinstance(x, Tensor) or x.dim() != 4:", _INDENT + "return None"]
+        if self.parts:
+            start.append(f"{_tuple_of(list(self.parts.values()))} = parts")
+            missing = [f"{name} is None" for part, name in self.parts.items() if part.kind == "buffer"]
+            if missing:  # statistics may be dropped at any time
+                start += [f"if {' or '.join(missing)}:", _INDENT + "return None"]
+        start.append("nchw = x.stride(1) != 1")
+        return _function("look(self)", self._look) + _function("run(self, x, parts)", start + self._lines)
 
     # ------------------------------------------------------------------------------------------------ what is run
 
@@ -154,24 +169,26 @@ class _Writer:
             self._guard(".".join(parts[:end]))
 
     def _guard(self, path: str) -> None:
-        if path in self._guarded:
+        if path in self.watched:
             return
-        self._guarded.add(path)
         module = self._root.get_submodule(path)
+        settings: list[str] = []
         name = self._walk(path)
         conditions = [f"type({name}) is not {self._name(type(module))}", f"not is_untouched({name})"]
-        # A module without parameters may still act in training alone, as stochastic depth does.
-        conditions.append(f"{name}.training")
+        if _may_read_training(module):
+            conditions.append(f"{name}.training")
+            settings.append("training")
         if isinstance(module, nn.Conv2d):
-            settings = ("stride", "padding", "dilation", "groups")
-            values = ", ".join(repr(getattr(module, setting)) for setting in settings)
-            conditions.append(f"({', '.join(f'{name}.{setting}' for setting in settings)}) != ({values})")
-        if isinstance(module, BatchNorm):
-            conditions.append(f'{name}._buffers["running_mean"] is None')
+            values = ", ".join(repr(getattr(module, setting)) for setting in _CONV_SETTINGS)
+            conditions.append(f"({', '.join(f'{name}.{setting}' for setting in _CONV_SETTINGS)}) != ({values})")
+            # The rest follows: groups from the shape of the weights, and a single tap has no dilation.
+            settings += ["stride", "padding"] if module.kernel_size == (1, 1) else ["stride", "padding", "dilation"]
+        if isinstance(module, nn.Conv2d | nn.Linear | BatchNorm):
+            conditions.append(f"not has_parameters({name})")
         self._decline_if(conditions)
-        self._guard_scalars(path, module, "forward")
+        self._guard_scalars(path, module, "forward", settings)
 
-    def _guard_scalars(self, path: str, module: nn.Module, method: str) -> None:
+    def _guard_scalars(self, path: str, module: nn.Module, method: str, settings: Sequence[str] = ()) -> None:
         """Settings that the forward reads, and on which its graph may therefore depend."""
         code = getattr(getattr(type(module), method, None), "__code__", None)
         read = [] if code is None else [name for name in code.co_names if name not in _UNREAD]
@@ -179,18 +196,46 @@ class _Writer:
         if found:
             owner = self._walked[path]
             self._decline_if([f"{owner}.{name} != {value!r}" for name, value in found.items()])
+        self.watched[path] = tuple(dict.fromkeys((*settings, *found)))
 
     def _decline_if(self, conditions: list[str]) -> None:
-        self._lines += [f"if {' or '.join(conditions)}:", _INDENT + "return None"]
+        self._look += [f"if {' or '.join(conditions)}:", _INDENT + "return None"]
 
     def _walk(self, path: str) -> str:
-        """The variable that holds a module."""
+        """The variable of `look` that holds a module."""
         if path not in self._walked:
             parent, _, leaf = path.rpartition(".")
             owner = self._walk(parent)
             self._walked[path] = f"m{len(self._walked)}"
-            self._lines.append(f"{self._walked[path]} = {owner}._modules.get({leaf!r})")
+            self._look.append(f"{self._walked[path]} = {owner}._modules.get({leaf!r})")
         return self._walked[path]
+
+    def _part(self, path: str, kind: str, name: str = "") -> str:
+        """The variable of `run` that holds something of a module."""
+        if not path and kind == "module":
+            return "self"
+        part = Part(path, kind, name)
+        return self.parts.setdefault(part, f"{self._walk(path)}{'_' if name else ''}{name}")
+
+    def _take(self, part: Part) -> str:
+        """The expression of `look` for a part."""
+        owner = self._walk(part.path)
+        if part.kind == "parameter":
+            return f"parameters_of({owner})[{part.name!r}]"
+        if part.kind == "buffer":
+            return f"{owner}._buffers[{part.name!r}]"
+        return f"{owner}.{part.name}" if part.kind == "setting" else owner
+
+    def _conv(self, path: str) -> list[str]:
+        """Weight and bias of a convolution or a linear layer."""
+        return [self._part(path, "parameter", name) for name in ("weight", "bias")]
+
+    def _norm(self, path: str | None) -> list[str]:
+        """Weight, bias, mean, variance and eps of a norm, as the operators take them."""
+        if path is None:
+            return ["None", "None", "None", "None", "0.0"]
+        parts = [("parameter", "weight"), ("parameter", "bias"), ("buffer", "running_mean"), ("buffer", "running_var")]
+        return [self._part(path, *part) for part in (*parts, ("setting", "eps"))]
 
     # ----------------------------------------------------------------------------------------------------- nodes
 
@@ -233,12 +278,14 @@ class _Writer:
 
     def _write_expanded(self, expansion: Step, step: Step, source: str, value: str) -> None:
         """A 1x1 and a depthwise convolution: one operator where that is faster, else two."""
-        parts = []
-        for one in (expansion, step):
-            norm = None if one.norm is None else self._walk(one.norm)
-            parts += [self._walk(one.conv.path), f"{norm}", repr(one.activation)]
-        settings = f"{step.conv.stride}, {self._padding(step, source)}, {step.conv.dilation}"
-        together = [f"{value}, means = expand_depthwise({', '.join([source, *parts, settings])})"]
+        expand, conv = self._conv(expansion.conv.path), self._conv(step.conv.path)
+        arguments = [source, expand[0], conv[0], f"expand_bias={expand[1]}", f"bias={conv[1]}"]
+        for prefix, norm in (("expand_", self._norm(expansion.norm)), ("", self._norm(step.norm))):
+            arguments += [f"{prefix}{name}={part}" for name, part in zip(_NORM_NAMES, norm, strict=True)]
+        arguments += [f"expand_activation={expansion.activation!r}", f"activation={step.activation!r}"]
+        arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"]
+        arguments.append(f"dilation={step.conv.dilation}")
+        together = [f"{value}, means = expand_depthwise_squeeze({', '.join(arguments)})"]
         if step.gate is not None:
             names = f"activation={step.gate.activation!r}, gate={step.gate.gate!r}"
             excite = f"squeeze_excite_gate(means, {', '.join(self._excite(step.gate))}, {names})"
@@ -249,12 +296,9 @@ class _Writer:
 
     def _call(self, step: Step, source: str, value: str) -> str:
         """The line that calls the operator of a step."""
-        conv = self._walk(step.conv.path)
-        arguments = [source]
-        if step.norm is None:
-            arguments.append(f"*conv_arguments({conv})")
-        else:
-            arguments.append(f"*conv_norm_arguments({conv}, norm_arguments({self._walk(step.norm)}))")
+        arguments = [source, *self._conv(step.conv.path)]
+        if step.norm is not None:
+            arguments += self._norm(step.norm)
         if step.conv.op != "pointwise_bn_act":
             arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"]
         if step.conv.op == "depthwise_bn_act":
@@ -282,14 +326,7 @@ class _Writer:
 
     def _excite(self, gate: Gate) -> list[str]:
         """Expressions for w_reduce, b_reduce, w_expand, b_expand."""
-        parts = []
-        for path in (gate.reduce, gate.expand):
-            name = self._walk(path)
-            line = f"{name}w, {name}b = conv_arguments({name})"
-            if line not in self._lines:
-                self._lines.append(line)
-            parts += [f"{name}w", f"{name}b"]
-        return parts
+        return [*self._conv(gate.reduce), *self._conv(gate.expand)]
 
     def _plain(self, node: fx.Node) -> str:
         role = self._roles.of(node)
@@ -297,14 +334,14 @@ class _Writer:
             return self._argument(node.args[0])
         if node.op == "get_attr":
             owner, _, leaf = str(node.target).rpartition(".")
-            return f"{self._walk(owner)}.{leaf}"
+            return f"{self._part(owner, 'module')}.{leaf}"
         restore = not self._is_free(node)
         args = [self._argument(argument, restore) for argument in node.args]
         if role.kind == "unit":
             args = [f"inward({argument}, nchw)" for argument in args]
         args += [f"{name}={self._argument(argument, restore)}" for name, argument in node.kwargs.items()]
         if node.op == "call_module":
-            return f"{self._walk(str(node.target))}({', '.join(args)})"
+            return f"{self._part(str(node.target), 'module')}({', '.join(args)})"
         if node.op == "call_method":
             return f"{args[0]}.{node.target}({', '.join(args[1:])})"
         return f"{self._name(node.target)}({', '.join(args)})"
@@ -357,3 +394,17 @@ def _expansions(match: Match) -> dict[Step, Step]:
 def _is_setting(value: Any) -> bool:
     """Whether a value can stand in the source: exactly a plain type, not a subclass with a constructor of its own."""
     return type(value) in _SCALARS or (type(value) is tuple and all(type(one) in _SCALARS for one in value))
+
+
+def _may_read_training(module: nn.Module) -> bool:
+    """Whether a forward may depend on the mode: known to be otherwise only of PyTorch's own modules."""
+    forward = type(module).forward
+    return not forward.__module__.startswith("torch.nn.modules.") or "training" in forward.__code__.co_names
+
+
+def _function(signature: str, lines: list[str]) -> str:
+    return f"def {signature}:\n" + "".join(f"{_INDENT}{line}\n" for line in lines)
+
+
+def _tuple_of(names: list[str]) -> str:
+    return f"({names[0]},)" if len(names) == 1 else f"({', '.join(names)})"
