@@ -282,6 +282,18 @@ def need(backend: Backend, op: str, dtype: torch.dtype) -> None:
         pytest.skip(f"{backend}: {decision.reason}")
 
 
+@pytest.fixture(params=CPU_INSTRUCTION_SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the CPU kernels of every instruction set that this machine has."""
+    name: str = request.param
+    try:
+        torch.ops.effkernels.cpu_isa(name)
+    except RuntimeError as error:
+        pytest.skip(str(error).splitlines()[0])
+    with Backend("cpu", "cpu", name).active():
+        yield name
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """Keeps PyTorch to one thread, for tests of many small calls."""

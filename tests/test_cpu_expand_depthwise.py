@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from conftest import CPU_INSTRUCTION_SETS, Backend
 from op_cases import laid_out
 from torch import Tensor
 
@@ -28,17 +26,6 @@ SHAPES = {
     "dilated": (6, 20, 13, 15, 3, 1, (4, 4, 4, 4), 4),
     "more padding than image": (3, 20, 3, 2, 7, 2, (40, 70, 9, 60), 1),
 }
-
-
-@pytest.fixture(params=CPU_INSTRUCTION_SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    name: str = request.param
-    try:
-        torch.ops.effkernels.cpu_isa(name)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
-    with Backend("cpu", "cpu", name).active():
-        yield name
 
 
 def arguments(shape: str, dtype: torch.dtype = torch.float32, batch: int = 2) -> dict[str, Any]:

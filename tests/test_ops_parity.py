@@ -179,6 +179,8 @@ def pointwise_cases() -> Iterator[Case]:
         yield from in_turn(full, layout=LAYOUTS, channels=[1, 7, 100, 384], out_channels=[1, 7, 100, 130], batch=[0, 5])
         for height, width in ODD_PLANES:
             yield full.with_(height=height, width=width, channels=40, out_channels=7)
+        classifier = full.with_(height=1, width=1, channels=100, out_channels=40)
+        yield from in_turn(classifier, layout=LAYOUTS, channels=[1, 7, 2100], out_channels=[1, 7], batch=[0, 1, 3, 23])
 
 
 def conv_cases() -> Iterator[Case]:

@@ -8,7 +8,8 @@
 // padding is zero because the ring's padding columns and the rows outside the image are, behind the activation.
 //
 // Sums, of products and of pooled values, run in the order of the two kernels apart: in float32 the results are the
-// same bits. In the 16-bit types the expanded values are not rounded on the way.
+// same bits, but for images of one pixel, which pointwise.cpp sums in another order. In the 16-bit types the expanded
+// values are not rounded on the way.
 #include "depthwise_rows.h"
 #include "tile.h"
 
@@ -43,7 +44,7 @@ void prepare(const PointwiseParams& p, const Fills& f, int64_t width, int64_t im
   const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + begin * width * p.x_stride_p;
   for (int64_t left = (end - begin) * width; left > 0; left -= kRows, tiles += f.tile_size)
     for (int r = 0; r < int(min_of<int64_t>(kRows, left)); r++, x += p.x_stride_p)
-      prepare_row(x, static_cast<const T*>(nullptr), p.in_channels, tiles + r * kChunk);
+      prepare_row(x, static_cast<const T*>(nullptr), p.in_channels, tiles + r * kChunk, kRows * kChunk);
 }
 
 // activation(acc * scale + shift) of a tile into the ring; (row, column) is the tile's first pixel, then its last + 1.

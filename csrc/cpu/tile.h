@@ -64,13 +64,13 @@ inline Cut cut_tasks(int64_t items, int64_t tiles_per_item, int64_t panels, int 
   return best;
 }
 
-// One row of the tile: k elements of x as float32, multiplied by the gate where there is one.
+// One row of the tile, a chunk every chunk_step: k elements of x as float32, multiplied by the gate where there is one.
 template <class T, class G>
-inline void prepare_row(const T* x, const G* gate, int64_t k, float* tile_row) {
+inline void prepare_row(const T* x, const G* gate, int64_t k, float* tile_row, int64_t chunk_step) {
   for (int64_t k0 = 0; k0 < k; k0 += kLanes) {
     Vec v = load_up_to(x + k0, k - k0);
     if (gate) v *= load_up_to(gate + k0, k - k0);
-    store(tile_row + k0 / kChunk * (kRows * kChunk) + k0 % kChunk, v);
+    store(tile_row + k0 / kChunk * chunk_step + k0 % kChunk, v);
   }
 }
 
