@@ -202,6 +202,9 @@ def conv_cases() -> Iterator[Case]:
         )
         for height, width in ODD_PLANES:
             yield base.with_(height=height, width=width, out_channels=32)
+        for channels in (2, 3, 4):  # the CPU splits whole vectors of a channels_last image of few channels
+            yield base.with_(channels=channels, height=5, width=53, out_channels=7, layout="channels_last")
+            yield base.with_(channels=channels, height=5, width=53, out_channels=7, layout="sliced_rows", stride=1)
 
 
 def expand_depthwise_cases() -> Iterator[Case]:
