@@ -88,13 +88,14 @@ inline InputRows rows_of_band(const DepthwiseParams& p, const Geometry& g, int64
   return {begin, min_of(p.height, (row_end - 1) * p.stride - p.pad_top + g.window)};
 }
 
-// Output rows [row_begin, row_end) of one image and one block of channels. fill(begin, end) is asked for input rows,
-// ever larger ones, and returns the row up to which it filled the ring: end or, where the ring has room, beyond it.
-// band_sum: the sum of y per channel, or null.
+// Output rows [row_begin, row_end) of one image and `channels` channels from c0 on, at most a block. fill(begin, end)
+// is asked for input rows, ever larger ones, and returns the row up to which it filled the ring: end or, where the ring
+// has room, beyond it. band_sum: the sum of y per channel, or null.
 template <class T, Activation A, class Fill>
 inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& strip, int64_t image, int64_t c0,
-                     int64_t row_begin, int64_t row_end, const Block& block, float* band_sum, const Fill& fill) {
-  const int64_t channels = min_of(g.block, p.channels - c0), taps = p.kernel * p.kernel;
+                     int64_t channels, int64_t row_begin, int64_t row_end, const Block& block, float* band_sum,
+                     const Fill& fill) {
+  const int64_t taps = p.kernel * p.kernel;
   T* y = static_cast<T*>(p.y) + (image * p.out_height * p.out_width) * p.channels + c0;
   Vec total[16] = {};
   int64_t loaded = rows_of_band(p, g, row_begin, row_end).begin;  // rows below it are in the ring or unneeded

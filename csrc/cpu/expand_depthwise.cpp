@@ -1,11 +1,12 @@
 // Expand (1x1) and depthwise convolution, each with norm and activation, in one pass: the expanded tensor exists only
 // as the ring of rows that the depthwise convolution reads, in float32, and never in memory.
 //
-// The work is cut into bands of output rows of an image (as in depthwise.cpp) by panels of kPanel expanded channels. A
-// task packs the weights of its panels until they fill kPackedBytes, then takes its bands one by one: the input rows of
-// the band become tiles once for all panels (prepare; where they do not fit, again for each panel), and for each panel
-// the rows are multiplied, normalised, activated and laid into the ring (expand) as the depthwise rows need them. The
-// padding is zero because the ring's padding columns and the rows outside the image are, behind the activation.
+// The work is cut into bands of output rows of an image (as in depthwise.cpp) by expanded channels in
+// panels of kPanel (Cut, in tile.h). A task packs the weights of its panels until they fill kPackedBytes, then takes
+// its bands one by one: the input rows of the band become tiles once for all panels (prepare; where they do not fit,
+// again for each panel), and for each panel the rows are multiplied, normalised, activated and laid into the ring
+// (expand) as the depthwise rows need them. The padding is zero because the ring's padding columns and the rows outside
+// the image are, behind the activation.
 //
 // Sums, of products and of pooled values, run in the order of the two kernels apart: in float32 the results are the
 // same bits, but for images of one pixel, which pointwise.cpp sums in another order. In the 16-bit types the expanded
@@ -75,7 +76,7 @@ struct Work {
   Fills fills;
   BandSums sums;
   bool prepare_once;
-  int64_t panels, group, taps;
+  int64_t group, taps;  // panels whose weights are packed at a time; taps of a channel
 };
 
 // Scratch memory of a task: for a group of panels, and for the panel and the band in hand.
@@ -111,7 +112,7 @@ Workspace make_workspace(const Work& w, int64_t band_fills) {
   return s;
 }
 
-// Band `item` of all images by the panels [begin, end), whose weights are packed.
+// Band `item` of all images by the channels [begin, end), whose weights are packed.
 template <class T, Activation A>
 void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, int64_t end) {
   const PointwiseParams& e = w.params.expand;
@@ -123,8 +124,8 @@ void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, 
   if (w.prepare_once)
     for (int64_t row = input.begin, i = 0; row < input.end; row += fills.rows, i++)
       prepare<T>(e, fills, d.width, image, row, min_of(row + fills.rows, input.end), s.tiles + i * fills.size());
-  for (int64_t q = begin; q < end; q++) {
-    const int64_t first = (q - begin) * kPanel, channels = min_of<int64_t>(kPanel, d.channels - q * kPanel);
+  for (int64_t first = 0; first < end - begin; first += kPanel) {
+    const int64_t channels = min_of<int64_t>(kPanel, end - begin - first);
     const bool wide = channels > kLanes;
     Expand expand_tile = nullptr;
     with_activation(e.activation, [&](auto activation) {
@@ -147,7 +148,7 @@ void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, 
       }
       return row;
     };
-    run_band<T, A>(d, w.geometry, w.strip, image, q * kPanel, row_begin, row_end,
+    run_band<T, A>(d, w.geometry, w.strip, image, begin + first, channels, row_begin, row_end,
                    {s.weights + first * w.taps, s.scale + first, s.shift + first, s.ring, s.sum},
                    w.sums.of(image, band), fill);
   }
@@ -171,8 +172,8 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   w.geometry.columns = max_of<int64_t>(w.geometry.columns, d.pad_left + d.width);  // whole rows are expanded
   w.geometry.filled = d.width;
   w.geometry.ring_rows += w.fills.rows - 1;
-  w.panels = ceil_div(d.channels, kPanel);
-  w.group = max_of<int64_t>(1, min_of<int64_t>(w.panels, kPackedBytes / ((k + w.taps) * kPanel * 4)));
+  w.group =
+      max_of<int64_t>(1, min_of<int64_t>(ceil_div(d.channels, kPanel), kPackedBytes / ((k + w.taps) * kPanel * 4)));
   std::unique_ptr<float[]> apart;
   w.sums = place_band_sums(d, apart);
   const int64_t band_rows = (min_of<int64_t>(kBandRows, d.out_height) - 1) * d.stride + w.geometry.window;
@@ -181,18 +182,16 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
 
   const Parallel parallel = threads_for(all, d.batch * d.height * d.width * d.channels * k);
   const int64_t items = d.batch * w.sums.bands;
-  const Cut cut = cut_tasks(items, band_fills * w.fills.tiles, w.panels, parallel.threads);
-  parallel_for(parallel, cut.row_tasks * cut.panel_tasks, [=](int64_t task_begin, int64_t task_end) {
+  const int64_t element_size = d.dtype == DType::kFloat32 ? 4 : 2;
+  const Cut cut = cut_tasks(items, band_fills * w.fills.tiles, d.channels, element_size, parallel.threads);
+  parallel_for(parallel, cut.row_tasks * cut.channel_tasks, [=](int64_t task_begin, int64_t task_end) {
     const DepthwiseParams& depthwise = w.params.depthwise;
     const Workspace s = make_workspace(w, band_fills);
     for (int64_t i = 0; i < w.geometry.ring_size(); i++) s.ring[i] = 0.f;  // the padding columns stay so
     for (int64_t task = task_begin; task < task_end; task++) {
-      const int64_t row_task = task / cut.panel_tasks, panel_task = task % cut.panel_tasks;
-      const int64_t item_begin = items * row_task / cut.row_tasks, item_end = items * (row_task + 1) / cut.row_tasks;
-      const int64_t panel_end = w.panels * (panel_task + 1) / cut.panel_tasks;
-      for (int64_t q = w.panels * panel_task / cut.panel_tasks; q < panel_end; q += w.group) {
-        const int64_t q_end = min_of(q + w.group, panel_end), first = q * kPanel;
-        const int64_t channels = min_of(depthwise.channels, q_end * kPanel) - first;
+      const int64_t channel_end = cut.channel_end(task);
+      for (int64_t first = cut.channel_begin(task); first < channel_end; first += w.group * kPanel) {
+        const int64_t channels = min_of(w.group * kPanel, channel_end - first);
         for (int64_t c = 0; c < channels; c += kPanel)
           pack_panel(w.params.expand.weight, first + c, int(min_of<int64_t>(kPanel, channels - c)), k,
                      s.expand_weights + c * k);
@@ -200,8 +199,8 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
         pack_block(depthwise, first, channels, s.weights, s.scale, s.shift);
         with_type(depthwise.dtype, [&](auto type) {
           with_activation(depthwise.activation, [&](auto activation) {
-            for (int64_t item = item_begin; item < item_end; item++)
-              run_panels<decltype(type), decltype(activation)::value>(w, s, item, q, q_end);
+            for (int64_t item = cut.row_begin(task); item < cut.row_end(task); item++)
+              run_panels<decltype(type), decltype(activation)::value>(w, s, item, first, first + channels);
           });
         });
       }

@@ -27,38 +27,33 @@ template <class T, class Prepare>
 void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const Parallel parallel = threads_for(all, p.m * p.n * p.k);
   const int64_t tiles = ceil_div(p.m, kRows), panels = ceil_div(p.n, kPanel);
-  const Cut cut = cut_tasks(tiles, 1, panels, parallel.threads);
+  const Cut cut = cut_tasks(tiles, 1, p.n, sizeof(T), parallel.threads);
   const int64_t padded_k = round_up(p.k, kChunk);
   const int64_t group = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (p.k * kPanel * 4)));
 
-  parallel_for(parallel, cut.row_tasks * cut.panel_tasks, [=](int64_t task_begin, int64_t task_end) {
+  parallel_for(parallel, cut.row_tasks * cut.channel_tasks, [=](int64_t task_begin, int64_t task_end) {
     const int64_t packed_size = group * p.k * kPanel, tile_size = kRows * padded_k;
     float* packed = static_cast<float*>(
         scratch(size_t(packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
     float *tile = packed + packed_size, *scale = tile + tile_size, *shift = scale + group * kPanel;
     float* acc = shift + group * kPanel;
     for (int64_t task = task_begin; task < task_end; task++) {
-      const int64_t row_task = task / cut.panel_tasks, panel_task = task % cut.panel_tasks;
-      const int64_t tile_begin = tiles * row_task / cut.row_tasks, tile_end = tiles * (row_task + 1) / cut.row_tasks;
-      const int64_t panel_begin = panels * panel_task / cut.panel_tasks;
-      const int64_t panel_end = panels * (panel_task + 1) / cut.panel_tasks;
-      for (int64_t g = panel_begin; g < panel_end; g += group) {
-        const int64_t g_end = min_of(g + group, panel_end);
-        for (int64_t q = g; q < g_end; q++)
-          pack_panel(p.weight, q * kPanel, int(min_of<int64_t>(kPanel, p.n - q * kPanel)), p.k,
-                     packed + (q - g) * p.k * kPanel);
-        form_scale_shift(p.norm, g * kPanel, min_of(p.n, g_end * kPanel) - g * kPanel, scale, shift);
+      const int64_t channel_end = cut.channel_end(task);
+      for (int64_t first = cut.channel_begin(task); first < channel_end; first += group * kPanel) {
+        const int64_t channels = min_of(group * kPanel, channel_end - first);
+        for (int64_t c = 0; c < channels; c += kPanel)
+          pack_panel(p.weight, first + c, int(min_of<int64_t>(kPanel, channels - c)), p.k, packed + c * p.k);
+        form_scale_shift(p.norm, first, channels, scale, shift);
         with_activation(p.activation, [&](auto activation) {
-          for (int64_t t = tile_begin; t < tile_end; t++) {
+          for (int64_t t = cut.row_begin(task); t < cut.row_end(task); t++) {
             const int row_count = int(min_of<int64_t>(kRows, p.m - t * kRows));
             Row<T> rows[kRows];
             prepare(t * kRows, row_count, tile, kChunk, kRows * kChunk, rows);
             const Multiply wide = pick_multiply<kPanelVecs>(row_count), narrow = pick_multiply<1>(row_count);
-            for (int64_t q = g; q < g_end; q++) {
-              const int columns = int(min_of<int64_t>(kPanel, p.n - q * kPanel));
-              (columns > kLanes ? wide : narrow)(tile, packed + (q - g) * p.k * kPanel, p.k, acc);
-              write<T, decltype(activation)::value>(acc, rows, row_count, q * kPanel, columns, scale + (q - g) * kPanel,
-                                                    shift + (q - g) * kPanel);
+            for (int64_t c = 0; c < channels; c += kPanel) {
+              const int columns = int(min_of<int64_t>(kPanel, channels - c));
+              (columns > kLanes ? wide : narrow)(tile, packed + c * p.k, p.k, acc);
+              write<T, decltype(activation)::value>(acc, rows, row_count, first + c, columns, scale + c, shift + c);
             }
           }
         });
