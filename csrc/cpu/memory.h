@@ -6,16 +6,45 @@
 // and hands it out first fit, lowest address first, so that it stays about as large as what was alive at once.
 #pragma once
 #include <cstddef>
+#include <map>
+#include <mutex>
 
 namespace effkernels::cpu {
 
+// Ranges of mapped memory, from any thread.
+class Pool {
+ public:
+  Pool() = default;
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+  ~Pool();  // nothing of it may be in use
+
+  void* allocate(size_t bytes);  // 64-byte aligned; throws std::bad_alloc
+  void release(void* data);
+  void set_limit(size_t bytes);  // what may stay mapped while nobody uses it; starts at 1 GiB
+  size_t mapped();               // bytes mapped now, in use or not
+  bool owns(const void* data);   // whether it lies in what is mapped
+  std::mutex& mutex() { return mutex_; }
+
+ private:
+  struct Chunk {
+    size_t size, used;
+  };
+  using Chunks = std::map<char*, Chunk>;
+
+  Chunks::iterator chunk_of(char* data);
+  std::map<char*, size_t>::iterator map_chunk(size_t bytes);
+  void unmap(Chunks::iterator chunk);
+
+  std::mutex mutex_;
+  std::map<char*, size_t> free_, used_;  // by address
+  Chunks chunks_;
+  size_t mapped_ = 0, limit_ = size_t(1) << 30;
+};
+
 constexpr size_t kSmallestPooled = 64 * 1024;  // bytes; malloc serves smaller ones well
 
-void* pool_allocate(size_t bytes);  // 64-byte aligned; throws std::bad_alloc
-void pool_release(void* data);      // from any thread
-
-// What the pool may keep mapped while nobody uses it, in bytes; starts at 1 GiB.
-void pool_set_limit(size_t bytes);
-size_t pool_mapped();  // bytes mapped now, in use or not
+// That of the results of all operators. Never destroyed: tensors may outlive every static object.
+Pool& pool();
 
 }  // namespace effkernels::cpu

@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "../cpu/memory.h"
+#include "recording.h"
 
 namespace effkernels::ops {
 namespace {
@@ -85,6 +86,7 @@ Param param_of(const char* op, const char* name, const Tensor& t, const Tensor& 
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == x.scalar_type(), op, ": ", name,
                   " has dtype ", name_of(t.scalar_type()), "; allowed: float32 or the input's ",
                   name_of(x.scalar_type()));
+  if (!t.is_contiguous() && std::string(name) == "gate") refuse_copy(name);  // the others are parameters
   keep.push_back(to_contiguous(t));
   return {keep.back().const_data_ptr(), dtype};
 }
@@ -144,6 +146,7 @@ Tensor to_channels_last(const Tensor& x) {
   const bool channels_adjacent = c == 1 || x.stride(1) == 1;
   const bool positive = (h == 1 || x.stride(2) > 0) && (w == 1 || x.stride(3) > 0);
   if (channels_adjacent && positive) return x;
+  refuse_copy("the input");
   return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
@@ -153,6 +156,7 @@ Tensor to_rows(const Tensor& x, int64_t& stride_p) {
   const int64_t h = rows.size(2), w = rows.size(3);
   stride_p = w > 1 ? rows.stride(3) : h > 1 ? rows.stride(2) : rows.size(1);
   if (h > 1 && w > 1 && rows.stride(2) != w * rows.stride(3)) {
+    refuse_copy("the input");
     rows = torch::stable::contiguous(rows, torch::headeronly::MemoryFormat::ChannelsLast);
     stride_p = rows.size(1);
   }
@@ -165,15 +169,21 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
   const int32_t device_type = cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
   size_t bytes = dtype == ScalarType::Float ? 4 : 2;
   for (int64_t i = 0; i < dim; i++) bytes *= size_t(sizes[i]);
-  if (cuda || bytes < cpu::kSmallestPooled) {
+  if (cuda || (bytes < cpu::kSmallestPooled && !is_recording())) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, int32_t(dtype), device_type,
                                                            cuda ? like.get_device_index() : 0, &handle));
   } else {
-    void* data = cpu::pool_allocate(bytes);
-    const auto release = [](void* pointer, void*) { cpu::pool_release(pointer); };
+    // Memory of a recording stays as long as a tensor lies in it.
+    auto* const owner = is_recording() ? new std::shared_ptr<cpu::Pool>(recording_memory()) : nullptr;
+    const auto release = [](void* pointer, void* context) {
+      auto* const recording = static_cast<std::shared_ptr<cpu::Pool>*>(context);
+      (recording ? **recording : cpu::pool()).release(pointer);
+      delete recording;
+    };
+    void* data = (owner ? **owner : cpu::pool()).allocate(bytes ? bytes : 1);
     const AOTITorchError error = torch_from_blob(data, dim, sizes, strides, 0, int32_t(dtype), device_type, -1, &handle,
-                                                 aoti_torch_layout_strided(), nullptr, 0, release, nullptr);
-    if (error != AOTI_TORCH_SUCCESS) cpu::pool_release(data);
+                                                 aoti_torch_layout_strided(), nullptr, 0, release, owner);
+    if (error != AOTI_TORCH_SUCCESS) release(data, owner);
     STABLE_TORCH_ERROR_CODE_CHECK(error);
   }
   return Tensor(handle);

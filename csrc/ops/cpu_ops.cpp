@@ -2,6 +2,7 @@
 #include "../cpu/kernels.h"
 #include "../cpu/memory.h"
 #include "parameters.h"
+#include "recording.h"
 #include "registry.h"
 
 namespace effkernels::ops {
@@ -21,7 +22,7 @@ cpu::Parallel torch_threads() {
 Tensor depthwise_bn_act(DEPTHWISE_PARAMETERS) {
   Keep keep;
   Depthwise d = make_depthwise("depthwise_bn_act", DEPTHWISE, keep);
-  cpu::kernels().depthwise(d.params, torch_threads());
+  run(cpu::kernels().depthwise, d.params, torch_threads(), keep);
   return d.y;
 }
 
@@ -30,7 +31,7 @@ std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(DEPTHWISE_PARAMETERS) {
   Depthwise d = make_depthwise("depthwise_bn_act_squeeze", DEPTHWISE, keep);
   Tensor pooled = empty_matrix(x, d.params.batch, d.params.channels, ScalarType::Float);
   d.params.pooled = static_cast<float*>(pooled.mutable_data_ptr());
-  cpu::kernels().depthwise(d.params, torch_threads());
+  run(cpu::kernels().depthwise, d.params, torch_threads(), keep);
   return {d.y, pooled};
 }
 
@@ -39,9 +40,10 @@ Tensor squeeze_excite_gate(const Tensor& pooled, SE_PARAMETERS) {
   Keep keep;
   check_pooled(op, pooled);
   SqueezeExcite s = make_squeeze_excite(op, pooled, pooled.size(0), pooled.size(1), SE, w_expand.scalar_type(), keep);
+  if (!pooled.is_contiguous()) refuse_copy("pooled");
   keep.push_back(pooled.is_contiguous() ? pooled : torch::stable::contiguous(pooled));
   s.params.pooled = static_cast<const float*>(keep.back().const_data_ptr());
-  cpu::kernels().squeeze_excite(s.params, torch_threads());
+  run(cpu::kernels().squeeze_excite, s.params, torch_threads(), keep);
   return s.gate;
 }
 
@@ -54,8 +56,8 @@ std::tuple<Tensor, Tensor> depthwise_with_gate(const char* op, const DepthwiseAr
   const Tensor pooled = empty_matrix(depthwise.x, d.params.batch, d.params.channels, ScalarType::Float);
   d.params.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   s.params.pooled = d.params.pooled;
-  cpu::kernels().depthwise(d.params, torch_threads());
-  cpu::kernels().squeeze_excite(s.params, torch_threads());
+  run(cpu::kernels().depthwise, d.params, torch_threads(), keep);
+  run(cpu::kernels().squeeze_excite, s.params, torch_threads(), keep);
   return {d.y, s.gate};
 }
 
@@ -69,7 +71,7 @@ Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
   p.y = y.mutable_data_ptr(), p.gate = gates.const_data_ptr();
   p.dtype = dtype_of("depthwise_bn_act_se", "y", y);
   p.batch = y.size(0), p.channels = y.size(1), p.pixels = y.size(2) * y.size(3);
-  cpu::kernels().scale(p, torch_threads());
+  run(cpu::kernels().scale, p, torch_threads(), {});
   return y;
 }
 
@@ -77,7 +79,7 @@ Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, 
                         const OptionalTensor& residual, const std::string& activation, bool allow_tf32) {
   Keep keep;
   Pointwise p = make_pointwise("pointwise_bn_act", x, weight, NORM, gate, residual, activation, allow_tf32, keep);
-  cpu::kernels().pointwise(p.params, torch_threads());
+  run(cpu::kernels().pointwise, p.params, torch_threads(), keep);
   return p.y;
 }
 
@@ -88,7 +90,8 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const Tensor& x, EXPAND_PARA
   Keep keep;
   ExpandDepthwise e = describe_expand_depthwise("expand_depthwise_squeeze", EXPAND, weight, NORM, stride, padding,
                                                 dilation, activation, allow_tf32, keep);
-  cpu::kernels().expand_depthwise({e.expand.params, e.depthwise.params}, torch_threads());
+  run(cpu::kernels().expand_depthwise, cpu::ExpandDepthwiseParams{e.expand.params, e.depthwise.params}, torch_threads(),
+      keep);
   return {e.depthwise.y, e.pooled};
 }
 
@@ -96,7 +99,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64
                    const std::vector<int64_t>& padding, const std::string& activation, bool allow_tf32) {
   Keep keep;
   Conv c = make_conv("conv_bn_act", x, weight, NORM, stride, padding, activation, allow_tf32, keep);
-  cpu::kernels().conv(c.params, torch_threads());
+  run(cpu::kernels().conv, c.params, torch_threads(), keep);
   return c.y;
 }
 
@@ -108,9 +111,19 @@ std::string cpu_isa(const std::string& name) {
 }
 
 int64_t cpu_memory(int64_t limit) {
-  if (limit >= 0) cpu::pool_set_limit(size_t(limit));
-  return int64_t(cpu::pool_mapped());
+  if (limit >= 0) cpu::pool().set_limit(size_t(limit));
+  return int64_t(cpu::pool().mapped());
 }
+
+int64_t cpu_record(const std::string& what) {
+  if (what == "begin") return begin_recording(), 0;
+  if (what == "cut") return cut_recording();
+  STD_TORCH_CHECK(what == "end", "cpu_record: what='", what, "'; allowed: begin, cut, end");
+  return end_recording(), 0;
+}
+
+int64_t cpu_replay(int64_t piece) { return replay_recording(piece, torch_threads()), 0; }
+int64_t cpu_forget(int64_t piece) { return free_recording(piece), 0; }
 
 }  // namespace
 }  // namespace effkernels::ops
@@ -130,4 +143,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&effkernels::ops::cpu_isa));
   m.impl("cpu_memory", TORCH_BOX(&effkernels::ops::cpu_memory));
+  m.impl("cpu_record", TORCH_BOX(&effkernels::ops::cpu_record));
+  m.impl("cpu_replay", TORCH_BOX(&effkernels::ops::cpu_replay));
+  m.impl("cpu_forget", TORCH_BOX(&effkernels::ops::cpu_forget));
 }

@@ -29,6 +29,11 @@
   /* The memory pool of CPU results: sets how many unused bytes it may keep (limit not negative), tells the bytes     \
      mapped. */                                                                                                       \
   OP("cpu_memory(int limit) -> int")                                                                                  \
+  /* Recordings of CPU kernels (recording.h). cpu_record: what is begin, cut (tells the number of the piece, 0 for an \
+     empty one) or end. */                                                                                            \
+  OP("cpu_record(str what) -> int")                                                                                   \
+  OP("cpu_replay(int piece) -> int")                                                                                  \
+  OP("cpu_forget(int piece) -> int")                                                                                  \
   /* The CUDA launches that an operator would make, one line each: plan_ops.cpp. Needs no GPU. */                      \
   OP("cuda_plan(str op, str dtype, int[] shape, int[] limits) -> str")                                                \
   /* The CUDA kernels and fills that this process has launched. */                                                     \
