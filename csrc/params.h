@@ -62,6 +62,8 @@ struct PointwiseParams {
   const void* x = nullptr;  // row p of image n at n * x_stride_n + p * x_stride_p
   void* y = nullptr;        // (N, P, Cout), contiguous
   Param weight;             // (Cout, Cin)
+  // The weight as the CPU's kernels lay it out (`pack` in csrc/cpu/kernels.h), where somebody keeps it; else null.
+  const float* packed = nullptr;
   Norm norm;
   Param gate;                      // (N, Cin), not given: 1
   const void* residual = nullptr;  // rows as x's, by their own strides; null: none

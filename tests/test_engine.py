@@ -258,9 +258,9 @@ class TestPreparation:
         report = engine.report
         assert "own" in report.optimized
         assert [bucket.batch for bucket in report.buckets] == list(SIZES)
-        assert all(bucket.runner == "eager" and "cpu" in bucket.reason for bucket in report.buckets)
+        assert {(bucket.runner, bucket.reason) for bucket in report.buckets} == {("recorded", "")}
         assert json.loads(report.to_json())["buckets"][2]["batch"] == 4
-        for word in ("EfficientNet on cpu, float32, channels_last, input 3x64x64", "batch 4: eager", "weights 1"):
+        for word in ("EfficientNet on cpu, float32, channels_last, input 3x64x64", "batch 4: recorded", "weights 1"):
             assert word in str(report)
 
     @pytest.mark.parametrize(

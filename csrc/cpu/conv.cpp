@@ -20,10 +20,10 @@ void multiply(const float* const* taps, const float* __restrict panel, int64_t k
     Vec sum[Columns][Vecs];
     for (int r = 0; r < Columns; r++)
       for (int v = 0; v < Vecs; v++) sum[r][v] = Vec{};
-    for (int64_t i = begin; i < min_of(begin + kBlock, k); i++, panel += Vecs * kLanes) {
+    for (int64_t i = begin; i < min_of(begin + kBlock, k); i++, panel += kLanes) {
       const float* window = taps[i] + first * stride;
       Vec b[Vecs];
-      for (int v = 0; v < Vecs; v++) b[v] = load(panel + v * kLanes);
+      for (int v = 0; v < Vecs; v++) b[v] = load(panel + v * k * kLanes);
       for (int r = 0; r < Columns; r++) {
         const Vec a = splat(window[r * stride]);
         for (int v = 0; v < Vecs; v++) sum[r][v] += a * b[v];

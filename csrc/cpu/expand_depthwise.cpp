@@ -81,12 +81,13 @@ struct Work {
 
 // Scratch memory of a task: for a group of panels, and for the panel and the band in hand.
 struct Workspace {
-  float *expand_weights, *expand_scale, *expand_shift, *weights, *scale, *shift, *ring, *sum, *acc, *tiles;
+  const float* expand_weights;
+  float *own_weights, *expand_scale, *expand_shift, *weights, *scale, *shift, *ring, *sum, *acc, *tiles;
 };
 
 Workspace make_workspace(const Work& w, int64_t band_fills) {
   const int64_t k = w.params.expand.in_channels, channels = w.group * kPanel;
-  const int64_t sizes[] = {channels * k,
+  const int64_t sizes[] = {w.params.expand.packed ? 0 : channels * k,
                            channels,
                            channels,
                            channels * w.taps,
@@ -106,7 +107,7 @@ Workspace make_workspace(const Work& w, int64_t band_fills) {
     return place;
   };
   Workspace s;
-  s.expand_weights = take(), s.expand_scale = take(), s.expand_shift = take();
+  s.own_weights = take(), s.expand_scale = take(), s.expand_shift = take();
   s.weights = take(), s.scale = take(), s.shift = take();
   s.ring = take(), s.sum = take(), s.acc = take(), s.tiles = take();
   return s;
@@ -172,8 +173,8 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   w.geometry.columns = max_of<int64_t>(w.geometry.columns, d.pad_left + d.width);  // whole rows are expanded
   w.geometry.filled = d.width;
   w.geometry.ring_rows += w.fills.rows - 1;
-  w.group =
-      max_of<int64_t>(1, min_of<int64_t>(ceil_div(d.channels, kPanel), kPackedBytes / ((k + w.taps) * kPanel * 4)));
+  const int64_t packed_bytes = ((e.packed ? 0 : k) + w.taps) * kPanel * 4;
+  w.group = max_of<int64_t>(1, min_of<int64_t>(ceil_div(d.channels, kPanel), kPackedBytes / packed_bytes));
   std::unique_ptr<float[]> apart;
   w.sums = place_band_sums(d, apart);
   const int64_t band_rows = (min_of<int64_t>(kBandRows, d.out_height) - 1) * d.stride + w.geometry.window;
@@ -183,18 +184,19 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   const Parallel parallel = threads_for(all, d.batch * d.height * d.width * d.channels * k);
   const int64_t items = d.batch * w.sums.bands;
   const int64_t element_size = d.dtype == DType::kFloat32 ? 4 : 2;
-  const Cut cut = cut_tasks(items, band_fills * w.fills.tiles, d.channels, element_size, parallel.threads);
+  const Cut cut =
+      cut_tasks(items, band_fills * w.fills.tiles, d.channels, element_size, e.packed != nullptr, parallel.threads);
   parallel_for(parallel, cut.row_tasks * cut.channel_tasks, [=](int64_t task_begin, int64_t task_end) {
     const DepthwiseParams& depthwise = w.params.depthwise;
-    const Workspace s = make_workspace(w, band_fills);
+    Workspace s = make_workspace(w, band_fills);
     for (int64_t i = 0; i < w.geometry.ring_size(); i++) s.ring[i] = 0.f;  // the padding columns stay so
     for (int64_t task = task_begin; task < task_end; task++) {
       const int64_t channel_end = cut.channel_end(task);
       for (int64_t first = cut.channel_begin(task); first < channel_end; first += w.group * kPanel) {
         const int64_t channels = min_of(w.group * kPanel, channel_end - first);
-        for (int64_t c = 0; c < channels; c += kPanel)
-          pack_panel(w.params.expand.weight, first + c, int(min_of<int64_t>(kPanel, channels - c)), k,
-                     s.expand_weights + c * k);
+        const PointwiseParams& expand = w.params.expand;
+        s.expand_weights = expand.packed ? expand.packed + first * k : s.own_weights;
+        if (!expand.packed) pack_panels(expand.weight, first, channels, k, s.own_weights);
         form_scale_shift(w.params.expand.norm, first, channels, s.expand_scale, s.expand_shift);
         pack_block(depthwise, first, channels, s.weights, s.scale, s.shift);
         with_type(depthwise.dtype, [&](auto type) {

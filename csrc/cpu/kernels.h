@@ -22,6 +22,8 @@ struct ExpandDepthwiseParams {
   DepthwiseParams depthwise;
 };
 
+inline int64_t packed_size(int64_t rows, int64_t k) { return (rows + 31) / 32 * 32 * k; }  // for any width of vector
+
 struct Kernels {
   const char* isa;
   void (*depthwise)(const DepthwiseParams&, const Parallel&);
@@ -30,6 +32,8 @@ struct Kernels {
   void (*pointwise)(const PointwiseParams&, const Parallel&);
   void (*expand_depthwise)(const ExpandDepthwiseParams&, const Parallel&);
   void (*conv)(const ConvParams&, const Parallel&);
+  // A weight (rows, k) as `pointwise` and `expand_depthwise` lay it out, into packed_size floats.
+  void (*pack)(const Param& weight, int64_t rows, int64_t k, float* packed);
 };
 
 // The table in use: the widest instruction set of this machine, unless set_isa chose another.

@@ -31,6 +31,8 @@ void* Pool::allocate(size_t bytes) {
   if (rest) free_.emplace(data + bytes, rest);
   used_.emplace(data, bytes);
   chunk_of(data)->second.used += bytes;
+  in_use_ += bytes;
+  if (in_use_ > peak_) peak_ = in_use_;
   return data;
 }
 
@@ -42,6 +44,7 @@ void Pool::release(void* pointer) {
   used_.erase(block);
   const auto chunk = chunk_of(begin);
   chunk->second.used -= bytes;
+  in_use_ -= bytes;
   // Join the free neighbours of the same chunk.
   auto next = free_.lower_bound(begin);
   if (next != free_.end() && next->first == begin + bytes && next->first < chunk->first + chunk->second.size) {
@@ -97,6 +100,11 @@ void Pool::unmap(Chunks::iterator chunk) {
   munmap(chunk->first, chunk->second.size);
   mapped_ -= chunk->second.size;
   chunks_.erase(chunk);
+}
+
+size_t Pool::peak() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return peak_;
 }
 
 bool Pool::owns(const void* data) {

@@ -23,6 +23,7 @@ class Pool {
   void release(void* data);
   void set_limit(size_t bytes);  // what may stay mapped while nobody uses it; starts at 1 GiB
   size_t mapped();               // bytes mapped now, in use or not
+  size_t peak();                 // the most bytes that were in use at once
   bool owns(const void* data);   // whether it lies in what is mapped
   std::mutex& mutex() { return mutex_; }
 
@@ -39,7 +40,7 @@ class Pool {
   std::mutex mutex_;
   std::map<char*, size_t> free_, used_;  // by address
   Chunks chunks_;
-  size_t mapped_ = 0, limit_ = size_t(1) << 30;
+  size_t mapped_ = 0, limit_ = size_t(1) << 30, in_use_ = 0, peak_ = 0;
 };
 
 constexpr size_t kSmallestPooled = 64 * 1024;  // bytes; malloc serves smaller ones well

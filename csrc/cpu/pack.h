@@ -1,4 +1,4 @@
-// Weights as stored, rows of k, to panels in which one vector holds kLanes rows of one k.
+// Weights as stored, rows of k, to panels in which one vector holds kLanes rows of one k: [kLanes rows][k][lane].
 #pragma once
 #include "vector.h"
 
@@ -6,11 +6,11 @@ namespace effkernels::cpu::EFFKERNELS_ISA {
 
 constexpr int kAhead = 2 * kLanes;  // rows from a weight to the one to prefetch
 
-// panel[k][width] = W[n0 .. n0 + columns)[k], width the columns rounded up to whole vectors, zero beyond them
+// panel[v][k][lane] = W[n0 + v * kLanes + lane][k], zero beyond the columns: row n of any panel lies n * k floats
+// behind row 0, for n a multiple of kLanes.
 template <class T>
 inline void pack_panel(const T* weight, int64_t n0, int columns, int64_t k, float* panel) {
-  const int width = int(round_up(columns, kLanes));
-  for (int group = 0; group < width; group += kLanes) {
+  for (int group = 0; group < columns; group += kLanes, panel += kLanes * k) {
     const int rows = min_of(kLanes, columns - group);
     const T* source = weight + (n0 + group) * k;
     for (int64_t k0 = 0; k0 < k; k0 += kLanes) {
@@ -25,7 +25,7 @@ inline void pack_panel(const T* weight, int64_t n0, int columns, int64_t k, floa
       }
       transpose(block);
       const int stored = int(min_of<int64_t>(kLanes, n));
-      for (int i = 0; i < stored; i++) store(panel + (k0 + i) * width + group, block[i]);
+      for (int i = 0; i < stored; i++) store(panel + (k0 + i) * kLanes, block[i]);
     }
   }
 }

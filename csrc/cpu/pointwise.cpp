@@ -17,6 +17,7 @@ namespace {
 struct Product {
   int64_t m, n, k;
   Param weight;
+  const float* packed;
   Norm norm;
   Activation activation;
 };
@@ -27,22 +28,23 @@ template <class T, class Prepare>
 void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const Parallel parallel = threads_for(all, p.m * p.n * p.k);
   const int64_t tiles = ceil_div(p.m, kRows), panels = ceil_div(p.n, kPanel);
-  const Cut cut = cut_tasks(tiles, 1, p.n, sizeof(T), parallel.threads);
+  const Cut cut = cut_tasks(tiles, 1, p.n, sizeof(T), p.packed != nullptr, parallel.threads);
   const int64_t padded_k = round_up(p.k, kChunk);
-  const int64_t group = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (p.k * kPanel * 4)));
+  const int64_t fitting = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (p.k * kPanel * 4)));
+  const int64_t group = p.packed ? panels : fitting;
 
   parallel_for(parallel, cut.row_tasks * cut.channel_tasks, [=](int64_t task_begin, int64_t task_end) {
-    const int64_t packed_size = group * p.k * kPanel, tile_size = kRows * padded_k;
-    float* packed = static_cast<float*>(
+    const int64_t packed_size = p.packed ? 0 : group * p.k * kPanel, tile_size = kRows * padded_k;
+    float* own = static_cast<float*>(
         scratch(size_t(packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
-    float *tile = packed + packed_size, *scale = tile + tile_size, *shift = scale + group * kPanel;
+    float *tile = own + packed_size, *scale = tile + tile_size, *shift = scale + group * kPanel;
     float* acc = shift + group * kPanel;
     for (int64_t task = task_begin; task < task_end; task++) {
       const int64_t channel_end = cut.channel_end(task);
       for (int64_t first = cut.channel_begin(task); first < channel_end; first += group * kPanel) {
         const int64_t channels = min_of(group * kPanel, channel_end - first);
-        for (int64_t c = 0; c < channels; c += kPanel)
-          pack_panel(p.weight, first + c, int(min_of<int64_t>(kPanel, channels - c)), p.k, packed + c * p.k);
+        const float* packed = p.packed ? p.packed + first * p.k : own;
+        if (!p.packed) pack_panels(p.weight, first, channels, p.k, own);
         form_scale_shift(p.norm, first, channels, scale, shift);
         with_activation(p.activation, [&](auto activation) {
           for (int64_t t = cut.row_begin(task); t < cut.row_end(task); t++) {
@@ -167,7 +169,7 @@ void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prep
 }  // namespace
 
 void pointwise(const PointwiseParams& p, const Parallel& parallel) {
-  const Product product{p.batch * p.pixels, p.out_channels, p.in_channels, p.weight, p.norm, p.activation};
+  const Product product{p.batch * p.pixels, p.out_channels, p.in_channels, p.weight, p.packed, p.norm, p.activation};
   if (product.m == 0) return;
   with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
@@ -193,5 +195,7 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
     });
   });
 }
+
+void pack(const Param& weight, int64_t rows, int64_t k, float* packed) { pack_panels(weight, 0, rows, k, packed); }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

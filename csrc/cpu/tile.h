@@ -8,7 +8,7 @@ namespace effkernels::cpu::EFFKERNELS_ISA {
 inline constexpr int kChunk =
     16;  // k is walked in chunks: tile[chunk][row][kChunk], so that every offset is a constant
 
-// acc[Rows][Vecs * kLanes] = tile (Rows x k) * panel (k x Vecs * kLanes). Sums of kBlock products are added up apart:
+// acc[Rows][Vecs * kLanes] = tile (Rows x k) * panel (Vecs x k x kLanes). Sums of kBlock products are added up apart:
 // one chain over 1152 channels would lose twice the bits that PyTorch's blocked product loses.
 template <int Rows, int Vecs>
 inline void multiply(const float* __restrict tile, const float* __restrict panel, int64_t k, float* __restrict acc) {
@@ -18,9 +18,9 @@ inline void multiply(const float* __restrict tile, const float* __restrict panel
       for (int v = 0; v < Vecs; v++) sum[r][v] = Vec{};
     for (int64_t k0 = begin; k0 < min_of(begin + kBlock, k); k0 += kChunk, tile += kRows * kChunk) {
       const int n = int(min_of<int64_t>(kChunk, k - k0));
-      for (int j = 0; j < n; j++, panel += Vecs * kLanes) {
+      for (int j = 0; j < n; j++, panel += kLanes) {
         Vec b[Vecs];
-        for (int v = 0; v < Vecs; v++) b[v] = load(panel + v * kLanes);
+        for (int v = 0; v < Vecs; v++) b[v] = load(panel + v * k * kLanes);
         for (int r = 0; r < Rows; r++) {
           const Vec a = splat(tile[r * kChunk + j]);
           for (int v = 0; v < Vecs; v++) sum[r][v] += a * b[v];
@@ -29,6 +29,12 @@ inline void multiply(const float* __restrict tile, const float* __restrict panel
     }
     add_block<Rows, Vecs>(sum, begin == 0, acc);
   }
+}
+
+// W[n0 .. n0 + channels) as panels of kPanel, one behind the other.
+inline void pack_panels(const Param& weight, int64_t n0, int64_t channels, int64_t k, float* packed) {
+  for (int64_t c = 0; c < channels; c += kPanel)
+    pack_panel(weight, n0 + c, int(min_of<int64_t>(kPanel, channels - c)), k, packed + c * k);
 }
 
 using Multiply = void (*)(const float*, const float*, int64_t, float*);
@@ -65,7 +71,8 @@ struct Cut {
 };
 
 // The model counts cycles per k of one task: a panel's share of packing, a tile's share of preparing, and the products.
-inline Cut cut_tasks(int64_t items, int64_t tiles_per_item, int64_t channels, int64_t element_size, int threads) {
+inline Cut cut_tasks(int64_t items, int64_t tiles_per_item, int64_t channels, int64_t element_size, bool packed,
+                     int threads) {
   const int64_t unit = min_of<int64_t>(kPanel, max_of<int64_t>(kLanes, 64 / element_size));
   const int64_t units = ceil_div(channels, unit);
   Cut best{1, 1, items, channels, unit};
@@ -74,7 +81,7 @@ inline Cut cut_tasks(int64_t items, int64_t tiles_per_item, int64_t channels, in
     const int64_t r = max_of<int64_t>(1, min_of<int64_t>(threads / c, items));
     const double own_tiles = double(ceil_div(items, r) * tiles_per_item);
     const double own_panels = double(ceil_div(units, c) * unit) / kPanel;
-    const double cost = own_panels * 16. + own_tiles * 3. + own_tiles * own_panels * kRows;
+    const double cost = own_panels * (packed ? 0. : 16.) + own_tiles * 3. + own_tiles * own_panels * kRows;
     if (c == 1 || cost < best_cost) best.row_tasks = r, best.channel_tasks = c, best_cost = cost;
   }
   return best;

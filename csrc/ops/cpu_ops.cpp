@@ -10,6 +10,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
+constexpr int64_t kFewPixels = 1024;
+
 cpu::Parallel torch_threads() {
   cpu::Parallel parallel;
   parallel.threads = int(torch::stable::get_num_threads());
@@ -17,6 +19,15 @@ cpu::Parallel torch_threads() {
     torch::stable::parallel_for(0, tasks, 1, [&](int64_t begin, int64_t end) { body(context, begin, end); });
   };
   return parallel;
+}
+
+// A recording of one image keeps the weights as the kernels lay them out, where a call would lay out more numbers than
+// it is worth for so few pixels.
+void keep_packed(PointwiseParams& p) {
+  if (!is_recording() || p.batch != 1 || p.pixels == 1 || p.pixels > kFewPixels) return;
+  auto* const packed = static_cast<float*>(keep_memory(size_t(cpu::packed_size(p.out_channels, p.in_channels)) * 4));
+  cpu::kernels().pack(p.weight, p.out_channels, p.in_channels, packed);
+  p.packed = packed;
 }
 
 Tensor depthwise_bn_act(DEPTHWISE_PARAMETERS) {
@@ -79,6 +90,7 @@ Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, 
                         const OptionalTensor& residual, const std::string& activation, bool allow_tf32) {
   Keep keep;
   Pointwise p = make_pointwise("pointwise_bn_act", x, weight, NORM, gate, residual, activation, allow_tf32, keep);
+  keep_packed(p.params);
   run(cpu::kernels().pointwise, p.params, torch_threads(), keep);
   return p.y;
 }
@@ -90,6 +102,7 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const Tensor& x, EXPAND_PARA
   Keep keep;
   ExpandDepthwise e = describe_expand_depthwise("expand_depthwise_squeeze", EXPAND, weight, NORM, stride, padding,
                                                 dilation, activation, allow_tf32, keep);
+  keep_packed(e.expand.params);
   run(cpu::kernels().expand_depthwise, cpu::ExpandDepthwiseParams{e.expand.params, e.depthwise.params}, torch_threads(),
       keep);
   return {e.depthwise.y, e.pooled};
@@ -123,6 +136,7 @@ int64_t cpu_record(const std::string& what) {
 }
 
 int64_t cpu_replay(int64_t piece) { return replay_recording(piece, torch_threads()), 0; }
+std::vector<int64_t> cpu_recorded_bytes(int64_t piece) { return recorded_bytes(piece); }
 int64_t cpu_forget(int64_t piece) { return free_recording(piece), 0; }
 
 }  // namespace
@@ -145,5 +159,6 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_memory", TORCH_BOX(&effkernels::ops::cpu_memory));
   m.impl("cpu_record", TORCH_BOX(&effkernels::ops::cpu_record));
   m.impl("cpu_replay", TORCH_BOX(&effkernels::ops::cpu_replay));
+  m.impl("cpu_recorded_bytes", TORCH_BOX(&effkernels::ops::cpu_recorded_bytes));
   m.impl("cpu_forget", TORCH_BOX(&effkernels::ops::cpu_forget));
 }

@@ -8,7 +8,8 @@ namespace effkernels::ops {
 namespace {
 
 struct Piece {
-  std::shared_ptr<cpu::Pool> memory;
+  std::shared_ptr<cpu::Pool> memory;  // of results; ranges are used again within the recording
+  std::shared_ptr<cpu::Pool> kept;    // of what every replay reads: nothing else may ever have lain there
   std::vector<std::function<void(const cpu::Parallel&)>> kernels;
   Keep keep;
 };
@@ -26,6 +27,15 @@ Pieces& pieces() {
 
 thread_local Piece piece;  // in the making
 
+std::shared_ptr<const Piece> find(int64_t number) {
+  Pieces& all = pieces();
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  const auto place = all.by_number.find(number);
+  STD_TORCH_CHECK(place != all.by_number.end(), "piece=", number,
+                  " of a recording is not there; allowed: a number that cpu_record told and nobody freed");
+  return place->second;
+}
+
 }  // namespace
 
 std::shared_ptr<cpu::Pool>& recording_memory() { return piece.memory; }
@@ -42,9 +52,12 @@ void record(std::function<void(const cpu::Parallel&)> kernel, const Keep& keep) 
     if (!piece.memory->owns(t.const_data_ptr())) piece.keep.push_back(t);
 }
 
+void* keep_memory(size_t bytes) { return piece.kept->allocate(bytes); }
+
 void begin_recording() {
   STD_TORCH_CHECK(!is_recording(), "cpu_record: this thread records already");
   piece.memory = std::make_shared<cpu::Pool>();
+  piece.kept = std::make_shared<cpu::Pool>();
 }
 
 int64_t cut_recording() {
@@ -52,6 +65,7 @@ int64_t cut_recording() {
   if (piece.kernels.empty()) return 0;
   auto done = std::make_shared<Piece>();
   done->memory = piece.memory;
+  done->kept = piece.kept;
   std::swap(done->kernels, piece.kernels);
   std::swap(done->keep, piece.keep);
   Pieces& all = pieces();
@@ -63,17 +77,13 @@ int64_t cut_recording() {
 void end_recording() { piece = Piece{}; }
 
 void replay_recording(int64_t number, const cpu::Parallel& threads) {
-  std::shared_ptr<const Piece> found;
-  {
-    Pieces& all = pieces();
-    const std::lock_guard<std::mutex> lock(all.mutex);
-    const auto place = all.by_number.find(number);
-    STD_TORCH_CHECK(place != all.by_number.end(), "cpu_replay: piece=", number,
-                    " is not there; allowed: a number that "
-                    "cpu_record returned and nobody freed");
-    found = place->second;
-  }
+  const std::shared_ptr<const Piece> found = find(number);
   for (const auto& kernel : found->kernels) kernel(threads);
+}
+
+std::vector<int64_t> recorded_bytes(int64_t number) {
+  const std::shared_ptr<const Piece> found = find(number);
+  return {int64_t(found->memory->peak()), int64_t(found->kept->peak())};
 }
 
 void free_recording(int64_t number) {

@@ -27,6 +27,9 @@ void refuse_copy(const char* name);
 
 void record(std::function<void(const cpu::Parallel&)> kernel, const Keep& keep);
 
+// Memory that stays as long as the piece in the making; the thread must be recording.
+void* keep_memory(size_t bytes);
+
 // Runs a kernel, and records it where this thread records.
 template <class Params>
 void run(void (*kernel)(const Params&, const cpu::Parallel&), const Params& params, const cpu::Parallel& threads,
@@ -40,5 +43,6 @@ int64_t cut_recording();  // ends a piece and returns its number, 0 where nothin
 void end_recording();     // what was recorded since the last cut is lost
 void replay_recording(int64_t piece, const cpu::Parallel& threads);
 void free_recording(int64_t piece);
+std::vector<int64_t> recorded_bytes(int64_t piece);  // results; kept weights: of its recording up to this piece
 
 }  // namespace effkernels::ops

@@ -33,6 +33,7 @@
      empty one) or end. */                                                                                            \
   OP("cpu_record(str what) -> int")                                                                                   \
   OP("cpu_replay(int piece) -> int")                                                                                  \
+  OP("cpu_recorded_bytes(int piece) -> int[]")                                                                        \
   OP("cpu_forget(int piece) -> int")                                                                                  \
   /* The CUDA launches that an operator would make, one line each: plan_ops.cpp. Needs no GPU. */                      \
   OP("cuda_plan(str op, str dtype, int[] shape, int[] limits) -> str")                                                \

@@ -62,7 +62,7 @@ class Core:
         self._reserved_bytes = 0
         self._eager_because = "" if cuda_graph else "cuda_graph=False"
         if place.capture is None:
-            self._eager_because = f"CUDA graphs are for GPUs, and the device is {place.device}"
+            self._eager_because = f"nothing can be recorded on {place.device} here"
         prepared = prepare(model, how)
         self._model = prepared.model
         self.optimized = prepared.optimized
@@ -115,8 +115,9 @@ class Core:
         weights = list(model_tensors(self._model).values())
         for size in reversed(self.sizes):
             runner, images = self._runner(size), self.new_input(size)
-            if size == self.sizes[-1] and runner.kind == "eager":
-                output, self._measured[size] = peak_bytes(runner.run, images, weights)
+            if size == self.sizes[-1] and (runner.kind == "eager" or not self.place.recordings_share):
+                run = runner.run if runner.kind == "eager" else self._model
+                output, self._measured[size] = peak_bytes(run, images, weights)
             else:
                 output = runner.run(images)
             check_output(output, size)
@@ -129,6 +130,8 @@ class Core:
             source = prepare(source, self._how).model
         with self.working(), torch.inference_mode(False), torch.no_grad():
             copy_weights(source, self._model)
+            if not self.place.recordings_share:
+                self._runners.clear()
 
     def release(self) -> None:
         """Give weights and graphs back."""
@@ -147,7 +150,18 @@ class Core:
 
     def bound(self, size: int) -> int:
         """Weights, activations and buffers in bytes with that bucket as the largest."""
-        return self.weight_bytes + self.activation_bytes(size) + self.buffer_bytes(size)
+        held = self.weight_bytes + self.activation_bytes(size) + self.buffer_bytes(size)
+        if not self._eager_because and not self.place.recordings_share:
+            held += sum(self._recorded_bytes(one) for one in self.sizes if one <= size)
+        return held
+
+    def _recorded_bytes(self, size: int) -> int:
+        """What the recording of a bucket holds: known, or in proportion to the smallest bucket's."""
+        recorded = {one: runner.recorded for one, runner in self._runners.items() if isinstance(runner, GraphRunner)}
+        if size in recorded:
+            return recorded[size].result_bytes + recorded[size].weight_bytes
+        smallest = min(recorded, default=size)
+        return -(-recorded[smallest].result_bytes * size // smallest) if recorded else 0
 
     def activation_bytes(self, size: int) -> int:
         """The most bytes of tensors alive at once in a forward: counted, or in proportion to the smallest bucket's."""
@@ -184,6 +198,8 @@ class Core:
         self._no_rows = first_rows(output, 0)
         self._measured = {smallest: activations}
         self._bytes_per_image = -(-(images.nbytes + nbytes(output)) // smallest)
+        if not self.place.recordings_share and self._runner(smallest).kind == "eager":  # a recording shows what it holds
+            self._runners.clear()
         self._refused = {
             size: f"above max_memory_bytes={limit}"
             for size in self.sizes
@@ -208,9 +224,10 @@ class Core:
         capture = self.place.capture
         if capture is not None and not self._eager_because:
             try:
-                return GraphRunner(self._model, self.new_input(size), capture)
+                return GraphRunner(self._model, self.new_input(size), capture, self.place.recording)
             except Exception as error:
-                # A model that waits for the GPU or makes tensors on the host cannot be recorded. It still runs.
+                # A model that waits for the GPU, reads values back or makes tensors on the host cannot be recorded. It
+                # still runs.
                 reason = " ".join(str(error).split())
-                self._eager_because = f"recording a CUDA graph failed: {type(error).__name__}: {reason}"
+                self._eager_because = f"recording failed: {type(error).__name__}: {reason}"
         return EagerRunner(self._model, size, self._how.memory_format)

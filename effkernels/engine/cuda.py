@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from effkernels.engine.outputs import map_tensors
-from effkernels.engine.runners import Capture
+from effkernels.engine.runners import Capture, Recorded
 
 # Before a capture a call runs this often: libraries choose their algorithms, Triton compiles, buffers are allocated.
 _WARM_UP_CALLS = 3
@@ -33,6 +33,8 @@ class CudaPlace:
     # EfficientNet-B0 in bfloat16: the design's aims of 90 to 150 us for a replay of one image and of 10 us an image at
     # batch 256. `effkernels bench` on a GPU gives the numbers of that machine.
     overhead = 12.0
+    recording = "cuda graph"
+    recordings_share = True
 
     def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
         self._cuda = cuda
@@ -91,7 +93,7 @@ class CudaPlace:
         reserved: int = self._cuda.memory_reserved(self.device)
         return reserved
 
-    def _capture(self, work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    def _capture(self, work: Callable[[], Any], images: Tensor) -> Recorded:
         for _ in range(_WARM_UP_CALLS):
             work()
         self._stream.synchronize()
@@ -100,7 +102,7 @@ class CudaPlace:
         how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         with _RECORDING, self._cuda.graph(graph, **how):
             output = work()
-        return graph.replay, output
+        return Recorded(graph.replay, output)
 
 
 class _Slot:

@@ -23,37 +23,46 @@ class NotRecordableError(RuntimeError):
     """A forward does something that cannot be repeated on the same tensors."""
 
 
-def record(work: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Do `work` once, and record it.
+class Recording:
+    """A forward on tensors that stay where they are, done once and recorded.
 
     Args:
-        work: a forward on tensors that stay where they are; it is called once before, to let libraries settle.
+        work: the forward; it is called once before, to let libraries settle.
 
-    Returns:
-        What does it again, and what it returned: the same tensors, which every repetition overwrites.
+    Attributes:
+        output: what it returned: the same tensors, which every replay overwrites.
+        result_bytes: of everything computed on the way that stays, results of kernels that overwrite each other once.
+        weight_bytes: of weights as the kernels lay them out.
 
     Raises:
-        NotRecordableError: it reads values back, or makes tensors that do not depend on its input alone.
+        NotRecordableError: it calls none of our kernels, reads values back, or returns something else than tensors on
+            the way.
         RuntimeError: a kernel would have to copy its input into another layout.
     """
-    work()
-    calls = torch.ops.effkernels
-    recorder = _Recorder()
-    calls.cpu_record("begin")
-    try:
-        with recorder:
-            output = work()
-        recorder.cut()
-    finally:
-        calls.cpu_record("end")
-    steps = tuple(recorder.steps)
 
-    def replay() -> None:
-        for step in steps:
+    def __init__(self, work: Callable[[], Any]) -> None:
+        work()
+        ours = torch.ops.effkernels
+        recorder = _Recorder()
+        ours.cpu_record("begin")
+        try:
+            with recorder:
+                self.output = work()
+            recorder.cut()
+        finally:
+            ours.cpu_record("end")
+        weakref.finalize(self, _forget, tuple(recorder.pieces))
+        if not recorder.pieces:
+            raise NotRecordableError("it calls no kernel of effkernels")
+        self._steps = tuple(recorder.steps)
+        kernels: list[int] = ours.cpu_recorded_bytes(recorder.pieces[-1])
+        self.result_bytes = kernels[0] + recorder.other_bytes
+        self.weight_bytes = kernels[1]
+
+    def replay(self) -> None:
+        """Do it again."""
+        for step in self._steps:
             step()
-
-    weakref.finalize(replay, _forget, tuple(recorder.pieces))
-    return replay, output
 
 
 def _forget(pieces: tuple[int, ...]) -> None:
@@ -65,9 +74,10 @@ class _Recorder(TorchDispatchMode):
     """Sees every operator that a forward calls, below autograd and below composite functions."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.steps: list[Callable[[], object]] = []
         self.pieces: list[int] = []
+        self.other_bytes = 0  # results of other operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call an operator, and note it where it is not one of ours, whose kernels note themselves."""
@@ -75,13 +85,15 @@ class _Recorder(TorchDispatchMode):
         if func.namespace == _OURS:
             return func(*args, **kwargs)
         results = func(*args, **kwargs)
-        if _is_view(func):
-            return results
         leaves = pytree.tree_leaves(results)
+        if not func._schema.is_mutable and _lie_in(leaves, (args, kwargs)):  # views
+            return results
         if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
             raise NotRecordableError(f"{func} returns {type(results).__name__} instead of tensors")
         self.cut()
         self.steps.append(_Call(func, args, kwargs, results))
+        if not func._schema.is_mutable:
+            self.other_bytes += sum(leaf.nbytes for leaf in leaves)
         return results
 
     def cut(self) -> None:
@@ -99,7 +111,7 @@ class _Call:
         self._func = func
         self._args = args
         self._kwargs = kwargs
-        self._results = [leaf for leaf in pytree.tree_leaves(results)]
+        self._results = pytree.tree_leaves(results)
         self._writes_input = func._schema.is_mutable
 
     def __call__(self) -> None:
@@ -109,7 +121,11 @@ class _Call:
                 into.copy_(result)
 
 
-def _is_view(func: Any) -> bool:
-    """Whether every result of an operator lies in the memory of an argument that it does not write."""
-    results = func._schema.returns
-    return bool(results) and all(one.alias_info is not None and not one.alias_info.is_write for one in results)
+def _lie_in(results: list[Any], arguments: Any) -> bool:
+    """Whether all results are tensors in the memory of the arguments."""
+    known = {_memory(leaf) for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)}
+    return bool(results) and all(isinstance(one, Tensor) and _memory(one) in known for one in results)
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()

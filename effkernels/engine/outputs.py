@@ -41,6 +41,15 @@ def map_tensors(output: Any, function: Callable[[Tensor], Any]) -> Any:
     return pytree.tree_map(lambda leaf: leaf if leaf is None else function(leaf), output)
 
 
+def same_values(output: Any, other: Any) -> bool:
+    """Whether two outputs have the same structure and the same values, NaN in the same places."""
+    leaves, structure = pytree.tree_flatten(output)
+    others, other_structure = pytree.tree_flatten(other)
+    return structure == other_structure and all(
+        a is b or torch.allclose(a, b, rtol=0.0, atol=0.0, equal_nan=True) for a, b in zip(leaves, others, strict=True)
+    )
+
+
 def nbytes(output: Any) -> int:
     """Bytes of all elements."""
     return sum(leaf.nbytes for leaf in pytree.tree_leaves(output) if leaf is not None)

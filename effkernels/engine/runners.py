@@ -7,7 +7,7 @@ no memory with anything that a later call writes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,9 +15,25 @@ from torch import Tensor
 from effkernels.engine.outputs import first_rows
 
 Forward = Callable[[Tensor], Any]
-# Records what a function does, and returns a function that does it again and what it returned: the same tensors, which
-# every repetition overwrites.
-Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]
+
+
+class Recorded(NamedTuple):
+    """A call that can be repeated.
+
+    Attributes:
+        replay: does it again.
+        output: what it returned: the same tensors, which every repetition overwrites.
+        result_bytes, weight_bytes: memory that only this one holds, for what it computes and for copies of weights.
+    """
+
+    replay: Callable[[], None]
+    output: Any
+    result_bytes: int = 0
+    weight_bytes: int = 0
+
+
+# Records what a function does. It is also told the input that the function reads, which it may overwrite.
+Capture = Callable[[Callable[[], Any], Tensor], Recorded]
 
 
 class Runner(Protocol):
@@ -25,7 +41,7 @@ class Runner(Protocol):
 
     @property
     def kind(self) -> str:
-        """ "eager" or "cuda graph"."""
+        """ "eager", or the name of a recorded call."""
 
     def run(self, images: Tensor) -> Any:
         """The model's output for (n, C, H, W), 1 <= n <= batch: n rows."""
@@ -70,22 +86,22 @@ class GraphRunner:
     Args:
         forward: the model; it reads its weights where they lie, so that new values there are seen by every replay.
         images: the input, (batch, C, H, W), which the runner keeps and writes.
-        capture: records the call; `effkernels.engine.cuda.CudaPlace.capture` on a GPU.
+        capture: records the call; `Place.capture`.
+        kind: `Place.recording`.
 
     Raises:
         Exception: whatever `capture` raises where the call cannot be recorded.
     """
 
-    kind = "cuda graph"
-
-    def __init__(self, forward: Forward, images: Tensor, capture: Capture) -> None:
+    def __init__(self, forward: Forward, images: Tensor, capture: Capture, kind: str) -> None:
+        self.kind = kind
         self._input = images
-        self._replay, self._output = capture(lambda: forward(images))
+        self.recorded = capture(lambda: forward(images), images)
 
     def run(self, images: Tensor) -> Any:
         """See `Runner.run`."""
         count = len(images)
         self._input[:count].copy_(images)
         self._input[count:].zero_()  # no image of an earlier call stays behind
-        self._replay()
-        return first_rows(self._output, count)
+        self.recorded.replay()
+        return first_rows(self.recorded.output, count)

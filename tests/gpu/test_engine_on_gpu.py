@@ -147,7 +147,7 @@ def test_what_cannot_be_recorded_runs_as_it_is() -> None:
     engine = sum_engine(LooksAtValues())
     for bucket in engine.report.buckets:
         assert bucket.runner == "eager"
-        assert bucket.reason.startswith("recording a CUDA graph failed")
+        assert bucket.reason.startswith("recording failed")
     assert engine(torch.ones(3, 3, 2, 2)).tolist() == [24.0] * 3
     assert sum_engine()(torch.ones(3, 3, 2, 2)).tolist() == [[12.0]] * 3, "a later engine records again"
 

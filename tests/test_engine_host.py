@@ -1,0 +1,245 @@
+"""Recorded forwards on the CPU: the same bits as the model's, other operators between ours, new weights, memory."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from engine_models import SIZE, first_stages, images, small_network
+from torch import Tensor, nn
+
+from effkernels import _library, ops
+from effkernels.engine import InferenceEngine
+from effkernels.engine.host import NotRecordableError, Recording
+
+pytestmark = pytest.mark.skipif(not _library.is_loaded(), reason="the compiled library is not there")
+OURS = torch.ops.effkernels
+
+
+@pytest.fixture(autouse=True)
+def inference() -> Iterator[None]:
+    with torch.inference_mode():
+        yield
+
+
+def channels_last(*shape: int, seed: int = 0) -> Tensor:
+    values = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+def assert_repeats(work: Any, x: Tensor, **arguments: Any) -> Recording:
+    """A recording of `work(x)` gives the same bits as the call, for other values in x, again and again."""
+    recording = Recording(lambda: work(x))
+    for seed in (5, 6, 5):
+        x.copy_(channels_last(*x.shape, seed=seed))
+        wanted = work(x)
+        recording.replay()
+        found = recording.output
+        pairs = [(found, wanted)] if isinstance(wanted, Tensor) else zip(found, wanted, strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+    return recording
+
+
+# ------------------------------------------------------------------------------------------------------- operators
+
+NORM = dict(zip(("norm_weight", "norm_bias", "norm_mean", "norm_var"), (0.9, 0.1, 0.2, 1.3), strict=True))
+
+
+def norm(channels: int, prefix: str = "") -> dict[str, Tensor]:
+    return {prefix + name: torch.full((channels,), value) for name, value in NORM.items()}
+
+
+def excite(channels: int) -> dict[str, Any]:
+    weights = {"w_reduce": (4, channels), "b_reduce": (4,), "w_expand": (channels, 4), "b_expand": (channels,)}
+    return {name: torch.randn(shape, generator=torch.Generator().manual_seed(3)) for name, shape in weights.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])  # with the weights kept in another form, and without
+def test_every_operator(batch: int, dtype: torch.dtype) -> None:
+    x = channels_last(batch, 40, 9, 11).to(dtype)
+    wide, depthwise, larger = torch.randn(72, 40, 1, 1), torch.randn(40, 1, 3, 3), torch.randn(72, 1, 5, 5)
+    dense = torch.randn(8, 40, 3, 3)
+    first: dict[str, Any] = {**norm(40), "padding": (1, 1, 1, 1), "activation": "silu"}
+    gated = {**first, **excite(40)}
+    stem = {**norm(8), "padding": (1, 1, 1, 1)}
+    both = {**norm(72, "expand_"), **norm(72), "padding": (2, 2, 2, 2)}
+    assert_repeats(lambda x: ops.depthwise_bn_act(x, depthwise, **first), x)
+    assert_repeats(lambda x: ops.depthwise_bn_act_squeeze(x, depthwise, **first), x)
+    assert_repeats(lambda x: ops.depthwise_bn_act_gate(x, depthwise, **gated), x)
+    assert_repeats(lambda x: ops.depthwise_bn_act_se(x, depthwise, **gated), x)
+    assert_repeats(lambda x: ops.conv_bn_act(x, dense, **stem), x)
+    assert_repeats(lambda x: ops.pointwise_bn_act(x, wide, activation="silu"), x)
+    assert_repeats(lambda x: ops.expand_depthwise_squeeze(x, wide, larger, **both), x)
+
+
+def test_the_gate_alone() -> None:
+    pooled, weights = torch.rand(2, 40), tuple(excite(40).values())
+    recording = Recording(lambda: ops.squeeze_excite_gate(pooled, *weights))
+    pooled.mul_(-3.0)
+    recording.replay()
+    assert torch.equal(recording.output, ops.squeeze_excite_gate(pooled, *weights))
+
+
+def test_results_may_lie_where_results_lay_but_kept_weights_may_not() -> None:
+    """A chain long enough that memory is used again, with weights laid out on the way."""
+    weights = [torch.randn(64, 64, 1, 1, generator=torch.Generator().manual_seed(i)) / 8 for i in range(12)]
+    scales = norm(64)
+
+    def chain(x: Tensor) -> Tensor:
+        for weight in weights:
+            x = ops.pointwise_bn_act(x, weight, **scales, activation="relu6")
+        return x
+
+    recording = assert_repeats(chain, channels_last(1, 64, 8, 8))
+    one = 64 * 64 * 4
+    assert recording.weight_bytes == 12 * one
+    assert 2 * one <= recording.result_bytes <= 3 * one
+
+
+def test_other_operators_between_ours_are_repeated_too() -> None:
+    weight = torch.randn(16, 16, 1, 1) / 4
+
+    def mixed(x: Tensor) -> tuple[Tensor, Tensor]:
+        y = ops.pointwise_bn_act(x, weight)
+        z = torch.nn.functional.max_pool2d(y, 3, 2, 1)  # makes something new
+        z = z.flatten(2).unflatten(2, (4, 4))  # copies, for all its name says
+        z = z.contiguous(memory_format=torch.channels_last).relu_()  # writes its argument
+        y = ops.pointwise_bn_act(z, weight, activation="silu")
+        return y.mean((2, 3)), torch.cat([y, z], 1)[:, 3:, ::2]
+
+    assert_repeats(mixed, channels_last(2, 16, 8, 8))
+
+
+@pytest.mark.parametrize(
+    ("work", "message"),
+    [
+        (lambda x: x + 1, "no kernel of effkernels"),
+        (lambda x: ops.pointwise_bn_act(x, torch.ones(2, 4, 1, 1)) * float(x.sum()), "instead of tensors"),
+        (lambda x: ops.pointwise_bn_act(x.contiguous(), torch.ones(2, 4, 1, 1)), "cannot be recorded; allowed"),
+        (lambda x: ops.squeeze_excite_gate(x[0, 0].T, torch.ones(2, 5), None, torch.ones(5, 2), None), "pooled"),
+    ],
+)
+def test_what_cannot_be_repeated_is_refused(work: Any, message: str) -> None:
+    x = channels_last(1, 4, 5, 6)
+    with pytest.raises((NotRecordableError, RuntimeError), match=message):
+        Recording(lambda: work(x))
+    assert OURS.cpu_record("begin") == 0  # nothing is left half recorded
+    assert OURS.cpu_record("end") == 0
+
+
+def test_pieces_are_numbered_and_freed() -> None:
+    with pytest.raises(RuntimeError, match="piece=123456 of a recording is not there"):
+        OURS.cpu_replay(123456)
+    with pytest.raises(RuntimeError, match="what='stop'; allowed: begin, cut, end"):
+        OURS.cpu_record("stop")
+    with pytest.raises(RuntimeError, match="does not record"):
+        OURS.cpu_record("cut")
+    x, weight = channels_last(1, 16, 8, 8), torch.ones(16, 16, 1, 1)
+    recording = Recording(lambda: ops.pointwise_bn_act(x, weight))
+    output, piece = recording.output, _newest_piece()
+    assert OURS.cpu_recorded_bytes(piece)[0] >= output.nbytes
+    del recording
+    gc.collect()
+    with pytest.raises(RuntimeError, match=f"piece={piece} of a recording is not there"):
+        OURS.cpu_recorded_bytes(piece)
+    assert torch.equal(output, ops.pointwise_bn_act(x, weight))  # its memory stays for whoever holds it
+
+
+def _newest_piece() -> int:
+    """The number of the piece before the one that is made, and freed, here."""
+    OURS.cpu_record("begin")
+    ops.pointwise_bn_act(channels_last(1, 16, 8, 8), torch.ones(16, 16, 1, 1))
+    piece: int = OURS.cpu_record("cut")
+    OURS.cpu_record("end")
+    OURS.cpu_forget(piece)
+    return piece - 1
+
+
+def test_a_recording_sees_its_own_thread_alone() -> None:
+    x, weight = channels_last(1, 16, 8, 8), torch.ones(16, 16, 1, 1)
+    OURS.cpu_record("begin")
+    try:
+        other = threading.Thread(target=lambda: ops.pointwise_bn_act(x, weight))
+        other.start()
+        other.join()
+        assert OURS.cpu_record("cut") == 0
+    finally:
+        OURS.cpu_record("end")
+
+
+# ---------------------------------------------------------------------------------------------------------- engines
+
+
+def kinds(engine: InferenceEngine) -> set[str]:
+    return {bucket.runner for bucket in engine.report.buckets}
+
+
+def test_a_recorded_engine_gives_the_bits_of_an_eager_one() -> None:
+    model = small_network(10)
+    recorded = InferenceEngine(model, batch_sizes=(1, 2, 5), input_size=SIZE)
+    eager = InferenceEngine(model, batch_sizes=(1, 2, 5), input_size=SIZE, cuda_graph=False)
+    assert (kinds(recorded), kinds(eager)) == ({"recorded"}, {"eager"})
+    for count in (1, 2, 3, 5, 7, 1):
+        x = images(count, seed=count)
+        assert torch.equal(recorded(x), eager(x))
+
+
+def test_an_engine_of_feature_maps_is_recorded() -> None:
+    model = first_stages()
+    engine = InferenceEngine(model, batch_sizes=(2,), input_size=SIZE)
+    assert kinds(engine) == {"recorded"}
+    x = images(2)
+    for found, wanted in zip(engine(x), model(x.contiguous(memory_format=torch.channels_last)), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_new_weights_are_recorded_anew() -> None:
+    """Of one image the kernels keep the weights in another form, which new values must reach."""
+    with torch.inference_mode(False):
+        model = small_network(10)
+    engine = InferenceEngine(model, batch_sizes=(1, 3), input_size=SIZE)
+    x = images(1)
+    before = engine(x)
+    with torch.inference_mode(False), torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.05)
+    assert torch.equal(engine(x), before)
+    engine.refresh()
+    wanted = InferenceEngine(model, batch_sizes=(1, 3), input_size=SIZE, cuda_graph=False)(x)
+    assert not torch.equal(wanted, before)
+    assert torch.equal(engine(x), wanted)
+    assert kinds(engine) <= {"recorded", "not prepared"}
+
+
+def test_what_a_recording_does_not_see_is_found_out() -> None:
+    class Sly(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 3, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = ops.pointwise_bn_act(x, self.weight).mean((2, 3))
+            return y + torch.from_numpy(x.numpy().max(axis=(1, 2, 3), keepdims=True)[:, 0, 0])  # behind its back
+
+    engine = InferenceEngine(Sly(), batch_sizes=(2,), input_size=4)
+    (bucket,) = engine.report.buckets
+    assert bucket.runner == "eager"
+    assert "another result" in bucket.reason
+    x = images(2, size=4)
+    assert torch.equal(engine(x), Sly()(x.contiguous(memory_format=torch.channels_last)))
+
+
+def test_the_memory_of_recordings_is_in_the_bound() -> None:
+    model = small_network(10)
+    bounds = [
+        InferenceEngine(copy.deepcopy(model), batch_sizes=(1, 2), input_size=SIZE, cuda_graph=how).memory_bound_bytes
+        for how in (False, True)
+    ]
+    weights = sum(value.nbytes for value in model.parameters())
+    assert bounds[0] + weights / 2 < bounds[1] < bounds[0] + 2 * weights
