@@ -197,6 +197,26 @@ def _optimized(case: Case) -> Runner:
     return _module_runner("optimized (timm)", case, model, channels_last=case.channels_last, packages=("timm",))
 
 
+def _engine_missing(case: Case) -> str | None:
+    if case.numbers.autocast is not None:
+        return f"an engine has one dtype, and {case.precision} is autocast"
+    return _optimized_missing(case)
+
+
+def _engine(case: Case) -> Runner:
+    """As a user has it: what goes in is copied, what comes out is the caller's."""
+    engine = effkernels.InferenceEngine(
+        _timm_model(case), dtype=case.numbers.dtype, device=case.torch_device,
+        batch_sizes=(case.batch,), input_size=case.img_size,
+    )  # fmt: skip
+    (bucket,) = engine.report.buckets
+
+    def convert(images: Tensor) -> Tensor:
+        return images.to(case.torch_device, case.numbers.dtype).to(memory_format=_layout(case.channels_last))
+
+    return Runner(f"engine, {bucket.runner} (timm)", convert, engine.run, ("timm",))
+
+
 def _eager(case: Case, channels_last: bool) -> Runner:
     model, source, packages = plain_network(case)
     name = "eager-channels-last" if channels_last else "eager"
@@ -408,6 +428,7 @@ CONTENDERS: dict[str, Contender] = {
         ),
         Contender("timm", "timm's as it comes", ("cpu", "cuda"), _timm_missing, _timm),
         Contender("optimized", "timm's model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized),
+        Contender("engine", "timm's model in an InferenceEngine", ("cpu", "cuda"), _engine_missing, _engine),
         Contender("torchvision", "torchvision's as it comes", ("cpu", "cuda"), _torchvision_missing, _torchvision),
         Contender("onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime),
         Contender("openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino),

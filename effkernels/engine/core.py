@@ -198,7 +198,9 @@ class Core:
         self._no_rows = first_rows(output, 0)
         self._measured = {smallest: activations}
         self._bytes_per_image = -(-(images.nbytes + nbytes(output)) // smallest)
-        if not self.place.recordings_share and self._runner(smallest).kind == "eager":  # a recording shows what it holds
+        if (
+            not self.place.recordings_share and self._runner(smallest).kind == "eager"
+        ):  # a recording shows what it holds
             self._runners.clear()
         self._refused = {
             size: f"above max_memory_bytes={limit}"
