@@ -557,7 +557,7 @@ class TestModels:
     def test_compilers_join_where_there_is_time(self) -> None:
         few = models.contenders_for("cuda", 30.0)
         assert few == ["effkernels", "eager", "eager-channels-last", "effkernels-graph", "eager-channels-last-graph",
-                       "timm", "optimized", "torchvision"]  # fmt: skip
+                       "timm", "optimized", "engine", "torchvision"]  # fmt: skip
         assert set(models.contenders_for("cuda", 100.0)) - set(few) == {"compile", "compile-graph"}
         everything = models.contenders_for("cuda", 1000.0)
         assert set(everything) - set(few) == set(models._COMPILES)

@@ -39,8 +39,16 @@ def test_logits_equal_timms_at_native_resolutions(name: str) -> None:
     ours = twin(name, peer)
     _, height, width = ours.config.input_size
     x = images(1, height, width)
+    own, threads = [], torch.get_num_threads()
     with torch.inference_mode():
-        assert_parity(ours(x), in_both_layouts(peer, x), in_float64(peer, x), name)
+        try:
+            # B2 at 260 by timm: off by 6.4e-6 with one thread and by 2.7e-6 with two, by chance (see in_both_layouts).
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                own += in_both_layouts(peer, x)
+        finally:
+            torch.set_num_threads(threads)
+        assert_parity(ours(x), own, in_float64(peer, x), name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
