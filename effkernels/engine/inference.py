@@ -36,9 +36,11 @@ _MEMORY_FORMATS = (torch.channels_last, torch.contiguous_format)
 class InferenceEngine:
     """A copy of a model, prepared once and then run at any batch size; safe to call from many threads.
 
-    The copy is in eval mode, optimized and on its device; on a GPU every batch size is recorded as a CUDA graph. The
-    model that is given stays as it is, and `refresh` takes over its weights when they have changed. Work of several
-    threads is done one batch after the other.
+    The copy is in eval mode, optimized and on its device, and the forward of every batch size is recorded once and then
+    replayed without its Python: as a CUDA graph on a GPU, on a CPU as calls of effkernels' kernels with those of other
+    operators between them. What cannot be recorded runs as it is, and the report says why. The model that is given
+    stays as it is, and `refresh` takes over its weights when they have changed. Work of several threads is done one
+    batch after the other.
 
     The result of an image does not depend on the images beside it in a bucket. Which bucket it is in depends on how
     many there are, and between buckets the last bits may differ where the model's operators do: effkernels' CPU kernels
@@ -52,7 +54,7 @@ class InferenceEngine:
         memory_format: torch.channels_last, or torch.contiguous_format.
         batch_sizes: buckets to prepare. Other numbers of images are cut into them, the last one padded.
         device: None: the model's.
-        cuda_graph: record a CUDA graph for each bucket, where the device is a GPU.
+        cuda_graph: record and replay; False: call the model every time, for a forward with effects of its own.
         input_size: pixels of a square, (height, width) or (channels, height, width); None: what the model's
             configuration says.
         max_latency_ms: how long `submit` lets the first image of a batch wait for others, in milliseconds.
@@ -71,8 +73,8 @@ class InferenceEngine:
             out, and photographs: the weights, the activations of the largest bucket, inputs and results of its own.
             Activations are counted in a forward of the smallest and of the largest bucket, without what an operator
             takes for itself and gives back. A GPU's bound is at least what PyTorch's allocator reserved during the
-            warm-up. On a CPU allocators round up: there EfficientNet-B0, run with 16 images at 224, grows a process by
-            some 140 MB where 87 are counted.
+            warm-up. On a CPU every recorded bucket holds its own activations, and that of one image the weights once
+            more, as the kernels lay them out; there allocators round up beyond what is counted.
 
     Raises:
         TypeError: a model that is no module or cannot be copied; an output that is not made of tensors.
@@ -249,7 +251,8 @@ class InferenceEngine:
     def refresh(self, model: nn.Module | None = None) -> None:
         """Take over the weights of the model after they have changed.
 
-        They are written into the memory where the engine's weights are, so that CUDA graphs stay valid.
+        They are written into the memory where the engine's weights are, so that CUDA graphs stay valid; on a CPU
+        the recordings are made anew.
 
         Args:
             model: None: the one the engine was made with, which its owner still has to hold: the engine keeps only a

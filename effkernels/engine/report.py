@@ -12,8 +12,9 @@ class BucketReport:
 
     Attributes:
         batch: images.
-        runner: "cuda graph", "eager", "not prepared" or, where the memory limit leaves no room for it, "refused".
-        reason: why it is not a CUDA graph; "" where it is.
+        runner: "cuda graph" or, on a CPU, "recorded"; "eager", "not prepared" or, where the memory limit leaves no room
+            for it, "refused".
+        reason: why it is not recorded; "" where it is.
         memory_bytes: the engine's memory bound with this batch size as the largest.
     """
 
