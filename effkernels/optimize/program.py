@@ -77,10 +77,12 @@ MOST_ROWS = 4  # of what a linear layer is given, up to which its weights' way f
 def is_few_rows(x: Any, weight: Tensor) -> bool:
     """Whether a linear layer with that weight had better go through `multiply_rows`: a few rows on a CPU.
 
-    Compiled, it never does: the graph would depend on the number of rows.
+    Compiled, it never does: the graph would depend on the number of rows. Nor under a mode that watches functions of
+    PyTorch: whoever does that waits for F.linear (as class activation maps do).
     """
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_torch_function_mode_enabled()
         and isinstance(x, Tensor)
         and x.is_cpu
         and x.dim() == 2
