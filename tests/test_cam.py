@@ -175,7 +175,7 @@ def test_optimised_models_have_the_same_maps_and_stay_fused(name: str) -> None:
         model(x)
     with Called() as watched:
         maps = class_activation_map(model, x, 7).maps
-    # Of two images the classifier, too, goes through an operator; watched it is the linear layer that the maps are read off.
+    # Of two images the classifier goes through an operator, too; watched it is the linear layer that the maps need.
     assert watched.calls["effkernels"] == unwatched.calls["effkernels"] - 1 > 30
     assert_parity(maps, same_dtype, truth, "maps")
 
