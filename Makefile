@@ -57,7 +57,7 @@ test-asan: setup ## the same with every load and store checked for bounds and al
 test-triton: setup ## run the Triton kernels on the CPU, by Triton's interpreter: parity, opcheck, compile
 	EFFKERNELS_TEST_FLAVOUR=triton $(PYTEST) -m interpreted $(TEST_ARGS)
 
-bench: setup ## time EfficientNet-B0, ours and timm's optimised and in an engine, against PyTorch eager and torch.compile (BENCH_ARGS adds flags)
+bench: setup ## time EfficientNet-B0, ours and timm's made fast, against eager PyTorch and torch.compile (BENCH_ARGS adds flags)
 	$(BIN)/effkernels bench --model efficientnet_b0 --batch-size 1 16 \
 	  --contender effkernels optimized engine eager eager-channels-last compile $(BENCH_ARGS)
 
