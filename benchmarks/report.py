@@ -103,7 +103,8 @@ def report(groups: Sequence[Group]) -> str:
         "Written by `benchmarks/report.py` from the rows in this folder. All contenders of a table ran in turns in one",
         "process with the same weights; times of different tables are not comparable. Peak memory is the growth of the",
         "resident set during a call (CPU), or the most that PyTorch's allocator had handed out (GPU), in a process of",
-        "its own per contender. The relative error is that of the logits (or results) against float64.",
+        "its own per contender; what a recorded engine holds is there before the call. The relative error is that of",
+        "the logits (or results) against float64.",
     ]
     for device in dict.fromkeys(group.device for group in groups):
         lines += ["", f"## {device}"]

@@ -428,7 +428,10 @@ CONTENDERS: dict[str, Contender] = {
         ),
         Contender("timm", "timm's as it comes", ("cpu", "cuda"), _timm_missing, _timm),
         Contender("optimized", "timm's model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized),
-        Contender("engine", "timm's model in an InferenceEngine", ("cpu", "cuda"), _engine_missing, _engine),
+        Contender(
+            "engine", "timm's model in an InferenceEngine, whose memory is there before the calls", ("cpu", "cuda"),
+            _engine_missing, _engine,
+        ),
         Contender("torchvision", "torchvision's as it comes", ("cpu", "cuda"), _torchvision_missing, _torchvision),
         Contender("onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime),
         Contender("openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino),
