@@ -122,6 +122,7 @@ def test_other_operators_between_ours_are_repeated_too() -> None:
         (lambda x: x + 1, "no kernel of effkernels"),
         (lambda x: ops.pointwise_bn_act(x, torch.ones(2, 4, 1, 1)) * float(x.sum()), "instead of tensors"),
         (lambda x: ops.pointwise_bn_act(x.contiguous(), torch.ones(2, 4, 1, 1)), "cannot be recorded; allowed"),
+        (lambda x: ops.pointwise_bn_act(x, torch.ones(2, 4, 1, 1), gate=torch.ones(1, 4, 2)[:, :, 0]), "gate would be"),
         (lambda x: ops.squeeze_excite_gate(x[0, 0].T, torch.ones(2, 5), None, torch.ones(5, 2), None), "pooled"),
     ],
 )

@@ -86,7 +86,6 @@ Param param_of(const char* op, const char* name, const Tensor& t, const Tensor& 
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == x.scalar_type(), op, ": ", name,
                   " has dtype ", name_of(t.scalar_type()), "; allowed: float32 or the input's ",
                   name_of(x.scalar_type()));
-  if (!t.is_contiguous() && std::string(name) == "gate") refuse_copy(name);  // the others are parameters
   keep.push_back(to_contiguous(t));
   return {keep.back().const_data_ptr(), dtype};
 }
@@ -234,7 +233,10 @@ Pointwise describe_pointwise(const char* op, const Tensor& x, const Tensor& weig
   p.activation = activation_of(op, (prefix + "activation").c_str(), activation);
   p.weight = param_of(op, (prefix + "weight").c_str(), weight, x, {out_channels, c, 1, 1}, keep);
   p.norm = norm_of(op, norm, x, out_channels, keep);
-  if (gate) p.gate = param_of(op, "gate", *gate, x, {n, c}, keep);
+  if (gate) {
+    if (!gate->is_contiguous()) refuse_copy("gate");
+    p.gate = param_of(op, "gate", *gate, x, {n, c}, keep);
+  }
   p.allow_tf32 = allow_tf32;
   p.batch = n, p.pixels = h * w, p.in_channels = c, p.out_channels = out_channels;
   const Tensor rows = to_rows(x, p.x_stride_p);

@@ -17,9 +17,9 @@ from effkernels.optimize.watching import Part, Watched
 
 _INDENT = "    "
 _SCALARS = (bool, int, float, str, type(None))
-# What may change without changing a fused result, or is read at every call.
 _CONV_SETTINGS = ("stride", "padding", "dilation", "groups")
 _NORM_NAMES = ("norm_weight", "norm_bias", "norm_mean", "norm_var", "eps")
+# What may change without changing a fused result, or is read at every call.
 _UNREAD = frozenset({"training", "inplace", "eps", "momentum", "track_running_stats"})
 
 
