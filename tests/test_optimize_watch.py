@@ -21,11 +21,6 @@ def network() -> nn.Module:
     return randomise(Network())
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return images(2, 33, 35)
-
-
 # ------------------------------------------------------------------------------------------- the watch and its limits
 
 
@@ -51,10 +46,10 @@ def test_a_second_call_looks_at_nothing_that_did_not_change(network: nn.Module) 
         assert _watch_of(block).parts(block) is not None
 
 
-def test_a_watch_stays_behind_when_its_module_is_copied_or_restored(network: nn.Module, x: Tensor) -> None:
+def test_a_watch_stays_behind_when_its_module_is_copied_or_restored(network: nn.Module) -> None:
     effkernels.optimize_(network)
     with torch.no_grad():
-        network(x)
+        network(images(2, 33, 35))
     block = network.blocks[0]
     for other in (copy.copy(block), copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
         assert _watch_of(other).parts(other) is None
