@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from effkernels import _library, backends, gpus
+from effkernels import _library, gpus
 from effkernels.gpus import Gpu
 from effkernels.models import create_model, model_config
 
@@ -189,7 +190,7 @@ def plan_model(
         raise RuntimeError(
             f"a plan needs the compiled library, which holds the kernels' plans: {_library.load_error()}"
         )
-    model = create_model(name, device="meta", dtype=PRECISIONS[precision]).eval()
+    model = create_model(name, device="meta", dtype=PRECISIONS[precision], backend="cpu").eval()
     images = torch.empty(
         (batch_size, 3, img_size, img_size),
         dtype=PRECISIONS[precision],
@@ -230,7 +231,7 @@ def record_calls(model: nn.Module, images: Tensor) -> list[Call]:
     """The calls that a forward makes: of this project's operators, and of PyTorch's that would launch something."""
     recorder = _Recorder(model)
     # On the meta device the CPU's operators stand for all: only the shape functions run, which all devices share.
-    with torch.no_grad(), backends.backend("cpu"), recorder.watching_modules(), recorder:
+    with torch.no_grad(), recorder.watching_modules(), recorder:
         model(images)
     return recorder.calls
 
@@ -247,13 +248,19 @@ class _Recorder(TorchDispatchMode):
 
     @contextmanager
     def watching_modules(self) -> Iterator[None]:
-        """Keeps track of which module runs, by hooks on all modules at once: those leave a block fusible."""
+        """Keeps track of which module runs, by hooks on all modules at once: those leave a block fusible.
+
+        Modules that other threads run meanwhile do not count.
+        """
+        thread = threading.get_ident()
 
         def enter(module: nn.Module, *_: Any) -> None:
-            self._running.append(self._paths[id(module)])
+            if threading.get_ident() == thread:
+                self._running.append(self._paths[id(module)])
 
         def leave(*_: Any) -> None:
-            self._running.pop()
+            if threading.get_ident() == thread:
+                self._running.pop()
 
         before = nn.modules.module.register_module_forward_pre_hook(enter)
         after = nn.modules.module.register_module_forward_hook(leave)

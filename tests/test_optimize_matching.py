@@ -37,6 +37,15 @@ class Custom(torch.autograd.Function):
         (lambda x: x * F.relu6(x + 3) / 6, "hard_swish"),
         (nn.GELU(), "gelu"),
         (nn.GELU(approximate="tanh"), "gelu_tanh"),
+        (nn.Hardtanh(0.0, 20.0), None),
+        (nn.Hardtanh(-1e30, 1e30), None),
+        (lambda x: x.clamp(min=-100.0), None),
+        (lambda x: torch.where(x > 1e20, x * 0.5, x), None),
+        (lambda x: torch.nan_to_num(x), None),
+        (lambda x: torch.roll(x, 3, dims=1), None),
+        (lambda x: F.channel_shuffle(x, 3), None),
+        (lambda x: x.narrow(1, 0, 3), None),
+        (lambda x: F.interpolate(x, size=(11, 13)), None),
         (nn.Softplus(), None),
         (nn.LeakyReLU(), None),
         (nn.Softmax(1), None),
@@ -378,6 +387,8 @@ def test_a_wrong_match_is_found_out_by_trying_it() -> None:
 class SizedLayer(nn.Module):
     """Pads by numbers that depend on the size of the image; `extra` more than SAME does."""
 
+    __module__ = "transformers.models.of_this_test"
+
     def __init__(self, extra: int) -> None:
         super().__init__()
         self.conv, self.norm, self.act = nn.Conv2d(8, 8, 3, 2, groups=8), nn.BatchNorm2d(8), nn.ReLU6()
@@ -401,6 +412,13 @@ def test_a_layer_that_cannot_be_traced_is_guessed_and_the_guess_is_tried() -> No
             assert_parity(layer(x), plain(x), copy.deepcopy(plain).double()(x.double()))
     (block,) = effkernels.optimize_(SizedLayer(2).eval()).blocks
     assert not block.fused
+
+
+def test_a_layer_of_unknown_origin_is_not_guessed() -> None:
+    layer = type("Own", (SizedLayer,), {"__module__": "somebodys"})(0).eval()
+    (block,) = effkernels.optimize_(layer).blocks
+    assert not block.fused
+    assert "its forward cannot be traced" in block.reason
 
 
 def test_quantised_convolutions_stay() -> None:

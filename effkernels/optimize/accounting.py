@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from effkernels import _library, gpus
 from effkernels.backends import DTYPES
+from effkernels.optimize.twins import Twins, on_meta
 from effkernels.plan import Call, plan_call, record_calls
 
 
@@ -77,44 +80,33 @@ def try_forward(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[For
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     images = torch.empty(1, *input_size, dtype=dtype, device="meta")
-    watched = _Watched(model)
-    # By the place that holds it, once each: a module that stands in two places of the model must not be put back twice,
-    # nor a tensor that two modules share once only.
-    tensors = {
-        ".".join(filter(None, ("model", path, name))): torch.empty_like(tensor, device="meta")
-        for path, module in model.named_modules()
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
     try:
-        torch.func.functional_call(watched, tensors, (images,), tie_weights=False)
+        twin = Twins(model, plain=False, convert=on_meta).root
+        shapes: dict[str, tuple[int, ...]] = {}
+        with _watching(twin, shapes):
+            calls = record_calls(twin, images)
     except Exception as error:  # the model is anybody's, and this only decides whether there are figures
         line = str(error).strip().partition("\n")[0]
         return None, f"launches and bytes are not counted: {type(error).__name__}: {line}"
-    return Forward(watched.calls, watched.shapes), ""
+    return Forward(calls, shapes), ""
 
 
-class _Watched(nn.Module):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-        self.training = model.training
-        self.calls: list[Call] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}
+@contextlib.contextmanager
+def _watching(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iterator[None]:
+    """Fill in the shape of what each module is called with first; modules of other threads do not count."""
+    paths = {id(module): path for path, module in model.named_modules()}
+    thread = threading.get_ident()
 
-    def forward(self, images: Tensor) -> None:
-        paths = {id(module): path for path, module in self.model.named_modules()}
+    def see(module: nn.Module, args: tuple[Any, ...]) -> None:
+        path = paths.get(id(module)) if threading.get_ident() == thread else None
+        if path is not None and args and isinstance(args[0], Tensor):
+            shapes.setdefault(path, tuple(args[0].shape))
 
-        def see(module: nn.Module, args: tuple[Any, ...]) -> None:
-            path = paths.get(id(module))
-            if path is not None and args and isinstance(args[0], Tensor):
-                self.shapes.setdefault(path, tuple(args[0].shape))
-
-        handle = nn.modules.module.register_module_forward_pre_hook(see)
-        try:
-            self.calls = record_calls(self.model, images)
-        finally:
-            handle.remove()
+    handle = nn.modules.module.register_module_forward_pre_hook(see)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def costs_of(forward: Forward | None, groups: Sequence[frozenset[str]]) -> list[Cost | None]:

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from effkernels.optimize.optimizer import restore_, undisturbed
-from effkernels.optimize.probing import Unknown, activation_of, norm_activation_of
+from effkernels.optimize.optimizer import as_it_was_on_failure, restore_
+from effkernels.optimize.probing import activation_of, norm_activation_of
 from effkernels.optimize.survey import Survey, Unit
+from effkernels.optimize.unknown import Unknown
+from effkernels.optimize.verifying import undisturbed
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "relu": nn.ReLU,
@@ -41,7 +44,12 @@ def fold_bn_(model: nn.Module) -> int:
     Returns:
         How many norms were folded.
     """
-    restore_(model)
+    with as_it_was_on_failure(model):
+        restore_(model)
+        return _fold_all(model)
+
+
+def _fold_all(model: nn.Module) -> int:
     found: list[tuple[str, str]] = []
 
     def collect(unit: Unit) -> bool:
@@ -56,18 +64,20 @@ def fold_bn_(model: nn.Module) -> int:
         pairs = list(dict.fromkeys(found))  # one that two methods share counts once
         uses = Counter(path for pair in pairs for path in pair)
         shared = _used_more_than_once(model)
-        folded = 0
+        folded: list[_Folded] = []
         for conv_path, norm_path in pairs:
             conv, norm = model.get_submodule(conv_path), model.get_submodule(norm_path)
             assert isinstance(conv, nn.Conv2d)
             assert isinstance(norm, BatchNorm)
             alone = uses[conv_path] == uses[norm_path] == 1 and not {id(conv), id(norm), id(conv.weight)} & shared
             if alone and not any(tensor.is_meta for tensor in conv.parameters()):
-                _fold(conv, norm)
-                owner, _, leaf = norm_path.rpartition(".")
-                model.get_submodule(owner)._modules[leaf] = _activation_module(norm)
-                folded += 1
-    return folded
+                folded.append(_folded(conv, norm, norm_path))
+    # Nothing before this line has changed the model, and nothing behind it can fail.
+    for one in folded:
+        owner, _, leaf = one.norm_path.rpartition(".")
+        one.conv.weight, one.conv.bias = one.weight, one.bias
+        model.get_submodule(owner)._modules[leaf] = one.left
+    return len(folded)
 
 
 def convert_sync_batchnorm(module: nn.Module, process_group: object = None) -> nn.Module:
@@ -110,7 +120,18 @@ class SyncBatchNormAct(nn.SyncBatchNorm):
         return y
 
 
-def _fold(conv: nn.Conv2d, norm: BatchNorm) -> None:
+@dataclass(frozen=True)
+class _Folded:
+    """A convolution with the norm behind it in its weights, and what is left of the norm."""
+
+    conv: nn.Conv2d
+    norm_path: str
+    weight: nn.Parameter
+    bias: nn.Parameter
+    left: nn.Module
+
+
+def _folded(conv: nn.Conv2d, norm: BatchNorm, norm_path: str) -> _Folded:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = (norm.running_var.double() + norm.eps).rsqrt()
@@ -122,8 +143,13 @@ def _fold(conv: nn.Conv2d, norm: BatchNorm) -> None:
         shift = shift + norm.bias.double()
     trained = conv.weight.requires_grad
     weight = (conv.weight.double() * scale[:, None, None, None]).to(conv.weight)
-    conv.weight = nn.Parameter(weight, requires_grad=trained)
-    conv.bias = nn.Parameter(shift.to(conv.weight), requires_grad=trained)
+    return _Folded(
+        conv,
+        norm_path,
+        nn.Parameter(weight, requires_grad=trained),
+        nn.Parameter(shift.to(conv.weight), requires_grad=trained),
+        _activation_module(norm),
+    )
 
 
 def _activation_module(norm: BatchNorm) -> nn.Module:

@@ -5,19 +5,19 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from effkernels import backends
 from effkernels.optimize.accounting import Cost, Forward, costs_of, input_size_of, try_forward
-from effkernels.optimize.classifier import swap_classifiers
+from effkernels.optimize.program import MOST_ROWS, Program
 from effkernels.optimize.report import BlockReport, NotFusedError, Report
 from effkernels.optimize.survey import FILTERED, Entry, Method, Survey, Unit
-from effkernels.optimize.swapping import is_swapped, swap, unswap
+from effkernels.optimize.swapping import OWN_PREFIX, is_swapped, swap, unswap
 from effkernels.optimize.tracing import GuessedTrace, is_plain_container
-from effkernels.optimize.verifying import GUESS_SIZES, SMALL_SIZES, difference
+from effkernels.optimize.unknown import Unknown
+from effkernels.optimize.verifying import GUESS_SIZES, SMALL_SIZES, difference, undisturbed
 from effkernels.optimize.writing import write
 
 
@@ -64,14 +64,34 @@ def optimize_(
     if backend not in allowed:
         raise ValueError(f"backend={backend!r} is not a backend; allowed: {', '.join(allowed)}")
     size = input_size_of(model, input_size)
-    restore_(model)
-    with undisturbed(model):
-        return _optimize(model, backend, filter_fn, strict, size)
+    with as_it_was_on_failure(model):
+        restore_(model)
+        with undisturbed(model):
+            return _optimize(model, backend, filter_fn, strict, size)
 
 
 def restore_(model: nn.Module) -> int:
     """Take `optimize_` back; returns how many blocks ran fused."""
     return sum(unswap(module) for module in model.modules() if is_swapped(module))
+
+
+@contextlib.contextmanager
+def as_it_was_on_failure(model: nn.Module) -> Iterator[None]:
+    """Put back the classes of a model's modules and what `optimize_` gave them, should the block fail."""
+    before = [
+        (module, type(module), {name: value for name, value in module.__dict__.items() if name.startswith(OWN_PREFIX)})
+        for module in model.modules()
+    ]
+    try:
+        yield
+    except BaseException:
+        for module, cls, own in before:
+            if type(module) is not cls:
+                module.__class__ = cls
+            for name in [name for name in module.__dict__ if name.startswith(OWN_PREFIX)]:
+                del module.__dict__[name]
+            module.__dict__.update(own)
+        raise
 
 
 def _optimize(
@@ -85,9 +105,11 @@ def _optimize(
     fitter = _Fitter(backend, before)
     survey = Survey(model, filter_fn or (lambda name, module: True), fitter.accept)
     survey.run()
-    fused = {path for entry in survey.entries if entry.fused for path in entry.paths}
-    if fused:
-        fitter.notes += swap_classifiers(model, before, fused, survey.allows, backend)
+    if fitter.unverified:
+        fitter.notes.append(
+            f"{fitter.unverified} modules have no weights to compare with: each runs as written until its first call "
+            "with weights has compared the fused form with it"
+        )
     order = {path: position for position, (path, _) in enumerate(model.named_modules())}
     entries = sorted(survey.entries, key=lambda entry: min(order[path] for path in entry.paths))
     after = None
@@ -102,7 +124,6 @@ def _optimize(
         notes=(*survey.notes, *fitter.notes, *([problem] if problem and entries else [])),
     )
     if strict and any(block.reason not in ("", FILTERED) for block in report.blocks):
-        restore_(model)
         raise NotFusedError(report)
     return report
 
@@ -128,41 +149,56 @@ class _Fitter:
         self._backend = backend
         self._forward = forward
         self.notes: list[str] = []
+        self.unverified = 0  # modules whose programs are compared with the original at their first use
 
     def accept(self, unit: Unit) -> bool:
         """Swap a unit if its programs hold; else its lines of the report say why not."""
-        programs = {}
+        programs: dict[str, Program] = {}
+        unverified: dict[str, tuple[tuple[int, ...], ...]] = {}
         for method in unit.methods:
-            problem = self._problem(unit, method)
-            if isinstance(problem, str):
+            name = method.trace.method
+            try:
+                programs[name], unknown = self._program(unit, method)
+            except Unknown as reason:
                 for entry in method.entries:
-                    entry.fused, entry.reason = False, problem
+                    entry.fused, entry.reason = False, str(reason)
                 if not method.entries:
-                    self.notes.append(f"{unit.path}.{method.trace.method}: {problem}".lstrip("."))
-            else:
-                programs[method.trace.method] = problem
+                    self.notes.append(f"{unit.path}.{name}: {reason}".lstrip("."))
+                continue
+            if unknown:
+                unverified[name] = tuple(self._shapes(unit, method))
+            for node in method.match.linears:
+                path = f"{unit.path}.{node.target}".lstrip(".")
+                self.notes.append(f"{path}: batches of up to {MOST_ROWS} go through pointwise_bn_act on a CPU")
         if programs:
-            swap(unit.module, programs)
+            swap(unit.module, programs, unverified)
+        if unverified:
+            self.unverified += 1
         return bool(programs)
 
-    def _problem(self, unit: Unit, method: Method) -> Any:
-        """The program of a method, or why it cannot be used."""
-        name = method.trace.method
+    def _program(self, unit: Unit, method: Method) -> tuple[Program, bool]:
+        """The program of a method, and whether it is still to be compared with the method.
+
+        Raises:
+            Unknown: it cannot be used; the message says why.
+        """
         try:
             for entry in method.entries:
                 entry.backend = "+".join(dict.fromkeys(self._backends(unit.module, entry.ops)))
         except RuntimeError as refusal:
-            return str(refusal)
+            raise Unknown(str(refusal)) from refusal
         program = write(method.trace, method.match, method.roles, self._backend, len(method.entries))
         if not method.entries and is_plain_container(unit.module):
-            return program  # it only hands tensors on
-        original, shapes = getattr(type(unit.module), name), self._shapes(unit, method)
-        with _forced(self._backend):
-            problem = difference(unit.module, original, program, shapes)
-            if isinstance(method.trace, GuessedTrace):
-                for size in GUESS_SIZES:
-                    problem = problem or difference(unit.module, original, program, [(1, shapes[0][1], *size)])
-        return problem or program
+            return program, False  # it only hands tensors on
+        shapes = self._shapes(unit, method)
+        tries = [shapes]
+        if isinstance(method.trace, GuessedTrace):
+            tries += [[(1, shapes[0][1], *size)] for size in GUESS_SIZES]
+        problems = [difference(unit.module, method.trace.method, program, each) for each in tries]
+        problem = next((problem for problem in problems if problem), "")
+        if problem:
+            raise Unknown(problem)
+        return program, None in problems
 
     def _backends(self, module: nn.Module, ops: Sequence[str]) -> Iterator[str]:
         """The backend of each operator, where the module is now."""
@@ -170,9 +206,8 @@ class _Fitter:
         if example is None:
             return
         x = torch.empty((1, 1, 1, 1), dtype=example.dtype, device=example.device)
-        with _forced(self._backend):
-            for op in ops:
-                yield backends.choose(op, x)
+        for op in ops:
+            yield backends.choose(op, x, backend=self._backend)
 
     def _shapes(self, unit: Unit, method: Method) -> list[tuple[int, ...]]:
         """Shapes of inputs to try a method on."""
@@ -193,27 +228,3 @@ def _first_channels(method: Method) -> int:
             if conv is not None:
                 return conv.in_channels
     return 3
-
-
-def _forced(backend: str) -> contextlib.AbstractContextManager[None]:
-    return contextlib.nullcontext() if backend == "auto" else backends.backend(backend)
-
-
-@contextlib.contextmanager
-def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and gradients, autocast, inference mode and the random state out of the way."""
-    modes = [(module, module.training) for module in model.modules()]
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        for device in ("cpu", "cuda"):
-            stack.enter_context(torch.autocast(device, enabled=False))
-        used = {p.get_device() for p in model.parameters() if p.is_cuda}
-        stack.enter_context(torch.random.fork_rng(devices=sorted(used)))
-        try:
-            for module, _ in modes:
-                module.training = False
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training

@@ -1,15 +1,19 @@
 """What a module or a function computes, found out by calling it instead of by knowing its name.
 
-Libraries write the same activation as a module, as a function and as an autograd function of their own. Called on a
-fixed float64 probe they tell themselves apart: silu is what returns silu's values. A convolution or a norm of an
-unknown subclass is called as a twin of a few channels with random parameters, so that this costs the same for every
-width and works for models on the meta device.
+Libraries write the same activation as a module, as a function and as an autograd function of their own. Called on fixed
+float64 probes they tell themselves apart: silu is what returns silu's values. The probes have several shapes, with
+sizes that no constant of a model fits all of (a shuffle of channels in 3 groups is the identity of 3 channels), and
+values over the whole range of float32, infinities and NaN among them (a clip at 20 is a relu of small numbers). A
+module of an unknown class is only probed where its forward does the same at every size (`is_uniform`). A convolution or
+a norm of an unknown subclass is called as a twin of a few channels with random parameters, so that this costs the same
+for every width and works for models on the meta device.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from effkernels.nn.fusible import is_untouched
 from effkernels.nn.padding import PaddedConv2d, explicit_padding, same_padding
+from effkernels.optimize.twins import Twins
+from effkernels.optimize.unknown import Unknown
 from effkernels.reference import ACTIVATIONS, GATES, activate, apply_gate
 
 _TOLERANCE = 1e-12  # float64 on values below 10: equal formulas agree to a few roundings, unlike ones differ by 1e-4
@@ -45,45 +50,57 @@ class Padding:
         return Padding(tuple(a + b for a, b in zip(self.sides, sides, strict=True)))  # type: ignore[arg-type]
 
 
-class Unknown(Exception):
-    """A module or function is not what was looked for; the message says why, as it stands in a report."""
+@functools.cache
+def probes() -> tuple[Tensor, ...]:
+    """Images in float64 on the CPU. No dimension but the batch has a size twice, and no size divides another."""
+    return tuple(_probe(shape) for shape in ((2, 3, 11, 13), (1, 8, 9, 7), (2, 11, 6, 13), (1, 13, 1, 10)))
 
 
-def probe() -> Tensor:
-    """(2, 3, 5, 7), float64, on the CPU: values from -9 to 9 in an order that no axis follows."""
-    count = 2 * 3 * 5 * 7
-    order = (torch.arange(count, device="cpu") * 89) % count  # 89 is prime to the count: a permutation
-    return torch.linspace(-9.0, 9.0, count, dtype=torch.float64, device="cpu")[order].reshape(2, 3, 5, 7)
+def _probe(shape: tuple[int, ...]) -> Tensor:
+    """Values from -9 to 9 in an order that no axis follows, and among them powers of ten, infinities and NaN."""
+    powers = torch.logspace(-45, 38, 84, dtype=torch.float64, device="cpu")
+    special = torch.tensor([0.0, -0.0, 20.5, -20.5, 255.5, -255.5, float("inf"), -float("inf"), float("nan")])
+    odd = torch.cat([special.double(), powers, -powers])
+    count = math.prod(shape)
+    small = torch.linspace(-9.0, 9.0, count, dtype=torch.float64, device="cpu")
+    if count >= 2 * len(odd):
+        small = torch.cat([small[::2][: count - len(odd)], odd])[:count]
+        small = torch.cat([small, torch.linspace(-9.0, 9.0, count - len(small), dtype=torch.float64, device="cpu")])
+    order = (torch.arange(count, device="cpu") * 89) % count  # 89 is prime to every count: a permutation
+    return small[order].reshape(shape)
 
 
 def activation_of(function: Callable[[Tensor], Any]) -> str | None:
     """The name in `ACTIVATIONS` of an elementwise function ("identity" among them), or None."""
-    found = _answer(function)
-    return None if found is None else _activation_from(probe(), found)
+    found = _answers(function)
+    return None if found is None else _name_of(found, {name: _activation(name) for name in ACTIVATIONS})
 
 
 def returns_its_input(function: Callable[[Tensor], Any]) -> bool:
     """Whether a function gives back the very tensor, or a view of it, and not a copy that may be written to."""
-    x = probe()
+    x = probes()[0].clone()
     try:
         found = function(x)
-    except Exception:  # as in _answer
+    except Exception:  # as in _answers
         return False
     return isinstance(found, Tensor) and found.data_ptr() == x.data_ptr()
 
 
 def gate_of(function: Callable[[Tensor], Any]) -> str | None:
     """The name in `GATES` of an elementwise function, or None."""
-    x, found = probe(), _answer(function)
-    return None if found is None else next((name for name in GATES if _equal(found, apply_gate(x, name))), None)
+    found = _answers(function)
+    return None if found is None else _name_of(found, {name: _gate(name) for name in GATES})
 
 
 def is_mean_over_image(function: Callable[[Tensor], Any]) -> bool:
     """Whether a function takes (N, C, H, W) to its means, (N, C) or (N, C, 1, 1)."""
-    x, found = probe(), _answer(function)
-    if found is None or found.shape not in ((2, 3), (2, 3, 1, 1)):
+    images = [x.nan_to_num(0.5, 8.0, -8.0).clamp(-9.0, 9.0) for x in probes()]
+    found = _answers(function, images)
+    if found is None or any(
+        y.shape not in (x.shape[:2], (*x.shape[:2], 1, 1)) for x, y in zip(images, found, strict=True)
+    ):
         return False
-    return _equal(found.flatten(1), x.mean((2, 3)))
+    return all(_equal(y.flatten(1), x.mean((2, 3))) for x, y in zip(images, found, strict=True))
 
 
 def padding_of(conv: nn.Conv2d) -> Padding:
@@ -103,9 +120,11 @@ def padding_of(conv: nn.Conv2d) -> Padding:
     for child in conv.children():
         if isinstance(child, nn.ZeroPad2d):
             candidates.append(Padding(own).around(sides_of(child.padding)) or Padding(own))
-    twin = _twin_of_conv(conv)
+    twins = _twins_of_conv(conv)
+    twin = twins.root
+    assert isinstance(twin, nn.Conv2d)
     for candidate in candidates:
-        if _pads_like(twin, candidate):
+        if _pads_like(twin, candidate) and not twins.written():
             return candidate
     raise Unknown(f"the forward of {_class_name(conv)} is not a convolution of its weight with a padding known here")
 
@@ -120,15 +139,20 @@ def norm_activation_of(norm: BatchNorm) -> str:
         return "identity"
     generator = torch.Generator(device="cpu").manual_seed(0)
     mean, var, weight, bias = torch.rand(4, 3, generator=generator, dtype=torch.float64, device="cpu").add(0.5).unbind()
-    twin = _twin(norm)
+    twins = _twins(norm)
+    twin = twins.root
     count = torch.tensor(0, device="cpu")
     twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias)}
     twin.__dict__["_buffers"] = {"running_mean": mean, "running_var": var, "num_batches_tracked": count}
-    x = probe()
-    normalised = F.batch_norm(x, mean, var, weight, bias, training=False, eps=norm.eps)
-    found = _answer(twin)
-    activation = None if found is None else _activation_from(normalised, found)
-    if activation is None:
+    twins.settle()
+
+    def normalise(activation: str, x: Tensor) -> Tensor:
+        return activate(F.batch_norm(x, mean, var, weight, bias, training=False, eps=norm.eps), activation)
+
+    found = _answers(twin, probes()[:1])
+    known = {name: functools.partial(normalise, name) for name in ACTIVATIONS}
+    activation = None if found is None else _name_of(found, known)
+    if activation is None or twins.written():
         raise Unknown(f"the forward of {_class_name(norm)} is not a batch norm with an activation known here")
     return activation
 
@@ -143,33 +167,52 @@ def _class_name(module: nn.Module) -> str:
     return f"{type(module).__module__}.{type(module).__qualname__}"
 
 
-def _answer(function: Callable[[Tensor], Any]) -> Tensor | None:
-    """What a function makes of the probe; None where it cannot take it."""
-    try:
-        found = function(probe())
-    except Exception:  # any error whatever only says that it is not the function looked for
-        return None
-    return found if isinstance(found, Tensor) and found.dtype == torch.float64 and found.is_cpu else None
+def _answers(function: Callable[[Tensor], Any], images: Sequence[Tensor] | None = None) -> list[Tensor] | None:
+    """What a function makes of each probe; None where it cannot take one of them."""
+    answers = []
+    for x in probes() if images is None else images:
+        try:
+            found = function(x.clone())
+        except Exception:  # any error whatever only says that it is not the function looked for
+            return None
+        if not isinstance(found, Tensor) or found.dtype != torch.float64 or not found.is_cpu:
+            return None
+        answers.append(found)
+    return answers
+
+
+def _name_of(found: list[Tensor], known: Mapping[str, Callable[[Tensor], Tensor]]) -> str | None:
+    """The name of the function that gives these answers to the probes."""
+    for name, function in known.items():
+        if all(_equal(one, function(x)) for one, x in zip(found, probes(), strict=False)):
+            return name
+    return None
+
+
+def _activation(name: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: activate(x, name)
+
+
+def _gate(name: str) -> Callable[[Tensor], Tensor]:
+    return lambda x: apply_gate(x, name)
 
 
 def _equal(found: Tensor, wanted: Tensor) -> bool:
-    return found.shape == wanted.shape and bool(torch.allclose(found, wanted, rtol=0.0, atol=_TOLERANCE))
+    return found.shape == wanted.shape and bool(
+        torch.allclose(found, wanted, rtol=_TOLERANCE, atol=_TOLERANCE, equal_nan=True)
+    )
 
 
-def _activation_from(x: Tensor, found: Tensor) -> str | None:
-    return next((name for name in ACTIVATIONS if _equal(found, activate(x, name))), None)
+def _twins(module: nn.Module) -> Twins:
+    """A twin in eval mode, whose parameters can be replaced without touching the original."""
+    twins = Twins(module)
+    for twin in twins.root.modules():
+        twin.training = False
+    twins.settle()
+    return twins
 
 
-def _twin(module: nn.Module) -> nn.Module:
-    """A shallow copy in eval mode whose parameters can be replaced without touching the original."""
-    twin = object.__new__(type(module))  # copy.copy goes through __getstate__, which some modules refuse
-    twin.__dict__.update(module.__dict__)
-    twin.training = False
-    twin.__dict__["_modules"] = {name: copy.deepcopy(child).eval() for name, child in module.named_children()}
-    return twin
-
-
-def _twin_of_conv(conv: nn.Conv2d) -> nn.Conv2d:
+def _twins_of_conv(conv: nn.Conv2d) -> Twins:
     depthwise = conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1
     if conv.groups > 1 and not depthwise:
         raise Unknown(f"groups={conv.groups} of {conv.in_channels} channels is neither dense nor depthwise")
@@ -177,19 +220,24 @@ def _twin_of_conv(conv: nn.Conv2d) -> nn.Conv2d:
     shape = (_TWIN_CHANNELS, 1 if depthwise else _TWIN_CHANNELS, *conv.kernel_size)
     weight = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     bias = torch.randn(_TWIN_CHANNELS, generator=generator, dtype=torch.float64, device="cpu")
-    twin = _twin(conv)
+    twins = _twins(conv)
+    twin = twins.root
     assert isinstance(twin, nn.Conv2d)
     twin.in_channels = twin.out_channels = _TWIN_CHANNELS
     twin.groups = _TWIN_CHANNELS if depthwise else 1
     twin.__dict__["_parameters"] = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias)}
-    return twin
+    twins.settle()
+    return twins
 
 
 def _pads_like(conv: nn.Conv2d, padding: Padding) -> bool:
-    """Whether a twin computes a convolution with that padding, on sizes of every remainder of its stride."""
+    """Whether a twin computes a convolution with that padding, on sizes of every remainder of its stride, large ones
+    among them: a padding might depend on more of the size than that.
+    """
     generator = torch.Generator(device="cpu").manual_seed(1)
     smallest = max(d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)) + 4
-    for height, width in ((smallest, smallest + 1), (smallest + 3, smallest + 2)):
+    sizes = ((smallest, smallest + 1), (smallest + 3, smallest + 2), (smallest, 1030), (1031, smallest), (129, 130))
+    for height, width in sizes:
         x = torch.randn(2, _TWIN_CHANNELS, height, width, generator=generator, dtype=torch.float64, device="cpu")
         if padding.sides is None:
             vertical = same_padding(height, conv.kernel_size[0], conv.stride[0], conv.dilation[0])
@@ -203,7 +251,7 @@ def _pads_like(conv: nn.Conv2d, padding: Padding) -> bool:
         wanted = F.conv2d(padded, weight, bias, conv.stride, 0, conv.dilation, conv.groups)
         try:
             found = conv(x)
-        except Exception:  # as in _answer
+        except Exception:  # as in _answers
             return False
         if not isinstance(found, Tensor) or not _equal(found, wanted):
             return False
@@ -213,8 +261,3 @@ def _pads_like(conv: nn.Conv2d, padding: Padding) -> bool:
 def _sides(conv: nn.Conv2d) -> Sides:
     vertical, horizontal = int(conv.padding[0]), int(conv.padding[1])
     return vertical, vertical, horizontal, horizontal
-
-
-def untouched_tree(module: nn.Module) -> bool:
-    """Whether nothing is attached to a module or to anything inside it."""
-    return all(is_untouched(one) for one in module.modules())

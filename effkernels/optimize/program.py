@@ -1,10 +1,9 @@
-"""A fused forward as two small Python functions: written from a match, compiled once, carried along as data.
+"""A fused forward as a small Python function: written from a match, compiled once, carried along as data.
 
-`look` walks the modules' own dicts to the parts it needs and declines (returns None) where any of them is no longer
-what the match saw. `run` takes the parts and calls the fused operators and, for the rest, what the original forward
-calls. As source they can be pickled with the model, read in a traceback, and traced by torch.compile; as straight code
-`run` costs little more than the operators (a loop over steps would cost half as much again). A second look is seldom
-needed: see `effkernels.optimize.watching`.
+It takes its parameters and modules from a guard (`effkernels.optimize.guarding`), which declines where any module is no
+longer what the match saw, and calls the fused operators and, for the rest, what the original forward calls. As source
+it can be pickled with the model, read in a traceback, and traced by torch.compile; as straight code it costs little
+more than the operators (a loop over steps would cost half as much again).
 
 Memory format: the result has the format of the input. For an NCHW input everything between is channels_last, and goes
 back to NCHW before whatever might depend on strides, and at the end.
@@ -13,6 +12,7 @@ back to NCHW before whatever might depend on strides, and at the end.
 from __future__ import annotations
 
 import builtins
+import copy
 import functools
 import linecache
 import types
@@ -23,15 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from effkernels import backends, ops
-from effkernels.nn.fusible import is_untouched, parameters_of
+from effkernels.nn.fusible import is_untouched
 from effkernels.nn.padding import same_padding
-from effkernels.optimize.watching import Part, Watched
-
-
-def has_parameters(module: nn.Module) -> bool:
-    """Whether weight and bias, or None in their place, lie where they are looked for."""
-    parameters = parameters_of(module)
-    return "weight" in parameters and "bias" in parameters
+from effkernels.optimize.guarding import Guard, is_plain_tensor, replaced_method
+from effkernels.optimize.swapping import BOUND
 
 
 def inward(x: Any, convert: bool) -> Any:
@@ -66,51 +61,58 @@ def same(x: Tensor, kernel: tuple[int, int], stride: int, dilation: int) -> tupl
     )
 
 
-def keeps_expanded(x: Tensor) -> bool:
+def keeps_expanded(x: Tensor, backend: str) -> bool:
     """Whether the expanded tensor of a block had better never become one, as in `effkernels.nn.MBConv`."""
-    return x.is_cpu and backends.selected() in ("auto", "cpu")
+    return x.is_cpu and (backends.selected() if backend == "auto" else backend) in ("auto", "cpu")
 
 
 MOST_ROWS = 4  # of what a linear layer is given, up to which its weights' way from memory is all that counts
 
 
-def is_few_rows(x: Any, weight: Tensor) -> bool:
-    """Whether a linear layer with that weight had better go through `multiply_rows`: a few rows on a CPU.
+def linear(module: Any, x: Any, backend: str) -> Any:
+    """`module(x)` for an `nn.Linear` with many weights.
+
+    Its weights are read once per batch, 5 MB for B0's classifier. With one image in the batch that is all it does, and
+    BLAS does it on one thread, in a tenth of the time of the whole fused network; the fused 1x1 convolution shares the
+    rows of the weights among the threads. From a handful of images on it is a matrix product like any other, and BLAS
+    keeps it.
+    """
+    if _is_few_rows(module, x, backend):
+        weight, bias = module._parameters["weight"], module._parameters["bias"]
+        return ops.pointwise_bn_act(x[:, :, None, None], weight[:, :, None, None], bias, backend=backend).flatten(1)
+    return module(x)
+
+
+def _is_few_rows(module: Any, x: Any, backend: str) -> bool:
+    """Whether `linear` had better use the operator: a few rows, on a CPU.
 
     Compiled, it never does: the graph would depend on the number of rows. Nor under a mode that watches functions of
     PyTorch: whoever does that waits for F.linear (as class activation maps do).
     """
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_torch_function_mode_enabled()
-        and isinstance(x, Tensor)
-        and x.is_cpu
-        and x.dim() == 2
-        and 1 <= x.shape[0] <= MOST_ROWS
-        and x.shape[1] == weight.shape[1]
-        and x.dtype == weight.dtype
-        and x.dtype in backends.DTYPES
-        and backends.selected() in ("auto", "cpu")
-    )
-
-
-def multiply_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` of (N, C_in) by the fused 1x1 convolution: each row is an image of one pixel."""
-    return ops.pointwise_bn_act(x[:, :, None, None], weight[:, :, None, None], bias).flatten(1)
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_torch_function_mode_enabled()
+        or (backends.selected() if backend == "auto" else backend) not in ("auto", "cpu")
+        or not (isinstance(x, Tensor) and x.is_cpu and x.dim() == 2 and 1 <= x.shape[0] <= MOST_ROWS)
+        or type(module) is not nn.Linear
+        or not is_untouched(module)
+        or replaced_method(module)
+    ):
+        return False
+    weight, bias = module._parameters.get("weight"), module._parameters.get("bias", False)
+    if not isinstance(weight, Tensor) or bias is False or not (is_plain_tensor(weight) and is_plain_tensor(bias)):
+        return False
+    return x.shape[1] == weight.shape[1] and x.dtype == weight.dtype and x.dtype in backends.DTYPES
 
 
 _BASE: dict[str, Any] = {
     "__builtins__": builtins,  # and no __name__: torch.compile would look for the names in the module of that name
     "Tensor": Tensor,
-    "has_parameters": has_parameters,
     "inward": inward,
-    "is_few_rows": is_few_rows,
-    "is_untouched": is_untouched,
     "keeps_expanded": keeps_expanded,
     "like": like,
-    "multiply_rows": multiply_rows,
+    "linear": linear,
     "outward": outward,
-    "parameters_of": parameters_of,
     "same": same,
     "squeeze": squeeze,
     **{name: getattr(ops, name) for name in ops.__all__},
@@ -121,16 +123,13 @@ class Program:
     """The fused form of one method of a module.
 
     Attributes:
-        source: of the functions `look(self)`, which returns the parts or None where it declines, and
-            `run(self, x, parts)`.
+        source: of the function `run(self, x, parts)`, which returns None where it declines.
         names: what the source names besides the helpers of this file: classes, functions, constants.
         argument: name of the method's first argument.
         defaults: the other arguments with the values that the program holds for.
         ignored: those of them that may have any value.
-        backend: that its operators are forced to, or "auto".
         fused: blocks that it runs fused.
-        watched: what of the modules `look` goes by.
-        parts: what it returns.
+        guard: which has the parts, and declines where the modules are not what they were.
     """
 
     def __init__(
@@ -140,27 +139,21 @@ class Program:
         argument: str,
         defaults: Mapping[str, Any],
         ignored: frozenset[str],
-        backend: str,
         fused: int,
-        watched: tuple[Watched, ...],
-        parts: tuple[Part, ...],
+        guard: Guard,
     ) -> None:
         self.source = source
         self.names = dict(names)
         self.argument = argument
         self.defaults = dict(defaults)
         self.ignored = ignored
-        self.backend = backend
         self.fused = fused
-        self.watched = watched
-        self.parts = parts
-        self.look: Callable[[Any], tuple[Any, ...] | None]
-        self.compute: Callable[[Any, Any, tuple[Any, ...]], Any]
-        self.look, self.compute = _functions(source, self.names)
+        self.guard = guard
+        self.compute: Callable[[Any, Any, tuple[Any, ...]], Any] = _function(source, self.names)
 
     def run(self, module: Any, x: Any) -> Any:
-        """Look, and compute; None where either declines."""
-        parts = self.look(module)
+        """The result for `x`; None where the guard or the function declines."""
+        parts = self.guard.take(module, BOUND + self.argument)
         return None if parts is None else self.compute(module, x, parts)
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -176,22 +169,23 @@ class Program:
         return x
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Program:
-        return self  # nothing in it ever changes
+        return Program(*self._state(), copy.deepcopy(self.guard, memo))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Program, (
-            *(self.source, self.names, self.argument, self.defaults),
-            *(self.ignored, self.backend, self.fused, self.watched, self.parts),
-        )
+        return Program, (*self._state(), self.guard)
+
+    def _state(self) -> tuple[str, dict[str, Any], str, Mapping[str, Any], frozenset[str], int]:
+        return self.source, self.names, self.argument, self.defaults, self.ignored, self.fused
 
 
 @functools.cache
-def _codes(source: str) -> tuple[types.CodeType, ...]:
+def _code(source: str) -> types.CodeType:
     file = f"<effkernels program {len(linecache.cache)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     module = compile(source, file, "exec")
-    return tuple(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
+    (code,) = (constant for constant in module.co_consts if isinstance(constant, types.CodeType))
+    return code
 
 
-def _functions(source: str, names: Mapping[str, Any]) -> list[types.FunctionType]:
-    return [types.FunctionType(code, {**_BASE, **names}, code.co_name) for code in _codes(source)]
+def _function(source: str, names: Mapping[str, Any]) -> types.FunctionType:
+    return types.FunctionType(_code(source), {**_BASE, **names}, "run")

@@ -12,10 +12,11 @@ from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from effkernels.backends import DEPTHWISE_KERNEL_SIZES
+from effkernels.nn.fusible import is_untouched
+from effkernels.optimize.guarding import is_plain_tensor, replaced_method
 from effkernels.optimize.probing import (
     Padding,
     Sides,
-    Unknown,
     activation_of,
     gate_of,
     is_mean_over_image,
@@ -23,9 +24,11 @@ from effkernels.optimize.probing import (
     padding_of,
     returns_its_input,
     sides_of,
-    untouched_tree,
 )
 from effkernels.optimize.tracing import PADS
+from effkernels.optimize.twins import Twins
+from effkernels.optimize.uniform import is_uniform
+from effkernels.optimize.unknown import Unknown
 
 _ADDITIONS = frozenset({operator.add, operator.iadd, torch.add, "add", "add_"})
 _PRODUCTS = frozenset({operator.mul, operator.imul, torch.mul, "mul", "mul_"})
@@ -144,8 +147,13 @@ class Roles:
             return Role("opaque", self._refused[str(node.target)])
         if len(node.args) != 1 or not isinstance(node.args[0], fx.Node) or node.kwargs:
             return Role("opaque", "called with more than one argument")
-        if not untouched_tree(module):
-            return Role("opaque", "a hook or a replaced forward is attached to it")
+        for one in module.modules():
+            replaced = replaced_method(one)
+            if replaced or not is_untouched(one):
+                return Role("opaque", f"its {replaced} was replaced" if replaced else "a hook is attached to it")
+            if not all(map(is_plain_tensor, (*one._parameters.values(), *one._buffers.values()))):
+                kinds = {type(t).__name__ for t in one._parameters.values() if not is_plain_tensor(t)}
+                return Role("opaque", f"its weights are no plain tensors but {', '.join(sorted(kinds))}")
         try:
             if isinstance(module, nn.Conv2d):
                 return Role("conv", _convolution(str(node.target), module, str(node.target) in self._padded))
@@ -159,7 +167,15 @@ class Roles:
             return Role("pad", sides_of(module.padding))
         if next(module.parameters(), None) is not None or next(module.buffers(), None) is not None:
             return Role("opaque", f"{type(module).__name__} is not known")
-        return _by_probe(module)
+        twins = Twins(module, watched=True)
+        role = _by_probe(twins.root)
+        if role.kind == "opaque":
+            return role
+        if twins.written():
+            return Role("opaque", f"{type(module).__name__} writes to its attribute {twins.written()}")
+        if not is_uniform(module, may_reshape=role.kind == "pool"):
+            return Role("opaque", f"what {type(module).__name__} does may depend on the size of the image")
+        return role
 
     def _of_function(self, node: fx.Node) -> Role:
 

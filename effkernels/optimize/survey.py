@@ -15,9 +15,9 @@ import torch
 from torch import fx, nn
 
 from effkernels.optimize.matching import Match, Step, match
-from effkernels.optimize.probing import Unknown
 from effkernels.optimize.roles import Roles
 from effkernels.optimize.tracing import GuessedTrace, Trace, common_path, is_plain_container, owner_of
+from effkernels.optimize.unknown import Unknown
 
 FILTERED = "left out by filter_fn"
 # In some libraries these do the work and are called on their own too; `forward` then calls them.
@@ -199,7 +199,13 @@ class Survey:
             return None
         units = sum(method.roles.of(node).kind == "unit" for node in method.trace.graph.nodes)
         alone = [gate for gate in found.gates if not gate.with_depthwise and not _is_read(gate, found)]
-        if not found.steps and not alone and units < (1 if is_plain_container(module) else 2):
+        found.linears = [
+            node
+            for node in found.linears
+            if self.allows(_join(path, str(node.target)), module.get_submodule(str(node.target)))
+        ]
+        gains = found.steps or alone or (found.linears and self._units)
+        if not gains and units < (1 if is_plain_container(module) else 2):
             return None
         method.entries = [self._entry_of_step(path, step) for step in found.steps]
         method.entries += [

@@ -7,45 +7,65 @@ module can be copied and pickled like any other.
 
 from __future__ import annotations
 
-import contextlib
 import functools
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from effkernels import backends
-from effkernels.optimize.program import Program
-from effkernels.optimize.watching import Watch, hooks_registered
+if TYPE_CHECKING:
+    from effkernels.optimize.program import Program
 
-PROGRAMS = "_effkernels_programs"
+OWN_PREFIX = "_effkernels_"
+"""What the attributes that `optimize_` adds to modules start with."""
+PROGRAMS = OWN_PREFIX + "programs"
 """The attribute of a swapped module with its programs by method name."""
-_WATCH = "_effkernels_watch_"  # with the name of a method: the attribute with the watch over its program's modules
+UNVERIFIED = OWN_PREFIX + "unverified"
+"""The attribute with shapes to try a method on, by its name, where it has not been compared with the original yet."""
+BOUND = OWN_PREFIX + "bound_"
+"""With the name of a method: the attribute with the objects that its program's guard compares."""
 
 
 def is_swapped(module: nn.Module) -> bool:
     """Whether a module runs programs."""
-    return issubclass(type(module), _Swapped)
+    return PROGRAMS in module.__dict__
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that a swapped module had."""
-    return cls._effkernels_original if issubclass(cls, _Swapped) else cls
+    """The class that a swapped module had; any other class, one derived later from a swapped one too, as it is."""
+    found: type[nn.Module] = cls.__dict__.get("_effkernels_original", cls)
+    return found
 
 
-def swap(module: nn.Module, programs: Mapping[str, Program]) -> None:
-    """Let `module` run `programs`, by name of the method that each replaces."""
+def swap(
+    module: nn.Module, programs: Mapping[str, Program], unverified: Mapping[str, tuple[tuple[int, ...], ...]]
+) -> None:
+    """Let `module` run programs.
+
+    Args:
+        module: changed in place.
+        programs: by name of the method that each replaces.
+        unverified: shapes to compare a program with its method on at its first use, by name of the method.
+    """
     module.__dict__[PROGRAMS] = dict(programs)
+    if unverified:
+        module.__dict__[UNVERIFIED] = dict(unverified)
     module.__class__ = swapped_class(type(module), tuple(sorted(programs)))
 
 
 def unswap(module: nn.Module) -> int:
-    """Take a swap back; returns how many blocks the module ran fused."""
-    programs: dict[str, Program] = module.__dict__.pop(PROGRAMS, {})
-    for name in programs:
-        module.__dict__.pop(_WATCH + name, None)
-    module.__class__ = original_class(type(module))
+    """Take a swap back; returns how many blocks the module ran fused.
+
+    Where somebody has since given the module a class derived from the swapped one (as parametrizations do), it keeps
+    that: without programs it runs the original forward.
+    """
+    programs: dict[str, Program] = module.__dict__.get(PROGRAMS, {})
+    for name in [name for name in module.__dict__ if name.startswith(OWN_PREFIX)]:
+        del module.__dict__[name]
+    if original_class(type(module)) is not type(module):
+        module.__class__ = original_class(type(module))
     return sum(program.fused for program in programs.values())
 
 
@@ -56,15 +76,22 @@ _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 class _Swapped:
     """What a swapped class has besides the original: programs, and the way to be copied and pickled."""
 
-    _effkernels_original: type[nn.Module]
-    _effkernels_methods: tuple[str, ...]
-    _effkernels_programs: Mapping[str, Program] = {}  # for an instance that somebody's code makes of the class
+    # Without annotations, which torch.jit.script would read.
+    _effkernels_programs = {}  # type: ignore[var-annotated] # noqa: RUF012  for an instance that somebody's code makes of the class
+
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script compiles instead of this module: the same without programs."""
+        from effkernels.optimize.twins import Twins
+
+        return Twins(self, share=True).root  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time and cannot be found by its name: the original and the methods say what it is.
         reduced: tuple[Any, ...] = super().__reduce_ex__(max(2, int(protocol)))  # type: ignore[assignment]
-        original = (self._effkernels_original, self._effkernels_methods)
-        return _new, (*original, *reduced[1][1:]), *reduced[2:]
+        cls: Any = type(self)
+        if original_class(cls) is cls:  # derived later from a swapped class: a class of its own
+            return reduced
+        return _new, (cls._effkernels_original, cls._effkernels_methods, *reduced[1][1:]), *reduced[2:]
 
 
 def swapped_class(original: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
@@ -89,34 +116,62 @@ def _new(original: type[nn.Module], methods: tuple[str, ...], *arguments: Any) -
     return cls.__new__(cls, *arguments)
 
 
-def _parts(module: nn.Module, name: str, program: Program) -> tuple[Any, ...] | None:
-    """What the program takes out of its modules; None where they are not what it was made for."""
-    watch: Watch | None = module.__dict__.get(_WATCH + name)
-    parts = None if watch is None else watch.parts(module)
-    if parts is None:
-        hooks = hooks_registered()
-        parts = program.look(module)
-        if parts is not None:
-            with contextlib.suppress(KeyError):
-                module.__dict__[_WATCH + name] = Watch(module, program.watched, program.parts, hooks)
-    return parts
-
-
 def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
+    key = BOUND + name
+
     @functools.wraps(original)
     def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
         program: Program | None = self._effkernels_programs.get(name)
         if program is not None and not self.training:
             x = args[0] if len(args) == 1 and not kwargs else program.input_of(args, kwargs)
-            parts = program.look(self) if torch.compiler.is_compiling() else _parts(self, name, program)
-            if parts is not None:
-                if program.backend == "auto":
+            if (
+                isinstance(x, Tensor)
+                and not _wants_plain()
+                and (UNVERIFIED not in self.__dict__ or _verify(self, name))
+            ):
+                parts = program.guard.take(self, key)
+                if parts is not None:
                     result = program.compute(self, x, parts)
-                else:
-                    with backends.backend(program.backend):
-                        result = program.compute(self, x, parts)
-                if result is not None:
-                    return result
+                    if result is not None:
+                        return result
         return original(self, *args, **kwargs)
 
     return fused
+
+
+def _wants_plain() -> bool:
+    """Whether somebody looks at the operations: torch.jit.trace, the ONNX exporters, a transform of torch.func."""
+    return not torch.compiler.is_dynamo_compiling() and (
+        torch._C._get_tracing_state() is not None
+        or torch._C._are_functorch_transforms_active()
+        or torch.onnx.is_in_onnx_export()
+    )
+
+
+def _verify(module: nn.Module, name: str) -> bool:
+    """Compare a program with the original forward, which could not be done before: whether it may be used.
+
+    `optimize_` had no weights to compare with, on the meta device or before any were loaded. Until there are some, and
+    while torch.compile or torch.export traces, the original runs.
+    """
+    pending: dict[str, tuple[tuple[int, ...], ...]] = module.__dict__[UNVERIFIED]
+    if name not in pending:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    from effkernels.optimize.verifying import difference, undisturbed
+
+    program = module.__dict__[PROGRAMS][name]
+    with undisturbed(module):
+        problem = difference(module, name, program, pending[name])
+    if problem is None:
+        return False
+    if problem:
+        warnings.warn(f"{type(module).__name__}.{name} runs as written: {problem}", RuntimeWarning, stacklevel=4)
+        module.__dict__[PROGRAMS] = {one: kept for one, kept in module.__dict__[PROGRAMS].items() if one != name}
+    left = {one: shapes for one, shapes in pending.items() if one != name}
+    if left:
+        module.__dict__[UNVERIFIED] = left
+    else:
+        del module.__dict__[UNVERIFIED]
+    return not problem

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,71 +11,107 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from effkernels.optimize.program import Program
+from effkernels.optimize.twins import Twins, double
 
 # Odd on purpose: what a padding or a stride gets wrong shows at the border of an odd image.
 SMALL_SIZES = ((9, 11), (65, 67))
 GUESS_SIZES = ((12, 10), (10, 13), (33, 34))
-_FACTOR = 2.0
+# What the random numbers are multiplied by, and how often PyTorch's own error is allowed. The rule of the operators'
+# tests counts at their usual size. Large numbers show what differs there alone, a clip at 20: an error of order one. A
+# softmax on the way makes rounding errors of them large, too, and unlike ones. A power of two rounds nothing.
+_SCALES = ((1.0, 2.0), (64.0, 16.0))
 
 
-def difference(
-    module: nn.Module,
-    original: Callable[..., Any],
-    program: Program,
-    shapes: Sequence[tuple[int, ...]],
-) -> str:
-    """Why `program` may not stand in for `original` (a method, unbound) of `module`; "" where it may.
+def difference(module: nn.Module, method: str, program: Program, shapes: Sequence[tuple[int, ...]]) -> str | None:
+    """Why `program` may not stand in for a method of `module`; "" where it may, None where nothing can be said yet.
 
     The program's error against the original run in float64 may be at most twice that of the original run as it is
-    (in the worse of the two memory formats), plus one rounding: what the tests of the operators ask for.
+    (in the worse of the two memory formats), plus one rounding: what the tests of the operators ask for. Everything is
+    run on twins of the module. Weights that nobody has filled yet, those on the meta device or that give no finite
+    number, say nothing.
 
     Args:
+        module: as it is, with its programs or without.
+        method: its name.
+        program: to be judged.
         shapes: of inputs, (N, C, H, W); the first that the original takes is used.
     """
     example = next((p for p in (*module.parameters(), *module.buffers()) if p.is_floating_point()), None)
-    if example is None or example.is_meta:
+    if example is None:
         return ""
+    if any(one.is_meta for one in (*module.parameters(), *module.buffers())):
+        return None
     complaint = "there is no input to try it on"
+    trial = _Trial(module, method, program)
     for shape in shapes:
-        x = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu").to(example)
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
         try:
-            kept = x.clone()
-            plain = [list(_tensors(original(module, one))) for one in _both_formats(x)]
-        except Exception as error:  # the size may not suit the module: the next one is tried
+            problems = [trial.problem((noise * scale).to(example), factor) for scale, factor in _SCALES]
+        except _NotTaken as error:  # the size may not suit the module: the next one is tried
             complaint = f"its forward does not take a random input of shape {tuple(shape)}: {error}"
             continue
-        if not torch.equal(x, kept):
-            return "its forward overwrites its input"
-        return _compare(module, original, program, x, plain)
+        if all(problem is None for problem in problems):
+            return None
+        return next((problem for problem in problems if problem), "")
     return complaint
 
 
-def _compare(
-    module: nn.Module, original: Callable[..., Any], program: Program, x: Tensor, plain: list[list[Tensor]]
-) -> str:
-    try:
-        found = program.run(module, x)
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"the fused operators refuse it: {error}"
-    if found is None:
-        return "it does not keep still: a second look at its modules found other settings than the first"
-    results = list(_tensors(found))
-    if [t.shape for t in results] != [t.shape for t in plain[0]]:
-        return "its fused form gave results of other shapes"
-    truth = list(_tensors(original(copy.deepcopy(module).double(), x.double())))
-    for result, first, second, exact in zip(results, *plain, truth, strict=True):
-        if not torch.isfinite(exact).all():
+class _NotTaken(Exception):
+    """The original does not take an input."""
+
+
+class _Trial:
+    """Twins of a module that run its method as it is, with the program, and in float64."""
+
+    def __init__(self, module: nn.Module, method: str, program: Program) -> None:
+        self._program = program
+        self._method = method
+        self._plain = Twins(module, watched=True)
+        self._fused = Twins(module, plain=False)
+        self._exact = Twins(module, convert=double)
+        modules = dict(self._plain.root.named_modules(remove_duplicate=False))
+        records = program.guard.records
+        self._stood_in_for = [modules[one.path] for one in records if one.attributes is not None]
+
+    def problem(self, x: Tensor, factor: float) -> str | None:
+        """What is wrong with the program's result for `x`; "" if nothing is, None if the numbers say nothing."""
+        kept = x.clone()
+        try:
+            plain = [self._run(self._plain, one) for one in (x, x.contiguous(memory_format=torch.channels_last))]
+        except Exception as error:
+            raise _NotTaken(str(error).strip().partition("\n")[0]) from error
+        if not torch.equal(x, kept):
+            return "its forward overwrites its input"
+        written = self._plain.written(self._stood_in_for)
+        if written:
+            return f"its forward writes to the attribute {written}"
+        try:
+            found = self._program.run(self._fused.root, x)
+        except (RuntimeError, TypeError, ValueError) as error:
+            return f"the fused operators refuse it: {error}"
+        if found is None:
+            return "its parameters are no plain tensors, or its modules are not what they were a moment ago"
+        ours = list(_tensors(found))
+        if [t.shape for t in ours] != [t.shape for t in plain[0]]:
+            return "its fused form gave results of other shapes"
+        return _judge(ours, plain, self._run(self._exact, x.double()), factor)
+
+    def _run(self, twins: Twins, x: Tensor) -> list[Tensor]:
+        return list(_tensors(getattr(type(twins.root), self._method)(twins.root, x)))
+
+
+def _judge(ours: list[Tensor], plain: list[list[Tensor]], truth: list[Tensor], factor: float) -> str | None:
+    judged = None
+    for result, first, second, exact in zip(ours, *plain, truth, strict=True):
+        if not torch.isfinite(exact).all() or not torch.isfinite(first).all():
             continue  # weights that nobody has filled yet say nothing
-        allowed = [_FACTOR * max(pair) for pair in zip(_error(first, exact), _error(second, exact), strict=True)]
+        judged = ""
+        allowed = [factor * max(pair) for pair in zip(_error(first, exact), _error(second, exact), strict=True)]
         rounding = torch.finfo(result.dtype).eps / 2
         for distance, most in zip(_error(result, exact), allowed, strict=True):
             if not distance <= most + rounding:
                 return f"its fused form is off by {distance:.2g}, where {most + rounding:.2g} is allowed"
-    return ""
-
-
-def _both_formats(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x, x.contiguous(memory_format=torch.channels_last)
+    return judged
 
 
 def _error(result: Tensor, truth: Tensor) -> tuple[float, float]:
@@ -91,3 +127,23 @@ def _tensors(result: Any) -> Iterator[Tensor]:
     """The floating tensors in a result."""
     leaves = pytree.tree_leaves(dict(result) if isinstance(result, dict) else result)
     return (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """The model in eval mode, and gradients, autocast, inference mode and the random state out of the way."""
+    modes = [(module, module.training) for module in model.modules()]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        used = {p.get_device() for p in model.parameters() if p.is_cuda}
+        stack.enter_context(torch.random.fork_rng(devices=sorted(used)))
+        try:
+            for module, _ in modes:
+                module.training = False
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

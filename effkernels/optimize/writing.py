@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+import keyword
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from effkernels.optimize.guarding import Guard, Part, Record, ancestors, record, record_called, record_container
 from effkernels.optimize.matching import Gate, Match, Step
 from effkernels.optimize.program import Program
 from effkernels.optimize.roles import Roles, is_format_free
-from effkernels.optimize.tracing import Trace, owner_of
-from effkernels.optimize.watching import Part, Watched
+from effkernels.optimize.tracing import Trace, is_plain_container, owner_of
+from effkernels.optimize.unknown import Unknown
 
 _INDENT = "    "
 _SCALARS = (bool, int, float, str, type(None))
-_CONV_SETTINGS = ("stride", "padding", "dilation", "groups")
 _NORM_NAMES = ("norm_weight", "norm_bias", "norm_mean", "norm_var", "eps")
-# What may change without changing a fused result, or is read at every call.
-_UNREAD = frozenset({"training", "inplace", "eps", "momentum", "track_running_stats"})
 
 
 def write(trace: Trace, match: Match, roles: Roles, backend: str, fused: int) -> Program:
@@ -32,26 +30,28 @@ def write(trace: Trace, match: Match, roles: Roles, backend: str, fused: int) ->
         roles: of the graph's nodes.
         backend: "auto", or the one to force.
         fused: how many blocks of the report this is.
+
+    Raises:
+        Unknown: the graph holds a name that is none.
     """
-    writer = _Writer(trace, match, roles)
+    writer = _Writer(trace, match, roles, backend)
     source = writer.write()
-    watched = tuple(Watched(path, settings) for path, settings in writer.watched.items())
-    parts = tuple(writer.parts)
-    return Program(source, writer.names, trace.argument, trace.defaults, trace.ignored, backend, fused, watched, parts)
+    guard = Guard(writer.records(), tuple(writer.parts))
+    return Program(source, writer.names, trace.argument, trace.defaults, trace.ignored, fused, guard)
 
 
 class _Writer:
-    def __init__(self, trace: Trace, match: Match, roles: Roles) -> None:
+    """Nothing of a model gets into the source but through `repr`, and names that are checked to be names."""
+
+    def __init__(self, trace: Trace, match: Match, roles: Roles, backend: str) -> None:
         self.names: dict[str, Any] = {}
-        self.watched: dict[str, tuple[str, ...]] = {}  # names of settings by path of the module
         self.parts: dict[Part, str] = {}  # with the variable that holds it
+        self._trace = trace
         self._root = trace.root
-        self._method = trace.method
+        self._backend = backend
         self._graph = trace.graph
         self._match = match
         self._roles = roles
-        self._walked: dict[str, str] = {"": "self"}  # path of a module: variable that holds it in `look`
-        self._look: list[str] = []
         self._lines: list[str] = []
         self._values: dict[fx.Node, str] = {}
         self._steps = {step.result: step for step in match.steps}
@@ -64,7 +64,6 @@ class _Writer:
     def write(self) -> str:
         order = self._needed()
         self._is_bound = any(self._is_plain(node) and not self._is_free(node) for node in order)
-        self._guard_all()
         last_uses = self._last_uses(order)
         for node in order:
             self._write_node(node)
@@ -72,16 +71,53 @@ class _Writer:
             gone += [name for name, reader in self._last_uses_of_gates(order).items() if reader is node]
             if gone and node.op != "output":
                 self._lines.append(f"del {', '.join(gone)}")
-        taken = [self._take(part) for part in self.parts]
-        self._look.append(f"return {_tuple_of(taken)}")
-        start = ["if not isinstance(x, Tensor) or x.dim() != 4:", _INDENT + "return None"]
+        start = ["if x.dim() != 4:", _INDENT + "return None"]
         if self.parts:
             start.append(f"{_tuple_of(list(self.parts.values()))} = parts")
             missing = [f"{name} is None" for part, name in self.parts.items() if part.kind == "buffer"]
             if missing:  # statistics may be dropped at any time
                 start += [f"if {' or '.join(missing)}:", _INDENT + "return None"]
         start.append("nchw = x.stride(1) != 1")
-        return _function("look(self)", self._look) + _function("run(self, x, parts)", start + self._lines)
+        lines = "".join(f"{_INDENT}{line}\n" for line in start + self._lines)
+        return f"def run(self, x, parts):\n{lines}"
+
+    def records(self) -> tuple[Record, ...]:
+        """What the program expects of every module on the way, and how it uses each."""
+        called: set[str] = set()
+        stood_in_for: dict[str, None] = {}
+        looked_into = dict.fromkeys(self._trace.looked_into)
+        for node in self._graph.nodes:
+            if node.op == "get_attr":
+                looked_into[str(node.target).rpartition(".")[0]] = None
+            looked_into[owner_of(node)] = None
+            if node.op != "call_module":
+                continue
+            path = str(node.target)
+            if node in self._inside or self._roles.of(node).kind == "identity":
+                stood_in_for[path] = None
+            else:
+                called.add(path)
+        found: dict[str, Record] = {}
+        reached: set[str] = set()  # containers that nothing was found in yet
+        for path in (*called, *looked_into, *stood_in_for):  # what is both counts as the stricter
+            module = self._root.get_submodule(path)
+            if path in called and path not in looked_into and path not in stood_in_for:
+                found[path] = record_called(path, module)
+                continue
+            found[path] = record(path, module, path in stood_in_for)
+            if path in stood_in_for:
+                for below, one in module.named_modules(prefix=path):
+                    found[below] = record(below, one, True)
+                continue
+            for container, one in _containers_below(path, module):
+                if container not in found:
+                    found[container] = record_container(container, one)
+                    reached.add(container)
+        for path in ancestors(path for path in found if path not in reached):
+            if path not in found or path in reached:
+                found[path] = record(path, self._root.get_submodule(path), False)
+        order = {path: index for index, path in enumerate(ancestors(found))}
+        return tuple(sorted(found.values(), key=lambda one: order[one.path]))
 
     # ------------------------------------------------------------------------------------------------ what is run
 
@@ -150,81 +186,13 @@ class _Writer:
                 last[self._gate_names[gate]] = node
         return last
 
-    # ---------------------------------------------------------------------------------------------------- guards
-
-    def _guard_all(self) -> None:
-        """Decline where a module that the function goes past or stands in for is not what it was."""
-        self._guard_scalars("", self._root, self._method)
-        for node in self._graph.nodes:
-            self._guard_parents(owner_of(node))
-        for node in self._graph.nodes:
-            if node.op == "call_module" and (node in self._inside or self._roles.of(node).kind == "identity"):
-                path = str(node.target)
-                for below, _ in self._root.get_submodule(path).named_modules(prefix=path):
-                    self._guard(below)
-
-    def _guard_parents(self, path: str) -> None:
-        parts = path.split(".") if path else []
-        for end in range(1, len(parts) + 1):
-            self._guard(".".join(parts[:end]))
-
-    def _guard(self, path: str) -> None:
-        if path in self.watched:
-            return
-        module = self._root.get_submodule(path)
-        settings: list[str] = []
-        name = self._walk(path)
-        conditions = [f"type({name}) is not {self._name(type(module))}", f"not is_untouched({name})"]
-        if _may_read_training(module):
-            conditions.append(f"{name}.training")
-            settings.append("training")
-        if isinstance(module, nn.Conv2d):
-            values = ", ".join(repr(getattr(module, setting)) for setting in _CONV_SETTINGS)
-            conditions.append(f"({', '.join(f'{name}.{setting}' for setting in _CONV_SETTINGS)}) != ({values})")
-            # The rest follows: groups from the shape of the weights, and a single tap has no dilation.
-            settings += ["stride", "padding"] if module.kernel_size == (1, 1) else ["stride", "padding", "dilation"]
-        if isinstance(module, nn.Conv2d | nn.Linear | BatchNorm):
-            conditions.append(f"not has_parameters({name})")
-        self._decline_if(conditions)
-        self._guard_scalars(path, module, "forward", settings)
-
-    def _guard_scalars(self, path: str, module: nn.Module, method: str, settings: Sequence[str] = ()) -> None:
-        """Settings that the forward reads, and on which its graph may therefore depend."""
-        code = getattr(getattr(type(module), method, None), "__code__", None)
-        read = [] if code is None else [name for name in code.co_names if name not in _UNREAD]
-        found = {name: module.__dict__[name] for name in read if _is_setting(module.__dict__.get(name, ...))}
-        if found:
-            owner = self._walked[path]
-            self._decline_if([f"{owner}.{name} != {value!r}" for name, value in found.items()])
-        self.watched[path] = tuple(dict.fromkeys((*settings, *found)))
-
-    def _decline_if(self, conditions: list[str]) -> None:
-        self._look += [f"if {' or '.join(conditions)}:", _INDENT + "return None"]
-
-    def _walk(self, path: str) -> str:
-        """The variable of `look` that holds a module."""
-        if path not in self._walked:
-            parent, _, leaf = path.rpartition(".")
-            owner = self._walk(parent)
-            self._walked[path] = f"m{len(self._walked)}"
-            self._look.append(f"{self._walked[path]} = {owner}._modules.get({leaf!r})")
-        return self._walked[path]
+    # ----------------------------------------------------------------------------------------------------- parts
 
     def _part(self, path: str, kind: str, name: str = "") -> str:
         """The variable of `run` that holds something of a module."""
         if not path and kind == "module":
             return "self"
-        part = Part(path, kind, name)
-        return self.parts.setdefault(part, f"{self._walk(path)}{'_' if name else ''}{name}")
-
-    def _take(self, part: Part) -> str:
-        """The expression of `look` for a part."""
-        owner = self._walk(part.path)
-        if part.kind == "parameter":
-            return f"parameters_of({owner})[{part.name!r}]"
-        if part.kind == "buffer":
-            return f"{owner}._buffers[{part.name!r}]"
-        return f"{owner}.{part.name}" if part.kind == "setting" else owner
+        return self.parts.setdefault(Part(path, kind, name), f"p{len(self.parts)}")
 
     def _conv(self, path: str) -> list[str]:
         """Weight and bias of a convolution or a linear layer."""
@@ -235,7 +203,7 @@ class _Writer:
         if path is None:
             return ["None", "None", "None", "None", "0.0"]
         parts = [("parameter", "weight"), ("parameter", "bias"), ("buffer", "running_mean"), ("buffer", "running_var")]
-        return [self._part(path, *part) for part in (*parts, ("setting", "eps"))]
+        return [self._part(path, *part) for part in (*parts, ("attribute", "eps"))]
 
     # ----------------------------------------------------------------------------------------------------- nodes
 
@@ -254,10 +222,7 @@ class _Writer:
             self._write_step(self._steps[node], value)
         elif node in self._gates_alone:
             gate = self._gates_alone[node]
-            excite = ", ".join(self._excite(gate))
-            names = f"activation={gate.activation!r}, gate={gate.gate!r}"
-            line = f"squeeze_excite_gate(squeeze({self._values[gate.source]}), {excite}, {names})"
-            self._lines.append(f"{self._gate_names[gate]} = {line}")
+            self._lines.append(self._excite_alone(gate, f"squeeze({self._values[gate.source]})"))
             self._values.pop(node)
         elif node in self._products:
             gate = self._products[node]
@@ -285,13 +250,11 @@ class _Writer:
         arguments += [f"expand_activation={expansion.activation!r}", f"activation={step.activation!r}"]
         arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"]
         arguments.append(f"dilation={step.conv.dilation}")
-        together = [f"{value}, means = expand_depthwise_squeeze({', '.join(arguments)})"]
+        together = [f"{value}, means = expand_depthwise_squeeze({', '.join((*arguments, *self._forced()))})"]
         if step.gate is not None:
-            names = f"activation={step.gate.activation!r}, gate={step.gate.gate!r}"
-            excite = f"squeeze_excite_gate(means, {', '.join(self._excite(step.gate))}, {names})"
-            together.append(f"{self._gate_names[step.gate]} = {excite}")
+            together.append(self._excite_alone(step.gate, "means"))
         apart = [self._call(expansion, source, "e"), self._call(step, "e", value), "del e"]
-        self._lines += [f"if keeps_expanded({source}):", *(_INDENT + line for line in together)]
+        self._lines += [f"if keeps_expanded({source}, {self._backend!r}):", *(_INDENT + line for line in together)]
         self._lines += ["else:", *(_INDENT + line for line in apart)]
 
     def _call(self, step: Step, source: str, value: str) -> str:
@@ -316,7 +279,16 @@ class _Writer:
                 results = f"{value}, {self._gate_names[step.gate]}"
         if step.residual is not None:
             arguments.append(f"residual={self._values[step.residual]}")
-        return f"{results} = {step.op}({', '.join(arguments)})"
+        return f"{results} = {step.op}({', '.join((*arguments, *self._forced()))})"
+
+    def _forced(self) -> list[str]:
+        """The argument that chooses the backend, where one is forced."""
+        return [] if self._backend == "auto" else [f"backend={self._backend!r}"]
+
+    def _excite_alone(self, gate: Gate, means: str) -> str:
+        """The line that computes a gate of means."""
+        arguments = [means, *self._excite(gate), f"activation={gate.activation!r}", f"gate={gate.gate!r}"]
+        return f"{self._gate_names[gate]} = squeeze_excite_gate({', '.join((*arguments, *self._forced()))})"
 
     def _padding(self, step: Step, source: str) -> str:
         if step.padding.sides is not None:
@@ -334,16 +306,19 @@ class _Writer:
             return self._argument(node.args[0])
         if node.op == "get_attr":
             owner, _, leaf = str(node.target).rpartition(".")
-            return f"{self._part(owner, 'module')}.{leaf}"
+            return self._part(owner, _kind_of_attribute(self._root.get_submodule(owner), leaf), leaf)
         restore = not self._is_free(node)
         args = [self._argument(argument, restore) for argument in node.args]
         if role.kind == "unit":
             args = [f"inward({argument}, nchw)" for argument in args]
-        args += [f"{name}={self._argument(argument, restore)}" for name, argument in node.kwargs.items()]
+        args += [f"{_checked(name)}={self._argument(argument, restore)}" for name, argument in node.kwargs.items()]
         if node.op == "call_module":
-            return f"{self._part(str(node.target), 'module')}({', '.join(args)})"
+            module = self._part(str(node.target), "module")
+            if node in self._match.linears:
+                return f"linear({module}, {args[0]}, {self._backend!r})"
+            return f"{module}({', '.join(args)})"
         if node.op == "call_method":
-            return f"{args[0]}.{node.target}({', '.join(args[1:])})"
+            return f"{args[0]}.{_checked(str(node.target))}({', '.join(args[1:])})"
         return f"{self._name(node.target)}({', '.join(args)})"
 
     def _argument(self, value: Any, restore: bool = False) -> str:
@@ -391,19 +366,26 @@ def _expansions(match: Match) -> dict[Step, Step]:
     return found
 
 
-def _is_setting(value: Any) -> bool:
-    """Whether a value can stand in the source: exactly a plain type, not a subclass with a constructor of its own."""
-    return type(value) in _SCALARS or (type(value) is tuple and all(type(one) in _SCALARS for one in value))
+def _checked(name: str) -> str:
+    """A name that may stand in the source."""
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise Unknown(f"{name!r} is no name of a method or an argument")
+    return name
 
 
-def _may_read_training(module: nn.Module) -> bool:
-    """Whether a forward may depend on the mode: known to be otherwise only of PyTorch's own modules."""
-    forward = type(module).forward
-    return not forward.__module__.startswith("torch.nn.modules.") or "training" in forward.__code__.co_names
+def _kind_of_attribute(module: nn.Module, name: str) -> str:
+    if name in module._parameters:
+        return "parameter"
+    return "buffer" if name in module._buffers else "attribute"
 
 
-def _function(signature: str, lines: list[str]) -> str:
-    return f"def {signature}:\n" + "".join(f"{_INDENT}{line}\n" for line in lines)
+def _containers_below(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The plain containers that a forward can reach without calling another module."""
+    for name, child in module._modules.items():
+        if child is not None and is_plain_container(child):
+            below = f"{path}.{name}" if path else name
+            yield below, child
+            yield from _containers_below(below, child)
 
 
 def _tuple_of(names: list[str]) -> str:
