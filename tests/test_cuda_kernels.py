@@ -188,7 +188,7 @@ def planned(op: str, shape: list[int], limits: tuple[int, ...], dtype: str = "bf
 
 
 def se_shape(batch: int, channels: int, plane: int, kernel: int, reduced: int) -> list[int]:
-    return [batch, channels, plane, plane, kernel, 1, 1, *([kernel // 2] * 4), reduced]
+    return [batch, channels, plane, plane, kernel, kernel, 1, 1, *([kernel // 2] * 4), reduced]
 
 
 @pytest.mark.usefixtures("compiled")
