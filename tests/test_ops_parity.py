@@ -400,9 +400,12 @@ def test_nan_spreads_as_in_pytorch(op: str, dtype: torch.dtype, backend: Backend
 def test_infinity_spreads_as_in_pytorch(op: str, dtype: torch.dtype, backend: Backend) -> None:
     """So does an infinity, where PyTorch has an answer: its silu(-inf) is NaN, while the limit is 0."""
     need(backend, op, dtype)
-    for activation in ("identity", "relu", "relu6"):
+    base = Case(op, dtype, residual=True, bias=True)
+    cases = [base.with_(activation=activation) for activation in ("identity", "relu", "relu6")]
+    if op == "depthwise_bn_act":
+        cases += [base.with_(activation="relu", kernel=kernel) for kernel in ((1, 11), (6, 2), (9, 1))]
+    for case in cases:
         for value in (torch.inf, -torch.inf):
-            case = Case(op, dtype, activation=activation, residual=True, bias=True)
             arguments = case.draw(0, backend.device)
             arguments["x"][0, 3, 5, 6] = value
             assert_not_finite_alike(case, arguments)
