@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from effkernels.backends import DEPTHWISE_KERNEL_SIZES
+from effkernels.backends import depthwise_kernel_problem
 from effkernels.nn.padding import PaddedConv2d
 
 NormArguments: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]"
@@ -94,14 +94,13 @@ def is_fusible_pointwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def is_fusible_depthwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a depthwise convolution that the operators know: one filter a channel, square kernel, stride 1 or 2."""
+    """True for a depthwise convolution that the operators know: one filter a channel, stride 1 or 2."""
     if not isinstance(conv, nn.Conv2d) or type(conv) not in _CONVOLUTIONS or not is_untouched(conv):
         return False
     kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
     return (
         conv.groups == conv.in_channels == conv.out_channels
-        and kernel[0] == kernel[1]
-        and kernel[0] in DEPTHWISE_KERNEL_SIZES
+        and not depthwise_kernel_problem(*kernel)
         and stride[0] == stride[1]
         and stride[0] in (1, 2)
         and dilation[0] == dilation[1]

@@ -398,11 +398,13 @@ def one_pass(
 ) -> bool:
     """Whether the expanded tensor is to stay on the chip; else it is written, and a second launch reads it.
 
+    `kernel` is the size of a square kernel, 0 of any other.
+
     It does for 3x3 and 5x5 without dilation (neighbours share no input with it; larger kernels leave no registers), for
     input channels up to a limit, and for planes that do not leave most of the lanes' work to halos and idle lanes.
     """
     most = _MOST_IN_CHANNELS_EXACT if exact else _MOST_IN_CHANNELS[stride] * 2 // dtype.itemsize
-    if kernel > 5 or dilation > 1 or in_channels > most or (exact and (kernel > 3 or stride > 1)):
+    if kernel not in (3, 5) or dilation > 1 or in_channels > most or (exact and (kernel > 3 or stride > 1)):
         return False
     cut = cut_of(kernel, stride, dtype, exact, aligned, capability)
     sweep = sweep_of(cut, 1, out_height, out_width, kernel, stride, 1)
@@ -448,7 +450,7 @@ def expand_depthwise_squeeze(
     x = _launch.channels_last(x)
     batch, in_channels, height, width = x.shape
     _, channels, out_height, out_width = y.shape
-    kernel = weight.shape[2]
+    kernel = weight.shape[2] if weight.shape[2] == weight.shape[3] else 0  # of a square one
     exact = x.dtype == torch.float32 and not allow_tf32
     tf32 = x.dtype == torch.float32 and allow_tf32
     expand_norm = (expand_bias, expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var)
