@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effkernels import backends, ops
@@ -113,6 +114,7 @@ _BASE: dict[str, Any] = {
     "like": like,
     "linear": linear,
     "outward": outward,
+    "pad": F.pad,
     "same": same,
     "squeeze": squeeze,
     **{name: getattr(ops, name) for name in ops.__all__},
