@@ -140,6 +140,10 @@ class TestPrefixes:
         content = {"acc": 93.1, name: prefixed(state, "module."), "metrics": {"loss": torch.ones(3)}}
         assert_loads(save(content, tmp_path), state)
 
+    def test_two_dicts_of_a_network(self, state: State, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match="holds 2 networks, under 'student' and 'teacher': keep one of them"):
+            read_checkpoint(save({"student": state, "teacher": state, "epoch": 3}, tmp_path))
+
 
 class TestSaverOfTimm:
     @pytest.fixture(scope="class")

@@ -270,11 +270,12 @@ def _write_safetensors(job: Job) -> Run:
             f"the model is a {type(model).__name__}. Its weights alone: safetensors.torch.save_file(model.state_dict())"
         )
     # load_checkpoint sets these again, whatever the model's name stands for.
+    _, height, width = model.config.input_size
     meaning = {
         "pad_type": model.pad_type,
         "bn_eps": model.bn1.eps,
         "bn_momentum": model.bn1.momentum,
-        "native_size": model.config.input_size[1],
+        "native_size": height if height == width else None,
     }
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     metadata = {"format": "pt", METADATA: json.dumps({**job.description, **meaning})}

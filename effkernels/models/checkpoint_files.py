@@ -263,7 +263,7 @@ def _unwrap(path: Path, content: Any, starts: Callable[[str], bool], use_ema: bo
     while isinstance(content, Mapping):
         inner = next((content[name] for name in wrappers if isinstance(content.get(name), Mapping)), None)
         if inner is None and not _tensors_of(content):
-            inner = _only_network(content, starts)
+            inner = _only_network(path, content, starts)
         if inner is None:
             break
         content = inner
@@ -275,9 +275,16 @@ def _unwrap(path: Path, content: Any, starts: Callable[[str], bool], use_ema: bo
     return tensors
 
 
-def _only_network(content: Mapping[Any, Any], starts: Callable[[str], bool]) -> Mapping[str, Tensor] | None:
+def _only_network(path: Path, content: Mapping[Any, Any], starts: Callable[[str], bool]) -> Mapping[str, Tensor] | None:
     """The one dict of tensors among the entries of a file, or the one of them that holds the network."""
-    inside = [found for value in content.values() if isinstance(value, Mapping) and (found := _tensors_of(value))]
+    inside = {
+        str(name): tensors
+        for name, value in content.items()
+        if isinstance(value, Mapping) and (tensors := _tensors_of(value))
+    }
     if len(inside) > 1:
-        inside = [tensors for tensors in inside if _prefixes(tensors, starts)]
-    return inside[0] if len(inside) == 1 else None
+        inside = {name: tensors for name, tensors in inside.items() if _prefixes(tensors, starts)}
+    if len(inside) > 1:
+        names = " and ".join(repr(name) for name in inside)
+        raise CheckpointError(f"{path} holds {len(inside)} networks, under {names}: keep one of them")
+    return next(iter(inside.values()), None)

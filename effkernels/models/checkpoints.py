@@ -170,9 +170,9 @@ def _load(
         eps=next((one.bn_eps for one in known if one.bn_eps is not None), None),
         momentum=next((one.bn_momentum for one in known if one.bn_momentum is not None), None),
     )
-    padded = next((one for one in known if one.pad_type is not None), None)
-    if padded is not None:
-        set_native_padding(model, str(padded.pad_type), padded.native_size)
+    pad_type = next((one.pad_type for one in known if one.pad_type is not None), None)
+    if pad_type is not None:
+        set_native_padding(model, pad_type, next((one.native_size for one in known if one.native_size), None))
     normalization = checkpoint.layout.normalization(variant)
     if normalization is not None and model.config is not None:
         mean, std = normalization
