@@ -79,7 +79,7 @@ class TestLukemelas:
     def test_frozen_padding_survives_an_export(self, tmp_path: Path) -> None:
         """The file notes the size at which it is frozen, which the name of the model does not tell."""
         model = load_checkpoint("efficientnet_lite3", save(fork("lite3", 280).state_dict(), tmp_path))
-        effkernels.export_model(model, tmp_path / "lite3.safetensors", "safetensors")
+        effkernels.export_model(model, tmp_path / "lite3.safetensors", "safetensors", batch_size=1, image_size=97)
         again = load_checkpoint("efficientnet_lite3", tmp_path / "lite3.safetensors")
         assert (again.pad_type, again.config.input_size) == ("same_native", (3, 280, 280))
         assert_same_logits(again, fork("lite3", 280), 169)
