@@ -2,28 +2,32 @@
 
 Four rooms can hold an operator: `cuda` and `cpu` (the compiled library), `triton`, and `reference` (plain PyTorch,
 which runs everything). `can_run_cuda`, `can_run_cpu` and `can_run_triton` answer for one operator with the exact
-reason, `choose` picks, and `backend` forces a choice for a while:
+reason, and `choose` picks. Three things can ask for a backend, the first that does counts: the argument `backend` of a
+call (a module of effkernels.nn and a model keep their own and pass it on), the last entered `with` block of
 
     with effkernels.backend("reference"):
         y = model(x)
 
-The environment variable EFFKERNELS_BACKEND sets the choice a process starts with; it is read once, at import.
+and the environment variable EFFKERNELS_BACKEND, which is read once, at import.
 
 A choice depends on device, dtype, channels, kernel size, stride and activation only, never on batch, height or width,
 so that a trace with dynamic sizes stays one graph. Where both kinds of kernels run on a GPU, the compiled ones do,
-unless `effkernels tune` found the Triton kernel faster there (effkernels.tuning). The state is a plain module variable,
-which torch.compile guards; it belongs to the process, not to a thread.
+unless `effkernels tune` found the Triton kernel faster there (effkernels.tuning). What the `with` blocks ask for is a
+plain module variable, which torch.compile guards; it belongs to the process, not to a thread.
 """
 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from effkernels import _library, triton, tuning
 from effkernels.tuning import BackendKey
@@ -76,11 +80,21 @@ _cuda_problems: dict[int, str] = {}  # by device index: why the compiled kernels
 _cuda_runs_on: dict[int, bool] = {}  # by device index: whether they can
 # By device index: the calls that Triton is faster at, as (op, dtype, channels, kernel size, stride, activation).
 _faster_by_triton: dict[int, dict[tuple[object, ...], str]] = {}
-_selected: str = _checked(os.environ.get("EFFKERNELS_BACKEND") or "auto", "EFFKERNELS_BACKEND")
+_at_start: str = _checked(os.environ.get("EFFKERNELS_BACKEND") or "auto", "EFFKERNELS_BACKEND")
+_selected: str = _at_start
+_entered: list[_Entered] = []  # the `with` blocks that are not left yet, in the order in which they were entered
+_entering = threading.Lock()
+
+
+class _Entered:
+    """One `with` block; two that name the same backend are not equal."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 def selected() -> str:
-    """The backend now asked for: "auto" or one of `BACKENDS`."""
+    """The backend now asked for by `backend` or the environment: "auto" or one of `BACKENDS`."""
     return _selected
 
 
@@ -89,18 +103,32 @@ def backend(name: str) -> Iterator[None]:
     """Force a backend inside a `with` block; "auto" lets `choose` pick.
 
     A forced backend that cannot run an operator raises RuntimeError with the reason when that operator is called.
-    The choice holds for the whole process, not only for the calling thread.
+    The choice holds for the whole process, not only for the calling thread. Where several threads are inside of blocks,
+    the block that was entered last counts, in whatever order they are left.
 
     Raises:
         ValueError: name is neither "auto" nor one of `BACKENDS`.
     """
     global _selected
-    before = _selected
-    _selected = _checked(name, "backend")
+    _checked(name, "backend")
+    if torch.compiler.is_compiling():  # in traced code, where no other thread has a part and a lock has no meaning
+        before = _selected
+        _selected = name
+        try:
+            yield
+        finally:
+            _selected = before
+        return
+    entered = _Entered(name)
+    with _entering:
+        _entered.append(entered)
+        _selected = name
     try:
         yield
     finally:
-        _selected = before
+        with _entering:
+            _entered.remove(entered)
+            _selected = _entered[-1].name if _entered else _at_start
 
 
 def can_run_cpu(
@@ -164,23 +192,40 @@ def can_run_triton(
     return _can_run_call(op, dtype, kernel_size)
 
 
-def choose(op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, activation: str = "identity") -> str:
+def choose(
+    op: str,
+    x: Tensor,
+    weight: Tensor | None = None,
+    stride: int = 1,
+    activation: str = "identity",
+    backend: str = "auto",
+) -> str:
     """The backend that runs `op` on `x`: one of `BACKENDS`.
+
+    It is "reference" where a fused operator cannot be called and plain PyTorch can, whatever was asked for: inside a
+    transform of torch.func, under torch.jit.trace and under torch.onnx.export.
 
     Args:
         op: one of `OPERATORS`.
         x: the first input of the operator, (N, C, H, W) or (N, C); only its device, dtype and channels count.
         weight: of the convolution, (C_out, C_in, K, K), where there is one; only its kernel size counts.
         stride, activation: of the call.
+        backend: one of `BACKENDS`, or "auto" for what the function `backend` and the environment ask for.
 
     Raises:
         TypeError: x is not a tensor.
+        ValueError: backend is neither "auto" nor one of `BACKENDS`.
         RuntimeError: the backend asked for cannot run the operator; the message has the reason.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: the input is {type(x).__name__}; allowed: Tensor")
+    asked = _selected if backend == "auto" else backend
+    if asked == "reference" and isinstance(x, Tensor):
+        return "reference"
     # The ways of nearly every call come first: this runs some fifty times in one forward of a small network.
-    if _selected == "auto":
+    if type(x) not in _TENSOR_TYPES or (weight is not None and type(weight) not in _TENSOR_TYPES):
+        return _choose_for_subclass(op, x, weight, asked)
+    if _needs_plain_pytorch():
+        return "reference"
+    if asked == "auto":
         if x.is_cpu:
             return "cpu" if op in _COMPILED_CPU and x.dtype in DTYPES else "reference"
         if x.is_cuda and op in _COMPILED_CUDA and x.dtype in DTYPES and _cuda_runs(x.get_device()):
@@ -189,10 +234,8 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, ac
                 return "cuda"
             return faster.get((op, x.dtype, *_sizes_of(x, weight), stride, activation), "cuda")
         candidates = BACKENDS if x.is_cuda else ("cpu", "reference")
-    elif _selected == "reference":
-        return "reference"
     else:
-        candidates = (_selected,)
+        candidates = (_checked(asked, "backend"),)
     channels, kernel_size = _sizes_of(x, weight)
     reason = ""
     for name in candidates:
@@ -210,7 +253,42 @@ def choose(op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, ac
         if decision.ok:
             return name
         reason = decision.reason
-    raise RuntimeError(f"{op}: backend={_selected!r} was asked for and cannot run: {reason}")
+    raise RuntimeError(f"{op}: backend={asked!r} was asked for and cannot run: {reason}")
+
+
+# The tensors whose data a kernel can read, and those that stand for one in a trace.
+_TENSOR_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
+
+
+def _choose_for_subclass(op: str, x: Tensor, weight: Tensor | None, asked: str) -> str:
+    """The choice where x or weight is of a subclass of Tensor, which decides itself what an operator does with it."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{op}: the input is {type(x).__name__}; allowed: Tensor")
+    if _checked(asked, "backend") == "auto" or _needs_plain_pytorch():
+        return "reference"
+    name, found = ("x", x) if type(x) not in _TENSOR_TYPES else ("weight", weight)
+    raise RuntimeError(
+        f"{op}: backend={asked!r} was asked for and cannot run: {name} is a {type(found).__name__}; allowed: Tensor, "
+        f"Parameter"
+    )
+
+
+# Called by a trace of torch.compile and torch.export too: what it looks at is not for their graphs.
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _needs_plain_pytorch() -> bool:
+    """Whether what is running now knows PyTorch's own operators only: torch.func, torch.jit.trace, torch.onnx.export.
+
+    The exporter of torch.onnx runs torch.export, and before torch.jit.trace.
+    """
+    return (
+        _in_transform()
+        or _tracing_state() is not None
+        or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())  # the second one alone takes 1 us
+    )
+
+
+_in_transform = torch._C._are_functorch_transforms_active
+_tracing_state = torch._C._get_tracing_state
 
 
 _CAN_RUN = {"cuda": can_run_cuda, "triton": can_run_triton, "cpu": can_run_cpu}

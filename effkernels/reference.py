@@ -403,10 +403,12 @@ def conv_bn_act(
     return _channels_last(activate(_normalize(z, norm_weight, norm_bias, norm_mean, norm_var, eps), activation))
 
 
-def _surely(condition: bool | torch.SymBool) -> bool:
+def _surely(condition: bool | torch.SymBool | Tensor) -> bool:
     """True where `condition` holds for certain. Unlike `bool(condition)` it never puts a guard on a symbolic size."""
     if isinstance(condition, bool) and not torch.compiler.is_compiling():  # a trace calls its symbols bool too
         return condition
+    if isinstance(condition, Tensor):  # of sizes under torch.jit.trace
+        return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
     return statically_known_true(condition)

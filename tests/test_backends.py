@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
@@ -15,6 +16,18 @@ from torch import Tensor
 
 import effkernels
 from effkernels import _library, backends, ops, triton
+
+
+class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the namespaces of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.namespaces: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.namespaces.add(func.namespace)
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -117,6 +130,93 @@ def test_backend_is_set_for_a_while() -> None:
     assert backends.selected() == before
 
 
+def test_backends_entered_and_left_in_any_order() -> None:
+    """As several threads enter and leave: the last one entered of those that are not left counts."""
+    before = backends.selected()
+    for order in itertools.permutations(range(3)):
+        names = ["reference", "cpu", "reference"]
+        entered = [effkernels.backend(name) for name in names]
+        for block in entered:
+            block.__enter__()
+        left = set()
+        for i in order:
+            entered[i].__exit__(None, None, None)
+            left.add(i)
+            active = [name for j, name in enumerate(names) if j not in left]
+            assert backends.selected() == (active[-1] if active else before)
+
+
+def test_a_backend_for_one_call(compiled: None) -> None:
+    x = torch.zeros(1, 8, 5, 5)
+    assert backends.choose("pointwise_bn_act", x, backend="reference") == "reference"
+    assert backends.choose("pointwise_bn_act", x, backend="cpu") == "cpu"
+    with effkernels.backend("reference"):
+        assert backends.choose("pointwise_bn_act", x, backend="cpu") == "cpu"
+        assert backends.choose("pointwise_bn_act", x, backend="auto") == "reference"
+    with pytest.raises(ValueError, match="backend='gpu' is not a backend; allowed: auto, cuda, triton, cpu, reference"):
+        backends.choose("pointwise_bn_act", x, backend="gpu")
+    with pytest.raises(RuntimeError, match="pointwise_bn_act: backend='cuda' was asked for and cannot run: "):
+        backends.choose("pointwise_bn_act", x, backend="cuda")
+
+
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_every_operator_takes_a_backend(op: str, compiled: None) -> None:
+    arguments = Case(op).draw()
+    with Seen() as seen:
+        plain = getattr(ops, op)(**arguments, backend="reference")
+    assert "effkernels" not in seen.namespaces
+    with effkernels.backend("reference"):
+        asked = getattr(ops, op)(**arguments)
+        with Seen() as seen:
+            getattr(ops, op)(**arguments, backend="cpu")
+    assert "effkernels" in seen.namespaces
+    torch.testing.assert_close(plain, asked, rtol=0, atol=0)
+
+
+class Wrapper(Tensor):
+    """A tensor without data of its own, as quantised and distributed tensors are."""
+
+    @staticmethod
+    def __new__(cls, held: Tensor) -> Wrapper:
+        return Tensor._make_wrapper_subclass(cls, held.shape, strides=held.stride(), dtype=held.dtype)
+
+    def __init__(self, held: Tensor) -> None:
+        self.held = held
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        assert func.namespace == "aten"
+        args, kwargs = torch.utils._pytree.tree_map_only(cls, lambda t: t.held, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("op", ["pointwise_bn_act", "depthwise_bn_act", "conv_bn_act"])
+@pytest.mark.parametrize("which", ["x", "weight"])
+def test_a_tensor_subclass_is_computed_by_pytorch(which: str, op: str) -> None:
+    arguments = Case(op).draw()
+    wrapped = {**arguments, which: Wrapper(arguments[which])}
+    torch.testing.assert_close(getattr(ops, op)(**wrapped), getattr(ops, op)(**arguments, backend="reference"))
+    with pytest.raises(RuntimeError, match=f"{op}: backend='cpu' was asked for and cannot run: {which} is a Wrapper; "):
+        getattr(ops, op)(**wrapped, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", ["auto", "cpu"])
+@pytest.mark.parametrize("op", ALL_OPS)
+def test_vmap_runs_through_the_reference(op: str, backend: str, compiled: None) -> None:
+    arguments = Case(op).draw()
+    name = "pooled" if op == "squeeze_excite_gate" else "x"
+    x = arguments.pop(name)
+
+    def call(x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        return getattr(ops, op)(**{name: x}, **arguments, backend=backend)
+
+    many = torch.vmap(call)(torch.stack([x, 2 * x]))
+    for i, one in enumerate((x, 2 * x)):
+        wanted = getattr(ops, op)(**{name: one}, **arguments, backend="reference")
+        found = tuple(t[i] for t in many) if isinstance(many, tuple) else many[i]
+        torch.testing.assert_close(found, wanted)
+
+
 def test_unknown_backend() -> None:
     with (
         pytest.raises(ValueError, match="backend='gpu' is not a backend; allowed: auto, cuda, triton, cpu, reference"),
@@ -140,15 +240,6 @@ def test_a_forced_backend_that_cannot_run_says_why(op: str) -> None:
 
 
 def test_a_forced_reference_calls_no_compiled_operator(compiled: None) -> None:
-    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
-        def __init__(self) -> None:
-            super().__init__()
-            self.namespaces: set[str] = set()
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.namespaces.add(func.namespace)
-            return func(*args, **(kwargs or {}))
-
     for name, expected in (("reference", {"aten"}), ("cpu", {"effkernels"})):
         with effkernels.backend(name), Seen() as seen:
             ops.depthwise_bn_act(**Case("depthwise_bn_act").draw())

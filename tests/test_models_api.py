@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import copy
 import io
+import threading
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from peer_models import SMALL, images, randomise, small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkernels
 from effkernels.models import EfficientNet, EfficientNetFeatures, FeatureInfo
@@ -142,20 +146,61 @@ def test_unasked_stages_are_not_run() -> None:
         assert [t.shape[1] for t in backbone(images(1, 33, 31))] == [8, 16]
 
 
-def test_the_model_runs_on_the_backend_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[str] = []
-    conv = effkernels.ops.conv_bn_act
-    monkeypatch.setattr(
-        effkernels.ops, "conv_bn_act", lambda *a, **k: (seen.append(effkernels.backends.selected()), conv(*a, **k))[1]
-    )
+def test_the_model_runs_on_the_backend_it_was_given() -> None:
     x = images(1, 33, 31)
     model = small(backend="reference")
-    model(x)
-    model.forward_features(x)
+    for forward in (model, model.forward_features, randomise(EfficientNetFeatures(SMALL, backend="reference"))):
+        assert fused_operators(forward, x) == 0
     model.backend = None
-    model(x)
-    assert seen[:2] == ["reference", "reference"]
-    assert seen[2] != "reference" or effkernels.backends.selected() == "reference"
+    assert (fused_operators(model, x) > 0) == (effkernels.backends.choose("conv_bn_act", x) != "reference")
+    with effkernels.backend("reference"):
+        assert fused_operators(model, x) == 0
+    with pytest.raises(ValueError, match="backend='gpu' is not known; allowed: None, auto, cuda"):
+        model.backend = "gpu"
+
+
+def fused_operators(forward: Callable[[torch.Tensor], Any], x: torch.Tensor) -> int:
+    """How many fused operators a call of `forward` runs."""
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func.namespace.startswith("effkernels")
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Counter() as counter:
+        forward(x)
+    return counter.count
+
+
+def test_threads_with_backends_of_their_own_leave_the_process_as_it_was(compiled: None) -> None:
+    x = images(1, 33, 31)
+    model, forced = small(), small(backend="reference")
+    start = threading.Barrier(4)
+    failures: list[BaseException] = []
+
+    def work(turn: int) -> None:
+        start.wait()
+        try:
+            for _ in range(10):
+                if turn % 2:
+                    assert fused_operators(forced, x) == 0
+                else:
+                    with effkernels.backend(("cpu", "reference")[turn // 2]):
+                        model(x)
+        except BaseException as failure:
+            failures.append(failure)
+
+    before = effkernels.backends.selected()
+    threads = [threading.Thread(target=work, args=(turn,)) for turn in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert effkernels.backends.selected() == before
+    assert fused_operators(model, x) > 0
 
 
 @pytest.mark.parametrize("backend", [None, "reference"])
@@ -196,6 +241,75 @@ def test_export_with_dynamic_sizes(pad_type: str) -> None:
         for size in ((1, 64, 46), (3, 33, 70)):
             x = images(*size)
             close(program.module()(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("pad_type", ["", "same"])
+def test_traced_by_torch_jit(pad_type: str) -> None:
+    """The trace is plain PyTorch and holds for other sizes too."""
+    model = small(pad_type=pad_type)
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(2, 65, 97))
+        assert "effkernels::" not in str(traced.inlined_graph)
+        for x in (images(2, 65, 97), images(3, 64, 46)):
+            close(traced(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [False, True])
+@pytest.mark.parametrize("pad_type", ["", "same"])
+def test_exported_by_torch_onnx(pad_type: str, dynamo: bool) -> None:
+    """By the user's own torch.onnx.export, without effkernels.export."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, x = small(pad_type=pad_type), images(2, 65, 97)
+    with torch.no_grad():
+        if dynamo:
+            program = torch.onnx.export(model, (x,), dynamo=True, verbose=False)
+            content = program.model_proto.SerializeToString()
+        else:
+            file = io.BytesIO()
+            torch.onnx.export(model, (x,), file, dynamo=False)
+            content = file.getvalue()
+        session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
+        [found] = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        close(torch.from_numpy(found), model(x))
+
+
+def test_vmap_over_images_and_over_models() -> None:
+    """torch.vmap of a model, an ensemble by stack_module_state, and both under torch.compile."""
+    torch._dynamo.reset()
+    models = [small(), randomise(small(), seed=1)]
+    x = torch.stack([images(2, 33, 31), images(2, 33, 31).flip(0)])
+    parameters, buffers = torch.func.stack_module_state(models)
+    counter = CompileCounter()
+
+    def over_images(x: Tensor) -> Tensor:
+        return torch.vmap(lambda x: models[0](x))(x)
+
+    def ensemble(x: Tensor) -> Tensor:
+        return torch.vmap(lambda p, b: torch.func.functional_call(models[0], (p, b), (x,)))(parameters, buffers)
+
+    with torch.no_grad():
+        wanted = torch.stack([models[0](image) for image in x])
+        close(over_images(x), wanted)
+        close(ensemble(x[0]), torch.stack([model(x[0]) for model in models]))
+        close(torch.compile(over_images, fullgraph=True, backend=counter)(x), wanted)
+        compiled = torch.compile(models[0], fullgraph=True, backend=counter)
+        close(compiled(x[0]), wanted[0])
+        assert counter.frame_count == 2
+
+
+def test_torch_func_differentiates_a_model() -> None:
+    """grad and jvp through a model in eval mode agree with those of plain PyTorch."""
+    model, x = small(), images(1, 33, 31)
+    plain = small(backend="reference")
+    forward, wanted = (lambda x, m=m: m(x).square().sum() for m in (model, plain))
+    close(torch.func.grad(forward)(x), torch.func.grad(wanted)(x))
+    tangent = torch.ones_like(x)
+    for found, truth in zip(
+        torch.func.jvp(forward, (x,), (tangent,)), torch.func.jvp(wanted, (x,), (tangent,)), strict=True
+    ):
+        close(found, truth)
 
 
 @pytest.mark.slow

@@ -16,12 +16,15 @@ from torch.utils._pytree import tree_leaves
 from effkernels.backends import backend
 from effkernels.export.sizes import Sizes
 from effkernels.models import EfficientNet, EfficientNetFeatures
+from effkernels.nn import ConvBnAct, DepthwiseSeparable, MBConv
 from effkernels.parity import judge
 
 # All inputs are judged as one, and a handful of logits would be judged by luck: images are drawn until there are this
 # many numbers of every output, or as often as _DRAWS.
 _ENOUGH = 1000
 _DRAWS = 4
+
+_OWNERS = (EfficientNet, EfficientNetFeatures, ConvBnAct, DepthwiseSeparable, MBConv)  # have a backend of their own
 
 Run = Callable[[Tensor], Any]
 """An exported network: images (N, C, H, W) in; a tensor, or lists, tuples and dicts of them, out."""
@@ -46,10 +49,11 @@ class Parity:
 @contextmanager
 def on_reference(model: nn.Module) -> Iterator[None]:
     """Every operator of `model` in plain PyTorch, also where the model names a backend of its own."""
-    owners = [module for module in model.modules() if isinstance(module, EfficientNet | EfficientNetFeatures)]
+    # A model comes before its blocks, so that they have their own again in the end: it sets its choice on them.
+    owners = [module for module in model.modules() if isinstance(module, _OWNERS)]
     before = [owner.backend for owner in owners]
     for owner in owners:
-        owner.backend = None
+        owner.backend = "reference"
     try:
         with backend("reference"):
             yield

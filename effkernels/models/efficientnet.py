@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -18,11 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from effkernels.backends import BACKENDS
-from effkernels.backends import backend as use_backend
 from effkernels.models.architecture import Architecture
 from effkernels.models.config import ModelConfig
 from effkernels.models.features import FeatureInfo
-from effkernels.nn import DepthwiseSeparable, MBConv, PaddedConv2d, conv_bn_act
+from effkernels.nn import ConvBnAct, DepthwiseSeparable, MBConv, PaddedConv2d, conv_bn_act
 
 
 class _Trunk(nn.Module):
@@ -49,13 +47,10 @@ class _Trunk(nn.Module):
         for name, rate in (("drop_rate", drop_rate), ("drop_path_rate", drop_path_rate)):
             if not 0.0 <= rate < 1.0:
                 raise ValueError(f"{name}={rate} is not a probability in [0, 1)")
-        if backend not in (None, "auto", *BACKENDS):
-            raise ValueError(f"backend={backend!r} is not known; allowed: None, auto, {', '.join(BACKENDS)}")
         self.architecture = architecture
         self.config = config
         self.in_chans = in_chans
         self.drop_rate = drop_rate
-        self.backend = backend
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo.of(architecture)
 
@@ -91,6 +86,25 @@ class _Trunk(nn.Module):
             stages.append(nn.Sequential(*blocks))
         self.blocks = nn.Sequential(*stages)
         self.set_padding(pad_type)
+        self.backend = backend
+
+    @property
+    def backend(self) -> str | None:
+        """The backend that runs the operators of the model; None: as `effkernels.backend` asks where it is called.
+
+        Set it to change it: one of `effkernels.backends.BACKENDS`, "auto" or None, which mean the same. Other values
+        raise ValueError.
+        """
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str | None) -> None:
+        if backend not in (None, "auto", *BACKENDS):
+            raise ValueError(f"backend={backend!r} is not known; allowed: None, auto, {', '.join(BACKENDS)}")
+        self._backend = backend
+        for module in self.modules():
+            if isinstance(module, ConvBnAct | DepthwiseSeparable | MBConv):
+                module.backend = backend or "auto"
 
     @property
     def pretrained_cfg(self) -> dict[str, Any]:
@@ -137,15 +151,12 @@ class _Trunk(nn.Module):
             ],
         }
 
-    def _on_backend(self) -> AbstractContextManager[None]:
-        return nullcontext() if self.backend is None else use_backend(self.backend)
-
     def _stem(self, x: Tensor) -> Tensor:
         if x.dim() != 4 or x.shape[1] != self.in_chans:
             raise ValueError(
                 f"{type(self).__name__}: x has shape {tuple(x.shape)}; needed are images (N, {self.in_chans}, H, W)"
             )
-        return conv_bn_act(x, self.conv_stem, self.bn1, self.architecture.activation)
+        return conv_bn_act(x, self.conv_stem, self.bn1, self.architecture.activation, self._backend or "auto")
 
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
         """Call a stage, or all of them, checkpointing block by block if that was asked for."""
@@ -172,7 +183,8 @@ class EfficientNet(_Trunk):
         global_pool: "avg", "max" or "" (no pooling, which needs num_classes=0).
         pad_type: one of `effkernels.nn.PAD_TYPES`.
         bn_eps, bn_momentum: of every batch norm.
-        backend: the model runs under `effkernels.backend(backend)`; None: under whatever holds where it is called.
+        backend: that runs the operators, one of `effkernels.backends.BACKENDS`; None and "auto": as
+            `effkernels.backend` asks where the model is called.
         config: what input the model expects; needed for pad_type="same_native" only.
         device, dtype: of the parameters.
 
@@ -232,13 +244,11 @@ class EfficientNet(_Trunk):
         """
         if isinstance(self.global_pool, nn.Identity):
             return self.forward_head(self.forward_features(x))
-        with self._on_backend():
-            return self.forward_head(self._features(x))
+        return self.forward_head(self._features(x))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, num_features, H / 32, W / 32) of images (N, in_chans, H, W), in the memory format of x."""
-        with self._on_backend():
-            return _in_memory_format_of(x, self._features(x))
+        return _in_memory_format_of(x, self._features(x))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pooling, dropout and classifier on the result of `forward_features`; `pre_logits` leaves out the classifier.
@@ -279,7 +289,7 @@ class EfficientNet(_Trunk):
 
     def _features(self, x: Tensor) -> Tensor:
         x = self._run(self.blocks, self._stem(x))
-        return conv_bn_act(x, self.conv_head, self.bn2, self.architecture.activation)
+        return conv_bn_act(x, self.conv_head, self.bn2, self.architecture.activation, self._backend or "auto")
 
 
 class EfficientNetFeatures(_Trunk):
@@ -336,14 +346,13 @@ class EfficientNetFeatures(_Trunk):
             x: (N, in_chans, H, W), floating, NCHW or channels_last.
         """
         features: list[Tensor] = []
-        with self._on_backend():
-            y = self._stem(x)
-            for stage, blocks in enumerate(self.blocks, start=1):
-                y = self._run(blocks, y)
-                if stage in self._wanted_stages:
-                    features.append(_in_memory_format_of(x, y))
-                if stage == self._wanted_stages[-1]:
-                    break
+        y = self._stem(x)
+        for stage, blocks in enumerate(self.blocks, start=1):
+            y = self._run(blocks, y)
+            if stage in self._wanted_stages:
+                features.append(_in_memory_format_of(x, y))
+            if stage == self._wanted_stages[-1]:
+                break
         return features
 
 

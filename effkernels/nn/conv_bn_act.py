@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from effkernels import ops
+from effkernels import backends, ops
 from effkernels.nn.fusible import (
+    calls_modules,
     conv_norm_arguments,
     fusible_norm,
     is_fusible_dense,
@@ -24,7 +25,14 @@ def check_activation(owner: str, activation: str, argument: str = "activation") 
     return activation
 
 
-def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) -> Tensor:
+def check_backend(owner: str, backend: str) -> str:
+    """Return `backend`, or raise ValueError naming the owner and what is allowed."""
+    if backend != "auto" and backend not in backends.BACKENDS:
+        raise ValueError(f"{owner}: backend={backend!r} is not known; allowed: auto, {', '.join(backends.BACKENDS)}")
+    return backend
+
+
+def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, backend: str = "auto") -> Tensor:
     """`activate(norm(conv(x)), activation)`, as one fused operator where the modules allow it.
 
     They allow it in eval mode, when both are what they seem (see `effkernels.nn.fusible`) and the convolution is 1x1,
@@ -35,15 +43,16 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) ->
         conv: the convolution.
         norm: the batch norm.
         activation: one of `effkernels.reference.ACTIVATIONS`.
+        backend: that runs it, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         (N, C', H', W') in x's dtype (under autocast in autocast's); channels_last where it ran fused.
     """
     running = fusible_norm(norm)
-    if running is None:
+    if running is None or calls_modules(x):
         return activate(norm(conv(x)), activation)
     if is_fusible_pointwise(conv):
-        return ops.pointwise_bn_act(x, *conv_norm_arguments(conv, running), activation=activation)
+        return ops.pointwise_bn_act(x, *conv_norm_arguments(conv, running), activation=activation, backend=backend)
     if is_fusible_depthwise(conv):
         return ops.depthwise_bn_act(
             x,
@@ -52,6 +61,7 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) ->
             padding=explicit_padding(conv, x.shape[2], x.shape[3]),
             dilation=conv.dilation[0],
             activation=activation,
+            backend=backend,
         )
     if is_fusible_dense(conv):
         return ops.conv_bn_act(
@@ -60,6 +70,7 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str) ->
             stride=conv.stride[0],
             padding=explicit_padding(conv, x.shape[2], x.shape[3]),
             activation=activation,
+            backend=backend,
         )
     return activate(norm(conv(x)), activation)
 
@@ -75,10 +86,11 @@ class ConvBnAct(nn.Module):
         activation: one of `effkernels.reference.ACTIVATIONS`.
         pad_type: one of `effkernels.nn.PAD_TYPES` but `"same_native"`.
         bn_eps, bn_momentum: of the batch norm.
+        backend: that runs the operator, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: activation or pad_type unknown.
+        ValueError: activation, pad_type or backend unknown.
     """
 
     def __init__(
@@ -94,11 +106,13 @@ class ConvBnAct(nn.Module):
         pad_type: str = "",
         bn_eps: float = 1e-5,
         bn_momentum: float = 0.1,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.activation = check_activation("ConvBnAct", activation)
+        self.backend = check_backend("ConvBnAct", backend)
         self.conv = PaddedConv2d(
             in_channels,
             out_channels,
@@ -114,7 +128,7 @@ class ConvBnAct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
-        return conv_bn_act(x, self.conv, self.bn1, self.activation)
+        return conv_bn_act(x, self.conv, self.bn1, self.activation, self.backend)
 
     def extra_repr(self) -> str:
         return f"activation={self.activation!r}"

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from typing import Any, TypeAlias, TypeGuard
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
@@ -31,6 +32,16 @@ ConvNormArguments: TypeAlias = (
 
 _NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _CONVOLUTIONS = (nn.Conv2d, PaddedConv2d)
+
+
+_tracing_state = torch._C._get_tracing_state
+
+
+def calls_modules(x: Tensor) -> bool:
+    """True where the modules are called whatever they are: under torch.jit.trace, and where x is no tensor but a proxy
+    of torch.fx. Both record the calls that they see, and those of the plain modules hold for other users.
+    """
+    return not isinstance(x, Tensor) or _tracing_state() is not None
 
 
 def is_untouched(module: nn.Module) -> bool:

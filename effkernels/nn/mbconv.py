@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from effkernels import backends, ops
-from effkernels.nn.conv_bn_act import check_activation
+from effkernels.nn.conv_bn_act import check_activation, check_backend
 from effkernels.nn.drop_path import DropPath
 from effkernels.nn.fusible import (
     NormArguments,
+    calls_modules,
     conv_arguments,
     conv_norm_arguments,
     fusible_norm,
@@ -44,10 +45,11 @@ class DepthwiseSeparable(nn.Module):
         drop_path_rate: probability of dropping the branch of a sample in training.
         pad_type: one of `effkernels.nn.PAD_TYPES` but `"same_native"`.
         bn_eps, bn_momentum: of the batch norms.
+        backend: that runs the operators, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: activation, gate, pad_type unknown, drop_path_rate not a probability.
+        ValueError: activation, gate, pad_type or backend unknown, drop_path_rate not a probability.
     """
 
     def __init__(
@@ -67,12 +69,14 @@ class DepthwiseSeparable(nn.Module):
         pad_type: str = "",
         bn_eps: float = 1e-5,
         bn_momentum: float = 0.1,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         place = _Place(device, dtype)
         self.activation = check_activation("DepthwiseSeparable", activation)
+        self.backend = check_backend("DepthwiseSeparable", backend)
         self.has_skip = skip and stride == 1 and in_channels == out_channels
         self.conv_dw = PaddedConv2d(
             in_channels,
@@ -103,11 +107,14 @@ class DepthwiseSeparable(nn.Module):
             or not is_fusible_pointwise(project)
             or not _is_transparent_or_fusible(se)
             or not _is_idle(parts["drop_path"])
+            or calls_modules(x)
         ):
             return self._forward_plain(x)
-        y, gate = _depthwise(x, depthwise, norm1, self.activation, se)
+        y, gate = _depthwise(x, depthwise, norm1, self.activation, se, self.backend)
         residual = x if self.has_skip else None
-        return ops.pointwise_bn_act(y, *conv_norm_arguments(project, norm2), gate=gate, residual=residual)
+        return ops.pointwise_bn_act(
+            y, *conv_norm_arguments(project, norm2), gate=gate, residual=residual, backend=self.backend
+        )
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         y = activate(self.bn1(self.conv_dw(x)), self.activation)
@@ -152,6 +159,7 @@ class MBConv(nn.Module):
         pad_type: str = "",
         bn_eps: float = 1e-5,
         bn_momentum: float = 0.1,
+        backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -161,6 +169,7 @@ class MBConv(nn.Module):
         place = _Place(device, dtype)
         expanded = in_channels * expansion
         self.activation = check_activation("MBConv", activation)
+        self.backend = check_backend("MBConv", backend)
         self.has_skip = skip and stride == 1 and in_channels == out_channels
         self.conv_pw = place.pointwise(in_channels, expanded)
         self.bn1 = place.norm(expanded, bn_eps, bn_momentum)
@@ -195,15 +204,21 @@ class MBConv(nn.Module):
             or not is_fusible_pointwise(project)
             or not _is_transparent_or_fusible(se)
             or not _is_idle(parts["drop_path"])
+            or calls_modules(x)
         ):
             return self._forward_plain(x)
-        if _keeps_expanded(x):
-            y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, self.activation, se)
+        backend = self.backend
+        if _keeps_expanded(x, backend):
+            y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, self.activation, se, backend)
         else:
-            y = ops.pointwise_bn_act(x, *conv_norm_arguments(expand, norm1), activation=self.activation)
-            y, gate = _depthwise(y, depthwise, norm2, self.activation, se)
+            y = ops.pointwise_bn_act(
+                x, *conv_norm_arguments(expand, norm1), activation=self.activation, backend=backend
+            )
+            y, gate = _depthwise(y, depthwise, norm2, self.activation, se, backend)
         residual = x if self.has_skip else None
-        return ops.pointwise_bn_act(y, *conv_norm_arguments(project, norm3), gate=gate, residual=residual)
+        return ops.pointwise_bn_act(
+            y, *conv_norm_arguments(project, norm3), gate=gate, residual=residual, backend=backend
+        )
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         y = activate(self.bn1(self.conv_pw(x)), self.activation)
@@ -248,14 +263,16 @@ def _is_idle(drop_path: nn.Module | None) -> bool:
 
 
 def _depthwise(
-    x: Tensor, conv: nn.Conv2d, norm: NormArguments, activation: str, se: nn.Module | None
+    x: Tensor, conv: nn.Conv2d, norm: NormArguments, activation: str, se: nn.Module | None, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """Depthwise convolution, norm and activation of x: (N, C, H, W), and the gate (N, C) where there is one."""
     padding = explicit_padding(conv, x.shape[2], x.shape[3])
     stride, dilation = conv.stride[0], conv.dilation[0]
     arguments = (x, *conv_norm_arguments(conv, norm))
     if not isinstance(se, SqueezeExcite):
-        y = ops.depthwise_bn_act(*arguments, stride=stride, padding=padding, dilation=dilation, activation=activation)
+        y = ops.depthwise_bn_act(
+            *arguments, stride=stride, padding=padding, dilation=dilation, activation=activation, backend=backend
+        )
         return y, None
     return ops.depthwise_bn_act_gate(
         *arguments,
@@ -263,17 +280,18 @@ def _depthwise(
         padding=padding,
         dilation=dilation,
         activation=activation,
+        backend=backend,
         **squeeze_excite_arguments(se),
     )
 
 
-def _keeps_expanded(x: Tensor) -> bool:
+def _keeps_expanded(x: Tensor, backend: str) -> bool:
     """Whether the expanded tensor of a block never becomes one.
 
     The CPU kernel takes the depthwise rows out of the cache where it has just expanded them. On a GPU the two
     convolutions are two launches either way, and the depthwise one computes the gate on its side.
     """
-    return x.is_cpu and backends.selected() in ("auto", "cpu")
+    return x.is_cpu and (backends.selected() if backend == "auto" else backend) in ("auto", "cpu")
 
 
 def _expand_depthwise(
@@ -284,6 +302,7 @@ def _expand_depthwise(
     norm: NormArguments,
     activation: str,
     se: nn.Module | None,
+    backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """1x1 convolution and depthwise convolution of x: (N, C, H, W), each with norm and activation, and the gate."""
     expand_weight, expand_bias = conv_arguments(expand)
@@ -309,6 +328,7 @@ def _expand_depthwise(
         padding=explicit_padding(conv, x.shape[2], x.shape[3]),
         dilation=conv.dilation[0],
         activation=activation,
+        backend=backend,
     )
     if not isinstance(se, SqueezeExcite):
         return y, None
@@ -321,4 +341,5 @@ def _expand_depthwise(
         arguments["b_expand"],
         activation=arguments["se_activation"],
         gate=arguments["gate"],
+        backend=backend,
     )

@@ -92,14 +92,13 @@ def call(overloads: Overloads[Result], backend: str, *args: Any) -> Result:
     """Call the operator of a backend by the cheapest way that is right.
 
     The Autograd kernel is Python and costs more than a small operator itself, so it is stepped over where no gradient
-    can be asked for (inference mode steps over it by itself). Tracing, functorch transforms and forward-mode
-    differentiation always go through the dispatcher.
+    can be asked for (inference mode steps over it by itself). Tracing and forward-mode differentiation always go
+    through the dispatcher.
     """
     overload = overloads.triton if backend == "triton" else overloads.compiled
     if (
         torch.compiler.is_compiling()
         or torch.is_inference_mode_enabled()
-        or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
         or (torch.is_grad_enabled() and _any_requires_grad(args))
     ):

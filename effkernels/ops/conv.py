@@ -30,6 +30,7 @@ def conv_bn_act(
     padding: Sequence[int] = (0, 0, 0, 0),
     activation: str = "identity",
     allow_tf32: bool | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """Dense convolution (groups 1, dilation 1), batch norm and activation: act(norm(conv(x) + bias)).
 
@@ -49,6 +50,7 @@ def conv_bn_act(
         padding: zeros added at (top, bottom, left, right), in pixels, none negative.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh.
         allow_tf32: whether a float32 product may run in TF32 on a GPU; None: as PyTorch is set for convolutions.
+        backend: that runs this call, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         (N, C_out, H', W') in x's dtype, with exact channels_last strides;
@@ -58,11 +60,11 @@ def conv_bn_act(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    backend = choose(NAME, x, weight, stride, activation)
-    if backend != "reference":
+    chosen = choose(NAME, x, weight, stride, activation, backend)
+    if chosen != "reference":
         return call(
             _overloads,
-            backend,
+            chosen,
             x,
             weight,
             bias,

@@ -46,6 +46,7 @@ def depthwise_bn_act(
     padding: Sequence[int] = (0, 0, 0, 0),
     dilation: int = 1,
     activation: str = "identity",
+    backend: str = "auto",
 ) -> Tensor:
     """Depthwise convolution, batch norm and activation in one pass: act(norm(dwconv(x) + bias)).
 
@@ -68,6 +69,7 @@ def depthwise_bn_act(
         padding: zeros added at (top, bottom, left, right), in pixels, none negative.
         dilation: of both axes, at least 1.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh.
+        backend: that runs this call, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         (N, C, H', W') in x's dtype, with exact channels_last strides;
@@ -77,11 +79,11 @@ def depthwise_bn_act(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    backend = choose("depthwise_bn_act", x, weight, stride, activation)
-    if backend != "reference":
+    chosen = choose("depthwise_bn_act", x, weight, stride, activation, backend)
+    if chosen != "reference":
         return call(
             _bn_act,
-            backend,
+            chosen,
             x,
             weight,
             bias,
@@ -114,6 +116,7 @@ def depthwise_bn_act_squeeze(
     padding: Sequence[int] = (0, 0, 0, 0),
     dilation: int = 1,
     activation: str = "identity",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`depthwise_bn_act` together with the mean of each channel of its result, taken in the same pass.
 
@@ -126,11 +129,11 @@ def depthwise_bn_act_squeeze(
         y: (N, C, H', W') in x's dtype, with exact channels_last strides.
         pooled: (N, C), float32 (float64 where x is float64).
     """
-    backend = choose("depthwise_bn_act_squeeze", x, weight, stride, activation)
-    if backend != "reference":
+    chosen = choose("depthwise_bn_act_squeeze", x, weight, stride, activation, backend)
+    if chosen != "reference":
         return call(
             _bn_act_squeeze,
-            backend,
+            chosen,
             x,
             weight,
             bias,

@@ -45,6 +45,7 @@ def expand_depthwise_squeeze(
     dilation: int = 1,
     activation: str = "identity",
     allow_tf32: bool | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """The first half of an MBConv block: 1x1 convolution, batch norm and activation, then depthwise convolution, batch
     norm and activation, and the mean of each channel of that.
@@ -68,6 +69,7 @@ def expand_depthwise_squeeze(
         bias, norm_weight, norm_bias, norm_mean, norm_var, eps, stride, padding, dilation, activation: of the depthwise
             convolution, as in `depthwise_bn_act`.
         allow_tf32: whether a float32 product may run in TF32 on a GPU; None: as PyTorch is set for convolutions.
+        backend: that runs this call, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         y: (N, C, H', W') in x's dtype, with exact channels_last strides.
@@ -99,9 +101,9 @@ def expand_depthwise_squeeze(
         dilation,
         activation,
     )
-    backend = choose(NAME, x, weight, stride, activation)
-    if backend != "reference":
-        return call(_overloads, backend, *arguments, _tf32.resolve(allow_tf32, x))
+    chosen = choose(NAME, x, weight, stride, activation, backend)
+    if chosen != "reference":
+        return call(_overloads, chosen, *arguments, _tf32.resolve(allow_tf32, x))
     _check(*arguments)
     return call_reference(OPERATOR, *arguments, allow_tf32)
 

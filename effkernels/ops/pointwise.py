@@ -30,6 +30,7 @@ def pointwise_bn_act(
     residual: Tensor | None = None,
     activation: str = "identity",
     allow_tf32: bool | None = None,
+    backend: str = "auto",
 ) -> Tensor:
     """1x1 convolution of a gated input, batch norm, activation and residual in one pass.
 
@@ -52,6 +53,7 @@ def pointwise_bn_act(
         residual: (N, C_out, H, W) of x's dtype, or None; added last, after the activation.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh.
         allow_tf32: whether a float32 product may run in TF32 on a GPU; None: as PyTorch is set for convolutions.
+        backend: that runs this call, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         (N, C_out, H, W) in x's dtype, with exact channels_last strides.
@@ -60,11 +62,11 @@ def pointwise_bn_act(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    backend = choose(NAME, x, weight, 1, activation)
-    if backend != "reference":
+    chosen = choose(NAME, x, weight, 1, activation, backend)
+    if chosen != "reference":
         return call(
             _overloads,
-            backend,
+            chosen,
             x,
             weight,
             bias,

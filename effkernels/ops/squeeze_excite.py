@@ -26,6 +26,7 @@ def squeeze_excite_gate(
     *,
     activation: str = "silu",
     gate: str = "sigmoid",
+    backend: str = "auto",
 ) -> Tensor:
     """The gate of squeeze-and-excitation from pooled channels, both products in one launch.
 
@@ -43,6 +44,7 @@ def squeeze_excite_gate(
         b_expand: (C,) or None.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh; between the two products.
         gate: sigmoid or hard_sigmoid; after the second.
+        backend: that runs this call, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         (N, C) in the dtype of w_expand.
@@ -51,9 +53,9 @@ def squeeze_excite_gate(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    backend = choose("squeeze_excite_gate", pooled, activation=activation)
-    if backend != "reference":
-        return call(_gate, backend, pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate)
+    chosen = choose("squeeze_excite_gate", pooled, None, 1, activation, backend)
+    if chosen != "reference":
+        return call(_gate, chosen, pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate)
     _check_gate(pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate)
     return call_reference(GATE, pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate)
 
@@ -78,6 +80,7 @@ def depthwise_bn_act_gate(
     b_expand: Tensor | None = None,
     se_activation: str = "silu",
     gate: str = "sigmoid",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`depthwise_bn_act` and the squeeze-and-excitation gate of its result, which the consumer multiplies in.
 
@@ -91,11 +94,11 @@ def depthwise_bn_act_gate(
         y: (N, C, H', W') in x's dtype, with exact channels_last strides.
         gate: (N, C) in x's dtype.
     """
-    backend = choose("depthwise_bn_act_gate", x, weight, stride, activation)
-    if backend != "reference":
+    chosen = choose("depthwise_bn_act_gate", x, weight, stride, activation, backend)
+    if chosen != "reference":
         return call(
             _bn_act_gate,
-            backend,
+            chosen,
             x,
             weight,
             bias,
@@ -141,6 +144,7 @@ def depthwise_bn_act_se(
     b_expand: Tensor | None = None,
     se_activation: str = "silu",
     gate: str = "sigmoid",
+    backend: str = "auto",
 ) -> Tensor:
     """`depthwise_bn_act` with squeeze-and-excitation applied to its result.
 
@@ -151,11 +155,11 @@ def depthwise_bn_act_se(
     Returns:
         (N, C, H', W') in x's dtype, with exact channels_last strides.
     """
-    backend = choose("depthwise_bn_act_se", x, weight, stride, activation)
-    if backend != "reference":
+    chosen = choose("depthwise_bn_act_se", x, weight, stride, activation, backend)
+    if chosen != "reference":
         return call(
             _bn_act_se,
-            backend,
+            chosen,
             x,
             weight,
             bias,
