@@ -24,6 +24,7 @@ from effkernels.models.config import ModelConfig
 from effkernels.models.features import FeatureInfo
 from effkernels.models.pooling import GlobalPool
 from effkernels.nn import BatchNormAct2d, ConvBnAct, DepthwiseSeparable, MBConv, PaddedConv2d, conv_bn_act
+from effkernels.nn.norm_act import not_scriptable
 
 
 class _Trunk(nn.Module):
@@ -158,6 +159,9 @@ class _Trunk(nn.Module):
                 (r"^conv_head|^bn2", (99999,)),
             ],
         }
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return not_scriptable(self)
 
     def _stem(self, x: Tensor) -> Tensor:
         if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != self.in_chans):  # a proxy of torch.fx has no shape

@@ -14,7 +14,7 @@ from effkernels.nn.fusible import (
     is_fusible_depthwise,
     is_fusible_pointwise,
 )
-from effkernels.nn.norm_act import BatchNormAct2d, norm_act
+from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
 from effkernels.reference import ACTIVATIONS
 
@@ -134,3 +134,6 @@ class ConvBnAct(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
         return conv_bn_act(x, self.conv, self.bn1, self._activation, self.backend)
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return not_scriptable(self)

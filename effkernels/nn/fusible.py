@@ -67,6 +67,7 @@ _ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
 }
 _ATTRIBUTE_COUNTS = {cls: len(names) for cls, names in _ATTRIBUTES.items()}
 
+_is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 
 
@@ -87,7 +88,10 @@ def is_untouched(module: nn.Module) -> bool:
         or attributes["_backward_pre_hooks"]
     ):
         return False
-    return len(attributes) == _ATTRIBUTE_COUNTS.get(type(module)) or _replaces_nothing(module)
+    if len(attributes) != _ATTRIBUTE_COUNTS.get(type(module)):
+        return _replaces_nothing(module)
+    # torch.compile guards the absence of a name that was looked for, and not how many there are.
+    return not (_is_compiling() and ("forward" in attributes or "_conv_forward" in attributes))
 
 
 def _replaces_nothing(module: nn.Module) -> bool:

@@ -23,7 +23,7 @@ from effkernels.nn.fusible import (
     is_fusible_pointwise,
     is_untouched,
 )
-from effkernels.nn.norm_act import BatchNormAct2d, norm_act
+from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
 from effkernels.nn.squeeze_excite import SqueezeExcite, SqueezeExciteArguments, fusible_squeeze_excite
 
@@ -119,6 +119,9 @@ class DepthwiseSeparable(nn.Module):
         y = norm_act(self.bn1, self.conv_dw(x), self._activation)
         z = norm_act(self.bn2, self.conv_pw(self.se(y)), "identity")
         return x + self.drop_path(z) if self.has_skip else z
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return not_scriptable(self)
 
     def extra_repr(self) -> str:
         return f"has_skip={self.has_skip}"
@@ -223,6 +226,9 @@ class MBConv(nn.Module):
         y = norm_act(self.bn2, self.conv_dw(y), self._activation)
         z = norm_act(self.bn3, self.conv_pwl(self.se(y)), "identity")
         return x + self.drop_path(z) if self.has_skip else z
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return not_scriptable(self)
 
     def extra_repr(self) -> str:
         return f"has_skip={self.has_skip}"

@@ -29,6 +29,14 @@ _GATE_MODULES: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "har
 _PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
 
 
+def not_scriptable(module: nn.Module) -> nn.Module:
+    """What torch.jit.script calls for a module of this package (`__prepare_scriptable__`)."""
+    raise RuntimeError(
+        f"{type(module).__name__}: torch.jit.script cannot compile modules that choose between fused operators and "
+        f"plain PyTorch; allowed: torch.jit.trace, torch.export.export, effkernels.export_model"
+    )
+
+
 def activation_module(activation: str) -> nn.Module:
     """The module of `torch.nn` for one of `effkernels.reference.ACTIVATIONS`."""
     return _ACTIVATION_MODULES[activation]()
@@ -77,6 +85,9 @@ class BatchNormAct2d(nn.BatchNorm2d):
         y: Tensor = super().forward(input) if isinstance(input, Tensor) else self._recorded(input)
         activated: Tensor = self.act(self.drop(y))
         return activated
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        return not_scriptable(self)
 
     def _recorded(self, input: Tensor) -> Tensor:
         """The norm of a proxy of torch.fx: without a look at its shape, and without a step of the counter."""
