@@ -90,8 +90,15 @@ def is_untouched(module: nn.Module) -> bool:
         return False
     if len(attributes) != _ATTRIBUTE_COUNTS.get(type(module)):
         return _replaces_nothing(module)
-    # torch.compile guards the absence of a name that was looked for, and not how many there are.
-    return not (_is_compiling() and ("forward" in attributes or "_conv_forward" in attributes))
+    return not _is_compiling() or _has_methods_of_its_class(module)
+
+
+def _has_methods_of_its_class(module: nn.Module) -> bool:
+    """For traces: torch.compile guards methods that it sees looked up, and not what is in the dict of an instance."""
+    cls: Any = type(module)
+    if isinstance(module, nn.Conv2d) and getattr(module._conv_forward, "__func__", None) is not cls._conv_forward:
+        return False
+    return getattr(module.forward, "__func__", None) is cls.forward
 
 
 def _replaces_nothing(module: nn.Module) -> bool:
