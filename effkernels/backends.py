@@ -284,13 +284,13 @@ def _needs_plain_pytorch() -> bool:
     """
     return (
         _in_transform()
-        or _tracing_state() is not None
+        or _is_tracing()
         or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())  # the second one alone takes 1 us
     )
 
 
 _in_transform = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 
 
 _CAN_RUN = {"cuda": can_run_cuda, "triton": can_run_triton, "cpu": can_run_cpu}

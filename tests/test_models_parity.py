@@ -152,5 +152,5 @@ def test_the_comparison_would_notice_another_padding_eps_or_gate() -> None:
         ours.set_norm(eps=1e-3)
         assert moved() > 1e-4
         ours.set_norm(eps=1e-5)
-        ours.blocks[3][1].se.gate = "hard_sigmoid"
+        ours.blocks[3][1].se.gate = torch.nn.Hardsigmoid()
         assert moved() > 1e-4
