@@ -26,7 +26,7 @@ EFFKERNELS_INLINE Vec at_most(float limit, Vec x) {
 }
 EFFKERNELS_INLINE Vec clamp(Vec x, float low, float high) { return at_most(high, at_least(low, x)); }
 
-// 2^t for t = x * factor in [-126, 126], relative error 1e-7; with fused multiply-adds t itself is never rounded. Both
+// 2^t for t = x * factor in [-126, 127], relative error 1e-7; with fused multiply-adds t itself is never rounded. Both
 // polynomials are least squares on Chebyshev points (relative error 2e-9) and exactly 1 at 0: an error of one sign in
 // every element would add up in pooled means.
 EFFKERNELS_INLINE Vec exp2_within(Vec x, float factor = 1.f) {
@@ -61,20 +61,16 @@ EFFKERNELS_INLINE Vec exp2_within(Vec x, float factor = 1.f) {
 #endif
 }
 
-// Below it exp(-x) leaves the range of exp2_within, and sigmoid(x) counts as 0.
-constexpr float kLowest = -87.3f;
-
-// v * sigmoid(x), v * 0 for x < kLowest. A sigmoid of 1e-38 there would make a visible number of v = -1e38, and
-// -infinity of v = -infinity, where the zero makes NaN. What exp2_within makes of such x is not looked at: the
-// comparison that discards it costs what clamping x would.
+// v * sigmoid(x), v * 0 where sigmoid(x) is below the smallest normal number. A sigmoid of 1e-38 there would make a
+// visible number of v = -1e38, and -infinity of v = -infinity, where the zero makes NaN.
 EFFKERNELS_INLINE Vec times_sigmoid(Vec v, Vec x) {
-  const Vec d = 1.f + exp2_within(at_most(87.3f, x), -1.44269504f);
 #if defined(__AVX512F__)
-  const __mmask16 inside = _mm512_cmp_ps_mask(__m512(x), _mm512_set1_ps(kLowest), _CMP_NLT_UQ);  // or NaN
-  const __m512 r = _mm512_rcp14_ps(__m512(d));  // 2^-14, squared by one Newton step
-  const __m512 rest = _mm512_fnmadd_ps(__m512(d), r, _mm512_set1_ps(1.f));
-  return v * Vec(_mm512_maskz_fmadd_ps(inside, r, rest, r));
+  const Vec d = 1.f + exp2_within(clamp(x, -88.f, 87.3f), -1.44269504f);
+  const Vec r = Vec(_mm512_rcp14_ps(__m512(d)));  // 2^-14, squared by a Newton step; of x = -88 denormal: 0
+  return v * (r + r * (1.f - d * r));
 #else
+  constexpr float kLowest = -87.3f;  // below it exp2_within makes anything, which is not looked at
+  const Vec d = 1.f + exp2_within(at_most(87.3f, x), -1.44269504f);
   return v / (x < splat(kLowest) ? splat(__builtin_inff()) : d);
 #endif
 }

@@ -1,6 +1,6 @@
-// Denormal numbers, below 1.2e-38, count as zero inside the kernels: the processor takes some hundred cycles for an
-// operation on one, and a network with denormal weights would take 20 times as long. float16 has subnormal numbers of
-// its own, down to 6e-8; in float32 they are ordinary numbers, and the conversions keep them.
+// Denormal numbers, below 1.2e-38, count as zero inside the kernels: on many processors an operation on one takes many
+// times as long, and no tolerance reaches down there. float16's own subnormal numbers, from 6e-8 on, are ordinary
+// numbers in float32, and the conversions keep them.
 #pragma once
 
 #if defined(__x86_64__)
