@@ -199,6 +199,9 @@ EXPAND: tuple[Call, ...] = (
     _expand(256, 32, 56, 192, 5, 2, dtype=FLOAT32, allow_tf32=True),
     _expand(256, 16, 112, 96, 3, 2, dtype=FLOAT32, allow_tf32=True),
     _expand(256, 64, 28, 384, 5, 2),
+    _expand(256, 64, 28, 384, 5, 2, weight=FLOAT32),
+    _expand(2, 30, 28, 181, 5, 2),
+    _expand(2, 30, 56, 181, 3, 2, activation="gelu_tanh"),
 )
 GATE: tuple[Call, ...] = (
     Call("squeeze_excite_gate", (256, 1152), reduced=48),
