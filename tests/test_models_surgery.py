@@ -288,13 +288,17 @@ CHANGES = [
 # What an operator can compute as well.
 STAYS_FUSED = (_activation, _rounded_gelu, _activation_behind_the_projection, _gate, _inner_activation, _padding)
 
+UNSEEN_BY_COMPILE = (
+    *(_hook, _hook_at_the_gate, _replaced_forward, _replaced_convolution, _replaced_method_of_the_depthwise),
+)
+
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__.strip("_"))
 def test_a_changed_block_computes_what_its_modules_say(change: Callable, compiled: bool) -> None:
     """The rule of effkernels.nn.fusible, also where torch.compile has seen the block before the change."""
-    if compiled and change in (_hook, _hook_at_the_gate):
-        pytest.skip("torch.compile does not look for hooks that come after it, at plain modules neither")
+    if compiled and change in UNSEEN_BY_COMPILE:
+        pytest.skip("torch.compile guards neither hooks nor methods that are put on a module after it traced it")
     torch._dynamo.reset()
     torch.manual_seed(0)
     block = randomise(MBConv(8, 8, 3, expansion=4, se_channels=2, skip=False), channels=8)
@@ -316,6 +320,20 @@ def test_an_attribute_of_ones_own_leaves_a_block_fused(compiled: None) -> None:
     for name, module in block.named_modules():
         module.my_name = name
     assert fused_operators(block, x) > 0
+
+
+def test_a_compiled_model_runs_fused(compiled: None) -> None:
+    torch._dynamo.reset()
+    model, x = small(), images(1, 33, 31)
+    targets: list[str] = []
+
+    def backend(graph: fx.GraphModule, inputs: list[Tensor]) -> Callable:
+        targets.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph.forward
+
+    with torch.no_grad():
+        torch.compile(model, fullgraph=True, backend=backend)(x)
+    assert sum(target.startswith("effkernels.") for target in targets) == fused_operators(model, x) > 0
 
 
 @pytest.mark.parametrize("pad_type", ["", "same"])

@@ -67,7 +67,6 @@ _ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
 }
 _ATTRIBUTE_COUNTS = {cls: len(names) for cls, names in _ATTRIBUTES.items()}
 
-_is_compiling = torch.compiler.is_compiling
 _tracing_state = torch._C._get_tracing_state
 
 
@@ -88,17 +87,7 @@ def is_untouched(module: nn.Module) -> bool:
         or attributes["_backward_pre_hooks"]
     ):
         return False
-    if len(attributes) != _ATTRIBUTE_COUNTS.get(type(module)):
-        return _replaces_nothing(module)
-    return not _is_compiling() or _has_methods_of_its_class(module)
-
-
-def _has_methods_of_its_class(module: nn.Module) -> bool:
-    """For traces: torch.compile guards methods that it sees looked up, and not what is in the dict of an instance."""
-    cls: Any = type(module)
-    if isinstance(module, nn.Conv2d) and getattr(module._conv_forward, "__func__", None) is not cls._conv_forward:
-        return False
-    return getattr(module.forward, "__func__", None) is cls.forward
+    return len(attributes) == _ATTRIBUTE_COUNTS.get(type(module)) or _replaces_nothing(module)
 
 
 def _replaces_nothing(module: nn.Module) -> bool:

@@ -25,8 +25,8 @@ _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
 }
 _GATE_MODULES: dict[str, Callable[[], nn.Module]] = {"sigmoid": nn.Sigmoid, "hard_sigmoid": nn.Hardsigmoid}
 
-# The norms of PyTorch that compute nothing but the norm, whatever children they have.
-_PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
+# What computes the norm alone, whatever children it has, or nothing where a norm was taken out.
+_PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2d, nn.Identity)
 
 
 def not_scriptable(module: nn.Module) -> nn.Module:
