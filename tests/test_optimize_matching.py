@@ -285,8 +285,8 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "groups=2 of 8 channels is neither dense nor depthwise",
     ),
     "large_kernel": (
-        lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 8, 11, padding=5, groups=8), b=nn.BatchNorm2d(8)),
-        "a depthwise kernel of 11x11; allowed: 3, 5, 7, 9",
+        lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 8, 15, padding=7, groups=8), b=nn.BatchNorm2d(8)),
+        "a depthwise kernel of 15x15; allowed: 1",
     ),
     "large_stride": (
         lambda: Chain(lambda m, x: m.b(m.a(x)), a=_depthwise(stride=3), b=nn.BatchNorm2d(8)),
