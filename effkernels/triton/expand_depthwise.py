@@ -234,7 +234,7 @@ def expand_depthwise_kernel(
         for s in tl.static_range(STRIDE):
             # With stride 2 an input row meets every second row of taps; all 25 at once cost bfloat16 a spill.
             if TAPS_HELD:
-                taps = held[s]
+                taps = held[s]  # type: ignore[var-annotated]
             else:
                 taps = taps_of(weight, c, c_inside, KERNEL, s, STRIDE)
             y_loaded = top_loaded + (t * STRIDE + s)
@@ -269,7 +269,7 @@ def expand_depthwise_kernel(
                     for j in tl.static_range(PENDING):
                         for ox in tl.static_range(STRIP):
                             if j * STRIDE + s < KERNEL and ix - ox * STRIDE >= 0 and ix - ox * STRIDE < KERNEL:
-                                tap_weight = taps[j * KERNEL + ix - ox * STRIDE]
+                                tap_weight = taps[j * KERNEL + ix - ox * STRIDE]  # type: ignore[var-annotated]
                                 added = added + (sums[j * STRIP + ox] + value * tap_weight,)
                             else:
                                 added = added + (sums[j * STRIP + ox],)
