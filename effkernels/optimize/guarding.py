@@ -171,6 +171,21 @@ class Guard:
                 return False
         return True
 
+    def incomparable(self, twin: nn.Module) -> str:
+        """The name of an attribute that is not found again on a twin of the root; "" where all are.
+
+        Twins have copies of all attributes, so these are objects of which only the identity could be compared: whoever
+        changes one of them in place would not be noticed.
+        """
+        found: dict[str, nn.Module] = {"": twin}
+        for record in self.records:
+            module = _reach(found, record.path)
+            for name, value in record.attributes or ():
+                if module is not None and name in module.__dict__ and freeze(module.__dict__[name]) != value:
+                    kind = type(module.__dict__[name]).__name__
+                    return f"{name!r} of {record.cls.__name__} (a {kind})"
+        return ""
+
     def take_traced(self, root: nn.Module) -> tuple[Any, ...] | None:
         """`take` as torch.compile traces it: every comparison becomes a guard of the graph."""
         modules: dict[str, Any] = {"": root}

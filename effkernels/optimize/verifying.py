@@ -90,6 +90,9 @@ class _Trial:
         except (RuntimeError, TypeError, ValueError) as error:
             return f"the fused operators refuse it: {error}"
         if found is None:
+            unlike = self._program.guard.incomparable(self._fused.root)
+            if unlike:
+                return f"its attribute {unlike} cannot be compared at every call"
             return "its parameters are no plain tensors, or its modules are not what they were a moment ago"
         ours = list(_tensors(found))
         if [t.shape for t in ours] != [t.shape for t in plain[0]]:
