@@ -90,14 +90,16 @@ class _Trial:
         except (RuntimeError, TypeError, ValueError) as error:
             return f"the fused operators refuse it: {error}"
         if found is None:
-            unlike = self._program.guard.incomparable(self._fused.root)
-            if unlike:
-                return f"its attribute {unlike} cannot be compared at every call"
-            return "its parameters are no plain tensors, or its modules are not what they were a moment ago"
+            return self._program.guard.complaint(self._fused.root) or "its parameters are no plain tensors"
         ours = list(_tensors(found))
         if [t.shape for t in ours] != [t.shape for t in plain[0]]:
             return "its fused form gave results of other shapes"
-        return _judge(ours, plain, self._run(self._exact, x.double()), factor)
+        try:
+            exact = self._run(self._exact, x.double())
+        except Exception as error:  # scripted and quantised modules keep their dtype
+            line = str(error).strip().rpartition("\n")[2]
+            return f"its forward does not run in float64, with which a fused form is compared: {line}"
+        return _judge(ours, plain, exact, factor)
 
     def _run(self, twins: Twins, x: Tensor) -> list[Tensor]:
         return list(_tensors(getattr(type(twins.root), self._method)(twins.root, x)))
