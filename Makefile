@@ -16,6 +16,8 @@ BENCH_ARGS ?=
 THIS_MACHINE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d ". " | \
   awk '$$1 ~ /^[0-9]+$$/ && $$1 >= 80' | sort -nu | paste -sd ";" -)
 export EFFKERNELS_CUDA_ARCHS ?= $(or $(THIS_MACHINE),90)
+# Of an environment with another release of torch and triton; empty: that of .venv.
+GATES_PYTHON ?=
 PARTS ?=
 GPU_CHECK_ARGS ?=
 
@@ -24,8 +26,8 @@ FORMATTED_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build test test-suite test-emulated test-race test-asan test-triton bench gpu-check kernels-table lint \
-  lint-python lint-native types format clean distclean wheel
+.PHONY: help setup build test test-suite test-emulated test-race test-asan test-triton test-gates bench gpu-check \
+  kernels-table lint lint-python lint-native types format clean distclean wheel
 
 help: ## list these commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -56,6 +58,9 @@ test-asan: setup ## the same with every load and store checked for bounds and al
 
 test-triton: setup ## run the Triton kernels on the CPU, by Triton's interpreter: parity, opcheck, compile
 	EFFKERNELS_TEST_FLAVOUR=triton $(PYTEST) -m interpreted $(TEST_ARGS)
+
+test-gates: setup ## check what Triton compiles for GPUs, that of another environment too (GATES_PYTHON=/path/to/python)
+	EFFKERNELS_TEST_GATES_PYTHON="$(GATES_PYTHON)" $(PYTEST) tests/test_triton_gates.py $(TEST_ARGS)
 
 bench: setup ## time EfficientNet-B0, ours and timm's made fast, against eager PyTorch and torch.compile (BENCH_ARGS adds flags)
 	$(BIN)/effkernels bench --model efficientnet_b0 --batch-size 1 16 \

@@ -24,18 +24,21 @@ struct Norm {
   float eps = 0.f;
 };
 
+inline constexpr int kLargestDepthwise = 13;  // of a depthwise kernel's height and width, each from 1 on
+
 // y = activation(norm(depthwise convolution of x)), and the mean of y over its pixels where `pooled` is given.
 struct DepthwiseParams {
   const void* x = nullptr;  // (N, H, W, C) by the strides below
   void* y = nullptr;        // (N, OH, OW, C), contiguous in that order
-  Param weight;             // (C, 1, K, K)
+  Param weight;             // (C, 1, KH, KW)
   Norm norm;
   float* pooled = nullptr;  // (N, C) or null
   DType dtype = DType::kFloat32;
   Activation activation = Activation::kIdentity;
   int64_t batch = 0, channels = 0, height = 0, width = 0, out_height = 0, out_width = 0;
   int64_t x_stride_n = 0, x_stride_h = 0, x_stride_w = 0;
-  int32_t kernel = 3, stride = 1, dilation = 1, pad_top = 0, pad_left = 0;  // bottom and right follow from the sizes
+  int32_t kernel_h = 3, kernel_w = 3, stride = 1, dilation = 1;
+  int32_t pad_top = 0, pad_left = 0;  // bottom and right follow from the sizes
 };
 
 // gate = gate_activation(w_expand @ activation(w_reduce @ pooled + b_reduce) + b_expand)

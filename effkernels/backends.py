@@ -44,7 +44,8 @@ OPERATORS: tuple[str, ...] = (
     "conv_bn_act",
 )
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
-DEPTHWISE_KERNEL_SIZES: tuple[int, ...] = (3, 5, 7, 9)
+DEPTHWISE_KERNEL_SIZES: tuple[int, ...] = tuple(range(1, 14))
+"""What the height and the width of a depthwise kernel may be, each for itself."""
 
 _ALLOWED_NAMES = ("auto", *BACKENDS)
 _OLDEST_CUDA_CAPABILITY = (8, 0)
@@ -137,7 +138,7 @@ def can_run_cpu(
     device: torch.device | str,
     dtype: torch.dtype,
     channels: int | None = None,
-    kernel_size: int | None = None,
+    kernel_size: int | tuple[int, int] | None = None,
     stride: int | None = None,
     activation: str | None = None,
 ) -> Decision:
@@ -147,6 +148,7 @@ def can_run_cpu(
         op: one of `OPERATORS`.
         device, dtype: of x. On "meta" it is the shape function of the compiled operator that runs.
         channels, kernel_size, stride, activation: of the call; None where they are not known or do not apply.
+            A kernel size is (height, width), or one number for both.
     """
     return _can_run_compiled(op, "cpu", _COMPILED_CPU, torch.device(device), dtype, kernel_size)
 
@@ -157,7 +159,7 @@ def can_run_cuda(
     device: torch.device | str,
     dtype: torch.dtype,
     channels: int | None = None,
-    kernel_size: int | None = None,
+    kernel_size: int | tuple[int, int] | None = None,
     stride: int | None = None,
     activation: str | None = None,
 ) -> Decision:
@@ -177,7 +179,7 @@ def can_run_triton(
     device: torch.device | str,
     dtype: torch.dtype,
     channels: int | None = None,
-    kernel_size: int | None = None,
+    kernel_size: int | tuple[int, int] | None = None,
     stride: int | None = None,
     activation: str | None = None,
 ) -> Decision:
@@ -208,7 +210,7 @@ def choose(
     Args:
         op: one of `OPERATORS`.
         x: the first input of the operator, (N, C, H, W) or (N, C); only its device, dtype and channels count.
-        weight: of the convolution, (C_out, C_in, K, K), where there is one; only its kernel size counts.
+        weight: of the convolution, (C_out, C_in, KH, KW), where there is one; only its kernel size counts.
         stride, activation: of the call.
         backend: one of `BACKENDS`, or "auto" for what the function `backend` and the environment ask for.
 
@@ -282,13 +284,13 @@ def _needs_plain_pytorch() -> bool:
     """
     return (
         _in_transform()
-        or _tracing_state() is not None
+        or _is_tracing()
         or (torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export())  # the second one alone takes 1 us
     )
 
 
 _in_transform = torch._C._are_functorch_transforms_active
-_tracing_state = torch._C._get_tracing_state
+_is_tracing = torch._C._is_tracing
 
 
 _CAN_RUN = {"cuda": can_run_cuda, "triton": can_run_triton, "cpu": can_run_cpu}
@@ -301,14 +303,27 @@ def key_of(
     return BackendKey(op, str(x.dtype).removeprefix("torch."), *_sizes_of(x, weight), stride, activation)
 
 
-def _sizes_of(x: Tensor, weight: Tensor | None) -> tuple[int | None, int | None]:
-    """Channels and kernel size of a call, None where there is none."""
+def _sizes_of(x: Tensor, weight: Tensor | None) -> tuple[int | None, tuple[int, int] | None]:
+    """Channels and kernel size (height, width) of a call, None where there is none."""
     channels = x.shape[1] if x.dim() > 1 else None
-    return channels, weight.shape[3] if weight is not None and weight.dim() == 4 else None
+    return channels, (weight.shape[2], weight.shape[3]) if weight is not None and weight.dim() == 4 else None
+
+
+def depthwise_kernel_problem(height: int, width: int) -> str:
+    """Why no kernel of this project runs a depthwise convolution of height x width taps; "" where they all do."""
+    if height in DEPTHWISE_KERNEL_SIZES and width in DEPTHWISE_KERNEL_SIZES:
+        return ""
+    allowed = f"{DEPTHWISE_KERNEL_SIZES[0]} to {DEPTHWISE_KERNEL_SIZES[-1]} for its height and its width"
+    return f"a depthwise kernel of {height}x{width}; allowed: {allowed}"
 
 
 def _can_run_compiled(
-    op: str, name: str, compiled: frozenset[str], device: torch.device, dtype: torch.dtype, kernel_size: int | None
+    op: str,
+    name: str,
+    compiled: frozenset[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    kernel_size: int | tuple[int, int] | None,
 ) -> Decision:
     if op not in OPERATORS:
         return Decision(False, f"{op!r} is not an operator; allowed: {', '.join(OPERATORS)}")
@@ -321,14 +336,14 @@ def _can_run_compiled(
     return _can_run_call(op, dtype, kernel_size)
 
 
-def _can_run_call(op: str, dtype: torch.dtype, kernel_size: int | None) -> Decision:
+def _can_run_call(op: str, dtype: torch.dtype, kernel_size: int | tuple[int, int] | None) -> Decision:
     """What every backend with kernels of its own asks of a call."""
     if dtype not in DTYPES:
         return Decision(False, f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
-    if kernel_size is not None and "depthwise" in op and kernel_size not in DEPTHWISE_KERNEL_SIZES:
-        allowed = ", ".join(map(str, DEPTHWISE_KERNEL_SIZES))
-        return Decision(False, f"kernel_size={kernel_size} is not supported; allowed: {allowed}")
-    return Decision(True, "")
+    problem = ""
+    if kernel_size is not None and "depthwise" in op:
+        problem = depthwise_kernel_problem(*((kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size))
+    return Decision(not problem, problem)
 
 
 # A trace must not see the dictionaries that this fills on the way: it would guard their state of before.

@@ -19,9 +19,11 @@ from torch import Tensor, nn
 
 from effkernels import peers
 from effkernels.models import create_model
+from effkernels.models.checkpoints import set_native_padding
 from effkernels.models.conversion import Conversion, convert
 from effkernels.models.layouts import HUGGING_FACE, LUKEMELAS, TIMM, TORCHVISION, Layout, Semantics
 from effkernels.models.recipes import Recipe, recipe, same_logits
+from effkernels.models.variants import is_lite
 from effkernels.parity import Errors, errors, limits
 
 # The package that holds each library's models; NVIDIA's are in no package.
@@ -31,6 +33,7 @@ _PACKAGES = {
     LUKEMELAS.name: "efficientnet_pytorch",
     HUGGING_FACE.name: "transformers",
 }
+_LITE_PACKAGES = {LUKEMELAS.name: "efficientnet_lite_pytorch"}
 _BATCH = 2
 
 
@@ -152,7 +155,7 @@ def _build(
     """The library's model with the weights in float32, or ours that pads alike where the library is not installed."""
     weights = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     try:
-        name = _import(layout)
+        name = _import(layout, conversion.semantics.variant or "")
     except ImportError as error:
         return _stand_in(
             layout, made, weights, conversion.semantics
@@ -169,9 +172,11 @@ def _build(
     return _loaded(model, weights, name), name
 
 
-def _import(layout: Layout) -> str:
+def _import(layout: Layout, variant: str) -> str:
     """Import the library; its name and version. ImportError, with the reason in a few words, where that fails."""
     package = _PACKAGES.get(layout.name)
+    if is_lite(variant):
+        package = _LITE_PACKAGES.get(layout.name, package)
     if package is None:
         raise ImportError("in no package")
     # Most of them import torchvision, which beside a CPU-only torch has to be made to work first.
@@ -190,12 +195,12 @@ def _stand_in(layout: Layout, made: Recipe, weights: Mapping[str, Tensor], meani
         f"efficientnet_{conversion.semantics.variant}",
         in_chans=conversion.in_chans,
         num_classes=conversion.num_classes,
-        pad_type=made.pad_type,
         bn_eps=meaning.bn_eps,
         bn_momentum=meaning.bn_momentum,
         backend="reference",
         device="meta",
     )
+    set_native_padding(model, made.pad_type, conversion.semantics.native_size)
     return _loaded(model, conversion.tensors, "effkernels")
 
 

@@ -376,12 +376,12 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
         return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32)]
     stride, padding = arguments["stride"], arguments["padding"]
     if op == "expand_depthwise_squeeze":
-        sizes = [batch, weight[0], height, width, weight[2], stride, arguments["dilation"], *padding, 0]
+        sizes = [batch, weight[0], height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, 0]
         return [*sizes, channels, int(allow_tf32)]
     if op == "conv_bn_act":
         return [batch, channels, weight[0], height, width, weight[2], weight[3], stride, *padding]
     reduced = arguments["w_reduce"].shape[0] if "w_reduce" in arguments else 0
-    return [batch, channels, height, width, weight[2], stride, arguments["dilation"], *padding, reduced]
+    return [batch, channels, height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, reduced]
 
 
 def _stored_bytes(tensor: Tensor) -> int:

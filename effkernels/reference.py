@@ -72,7 +72,7 @@ def depthwise_bn_act(
 
     Args:
         x: (N, C, H, W), floating.
-        weight: (C, 1, K, K).
+        weight: (C, 1, KH, KW).
         bias: (C,), the bias of the convolution, or None.
         norm_weight, norm_bias: (C,) or None; the affine parameters of the norm.
         norm_mean, norm_var: (C,), running statistics; both or neither.
@@ -83,7 +83,7 @@ def depthwise_bn_act(
         activation: one of `ACTIVATIONS`.
 
     Returns:
-        (N, C, H', W') in x's dtype, H' = (H + top + bottom - dilation * (K - 1) - 1) // stride + 1 and likewise W'.
+        (N, C, H', W') in x's dtype, H' = (H + top + bottom - dilation * (KH - 1) - 1) // stride + 1 and likewise W'.
 
     Raises:
         ValueError: activation unknown, or one of norm_mean and norm_var without the other.

@@ -32,7 +32,7 @@ import torch
 from effkernels import environment, triton
 from effkernels._version import __version__
 
-SCHEMA = 1  # of the file; higher with every change that an older reader would misunderstand
+SCHEMA = 2  # of the file; higher with every change that an older reader would misunderstand
 VARIABLE = "EFFKERNELS_CACHE"
 EVEN = "even"  # neither of two backends is faster by more than the noise
 
@@ -55,7 +55,7 @@ class BackendKey(NamedTuple):
     op: str
     dtype: str
     channels: int | None
-    kernel_size: int | None
+    kernel_size: tuple[int, int] | None
     stride: int
     activation: str
 
@@ -151,6 +151,9 @@ class Plan:
                 plan.configurations[key] = Configuration(choice, float(entry["default_us"]), float(entry["chosen_us"]))
             for entry in report["comparisons"]:
                 backend_key = BackendKey(*(entry[name] for name in BackendKey._fields))
+                if backend_key.kernel_size is not None:
+                    height, width = _integers(entry["kernel_size"])
+                    backend_key = backend_key._replace(kernel_size=(height, width))
                 times = {str(name): float(us) for name, us in entry["times_us"].items()}
                 calls = plan.comparisons.setdefault(backend_key, {})
                 calls[str(entry["call"])] = Comparison(str(entry["faster"]), times)

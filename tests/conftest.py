@@ -38,7 +38,15 @@ CPU_INSTRUCTION_SETS = ("avx512", "avx2", "plain")
 # "triton": they run on interpreted Triton kernels alone (make test-triton).
 FLAVOUR = os.environ.get("EFFKERNELS_TEST_FLAVOUR") or "plain"
 
-ABOUT_VALUES = ("test_nan_spreads_as_in_pytorch", "test_infinity_spreads_as_in_pytorch")
+ABOUT_VALUES = (
+    "test_nan_spreads_as_in_pytorch",
+    "test_infinity_spreads_as_in_pytorch",
+    # All of test_ops_special_values.py, but for what depends on the type: test_results_overflow_as_rounding_does.
+    "test_activations_and_gates",
+    "test_means",
+    "test_excitation",
+    "test_gate_norm_and_residual",
+)
 ABOUT_ACCESSES = ("test_every_element_is_written", "test_nothing_around_a_sliced_input_is_touched")
 # Fields of a Case that change what is computed with an element and nothing else.
 VALUES = ("activation", "expand_activation", "se_activation", "gate", "norm", "matrix_rank")

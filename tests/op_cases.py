@@ -20,6 +20,13 @@ ALL_OPS = (*IMAGE_OPS, "squeeze_excite_gate")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD_CHANNELS = (1, 7, 8, 24, 40, 100)
 ODD_PLANES = ((1, 1), (7, 9), (13, 14))
+SQUARE_KERNELS = (3, 5, 7, 9)  # of the kernels that every backend compiles for their size
+# Kernels whose height and width are known at run time only, of every width up to the largest.
+OTHER_KERNELS = (
+    *((1, width) for width in (1, 3, 4, 7, 8, 11, 13)),
+    *((height, 1) for height in (2, 3, 7, 11, 13)),
+    *((2, 2), (3, 5), (5, 3), (3, 7), (7, 6), (13, 9), (9, 12), (11, 11), (4, 10), (13, 13)),
+)
 LAYOUTS = ("channels_last", "contiguous", "sliced", "sliced_rows", "expanded")
 
 

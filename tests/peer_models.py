@@ -111,6 +111,51 @@ def lukemelas_model(variant: str, seed: int = 0, **options: Any) -> nn.Module:
     return randomise(model, seed)
 
 
+def lukemelas_lite_model(variant: str, image_size: int | None, seed: int = 0) -> nn.Module:
+    """A lite variant ("lite0") under lukemelas' names, randomised, in eval mode.
+
+    Its fork efficientnet_lite_pytorch is lukemelas' own network built of other rows; here they come from timm's model.
+
+    Args:
+        image_size: of the frozen padding, in pixels; None: SAME padding for any size.
+    """
+    lukemelas = import_lukemelas()
+    with torch.device("meta"):
+        stages = import_timm().create_model(f"efficientnet_{variant}").blocks
+    rows = []
+    for stage in stages:
+        first = stage[0]
+        project = first.conv_pwl if hasattr(first, "conv_pwl") else first.conv_pw
+        entering = first.conv_pw.in_channels if hasattr(first, "conv_pwl") else first.conv_dw.in_channels
+        rows.append(
+            lukemelas.utils.BlockArgs(
+                num_repeat=len(stage),
+                kernel_size=first.conv_dw.kernel_size[0],
+                stride=[first.conv_dw.stride[0]],
+                expand_ratio=first.conv_dw.in_channels // entering,
+                input_filters=entering,
+                output_filters=project.out_channels,
+                se_ratio=None,
+                id_skip=True,
+            )
+        )
+    shape = lukemelas.utils.GlobalParams(
+        image_size=image_size,
+        dropout_rate=0.2,
+        num_classes=1000,
+        batch_norm_momentum=0.99,
+        batch_norm_epsilon=1e-3,
+        drop_connect_rate=0.2,
+        depth_divisor=8,
+        include_top=True,
+    )
+    model = lukemelas.EfficientNet(rows, shape)
+    for part in model.modules():
+        if hasattr(part, "_swish"):
+            part._swish = nn.ReLU6()
+    return randomise(model, seed)
+
+
 def twin(name: str, peer: nn.Module, **options: Any) -> EfficientNet | EfficientNetFeatures:
     """Our model of that name with the weights of timm's `peer`, in eval mode."""
     model = effkernels.create_model(name, device="meta", **options)

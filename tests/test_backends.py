@@ -71,8 +71,8 @@ def test_reasons(compiled: None) -> None:
     assert backends.can_run_cpu(op, device="cpu", dtype=torch.float64).reason == (
         "dtype=torch.float64 is not supported; allowed: torch.float32, torch.float16, torch.bfloat16"
     )
-    assert backends.can_run_cpu(op, device="cpu", dtype=float32, kernel_size=11).reason == (
-        "kernel_size=11 is not supported; allowed: 3, 5, 7, 9"
+    assert backends.can_run_cpu(op, device="cpu", dtype=float32, kernel_size=(3, 14)).reason == (
+        "a depthwise kernel of 3x14; allowed: 1 to 13 for its height and its width"
     )
     for name in ALL_OPS:
         if name not in triton.FAMILIES:

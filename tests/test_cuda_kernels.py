@@ -188,7 +188,7 @@ def planned(op: str, shape: list[int], limits: tuple[int, ...], dtype: str = "bf
 
 
 def se_shape(batch: int, channels: int, plane: int, kernel: int, reduced: int) -> list[int]:
-    return [batch, channels, plane, plane, kernel, 1, 1, *([kernel // 2] * 4), reduced]
+    return [batch, channels, plane, plane, kernel, kernel, 1, 1, *([kernel // 2] * 4), reduced]
 
 
 @pytest.mark.usefixtures("compiled")
@@ -231,7 +231,11 @@ def test_plans_stay_within_the_device(device: str, channels: int, plane: int, ba
     limits = DEVICES[device]
     for dtype in ("float32", "bfloat16"):
         for op in ("depthwise_bn_act_gate", "depthwise_bn_act_se"):
-            for launch in planned(op, se_shape(batch, channels, plane, 5, max(1, channels // 24)), limits, dtype):
+            reduced = max(1, channels // 24)
+            for launch in (
+                *planned(op, se_shape(batch, channels, plane, 5, reduced), limits, dtype),
+                *planned(op, se_shape(batch, channels, plane, 13, reduced), limits, dtype),
+            ):
                 assert 0 < int(launch["grid"]) < 1 << 31
                 assert int(launch["shared"]) <= limits[3]
                 assert int(launch["cluster"]) <= limits[7]
@@ -269,6 +273,8 @@ def cut_cases(dtype: torch.dtype) -> list[Case]:
             Case(op, dtype, channels=264, height=7, width=7, kernel=(5, 5), padding=(2, 2, 2, 2), reduced=12, batch=9),
             Case(op, dtype, channels=7, height=30, width=31, reduced=3, batch=5),
             Case(op, dtype, channels=96, height=28, width=28, stride=2, reduced=6, batch=2),
+            Case(op, dtype, channels=136, height=29, width=30, kernel=(1, 11), padding=(0, 0, 5, 5), reduced=6),
+            Case(op, dtype, channels=136, height=14, width=14, kernel=(13, 13), padding=(6, 6, 6, 6), stride=2),
         ]
     for out_channels in (16, 40, 64, 96, 128, 320):
         gated = out_channels in (40, 320)

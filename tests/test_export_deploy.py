@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy
@@ -70,6 +71,8 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
         assert name, f"a program without its name in the first line:\n{code}"
         (folder / name[1]).write_text(code)
     lines = [line for block in blocks("sh") for line in block.splitlines()]
+    if find_spec("openvino") is None:
+        lines.remove("python openvino_serve.py")
     return folder, {line: command(line, folder) for line in lines}
 
 
@@ -85,6 +88,23 @@ def test_every_program_gives_the_models_logits(served: tuple[Path, dict[str, str
         plain, truth = in_both_layouts(model, x), in_float64(model, x)
     for name in ("python", "cpp", "onnx", "program"):
         assert_parity(raw(folder / f"{name}.raw", 4, 1000), plain, truth, name)
+
+
+def test_openvino_computes_in_float32_where_it_is_asked_to(served: tuple[Path, dict[str, str]]) -> None:
+    openvino = pytest.importorskip("openvino", reason="openvino is not installed")
+    folder, _ = served
+    model = effkernels.models.load_checkpoint("efficientnet_b0", folder / "b0.safetensors").eval()
+    x = raw(folder / "images.raw", 4, 3, 224, 224)
+    with torch.inference_mode(), effkernels.backend("reference"):
+        plain, truth = in_both_layouts(model, x), in_float64(model, x)
+    assert_parity(raw(folder / "openvino.raw", 4, 1000), plain, truth)
+    core = openvino.Core()
+    if "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        return  # this processor has nothing but float32
+    unasked = core.compile_model(folder / "b0.onnx", "CPU")
+    assert unasked.get_property("INFERENCE_PRECISION_HINT") == openvino.Type.bf16
+    with pytest.raises(AssertionError, match="error"):
+        assert_parity(torch.from_numpy(unasked(x.numpy())[0]), plain, truth)
 
 
 def test_cpp_and_python_give_the_same_bits(served: tuple[Path, dict[str, str]]) -> None:

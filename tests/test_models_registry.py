@@ -23,6 +23,8 @@ TABLE_2 = {
     "b6": (43, 19),
     "b7": (66, 37),
 }
+# The table of tensorflow/tpu, models/official/efficientnet/lite: million parameters.
+TABLE_LITE = {"lite0": 4.7, "lite1": 5.4, "lite2": 6.1, "lite3": 8.2, "lite4": 13.0}
 
 
 @pytest.mark.parametrize("variant", sorted(TABLE_2))
@@ -39,6 +41,29 @@ def test_parameters_and_multiply_adds_are_those_of_table_2(variant: str) -> None
         assert counter.get_total_flops() / 2e9 == pytest.approx(multiply_adds, rel=0.05)
 
 
+@pytest.mark.parametrize("variant", sorted(TABLE_LITE))
+def test_lite_variants_have_the_published_parameters_and_timms_flops(variant: str) -> None:
+    name, flops = f"efficientnet_{variant}", []
+    with torch.device("meta"):
+        for model in (effkernels.create_model(name).eval(), import_timm().create_model(name).eval()):
+            assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(TABLE_LITE[variant], rel=0.02)
+            with FlopCounterMode(display=False) as counter:
+                model(torch.empty(1, *model_config(name).input_size))
+            flops.append(counter.get_total_flops())
+    assert flops[0] == flops[1]
+
+
+@pytest.mark.parametrize("name", list_models("*_lite?"))
+def test_lite_variants_are_fed_and_activated_as_timms(name: str) -> None:
+    with torch.device("meta"):
+        model, peer = effkernels.create_model(name), import_timm().create_model(name)
+    for key in ("input_size", "crop_pct", "interpolation", "mean", "std", "num_classes", "first_conv", "classifier"):
+        assert getattr(model.config, key) == peer.default_cfg[key], key
+    assert model.architecture.activation == "relu6"
+    assert isinstance(peer.bn1.act, torch.nn.ReLU6)
+    assert model.pad_type == ("same" if name.startswith("tf_") else "")
+
+
 @pytest.mark.parametrize("name", list_models())
 def test_state_dicts_have_timms_keys_and_shapes(name: str) -> None:
     timm = import_timm()
@@ -53,10 +78,11 @@ def test_state_dicts_have_timms_keys_and_shapes(name: str) -> None:
 
 
 def test_names() -> None:
-    assert len(list_models()) == 16
+    assert len(list_models()) == 26
     assert list_models() == sorted(list_models())
     assert list_models("tf_*_b[0-1]") == ["tf_efficientnet_b0", "tf_efficientnet_b1"]
     assert list_models(["*_b7", "efficientnet_b0"]) == ["efficientnet_b0", "efficientnet_b7", "tf_efficientnet_b7"]
+    assert list_models("efficientnet_lite*") == [f"efficientnet_lite{i}" for i in range(5)]
     assert list_models("resnet*") == []
 
 

@@ -291,6 +291,16 @@ def test_conv_bn_act_takes_any_modules() -> None:
         torch.testing.assert_close(conv_bn_act(x, conv, nn.Identity(), "relu"), torch.relu(conv(x)))
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
+@pytest.mark.parametrize("kernel", [(1, 11), (7, 1), (4, 6), (13, 13)])
+def test_depthwise_kernels_of_any_shape_run_fused(calls: list[str], kernel: tuple[int, int]) -> None:
+    x = images(2, 15, 17, 6)
+    conv, norm = nn.Conv2d(6, 6, kernel, padding="same", groups=6), nn.BatchNorm2d(6).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(conv_bn_act(x, conv, norm, "relu"), torch.relu(norm(conv(x))))
+    assert calls == ["depthwise_bn_act"]
+
+
 def test_squeeze_excite_is_its_formula() -> None:
     x = images(2, 5, 7, 12)
     module = SqueezeExcite(12, 3, activation="relu", gate="hard_sigmoid").eval()

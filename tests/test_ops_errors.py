@@ -30,11 +30,14 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (IMAGE_OPS, {"x": T(2, 0, 6, 7)}, r"x has shape \(2, 0, 6, 7\); allowed: at least one channel, row and column"),
     (IMAGE_OPS, {"x": T(2, 8, 0, 7)}, r"x has shape \(2, 8, 0, 7\); allowed: at least one channel, row and column"),
     (DEPTHWISE_OPS, {"x": T(2, 9, 6, 7)}, r"weight has shape \(8, 1, 3, 3\); allowed: \(9, 1, 3, 3\)"),
-    (DEPTHWISE_OPS, {"weight": T(8, 3, 3)}, r"weight has shape \(8, 3, 3\); allowed: \(C, 1, K, K\)"),
-    (DEPTHWISE_OPS, {"weight": T(8, 8, 3, 3)}, r"weight has shape \(8, 8, 3, 3\); allowed: \(C, 1, K, K\)"),
-    (DEPTHWISE_OPS, {"weight": T(8, 1, 3, 5)}, r"weight has shape \(8, 1, 3, 5\); allowed: \(C, 1, K, K\)"),
-    (DEPTHWISE_OPS, {"weight": T(8, 1, 4, 4)}, "kernel size 4; allowed: 3, 5, 7, 9"),
-    (DEPTHWISE_OPS, {"weight": T(8, 1, 11, 11)}, "kernel size 11; allowed: 3, 5, 7, 9"),
+    (DEPTHWISE_OPS, {"weight": T(8, 3, 3)}, r"weight has shape \(8, 3, 3\); allowed: \(C, 1, KH, KW\)"),
+    (DEPTHWISE_OPS, {"weight": T(8, 8, 3, 3)}, r"weight has shape \(8, 8, 3, 3\); allowed: \(C, 1, KH, KW\)"),
+    (
+        DEPTHWISE_OPS,
+        {"weight": T(8, 1, 14, 3)},
+        "weight is a depthwise kernel of 14x3; allowed: 1 to 13 for",
+    ),
+    (DEPTHWISE_OPS, {"weight": T(8, 1, 3, 0)}, "weight is a depthwise kernel of 3x0; allowed: 1 to 13 for its height"),
     (
         ("pointwise_bn_act",),
         {"weight": T(5, 8, 3, 3)},
@@ -66,7 +69,7 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     ((EXPAND_OP,), {"expand_weight": T(5, 8)}, r"expand_weight has shape \(5, 8\); allowed: \(Cout, Cin, 1, 1\)"),
     ((EXPAND_OP,), {"expand_weight": T(6, 8, 1, 1), "expand_bias": T(6)}, r"expand_norm_weight has shape \(5\,?\)"),
     ((EXPAND_OP,), {"weight": T(6, 1, 3, 3)}, r"weight has shape \(6, 1, 3, 3\); allowed: \(5, 1, 3, 3\)"),
-    ((EXPAND_OP,), {"weight": T(5, 1, 4, 4)}, "kernel size 4; allowed: 3, 5, 7, 9"),
+    ((EXPAND_OP,), {"weight": T(5, 1, 4, 15)}, "weight is a depthwise kernel of 4x15; allowed: 1 to 13 for its height"),
     ((EXPAND_OP,), {"expand_bias": T(8)}, r"expand_bias has shape \(8\,?\); allowed: \(5\,?\)"),
     ((EXPAND_OP,), {"expand_norm_mean": None}, "expand_norm_mean and expand_norm_var belong together"),
     (

@@ -14,7 +14,19 @@ import torch
 from conftest import FLAVOUR, Backend, need
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_cases import ALL_OPS, DEPTHWISE_OPS, DTYPES, EXPAND_OP, IMAGE_OPS, LAYOUTS, ODD_CHANNELS, ODD_PLANES, Case
+from op_cases import (
+    ALL_OPS,
+    DEPTHWISE_OPS,
+    DTYPES,
+    EXPAND_OP,
+    IMAGE_OPS,
+    LAYOUTS,
+    ODD_CHANNELS,
+    ODD_PLANES,
+    OTHER_KERNELS,
+    SQUARE_KERNELS,
+    Case,
+)
 from parity import Error, assert_exact_channels_last, assert_within, error, joined
 from torch import Tensor
 
@@ -101,7 +113,7 @@ def depthwise_cases() -> Iterator[Case]:
         yield from in_turn(
             Case("depthwise_bn_act", dtype),
             channels=ODD_CHANNELS,
-            kernel=[(k, k) for k in (3, 5, 7, 9)],
+            kernel=[(k, k) for k in SQUARE_KERNELS],
             stride=[1, 2],
             dilation=[2, 3],
             padding=[(0, 0, 0, 0), (0, 1, 0, 1), (3, 0, 2, 5), (13, 0, 0, 14)],
@@ -113,17 +125,32 @@ def depthwise_cases() -> Iterator[Case]:
             layout=LAYOUTS,
         )
         for height, width in ODD_PLANES:
-            for kernel in (3, 5, 7, 9):
+            for kernel in SQUARE_KERNELS:
                 for stride in (1, 2):
                     half = kernel // 2
                     padding = (half, half + 1, half, half + 1)
                     shape = {"height": height, "width": width, "channels": 7 if kernel < 7 else 40}
                     yield Case("depthwise_bn_act", dtype, **shape, kernel=(kernel,) * 2, stride=stride, padding=padding)
-        for kernel in (3, 5, 7, 9):
+        for kernel in SQUARE_KERNELS:
             for dilation in (2, 3):
                 padding = (kernel, kernel, kernel + 2, kernel - 1)
                 shape = {"kernel": (kernel,) * 2, "padding": padding, "height": 21, "width": 17}
                 yield Case("depthwise_bn_act", dtype, **shape, dilation=dilation, stride=dilation - 1)
+        yield from other_kernel_cases("depthwise_bn_act", dtype)
+
+
+def other_kernel_cases(op: str, dtype: torch.dtype) -> Iterator[Case]:
+    """Kernels that are not square, even or large, at stride 1 and 2, with paddings that differ and some that are larger
+    than the kernel; every third dilated, or of channels that fill no vector.
+    """
+    for i, (height, width) in enumerate(OTHER_KERNELS):
+        base = Case(op, dtype, kernel=(height, width), channels=40, height=15, width=19, bias=True)
+        yield base.with_(padding=(height // 2, (height - 1) // 2, (width - 1) // 2, width // 2))  # as padding="same"
+        yield base.with_(padding=(height, 0, 1, width + 3), stride=2, parameters="mixed")
+        if i % 3 == 0:
+            yield base.with_(padding=(height, height + 1, width + 2, width), dilation=2, stride=1 + i % 2)
+        if i % 3 == 1:
+            yield base.with_(padding=(2, height - 1, width - 1, 1), channels=7, stride=1 + i % 2)
 
 
 def depthwise_with_squeeze_cases() -> Iterator[Case]:
@@ -139,6 +166,9 @@ def depthwise_with_squeeze_cases() -> Iterator[Case]:
                 layout=["contiguous", "sliced"],
             )
             yield base.with_(kernel=(3, 3), height=1, width=1, padding=(1, 1, 1, 1), channels=100)
+            for kernel in ((1, 11), (7, 1), (4, 3), (11, 11), (13, 13)):
+                padding = (kernel[0] // 2, kernel[0] // 2, kernel[1] - 1, 0)
+                yield base.with_(kernel=kernel, padding=padding, stride=1 + (kernel[0] == 11), channels=72, width=23)
             if op != "depthwise_bn_act_squeeze":
                 choices = {"se_activation": ACTIVATIONS, "gate": GATES, "reduced": [1, 33], "matrix_rank": [2]}
                 yield from in_turn(base, bias=[False], **choices)
@@ -214,7 +244,7 @@ def expand_depthwise_cases() -> Iterator[Case]:
             base,
             channels=ODD_CHANNELS,
             out_channels=[1, 7, 8, 100],
-            kernel=[(3, 3), (7, 7), (9, 9)],
+            kernel=[(3, 3), (7, 7), (9, 9), (1, 7), (11, 1), (2, 4), (13, 13)],
             stride=[1],
             dilation=[2, 3],
             padding=[(0, 0, 0, 0), (3, 0, 2, 5), (13, 0, 0, 14)],
@@ -272,13 +302,14 @@ def test_expand_depthwise(case: Case, backend: Backend) -> None:
 @st.composite
 def any_case(draw) -> Case:
     op = draw(st.sampled_from(ALL_OPS))
-    kernel = draw(st.sampled_from((3, 5, 7, 9))) if "depthwise" in op else draw(st.integers(1, 5))
+    square = st.sampled_from(SQUARE_KERNELS).map(lambda size: (size, size))
+    any_kernel = st.tuples(*(st.integers(1, 13 if "depthwise" in op else 5),) * 2)
+    kernel = draw(square | any_kernel) if "depthwise" in op else draw(any_kernel)
     dilation = draw(st.integers(1, 3)) if "depthwise" in op else 1
-    window = (kernel - 1) * dilation + 1
     height, width = draw(st.integers(1, 20)), draw(st.integers(1, 20))
-    padding = [draw(st.integers(0, kernel)) for _ in range(4)]
-    padding[0] += max(0, window - height - padding[0] - padding[1])
-    padding[3] += max(0, window - width - padding[2] - padding[3])
+    padding = [draw(st.integers(0, max(kernel))) for _ in range(4)]
+    padding[0] += max(0, (kernel[0] - 1) * dilation + 1 - height - padding[0] - padding[1])
+    padding[3] += max(0, (kernel[1] - 1) * dilation + 1 - width - padding[2] - padding[3])
     return Case(
         op,
         draw(st.sampled_from(DTYPES)),
@@ -288,7 +319,7 @@ def any_case(draw) -> Case:
         reduced=draw(st.integers(1, 20)),
         height=height,
         width=width,
-        kernel=(kernel, kernel),
+        kernel=kernel,
         stride=draw(st.sampled_from((1, 2))),
         padding=(padding[0], padding[1], padding[2], padding[3]),
         dilation=dilation,
@@ -365,22 +396,26 @@ def test_nan_spreads_as_in_pytorch(op: str, dtype: torch.dtype, backend: Backend
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("op", ["depthwise_bn_act", "pointwise_bn_act", "conv_bn_act"])
+@pytest.mark.parametrize("op", IMAGE_OPS)
 def test_infinity_spreads_as_in_pytorch(op: str, dtype: torch.dtype, backend: Backend) -> None:
-    """So does an infinity, where PyTorch has an answer: its silu(-inf) is NaN, while the limit is 0."""
+    """So does an infinity; test_ops_special_values.py says what activations make of it."""
     need(backend, op, dtype)
-    for activation in ("identity", "relu", "relu6"):
+    base = Case(op, dtype, residual=True, bias=True)
+    cases = [base.with_(activation=activation, se_activation=activation) for activation in ACTIVATIONS]
+    if op == "depthwise_bn_act":
+        cases += [base.with_(activation="relu", kernel=kernel) for kernel in ((1, 11), (6, 2), (9, 1))]
+    for case in cases:
         for value in (torch.inf, -torch.inf):
-            case = Case(op, dtype, activation=activation, residual=True, bias=True)
             arguments = case.draw(0, backend.device)
             arguments["x"][0, 3, 5, 6] = value
             assert_not_finite_alike(case, arguments)
 
 
 def assert_not_finite_alike(case: Case, arguments: dict[str, Any]) -> None:
+    """As PyTorch in float64: its vectorised gelu of float32 makes NaN of inf."""
     ours = op_cases.run(effkernels.ops, case, arguments)
     with op_cases.one_thread():
-        theirs = op_cases.run(effkernels.reference, case, arguments)
+        theirs = op_cases.truth(case, arguments)
     for y, wanted in zip(ours, theirs, strict=True):
         assert torch.equal(y.isnan(), wanted.isnan()), str(case)
         assert torch.equal(y.isposinf(), wanted.isposinf()), str(case)

@@ -117,12 +117,13 @@ def _convolutions() -> list[tuple[nn.Conv2d, object]]:
         (Conv2dStaticSamePadding(4, 4, 3, stride=2, image_size=8), (0, 1, 0, 1)),
         (Conv2dStaticSamePadding(4, 4, 5, stride=2, image_size=9), (2, 2, 2, 2)),
         (Standardised(4, 4, 3, 1, 1), Unknown),
-        (nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"), Unknown),
+        (nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"), (1, 1, 1, 1)),
+        (Plain(4, 4, 3, 1, 1, padding_mode="reflect"), Unknown),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, 1, 1)), Unknown),
     ]
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(15))
 def test_the_padding_of_any_class_is_known_by_what_it_computes(index: int) -> None:
     conv, wanted = _convolutions()[index]
     if wanted is Unknown:
@@ -294,8 +295,12 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "groups=2 of 8 channels is neither dense nor depthwise",
     ),
     "large_kernel": (
-        lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 8, 11, padding=5, groups=8), b=nn.BatchNorm2d(8)),
-        "a depthwise kernel of 11x11; allowed: 3, 5, 7, 9",
+        lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 8, (3, 15), groups=8), b=nn.BatchNorm2d(8)),
+        "a depthwise kernel of 3x15; allowed: 1 to 13 for its height and its width",
+    ),
+    "depth_multiplier": (
+        lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 16, 3, groups=8), b=nn.BatchNorm2d(16)),
+        "a depth multiplier of 2 (8 to 16 channels); the depthwise operators take one filter a channel",
     ),
     "large_stride": (
         lambda: Chain(lambda m, x: m.b(m.a(x)), a=_depthwise(stride=3), b=nn.BatchNorm2d(8)),
@@ -320,11 +325,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "the norm has no running statistics",
     ),
     "group_norm": (
-        lambda: Chain(lambda m, x: m.b(m.a(x)), a=_depthwise(), b=nn.GroupNorm(2, 8)),
+        lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 8, 3), b=nn.GroupNorm(2, 8)),
         "what follows it, b, cannot be fused",
     ),
-    "norm_read_twice": (
-        lambda: Chain(lambda m, x: (lambda y: m.b(y) - y)(m.a(x)), a=_depthwise(), b=nn.BatchNorm2d(8)),
+    "nothing_follows_a_dense_convolution": (
+        lambda: Chain(lambda m, x: (lambda y: m.b(y) - y)(m.a(x)), a=nn.Conv2d(8, 8, 3), b=nn.BatchNorm2d(8)),
         "there is nothing behind it to fuse with",
     ),
     "control_flow": (

@@ -80,6 +80,11 @@ class TestTheChoice:
         assert not on_chip((16, 112, 112, 3, 2), torch.float32, exact=True)
         assert on_chip((16, 112, 112, 3, 2), torch.float32)
 
+    def test_of_pixels_that_are_no_whole_vectors_only_a_3x3_of_stride_1_does(self) -> None:
+        assert on_chip((24, 56, 56, 3, 1), aligned=False)
+        for layer, dtype in itertools.product(((16, 112, 112, 3, 2), (24, 56, 56, 5, 1), (24, 56, 56, 5, 2)), DTYPES):
+            assert not on_chip(layer, dtype, aligned=False)
+
     def test_makes_one_launch_or_two(self, interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
         case = Case(EXPAND_OP, batch=1, channels=8, out_channels=8, height=14, width=14)
         assert [name for name, _ in launched(case, monkeypatch)] == ["expand_depthwise_kernel"]

@@ -233,7 +233,7 @@ def test_parity_over_several_tiles_and_groups(
     monkeypatch.setattr(depthwise, "_THREADS", 128)
     case = case_of(op, dtype, batch=1, channels=104, height=12, width=9, padding=(1, 0, 2, 1), layout="sliced")
     x = case.draw()["x"]
-    plan = depthwise.plan(x, torch.empty(1, 104, 11, 10), 3, 1, 1)
+    plan = depthwise.plan(x, torch.empty(1, 104, 11, 10), (3, 3), 1, 1)
     assert plan.tiles > 1
     assert plan.groups > 1
     check(case, Backend("triton", "cpu"))
@@ -278,7 +278,7 @@ def test_reasons(op: str) -> None:
     only = "cuda, and cpu where TRITON_INTERPRET=1 is set before the start"
     assert reason("cpu") == ("" if triton.INTERPRETED else f"device=cpu is not supported; allowed: {only}")
     assert "dtype=torch.float64 is not supported" in reason("cuda", torch.float64)
-    assert ("kernel_size=11 is not supported" in reason("cuda", kernel_size=11)) == ("depthwise" in op)
+    assert ("a depthwise kernel of 14x14; allowed" in reason("cuda", kernel_size=14)) == ("depthwise" in op)
 
 
 @pytest.mark.parametrize("op", backends.OPERATORS)

@@ -22,7 +22,7 @@ from effkernels.tuning import EVEN, BackendKey, Comparison, Configuration, Confi
 
 GPU = "NVIDIA H200"
 CPU = torch.device("cpu")
-POINTWISE = BackendKey("pointwise_bn_act", "float32", 8, 1, 1, "silu")
+POINTWISE = BackendKey("pointwise_bn_act", "float32", 8, (1, 1), 1, "silu")
 
 
 @pytest.fixture(autouse=True)
@@ -52,7 +52,7 @@ class TestTheFile:
 
     def test_is_one_for_each_device_schema_and_release(self, monkeypatch: pytest.MonkeyPatch) -> None:
         names = {tuning.file_of(GPU).name, tuning.file_of("NVIDIA H100").name}
-        for change in ({"schema": 2}, {"effkernels": "9.9"}, {"triton": "9.9"}):
+        for change in ({"schema": 99}, {"effkernels": "9.9"}, {"triton": "9.9"}):
             monkeypatch.setattr(tuning, "_versions", lambda change=change: {**tuning_versions, **change})
             names.add(tuning.file_of(GPU).name)
         assert len(names) == 5
@@ -80,7 +80,7 @@ class TestTheFile:
             (lambda text: "", "is ignored: "),
             (lambda text: "[1, 2]", "not a tuned plan"),
             (lambda text: text.replace(GPU, "Tesla T4"), "its device is 'Tesla T4' and not 'NVIDIA H200'"),
-            (lambda text: text.replace('"schema": 1', '"schema": 0'), "its schema is 0 and not 1"),
+            (lambda text: text.replace('"schema": 2', '"schema": 0'), "its schema is 0 and not 2"),
             (lambda text: text.replace('"shape": [4, 3]', '"shape": "4x3"'), "an entry is not as it should be"),
             (lambda text: text.replace('"choice": [1, 2]', '"choice": [1, true]'), "an entry is not as it should be"),
             (lambda text: text.replace('"op": "conv_bn_act", ', ""), "an entry is not as it should be"),
@@ -343,9 +343,18 @@ def _cuts() -> Iterator[tuple[tuple[Any, ...], tuple[tuple[int, ...], ...]]]:
 
     for channels in (1, 7, 24, 96, 1152):
         for size in (1, 7, 112):
-            for kernel, stride, dilation in ((3, 1, 1), (5, 2, 1), (9, 1, 1), (3, 1, 2)):
+            kernels = (
+                (3, 3, 1, 1),
+                (5, 5, 2, 1),
+                (9, 9, 1, 1),
+                (3, 3, 1, 2),
+                (1, 11, 1, 1),
+                (13, 3, 2, 1),
+                (13, 13, 1, 1),
+            )
+            for height, width, stride, dilation in kernels:
                 vector = 8 if channels % 8 == 0 else 1
-                shape = (channels, size, size, kernel, stride, dilation, vector)
+                shape = (channels, size, size, height, width, stride, dilation, vector)
                 found = depthwise.candidates(*shape)
                 assert found[0] == depthwise.cut_of(*shape)
                 assert all(cut.strip == 1 for cut in found) or dilation == 1, "neighbours share no input"
@@ -377,7 +386,7 @@ def test_candidates_do_not_repeat_themselves() -> None:
 
     for found in (
         pointwise.candidates(1, 4096, 96, 24, torch.bfloat16, False, True, False, 132),
-        depthwise.candidates(96, 56, 56, 3, 1, 1, 8),
+        depthwise.candidates(96, 56, 56, 3, 3, 1, 1, 8),
         conv.candidates(27, 32),
     ):
         assert len(found) == len(set(found)) > 4

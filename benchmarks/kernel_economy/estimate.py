@@ -56,7 +56,7 @@ def depthwise(op: str, channels: int, plane: int, kernel: int, stride: int, redu
     strip = 4 if kernel >= 7 or stride > 1 else 7
     inputs = ((strip - 1) * stride + kernel) * kernel / strip
     half = kernel // 2
-    shape = (_BATCH, channels, plane, plane, kernel, stride, 1, half, half, half, half, reduced)
+    shape = (_BATCH, channels, plane, plane, kernel, kernel, stride, 1, half, half, half, half, reduced)
     moved = 2 * (_BATCH * channels * plane * plane + elements)
     words = f"{channels}x{plane}x{plane} {kernel}x{kernel} stride {stride}"
     return Representative(op, words, shape, elements, moved, kernel * kernel + 4, inputs + 0.5, 1)

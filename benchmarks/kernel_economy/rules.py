@@ -137,13 +137,14 @@ def stored_elements(kernel: Kernel) -> int:
 def strip(kernel: Kernel) -> int:
     """Output pixels of a depthwise thread: depthwise_strip in depthwise.h."""
     size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
-    return 4 if size >= 7 or stride > 1 else 7
+    return 4 if size == 0 or size >= 7 or stride > 1 else 7
 
 
 def row_of_inputs(kernel: Kernel) -> str | None:
-    """Every input vector under a strip is read by one 16-byte load, all of a row's in the code at once."""
+    """Every input vector under a strip and the taps in hand is read by one 16-byte load, all in the code at once."""
     size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
-    return wide_loads((strip(kernel) - 1) * stride + size)(kernel)
+    taps = size or 4  # of a row; kTaps of DepthwiseTraits
+    return wide_loads((strip(kernel) - 1) * stride + taps)(kernel)
 
 
 def strip_elements(kernel: Kernel) -> int:
@@ -173,12 +174,12 @@ _TYPE16 = "(?:bfloat16|float16)"
 # The first pattern that matches counts: the wide paths before the general ones.
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        rf"depthwise_strips<{_TYPE16}, [3579], [12]>",
+        rf"depthwise_strips<{_TYPE16}, [03579], [12]>",
         "16-byte loads of every input, 16-byte stores, 3 blocks of 128 threads",
         (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(384), one_tanh_per_element(strip_elements)),
     ),
     Claim(
-        r"depthwise_strips<float32, [3579], [12]>",
+        r"depthwise_strips<float32, [03579], [12]>",
         "16-byte loads of every input, 16-byte stores, 4 blocks of 128 threads",
         (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(512)),
     ),

@@ -1,4 +1,5 @@
-// Activations and gates on vectors. exp by a polynomial of our own fit; NaN goes through every one of them.
+// Activations and gates on vectors. exp by a polynomial of our own fit; NaN goes through every one of them, and
+// infinities give what PyTorch's functions give: silu, hard_swish and both gelus of -inf are -inf * 0, NaN.
 #pragma once
 #include "vector.h"
 
@@ -25,7 +26,7 @@ EFFKERNELS_INLINE Vec at_most(float limit, Vec x) {
 }
 EFFKERNELS_INLINE Vec clamp(Vec x, float low, float high) { return at_most(high, at_least(low, x)); }
 
-// 2^t for t = x * factor in [-126, 126], relative error 1e-7; with fused multiply-adds t itself is never rounded. Both
+// 2^t for t = x * factor in [-126, 127], relative error 1e-7; with fused multiply-adds t itself is never rounded. Both
 // polynomials are least squares on Chebyshev points (relative error 2e-9) and exactly 1 at 0: an error of one sign in
 // every element would add up in pooled means.
 EFFKERNELS_INLINE Vec exp2_within(Vec x, float factor = 1.f) {
@@ -60,21 +61,19 @@ EFFKERNELS_INLINE Vec exp2_within(Vec x, float factor = 1.f) {
 #endif
 }
 
-// 1 / d for d in [1, 2^127)
-EFFKERNELS_INLINE Vec reciprocal(Vec d) {
+// v * sigmoid(x), v * 0 where sigmoid(x) is below the smallest normal number. A sigmoid of 1e-38 there would make a
+// visible number of v = -1e38, and -infinity of v = -infinity, where the zero makes NaN.
+EFFKERNELS_INLINE Vec times_sigmoid(Vec v, Vec x) {
 #if defined(__AVX512F__)
-  const Vec r = Vec(_mm512_rcp14_ps(__m512(d)));  // 2^-14, squared by one Newton step
-  return r + r * (1.f - d * r);
+  const Vec d = 1.f + exp2_within(clamp(x, -88.f, 87.3f), -1.44269504f);
+  const Vec r = Vec(_mm512_rcp14_ps(__m512(d)));  // 2^-14, squared by a Newton step; of x = -88 denormal: 0
+  return v * (r + r * (1.f - d * r));
 #else
-  return 1.f / d;
+  constexpr float kLowest = -87.3f;  // below it exp2_within makes anything, which is not looked at
+  const Vec d = 1.f + exp2_within(at_most(87.3f, x), -1.44269504f);
+  return v / (x < splat(kLowest) ? splat(__builtin_inff()) : d);
 #endif
 }
-
-// For x >= -87.3: beyond it the reciprocal would meet infinity. Products with x clamp x, too, or x = -1e38 would make a
-// visible number of what underflows.
-constexpr float kLowest = -87.3f;
-EFFKERNELS_INLINE Vec sigmoid_within(Vec x) { return reciprocal(1.f + exp2_within(at_most(87.3f, x), -1.44269504f)); }
-EFFKERNELS_INLINE Vec sigmoid(Vec x) { return sigmoid_within(at_least(kLowest, x)); }
 
 // v / 6, correctly rounded but for rare ties: the product with the nearest float of 1/6 is 3e-8 too large everywhere.
 EFFKERNELS_INLINE Vec sixth(Vec v) {
@@ -82,9 +81,19 @@ EFFKERNELS_INLINE Vec sixth(Vec v) {
   return q + (v - 6.f * q) * (1.f / 6.f);
 }
 
-// erfc(a) for a >= 0: exp(-a^2) times a polynomial of degree 10 in (a - 2) / (a + 2), fitted for [0, 10.5].
+// 2^t for t <= 0, relative error 1e-7; 0 for t < -126.
+EFFKERNELS_INLINE Vec exp2_of_negative(Vec t) {
+#if defined(__AVX512F__)
+  const __mmask16 inside = _mm512_cmp_ps_mask(__m512(t), _mm512_set1_ps(-126.f), _CMP_NLT_UQ);  // or NaN
+  return Vec(_mm512_maskz_mov_ps(inside, __m512(exp2_within(t))));
+#else
+  return t < splat(-126.f) ? Vec{} : exp2_within(t);
+#endif
+}
+
+// erfc(a) for a >= 0: exp(-a^2) times a polynomial of degree 10 in (a - 2) / (a + 2), fitted for [0, 10.5]; 0 beyond.
 EFFKERNELS_INLINE Vec erfc_positive(Vec a) {
-  a = clamp(a, 0.f, 10.5f);
+  a = at_most(10.5f, a);
   const Vec q = (a - 2.f) / (a + 2.f);
   Vec p = q * 3.29748679e-05f + 0.000147036471f;
   p = p * q + 2.73764076e-05f;
@@ -96,27 +105,21 @@ EFFKERNELS_INLINE Vec erfc_positive(Vec a) {
   p = p * q + 0.241658267f;
   p = p * q - 0.427185851f;
   p = p * q + 0.255395676f;
-  return p * exp2_within(clamp(a * a * -1.44269504f, -126.f, 0.f));
+  return p * exp2_of_negative(a * a * -1.44269504f);
 }
 
 template <Activation A>
 EFFKERNELS_INLINE Vec activate(Vec x) {
   if constexpr (A == Activation::kRelu) return at_least(0.f, x);
   if constexpr (A == Activation::kRelu6) return clamp(x, 0.f, 6.f);
-  if constexpr (A == Activation::kSilu) {
-    x = at_least(kLowest, x);
-    return x * sigmoid_within(x);
-  }
+  if constexpr (A == Activation::kSilu) return times_sigmoid(x, x);
   if constexpr (A == Activation::kHardSwish) return x * sixth(clamp(x + 3.f, 0.f, 6.f));
   if constexpr (A == Activation::kGelu) {  // x * normal distribution function of x
     const Vec a = x < splat(0.f) ? -x : x, half_tail = 0.5f * erfc_positive(a * 0.707106781f);
-    return at_least(-15.f, x) * (x < splat(0.f) ? half_tail : 1.f - half_tail);
+    return x * (x < splat(0.f) ? half_tail : 1.f - half_tail);
   }
-  if constexpr (A ==
-                Activation::kGeluTanh) {  // x / 2 * (1 + tanh(u)) = x * sigmoid(2 u), which loses nothing near zero
-    x = at_least(-15.f, x);
-    return x * sigmoid(1.59576912f * (x + 0.044715f * x * x * x));
-  }
+  if constexpr (A == Activation::kGeluTanh)  // x / 2 * (1 + tanh(u)) = x * sigmoid(2 u) loses nothing near zero
+    return times_sigmoid(x, 1.59576912f * (x + 0.044715f * x * x * x));
   return x;
 }
 
@@ -146,7 +149,7 @@ inline void with_activation(Activation activation, Visit visit) {
 }
 
 EFFKERNELS_INLINE Vec apply_gate(Gate gate, Vec x) {
-  return gate == Gate::kSigmoid ? sigmoid(x) : sixth(clamp(x + 3.f, 0.f, 6.f));
+  return gate == Gate::kSigmoid ? times_sigmoid(splat(1.f), x) : sixth(clamp(x + 3.f, 0.f, 6.f));
 }
 
 // Scale and shift of channels [begin, begin + count), written to arrays padded to whole vectors.

@@ -1,7 +1,7 @@
 // Depthwise convolution, norm, activation and pooling in one pass over x and y.
 //
 // A task is one image, one band of rows and one block of channels (64 bytes of x). Its input rows pass through a ring
-// of K rows in float32 (dilated: of (K - 1) * dilation + 1), each [vector][column][lane] with zero columns for the
+// of KH rows in float32 (dilated: of (KH - 1) * dilation + 1), each [vector][column][lane] with zero columns for the
 // padding, so that the inner loop has no border. An output row is summed in strips of kStrip columns held in
 // registers, one vector of channels at a time; norm, activation and pooling follow while the row is in the first-level
 // cache. Bands are cut by the shape alone and their sums added in order: the same bits for any number of threads.
@@ -10,16 +10,17 @@
 namespace effkernels::cpu::EFFKERNELS_ISA {
 namespace {
 
-// out[Strip][kLanes] = sum over the window rows inside the image. Dilation 0: given at run time.
-template <int K, int Stride, int Dilation, int Strip>
-void sum_strip(const float* const* rows, const float* const* taps, int row_count, int64_t first, int64_t dilation,
-               float* out) {
+// out[Strip][kLanes] = sum over the window rows inside the image. Width, Dilation 0: given at run time.
+template <int Width, int Stride, int Dilation, int Strip>
+void sum_strip(const float* const* rows, const float* const* taps, int row_count, int64_t first, int64_t width,
+               int64_t dilation, float* out) {
+  if constexpr (Width != 0) width = Width;
   if constexpr (Dilation != 0) dilation = Dilation;
   Vec sum[Strip];  // cleared by a loop: an initialiser would clear the stack, too
   for (int j = 0; j < Strip; j++) sum[j] = Vec{};
   for (int i = 0; i < row_count; i++) {
     const float* row = rows[i] + first * Stride * kLanes;
-    for (int kx = 0; kx < K; kx++) {
+    for (int64_t kx = 0; kx < width; kx++) {
       const Vec tap = load(taps[i] + kx * kLanes);
       for (int j = 0; j < Strip; j++) sum[j] += tap * load(row + (j * Stride + kx * dilation) * kLanes);
     }
@@ -28,17 +29,18 @@ void sum_strip(const float* const* rows, const float* const* taps, int row_count
 }
 
 // The strip that wastes the fewest columns, the longer one first: 7 for planes of 7, 14, 28, 56, 112.
-template <int K, int Stride>
+template <int Width, int Stride>
 Strip pick_strip(int64_t out_width, int dilation) {
-  if (dilation != 1) return {4, sum_strip<K, Stride, 0, 4>};
-  if constexpr (K > 5) {
-    return {4, sum_strip<K, Stride, 1, 4>};
+  constexpr int kDilation = Width != 0;  // Width 0 runs at any dilation
+  if (Width != 0 && dilation != 1) return {4, sum_strip<Width, Stride, 0, 4>};
+  if constexpr (Width > 5) {
+    return {4, sum_strip<Width, Stride, 1, 4>};
   } else {
-    const Strip all[] = {{8, sum_strip<K, Stride, 1, 8>},
-                         {7, sum_strip<K, Stride, 1, 7>},
-                         {6, sum_strip<K, Stride, 1, 6>},
-                         {5, sum_strip<K, Stride, 1, 5>},
-                         {4, sum_strip<K, Stride, 1, 4>}};
+    const Strip all[] = {{8, sum_strip<Width, Stride, kDilation, 8>},
+                         {7, sum_strip<Width, Stride, kDilation, 7>},
+                         {6, sum_strip<Width, Stride, kDilation, 6>},
+                         {5, sum_strip<Width, Stride, kDilation, 5>},
+                         {4, sum_strip<Width, Stride, kDilation, 4>}};
     Strip best = all[0];
     for (const Strip& s : all)
       if (round_up(out_width, s.columns) < round_up(out_width, best.columns)) best = s;
@@ -46,9 +48,9 @@ Strip pick_strip(int64_t out_width, int dilation) {
   }
 }
 
-template <int K>
+template <int Width>
 Strip pick_strip_of(const DepthwiseParams& p) {
-  return p.stride == 1 ? pick_strip<K, 1>(p.out_width, p.dilation) : pick_strip<K, 2>(p.out_width, p.dilation);
+  return p.stride == 1 ? pick_strip<Width, 1>(p.out_width, p.dilation) : pick_strip<Width, 2>(p.out_width, p.dilation);
 }
 
 // One input row, as float32, into the ring.
@@ -66,21 +68,23 @@ void fill_row(const T* x, int64_t stride_w, const Geometry& g, int64_t channels,
 
 }  // namespace
 
-Strip pick_strip(const DepthwiseParams& p) {  // the adaptor lets only these kernel sizes through
-  switch (p.kernel) {
+Strip pick_strip(const DepthwiseParams& p) {
+  switch (p.kernel_w) {
     case 3:
       return pick_strip_of<3>(p);
     case 5:
       return pick_strip_of<5>(p);
     case 7:
       return pick_strip_of<7>(p);
-    default:
+    case 9:
       return pick_strip_of<9>(p);
+    default:
+      return pick_strip_of<0>(p);
   }
 }
 
 void depthwise(const DepthwiseParams& p, const Parallel& parallel) {
-  const int64_t taps = p.kernel * p.kernel;
+  const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.batch == 0 || p.channels == 0) return;
   const Strip strip = pick_strip(p);
   const Geometry g = make_geometry(p, strip, max_of<int64_t>(kLanes, p.dtype == DType::kFloat32 ? 16 : 32));

@@ -10,13 +10,13 @@ namespace effkernels::cpu::EFFKERNELS_ISA {
 
 inline constexpr int kBandRows = 28;  // 112 rows: four bands, two halo rows each
 
-// Output columns summed in registers at a time: sum(rows, taps, row_count, first_column, dilation, out).
+// Output columns summed in registers at a time: sum(rows, taps, row_count, first_column, width, dilation, out).
 struct Strip {
   int columns;
-  void (*sum)(const float* const*, const float* const*, int, int64_t, int64_t, float*);
+  void (*sum)(const float* const*, const float* const*, int, int64_t, int64_t, int64_t, float*);
 };
 
-// For the output's width, stride and dilation.
+// For the kernel's and the output's width, stride and dilation.
 Strip pick_strip(const DepthwiseParams& p);  // in depthwise.cpp
 
 // Sizes that every task shares.
@@ -37,9 +37,9 @@ inline Geometry make_geometry(const DepthwiseParams& p, const Strip& strip, int6
   Geometry g;
   g.vecs = min_of(block, round_up(p.channels, kLanes)) / kLanes;
   g.block = g.vecs * kLanes;
-  g.window = g.ring_rows = int64_t(p.kernel - 1) * p.dilation + 1;
+  g.window = g.ring_rows = int64_t(p.kernel_h - 1) * p.dilation + 1;
   g.strip_columns = round_up(p.out_width, strip.columns);
-  g.columns = (g.strip_columns - 1) * p.stride + g.window;
+  g.columns = (g.strip_columns - 1) * p.stride + int64_t(p.kernel_w - 1) * p.dilation + 1;
   g.filled = max_of<int64_t>(0, min_of(p.width, g.columns - p.pad_left));
   return g;
 }
@@ -73,7 +73,7 @@ struct Block {
 
 inline void pack_block(const DepthwiseParams& p, int64_t c0, int64_t channels, float* weights, float* scale,
                        float* shift) {
-  const int64_t taps = p.kernel * p.kernel;
+  const int64_t taps = p.kernel_h * p.kernel_w;
   for (int64_t c = 0; c < channels; c += kLanes)
     pack_panel(p.weight, c0 + c, int(min_of<int64_t>(kLanes, channels - c)), taps, weights + c * taps);
   form_scale_shift(p.norm, c0, channels, scale, shift);
@@ -95,7 +95,7 @@ template <class T, Activation A, class Fill>
 inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& strip, int64_t image, int64_t c0,
                      int64_t channels, int64_t row_begin, int64_t row_end, const Block& block, float* band_sum,
                      const Fill& fill) {
-  const int64_t taps = p.kernel * p.kernel;
+  const int64_t taps = p.kernel_h * p.kernel_w;
   T* y = static_cast<T*>(p.y) + (image * p.out_height * p.out_width) * p.channels + c0;
   Vec total[16] = {};
   int64_t loaded = rows_of_band(p, g, row_begin, row_end).begin;  // rows below it are in the ring or unneeded
@@ -103,16 +103,16 @@ inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& s
     const int64_t top = oy * p.stride - p.pad_top, end = min_of(top + g.window, p.height);
     if (loaded < end) loaded = fill(loaded, end);
     for (int64_t v = 0; v * kLanes < channels; v++) {
-      const float *rows[9], *row_taps[9];
+      const float *rows[kLargestDepthwise], *row_taps[kLargestDepthwise];
       int count = 0;
-      for (int ky = 0; ky < p.kernel; ky++) {
+      for (int ky = 0; ky < p.kernel_h; ky++) {
         const int64_t iy = top + int64_t(ky) * p.dilation;
         if (iy < 0 || iy >= p.height) continue;
         rows[count] = block.ring + iy % g.ring_rows * g.row_size() + v * g.columns * kLanes;
-        row_taps[count++] = block.weights + v * kLanes * taps + ky * p.kernel * kLanes;
+        row_taps[count++] = block.weights + v * kLanes * taps + ky * p.kernel_w * kLanes;
       }
       for (int64_t ox = 0; ox < g.strip_columns; ox += strip.columns)
-        strip.sum(rows, row_taps, count, ox, p.dilation, block.sum + ox * kLanes);
+        strip.sum(rows, row_taps, count, ox, p.kernel_w, p.dilation, block.sum + ox * kLanes);
       const int64_t c = v * kLanes;
       total[v] += write_row<T, A>(block.sum, p.out_width, load(block.scale + c), load(block.shift + c),
                                   y + oy * p.out_width * p.channels + c, p.channels, channels - c);

@@ -165,7 +165,7 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   Work w;
   w.params = params;
   w.strip = pick_strip(d);
-  w.taps = d.kernel * d.kernel;
+  w.taps = d.kernel_h * d.kernel_w;
   w.fills.rows = pick_fill_rows(d.width);
   w.fills.tiles = ceil_div(w.fills.rows * d.width, kRows);
   w.fills.tile_size = kRows * round_up(k, kChunk);

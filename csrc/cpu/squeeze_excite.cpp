@@ -36,12 +36,14 @@ void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
       }
     });
   });
-  with_activation(p.activation, [&](auto activation) {
-    for (int64_t n = 0; n < p.batch; n++)
-      for (int64_t r = 0; r < p.reduced; r += kLanes) {
-        float* h = hidden + n * hidden_stride + r;
-        store(h, activate<decltype(activation)::value>(load(h) + load_param(p.b_reduce, r, p.reduced - r, 0.f)));
-      }
+  parallel_for(Parallel{}, p.batch, [=](int64_t begin, int64_t end) {
+    with_activation(p.activation, [&](auto activation) {
+      for (int64_t n = begin; n < end; n++)
+        for (int64_t r = 0; r < p.reduced; r += kLanes) {
+          float* h = hidden + n * hidden_stride + r;
+          store(h, activate<decltype(activation)::value>(load(h) + load_param(p.b_reduce, r, p.reduced - r, 0.f)));
+        }
+    });
   });
   parallel_for(threads, blocks, [=](int64_t begin, int64_t end) {
     float* panel = static_cast<float*>(scratch(size_t(p.reduced * kLanes) * sizeof(float)));

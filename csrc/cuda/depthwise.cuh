@@ -5,9 +5,11 @@
 // bytes (or a single channel where the channels do not divide), times `lanes`. The output plane is cut into strips:
 // kStrip neighbouring pixels of one row. A lane takes one strip per round; neighbouring lanes take strips below each
 // other, so that the K rows which neighbours share come from the L1 cache. A thread keeps the taps of one kernel row in
-// registers and slides over the input row once, adding each input vector to every output that it reaches.
+// registers and slides over the input row once, adding each input vector to every output that it reaches. Of a kernel
+// whose size is known at run time only, it keeps kTaps taps of a row at a time.
 //
-// Traffic. Memory: x once, y once, the parameters. L1: every input vector K times for a strip of kStrip outputs.
+// Traffic. Memory: x once, y once, the parameters. L1: every input vector K times for a strip of kStrip outputs, and of
+// a kernel of KH x KW up to KH * ceil(KW / kTaps) times.
 //
 // Sums. A thread adds its strips in order, the block its lanes in order, the last block to arrive the blocks of the
 // image in order: the same bits every time, in one launch.
@@ -20,13 +22,14 @@ namespace effkernels::cuda {
 template <class Element, int kKernelSize, int kStrideSize>
 struct DepthwiseTraits {
   using T = Element;
-  static constexpr int kKernel = kKernelSize;
+  static constexpr int kKernel = kKernelSize;  // height and width; 0: those of the params
   static constexpr int kStride = kStrideSize;
   static constexpr int kVector = kVectorOf<T>;
   static constexpr int kStrip = depthwise_strip(kKernel, kStride);
-  static constexpr int kInputs = (kStrip - 1) * kStride + kKernel;  // input columns under one strip
+  static constexpr int kTaps = kKernel > 0 ? kKernel : 4;         // of a kernel row in registers at a time
+  static constexpr int kInputs = (kStrip - 1) * kStride + kTaps;  // input columns under one strip and these taps
   static constexpr int kBlocks = depthwise_resident_blocks(sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat16);
-  static_assert(kKernel % 2 == 1 && kStride >= 1, "odd kernels only");
+  static_assert(kKernel == compiled_kernel(kKernel, kKernel) && kStride >= 1, "no size that a plan asks for");
 };
 
 // What a depthwise kernel is given. Without squeeze-and-excitation se.gate is null.
@@ -58,7 +61,7 @@ struct DepthwiseLane {
 };
 
 // The block's parameters as float32 in shared memory, [tap][channel] and then scale and shift of each channel, so that
-// threads along the channels read neighbouring words. Stored as (C, 1, K, K), the taps of a block are one run of
+// threads along the channels read neighbouring words. Stored as (C, 1, KH, KW), the taps of a block are one run of
 // memory.
 template <class W, int kCount>
 __device__ __forceinline__ void copy_taps(const W* from, int count, int tap_count, int block_channels, float* taps) {
@@ -133,6 +136,55 @@ __device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const t
             acc[ox][part + i] = fmaf(value, tap[kx][i], acc[ox][part + i]);
           }
         }
+    }
+  }
+}
+
+// The same for a kernel of any height and width, kTaps taps of a row at a time. Taps beyond the row's end are skipped,
+// not zero: an infinite input times zero would not be.
+template <class Traits>
+__device__ __forceinline__ void convolve_any_strip(const DepthwiseParams& p, const typename Traits::T* image, int top,
+                                                   int left, const float* taps, int block_channels,
+                                                   float (&acc)[Traits::kStrip][Traits::kVector]) {
+  using T = typename Traits::T;
+  constexpr int S = Traits::kStride, V = Traits::kVector, kTaps = Traits::kTaps;
+  constexpr int kPart = 4;
+#pragma unroll 1
+  for (int ky = 0; ky < p.kernel_h; ++ky) {
+    if (top + ky < 0 || top + ky >= p.height) continue;
+#pragma unroll 1
+    for (int first = 0; first < p.kernel_w; first += kTaps) {
+      const int count = min(kTaps, p.kernel_w - first), inputs = (Traits::kStrip - 1) * S + count;
+      const T* from = image + (top + ky) * p.x_stride_h + (left + first) * p.x_stride_w;
+      Vector<T, V> row[Traits::kInputs];
+#pragma unroll
+      for (int ix = 0; ix < Traits::kInputs; ++ix) {
+        row[ix] = {};
+        const bool inside = static_cast<unsigned>(left + first + ix) < static_cast<unsigned>(p.width);
+        if (inside && ix < inputs) row[ix] = load_raw<T, V>(from);
+        from += p.x_stride_w;
+      }
+      const float* row_taps = taps + (ky * p.kernel_w + first) * block_channels;
+#pragma unroll
+      for (int part = 0; part < V; part += kPart) {
+        float tap[kTaps][kPart];
+#pragma unroll
+        for (int kx = 0; kx < kTaps; ++kx)
+#pragma unroll
+          for (int i = 0; i < kPart; ++i) tap[kx][i] = kx < count ? row_taps[kx * block_channels + part + i] : 0.f;
+#pragma unroll
+        for (int ix = 0; ix < Traits::kInputs; ++ix)
+#pragma unroll
+          for (int i = 0; i < kPart; ++i) {
+            const float value = to_float(row[ix].at[part + i]);
+#pragma unroll
+            for (int ox = 0; ox < Traits::kStrip; ++ox) {
+              const int kx = ix - ox * S;
+              if (kx < 0 || kx >= kTaps) continue;
+              if (kx < count) acc[ox][part + i] = fmaf(value, tap[kx][i], acc[ox][part + i]);
+            }
+          }
+      }
     }
   }
 }
@@ -271,16 +323,16 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
   const DepthwisePlan& plan = a.plan;
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
-  const int block_channels = plan.channel_vectors * V;
+  const int block_channels = plan.channel_vectors * V, tap_count = K > 0 ? K * K : p.kernel_h * p.kernel_w;
   float* taps = dynamic_shared<float>();
-  ScaleShift* norm = reinterpret_cast<ScaleShift*>(taps + K * K * block_channels);
-  const SumsInShared shared(plan, taps + (K * K + 2) * block_channels);
+  ScaleShift* norm = reinterpret_cast<ScaleShift*>(taps + tap_count * block_channels);
+  const SumsInShared shared(plan, taps + (tap_count + 2) * block_channels);
 
   const int group = blockIdx.x % plan.channel_groups, tile = blockIdx.x / plan.channel_groups % plan.tiles;
   const DepthwiseLane at(p, plan, group, tile, blockIdx.x / plan.channel_groups / plan.tiles);
   const bool sums = p.pooled != nullptr || a.se.gate != nullptr;
   if (sums) clear_lanes(plan, shared.lane_sums);
-  load_parameters<T>(p, K * K, int64_t(group) * block_channels, block_channels, taps, norm);
+  load_parameters<T>(p, tap_count, int64_t(group) * block_channels, block_channels, taps, norm);
   const float* my_taps = taps + at.vector * V;
   const ScaleShift* my_norm = norm + at.vector * V;
   float* my_sums = shared.lane_sums + at.lane * block_channels + at.vector * V;
@@ -295,7 +347,11 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
       if (!at.active || strip >= plan.strips) break;
       const int row = strip % plan.out_height, column = strip / plan.out_height * kStrip;
       float acc[kStrip][V] = {}, sum[V] = {};
-      convolve_strip<Traits>(p, from, row * S - p.pad_top, column * S - p.pad_left, my_taps, block_channels, acc);
+      const int top = row * S - p.pad_top, left = column * S - p.pad_left;
+      if constexpr (K > 0)
+        convolve_strip<Traits>(p, from, top, left, my_taps, block_channels, acc);
+      else
+        convolve_any_strip<Traits>(p, from, top, left, my_taps, block_channels, acc);
 #pragma unroll
       for (int ox = 0; ox < kStrip; ++ox) {
         if (column + ox >= p.out_width) break;
@@ -314,7 +370,7 @@ template <class T, int V>
 __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __grid_constant__ DepthwiseArguments a) {
   const DepthwiseParams& p = a.depthwise;
   const DepthwisePlan& plan = a.plan;
-  const int block_channels = plan.channel_vectors * V, tap_count = p.kernel * p.kernel;
+  const int block_channels = plan.channel_vectors * V, tap_count = p.kernel_h * p.kernel_w;
   float* taps = dynamic_shared<float>();
   ScaleShift* norm = reinterpret_cast<ScaleShift*>(taps + tap_count * block_channels);
   const SumsInShared shared(plan, taps + (tap_count + 2) * block_channels);
@@ -336,15 +392,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
       if (!at.active || strip >= plan.strips) break;
       const int row = strip % plan.out_height, column = strip / plan.out_height;
       float acc[V] = {}, sum[V] = {};
-      for (int ky = 0; ky < p.kernel; ++ky) {
+      for (int ky = 0; ky < p.kernel_h; ++ky) {
         const int iy = row * p.stride - p.pad_top + ky * p.dilation;
         if (iy < 0 || iy >= p.height) continue;
-        for (int kx = 0; kx < p.kernel; ++kx) {
+        for (int kx = 0; kx < p.kernel_w; ++kx) {
           const int ix = column * p.stride - p.pad_left + kx * p.dilation;
           if (ix < 0 || ix >= p.width) continue;
           float value[V];
           load(from + iy * p.x_stride_h + ix * p.x_stride_w, value);
-          const float* tap = taps + (ky * p.kernel + kx) * block_channels + at.vector * V;
+          const float* tap = taps + (ky * p.kernel_w + kx) * block_channels + at.vector * V;
 #pragma unroll
           for (int i = 0; i < V; ++i) acc[i] = fmaf(value[i], tap[i], acc[i]);
         }
@@ -360,7 +416,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
 
 template <class T, int S>
 cudaError_t run_kernel_size(const DepthwiseArguments& a, const Launch& at) {
-  switch (a.depthwise.kernel) {
+  switch (compiled_kernel(a.depthwise.kernel_h, a.depthwise.kernel_w)) {
     case 3:
       return launch(depthwise_strips<DepthwiseTraits<T, 3, S>>, at, a);
     case 5:
@@ -370,7 +426,7 @@ cudaError_t run_kernel_size(const DepthwiseArguments& a, const Launch& at) {
     case 9:
       return launch(depthwise_strips<DepthwiseTraits<T, 9, S>>, at, a);
     default:
-      return cudaErrorInvalidValue;
+      return launch(depthwise_strips<DepthwiseTraits<T, 0, S>>, at, a);
   }
 }
 

@@ -16,7 +16,7 @@ struct DepthwisePlan {
   int strip = 1;            // output pixels per thread and round, along a row
   int rounds = 1;           // strips per thread, one after the other
   int images = 1;           // images per block, one after the other
-  bool unrolled = false;    // kernel size, stride and dilation known at compile time
+  bool unrolled = false;    // dilation 1, stride 1 or 2, whole vectors: depthwise_strips
   int strips = 1;           // strips of one image
   int out_height = 1;       // rows of one image: how many strips lie below each other
   int channel_groups = 1;   // blocks along the channels
@@ -52,10 +52,16 @@ struct DepthwiseCall {
   bool gated = false;
 };
 
+// The kernel size that depthwise_strips is compiled for: that of the square kernels of networks, 0 for all others,
+// whose height and width are read at run time.
+constexpr int compiled_kernel(int height, int width) {
+  return height == width && (height == 3 || height == 5 || height == 7 || height == 9) ? height : 0;
+}
+
 // Output pixels per thread. 7 use every tap in registers 7 times and divide the planes of a network at 224 (112, 56,
 // 28, 14, 7) without waste; a stride of 2 or a large kernel needs so many input columns and taps at once that 4 are
-// left.
-constexpr int depthwise_strip(int kernel, int stride) { return kernel >= 7 || stride > 1 ? 4 : 7; }
+// left, as many as a kernel of unknown size takes.
+constexpr int depthwise_strip(int compiled, int stride) { return compiled == 0 || compiled >= 7 || stride > 1 ? 4 : 7; }
 
 // Blocks that a multiprocessor holds: strip * vector sums and the inputs of a row per thread lie in registers.
 constexpr int depthwise_resident_blocks(DType dtype) { return dtype == DType::kFloat32 ? 4 : 3; }

@@ -38,11 +38,13 @@ void cut(const DepthwiseParams& p, int most, int threads, DepthwisePlan& plan) {
   plan.lanes = static_cast<int>(std::min<int64_t>(threads / plan.channel_vectors, plan.strips));
 }
 
+int64_t taps_of(const DepthwiseParams& p) { return int64_t(p.kernel_h) * p.kernel_w; }
+
 // Taps, scale and shift, the sums of the lanes, the means, a flag, the hidden values: see SumsInShared.
 int64_t shared_floats(const DepthwiseCall& call, const DepthwisePlan& plan) {
   const DepthwiseParams& p = *call.depthwise;
   const int64_t channels = plan.block_channels();
-  int64_t floats = (int64_t(p.kernel) * p.kernel + 2) * channels;
+  int64_t floats = (taps_of(p) + 2) * channels;
   if (call.pooled || call.se != nullptr) floats += (plan.lanes + plan.images) * channels + 4;
   if (call.se != nullptr && !plan.in_cluster && plan.team == 0) floats += plan.images * call.se->reduced;
   return floats;
@@ -52,7 +54,8 @@ int64_t shared_floats(const DepthwiseCall& call, const DepthwisePlan& plan) {
 // cluster, or the share of an image in a grid that is resident as a whole, one block on each multiprocessor.
 void plan_team(const DepthwiseCall& call, const DeviceLimits& limits, bool in_cluster, DepthwisePlan& plan) {
   const DepthwiseParams& p = *call.depthwise;
-  if (!plan.unrolled || p.kernel > 5 || p.batch == 0) return;
+  const int compiled = compiled_kernel(p.kernel_h, p.kernel_w);
+  if (!plan.unrolled || (compiled != 3 && compiled != 5) || p.batch == 0) return;
   const int64_t most = in_cluster ? limits.largest_cluster : limits.multiprocessors / p.batch;
   for (int slabs = 1; slabs <= plan.channel_groups; ++slabs) {
     const int64_t channel_blocks = divide_up(plan.channel_groups, slabs);
@@ -69,7 +72,7 @@ void plan_team(const DepthwiseCall& call, const DeviceLimits& limits, bool in_cl
       team.lanes = static_cast<int>(std::min<int64_t>(kResidentThreads / plan.channel_vectors, slab_strips));
       team.rounds = static_cast<int>(divide_up(slab_strips, team.lanes));
       const int64_t held = slabs * rows * p.out_width * plan.block_channels();
-      const int64_t floats = (int64_t(p.kernel) * p.kernel + 2) * plan.block_channels()  // taps, scale and shift
+      const int64_t floats = (taps_of(p) + 2) * plan.block_channels()        // taps, scale and shift
                              + (team.lanes + slabs) * plan.block_channels()  // sums of the lanes, of the block
                              + 2 * divide_up(call.se->reduced, 4) * 4        // w_reduce times the sums, hidden
                              + slabs * plan.block_channels();                // the gate
@@ -111,9 +114,9 @@ DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limi
   const int widest = vector_of(p.dtype);
   plan.vector = vectors_fit(p, widest) ? widest : 1;
   plan.unrolled = plan.vector == widest && p.dilation == 1 && (p.stride == 1 || p.stride == 2);
-  plan.strip = plan.unrolled ? depthwise_strip(p.kernel, p.stride) : 1;
+  plan.strip = plan.unrolled ? depthwise_strip(compiled_kernel(p.kernel_h, p.kernel_w), p.stride) : 1;
 
-  const int64_t window = int64_t(p.kernel - 1) * p.dilation + 1;
+  const int64_t window = int64_t(std::max(p.kernel_h, p.kernel_w) - 1) * p.dilation + 1;
   if (p.out_height * p.out_width > kMostPixels || p.height * p.width > kMostPixels ||
       std::max<int64_t>({window, p.pad_top, p.pad_left}) > kMostPixels) {
     plan.tiles = 0;
@@ -122,14 +125,19 @@ DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limi
   const int64_t strips = divide_up(p.out_width, plan.strip) * p.out_height;
   plan.strips = static_cast<int>(strips);
   plan.out_height = static_cast<int>(p.out_height);
-  cut(p, kMostChannelVectors, kDepthwiseThreads, plan);
+  int widest_block = kMostChannelVectors;
+  const int64_t taps_of_vector = (taps_of(p) + 2) * plan.vector * int64_t(sizeof(float));
+  const int64_t share = limits.shared_per_multiprocessor / depthwise_resident_blocks(p.dtype);
+  if (compiled_kernel(p.kernel_h, p.kernel_w) == 0)  // as many blocks fit by their taps as by their registers
+    while (widest_block > kFewestChannelVectors && widest_block * taps_of_vector > share) widest_block /= 2;
+  cut(p, widest_block, kDepthwiseThreads, plan);
   if (call.gated && call.se != nullptr) {
     if (limits.largest_cluster > 1) plan_team(call, limits, true, plan);
     if (plan.team == 0) plan_team(call, limits, false, plan);
     if (plan.team > 0) return plan;
   }
   // Few images: narrower blocks, down to a cache line of channels, so that every multiprocessor has one.
-  for (int most = kMostChannelVectors / 2; most >= kFewestChannelVectors; most /= 2) {
+  for (int most = widest_block / 2; most >= kFewestChannelVectors; most /= 2) {
     if (p.batch * plan.channel_groups * divide_up(strips, plan.lanes) >= limits.multiprocessors) break;
     cut(p, most, kDepthwiseThreads, plan);
   }

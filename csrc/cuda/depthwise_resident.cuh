@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
 
 template <class T, bool kCluster>
 cudaError_t run_resident_team(const DepthwiseArguments& a, const Launch& at) {
-  const bool small = a.depthwise.kernel == 3;
+  const bool small = a.depthwise.kernel_w == 3;
   if (a.depthwise.stride == 1)
     return small ? launch(depthwise_resident<DepthwiseTraits<T, 3, 1>, kCluster>, at, a)
                  : launch(depthwise_resident<DepthwiseTraits<T, 5, 1>, kCluster>, at, a);

@@ -192,10 +192,10 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
 // device count.
 Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
                              Keep& keep) {
-  STD_TORCH_CHECK(a.weight.dim() == 4 && a.weight.size(1) == 1 && a.weight.size(2) == a.weight.size(3), op,
-                  ": weight has shape ", shape_of(a.weight), "; allowed: (C, 1, K, K)");
-  const int64_t k = a.weight.size(2);
-  STD_TORCH_CHECK(k == 3 || k == 5 || k == 7 || k == 9, op, ": kernel size ", k, "; allowed: 3, 5, 7, 9");
+  STD_TORCH_CHECK(a.weight.dim() == 4 && a.weight.size(1) == 1, op, ": weight has shape ", shape_of(a.weight),
+                  "; allowed: (C, 1, KH, KW)");
+  const int64_t kernel_h = a.weight.size(2), kernel_w = a.weight.size(3);
+  check_depthwise_kernel(op, kernel_h, kernel_w);
   STD_TORCH_CHECK(a.stride == 1 || a.stride == 2, op, ": stride=", a.stride, "; allowed: 1, 2");
   STD_TORCH_CHECK(a.dilation >= 1 && a.dilation < kLargest, op, ": dilation=", a.dilation, "; allowed: 1 or more");
   check_padding(op, a.padding);
@@ -204,13 +204,13 @@ Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_
   DepthwiseParams& p = out.params;
   p.dtype = dtype_of(op, "x", a.x);
   p.activation = activation_of(op, "activation", a.activation);
-  p.weight = param_of(op, "weight", a.weight, a.x, {c, 1, k, k}, keep);
+  p.weight = param_of(op, "weight", a.weight, a.x, {c, 1, kernel_h, kernel_w}, keep);
   p.norm = norm_of(op, a.norm, a.x, c, keep);
   p.batch = n, p.channels = c, p.height = h, p.width = w;
-  p.kernel = int32_t(k), p.stride = int32_t(a.stride), p.dilation = int32_t(a.dilation);
-  const int64_t window = (k - 1) * a.dilation + 1;
-  p.out_height = out_size(op, "height", h, a.padding[0], a.padding[1], window, a.stride);
-  p.out_width = out_size(op, "width", w, a.padding[2], a.padding[3], window, a.stride);
+  p.kernel_h = int32_t(kernel_h), p.kernel_w = int32_t(kernel_w);
+  p.stride = int32_t(a.stride), p.dilation = int32_t(a.dilation);
+  p.out_height = out_size(op, "height", h, a.padding[0], a.padding[1], (kernel_h - 1) * a.dilation + 1, a.stride);
+  p.out_width = out_size(op, "width", w, a.padding[2], a.padding[3], (kernel_w - 1) * a.dilation + 1, a.stride);
   p.pad_top = int32_t(a.padding[0]), p.pad_left = int32_t(a.padding[2]);
   out.y = empty_channels_last(a.x, n, c, p.out_height, p.out_width);
   p.y = out.y.mutable_data_ptr();
@@ -263,6 +263,12 @@ void give_result(Pointwise& pointwise, const Tensor& x) {
 }
 
 }  // namespace
+
+void check_depthwise_kernel(const char* op, int64_t height, int64_t width) {
+  const auto fits = [](int64_t size) { return size >= 1 && size <= kLargestDepthwise; };
+  STD_TORCH_CHECK(fits(height) && fits(width), op, ": weight is a depthwise kernel of ", height, "x", width,
+                  "; allowed: 1 to ", kLargestDepthwise, " for its height and its width");
+}
 
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {

@@ -55,6 +55,9 @@ using Keep = std::vector<Tensor>;
 Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w);
 Tensor empty_matrix(const Tensor& like, int64_t n, int64_t c, torch::headeronly::ScalarType dtype);
 
+// Height and width of a depthwise kernel, 1 to kLargestDepthwise; anything else is an error.
+void check_depthwise_kernel(const char* op, int64_t height, int64_t width);
+
 // float32, float16 or bfloat16; anything else is an error that names the argument.
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 

@@ -69,25 +69,24 @@ int64_t out_size(int64_t size, int64_t before, int64_t after, int64_t window, in
 }
 
 PlannedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 12);
+  check_count(op, "shape", s, 13);
   DepthwiseParams p;
   p.x = p.y = somewhere();
   p.dtype = dtype, p.weight = some(dtype), p.norm = some_norm();
   p.batch = s[0], p.channels = s[1], p.height = s[2], p.width = s[3];
-  p.kernel = int32_t(s[4]), p.stride = int32_t(s[5]), p.dilation = int32_t(s[6]);
-  STD_TORCH_CHECK(s[4] == 3 || s[4] == 5 || s[4] == 7 || s[4] == 9, "cuda_plan: kernel=", s[4],
-                  "; allowed: 3, 5, 7, 9");
-  STD_TORCH_CHECK(s[6] >= 1 && s[1] >= 1, "cuda_plan: dilation=", s[6], ", channels=", s[1], "; allowed: 1 or more");
-  const int64_t window = (s[4] - 1) * s[6] + 1;
-  p.pad_top = int32_t(s[7]), p.pad_left = int32_t(s[9]);
-  p.out_height = out_size(s[2], s[7], s[8], window, s[5]), p.out_width = out_size(s[3], s[9], s[10], window, s[5]);
+  p.kernel_h = int32_t(s[4]), p.kernel_w = int32_t(s[5]), p.stride = int32_t(s[6]), p.dilation = int32_t(s[7]);
+  check_depthwise_kernel("cuda_plan", s[4], s[5]);
+  STD_TORCH_CHECK(s[7] >= 1 && s[1] >= 1, "cuda_plan: dilation=", s[7], ", channels=", s[1], "; allowed: 1 or more");
+  p.pad_top = int32_t(s[8]), p.pad_left = int32_t(s[10]);
+  p.out_height = out_size(s[2], s[8], s[9], (s[4] - 1) * s[7] + 1, s[6]);
+  p.out_width = out_size(s[3], s[10], s[11], (s[5] - 1) * s[7] + 1, s[6]);
   p.x_stride_w = p.channels, p.x_stride_h = p.width * p.channels, p.x_stride_n = p.height * p.x_stride_h;
   SqueezeExciteParams se;
   se.w_reduce = se.w_expand = some(dtype), se.b_reduce = se.b_expand = some(DType::kFloat32);
   se.gate = somewhere(), se.gate_dtype = dtype;
-  se.batch = s[0], se.channels = s[1], se.reduced = s[11];
+  se.batch = s[0], se.channels = s[1], se.reduced = s[12];
   const bool excites = op == "depthwise_bn_act_gate" || op == "depthwise_bn_act_se";
-  STD_TORCH_CHECK(excites == (s[11] > 0), "cuda_plan: reduced=", s[11], " of ", op,
+  STD_TORCH_CHECK(excites == (s[12] > 0), "cuda_plan: reduced=", s[12], " of ", op,
                   "; allowed: ", excites ? "1 or more" : "0");
   const cuda::DepthwiseCall call{&p, excites ? &se : nullptr, op == "depthwise_bn_act_squeeze",
                                  op == "depthwise_bn_act_se"};
@@ -130,10 +129,10 @@ PlannedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shap
 
 // The sizes of the depthwise operator, x's channels being the expanded ones, then the input channels and allow_tf32.
 PlannedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 14);
+  check_count(op, "shape", s, 15);
   PlannedLaunches launches =
-      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[12], s[1], 0, 0, s[13]}, limits);
-  const Shape depthwise(s.begin(), s.begin() + 12);
+      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14]}, limits);
+  const Shape depthwise(s.begin(), s.begin() + 13);
   for (const cuda::PlannedLaunch& one : plan_of_depthwise("depthwise_bn_act_squeeze", dtype, depthwise, limits))
     launches.push_back(one);
   return launches;

@@ -17,7 +17,7 @@ from effkernels.models import (
     model_config,
     read_checkpoint,
 )
-from effkernels.models.checkpoints import enumerated, read_tensors
+from effkernels.models.checkpoint_files import enumerated, read_file
 from effkernels.predict import Preprocessing
 from effkernels.scaling import BuiltNetwork, StagedNetwork, find_network, scale
 from effkernels.scaling.counting import count
@@ -163,7 +163,8 @@ def load_network_weights(network: Scalable, file: str) -> nn.Module:
         model = network.build(num_classes=1000 if classifier is None else classifier.shape[0])
         assert isinstance(model, EfficientNet)
         return load_checkpoint(model, file)
-    tensors = read_tensors(file)
+    first = next(iter(outline.state_dict()))
+    tensors = read_file(file, lambda name: name == first).tensors
     key = f"{_classifier_name(outline)}.weight"
     model = network.build(num_classes=tensors[key].shape[0] if key in tensors else 1000)
     state = model.state_dict()

@@ -269,8 +269,14 @@ def _write_safetensors(job: Job) -> Run:
             f"format='safetensors' is for classifiers of create_model, whose names and meaning load_checkpoint knows; "
             f"the model is a {type(model).__name__}. Its weights alone: safetensors.torch.save_file(model.state_dict())"
         )
-    # load_checkpoint sets these three again, whatever the model's name stands for.
-    meaning = {"pad_type": model.pad_type, "bn_eps": model.bn1.eps, "bn_momentum": model.bn1.momentum}
+    # load_checkpoint sets these again, whatever the model's name stands for.
+    _, height, width = model.config.input_size
+    meaning = {
+        "pad_type": model.pad_type,
+        "bn_eps": model.bn1.eps,
+        "bn_momentum": model.bn1.momentum,
+        "native_size": height if height == width else None,
+    }
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     metadata = {"format": "pt", METADATA: json.dumps({**job.description, **meaning})}
     job.file.write_bytes(safetensors.save(state, metadata))  # save_file makes files that only their owner may read

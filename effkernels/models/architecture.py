@@ -34,7 +34,7 @@ class Architecture:
         stem_channels: out of the first convolution (3x3, stride 2).
         stages: rows of table 1.
         head_channels: out of the last convolution (1x1).
-        se_ratio: squeeze-and-excitation width as a share of the channels that enter the block.
+        se_ratio: squeeze-and-excitation width as a share of the channels that enter the block; 0: none.
         activation: one of `effkernels.reference.ACTIVATIONS`.
     """
 
@@ -44,13 +44,24 @@ class Architecture:
     se_ratio: float = 0.25
     activation: str = "silu"
 
-    def scaled(self, coefficients: ScalingCoefficients) -> Architecture:
-        """The network with its channels scaled by `coefficients.width` and its layers by `coefficients.depth`."""
+    def scaled(self, coefficients: ScalingCoefficients, *, fix_stem_head: bool = False) -> Architecture:
+        """The network with its channels scaled by `coefficients.width` and its layers by `coefficients.depth`.
+
+        With `fix_stem_head` the channels of stem and head and the layers of the first and the last stage stay, as in
+        the lite variants.
+        """
         width, depth = coefficients.width, coefficients.depth
+        ends = (0, len(self.stages) - 1) if fix_stem_head else ()
         stages = tuple(
-            replace(stage, channels=round_filters(stage.channels, width), layers=round_repeats(stage.layers, depth))
-            for stage in self.stages
+            replace(
+                stage,
+                channels=round_filters(stage.channels, width),
+                layers=stage.layers if position in ends else round_repeats(stage.layers, depth),
+            )
+            for position, stage in enumerate(self.stages)
         )
+        if fix_stem_head:
+            return replace(self, stages=stages)
         return replace(
             self,
             stem_channels=round_filters(self.stem_channels, width),
@@ -75,3 +86,6 @@ BASELINE = Architecture(
 """EfficientNet-B0 (table 1). Strides are those of a stage's first block, which is where the released models put them;
 the table prints the resolution that enters a stage.
 """
+
+LITE_BASELINE = replace(BASELINE, se_ratio=0.0, activation="relu6")
+"""EfficientNet-Lite0: B0 without squeeze-and-excitation and with ReLU6, both for the sake of integer hardware."""

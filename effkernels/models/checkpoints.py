@@ -1,37 +1,26 @@
-"""Checkpoint files: read without running anything in them, recognised by their keys, loaded with their meaning.
+"""Checkpoints of EfficientNets: recognised by their keys, loaded with their meaning.
 
-A .pth file is read by `torch.load(weights_only=True)`, a .safetensors file by safetensors; neither runs pickled code.
 The keys tell the library (timm, torchvision, lukemelas, Hugging Face, NVIDIA), and the library tells padding, eps and
-momentum of the norms, which are then set in the model (see `effkernels.models.layouts`).
+momentum of the norms, which are then set in the model (see `effkernels.models.layouts`). How a file is read is in
+`effkernels.models.checkpoint_files`.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from effkernels.models.layouts import LAYOUTS, TIMM, Layout, Semantics, recognise, translation
+from effkernels.models.checkpoint_files import CheckpointError, enumerated, read_file
+from effkernels.models.layouts import LAYOUTS, TIMM, Layout, Semantics, recognise, starts_network, translation
+from effkernels.models.variants import VARIANTS, is_lite, matches
 
 if TYPE_CHECKING:
     from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
-
-# Where training scripts put the weights inside a file, the averaged ones first.
-_EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict")
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
-# What DataParallel and torch.compile put in front of every key.
-_PREFIXES = ("module.", "_orig_mod.")
-_LISTED = 8
-
-
-class CheckpointError(ValueError):
-    """A file that is not a checkpoint, or not one of this model; the message says what differs."""
 
 
 @dataclass(frozen=True)
@@ -59,8 +48,11 @@ class Checkpoint:
 def read_checkpoint(file: str | Path, *, use_ema: bool = True) -> Checkpoint:
     """Read a .pth or .safetensors file and recognise the library that wrote it.
 
-    Wrappers of training scripts ("state_dict", "model", ...) are opened and the prefixes of DataParallel and
-    torch.compile taken off.
+    The wrappers of training scripts ("state_dict", "model", ...) are opened. What stands in front of every key of the
+    network is taken off, whatever it is: "module." of DataParallel and AveragedModel, "model." of Lightning,
+    "backbone.", "_orig_mod." of torch.compile, several of them. Tensors that are not under it are left out with a
+    warning that names them. Files of timm's own saver are read with what they keep beside the weights
+    (argparse.Namespace, NumPy's numbers); other pickled objects are not.
 
     Args:
         file: path of the file.
@@ -68,32 +60,14 @@ def read_checkpoint(file: str | Path, *, use_ema: bool = True) -> Checkpoint:
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: empty, not a checkpoint, one with pickled code in it, of an unknown library, or one with
-            values that are not finite.
+        CheckpointError: empty, not a checkpoint, one with pickled code in it, of an unknown library, one of several
+            networks, or one with values that are not finite.
     """
     path = Path(file)
-    layout, tensors = recognise_tensors(read_tensors(path, use_ema=use_ema), str(path))
-    return Checkpoint(path, layout, tensors, _noted_semantics(path) if path.suffix == ".safetensors" else Semantics())
-
-
-def read_tensors(file: str | Path, *, use_ema: bool = True) -> dict[str, Tensor]:
-    """The tensors of a .pth or .safetensors file of any network, under the names that stand in it.
-
-    Wrappers and prefixes are taken off as by `read_checkpoint`, which also has the arguments.
-
-    Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: empty, not a checkpoint, one with pickled code in it, or one with values that are not finite.
-    """
-    path = Path(file)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; a .pth or .safetensors file is needed")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    tensors = _unwrap(path, content, use_ema)
-    check_finite(tensors, str(path))
-    return tensors
+    found = read_file(path, starts_network, use_ema=use_ema)
+    layout, tensors = recognise_tensors(found.tensors, str(path))
+    noted = _noted_semantics(path) if path.suffix == ".safetensors" else Semantics()
+    return Checkpoint(path, layout, tensors, noted)
 
 
 def recognise_tensors(tensors: Mapping[str, Tensor], where: str) -> tuple[Layout, dict[str, Tensor]]:
@@ -116,14 +90,6 @@ def recognise_tensors(tensors: Mapping[str, Tensor], where: str) -> tuple[Layout
     )
 
 
-def without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors without what DataParallel and torch.compile put in front of every key."""
-    tensors = dict(tensors)
-    while tensors and (prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in tensors)), None)):
-        tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
-    return tensors
-
-
 def load_checkpoint(
     model: EfficientNet | EfficientNetFeatures | str,
     file: str | Path,
@@ -138,8 +104,9 @@ def load_checkpoint(
     Padding, eps and momentum of the model are set to what the file's library uses, so that the logits are that
     library's: torchvision and NVIDIA pad symmetrically; lukemelas and Hugging Face pad SAME as it is at the native
     size, whatever the size of the image (pad_type="same" for lukemelas models built with image_size=None). timm's
-    keys do not tell `tf_efficientnet_*` from `efficientnet_*`: there the model stays as its name says. A safetensors
-    file of `effkernels export` or `effkernels convert` notes what its weights mean, and that is what is set.
+    keys do not tell `tf_efficientnet_*` from `efficientnet_*`: there the model stays as its name says. Weights of
+    lukemelas' fork for the lite variants are TensorFlow's: the model's config then has their mean, std and size. A
+    safetensors file of `effkernels export` or `effkernels convert` notes what its weights mean, which is then set.
 
     Args:
         model: a model, changed in place, or a name for `create_model`, then built with the file's number of classes
@@ -194,18 +161,50 @@ def _load(
     if any(tensor.is_meta for tensor in state.values()):
         raise CheckpointError(f"{checkpoint.path}: the model is on the meta device and can hold no weights")
     tensors = _to_model_names(model, checkpoint, state)
-    _check_fit(checkpoint, state, tensors)
+    _check_fit(model, checkpoint, state, tensors)
     model.load_state_dict(tensors)
-    variant = model.config.name.rpartition("_")[2] if model.config is not None else ""
-    known = (Semantics(pad_type, bn_eps, bn_momentum), checkpoint.noted, checkpoint.layout.semantics(variant))
-    pad_type = next((one.pad_type for one in known if one.pad_type is not None), None)
-    if pad_type is not None:
-        model.set_padding(pad_type)
+    variant = _variant(model) or ""
+    meaning = checkpoint.layout.semantics(variant)
+    known = (Semantics(pad_type, bn_eps, bn_momentum), checkpoint.noted, meaning)
     model.set_norm(
         eps=next((one.bn_eps for one in known if one.bn_eps is not None), None),
         momentum=next((one.bn_momentum for one in known if one.bn_momentum is not None), None),
     )
+    pad_type = next((one.pad_type for one in known if one.pad_type is not None), None)
+    if pad_type is not None:
+        set_native_padding(model, pad_type, next((one.native_size for one in known if one.native_size), None))
+    normalization = checkpoint.layout.normalization(variant)
+    if normalization is not None and model.config is not None:
+        mean, std = normalization
+        model.config = replace(model.config, mean=(mean, mean, mean), std=(std, std, std))
     return model
+
+
+def set_native_padding(
+    model: EfficientNet | EfficientNetFeatures, pad_type: str, native_size: int | None = None
+) -> None:
+    """`model.set_padding(pad_type)`; padding that is frozen at a size is frozen at `native_size`.
+
+    The model's config then says so too: its input has that size and the crop that goes with it.
+
+    Args:
+        model: changed in place.
+        pad_type: one of `effkernels.nn.PAD_TYPES`.
+        native_size: height and width of the images, in pixels; None: the config's.
+    """
+    config = model.config
+    if pad_type == "same_native" and config is not None and native_size is not None:
+        size = (config.input_size[0], native_size, native_size)
+        if size != config.input_size:
+            # The central crop of the published models takes 32 pixels off the resized image.
+            model.config = replace(config, input_size=size, crop_pct=round(native_size / (native_size + 32), 3))
+    model.set_padding(pad_type)
+
+
+def _variant(model: EfficientNet | EfficientNetFeatures) -> str | None:
+    """The published variant that a model is by its name."""
+    name = model.config.name.rpartition("_")[2] if model.config is not None else ""
+    return name if name in VARIANTS else None
 
 
 def _to_model_names(
@@ -230,7 +229,12 @@ def _to_model_names(
     return tensors
 
 
-def _check_fit(checkpoint: Checkpoint, state: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+def _check_fit(
+    model: EfficientNet | EfficientNetFeatures,
+    checkpoint: Checkpoint,
+    state: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+) -> None:
     missing = [key for key in state if key not in tensors]
     unexpected = [key for key in tensors if key not in state]
     misshaped = [
@@ -246,6 +250,16 @@ def _check_fit(checkpoint: Checkpoint, state: Mapping[str, Tensor], tensors: Map
     if not problems:
         return
     hints = []
+    other = _other_variant(model, checkpoint)
+    if other is not None and model.config is not None:
+        name = f"{'tf_' if model.config.name.startswith('tf_') else ''}efficientnet_{other}"
+        if is_lite(other) != is_lite(_variant(model) or ""):
+            raise CheckpointError(
+                f"{checkpoint.path} ({checkpoint.layout.name} keys) holds the weights of {name}, which has "
+                f"{'no ' if is_lite(other) else ''}squeeze-and-excitation, and the model is {model.config.name}: "
+                f"create_model({name!r}) takes them"
+            )
+        hints.append(f"the names and shapes in the file are nearest to {name}, and the model is {model.config.name}")
     if misshaped and not missing and not unexpected and all(entry.startswith("classifier.") for entry in misshaped):
         classes = tensors["classifier.weight"].shape[0]
         hints.append(f"create the model with num_classes={classes}; reset_classifier() changes it afterwards")
@@ -254,48 +268,16 @@ def _check_fit(checkpoint: Checkpoint, state: Mapping[str, Tensor], tensors: Map
     )
 
 
-def enumerated(entries: list[str]) -> str:
-    """The first few of many keys, for a message."""
-    more = len(entries) - _LISTED
-    return ", ".join(entries[:_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse values that are not finite; tensors on the meta device have none.
-
-    Raises:
-        CheckpointError: with the first key that has some; the message begins with `where`.
-    """
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(f"{where}: {key} has {count} of {tensor.numel()} values that are NaN or infinite")
-
-
-def _read_torch(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is not a file of tensors: it is no PyTorch checkpoint, or it holds pickled objects, which are "
-            f"never run. Save model.state_dict() instead of the model. ({_first_line(error)})"
-        ) from error
-    except (EOFError, RuntimeError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} is not a PyTorch checkpoint, or is cut off ({_first_line(error)})") from error
-
-
-def _read_safetensors(path: Path) -> Any:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ModuleNotFoundError as error:
-        raise ImportError(
-            f"{path}: reading .safetensors needs the package safetensors: pip install 'effkernels[models]'"
-        ) from error
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or is cut off ({_first_line(error)})") from error
+def _other_variant(model: EfficientNet | EfficientNetFeatures, checkpoint: Checkpoint) -> str | None:
+    """The published variant that a checkpoint is nearer to than to that of the model."""
+    own = _variant(model)
+    if own is None:
+        return None
+    found = matches(checkpoint.tensors, checkpoint.layout)
+    nearest = max(found.values(), key=lambda match: match.fit)
+    if nearest.fit < 0.5 or (own in found and found[own].fit >= nearest.fit):
+        return None
+    return nearest.variant
 
 
 def _noted_semantics(path: Path) -> Semantics:
@@ -308,26 +290,8 @@ def _noted_semantics(path: Path) -> Semantics:
         return Semantics()
     try:
         note = json.loads(text)
-        return Semantics(note.get("pad_type"), note.get("bn_eps"), note.get("bn_momentum"))
+        return Semantics(
+            note.get("pad_type"), note.get("bn_eps"), note.get("bn_momentum"), native_size=note.get("native_size")
+        )
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{path}: its metadata under 'effkernels' is not what this project writes") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-def _unwrap(path: Path, content: Any, use_ema: bool) -> dict[str, Tensor]:
-    wrappers = (*_EMA_WRAPPERS, *_WRAPPERS) if use_ema else (*_WRAPPERS, *_EMA_WRAPPERS)
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in wrappers if isinstance(content.get(name), Mapping)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; a dict of tensors is needed")
-    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors under any of the known names ({', '.join(wrappers)})")
-    return without_prefixes(tensors)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -36,6 +37,12 @@ class ModelConfig:
     first_conv: str = "conv_stem"
     classifier: str = "classifier"
 
+    @property
+    def pool_size(self) -> tuple[int, int]:
+        """(height, width) of the last feature map, which the pooling takes the mean of."""
+        _, height, width = self.input_size
+        return math.ceil(height / 32), math.ceil(width / 32)
+
     def to_dict(self) -> dict[str, Any]:
-        """The attributes as a dict, which timm's `resolve_data_config` takes."""
-        return asdict(self)
+        """The attributes and `pool_size` as a dict, which timm's `resolve_data_config` takes."""
+        return {**asdict(self), "pool_size": self.pool_size}

@@ -8,32 +8,25 @@ its `Semantics`: what the weights need, the code that builds the target's model 
 from __future__ import annotations
 
 import re
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from effkernels.models.architecture import BASELINE
-from effkernels.models.checkpoints import (
-    CheckpointError,
-    check_finite,
-    enumerated,
-    recognise_tensors,
-    without_prefixes,
-)
-from effkernels.models.layouts import LAYOUTS, TIMM, Layout, Part, Semantics, tensor_shapes
+from effkernels.models.checkpoint_files import CheckpointError, check_finite, enumerated, network_tensors
+from effkernels.models.checkpoints import recognise_tensors
+from effkernels.models.layouts import LAYOUTS, TIMM, Layout, Semantics, starts_network, tensor_shapes
 from effkernels.models.recipes import recipe
-from effkernels.scaling.compound import PUBLISHED
+from effkernels.models.variants import VARIANTS, Shapes, ends, fits, matches, tensor_keys
 
 LIBRARIES: tuple[str, ...] = tuple(layout.name for layout in LAYOUTS)
 """Names that `convert_state_dict` takes for `src` and `dst`."""
 
-_VARIANT = re.compile(r"(?P<tf>tf_)?(?:(?P<family>efficientnet)[-_])?(?P<variant>b[0-7])")
+_VARIANT = re.compile(r"(?P<tf>tf_)?(?:(?P<family>efficientnet)[-_])?(?P<variant>b[0-7]|lite[0-4])")
 # Below this share of tensors that fit the nearest variant, its list of differences would not help anybody.
 _LEAST_FIT = 0.5
-
-_Shapes = dict[tuple[Part, str], tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -62,18 +55,19 @@ def convert_state_dict(
     """Bring the weights of an EfficientNet from one library's names and shapes to another's.
 
     Known are "timm", "torchvision", "lukemelas" (EfficientNet-PyTorch), "huggingface" (transformers) and "nvidia"
-    (DeepLearningExamples), B0 to B7, with any number of classes and of image channels, with or without classifier.
-    Prefixes of DataParallel and torch.compile are taken off, the names of NVIDIA's NGC files ("layer1.") and of Hugging
-    Face's `EfficientNetModel` (no "efficientnet.") are understood. For a checkpoint file see
+    (DeepLearningExamples), B0 to B7, with any number of classes and of image channels, with or without classifier;
+    timm and lukemelas (its fork efficientnet_lite_pytorch) also have Lite0 to Lite4. What a wrapper puts in front of
+    every key ("module.", "model.", ...) is taken off, the names of NVIDIA's NGC files ("layer1.") and of Hugging Face's
+    `EfficientNetModel` (no "efficientnet.") are understood. For a checkpoint file see
     `effkernels.models.read_checkpoint`, whose `tensors` can be given here.
 
     Args:
         state_dict: key -> tensor, on any device and in any dtype; on the meta device only the values go unchecked.
         src: the library it comes from; None: recognised by the keys.
         dst: the library it shall go to.
-        variant: "b0", "efficientnet_b0" or "tf_efficientnet_b0"; None: recognised by the shapes, against which a given
-            one is checked. For weights of timm give the model's full name: the keys and shapes of `efficientnet_*` and
-            `tf_efficientnet_*` are the same, their padding and eps are not.
+        variant: "b0", "efficientnet_b0" or "tf_efficientnet_b0" (or "lite0", ...); None: recognised by the shapes,
+            against which a given one is checked. For weights of timm give the model's full name: the keys and shapes of
+            `efficientnet_*` and `tf_efficientnet_*` are the same, their padding and eps are not.
 
     Returns:
         (state_dict, semantics). The new dict has the target's order of keys and holds the very tensors of the old one,
@@ -85,7 +79,7 @@ def convert_state_dict(
         give (`warnings`).
 
     Raises:
-        ValueError: src, dst or variant unknown, or in contradiction to the tensors.
+        ValueError: src, dst or variant unknown, or in contradiction to the tensors; dst without the lite variants.
         CheckpointError: (a ValueError) keys missing or unexpected, shapes of no variant, values that are not finite.
         TypeError: state_dict is no mapping of strings to tensors.
     """
@@ -100,9 +94,12 @@ def convert(state_dict: Mapping[str, Tensor], src: str | None, dst: str, *, vari
     asked = _parse(variant)
     _check_types(state_dict)
     source, tensors = _under_usual_names(state_dict, wanted)
-    in_chans, num_classes = _ends(tensors, source)
-    found = _find_variant(tensors, source, in_chans, num_classes, asked)
-    shapes = tensor_shapes(BASELINE.scaled(PUBLISHED[found]), in_chans=in_chans, num_classes=num_classes)
+    in_chans, num_classes = ends(tensors, source)
+    found = _find_variant(tensors, source, asked)
+    if VARIANTS[found].is_lite and not target.lite:
+        able = " and ".join(layout.name for layout in LAYOUTS if layout.lite)
+        raise ValueError(f"dst={dst!r} has no EfficientNet-Lite, and the tensors are those of {found}; {able} have it")
+    shapes = tensor_shapes(VARIANTS[found].architecture, in_chans=in_chans, num_classes=num_classes)
     _check_tensors(tensors, source, found, shapes)
     check_finite(tensors, f"state_dict ({source.name} keys)")
     semantics = _meaning(source, found, variant)
@@ -130,8 +127,8 @@ def _parse(variant: str | None) -> str | None:
     match = _VARIANT.fullmatch(variant)
     if match is None:
         raise ValueError(
-            f"variant={variant!r} is not known; allowed: b0 to b7, efficientnet_b0 to efficientnet_b7, "
-            "tf_efficientnet_b0 to tf_efficientnet_b7"
+            f"variant={variant!r} is not known; allowed: b0 to b7 and lite0 to lite4, each also with efficientnet_ or "
+            "tf_efficientnet_ in front"
         )
     return match["variant"]
 
@@ -153,7 +150,10 @@ def _under_usual_names(state_dict: Mapping[str, Tensor], wanted: Layout | None) 
     """The library, and the tensors under its usual names."""
     if not state_dict:
         raise CheckpointError("state_dict is empty")
-    bare = without_prefixes(state_dict)
+    network = network_tensors(state_dict, "state_dict", starts_network)
+    bare = network.tensors
+    if (left_out := network.note()) is not None:
+        warnings.warn(f"state_dict: {left_out}", stacklevel=4)
     try:
         layout, tensors = recognise_tensors(bare, "state_dict")
     except CheckpointError:
@@ -170,59 +170,31 @@ def _under_usual_names(state_dict: Mapping[str, Tensor], wanted: Layout | None) 
     return layout, tensors
 
 
-def _ends(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[int, int]:
-    """Channels of an image and classes, as the first and the last tensor have them."""
-    stem = tensors.get(f"{layout.outside['stem']}.weight")
-    in_chans = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
-    classifier = [tensors.get(f"{layout.outside['classifier']}.{name}") for name in ("weight", "bias")]
-    return in_chans, next((tensor.shape[0] for tensor in classifier if tensor is not None and tensor.ndim), 0)
-
-
-def _keys(layout: Layout, variant: str, shapes: _Shapes) -> dict[tuple[Part, str], str]:
-    """The library's key of every tensor."""
-    names = layout.module_names(BASELINE.scaled(PUBLISHED[variant]))
-    return {(part, name): f"{names[part]}.{name}" for part, name in shapes}
-
-
-def _fits(tensor: Tensor, part: Part, shape: tuple[int, ...]) -> bool:
-    # Squeeze-and-excitation may be linear layers in any library's file: the same numbers.
-    linear = part.role in ("squeeze", "excite") and tuple(tensor.shape) == shape[:2]
-    return tuple(tensor.shape) == shape or linear
-
-
-def _find_variant(
-    tensors: Mapping[str, Tensor], layout: Layout, in_chans: int, num_classes: int, asked: str | None
-) -> str:
+def _find_variant(tensors: Mapping[str, Tensor], layout: Layout, asked: str | None) -> str:
     """The variant that most tensors fit, which has to be the one asked for."""
-    shared, fits = {}, {}
-    for variant, coefficients in PUBLISHED.items():
-        shapes = tensor_shapes(BASELINE.scaled(coefficients), in_chans=in_chans, num_classes=num_classes)
-        keys = _keys(layout, variant, shapes)
-        shared[variant] = sum(
-            keys[entry] in tensors and _fits(tensors[keys[entry]], entry[0], shape) for entry, shape in shapes.items()
-        )
-        fits[variant] = shared[variant] / (len(shapes) + len(tensors) - shared[variant])
-    nearest = max(fits, key=lambda variant: fits[variant])
-    if fits[nearest] < _LEAST_FIT:
+    found = matches(tensors, layout)
+    nearest = max(found.values(), key=lambda match: match.fit)
+    if nearest.fit < _LEAST_FIT:
+        known = "B0 to B7 and Lite0 to Lite4" if layout.lite else "B0 to B7"
         raise CheckpointError(
-            f"state_dict ({layout.name} keys) is none of EfficientNet B0 to B7: the nearest is {nearest}, with names "
-            f"and shapes of {shared[nearest]} of the {len(tensors)} tensors"
+            f"state_dict ({layout.name} keys) is none of EfficientNet {known}: the nearest is {nearest.variant}, with "
+            f"names and shapes of {nearest.shared} of the {len(tensors)} tensors"
         )
-    if asked is not None and fits[asked] < fits[nearest]:
-        raise ValueError(f"variant is {asked}, but the tensors are those of {nearest} ({layout.name} keys)")
-    return nearest
+    if asked is not None and (asked not in found or found[asked].fit < nearest.fit):
+        raise ValueError(f"variant is {asked}, but the tensors are those of {nearest.variant} ({layout.name} keys)")
+    return nearest.variant
 
 
-def _check_tensors(tensors: Mapping[str, Tensor], layout: Layout, variant: str, shapes: _Shapes) -> None:
+def _check_tensors(tensors: Mapping[str, Tensor], layout: Layout, variant: str, shapes: Shapes) -> None:
     """Refuse what is not exactly the tensors of a variant; only counts of batches may be missing."""
-    keys = _keys(layout, variant, shapes)
+    keys = tensor_keys(layout, variant, shapes)
     missing = [key for (_, name), key in keys.items() if key not in tensors and name != "num_batches_tracked"]
     usual = set(keys.values())
     unexpected = [key for key in tensors if key not in usual]
     misshaped = {
         key: f"{key} is {tuple(tensors[key].shape)}, not {shapes[part, name]}"
         for (part, name), key in keys.items()
-        if key in tensors and not _fits(tensors[key], part, shapes[part, name])
+        if key in tensors and not fits(tensors[key], part, shapes[part, name])
     }
     problems = [
         f"{title} ({len(entries)}): {enumerated(entries)}"
@@ -257,7 +229,7 @@ def _meaning(source: Layout, variant: str, given: str | None) -> Semantics:
         semantics = Semantics("same", 1e-3, 0.1)
     elif source is TIMM and named:
         semantics = Semantics("", 1e-5, 0.1)
-    return replace(semantics, variant=variant, native_size=PUBLISHED[variant].resolution)
+    return replace(semantics, variant=variant, native_size=VARIANTS[variant].coefficients.resolution)
 
 
 def _with_recipe(semantics: Semantics, source: Layout, target: Layout, in_chans: int, num_classes: int) -> Semantics:
@@ -276,10 +248,10 @@ def _with_recipe(semantics: Semantics, source: Layout, target: Layout, in_chans:
 
 
 def _renamed(
-    tensors: Mapping[str, Tensor], source: Layout, target: Layout, variant: str, shapes: _Shapes, *, headless: bool
+    tensors: Mapping[str, Tensor], source: Layout, target: Layout, variant: str, shapes: Shapes, *, headless: bool
 ) -> dict[str, Tensor]:
     """The tensors under the target's names, in its order and its shapes."""
-    old, new = _keys(source, variant, shapes), _keys(target, variant, shapes)
+    old, new = tensor_keys(source, variant, shapes), tensor_keys(target, variant, shapes)
     renamed: dict[str, Tensor] = {}
     for (part, name), shape in shapes.items():
         tensor = tensors.get(old[part, name])

@@ -1,7 +1,9 @@
 """EfficientNet (Tan and Le 2019) as a classifier and as a backbone that returns feature maps.
 
-Module names are timm's: `conv_stem, bn1, blocks.S.I, conv_head, bn2, classifier`. In eval mode every convolution runs
-as a fused operator, in channels_last memory from the stem on; in training mode the modules run one by one.
+Module names and what each module computes are timm's: `conv_stem, bn1, blocks.S.I, conv_head, bn2, global_pool,
+classifier`, with the activations inside the norms (`bn1.act`). So a network may be cut by its children, hooked and
+rebuilt like timm's. In eval mode every convolution runs as a fused operator, in channels_last memory from the stem on;
+in training mode, and where a trace of torch.fx or torch.jit looks on, the modules run one by one.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -20,7 +22,9 @@ from effkernels.backends import BACKENDS
 from effkernels.models.architecture import Architecture
 from effkernels.models.config import ModelConfig
 from effkernels.models.features import FeatureInfo
-from effkernels.nn import ConvBnAct, DepthwiseSeparable, MBConv, PaddedConv2d, conv_bn_act
+from effkernels.models.pooling import GlobalPool
+from effkernels.nn import BatchNormAct2d, ConvBnAct, DepthwiseSeparable, MBConv, PaddedConv2d, conv_bn_act
+from effkernels.nn.norm_act import not_scriptable
 
 
 class _Trunk(nn.Module):
@@ -54,10 +58,10 @@ class _Trunk(nn.Module):
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo.of(architecture)
 
-        norm: dict[str, Any] = {"eps": bn_eps, "momentum": bn_momentum}
+        norm: dict[str, Any] = {"eps": bn_eps, "momentum": bn_momentum, "activation": architecture.activation}
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.conv_stem = PaddedConv2d(in_chans, architecture.stem_channels, 3, 2, **place)
-        self.bn1 = nn.BatchNorm2d(architecture.stem_channels, **norm, **place)
+        self.bn1 = BatchNormAct2d(architecture.stem_channels, **norm, **place)
 
         stages: list[nn.Module] = []
         channels = architecture.stem_channels
@@ -111,6 +115,11 @@ class _Trunk(nn.Module):
         """`config` as a dict, under the name that timm's data helpers read; empty without a config."""
         return {} if self.config is None else self.config.to_dict()
 
+    @property
+    def default_cfg(self) -> dict[str, Any]:
+        """`pretrained_cfg` under timm's older name."""
+        return self.pretrained_cfg
+
     def set_padding(self, pad_type: str) -> None:
         """Change the padding of every convolution in place.
 
@@ -151,8 +160,11 @@ class _Trunk(nn.Module):
             ],
         }
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return not_scriptable(self)
+
     def _stem(self, x: Tensor) -> Tensor:
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
+        if isinstance(x, Tensor) and (x.dim() != 4 or x.shape[1] != self.in_chans):  # a proxy of torch.fx has no shape
             raise ValueError(
                 f"{type(self).__name__}: x has shape {tuple(x.shape)}; needed are images (N, {self.in_chans}, H, W)"
             )
@@ -227,7 +239,14 @@ class EfficientNet(_Trunk):
         self.conv_head = nn.Conv2d(
             architecture.stages[-1].channels, self.num_features, 1, bias=False, device=device, dtype=dtype
         )
-        self.bn2 = nn.BatchNorm2d(self.num_features, eps=bn_eps, momentum=bn_momentum, device=device, dtype=dtype)
+        self.bn2 = BatchNormAct2d(
+            self.num_features,
+            eps=bn_eps,
+            momentum=bn_momentum,
+            activation=architecture.activation,
+            device=device,
+            dtype=dtype,
+        )
         self.global_pool = _pooling(global_pool, num_classes)
         self.classifier = _classifier(self.num_features, num_classes, device, dtype)
         self.num_classes = num_classes
@@ -242,9 +261,9 @@ class EfficientNet(_Trunk):
         Returns:
             (N, num_classes); (N, num_features) where there is no classifier.
         """
-        if isinstance(self.global_pool, nn.Identity):
-            return self.forward_head(self.forward_features(x))
-        return self.forward_head(self._features(x))
+        y = self._features(x)
+        # What is pooled has no memory format any more.
+        return self.forward_head(y if self._pools() else _in_memory_format_of(x, y))
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(N, num_features, H / 32, W / 32) of images (N, in_chans, H, W), in the memory format of x."""
@@ -257,8 +276,6 @@ class EfficientNet(_Trunk):
             (N, num_classes), or (N, num_features) with pre_logits or without a classifier.
         """
         x = self.global_pool(x)
-        if not isinstance(self.global_pool, nn.Identity):
-            x = x.flatten(1)
         if self.drop_rate > 0.0:
             x = F.dropout(x, p=self.drop_rate, training=self.training)
         return x if pre_logits else self.classifier(x)
@@ -279,7 +296,7 @@ class EfficientNet(_Trunk):
         """
         if global_pool is not None:
             self.global_pool = _pooling(global_pool, num_classes).train(self.training)
-        elif num_classes > 0 and isinstance(self.global_pool, nn.Identity):
+        elif num_classes > 0 and not self._pools():
             raise ValueError(f"num_classes={num_classes} needs global_pool='avg' or 'max'; the model does not pool")
         weight = self.conv_head.weight
         classifier = _classifier(self.num_features, num_classes, weight.device, weight.dtype)
@@ -287,8 +304,72 @@ class EfficientNet(_Trunk):
         self.classifier = classifier.train(self.training)
         self.num_classes = num_classes
 
+    def as_sequential(self) -> nn.Sequential:
+        """The parts of the network one after the other, the stages and the dropout among them; nothing is copied.
+
+        In eval mode the stages run fused, stem and head as they are written.
+        """
+        parts = (self.conv_stem, self.bn1, *self.blocks, self.conv_head, self.bn2, self.global_pool)
+        return nn.Sequential(*parts, nn.Dropout(self.drop_rate).train(self.training), self.classifier)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+        extra_blocks: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Feature maps on the way, with timm's signature.
+
+        Args:
+            x: (N, in_chans, H, W), floating, NCHW or channels_last.
+            indices: which of `feature_info`: the last so many, those at these positions (negative ones from the end),
+                or None for all.
+            norm: has no effect: there is no norm outside of the blocks.
+            stop_early: do not run what comes after the last map asked for.
+            output_fmt: "NCHW".
+            intermediates_only: return the list alone.
+            extra_blocks: count the stem as 0 and every stage from 1 on, in place of the positions in `feature_info`.
+
+        Returns:
+            What the last module gave that ran (after all stages, the result of `forward_features`), and the maps from
+            the first stage to the last, all in the memory format of x.
+
+        Raises:
+            ValueError: an index out of range, or another output_fmt.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt={output_fmt!r} is not known; allowed: 'NCHW'")
+        ends = (
+            list(range(len(self.blocks) + 1)) if extra_blocks else [feature["stage"] for feature in self.feature_info]
+        )
+        wanted = {ends[i] for i in _positions(indices, len(ends))}
+        last = max(wanted) if stop_early else len(self.blocks)
+        y = self._stem(x)
+        intermediates = [_in_memory_format_of(x, y)] if 0 in wanted else []
+        for stage, blocks in enumerate(self.blocks, start=1):
+            if stage > last:
+                break
+            y = self._run(blocks, y)
+            if stage in wanted:
+                intermediates.append(_in_memory_format_of(x, y))
+        if intermediates_only:
+            return intermediates
+        if last == len(self.blocks):
+            y = self._head(y)
+        return _in_memory_format_of(x, y), intermediates
+
+    def _pools(self) -> bool:
+        pool = self.global_pool
+        return not (isinstance(pool, nn.Identity) or (isinstance(pool, GlobalPool) and pool.is_identity()))
+
     def _features(self, x: Tensor) -> Tensor:
-        x = self._run(self.blocks, self._stem(x))
+        return self._head(self._run(self.blocks, self._stem(x)))
+
+    def _head(self, x: Tensor) -> Tensor:
         return conv_bn_act(x, self.conv_head, self.bn2, self.architecture.activation, self._backend or "auto")
 
 
@@ -387,21 +468,29 @@ def _classifier(
 
 
 def _pooling(global_pool: str, num_classes: int) -> nn.Module:
-    if global_pool == "avg":
-        return nn.AdaptiveAvgPool2d(1)
-    if global_pool == "max":
-        return nn.AdaptiveMaxPool2d(1)
-    if global_pool != "":
-        raise ValueError(f"global_pool={global_pool!r} is not known; allowed: 'avg', 'max', ''")
-    if num_classes > 0:
+    pool = GlobalPool(global_pool)
+    if pool.is_identity() and num_classes > 0:
         raise ValueError(
             f"global_pool='' leaves maps that a classifier cannot take; num_classes={num_classes} must be 0"
         )
-    return nn.Identity()
+    return pool
 
 
-def _in_memory_format_of(x: Tensor, y: Tensor) -> Tensor:
+def _positions(indices: int | Sequence[int] | None, count: int) -> list[int]:
+    """Positions among `count` maps: the last so many, those named, or all."""
+    if indices is None:
+        return list(range(count))
+    found = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
+    wrong = [i for i in found if not -count <= i < count]
+    if wrong or not found:
+        raise ValueError(f"indices={indices} must name at least one of the {count} maps, as {-count} to {count - 1}")
+    return [i % count for i in found]
+
+
+def _in_memory_format_of(x: Tensor | fx.Proxy, y: Tensor) -> Tensor:
     """y in channels_last where x is (and could not as well be called NCHW), else contiguous."""
+    if isinstance(x, fx.Proxy):
+        return y
     if x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous():
         return y.contiguous(memory_format=torch.channels_last)
     return y.contiguous()

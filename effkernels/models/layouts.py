@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from effkernels.models.architecture import Architecture
+from effkernels.scaling.compound import PUBLISHED_LITE
 
 
 class Part(NamedTuple):
@@ -30,7 +31,7 @@ class Semantics:
     Attributes:
         pad_type: one of `effkernels.nn.PAD_TYPES`.
         bn_eps, bn_momentum: of the batch norms, in PyTorch's meaning.
-        variant: "b0" to "b7".
+        variant: "b0" to "b7", "lite0" to "lite4".
         native_size: height and width of the images that the variant was designed for, in pixels.
         build: Python that builds, as `model`, the target library's model that comes nearest to this meaning and takes
             the converted weights by `model.load_state_dict(...)`. Filled, as is `warnings`, by `convert_state_dict`.
@@ -60,10 +61,13 @@ class Layout:
         outside: role -> module name, for stem, head and classifier.
         expanding, plain: role -> name inside a block, for blocks with an expand convolution and without.
         prefix: (stage, block, number of the block in the network), all from 0 -> name of the block, with its dot.
-        semantics: variant ("b0" to "b7") -> what the weights mean.
+        semantics: variant ("b0" to "b7", "lite0" to "lite4") -> what the weights mean.
         rename: brings another spelling of a key (older files, a model without its classifier) to the usual one.
         headless: the library's spelling of a usual key in a network without classifier.
         linear_squeeze_excite: the two layers of squeeze-and-excitation are linear, (out, in), not 1x1 convolutions.
+        lite: the library has the lite variants.
+        normalization: variant -> what was subtracted from an image in [0, 1] and divided by, per channel, where the
+            library's weights differ in it from timm's models of the name without "tf_"; else None.
     """
 
     name: str
@@ -76,6 +80,8 @@ class Layout:
     rename: Callable[[str], str] = _unchanged
     headless: Callable[[str], str] = _unchanged
     linear_squeeze_excite: bool = False
+    lite: bool = False
+    normalization: Callable[[str], tuple[float, float] | None] = lambda variant: None
 
     def module_names(self, architecture: Architecture) -> dict[Part, str]:
         """What the library calls each part of a network."""
@@ -83,6 +89,8 @@ class Layout:
         number = 0
         for stage, row in enumerate(architecture.stages):
             roles = self.plain if row.expansion == 1 else self.expanding
+            if not architecture.se_ratio:
+                roles = {role: name for role, name in roles.items() if role not in ("squeeze", "excite")}
             for block in range(row.layers):
                 prefix = self.prefix(stage, block, number)
                 names |= {Part(role, stage, block): prefix + name for role, name in roles.items()}
@@ -125,6 +133,7 @@ TIMM = Layout(
     prefix=lambda stage, block, number: f"blocks.{stage}.{block}.",
     # efficientnet_* and tf_efficientnet_* have the same keys: the name of the model decides.
     semantics=lambda variant: Semantics(),
+    lite=True,
 )
 
 TORCHVISION = Layout(
@@ -177,8 +186,17 @@ LUKEMELAS = Layout(
     expanding=_LUKEMELAS_BLOCK,
     plain=_without_expand(_LUKEMELAS_BLOCK),
     prefix=lambda stage, block, number: f"_blocks.{number}.",
-    # Its models freeze SAME padding at the native size unless they are built with image_size=None ("same" here).
-    semantics=lambda variant: Semantics("same_native", 1e-3, 0.01),
+    # Its models freeze SAME padding at the native size unless they are built with image_size=None ("same" here). The
+    # native size of a lite variant is what it was designed for, which is not what timm's model of the name says.
+    semantics=lambda variant: Semantics(
+        "same_native",
+        1e-3,
+        0.01,
+        native_size=PUBLISHED_LITE[variant].resolution if variant in PUBLISHED_LITE else None,
+    ),
+    # efficientnet_lite_pytorch, a fork of it, has the weights of TensorFlow's lite models.
+    lite=True,
+    normalization=lambda variant: (0.5, 0.5) if variant in PUBLISHED_LITE else None,
 )
 
 _HUGGING_FACE_BLOCK = {
@@ -284,8 +302,9 @@ def tensor_shapes(
                 norm(Part("expand_norm", stage, block), expanded)
             convolution(Part("depthwise", stage, block), expanded, 1, row.kernel_size)
             norm(Part("depthwise_norm", stage, block), expanded)
-            convolution(Part("squeeze", stage, block), squeezed, expanded, bias=True)
-            convolution(Part("excite", stage, block), expanded, squeezed, bias=True)
+            if architecture.se_ratio:
+                convolution(Part("squeeze", stage, block), squeezed, expanded, bias=True)
+                convolution(Part("excite", stage, block), expanded, squeezed, bias=True)
             convolution(Part("project", stage, block), row.channels, expanded)
             norm(Part("project_norm", stage, block), row.channels)
             channels = row.channels
@@ -300,6 +319,11 @@ def tensor_shapes(
 def recognise(keys: Collection[str]) -> Layout | None:
     """The library whose names these are, or None."""
     return next((layout for layout in LAYOUTS if layout.marker in keys), None)
+
+
+def starts_network(key: str) -> bool:
+    """Whether a key is the marker of a library, in any spelling of it."""
+    return key.endswith(".weight") and any(layout.rename(key) == layout.marker for layout in LAYOUTS)
 
 
 def translation(source: Layout, target: Layout, architecture: Architecture) -> dict[str, str]:

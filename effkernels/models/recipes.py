@@ -11,10 +11,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from effkernels.models.architecture import BASELINE, Architecture
+from effkernels.models.architecture import Architecture
 from effkernels.models.layouts import HUGGING_FACE, LUKEMELAS, NVIDIA, TIMM, TORCHVISION, Layout, Semantics
+from effkernels.models.variants import VARIANTS, is_lite
 from effkernels.nn.padding import same_padding, symmetric_padding
-from effkernels.scaling.compound import PUBLISHED
 
 PAD_TITLES = {
     "": "symmetric",
@@ -52,11 +52,11 @@ class _Need:
 
     @property
     def architecture(self) -> Architecture:
-        return BASELINE.scaled(PUBLISHED[self.variant])
+        return VARIANTS[self.variant].architecture
 
     @property
     def native_size(self) -> int:
-        return PUBLISHED[self.variant].resolution
+        return VARIANTS[self.variant].coefficients.resolution
 
 
 def recipe(layout: Layout, meaning: Semantics, *, in_chans: int = 3, num_classes: int = 1000) -> Recipe:
@@ -85,7 +85,7 @@ def same_logits(variant: str, needed: str, built: str, size: int) -> bool:
     """Whether two models of a variant that differ in their padding alone have the same logits for square images.
 
     Args:
-        variant: "b0" to "b7".
+        variant: "b0" to "b7", "lite0" to "lite4".
         needed, built: of `effkernels.nn.PAD_TYPES`.
         size: height and width of the images, in pixels.
     """
@@ -94,9 +94,8 @@ def same_logits(variant: str, needed: str, built: str, size: int) -> bool:
 
 def _strided_paddings(variant: str, pad_type: str, size: int) -> list[tuple[int, int]]:
     """Zeros (before, after) of every convolution with stride 2; with stride 1 all types pad symmetrically."""
-    coefficients = PUBLISHED[variant]
-    native = coefficients.resolution
-    kernels = [3] + [row.kernel_size for row in BASELINE.scaled(coefficients).stages if row.stride == 2]
+    native = VARIANTS[variant].coefficients.resolution
+    kernels = [3] + [row.kernel_size for row in VARIANTS[variant].architecture.stages if row.stride == 2]
     found = []
     for kernel_size in kernels:
         if pad_type == "":
@@ -213,14 +212,15 @@ def _torchvision(need: _Need) -> Recipe:
 
 def _lukemelas(need: _Need) -> Recipe:
     name = f"efficientnet-{need.variant}"
+    lite = is_lite(need.variant)
     keywords: dict[str, object] = {}
-    if need.in_chans != 3:
+    if need.in_chans != 3 and not lite:
         keywords["in_channels"] = need.in_chans
     if need.pad_type == "same":
         keywords["image_size"] = None
-    if need.num_classes == 0:
+    if need.num_classes == 0 and not lite:
         keywords["include_top"] = False
-    elif need.num_classes != 1000:
+    elif need.num_classes not in (0, 1000):
         keywords["num_classes"] = need.num_classes
     if need.eps != 1e-3:
         keywords["batch_norm_epsilon"] = need.eps
@@ -230,14 +230,30 @@ def _lukemelas(need: _Need) -> Recipe:
     warnings = list(_norm_warnings(need, f"lukemelas' {name}", 1e-3, 0.01))
     if need.pad_type == "same":
         warnings.append(f"lukemelas' {name} freezes its padding unless it is built with image_size=None, as told")
-    code = (
-        f"from efficientnet_pytorch import EfficientNet\n\nmodel = {_call('EfficientNet.from_name', name, **keywords)}"
-    )
-    return Recipe(code, "same" if need.pad_type == "same" else "same_native", tuple(warnings))
+    package = "efficientnet_lite_pytorch" if lite else "efficientnet_pytorch"
+    imports = [f"from {package} import EfficientNet"]
+    lines = [f"model = {_call('EfficientNet.from_name', name, **keywords)}"]
+    if lite:
+        warnings.append(f"the lite variants are in the package {package}, a fork, and not in lukemelas' own")
+        if need.in_chans != 3:
+            # Its own argument scales the stem, which in its lite models is not scaled.
+            size = None if need.pad_type == "same" else need.native_size
+            imports.append(f"from {package}.utils import get_same_padding_conv2d")
+            stem = _call("", need.in_chans, need.architecture.stem_channels, kernel_size=3, stride=2, bias=False)
+            lines.append(f"model._conv_stem = {_call('get_same_padding_conv2d', image_size=size)}{stem}")
+            warnings.append(
+                f"{package} builds no right stem for {need.in_chans} image channels: build the model as told"
+            )
+        if need.num_classes == 0:
+            imports.append("from torch import nn")
+            lines.append("model._fc = nn.Identity()")
+            warnings.append(f"{package} has no argument for a model without classifier: build the model as told")
+    pad_type = "same" if need.pad_type == "same" else "same_native"
+    return Recipe("\n".join([*imports, "", *lines]), pad_type, tuple(warnings))
 
 
 def _hugging_face(need: _Need) -> Recipe:
-    coefficients = PUBLISHED[need.variant]
+    coefficients = VARIANTS[need.variant].coefficients
     keywords: dict[str, object] = {
         "width_coefficient": coefficients.width,
         "depth_coefficient": coefficients.depth,
@@ -287,7 +303,7 @@ def _nvidia(need: _Need) -> Recipe:
         norms += f", bn_epsilon={need.eps!r}"
     if need.momentum != 0.01:
         norms += f", bn_momentum={need.momentum!r}"
-    dropout = PUBLISHED[need.variant].dropout
+    dropout = VARIANTS[need.variant].coefficients.dropout
     lines = [f"model = EfficientNet(arch={arch}, dropout={dropout!r}{classes}{norms})"]
     warnings = list(_norm_warnings(need, f"NVIDIA's efficientnet-{need.variant}", 1e-3, 0.01))
     warnings.append(

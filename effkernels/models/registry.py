@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
-from effkernels.models.architecture import BASELINE, Architecture
+from effkernels.models.architecture import Architecture
 from effkernels.models.checkpoints import load_into
 from effkernels.models.config import ModelConfig
 from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
-from effkernels.scaling.compound import PUBLISHED
+from effkernels.models.variants import VARIANTS
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,8 @@ def create_model(
 
     Args:
         name: one of `list_models()`. `efficientnet_*` pad symmetrically with eps 1e-5; `tf_efficientnet_*` pad SAME
-            with eps 1e-3, as the weights that were trained in TensorFlow need it.
+            with eps 1e-3, as the weights that were trained in TensorFlow need it. `*_lite0` to `*_lite4` have ReLU6
+            and no squeeze-and-excitation.
         pretrained: not offered: no weights are shipped. Give checkpoint_path.
         num_classes: of the classifier; 0: none.
         in_chans: channels of an image.
@@ -151,25 +152,40 @@ def _find(name: str) -> RegisteredModel:
     return _MODELS[name]
 
 
-# The share of the resized image that the central crop keeps, as published with the weights: size / (size + 32).
-_CROP_PCT = {
-    "b0": 0.875,
-    "b1": 0.882,
-    "b2": 0.890,
-    "b3": 0.904,
-    "b4": 0.922,
-    "b5": 0.934,
-    "b6": 0.942,
-    "b7": 0.949,
+# Height and width of an image, and the share of the resized image that the central crop keeps, as timm has them. It
+# tests the two largest lite variants at the sizes of B3 and B4, larger than they were designed for.
+_INPUTS = {
+    "b0": (224, 0.875),
+    "b1": (240, 0.882),
+    "b2": (260, 0.890),
+    "b3": (300, 0.904),
+    "b4": (380, 0.922),
+    "b5": (456, 0.934),
+    "b6": (528, 0.942),
+    "b7": (600, 0.949),
+    "lite0": (224, 0.875),
+    "lite1": (240, 0.882),
+    "lite2": (260, 0.890),
+    "lite3": (300, 0.904),
+    "lite4": (380, 0.922),
+}
+# What the weights of TensorFlow's lite models need otherwise, again as timm has it.
+_TF_LITE_INPUTS: dict[str, dict[str, Any]] = {
+    "lite3": {"interpolation": "bilinear"},
+    "lite4": {"interpolation": "bilinear", "crop_pct": 0.920},
 }
 
-for _variant, _coefficients in PUBLISHED.items():
+for _variant in VARIANTS.values():
+    _size, _crop_pct = _INPUTS[_variant.name]
     _config = ModelConfig(
-        name=f"efficientnet_{_variant}",
-        input_size=(3, _coefficients.resolution, _coefficients.resolution),
-        dropout=_coefficients.dropout,
-        crop_pct=_CROP_PCT[_variant],
+        name=f"efficientnet_{_variant.name}",
+        input_size=(3, _size, _size),
+        dropout=_variant.coefficients.dropout,
+        crop_pct=_crop_pct,
     )
-    _architecture = BASELINE.scaled(_coefficients)
-    register(RegisteredModel(_config, _architecture))
-    register(RegisteredModel(replace(_config, name=f"tf_{_config.name}"), _architecture, pad_type="same", bn_eps=1e-3))
+    register(RegisteredModel(_config, _variant.architecture))
+    _config = replace(_config, name=f"tf_{_config.name}")
+    if _variant.is_lite:
+        _half = (0.5, 0.5, 0.5)
+        _config = replace(_config, mean=_half, std=_half, **_TF_LITE_INPUTS.get(_variant.name, {}))
+    register(RegisteredModel(_config, _variant.architecture, pad_type="same", bn_eps=1e-3))

@@ -10,11 +10,13 @@ from effkernels.nn.conv_bn_act import ConvBnAct, conv_bn_act
 from effkernels.nn.drop_path import DropPath
 from effkernels.nn.fusible import norm_arguments
 from effkernels.nn.mbconv import DepthwiseSeparable, MBConv
+from effkernels.nn.norm_act import BatchNormAct2d
 from effkernels.nn.padding import PAD_TYPES, PaddedConv2d, explicit_padding, same_padding, symmetric_padding
 from effkernels.nn.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "PAD_TYPES",
+    "BatchNormAct2d",
     "ConvBnAct",
     "DepthwiseSeparable",
     "DropPath",

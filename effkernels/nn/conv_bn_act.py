@@ -14,8 +14,9 @@ from effkernels.nn.fusible import (
     is_fusible_depthwise,
     is_fusible_pointwise,
 )
+from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
-from effkernels.reference import ACTIVATIONS, activate
+from effkernels.reference import ACTIVATIONS
 
 
 def check_activation(owner: str, activation: str, argument: str = "activation") -> str:
@@ -33,7 +34,7 @@ def check_backend(owner: str, backend: str) -> str:
 
 
 def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, backend: str = "auto") -> Tensor:
-    """`activate(norm(conv(x)), activation)`, as one fused operator where the modules allow it.
+    """`norm(conv(x))` with its activation, as one fused operator where the modules allow it.
 
     They allow it in eval mode, when both are what they seem (see `effkernels.nn.fusible`) and the convolution is 1x1,
     depthwise or dense; otherwise the modules are called one after the other.
@@ -42,17 +43,19 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
         x: (N, C, H, W), floating.
         conv: the convolution.
         norm: the batch norm.
-        activation: one of `effkernels.reference.ACTIVATIONS`.
+        activation: that follows a batch norm without one of its own, one of `effkernels.reference.ACTIVATIONS`; a
+            `BatchNormAct2d` has one.
         backend: that runs it, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         (N, C', H', W') in x's dtype (under autocast in autocast's); channels_last where it ran fused.
     """
-    running = fusible_norm(norm)
-    if running is None or calls_modules(x):
-        return activate(norm(conv(x)), activation)
+    fusible = fusible_norm(norm, activation)
+    if fusible is None or calls_modules(x):
+        return norm_act(norm, conv(x), activation)
+    running, follows = fusible
     if is_fusible_pointwise(conv):
-        return ops.pointwise_bn_act(x, *conv_norm_arguments(conv, running), activation=activation, backend=backend)
+        return ops.pointwise_bn_act(x, *conv_norm_arguments(conv, running), activation=follows, backend=backend)
     if is_fusible_depthwise(conv):
         return ops.depthwise_bn_act(
             x,
@@ -60,7 +63,7 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
             stride=conv.stride[0],
             padding=explicit_padding(conv, x.shape[2], x.shape[3]),
             dilation=conv.dilation[0],
-            activation=activation,
+            activation=follows,
             backend=backend,
         )
     if is_fusible_dense(conv):
@@ -69,16 +72,16 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
             *conv_norm_arguments(conv, running),
             stride=conv.stride[0],
             padding=explicit_padding(conv, x.shape[2], x.shape[3]),
-            activation=activation,
+            activation=follows,
             backend=backend,
         )
-    return activate(norm(conv(x)), activation)
+    return norm_act(norm, conv(x), activation)
 
 
 class ConvBnAct(nn.Module):
-    """Convolution, batch norm and activation; parameters `conv`, `bn1`.
+    """Convolution, batch norm and activation; parameters `conv`, `bn1`, the activation is `bn1.act`.
 
-    Equivalent PyTorch: `act(bn1(conv(x)))` with `conv` a `PaddedConv2d` without bias.
+    Equivalent PyTorch: `bn1(conv(x))` with `conv` a `PaddedConv2d` without bias and `bn1` a `BatchNormAct2d`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups: of the convolution; groups == in_channels ==
@@ -111,7 +114,7 @@ class ConvBnAct(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.activation = check_activation("ConvBnAct", activation)
+        self._activation = check_activation("ConvBnAct", activation)
         self.backend = check_backend("ConvBnAct", backend)
         self.conv = PaddedConv2d(
             in_channels,
@@ -124,11 +127,13 @@ class ConvBnAct(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.bn1 = nn.BatchNorm2d(out_channels, eps=bn_eps, momentum=bn_momentum, device=device, dtype=dtype)
+        self.bn1 = BatchNormAct2d(
+            out_channels, eps=bn_eps, momentum=bn_momentum, activation=activation, device=device, dtype=dtype
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
-        return conv_bn_act(x, self.conv, self.bn1, self.activation, self.backend)
+        return conv_bn_act(x, self.conv, self.bn1, self._activation, self.backend)
 
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}"
+    def __prepare_scriptable__(self) -> nn.Module:
+        return not_scriptable(self)

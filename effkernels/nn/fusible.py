@@ -2,8 +2,15 @@
 
 A fused operator computes what the modules would compute one after the other, but it does not call them. So it may only
 stand in for modules of which every effect is known: exactly the expected classes, nothing attached to them. Whatever
-else is found (training mode, a hook, a replaced `forward`, a subclass, a parametrization, a norm without running
-statistics) is run as written. The decision reads the modules at every call, because any of it may change in between.
+else is found (training mode, a hook, a replaced method, a subclass, a parametrization, a norm without running
+statistics, an activation that no operator has) is run as written. The decision reads the modules at every call, because
+any of it may change in between.
+
+The rule for what is looked at: everything that a call of the module would read. Its class decides which methods run, so
+the class has to be one of those below, and no attribute of the instance may stand before a method, a parameter or a
+child (`is_untouched`). Its hooks run, so there has to be none. Its forward reads settings, parameters, buffers and
+children, so each of them is either handed to the operator or compared with what the operator assumes. Where a class is
+added here, its attributes belong into `_ATTRIBUTES` and what its forward reads into one of the functions.
 
 Hooks registered for all modules at once (`torch.nn.modules.module.register_module_forward_hook` and its siblings) do
 not count: observers such as `FlopCounterMode` use them, and measuring must not change what is measured. They see the
@@ -22,17 +29,43 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from effkernels.backends import DEPTHWISE_KERNEL_SIZES
+from effkernels.backends import depthwise_kernel_problem
+from effkernels.nn.drop_path import DropPath
+from effkernels.nn.norm_act import BatchNormAct2d
 from effkernels.nn.padding import PaddedConv2d
 
 NormArguments: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]"
 ConvNormArguments: TypeAlias = (
     "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]"
 )
+NormAct: TypeAlias = "tuple[NormArguments, str]"
 
-_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
 _CONVOLUTIONS = (nn.Conv2d, PaddedConv2d)
+_PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.Identity: "identity",
+    nn.ReLU: "relu",
+    nn.ReLU6: "relu6",
+    nn.SiLU: "silu",
+    nn.Hardswish: "hard_swish",
+    nn.GELU: "gelu",
+}
+_GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
+# What an instance of each class has in its __dict__: any other name may stand before a method of the class.
+_ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
+    type(module): frozenset(module.__dict__)
+    for module in (
+        nn.Conv2d(1, 1, 1, device="meta"),
+        PaddedConv2d(1, 1, 1, device="meta"),
+        nn.BatchNorm2d(1, device="meta"),
+        nn.SyncBatchNorm(1, device="meta"),
+        BatchNormAct2d(1, device="meta"),
+        DropPath(),
+        *(cls() for cls in (*_ACTIVATIONS, *_GATES)),
+    )
+}
+_ATTRIBUTE_COUNTS = {cls: len(names) for cls, names in _ATTRIBUTES.items()}
 
 _tracing_state = torch._C._get_tracing_state
 
@@ -45,14 +78,53 @@ def calls_modules(x: Tensor) -> bool:
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """True where nothing is attached to `module` that a call of it would run: no hook, no replaced `forward`."""
-    return not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__  # as offloading libraries replace it, on the instance
+    """True where nothing is attached to `module` that a call of it would run: no hook, no method replaced on it."""
+    attributes = module.__dict__
+    if (
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    ):
+        return False
+    return len(attributes) == _ATTRIBUTE_COUNTS.get(type(module)) or _replaces_nothing(module)
+
+
+def _replaces_nothing(module: nn.Module) -> bool:
+    """True where no attribute of the instance stands before what a call would find in its class or among its parts.
+
+    Offloading libraries replace `forward` on the instance, others `_conv_forward`; `module.compile()` sets
+    `_compiled_call_impl`. Of a class that is not in `_ATTRIBUTES` only the methods of a call are looked at.
+    """
+    cls, attributes = type(module), module.__dict__
+    if cls not in _ATTRIBUTES:
+        return not ("forward" in attributes or "_call_impl" in attributes or "_compiled_call_impl" in attributes)
+    usual = _ATTRIBUTES[cls]
+    return not any(
+        hasattr(cls, name) or name in module._parameters or name in module._buffers or name in module._modules
+        for name in attributes
+        if name not in usual
     )
+
+
+def activation_of(module: nn.Module | None) -> str | None:
+    """The activation that `module` is, one of `effkernels.reference.ACTIVATIONS`; None for anything else."""
+    name = None if module is None else _ACTIVATIONS.get(type(module))
+    if module is None or name is None or not is_untouched(module):
+        return None
+    if name == "gelu":
+        assert isinstance(module, nn.GELU)
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    if name == "relu6":
+        assert isinstance(module, nn.ReLU6)
+        return name if (module.min_val, module.max_val) == (0.0, 6.0) else None
+    return name
+
+
+def gate_of(module: nn.Module | None) -> str | None:
+    """The gate that `module` is, one of `effkernels.reference.GATES`; None for anything else."""
+    name = None if module is None else _GATES.get(type(module))
+    return name if module is not None and name is not None and is_untouched(module) else None
 
 
 def norm_arguments(norm: BatchNorm) -> NormArguments:
@@ -61,12 +133,36 @@ def norm_arguments(norm: BatchNorm) -> NormArguments:
     return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"], norm.eps
 
 
-def fusible_norm(norm: nn.Module | None) -> NormArguments | None:
-    """`norm_arguments` of a batch norm that normalises by its running statistics; None for anything else."""
-    if not isinstance(norm, BatchNorm) or type(norm) not in _NORMS or norm.training or not is_untouched(norm):
+def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
+    """What a norm that normalises by its running statistics hands to an operator; None for anything else.
+
+    Args:
+        norm: with its activation (`BatchNormAct2d`), or a batch norm of PyTorch.
+        activation: of the block, which a batch norm of PyTorch without a child `act` gets (see `norm_act`).
+
+    Returns:
+        `norm_arguments`, and the activation that follows.
+    """
+    if norm is None or norm.training or not is_untouched(norm):
         return None
-    arguments = norm_arguments(norm)
-    return None if arguments[2] is None or arguments[3] is None else arguments
+    children = norm._modules
+    if type(norm) is BatchNormAct2d or (type(norm) in _PLAIN_NORMS and "act" in children):
+        drop = children.get("drop")
+        if len(children) != 2 or type(drop) is not nn.Identity or not is_untouched(drop):
+            return None
+        found = activation_of(children["act"])
+    elif type(norm) in _PLAIN_NORMS:
+        found = activation
+    else:
+        return None
+    parameters, buffers = parameters_of(norm), norm._buffers
+    if "weight" not in parameters or "bias" not in parameters:  # taken out, as old parametrizations do
+        return None
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if mean is None or var is None or found is None:
+        return None
+    eps: Any = norm.eps
+    return (parameters["weight"], parameters["bias"], mean, var, eps), found
 
 
 def conv_arguments(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
@@ -80,48 +176,71 @@ def conv_norm_arguments(conv: nn.Conv2d, norm: NormArguments) -> ConvNormArgumen
     return *conv_arguments(conv), *norm
 
 
+def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
+    """True for a convolution that does what it seems to do."""
+    if (
+        not isinstance(conv, nn.Conv2d)
+        or type(conv) not in _CONVOLUTIONS
+        or conv.padding_mode != "zeros"
+        or not is_untouched(conv)
+    ):
+        return False
+    parameters = parameters_of(conv)
+    return "weight" in parameters and "bias" in parameters  # else taken out, as old parametrizations do
+
+
+def _is_square(value: object) -> bool:
+    """Whether a stride or a dilation is one number for both axes, written as PyTorch's constructors write it."""
+    return isinstance(value, tuple) and len(value) == 2 and value[0] == value[1]
+
+
+def _pads_explicitly(conv: nn.Conv2d) -> bool:
+    """Whether `explicit_padding` knows the padding."""
+    return isinstance(conv.padding, str) or (isinstance(conv.padding, tuple) and len(conv.padding) == 2)
+
+
 def is_fusible_pointwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """True for a plain 1x1 convolution: stride 1, no padding, one group."""
     return (
-        isinstance(conv, nn.Conv2d)
-        and type(conv) in _CONVOLUTIONS
-        and conv.kernel_size == (1, 1)
+        _is_plain(conv)
+        and conv_arguments(conv)[0].shape[2:] == (1, 1)
         and conv.stride == (1, 1)
         and conv.groups == 1
         and conv.padding in ((0, 0), "valid", "same")
-        and is_untouched(conv)
     )
 
 
 def is_fusible_depthwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a depthwise convolution that the operators know: one filter a channel, square kernel, stride 1 or 2."""
-    if not isinstance(conv, nn.Conv2d) or type(conv) not in _CONVOLUTIONS or not is_untouched(conv):
+    """True for a depthwise convolution that the operators know: one filter a channel, stride 1 or 2."""
+    if not _is_plain(conv):
         return False
-    kernel, stride, dilation = conv.kernel_size, conv.stride, conv.dilation
+    channels, depth, height, width = conv_arguments(conv)[0].shape
     return (
-        conv.groups == conv.in_channels == conv.out_channels
-        and kernel[0] == kernel[1]
-        and kernel[0] in DEPTHWISE_KERNEL_SIZES
-        and stride[0] == stride[1]
-        and stride[0] in (1, 2)
-        and dilation[0] == dilation[1]
-        and conv.padding_mode == "zeros"
+        conv.groups == channels
+        and depth == 1
+        and not depthwise_kernel_problem(height, width)
+        and conv.stride in ((1, 1), (2, 2))
+        and (conv.dilation == (1, 1) or _is_square(conv.dilation))
+        and _pads_explicitly(conv)
     )
 
 
 def is_fusible_dense(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
     """True for a dense convolution: one group, one stride for both axes, no dilation."""
     return (
-        isinstance(conv, nn.Conv2d)
-        and type(conv) in _CONVOLUTIONS
+        _is_plain(conv)
         and conv.groups == 1
-        and conv.stride[0] == conv.stride[1]
+        and _is_square(conv.stride)
         and conv.dilation == (1, 1)
-        and conv.padding_mode == "zeros"
-        and is_untouched(conv)
+        and _pads_explicitly(conv)
     )
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """The parameters of a module by name. In a replica of `nn.DataParallel` they are plain attributes."""
-    return module._parameters or module.__dict__
+    """What a module has for `weight` and `bias`, by name. In a replica of `nn.DataParallel` they are plain attributes,
+    except for those that are None.
+    """
+    parameters = module._parameters
+    if "weight" in parameters:
+        return parameters
+    return {**parameters, **module.__dict__} if parameters else module.__dict__

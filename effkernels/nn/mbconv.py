@@ -14,7 +14,7 @@ from effkernels import backends, ops
 from effkernels.nn.conv_bn_act import check_activation, check_backend
 from effkernels.nn.drop_path import DropPath
 from effkernels.nn.fusible import (
-    NormArguments,
+    NormAct,
     calls_modules,
     conv_arguments,
     conv_norm_arguments,
@@ -23,15 +23,16 @@ from effkernels.nn.fusible import (
     is_fusible_pointwise,
     is_untouched,
 )
+from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
-from effkernels.nn.squeeze_excite import SqueezeExcite, is_fusible_squeeze_excite, squeeze_excite_arguments
-from effkernels.reference import activate
+from effkernels.nn.squeeze_excite import SqueezeExcite, SqueezeExciteArguments, fusible_squeeze_excite
 
 
 class DepthwiseSeparable(nn.Module):
     """MBConv with expansion 1: depthwise, squeeze-and-excitation, project; parameters `conv_dw, bn1, se, conv_pw, bn2`.
 
-    Equivalent PyTorch: `drop_path(bn2(conv_pw(se(act(bn1(conv_dw(x))))))) + x`, the sum only where `has_skip`.
+    Equivalent PyTorch: `drop_path(bn2(conv_pw(se(bn1(conv_dw(x)))))) + x`, the sum only where `has_skip`. The norms are
+    `BatchNormAct2d`: the activation is `bn1.act`, and `bn2.act` is the identity.
 
     Args:
         in_channels, out_channels: of the block.
@@ -75,7 +76,7 @@ class DepthwiseSeparable(nn.Module):
     ) -> None:
         super().__init__()
         place = _Place(device, dtype)
-        self.activation = check_activation("DepthwiseSeparable", activation)
+        self._activation = check_activation("DepthwiseSeparable", activation)
         self.backend = check_backend("DepthwiseSeparable", backend)
         self.has_skip = skip and stride == 1 and in_channels == out_channels
         self.conv_dw = PaddedConv2d(
@@ -89,7 +90,7 @@ class DepthwiseSeparable(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.bn1 = place.norm(in_channels, bn_eps, bn_momentum)
+        self.bn1 = place.norm(in_channels, bn_eps, bn_momentum, activation)
         self.se = place.squeeze_excite(in_channels, se_channels, se_activation or activation, gate)
         self.conv_pw = place.pointwise(in_channels, out_channels)
         self.bn2 = place.norm(out_channels, bn_eps, bn_momentum)
@@ -98,38 +99,40 @@ class DepthwiseSeparable(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
         parts = self._modules
-        depthwise, se, project = parts["conv_dw"], parts["se"], parts["conv_pw"]
-        norm1, norm2 = fusible_norm(parts["bn1"]), fusible_norm(parts["bn2"])
+        depthwise, project = parts["conv_dw"], parts["conv_pw"]
+        norm1, norm2 = fusible_norm(parts["bn1"], self._activation), fusible_norm(parts["bn2"], "identity")
+        se = fusible_squeeze_excite(parts["se"])
         if (
             norm1 is None
             or norm2 is None
+            or (se is None and not _is_nothing(parts["se"]))
             or not is_fusible_depthwise(depthwise)
             or not is_fusible_pointwise(project)
-            or not _is_transparent_or_fusible(se)
             or not _is_idle(parts["drop_path"])
             or calls_modules(x)
         ):
             return self._forward_plain(x)
-        y, gate = _depthwise(x, depthwise, norm1, self.activation, se, self.backend)
-        residual = x if self.has_skip else None
-        return ops.pointwise_bn_act(
-            y, *conv_norm_arguments(project, norm2), gate=gate, residual=residual, backend=self.backend
-        )
+        y, gate = _depthwise(x, depthwise, norm1, se, self.backend)
+        return _project(y, project, norm2, gate, x if self.has_skip else None, self.backend)
 
     def _forward_plain(self, x: Tensor) -> Tensor:
-        y = activate(self.bn1(self.conv_dw(x)), self.activation)
-        z: Tensor = self.bn2(self.conv_pw(self.se(y)))
+        y = norm_act(self.bn1, self.conv_dw(x), self._activation)
+        z = norm_act(self.bn2, self.conv_pw(self.se(y)), "identity")
         return x + self.drop_path(z) if self.has_skip else z
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return not_scriptable(self)
+
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, has_skip={self.has_skip}"
+        return f"has_skip={self.has_skip}"
 
 
 class MBConv(nn.Module):
     """Mobile inverted bottleneck: expand, depthwise, squeeze-and-excitation, project.
 
     Parameters `conv_pw, bn1, conv_dw, bn2, se, conv_pwl, bn3`. Equivalent PyTorch, the last sum only where `has_skip`:
-    `drop_path(bn3(conv_pwl(se(act(bn2(conv_dw(act(bn1(conv_pw(x))))))))))  + x`.
+    `drop_path(bn3(conv_pwl(se(bn2(conv_dw(bn1(conv_pw(x)))))))) + x`. The norms are `BatchNormAct2d`: the activations
+    are `bn1.act` and `bn2.act`, and `bn3.act` is the identity.
 
     Args:
         in_channels, out_channels: of the block.
@@ -168,11 +171,11 @@ class MBConv(nn.Module):
             raise ValueError(f"MBConv: expansion={expansion} must be at least 1")
         place = _Place(device, dtype)
         expanded = in_channels * expansion
-        self.activation = check_activation("MBConv", activation)
+        self._activation = check_activation("MBConv", activation)
         self.backend = check_backend("MBConv", backend)
         self.has_skip = skip and stride == 1 and in_channels == out_channels
         self.conv_pw = place.pointwise(in_channels, expanded)
-        self.bn1 = place.norm(expanded, bn_eps, bn_momentum)
+        self.bn1 = place.norm(expanded, bn_eps, bn_momentum, activation)
         self.conv_dw = PaddedConv2d(
             expanded,
             expanded,
@@ -184,7 +187,7 @@ class MBConv(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.bn2 = place.norm(expanded, bn_eps, bn_momentum)
+        self.bn2 = place.norm(expanded, bn_eps, bn_momentum, activation)
         self.se = place.squeeze_excite(expanded, se_channels, se_activation or activation, gate)
         self.conv_pwl = place.pointwise(expanded, out_channels)
         self.bn3 = place.norm(out_channels, bn_eps, bn_momentum)
@@ -193,41 +196,42 @@ class MBConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
         parts = self._modules
-        expand, depthwise, se, project = parts["conv_pw"], parts["conv_dw"], parts["se"], parts["conv_pwl"]
-        norm1, norm2, norm3 = fusible_norm(parts["bn1"]), fusible_norm(parts["bn2"]), fusible_norm(parts["bn3"])
+        expand, depthwise, project = parts["conv_pw"], parts["conv_dw"], parts["conv_pwl"]
+        norm1, norm2 = fusible_norm(parts["bn1"], self._activation), fusible_norm(parts["bn2"], self._activation)
+        norm3 = fusible_norm(parts["bn3"], "identity")
+        se = fusible_squeeze_excite(parts["se"])
         if (
             norm1 is None
             or norm2 is None
             or norm3 is None
+            or (se is None and not _is_nothing(parts["se"]))
             or not is_fusible_pointwise(expand)
             or not is_fusible_depthwise(depthwise)
             or not is_fusible_pointwise(project)
-            or not _is_transparent_or_fusible(se)
             or not _is_idle(parts["drop_path"])
             or calls_modules(x)
         ):
             return self._forward_plain(x)
         backend = self.backend
         if _keeps_expanded(x, backend):
-            y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, self.activation, se, backend)
+            y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, se, backend)
         else:
-            y = ops.pointwise_bn_act(
-                x, *conv_norm_arguments(expand, norm1), activation=self.activation, backend=backend
-            )
-            y, gate = _depthwise(y, depthwise, norm2, self.activation, se, backend)
-        residual = x if self.has_skip else None
-        return ops.pointwise_bn_act(
-            y, *conv_norm_arguments(project, norm3), gate=gate, residual=residual, backend=backend
-        )
+            arguments, activation = norm1
+            y = ops.pointwise_bn_act(x, *conv_norm_arguments(expand, arguments), activation=activation, backend=backend)
+            y, gate = _depthwise(y, depthwise, norm2, se, backend)
+        return _project(y, project, norm3, gate, x if self.has_skip else None, backend)
 
     def _forward_plain(self, x: Tensor) -> Tensor:
-        y = activate(self.bn1(self.conv_pw(x)), self.activation)
-        y = activate(self.bn2(self.conv_dw(y)), self.activation)
-        z: Tensor = self.bn3(self.conv_pwl(self.se(y)))
+        y = norm_act(self.bn1, self.conv_pw(x), self._activation)
+        y = norm_act(self.bn2, self.conv_dw(y), self._activation)
+        z = norm_act(self.bn3, self.conv_pwl(self.se(y)), "identity")
         return x + self.drop_path(z) if self.has_skip else z
 
+    def __prepare_scriptable__(self) -> nn.Module:
+        return not_scriptable(self)
+
     def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, has_skip={self.has_skip}"
+        return f"has_skip={self.has_skip}"
 
 
 class _Place:
@@ -240,8 +244,10 @@ class _Place:
     def pointwise(self, in_channels: int, out_channels: int) -> nn.Conv2d:
         return nn.Conv2d(in_channels, out_channels, 1, bias=False, device=self.device, dtype=self.dtype)
 
-    def norm(self, channels: int, eps: float, momentum: float) -> nn.BatchNorm2d:
-        return nn.BatchNorm2d(channels, eps=eps, momentum=momentum, device=self.device, dtype=self.dtype)
+    def norm(self, channels: int, eps: float, momentum: float, activation: str = "identity") -> BatchNormAct2d:
+        return BatchNormAct2d(
+            channels, eps=eps, momentum=momentum, activation=activation, device=self.device, dtype=self.dtype
+        )
 
     def squeeze_excite(self, channels: int, se_channels: int, activation: str, gate: str) -> nn.Module:
         if se_channels == 0:
@@ -251,25 +257,25 @@ class _Place:
         )
 
 
-def _is_transparent_or_fusible(se: nn.Module | None) -> bool:
-    return is_fusible_squeeze_excite(se) or (type(se) is nn.Identity and is_untouched(se))
+def _is_nothing(module: nn.Module | None) -> bool:
+    return type(module) is nn.Identity and is_untouched(module)
 
 
 def _is_idle(drop_path: nn.Module | None) -> bool:
     """True where a call of `drop_path` would return its input. Norms may be frozen in eval while it still drops."""
     if isinstance(drop_path, DropPath) and type(drop_path) is DropPath:
         return (drop_path.rate == 0.0 or not drop_path.training) and is_untouched(drop_path)
-    return type(drop_path) is nn.Identity and is_untouched(drop_path)
+    return _is_nothing(drop_path)
 
 
 def _depthwise(
-    x: Tensor, conv: nn.Conv2d, norm: NormArguments, activation: str, se: nn.Module | None, backend: str
+    x: Tensor, conv: nn.Conv2d, norm: NormAct, se: SqueezeExciteArguments | None, backend: str
 ) -> tuple[Tensor, Tensor | None]:
     """Depthwise convolution, norm and activation of x: (N, C, H, W), and the gate (N, C) where there is one."""
     padding = explicit_padding(conv, x.shape[2], x.shape[3])
     stride, dilation = conv.stride[0], conv.dilation[0]
-    arguments = (x, *conv_norm_arguments(conv, norm))
-    if not isinstance(se, SqueezeExcite):
+    arguments, activation = (x, *conv_norm_arguments(conv, norm[0])), norm[1]
+    if se is None:
         y = ops.depthwise_bn_act(
             *arguments, stride=stride, padding=padding, dilation=dilation, activation=activation, backend=backend
         )
@@ -281,7 +287,22 @@ def _depthwise(
         dilation=dilation,
         activation=activation,
         backend=backend,
-        **squeeze_excite_arguments(se),
+        **se,
+    )
+
+
+def _project(
+    y: Tensor, conv: nn.Conv2d, norm: NormAct, gate: Tensor | None, residual: Tensor | None, backend: str
+) -> Tensor:
+    """1x1 convolution of the gated y, norm and residual."""
+    arguments, activation = norm
+    return ops.pointwise_bn_act(
+        y,
+        *conv_norm_arguments(conv, arguments),
+        gate=gate,
+        residual=residual,
+        activation=activation,
+        backend=backend,
     )
 
 
@@ -297,49 +318,51 @@ def _keeps_expanded(x: Tensor, backend: str) -> bool:
 def _expand_depthwise(
     x: Tensor,
     expand: nn.Conv2d,
-    expand_norm: NormArguments,
+    expand_norm: NormAct,
     conv: nn.Conv2d,
-    norm: NormArguments,
-    activation: str,
-    se: nn.Module | None,
+    norm: NormAct,
+    se: SqueezeExciteArguments | None,
     backend: str,
 ) -> tuple[Tensor, Tensor | None]:
     """1x1 convolution and depthwise convolution of x: (N, C, H, W), each with norm and activation, and the gate."""
     expand_weight, expand_bias = conv_arguments(expand)
+    (expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var, expand_eps), expand_activation = (
+        expand_norm
+    )
     weight, bias = conv_arguments(conv)
+    (norm_weight, norm_bias, norm_mean, norm_var, eps), activation = norm
     y, pooled = ops.expand_depthwise_squeeze(
         x,
         expand_weight,
         weight,
         expand_bias=expand_bias,
-        expand_norm_weight=expand_norm[0],
-        expand_norm_bias=expand_norm[1],
-        expand_norm_mean=expand_norm[2],
-        expand_norm_var=expand_norm[3],
-        expand_eps=expand_norm[4],
-        expand_activation=activation,
+        expand_norm_weight=expand_norm_weight,
+        expand_norm_bias=expand_norm_bias,
+        expand_norm_mean=expand_norm_mean,
+        expand_norm_var=expand_norm_var,
+        expand_eps=expand_eps,
+        expand_activation=expand_activation,
         bias=bias,
-        norm_weight=norm[0],
-        norm_bias=norm[1],
-        norm_mean=norm[2],
-        norm_var=norm[3],
-        eps=norm[4],
+        norm_weight=norm_weight,
+        norm_bias=norm_bias,
+        norm_mean=norm_mean,
+        norm_var=norm_var,
+        eps=eps,
         stride=conv.stride[0],
         padding=explicit_padding(conv, x.shape[2], x.shape[3]),
         dilation=conv.dilation[0],
         activation=activation,
         backend=backend,
     )
-    if not isinstance(se, SqueezeExcite):
+    if se is None:
         return y, None
-    arguments = squeeze_excite_arguments(se)
     return y, ops.squeeze_excite_gate(
         pooled,
-        arguments["w_reduce"],
-        arguments["b_reduce"],
-        arguments["w_expand"],
-        arguments["b_expand"],
-        activation=arguments["se_activation"],
-        gate=arguments["gate"],
+        se["w_reduce"],
+        se["b_reduce"],
+        se["w_expand"],
+        se["b_expand"],
+        activation=se["se_activation"],
+        gate=se["gate"],
         backend=backend,
     )

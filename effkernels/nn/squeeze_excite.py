@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypedDict, TypeGuard
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from effkernels.nn.conv_bn_act import check_activation
-from effkernels.nn.fusible import conv_arguments, is_fusible_pointwise, is_untouched
-from effkernels.reference import GATES, activate, apply_gate
+from effkernels.nn.fusible import activation_of, conv_arguments, gate_of, is_fusible_pointwise, is_untouched
+from effkernels.nn.norm_act import activation_module, gate_module
+from effkernels.reference import GATES
 
 
 class SqueezeExciteArguments(TypedDict):
@@ -26,7 +27,7 @@ class SqueezeExciteArguments(TypedDict):
 class SqueezeExcite(nn.Module):
     """Scale each channel of an image by a gate computed from the means of all its channels.
 
-    Equivalent PyTorch: `x * gate(conv_expand(act(conv_reduce(x.mean((2, 3), keepdim=True)))))`, and that is what a
+    Equivalent PyTorch: `x * gate(conv_expand(act1(conv_reduce(x.mean((2, 3), keepdim=True)))))`, and that is what a
     call of the module runs. Inside a fused block the module only holds the parameters: the operators read them.
 
     Args:
@@ -55,37 +56,28 @@ class SqueezeExcite(nn.Module):
             raise ValueError(f"SqueezeExcite: reduced_channels={reduced_channels} must be at least 1")
         if gate not in GATES:
             raise ValueError(f"SqueezeExcite: gate={gate!r} is not known; allowed: {', '.join(GATES)}")
-        self.activation = check_activation("SqueezeExcite", activation)
-        self.gate = gate
+        check_activation("SqueezeExcite", activation)
         self.conv_reduce = nn.Conv2d(channels, reduced_channels, 1, device=device, dtype=dtype)
+        self.act1 = activation_module(activation)
         self.conv_expand = nn.Conv2d(reduced_channels, channels, 1, device=device, dtype=dtype)
+        self.gate = gate_module(gate)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W), floating; returns the same shape and dtype."""
         pooled = x.mean((2, 3), keepdim=True)
-        reduced = activate(self.conv_reduce(pooled), self.activation)
-        return x * apply_gate(self.conv_expand(reduced), self.gate)
-
-    def extra_repr(self) -> str:
-        return f"activation={self.activation!r}, gate={self.gate!r}"
+        y: Tensor = x * self.gate(self.conv_expand(self.act1(self.conv_reduce(pooled))))
+        return y
 
 
-def is_fusible_squeeze_excite(module: nn.Module | None) -> TypeGuard[SqueezeExcite]:
-    """True where the operators may read the parameters of `module` instead of calling it."""
-    return (
-        isinstance(module, SqueezeExcite)
-        and type(module) is SqueezeExcite
-        and is_fusible_pointwise(module._modules["conv_reduce"])
-        and is_fusible_pointwise(module._modules["conv_expand"])
-        and is_untouched(module)
-    )
-
-
-def squeeze_excite_arguments(module: SqueezeExcite) -> SqueezeExciteArguments:
-    """What the operators take of a squeeze-and-excitation, by name."""
-    reduce, expand = module._modules["conv_reduce"], module._modules["conv_expand"]
-    assert isinstance(reduce, nn.Conv2d)
-    assert isinstance(expand, nn.Conv2d)
+def fusible_squeeze_excite(module: nn.Module | None) -> SqueezeExciteArguments | None:
+    """What the operators take of a squeeze-and-excitation in place of a call of it; None where it has to be called."""
+    if not isinstance(module, SqueezeExcite) or type(module) is not SqueezeExcite or not is_untouched(module):
+        return None
+    parts = module._modules
+    reduce, expand = parts["conv_reduce"], parts["conv_expand"]
+    activation, gate = activation_of(parts["act1"]), gate_of(parts["gate"])
+    if activation is None or gate is None or not is_fusible_pointwise(reduce) or not is_fusible_pointwise(expand):
+        return None
     w_reduce, b_reduce = conv_arguments(reduce)
     w_expand, b_expand = conv_arguments(expand)
     return {
@@ -93,6 +85,6 @@ def squeeze_excite_arguments(module: SqueezeExcite) -> SqueezeExciteArguments:
         "b_reduce": b_reduce,
         "w_expand": w_expand,
         "b_expand": b_expand,
-        "se_activation": module.activation,
-        "gate": module.gate,
+        "se_activation": activation,
+        "gate": gate,
     }

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from effkernels.backends import DEPTHWISE_KERNEL_SIZES
+from effkernels.backends import depthwise_kernel_problem
 from effkernels.reference import ACTIVATIONS, GATES, _surely
 
 DEPTHWISE_STRIDES: tuple[int, ...] = (1, 2)
@@ -38,13 +38,13 @@ def depthwise(
     """
     _check_x(op, x)
     _check_tensor(op, "weight", weight, x.device, x.dtype)
-    if weight.dim() != 4 or weight.shape[1] != 1 or weight.shape[2] != weight.shape[3]:
-        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: (C, 1, K, K)")
-    channels, kernel = weight.shape[0], weight.shape[2]
-    if kernel not in DEPTHWISE_KERNEL_SIZES:
-        raise ValueError(f"{op}: kernel size {kernel}; allowed: {_list(DEPTHWISE_KERNEL_SIZES)}")
+    if weight.dim() != 4 or weight.shape[1] != 1:
+        raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: (C, 1, KH, KW)")
+    channels, _, kernel_height, kernel_width = weight.shape
+    if problem := depthwise_kernel_problem(kernel_height, kernel_width):
+        raise ValueError(f"{op}: weight is {problem}")
     if x.shape[1] != channels:
-        allowed = f"({x.shape[1]}, 1, {kernel}, {kernel})"
+        allowed = f"({x.shape[1]}, 1, {kernel_height}, {kernel_width})"
         raise ValueError(
             f"{op}: weight has shape {_shape(weight)}; allowed: {allowed}, with the channels of {channels_of}"
         )
@@ -54,8 +54,8 @@ def depthwise(
         raise ValueError(f"{op}: dilation={dilation}; allowed: 1 or more")
     _check_norm(op, x, norm, eps, channels)
     _check_activation(op, "activation", activation)
-    window = dilation * (kernel - 1) + 1
-    return _check_window(op, x, (window, window), stride, padding)
+    window = (dilation * (kernel_height - 1) + 1, dilation * (kernel_width - 1) + 1)
+    return _check_window(op, x, window, stride, padding)
 
 
 def squeeze_excite(

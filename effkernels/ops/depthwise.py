@@ -60,7 +60,7 @@ def depthwise_bn_act(
     Args:
         x: (N, C, H, W), float32, float16 or bfloat16; float64 and other devices run the reference. Any strides;
             channels_last is read as it is, anything else is converted once.
-        weight: (C, 1, K, K), K one of 3, 5, 7, 9. This and every parameter below is float32 or of x's dtype.
+        weight: (C, 1, KH, KW), KH and KW from 1 to 13. This and every parameter below is float32 or of x's dtype.
         bias: (C,), the bias of the convolution, or None.
         norm_weight, norm_bias: (C,) or None, the affine parameters of the norm; None counts as 1 and 0.
         norm_mean, norm_var: (C,), running statistics. Both or neither; without them there is no norm.
@@ -73,7 +73,7 @@ def depthwise_bn_act(
 
     Returns:
         (N, C, H', W') in x's dtype, with exact channels_last strides;
-        H' = (H + top + bottom - dilation * (K - 1) - 1) // stride + 1 and likewise W'.
+        H' = (H + top + bottom - dilation * (KH - 1) - 1) // stride + 1 and likewise W'.
 
     Raises:
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).

@@ -63,7 +63,7 @@ def expand_depthwise_squeeze(
         x: (N, C_in, H, W), float32, float16 or bfloat16; float64 and other devices run the reference. Any strides;
             channels_last is read as it is, anything else is converted once.
         expand_weight: (C, C_in, 1, 1). This and every parameter below is float32 or of x's dtype.
-        weight: (C, 1, K, K), K one of 3, 5, 7, 9.
+        weight: (C, 1, KH, KW), KH and KW from 1 to 13.
         expand_bias, expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var, expand_eps,
             expand_activation: of the 1x1 convolution, as in `pointwise_bn_act`; vectors of length C.
         bias, norm_weight, norm_bias, norm_mean, norm_var, eps, stride, padding, dilation, activation: of the depthwise

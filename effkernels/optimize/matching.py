@@ -64,6 +64,7 @@ class Step:
         residual: what is added to the result.
         gate: which multiplies the input (1x1), or which is computed too (depthwise).
         applies_gate: the result is already multiplied by the gate.
+        is_bare: nothing follows the convolution.
     """
 
     conv: Convolution
@@ -76,6 +77,7 @@ class Step:
     residual: fx.Node | None = None
     gate: Gate | None = None
     applies_gate: bool = False
+    is_bare: bool = False
 
     @property
     def op(self) -> str:
@@ -83,6 +85,13 @@ class Step:
         if self.conv.op == "depthwise_bn_act" and self.gate is not None:
             return "depthwise_bn_act_se" if self.applies_gate else "depthwise_bn_act_gate"
         return self.conv.op
+
+    @property
+    def is_optional(self) -> bool:
+        """Whether the module itself is called where it is faster: for an NCHW tensor two conversions cost more than the
+        operator gains.
+        """
+        return self.is_bare and len(self.nodes) == 1
 
     @property
     def reads(self) -> list[fx.Node]:
@@ -151,9 +160,13 @@ class _Matcher:
 
     def _take(self, node: fx.Node, conv: Convolution) -> None:
         step = self._step_at(node, conv)
-        plain = step.norm is None and step.activation == "identity"
-        if plain and step.residual is None and step.gate is None and not self._continues(step):
+        plain = step.norm is None and step.activation == "identity" and step.residual is None and step.gate is None
+        if plain and not self._continues(step):
+            step.is_bare = True
+        if step.is_bare and (conv.op == "conv_bn_act" or conv.few_channels):
             reason = "there is nothing behind it to fuse with"
+            if conv.few_channels:
+                reason += ", and PyTorch's is faster for that few channels"
             user = self._only_user(node)
             if user is not None and self._roles.of(user).kind == "opaque":
                 reason = f"what follows it, {_named(user)}, cannot be fused: {self._roles.of(user).value}"
@@ -173,7 +186,7 @@ class _Matcher:
         padding = conv.padding
         step = Step(conv, padding, source, node, {node, *before})
         pad = self._roles.of(source)
-        if pad.kind == "pad" and self._only_user(source) is not None:
+        if pad.kind == "pad" and self._only_user(source) is not None and conv.padding_mode == "zeros":
             wider = padding.around(pad.value)
             if wider is not None and conv.op != "pointwise_bn_act":
                 step.padding = wider

@@ -104,13 +104,14 @@ def is_mean_over_image(function: Callable[[Tensor], Any]) -> bool:
 
 
 def padding_of(conv: nn.Conv2d) -> Padding:
-    """How a convolution pads its input, where its forward is nothing but a convolution of its own weight.
+    """How a convolution pads its input, by zeros or by what its padding_mode says, where its forward is nothing but a
+    convolution of its own weight.
 
     Raises:
         Unknown: it is something else.
     """
-    if conv.padding_mode != "zeros":
-        raise Unknown(f"padding_mode={conv.padding_mode!r} is not zeros")
+    if conv.padding_mode != "zeros" and type(conv) is not nn.Conv2d:
+        raise Unknown(f"padding_mode={conv.padding_mode!r} of a {_class_name(conv)} is not zeros")
     own = explicit_padding(conv, 0, 0) if type(conv) is nn.Conv2d or isinstance(conv.padding, str) else _sides(conv)
     if type(conv) is nn.Conv2d:
         return Padding(own)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effkernels import backends, ops
@@ -64,6 +65,15 @@ def same(x: Tensor, kernel: tuple[int, int], stride: int, dilation: int) -> tupl
 def keeps_expanded(x: Tensor, backend: str) -> bool:
     """Whether the expanded tensor of a block had better never become one, as in `effkernels.nn.MBConv`."""
     return x.is_cpu and (backends.selected() if backend == "auto" else backend) in ("auto", "cpu")
+
+
+def takes_bare(x: Tensor) -> bool:
+    """Whether a convolution that nothing follows is the operator's: channels_last tensors, on a CPU in float32.
+
+    Two conversions of an NCHW image cost more than the operator gains; in bfloat16, PyTorch's time divided by the
+    operator's is 0.5 to 1.5 (see `roles.FEWEST_CHANNELS_BARE` for the machine and the shapes).
+    """
+    return x.stride(1) == 1 and (x.dtype is torch.float32 or not x.is_cpu)
 
 
 MOST_ROWS = 4  # of what a linear layer is given, up to which its weights' way from memory is all that counts
@@ -113,8 +123,10 @@ _BASE: dict[str, Any] = {
     "like": like,
     "linear": linear,
     "outward": outward,
+    "pad": F.pad,
     "same": same,
     "squeeze": squeeze,
+    "takes_bare": takes_bare,
     **{name: getattr(ops, name) for name in ops.__all__},
 }
 

@@ -12,7 +12,8 @@ class BlockReport:
 
     Attributes:
         name: path of the module, or of the convolution.
-        kind: "mbconv", "depthwise_separable", "fused_mbconv", "conv_norm_act", "squeeze_excite" or "block".
+        kind: "mbconv", "depthwise_separable", "fused_mbconv", "conv_norm_act", "conv" (nothing follows: the operator's
+            for channels_last tensors, on a CPU in float32; else PyTorch's), "squeeze_excite" or "block".
         fused: whether it runs fused.
         reason: why it does not; where it does, which convolutions inside stay as they are, and why ("" where none).
         backend: what runs it: "cuda", "triton", "cpu", "reference" or several joined by "+"; "" where it is not fused.

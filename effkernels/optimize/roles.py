@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from effkernels.backends import DEPTHWISE_KERNEL_SIZES
+from effkernels.backends import depthwise_kernel_problem
 from effkernels.nn.fusible import is_untouched
 from effkernels.optimize.guarding import is_plain_tensor, replaced_method
 from effkernels.optimize.probing import (
@@ -57,6 +57,8 @@ class Convolution:
         padding: zeros around its input.
         kernel_size: of both axes.
         stride, dilation: one for both axes.
+        padding_mode: "zeros", or what `F.pad` puts around the input before: "reflect", "replicate", "circular".
+        few_channels: too few to fill the vectors of the CPU's kernels.
     """
 
     path: str
@@ -65,6 +67,8 @@ class Convolution:
     kernel_size: tuple[int, int]
     stride: int
     dilation: int
+    padding_mode: str = "zeros"
+    few_channels: bool = False
 
     @property
     def is_spatial(self) -> bool:
@@ -88,6 +92,12 @@ class Role:
 # for stems and for the few channels of FusedMBConv. 3x3, one thread, fused / PyTorch's chain in milliseconds:
 # 48 channels at 48x48 1.8 / 3.1, 64 at 56x56 1.2 / 1.2, 128 at 28x28 1.4 / 1.1, 256 at 14x14 2.5 / 1.2.
 FEWEST_CHANNELS_LEFT = 96
+
+# Channels from which a depthwise convolution that nothing follows is the operator's, for channels_last tensors in
+# float32 (see `program.takes_bare`). PyTorch's time divided by the operator's, one thread of two, AMD EPYC, kernels
+# from 3x1 to 11x11: 64 channels at 56x56, batch 1 0.9 to 1.5, batch 8 1.8 to 2.3; 240 at 14x14 1.3 to 1.8 and
+# 0.8 to 1.6; 960 at 7x7 1.3 to 1.7; but 8 channels at 256x256 0.6 to 1.0, and 3 channels 0.6 to 0.9.
+FEWEST_CHANNELS_BARE = 16
 
 
 class Roles:
@@ -220,6 +230,7 @@ def _of_norm(norm: BatchNorm) -> Role:
 def _convolution(path: str, conv: nn.Conv2d, padded: bool) -> Convolution:
     """The convolution as an operator computes it; Unknown with the reason where none does."""
     (kernel, other), (stride, other_stride), (dilation, other_dilation) = conv.kernel_size, conv.stride, conv.dilation
+    mode = conv.padding_mode if type(conv) is nn.Conv2d else "zeros"  # padding_of refuses others in subclasses
     padding = padding_of(conv)
     if padded and padding.sides == (0, 0, 0, 0) and dilation == 1:
         padding = Padding(None)
@@ -233,14 +244,22 @@ def _convolution(path: str, conv: nn.Conv2d, padded: bool) -> Convolution:
             raise Unknown(
                 f"{conv.in_channels} input channels of a {kernel}x{other} convolution: PyTorch's is faster there"
             )
-        return Convolution(path, "pointwise_bn_act" if plain else "conv_bn_act", padding, (kernel, other), stride, 1)
-    if not conv.groups == conv.in_channels == conv.out_channels:
+        op = "pointwise_bn_act" if plain else "conv_bn_act"
+        return Convolution(path, op, padding, (kernel, other), stride, 1, mode)
+    if conv.groups == conv.in_channels != conv.out_channels:
+        raise Unknown(
+            f"a depth multiplier of {conv.out_channels // conv.in_channels} ({conv.in_channels} to {conv.out_channels} "
+            "channels); the depthwise operators take one filter a channel"
+        )
+    if not conv.groups == conv.in_channels:
         raise Unknown(f"groups={conv.groups} of {conv.in_channels} channels is neither dense nor depthwise")
-    if kernel != other or kernel not in DEPTHWISE_KERNEL_SIZES:
-        raise Unknown(f"a depthwise kernel of {kernel}x{other}; allowed: {', '.join(map(str, DEPTHWISE_KERNEL_SIZES))}")
+    problem = depthwise_kernel_problem(kernel, other)
+    if problem:
+        raise Unknown(problem)
     if stride not in (1, 2):
         raise Unknown(f"stride={stride} of a depthwise convolution; allowed: 1, 2")
-    return Convolution(path, "depthwise_bn_act", padding, (kernel, other), stride, dilation)
+    few = conv.in_channels < FEWEST_CHANNELS_BARE and conv.weight.device.type == "cpu"
+    return Convolution(path, "depthwise_bn_act", padding, (kernel, other), stride, dilation, mode, few)
 
 
 def is_format_free(root: nn.Module, node: fx.Node, role: Role) -> bool:

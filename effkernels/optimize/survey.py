@@ -221,7 +221,8 @@ class Survey:
         modules = {_join(path, str(node.target)) for node in step.nodes if node.op == "call_module"}
         if step.gate is not None:
             modules |= {_join(path, str(node.target)) for node in step.gate.nodes if node.op == "call_module"}
-        return Entry(_join(path, step.conv.path), "conv_norm_act", (step.op,), frozenset(modules))
+        kind = "conv" if step.is_bare else "conv_norm_act"
+        return Entry(_join(path, step.conv.path), kind, (step.op,), frozenset(modules))
 
     def _examine(self, path: str, module: nn.Module, name: str, refused: dict[str, str]) -> Method | None:
         """Trace and match a method; None where it cannot be traced, with the reason kept."""
@@ -313,7 +314,7 @@ def _kind(found: Match) -> str:
     if not ops:
         return "squeeze_excite"
     if len(ops) == 1:
-        return "conv_norm_act"
+        return "conv" if found.steps[0].is_bare else "conv_norm_act"
     if "depthwise_bn_act" in ops:
         return "depthwise_separable" if ops[0] == "depthwise_bn_act" else "mbconv"
     return "fused_mbconv" if ops[0] == "conv_bn_act" and ops[1:] == ["pointwise_bn_act"] else "block"

@@ -210,7 +210,7 @@ class _Writer:
     def _write_node(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self._values[node] = "x"
-            readers = sum(node in step.reads for step in self._match.steps)
+            readers = sum(node in step.reads for step in self._match.steps if not step.is_optional)
             if readers > 1:  # once here instead of once in each of them
                 self._lines.append("x = inward(x, nchw)")
             return
@@ -234,7 +234,10 @@ class _Writer:
     def _write_step(self, step: Step, value: str) -> None:
         expansion = self._expansions.get(step)
         source = self._values[(expansion or step).source]
-        if expansion is None:
+        if expansion is None and step.is_optional:
+            self._lines += [f"if takes_bare({source}):", _INDENT + self._call(step, source, value)]
+            self._lines += ["else:", f"{_INDENT}{value} = {self._part(step.conv.path, 'module')}({source})"]
+        elif expansion is None:
             self._lines.append(self._call(step, source, value))
         else:
             self._write_expanded(expansion, step, source, value)
@@ -259,6 +262,11 @@ class _Writer:
 
     def _call(self, step: Step, source: str, value: str) -> str:
         """The line that calls the operator of a step."""
+        sides = step.padding.sides
+        mode = step.conv.padding_mode
+        if mode != "zeros" and sides is not None and any(sides):
+            top, bottom, left, right = sides
+            source = f"pad({source}, {(left, right, top, bottom)}, {mode!r})"
         arguments = [source, *self._conv(step.conv.path)]
         if step.norm is not None:
             arguments += self._norm(step.norm)
@@ -291,6 +299,8 @@ class _Writer:
         return f"{self._gate_names[gate]} = squeeze_excite_gate({', '.join((*arguments, *self._forced()))})"
 
     def _padding(self, step: Step, source: str) -> str:
+        if step.conv.padding_mode != "zeros":
+            return "(0, 0, 0, 0)"  # it is there already
         if step.padding.sides is not None:
             return repr(step.padding.sides)
         conv = step.conv
@@ -361,6 +371,7 @@ def _expansions(match: Match) -> dict[Step, Step]:
         if before is None or step.conv.op != "depthwise_bn_act" or step.applies_gate:
             continue
         simple = before.conv.op == "pointwise_bn_act" and before.gate is None and before.residual is None
+        simple = simple and step.conv.padding_mode == "zeros" and not (before.is_bare and step.is_bare)
         if simple and set(before.result.users) <= step.nodes:
             found[step] = before
     return found

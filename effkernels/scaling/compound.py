@@ -86,6 +86,19 @@ PUBLISHED: Mapping[str, ScalingCoefficients] = MappingProxyType(
 )
 """The coefficients of B0 to B7 as the authors released them: equation 3 at growing phi, rounded by hand."""
 
+PUBLISHED_LITE: Mapping[str, ScalingCoefficients] = MappingProxyType(
+    {
+        "lite0": ScalingCoefficients(width=1.0, depth=1.0, resolution=224, dropout=0.2),
+        "lite1": ScalingCoefficients(width=1.0, depth=1.1, resolution=240, dropout=0.2),
+        "lite2": ScalingCoefficients(width=1.1, depth=1.2, resolution=260, dropout=0.3),
+        "lite3": ScalingCoefficients(width=1.2, depth=1.4, resolution=280, dropout=0.3),
+        "lite4": ScalingCoefficients(width=1.4, depth=1.8, resolution=300, dropout=0.3),
+    }
+)
+"""The coefficients of the lite variants (tensorflow/tpu, models/official/efficientnet/lite); they leave stem and head
+as they are.
+"""
+
 
 def round_filters(filters: int, width: float, divisor: int = 8) -> int:
     """Channels after scaling by `width`: the nearest multiple of `divisor`, never more than 10 % below the product.

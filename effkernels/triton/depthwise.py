@@ -3,8 +3,8 @@
 Programs and data. The output plane is cut into strips, STRIP neighbouring pixels of one row. A program takes LANES
 strips below each other by BLOCK channels of one image, a tile (LANES, BLOCK) for each pixel of the strip. It slides
 over the input rows of its strips and adds each input tile to every output tile that it reaches, so that an input is
-loaded K times for a whole strip; the K rows that neighbouring lanes share come from the L1 cache. Channels lie along
-the threads: 16 bytes each.
+loaded once a kernel row for a whole strip; the rows that neighbouring lanes share come from the L1 cache. Channels lie
+along the threads: 16 bytes each.
 
 Sums. A program adds the pixels of its strips in order, its lanes by a tree of fixed shape, and writes the sums down.
 The program that comes last of its image (of its channel group, where only means are wanted) adds those of all programs
@@ -126,7 +126,8 @@ def depthwise_kernel(
     groups,
     tiles,
     reduced,
-    KERNEL: tl.constexpr,
+    KERNEL_HEIGHT: tl.constexpr,
+    KERNEL_WIDTH: tl.constexpr,
     STRIDE: tl.constexpr,
     STRIP: tl.constexpr,
     LANES: tl.constexpr,
@@ -157,19 +158,19 @@ def depthwise_kernel(
     image_x = x + image * stride_n_vectors * VECTOR + c[None, :]
 
     # From here on all loops but the one over kernel rows are unrolled, and `sums` has a tile for each pixel of a strip.
-    INPUTS: tl.constexpr = (STRIP - 1) * STRIDE + KERNEL
+    INPUTS: tl.constexpr = (STRIP - 1) * STRIDE + KERNEL_WIDTH
     sums = ()
     for _ in tl.static_range(STRIP):
         sums = sums + (tl.zeros((LANES, BLOCK), dtype=tl.float32),)
-    for ky in range(KERNEL):
+    for ky in range(KERNEL_HEIGHT):
         y_in = top + ky * dilation
         row_inside = lane_inside & (y_in >= 0) & (y_in < height)
         if WIDE:
             y_in = y_in.to(tl.int64)
         row_x = image_x + (y_in * stride_h_vectors * VECTOR)[:, None]
         taps = ()
-        for kx in tl.static_range(KERNEL):
-            at = weight + c * (KERNEL * KERNEL) + ky * KERNEL + kx
+        for kx in tl.static_range(KERNEL_WIDTH):
+            at = weight + c * (KERNEL_HEIGHT * KERNEL_WIDTH) + ky * KERNEL_WIDTH + kx
             taps = taps + (load_float(at, c_inside)[None, :],)
         for ix in tl.static_range(INPUTS):
             if STRIP == 1:
@@ -183,7 +184,7 @@ def depthwise_kernel(
             value = load_float(at, inside[:, None] & c_inside[None, :])
             added = ()
             for ox in tl.static_range(STRIP):
-                if ix - ox * STRIDE >= 0 and ix - ox * STRIDE < KERNEL:
+                if ix - ox * STRIDE >= 0 and ix - ox * STRIDE < KERNEL_WIDTH:
                     added = added + (sums[ox] + value * taps[ix - ox * STRIDE],)
                 else:
                     added = added + (sums[ox],)
@@ -262,30 +263,46 @@ class Cut(NamedTuple):
     warps: int
 
 
-def strip_of(kernel: int, stride: int, dilation: int, vector: int) -> int:
+def strip_of(kernel_width: int, stride: int, dilation: int, vector: int) -> int:
     """Pixels of a strip: as many as leave a thread with some 150 registers for their sums and the inputs of a row."""
     if dilation > 1:
         return 1  # neighbours share no input
-    return 4 if vector < 8 or (stride == 1 and kernel <= 5) else 2
+    return 4 if vector < 8 or (stride == 1 and kernel_width <= 5) else 2
 
 
-def cut_of(channels: int, out_height: int, out_width: int, kernel: int, stride: int, dilation: int, vector: int) -> Cut:
+def cut_of(
+    channels: int,
+    out_height: int,
+    out_width: int,
+    kernel_height: int,
+    kernel_width: int,
+    stride: int,
+    dilation: int,
+    vector: int,
+) -> Cut:
     """How a launch is cut where nothing was tuned."""
     block = min(_WIDEST_BLOCK, _launch.next_power_of_2(channels))
     if block == _WIDEST_BLOCK and -channels % block >= block // 2:
         block //= 2  # half of the last group would have nothing to do
-    return _cut(strip_of(kernel, stride, dilation, vector), block, _THREADS, out_height, out_width, vector)
+    return _cut(strip_of(kernel_width, stride, dilation, vector), block, _THREADS, out_height, out_width, vector)
 
 
 def candidates(
-    channels: int, out_height: int, out_width: int, kernel: int, stride: int, dilation: int, vector: int
+    channels: int,
+    out_height: int,
+    out_width: int,
+    kernel_height: int,
+    kernel_width: int,
+    stride: int,
+    dilation: int,
+    vector: int,
 ) -> tuple[Cut, ...]:
     """The cuts that `effkernels tune` may choose from, the one of `cut_of` first."""
-    default = cut_of(channels, out_height, out_width, kernel, stride, dilation, vector)
+    default = cut_of(channels, out_height, out_width, kernel_height, kernel_width, stride, dilation, vector)
     widest = _launch.next_power_of_2(channels)
     found = [default]
-    # Of larger kernels the inputs of 7 pixels, 13 and more of them, leave no registers.
-    for strip in (1,) if dilation > 1 else (2, 4, 7) if kernel <= 5 else (2, 4):
+    # Of wider kernels the inputs of 7 pixels, 13 and more of them, leave no registers.
+    for strip in (1,) if dilation > 1 else (2, 4, 7) if kernel_width <= 5 else (2, 4):
         for threads in (64, 128, 256):
             found.append(_cut(strip, default.block, threads, out_height, out_width, vector))
     for block in (16, 32, 64, 128):
@@ -300,11 +317,11 @@ def _cut(strip: int, block: int, threads: int, out_height: int, out_width: int, 
     return Cut(strip, lanes, block, max(1, min(threads, lanes * block // vector) // 32))
 
 
-def plan(x: Tensor, y: Tensor, kernel: int, stride: int, dilation: int, op: str | None = None) -> Plan:
+def plan(x: Tensor, y: Tensor, kernel: tuple[int, int], stride: int, dilation: int, op: str | None = None) -> Plan:
     """The plan for an x whose channels lie next to each other; with the name of an operator as it was tuned for it."""
     images, channels, out_height, out_width = y.shape
     vector = _launch.vector_of(x.dtype) if _launch.vectors_fit(channels, x, y) else 1
-    shape = (channels, out_height, out_width, kernel, stride, dilation, vector)
+    shape = (channels, out_height, out_width, *kernel, stride, dilation, vector)
     cut = None if op is None else _launch.tuned(op, x, (images, *shape), lambda: candidates(*shape))
     if cut is None:
         cut = cut_of(*shape)
@@ -333,7 +350,7 @@ def _run(
     x, weight, bias, norm_weight, norm_bias, norm_mean, norm_var, eps, stride, padding, dilation, activation = conv
     x = _launch.channels_last(x)
     batch, channels, out_height, out_width = y.shape
-    p = plan(x, y, weight.shape[2], stride, dilation, op)
+    p = plan(x, y, (weight.shape[2], weight.shape[3]), stride, dilation, op)
     result, partial, arrivals, hidden = None, None, None, None
     w_reduce = b_reduce = w_expand = b_expand = None
     reduced, se_activation, gate_activation = 0, "identity", "sigmoid"
@@ -372,7 +389,8 @@ def _run(
         p.groups,
         p.tiles,
         reduced,
-        KERNEL=weight.shape[2],
+        KERNEL_HEIGHT=weight.shape[2],
+        KERNEL_WIDTH=weight.shape[3],
         STRIDE=stride,
         STRIP=p.strip,
         LANES=p.lanes,

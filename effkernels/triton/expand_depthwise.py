@@ -54,11 +54,13 @@ _REGISTERS = {} if torch.version.hip else {"maxnreg": 255}  # as in depthwise.py
 
 
 @triton.jit
-def taps_of(weight, c, c_inside, KERNEL: tl.constexpr):
-    """The depthwise weights of channels `c`, row after row."""
+def taps_of(weight, c, c_inside, KERNEL: tl.constexpr, FIRST: tl.constexpr, STRIDE: tl.constexpr):
+    """The depthwise weights of channels `c` in the kernel's rows FIRST, FIRST + STRIDE and so on, row after row."""
     taps = ()
-    for tap in tl.static_range(KERNEL * KERNEL):
-        taps = taps + (load_float(weight + c * (KERNEL * KERNEL) + tap, c_inside)[:, None],)
+    for ky in tl.static_range(FIRST, KERNEL, STRIDE):
+        for kx in tl.static_range(KERNEL):
+            at = weight + c * (KERNEL * KERNEL) + ky * KERNEL + kx
+            taps = taps + (load_float(at, c_inside)[:, None],)
     return taps
 
 
@@ -214,7 +216,9 @@ def expand_depthwise_kernel(
         c, c_inside, expand_bias, expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var, expand_eps
     )
     if TAPS_HELD:
-        held = taps_of(weight, c, c_inside, KERNEL)
+        held = ()  # the taps that each of STRIDE successive input rows meets
+        for s in tl.static_range(STRIDE):
+            held = held + (taps_of(weight, c, c_inside, KERNEL, s, STRIDE),)
     scale, shift = scale_shift(c, c_inside, bias, norm_weight, norm_bias, norm_mean, norm_var, eps)
 
     INPUTS: tl.constexpr = (STRIP - 1) * STRIDE + KERNEL
@@ -227,11 +231,12 @@ def expand_depthwise_kernel(
     for _ in tl.static_range(PENDING * STRIP):
         sums = sums + (tl.zeros((BLOCK, LANES), dtype=tl.float32),)
     for t in range(tall + PENDING - 1):
-        if TAPS_HELD:
-            taps = held
-        else:
-            taps = taps_of(weight, c, c_inside, KERNEL)
         for s in tl.static_range(STRIDE):
+            # With stride 2 an input row meets every second row of taps; all 25 at once cost bfloat16 a spill.
+            if TAPS_HELD:
+                taps = held[s]  # type: ignore[var-annotated]
+            else:
+                taps = taps_of(weight, c, c_inside, KERNEL, s, STRIDE)
             y_loaded = top_loaded + (t * STRIDE + s)
             y_loaded_inside = (row_loaded < out_height) & (y_loaded >= 0) & (y_loaded < height)
             if WIDE:
@@ -264,7 +269,7 @@ def expand_depthwise_kernel(
                     for j in tl.static_range(PENDING):
                         for ox in tl.static_range(STRIP):
                             if j * STRIDE + s < KERNEL and ix - ox * STRIDE >= 0 and ix - ox * STRIDE < KERNEL:
-                                tap_weight = taps[(j * STRIDE + s) * KERNEL + ix - ox * STRIDE]
+                                tap_weight = taps[j * KERNEL + ix - ox * STRIDE]  # type: ignore[var-annotated]
                                 added = added + (sums[j * STRIP + ox] + value * tap_weight,)
                             else:
                                 added = added + (sums[j * STRIP + ox],)
@@ -398,11 +403,17 @@ def one_pass(
 ) -> bool:
     """Whether the expanded tensor is to stay on the chip; else it is written, and a second launch reads it.
 
+    `kernel` is the size of a square kernel, 0 of any other.
+
     It does for 3x3 and 5x5 without dilation (neighbours share no input with it; larger kernels leave no registers), for
-    input channels up to a limit, and for planes that do not leave most of the lanes' work to halos and idle lanes.
+    input channels up to a limit, and for planes that do not leave most of the lanes' work to halos and idle lanes. If
+    pixels are no whole 16-byte vectors, every element takes an address and a mask of its own: 5x5 and stride 2 spilled,
+    even with strips of 2 (8 to 248 bytes on sm_80 and sm_90, Triton 3.7.1 and 3.8.0).
     """
     most = _MOST_IN_CHANNELS_EXACT if exact else _MOST_IN_CHANNELS[stride] * 2 // dtype.itemsize
-    if kernel > 5 or dilation > 1 or in_channels > most or (exact and (kernel > 3 or stride > 1)):
+    if kernel not in (3, 5) or dilation > 1 or in_channels > most:
+        return False
+    if (exact or not aligned) and (kernel > 3 or stride > 1):
         return False
     cut = cut_of(kernel, stride, dtype, exact, aligned, capability)
     sweep = sweep_of(cut, 1, out_height, out_width, kernel, stride, 1)
@@ -448,7 +459,7 @@ def expand_depthwise_squeeze(
     x = _launch.channels_last(x)
     batch, in_channels, height, width = x.shape
     _, channels, out_height, out_width = y.shape
-    kernel = weight.shape[2]
+    kernel = weight.shape[2] if weight.shape[2] == weight.shape[3] else 0  # of a square one
     exact = x.dtype == torch.float32 and not allow_tf32
     tf32 = x.dtype == torch.float32 and allow_tf32
     expand_norm = (expand_bias, expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var)

@@ -19,6 +19,7 @@ class Call:
         shape: of x, (N, C, H, W); of pooled, (N, C).
         out: output channels of a product.
         reduced: width of squeeze-and-excitation.
+        kernel: height and width of the convolution's kernel, or one number for both.
         weight: type of the convolution's weight; None: that of x.
     """
 
@@ -26,7 +27,7 @@ class Call:
     shape: tuple[int, ...]
     dtype: torch.dtype = BFLOAT16
     out: int = 0
-    kernel: int = 3
+    kernel: int | tuple[int, int] = 3
     stride: int = 1
     dilation: int = 1
     reduced: int = 0
@@ -40,12 +41,17 @@ class Call:
         words = [self.op, "x".join(map(str, self.shape)), str(self.dtype).removeprefix("torch.")]
         words += [f"to {self.out}"] if self.out else []
         words += (
-            [f"{self.kernel}x{self.kernel} stride {self.stride}"] if "conv" in self.op or "depthwise" in self.op else []
+            ["{}x{} stride {}".format(*self.window, self.stride)] if "conv" in self.op or "depthwise" in self.op else []
         )
         words += [f"dilation {self.dilation}"] if self.dilation > 1 else []
         words += [name for name in ("gated", "residual", "allow_tf32") if getattr(self, name)]
         words += [] if self.weight is None else [f"{str(self.weight).removeprefix('torch.')} weight"]
         return ", ".join([*words, self.activation])
+
+    @property
+    def window(self) -> tuple[int, int]:
+        """Height and width of the kernel."""
+        return (self.kernel, self.kernel) if isinstance(self.kernel, int) else self.kernel
 
     @property
     def wide(self) -> bool:
@@ -70,18 +76,18 @@ class Call:
             options |= {"gate": _meta(n, channels, dtype=self.dtype)} if self.gated else {}
             options |= {"residual": self._image(n, self.out, *self.shape[2:])} if self.residual else {}
             return options | {"allow_tf32": self.allow_tf32}
-        padding = (self.dilation * (self.kernel // 2),) * 4
+        padding = tuple(self.dilation * (size // 2) for size in self.window for _ in range(2))
         options |= {"stride": self.stride, "padding": padding}
         if self.op == "expand_depthwise_squeeze":
             expand = {f"expand_{name}": t for name, t in _norm(self.out).items()}
             expand |= {"expand_weight": _meta(self.out, channels, 1, 1, dtype=weight)}
             options |= {**expand, "expand_eps": 1e-5, "expand_activation": self.activation}
-            options |= {"weight": _meta(self.out, 1, self.kernel, self.kernel, dtype=weight), **_norm(self.out)}
+            options |= {"weight": _meta(self.out, 1, *self.window, dtype=weight), **_norm(self.out)}
             return options | {"dilation": self.dilation, "allow_tf32": self.allow_tf32}
         if self.op == "conv_bn_act":
-            options |= {"weight": _meta(self.out, channels, self.kernel, self.kernel, dtype=weight), **_norm(self.out)}
+            options |= {"weight": _meta(self.out, channels, *self.window, dtype=weight), **_norm(self.out)}
             return options | {"allow_tf32": self.allow_tf32}
-        options |= {"weight": _meta(channels, 1, self.kernel, self.kernel, dtype=weight), **_norm(channels)}
+        options |= {"weight": _meta(channels, 1, *self.window, dtype=weight), **_norm(channels)}
         options |= {"dilation": self.dilation}
         if not self.reduced:
             return options
@@ -138,7 +144,9 @@ POINTWISE: tuple[Call, ...] = (
 )
 
 
-def _depthwise(which: str, images: int, channels: int, size: int, kernel: int, stride: int, **others: Any) -> Call:
+def _depthwise(
+    which: str, images: int, channels: int, size: int, kernel: int | tuple[int, int], stride: int, **others: Any
+) -> Call:
     reduced = max(1, channels // 24) if which in ("_gate", "_se") else 0
     shape = (images, channels, size, size)
     return Call(f"depthwise_bn_act{which}", shape, kernel=kernel, stride=stride, reduced=reduced, **others)
@@ -153,6 +161,11 @@ DEPTHWISE: tuple[Call, ...] = (
     ),
     _depthwise("", 256, 96, 14, 7, 1),
     _depthwise("", 256, 96, 14, 9, 2),
+    _depthwise("", 256, 96, 56, (1, 11), 1),
+    _depthwise("", 256, 96, 56, (11, 1), 1, dtype=FLOAT32),
+    _depthwise("", 256, 96, 56, 11, 1),
+    _depthwise("", 256, 96, 14, 13, 1, weight=FLOAT32),
+    _depthwise("", 256, 96, 14, 13, 2, dtype=FLOAT32),
     _depthwise("", 256, 240, 28, 5, 1, dilation=2, dtype=FLOAT16),
     _depthwise("", 2, 7, 13, 3, 1, activation="gelu_tanh"),
     _depthwise("", 2, 7, 13, 5, 2, dtype=FLOAT32),
@@ -186,6 +199,9 @@ EXPAND: tuple[Call, ...] = (
     _expand(256, 32, 56, 192, 5, 2, dtype=FLOAT32, allow_tf32=True),
     _expand(256, 16, 112, 96, 3, 2, dtype=FLOAT32, allow_tf32=True),
     _expand(256, 64, 28, 384, 5, 2),
+    _expand(256, 64, 28, 384, 5, 2, weight=FLOAT32),
+    _expand(2, 30, 28, 181, 5, 2),
+    _expand(2, 30, 56, 181, 3, 2, activation="gelu_tanh"),
 )
 GATE: tuple[Call, ...] = (
     Call("squeeze_excite_gate", (256, 1152), reduced=48),

@@ -119,7 +119,7 @@ def _pointwise(call: Call) -> Iterator[Rule]:
 def _depthwise(call: Call) -> Iterator[Rule]:
     if not call.wide:
         return
-    yield wide_loads(call.kernel)  # a row of inputs, at the least
+    yield wide_loads(call.window[1])  # a row of inputs, at the least
     yield some_wide_stores
     if not call.reduced:
         yield wide_stores
@@ -172,9 +172,10 @@ def one_tanh_per_pixel(kernel: TritonKernel) -> str | None:
 
     call = kernel.call
     assert call is not None
-    cut = cut_of(call.kernel, call.stride, call.dtype, call.exact, call.wide, kernel.arch // 10)
+    kernel_size = call.window[0]  # a square one
+    cut = cut_of(kernel_size, call.stride, call.dtype, call.exact, call.wide, kernel.arch // 10)
     stored = 8 * kernel.accesses("STG")[16]
-    wanted = stored + stored // cut.strip * call.stride * inputs_of(cut.strip, call.kernel, call.stride)
+    wanted = stored + stored // cut.strip * call.stride * inputs_of(cut.strip, kernel_size, call.stride)
     found = kernel.special_functions["TANH"]
     return None if found == wanted else f"{found} MUFU.TANH for {wanted} pixels; swish takes one for each"
 

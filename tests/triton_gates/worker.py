@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton_gates import amd
@@ -158,11 +159,11 @@ def compiled_mutants(arch: int) -> dict[str, TritonKernel]:
 def main(arch: str, target: Path) -> None:
     if arch == amd.ARCHITECTURE:
         driver.set_active(Absent(GPUTarget("hip", arch, 64)))
-        readings: dict[str, Any] = {"calls": compiled_for_amd()}
+        readings: dict[str, Any] = {"calls": compiled_for_amd() if "amd" in backends else None}
     else:
         driver.set_active(Absent(GPUTarget("cuda", int(arch), 32)))
         readings = {"calls": compiled_calls(int(arch)), "mutants": compiled_mutants(int(arch))}
-    target.write_bytes(pickle.dumps(readings))
+    target.write_bytes(pickle.dumps({**readings, "triton": triton.__version__}))
 
 
 if __name__ == "__main__":
