@@ -234,6 +234,26 @@ def test_what_no_forward_reads_costs_nothing(network: nn.Module, change: Callabl
     assert is_fused(block, x)
 
 
+@pytest.mark.parametrize("depth", range(3))
+def test_an_object_in_lists_is_compared_by_its_attributes(network: nn.Module, depth: int) -> None:
+    block, x = network.blocks[0], images(1, 5, 5, channels=8)
+    block.kept = kept = Settings()
+    for _ in range(depth):
+        block.kept = [block.kept]
+    effkernels.optimize_(network)
+    assert is_fused(block, x)
+    assert is_fused(copy.deepcopy(block), x)
+    kept.scale = 3.0
+    assert not is_fused(block, x)
+
+
+@pytest.mark.parametrize("kept", [[[[Settings()]]], [[[[[1]]]]], torch.ones(2), torch.Generator()])
+def test_an_attribute_that_cannot_be_compared_is_the_reason(network: nn.Module, kept: object) -> None:
+    network.blocks[0].kept = kept
+    block = next(block for block in effkernels.optimize_(network).blocks if block.name == "blocks.0")
+    assert block.reason == f"its attribute 'kept' of Block (a {type(kept).__name__}) cannot be compared at every call"
+
+
 def test_a_method_replaced_in_a_class_is_seen(network: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = copy.deepcopy(network)
     effkernels.optimize_(network)

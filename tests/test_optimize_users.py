@@ -528,6 +528,50 @@ def test_weights_that_are_no_plain_tensors_are_left_to_pytorch(network: nn.Modul
         torch.testing.assert_close(network(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
+def _without_parameters(network: nn.Module, keep: object) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            weight = module.weight.detach()
+            del module._parameters["weight"]
+            keep(module, weight)
+
+
+def _quantise_the_head(network: nn.Module) -> None:
+    torch.ao.quantization.quantize_dynamic(network, {nn.Linear}, inplace=True)
+
+
+def _script_a_block(network: nn.Module) -> None:
+    network.blocks[1] = torch.jit.script(network.blocks[1])
+
+
+BEFORE = {
+    "weights as attributes": (
+        lambda network: _without_parameters(network, lambda module, weight: setattr(module, "weight", weight)),
+        (0, "its attribute 'weight' of Conv2d (a Tensor) cannot be compared at every call"),
+    ),
+    "weights as buffers": (
+        lambda network: _without_parameters(network, lambda module, weight: module.register_buffer("weight", weight)),
+        (0, "'weight' of Conv2d is no parameter of it"),
+    ),
+    "a quantised head": (_quantise_the_head, (3, "its forward does not run in float64")),
+    "a scripted block": (_script_a_block, (2, "its forward does not run in float64")),
+}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", BEFORE)
+def test_what_others_did_before_is_kept_and_is_the_reason(network: nn.Module, name: str) -> None:
+    change, (fused, reason) = BEFORE[name]
+    change(network)
+    x = images(2, 33, 35)
+    with torch.no_grad():
+        wanted = network(x)
+        report = effkernels.optimize_(network)
+        torch.testing.assert_close(network(x), wanted, rtol=1e-4, atol=1e-4)
+    assert report.fused == fused, str(report)
+    assert any(reason in block.reason for block in report.blocks), str(report)
+
+
 # -------------------------------------------------------------------------------------------- tools that look inside
 
 

@@ -59,7 +59,7 @@ def freeze(value: Any, of_tensor: Callable[[Tensor], Any] = Same, depth: int = _
     if isinstance(value, set | frozenset):
         return (type(value), frozenset(freeze(one, of_tensor, depth - 1) for one in value))
     attributes = getattr(value, "__dict__", None)
-    if attributes is None:
+    if attributes is None or depth == 1:  # its attributes would be compared as one dict, which is not the object
         return Same(value)
     return (type(value), freeze(dict(attributes), of_tensor, depth - 1))
 

@@ -171,6 +171,28 @@ class Guard:
                 return False
         return True
 
+    def complaint(self, twin: nn.Module) -> str:
+        """What on a twin of the root is not as recorded; "" if nothing is.
+
+        Twins have copies of all attributes, so these are objects of which only the identity could be compared: whoever
+        changes one of them in place would not be noticed.
+        """
+        found: dict[str, nn.Module] = {"": twin}
+        for record in self.records:
+            module = _reach(found, record.path)
+            if module is None:
+                continue
+            name = record.cls.__name__
+            for attribute, value in record.attributes or ():
+                if attribute in module.__dict__ and freeze(module.__dict__[attribute]) != value:
+                    kind = type(module.__dict__[attribute]).__name__
+                    return f"its attribute {attribute!r} of {name} (a {kind}) cannot be compared at every call"
+            if record.has_parameters:
+                for parameter in ("weight", "bias"):
+                    if parameter not in parameters_of(module):
+                        return f"{parameter!r} of {name} is no parameter of it"
+        return ""
+
     def take_traced(self, root: nn.Module) -> tuple[Any, ...] | None:
         """`take` as torch.compile traces it: every comparison becomes a guard of the graph."""
         modules: dict[str, Any] = {"": root}

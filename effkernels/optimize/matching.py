@@ -152,7 +152,7 @@ class _Matcher:
                 elif role.kind == "opaque" and isinstance(self._root.get_submodule(str(node.target)), nn.Conv2d):
                     self._found.left[str(node.target)] = role.value
                 elif role.kind == "linear":
-                    weight = self._root.get_submodule(str(node.target))._parameters["weight"]
+                    weight = self._root.get_submodule(str(node.target))._parameters.get("weight")
                     if weight is not None and weight.is_cpu and weight.numel() >= _LEAST_WEIGHTS:
                         self._found.linears.append(node)
         self._found.hazard = self._hazard()
