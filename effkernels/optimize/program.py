@@ -67,6 +67,30 @@ def keeps_expanded(x: Tensor, backend: str) -> bool:
     return x.is_cpu and (backends.selected() if backend == "auto" else backend) in ("auto", "cpu")
 
 
+LEAST_WEIGHTS_PER_VALUE = 6
+
+
+def convolve(module: Any, x: Any, nchw: bool) -> Any:
+    """`module(x)` for a convolution that stays PyTorch's, in the memory format in which that is faster."""
+    if torch.compiler.is_compiling():
+        return module(outward(x, nchw))
+    if not _is_faster_in_nchw(module, x):
+        return module(x)
+    result = module(x.contiguous())
+    return result if nchw else result.contiguous(memory_format=torch.channels_last)
+
+
+def _is_faster_in_nchw(module: Any, x: Any) -> bool:
+    weight = module._parameters.get("weight")
+    return (
+        x.is_cpu
+        and isinstance(weight, Tensor)
+        and weight.numel() >= LEAST_WEIGHTS_PER_VALUE * x.numel()
+        and not weight.is_contiguous(memory_format=torch.channels_last)
+        and not x.is_contiguous()
+    )
+
+
 MOST_ROWS = 4  # of what a linear layer is given, up to which its weights' way from memory is all that counts
 
 
@@ -109,6 +133,7 @@ def _is_few_rows(module: Any, x: Any, backend: str) -> bool:
 _BASE: dict[str, Any] = {
     "__builtins__": builtins,  # and no __name__: torch.compile would look for the names in the module of that name
     "Tensor": Tensor,
+    "convolve": convolve,
     "inward": inward,
     "keeps_expanded": keeps_expanded,
     "like": like,

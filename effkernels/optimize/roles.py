@@ -44,6 +44,7 @@ _FORMAT_FREE_MODULES = (
     *(nn.Conv2d, BatchNorm, nn.Dropout, nn.Dropout2d, nn.Identity, nn.ZeroPad2d, nn.ConstantPad2d),
     *(nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d),
 )
+_FORMAT_FREE_FUNCTIONS = frozenset({torch.cat, torch.concat, torch.concatenate})
 _QUESTIONS = frozenset({"size", "dim", "numel", "stride", "is_contiguous"})
 
 
@@ -265,6 +266,8 @@ def _convolution(path: str, conv: nn.Conv2d, padded: bool) -> Convolution:
 def is_format_free(root: nn.Module, node: fx.Node, role: Role) -> bool:
     """Whether a node gives the same values for a channels_last input as for a contiguous one, and takes both."""
     if node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _FORMAT_FREE_MODULES):
+        return True
+    if node.op == "call_function" and node.target in _FORMAT_FREE_FUNCTIONS:
         return True
     return role.kind in (
         "conv",

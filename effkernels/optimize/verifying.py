@@ -87,6 +87,8 @@ class _Trial:
             return f"its forward writes to the attribute {written}"
         try:
             found = self._program.run(self._fused.root, x)
+            if found is None:  # some decline NCHW
+                found = self._program.run(self._fused.root, x.contiguous(memory_format=torch.channels_last))
         except (RuntimeError, TypeError, ValueError) as error:
             return f"the fused operators refuse it: {error}"
         if found is None:
