@@ -117,12 +117,13 @@ def _convolutions() -> list[tuple[nn.Conv2d, object]]:
         (Conv2dStaticSamePadding(4, 4, 3, stride=2, image_size=8), (0, 1, 0, 1)),
         (Conv2dStaticSamePadding(4, 4, 5, stride=2, image_size=9), (2, 2, 2, 2)),
         (Standardised(4, 4, 3, 1, 1), Unknown),
-        (nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"), Unknown),
+        (nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect"), (1, 1, 1, 1)),
+        (Plain(4, 4, 3, 1, 1, padding_mode="reflect"), Unknown),
         (nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3, 1, 1)), Unknown),
     ]
 
 
-@pytest.mark.parametrize("index", range(14))
+@pytest.mark.parametrize("index", range(15))
 def test_the_padding_of_any_class_is_known_by_what_it_computes(index: int) -> None:
     conv, wanted = _convolutions()[index]
     if wanted is Unknown:

@@ -64,7 +64,7 @@ class Step:
         residual: what is added to the result.
         gate: which multiplies the input (1x1), or which is computed too (depthwise).
         applies_gate: the result is already multiplied by the gate.
-        is_bare: nothing follows the convolution; it is the operator's for channels_last tensors alone.
+        is_bare: nothing follows the convolution.
     """
 
     conv: Convolution
@@ -87,9 +87,11 @@ class Step:
         return self.conv.op
 
     @property
-    def is_only_for_channels_last(self) -> bool:
-        """Whether the module itself is called for an NCHW tensor: nothing is gained that two conversions would cost."""
-        return self.is_bare and not self.conv.few_channels and len(self.nodes) == 1
+    def is_optional(self) -> bool:
+        """Whether the module itself is called where it is faster: for an NCHW tensor two conversions cost more than the
+        operator gains.
+        """
+        return self.is_bare and len(self.nodes) == 1
 
     @property
     def reads(self) -> list[fx.Node]:
@@ -161,8 +163,10 @@ class _Matcher:
         plain = step.norm is None and step.activation == "identity" and step.residual is None and step.gate is None
         if plain and not self._continues(step):
             step.is_bare = True
-        if step.is_bare and conv.op == "conv_bn_act":
+        if step.is_bare and (conv.op == "conv_bn_act" or conv.few_channels):
             reason = "there is nothing behind it to fuse with"
+            if conv.few_channels:
+                reason += ", and PyTorch's is faster for that few channels"
             user = self._only_user(node)
             if user is not None and self._roles.of(user).kind == "opaque":
                 reason = f"what follows it, {_named(user)}, cannot be fused: {self._roles.of(user).value}"

@@ -91,6 +91,15 @@ def _is_faster_in_nchw(module: Any, x: Any) -> bool:
     )
 
 
+def takes_bare(x: Tensor) -> bool:
+    """Whether a convolution that nothing follows is the operator's: channels_last tensors, on a CPU in float32.
+
+    Two conversions of an NCHW image cost more than the operator gains; in bfloat16, PyTorch's time divided by the
+    operator's is 0.5 to 1.5 (see `roles.FEWEST_CHANNELS_BARE` for the machine and the shapes).
+    """
+    return x.stride(1) == 1 and (x.dtype is torch.float32 or not x.is_cpu)
+
+
 MOST_ROWS = 4  # of what a linear layer is given, up to which its weights' way from memory is all that counts
 
 
@@ -142,6 +151,7 @@ _BASE: dict[str, Any] = {
     "pad": F.pad,
     "same": same,
     "squeeze": squeeze,
+    "takes_bare": takes_bare,
     **{name: getattr(ops, name) for name in ops.__all__},
 }
 

@@ -13,7 +13,7 @@ class BlockReport:
     Attributes:
         name: path of the module, or of the convolution.
         kind: "mbconv", "depthwise_separable", "fused_mbconv", "conv_norm_act", "conv" (nothing follows: the operator's
-            between channels_last tensors, PyTorch's on NCHW, unless it has few channels), "squeeze_excite" or "block".
+            for channels_last tensors, on a CPU in float32; else PyTorch's), "squeeze_excite" or "block".
         fused: whether it runs fused.
         reason: why it does not; where it does, which convolutions inside stay as they are, and why ("" where none).
         backend: what runs it: "cuda", "triton", "cpu", "reference" or several joined by "+"; "" where it is not fused.

@@ -59,7 +59,7 @@ class Convolution:
         kernel_size: of both axes.
         stride, dilation: one for both axes.
         padding_mode: "zeros", or what `F.pad` puts around the input before: "reflect", "replicate", "circular".
-        few_channels: so few that PyTorch is slow at it in every memory format.
+        few_channels: too few to fill the vectors of the CPU's kernels.
     """
 
     path: str
@@ -94,11 +94,11 @@ class Role:
 # 48 channels at 48x48 1.8 / 3.1, 64 at 56x56 1.2 / 1.2, 128 at 28x28 1.4 / 1.1, 256 at 14x14 2.5 / 1.2.
 FEWEST_CHANNELS_LEFT = 96
 
-# Channels below which PyTorch's depthwise convolution of an NCHW image is slower on a CPU than the operator with its
-# two conversions. 3x3, one thread, PyTorch / operator in milliseconds: 3 channels at 256x256, batch 8, 43.5 / 6.1;
-# 8 channels at 512x512, batch 4, 104 / 57; 64 channels at 112x112, batch 8, 9.2 / 24.6. Between channels_last tensors
-# the operator is as fast or faster for any number.
-FEWEST_CHANNELS_OF_NCHW = 16
+# Channels from which a depthwise convolution that nothing follows is the operator's, for channels_last tensors in
+# float32 (see `program.takes_bare`). PyTorch's time divided by the operator's, one thread of two, AMD EPYC, kernels
+# from 3x1 to 11x11: 64 channels at 56x56, batch 1 0.9 to 1.5, batch 8 1.8 to 2.3; 240 at 14x14 1.3 to 1.8 and
+# 0.8 to 1.6; 960 at 7x7 1.3 to 1.7; but 8 channels at 256x256 0.6 to 1.0, and 3 channels 0.6 to 0.9.
+FEWEST_CHANNELS_BARE = 16
 
 
 class Roles:
@@ -259,7 +259,7 @@ def _convolution(path: str, conv: nn.Conv2d, padded: bool) -> Convolution:
         raise Unknown(problem)
     if stride not in (1, 2):
         raise Unknown(f"stride={stride} of a depthwise convolution; allowed: 1, 2")
-    few = conv.in_channels < FEWEST_CHANNELS_OF_NCHW
+    few = conv.in_channels < FEWEST_CHANNELS_BARE and conv.weight.device.type == "cpu"
     return Convolution(path, "depthwise_bn_act", padding, (kernel, other), stride, dilation, mode, few)
 
 

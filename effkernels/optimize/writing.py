@@ -232,7 +232,7 @@ class _Writer:
     def _write_node(self, node: fx.Node) -> None:
         if node.op == "placeholder":
             self._values[node] = "x"
-            readers = sum(node in step.reads for step in self._match.steps if not step.is_only_for_channels_last)
+            readers = sum(node in step.reads for step in self._match.steps if not step.is_optional)
             if readers > 1:  # once here instead of once in each of them
                 self._lines.append("x = inward(x, nchw)")
             return
@@ -256,8 +256,8 @@ class _Writer:
     def _write_step(self, step: Step, value: str) -> None:
         expansion = self._expansions.get(step)
         source = self._values[(expansion or step).source]
-        if expansion is None and step.is_only_for_channels_last:
-            self._lines += [f"if {source}.stride(1) == 1:", _INDENT + self._call(step, source, value)]
+        if expansion is None and step.is_optional:
+            self._lines += [f"if takes_bare({source}):", _INDENT + self._call(step, source, value)]
             self._lines += ["else:", f"{_INDENT}{value} = {self._part(step.conv.path, 'module')}({source})"]
         elif expansion is None:
             self._lines.append(self._call(step, source, value))
