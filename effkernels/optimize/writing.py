@@ -348,8 +348,12 @@ class _Writer:
             module = self._part(str(node.target), "module")
             if node in self._match.linears:
                 return f"linear({module}, {args[0]}, {self._backend!r})"
-            if not restore and len(args) == 1 and isinstance(self._root.get_submodule(str(node.target)), nn.Conv2d):
-                return f"convolve({module}, {args[0]}, nchw)"
+            called = self._root.get_submodule(str(node.target))
+            if len(args) == 1 and role.kind != "unit" and self._backend == "auto":
+                if isinstance(called, nn.Conv2d):
+                    return f"convolve({module}, {args[0]}, nchw)"
+                if restore and any(_is_dense(one) for one in called.modules()):
+                    return f"as_written({module}, {self._argument(node.args[0])}, nchw)"
             return f"{module}({', '.join(args)})"
         if node.op == "call_method":
             return f"{args[0]}.{_checked(str(node.target))}({', '.join(args[1:])})"
@@ -399,6 +403,10 @@ def _expansions(match: Match) -> dict[Step, Step]:
         if simple and set(before.result.users) <= step.nodes:
             found[step] = before
     return found
+
+
+def _is_dense(module: nn.Module) -> bool:
+    return isinstance(module, nn.Conv2d) and module.groups == 1 and module.kernel_size != (1, 1)
 
 
 def _checked(name: str) -> str:
