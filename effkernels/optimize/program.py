@@ -5,8 +5,9 @@ longer what the match saw, and calls the fused operators and, for the rest, what
 it can be pickled with the model, read in a traceback, and traced by torch.compile; as straight code it costs little
 more than the operators (a loop over steps would cost half as much again).
 
-Memory format: the result has the format of the input. For an NCHW input everything between is channels_last, and goes
-back to NCHW before whatever might depend on strides, and at the end.
+Memory format: the result has the format of the input. For an NCHW input everything between is channels_last, but for
+convolutions that stay PyTorch's where NCHW is faster, and goes back to NCHW before whatever might depend on strides,
+and at the end.
 """
 
 from __future__ import annotations
