@@ -112,6 +112,8 @@ class _Trial:
     def _run_fused(self, x: Tensor) -> list[Tensor] | str:
         try:
             found = self._program.run(self._fused.root, x)
+            if found is None:  # some decline NCHW
+                found = self._program.run(self._fused.root, x.contiguous(memory_format=torch.channels_last))
         except (RuntimeError, TypeError, ValueError) as error:
             return f"the fused operators refuse it: {error}"
         if found is None:
