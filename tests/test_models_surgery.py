@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import effkernels
 from effkernels.models import EfficientNet
 from effkernels.nn import BatchNormAct2d, MBConv, PaddedConv2d
+from effkernels.nn.fusible import fusible_norm
 from effkernels.peers import import_timm, import_torchvision
 
 SIZE = (2, 78, 70)
@@ -196,6 +197,13 @@ def test_a_synchronised_model_keeps_its_activations(convert: Callable[[nn.Module
             if isinstance(module, nn.SyncBatchNorm):
                 module.register_forward_hook(lambda *arguments: None)  # as written, not fused
         close(converted(x), wanted)
+
+
+def test_a_synchronised_model_still_runs_fused() -> None:
+    model = effkernels.convert_sync_batchnorm(small())
+    (argument, activation) = fusible_norm(model.bn1, "identity") or (None, "")
+    assert argument is not None
+    assert activation == "silu"
 
 
 def _activation(block: MBConv) -> None:

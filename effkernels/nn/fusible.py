@@ -31,7 +31,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from effkernels.backends import depthwise_kernel_problem
 from effkernels.nn.drop_path import DropPath
-from effkernels.nn.norm_act import BatchNormAct2d
+from effkernels.nn.norm_act import BatchNormAct2d, SyncBatchNormAct
 from effkernels.nn.padding import PaddedConv2d
 
 NormArguments: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]"
@@ -42,6 +42,7 @@ NormAct: TypeAlias = "tuple[NormArguments, str]"
 
 _CONVOLUTIONS = (nn.Conv2d, PaddedConv2d)
 _PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
+_NORMS_WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct)
 _ACTIVATIONS: dict[type[nn.Module], str] = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
@@ -61,6 +62,7 @@ _ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
         nn.BatchNorm2d(1, device="meta"),
         nn.SyncBatchNorm(1, device="meta"),
         BatchNormAct2d(1, device="meta"),
+        SyncBatchNormAct(1, device="meta"),
         DropPath(),
         *(cls() for cls in (*_ACTIVATIONS, *_GATES)),
     )
@@ -146,7 +148,7 @@ def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
     if norm is None or norm.training or not is_untouched(norm):
         return None
     children = norm._modules
-    if type(norm) is BatchNormAct2d or (type(norm) in _PLAIN_NORMS and "act" in children):
+    if type(norm) in _NORMS_WITH_ACTIVATION or (type(norm) in _PLAIN_NORMS and "act" in children):
         drop = children.get("drop")
         if len(children) != 2 or type(drop) is not nn.Identity or not is_untouched(drop):
             return None

@@ -104,6 +104,18 @@ class BatchNormAct2d(nn.BatchNorm2d):
         )
 
 
+class SyncBatchNormAct(nn.SyncBatchNorm):
+    """A synchronised batch norm and what follows it in the module that it replaces (dropout, activation)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, ...), floating; returns the same shape and dtype."""
+        y: Tensor = super().forward(x)
+        for module in self._modules.values():
+            if module is not None:
+                y = module(y)
+        return y
+
+
 def norm_act(norm: nn.Module, x: Tensor, activation: str) -> Tensor:
     """`norm(x)`, and what it leaves out: the activation, where `norm` is one of PyTorch's norms.
 

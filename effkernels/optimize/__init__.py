@@ -6,7 +6,8 @@ print(report)
 
 from __future__ import annotations
 
-from effkernels.optimize.norms import SyncBatchNormAct, convert_sync_batchnorm, fold_bn_
+from effkernels.nn.norm_act import SyncBatchNormAct
+from effkernels.optimize.norms import convert_sync_batchnorm, fold_bn_
 from effkernels.optimize.optimizer import optimize_, restore_
 from effkernels.optimize.report import BlockReport, NotFusedError, Report
 

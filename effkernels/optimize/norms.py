@@ -7,27 +7,18 @@ Both keep the activation of modules that are norm and activation in one (timm's 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from effkernels.nn.norm_act import SyncBatchNormAct, activation_module
 from effkernels.optimize.optimizer import as_it_was_on_failure, restore_
 from effkernels.optimize.probing import activation_of, norm_activation_of
 from effkernels.optimize.survey import Survey, Unit
 from effkernels.optimize.unknown import Unknown
 from effkernels.optimize.verifying import undisturbed
-
-_ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
-    "relu": nn.ReLU,
-    "relu6": nn.ReLU6,
-    "silu": nn.SiLU,
-    "hard_swish": nn.Hardswish,
-    "gelu": nn.GELU,
-    "gelu_tanh": lambda: nn.GELU(approximate="tanh"),
-}
 
 
 def fold_bn_(model: nn.Module) -> int:
@@ -108,18 +99,6 @@ def convert_sync_batchnorm(module: nn.Module, process_group: object = None) -> n
     return _convert(module, activations, process_group)
 
 
-class SyncBatchNormAct(nn.SyncBatchNorm):
-    """A synchronised batch norm and what follows it in the module that it replaces (dropout, activation)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (N, C, ...), floating; returns the same shape and dtype."""
-        y: Tensor = super().forward(x)
-        for module in self._modules.values():
-            if module is not None:
-                y = module(y)
-        return y
-
-
 @dataclass(frozen=True)
 class _Folded:
     """A convolution with the norm behind it in its weights, and what is left of the norm."""
@@ -158,7 +137,7 @@ def _activation_module(norm: BatchNorm) -> nn.Module:
     if activation == "identity":
         return nn.Identity().train(norm.training)
     own = next((child for child in norm.children() if activation_of(child) == activation), None)
-    return _ACTIVATION_MODULES[activation]().train(norm.training) if own is None else own
+    return activation_module(activation).train(norm.training) if own is None else own
 
 
 def _used_more_than_once(model: nn.Module) -> set[int]:
@@ -194,7 +173,7 @@ def _synchronised(norm: BatchNorm, activation: str, process_group: object) -> nn
     result.train(norm.training)
     if activation != "identity" and norm_activation_of(result) != activation:
         # The activation is not one of its modules but written into its forward.
-        result._modules["act"] = _ACTIVATION_MODULES[activation]().train(norm.training)
+        result._modules["act"] = activation_module(activation).train(norm.training)
     return result
 
 
