@@ -102,6 +102,7 @@ class Survey:
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     _units: set[int] = field(default_factory=set)  # modules that run a program
+    _handing_on: set[int] = field(default_factory=set)  # containers among them that do nothing else
     _closed: set[int] = field(default_factory=set)  # modules that a trace around them must not look into
     _seen: set[int] = field(default_factory=set)
     _covered: set[str] = field(default_factory=set)  # convolutions that stand in the report
@@ -184,6 +185,8 @@ class Survey:
         self._covered |= {name for entry in unit.entries for name in entry.paths}
         if self.accept(unit):
             self._units.add(id(module))
+            if is_plain_container(module) and not unit.entries and not any(one.match.linears for one in methods):
+                self._handing_on.add(id(module))
 
     def _fusible_method(self, path: str, module: nn.Module, name: str) -> Method | None:
         """A method of a module around blocks, where a program of it gains something."""
@@ -235,12 +238,18 @@ class Survey:
     def _examine(self, path: str, module: nn.Module, name: str, refused: dict[str, str]) -> Method | None:
         """Trace and match a method; None where it cannot be traced, with the reason kept."""
         try:
-            trace = Trace(module, name, lambda one: id(one) in self._units or id(one) in self._closed)
+            trace = Trace(module, name, self._is_leaf)
         except Unknown as reason:
             self._reasons.setdefault(path, str(reason))
             return None
         roles = Roles(module, frozenset(self._units), refused)
         return Method(trace, roles, match(module, trace.graph, roles), [])
+
+    def _is_leaf(self, module: nn.Module) -> bool:
+        """Whether a trace must not look into a module. It does into a container that only hands tensors on: a call of
+        the whole network then goes from block to block.
+        """
+        return (id(module) in self._units or id(module) in self._closed) and id(module) not in self._handing_on
 
     def _guess(self, module: nn.Module) -> Method | None:
         """A layer that cannot be traced, as it probably is; None where nothing can be said."""

@@ -141,11 +141,14 @@ def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _wants_plain() -> bool:
     """Whether somebody looks at the operations: torch.jit.trace, the ONNX exporters, a transform of torch.func."""
-    return not torch.compiler.is_dynamo_compiling() and (
-        torch._C._get_tracing_state() is not None
-        or torch._C._are_functorch_transforms_active()
-        or torch.onnx.is_in_onnx_export()
-    )
+    if _is_compiling():  # the second question takes a microsecond, and dynamo cannot trace the others
+        return not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export()
+    return _is_tracing() or _in_transform()
+
+
+_is_compiling = torch.compiler.is_compiling
+_is_tracing = torch._C._is_tracing
+_in_transform = torch._C._are_functorch_transforms_active
 
 
 def _verify(module: nn.Module, name: str) -> bool:
