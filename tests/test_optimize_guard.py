@@ -361,6 +361,26 @@ def test_a_copy_compares_its_own_modules(network: nn.Module, duplicate: Callable
     assert is_fused(block, x)
 
 
+def _replica(module: nn.Module) -> nn.Module:
+    """What nn.DataParallel makes of a module for another device."""
+    replica = module._replicate_for_data_parallel()
+    for name, child in module._modules.items():
+        replica._modules[name] = _replica(child)
+    for name, parameter in module._parameters.items():
+        setattr(replica, name, None if parameter is None else parameter.detach().clone())
+    for name, buffer in module._buffers.items():
+        replica._buffers[name] = None if buffer is None else buffer.clone()
+    return replica
+
+
+def test_replicas_of_data_parallel_run_fused(network: nn.Module) -> None:
+    plain = copy.deepcopy(network)
+    effkernels.optimize_(network)
+    replica = _replica(network)
+    assert is_fused(replica.blocks[0], images(1, 5, 5, channels=8))
+    assert_as_before(replica, plain, images(2, 33, 35))
+
+
 def test_an_object_among_the_attributes_is_copied_with_its_module() -> None:
     block = randomise(nn.Sequential(nn.Conv2d(3, 8, 1), Reading()))[1]
     effkernels.optimize_(block)

@@ -235,21 +235,9 @@ class _Bound:
     """
 
     __slots__ = (
-        *(
-            "_root",
-            "_classes",
-            "_method_names",
-            "_methods",
-            "_modules",
-            "_types",
-            "_dicts",
-            "_sizes",
-            "_getters",
-            "_gotten",
-            "_values",
-            "_hooks",
-        ),
-        *("_contents", "_copies", "_children", "_named", "_holders", "_leaves", "_linked", "_part_in", "_part_at"),
+        *("_root", "_classes", "_method_names", "_methods", "_modules", "_types", "_dicts", "_sizes"),
+        *("_getters", "_gotten", "_values", "_hooks", "_contents", "_copies", "_children", "_named"),
+        *("_holders", "_leaves", "_linked", "_part_in", "_part_at", "_part_types"),
     )
 
     def __init__(self, root: nn.Module, guard: Guard) -> None:
@@ -297,6 +285,8 @@ class _Bound:
         taken = [_place_of(found, part) for part in guard.parts]
         self._part_in = [holder for holder, _ in taken]
         self._part_at = [name for _, name in taken]
+        modules = (holder[name] for holder, name in taken if isinstance(holder[name], nn.Module))
+        self._part_types = _PLAIN_TYPES.union(map(type, modules))
 
     def take(self, root: nn.Module) -> tuple[Any, ...] | None:
         """The parts as they are now; None where anything may have changed."""
@@ -316,7 +306,7 @@ class _Bound:
             parts = tuple(map(operator.getitem, self._part_in, self._part_at))
         except Exception:  # a part is gone, or a comparison says neither yes nor no
             return None
-        if not _PLAIN_TYPES.issuperset(map(type, parts)) and not all(_is_plain_part(part) for part in parts):
+        if not self._part_types.issuperset(map(type, parts)) and not all(map(is_plain_tensor, parts)):
             return None
         return parts
 
@@ -332,10 +322,6 @@ def is_plain_tensor(value: Any) -> bool:
     if not isinstance(value, Tensor) or type(value) in _PLAIN_TYPES or isinstance(value, FakeTensor | FunctionalTensor):
         return True
     return type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and not nn.parameter.is_lazy(value)
-
-
-def _is_plain_part(value: Any) -> bool:
-    return isinstance(value, nn.Module) or not isinstance(value, Tensor) or is_plain_tensor(value)
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
@@ -358,6 +344,8 @@ def _is_as(record: Record, module: nn.Module) -> bool:
     if record.path and not is_untouched(module):
         return False
     names = record.free.union(name for name, _ in record.attributes)
+    if record.has_parameters and not module._parameters:  # a replica of nn.DataParallel has them as attributes
+        names |= {"weight", "bias"}
     for name, value in record.attributes:
         if name not in module.__dict__ or freeze(module.__dict__[name]) != value:
             return False
