@@ -223,7 +223,7 @@ def choose(
     if asked == "reference" and isinstance(x, Tensor):
         return "reference"
     # The ways of nearly every call come first: this runs some fifty times in one forward of a small network.
-    if type(x) not in _TENSOR_TYPES or (weight is not None and type(weight) not in _TENSOR_TYPES):
+    if not (_is_readable(x) and (weight is None or _is_readable(weight))):
         return _choose_for_subclass(op, x, weight, asked)
     if _needs_plain_pytorch():
         return "reference"
@@ -262,13 +262,20 @@ def choose(
 _TENSOR_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
 
 
+def _is_readable(tensor: Tensor) -> bool:
+    """Whether it is no subclass of Tensor that decides itself what an operator does with it, as quantised ones do."""
+    if type(tensor) in _TENSOR_TYPES:
+        return True
+    return isinstance(tensor, Tensor) and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+
+
 def _choose_for_subclass(op: str, x: Tensor, weight: Tensor | None, asked: str) -> str:
-    """The choice where x or weight is of a subclass of Tensor, which decides itself what an operator does with it."""
+    """The choice where x or weight is of a subclass of Tensor that decides itself what an operator does with it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: the input is {type(x).__name__}; allowed: Tensor")
     if _checked(asked, "backend") == "auto" or _needs_plain_pytorch():
         return "reference"
-    name, found = ("x", x) if type(x) not in _TENSOR_TYPES else ("weight", weight)
+    name, found = ("weight", weight) if _is_readable(x) else ("x", x)
     raise RuntimeError(
         f"{op}: backend={asked!r} was asked for and cannot run: {name} is a {type(found).__name__}; allowed: Tensor, "
         f"Parameter"

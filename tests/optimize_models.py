@@ -87,7 +87,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("timm", "hardcorenas_a", 14),
     Peer("timm", "rexnet_100", 18),
     Peer("timm", "repvit_m0_9", 34, size=None),
-    Peer("timm", "mixnet_s", 18, left=18),
+    Peer("timm", "mixnet_s", 84),
     Peer("timm", "maxvit_rmlp_pico_rw_256", 12, size=(64, 64), options={"img_size": 64}),
     Peer("timm", "maxvit_tiny_tf_224", 12, size=None),
     Peer("timm", "coatnet_rmlp_0_rw_224", 8, size=None),

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from optimize_network import Block, assert_as_before
-from peer_models import images, randomise
+from peer_models import images, randomise, timm_model
 from torch import Tensor, nn
 
 import effkernels
@@ -43,6 +43,13 @@ def test_few_rows_of_a_large_classifier_go_through_the_operator(batch: int) -> N
     assert _operators(model, x).count("aten::linear") == (1 if batch <= 4 else 2)
     assert_as_before(model, plain, x)
     assert effkernels.restore_(model) == 1
+
+
+def test_the_classifier_of_timms_head_is_among_them() -> None:
+    model = timm_model("efficientnet_b0")
+    report = effkernels.optimize_(model)
+    assert report.notes == ("classifier: batches of up to 4 go through pointwise_bn_act on a CPU",)
+    assert _operators(model, images(1, 64, 64)).count("aten::linear") == 0
 
 
 def _hook(head: nn.Module) -> None:

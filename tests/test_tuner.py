@@ -79,7 +79,7 @@ def test_backends_are_known_by_what_the_operator_asks_for(op: str, monkeypatch: 
     asked: list[BackendKey] = []
 
     def choose(*arguments: Any, **options: Any) -> str:
-        asked.append(backends.key_of(*arguments, **options))
+        asked.append(backends.key_of(*arguments[:5], **options))  # without the backend
         return "reference"
 
     for found in pkgutil.iter_modules(ops.__path__):

@@ -18,10 +18,12 @@ from benchmarks.gpu_check.common import ROOT, NotAvailable, Options, environment
 # Every test file that asks for the backend fixture, the most telling ones first.
 FILES = (
     "tests/test_ops_parity.py",
+    "tests/test_ops_special_values.py",
     "tests/test_nn_blocks.py",
     "tests/test_models_parity.py",
     "tests/test_models_api.py",
     "tests/test_ops_compile.py",
+    "tests/test_backends.py",
 )
 
 _SHORTEST = 20.0  # seconds: less is not worth the start of the tests

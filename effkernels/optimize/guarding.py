@@ -16,7 +16,8 @@ PyTorch's functions themselves. A new kind of thing that a forward may read belo
 `Guard.take_traced`, and into the table of changes in tests/test_optimize_guard.py.
 
 `Guard.take` resolves the records to objects once (`_Bound`) and from then on compares those in a few loops that run in
-C: some 3 microseconds for the twenty modules of a block.
+C. For the twenty modules of a block of B0 that takes 6 microseconds, and 45 where the objects have left the processor's
+cache (one core of an AMD EPYC): most of it is waiting for memory, so what is touched counts, not what is compared.
 """
 
 from __future__ import annotations

@@ -221,11 +221,13 @@ class _Fitter:
 
 
 def _first_channels(method: Method) -> int:
-    """Channels of the input, as the first convolution has them."""
+    """Channels of the input, as the first convolution or linear layer has them."""
     for node in method.trace.graph.nodes:
         if node.op == "call_module":
             modules = method.trace.root.get_submodule(str(node.target)).modules()
-            conv = next((module for module in modules if isinstance(module, nn.Conv2d)), None)
-            if conv is not None:
-                return conv.in_channels
+            for module in modules:
+                if isinstance(module, nn.Conv2d):
+                    return module.in_channels
+                if isinstance(module, nn.Linear):
+                    return module.in_features
     return 3
