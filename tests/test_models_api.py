@@ -139,6 +139,14 @@ def test_feature_info() -> None:
     assert len(info[:2]) == 2
 
 
+@pytest.mark.parametrize("feature_cls", [None, "list", "getter"])
+def test_every_class_of_timms_that_is_offered_gives_the_same_maps(feature_cls: str | None) -> None:
+    backbone = effkernels.create_model("efficientnet_b0", features_only=True, feature_cls=feature_cls).eval()
+    with torch.inference_mode():
+        shapes = [tuple(t.shape[1:]) for t in backbone(images(1, 64, 64))]
+    assert shapes == [(16, 32, 32), (24, 16, 16), (40, 8, 8), (112, 4, 4), (320, 2, 2)]
+
+
 def test_unasked_stages_are_not_run() -> None:
     backbone = randomise(EfficientNetFeatures(SMALL, out_indices=(0, 1)))
     backbone.blocks[2].register_forward_hook(lambda *arguments: pytest.fail("the last stage ran"))

@@ -115,6 +115,8 @@ def test_no_weights_are_shipped() -> None:
         ({"global_pool": "sum"}, "global_pool='sum' is not known"),
         ({"global_pool": ""}, "num_classes=1000 must be 0"),
         ({"out_indices": (0,)}, "out_indices=.* is for features_only=True"),
+        ({"feature_cls": "list"}, "feature_cls='list' is for features_only=True"),
+        ({"feature_cls": "fx", "features_only": True}, "feature_cls='fx' is not offered; allowed: 'list', 'getter'"),
         ({"features_only": True, "out_indices": (5,)}, "must name at least one of the 5 feature maps, as -5 to 4"),
         ({"features_only": True, "out_indices": ()}, "must name at least one"),
     ],

@@ -165,6 +165,23 @@ def test_traced_by_torch_fx(training: bool, pad_type: str) -> None:
         close(found, model(x))
 
 
+@pytest.mark.parametrize(
+    ("module", "channels"),
+    [
+        pytest.param(small, 3, id="network"),
+        pytest.param(lambda: effkernels.create_model("efficientnet_b0", features_only=True), 3, id="backbone"),
+        pytest.param(lambda: MBConv(8, 8, pad_type="same"), 8, id="MBConv"),
+        pytest.param(lambda: BatchNormAct2d(8), 8, id="BatchNormAct2d"),
+    ],
+)
+def test_traced_by_torch_fx_and_then_scripted(module: Callable[[], nn.Module], channels: int) -> None:
+    model, x = module().eval(), images(1, 64, 48, channels)
+    scripted = torch.jit.script(fx.symbolic_trace(model))
+    with torch.no_grad():
+        for found, expected in zip(list(scripted(x)), list(model(x)), strict=True):
+            close(found, expected)
+
+
 def test_torchvisions_feature_extractor(own_b0: EfficientNet) -> None:
     import_torchvision()
     from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names

@@ -6,8 +6,7 @@ rebuilt like timm's. In eval mode every convolution runs as a fused operator, in
 in training mode, and where a trace of torch.fx or torch.jit looks on, the modules run one by one.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
 import math
 from collections.abc import Sequence
 from typing import Any

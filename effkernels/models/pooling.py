@@ -1,7 +1,6 @@
 """Global pooling as a module of a network."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
 from collections.abc import Callable
 
 from torch import Tensor, nn

@@ -72,6 +72,7 @@ def create_model(
     global_pool: str = "avg",
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
+    feature_cls: str | None = None,
     pad_type: str | None = None,
     bn_eps: float | None = None,
     bn_momentum: float | None = None,
@@ -94,6 +95,8 @@ def create_model(
         global_pool: "avg", "max" or "".
         features_only: return a backbone whose forward gives the list of feature maps.
         out_indices: of a backbone: which maps; None: all.
+        feature_cls: of a backbone, for code written for timm: "list" or "getter", which give the same list of maps;
+            None: "list".
         pad_type, bn_eps, bn_momentum: override what the name, or the checkpoint's library, stands for.
         checkpoint_path: a .pth or .safetensors file of timm, torchvision, lukemelas, Hugging Face or NVIDIA; see
             `effkernels.models.load_checkpoint`.
@@ -117,6 +120,10 @@ def create_model(
         )
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices={tuple(out_indices)} is for features_only=True")
+    if feature_cls is not None and not features_only:
+        raise ValueError(f"feature_cls={feature_cls!r} is for features_only=True")
+    if feature_cls not in (None, "list", "getter"):
+        raise ValueError(f"feature_cls={feature_cls!r} is not offered; allowed: 'list', 'getter'")
     config = replace(
         registered.config,
         input_size=(in_chans, *registered.config.input_size[1:]),

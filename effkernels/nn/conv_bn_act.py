@@ -1,7 +1,6 @@
 """A convolution with its batch norm and activation, fused in eval mode."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
 import torch
 from torch import Tensor, nn
 

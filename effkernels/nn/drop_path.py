@@ -1,7 +1,6 @@
 """Stochastic depth, dropped per sample."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
 from torch import Tensor, nn
 
 

@@ -5,8 +5,7 @@ activation and the squeeze-and-excitation gate, and the 1x1 project that multipl
 residual as it writes. On the CPU they are cut elsewhere: expand and depthwise in one, the gate by itself, the project.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
 import torch
 from torch import Tensor, nn
 

@@ -4,8 +4,7 @@ Norm and activation are one module, with the activation as its child `act`, beca
 that cuts a network by its children, or hooks `bn1` or `bn1.act`, finds the same values in both.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
 from collections.abc import Callable
 
 import torch

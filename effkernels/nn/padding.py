@@ -5,8 +5,7 @@ With stride 2 that differs from symmetric padding by a shift of one pixel, which
 some 3 %, so weights have to run with the padding they were trained with.
 """
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
 from typing import Literal, TypeAlias
 
 import torch

@@ -1,7 +1,6 @@
 """Squeeze-and-excitation (Hu et al. 2018, "Squeeze-and-Excitation Networks")."""
 
-from __future__ import annotations
-
+# No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
 from typing import TypedDict
 
 import torch
