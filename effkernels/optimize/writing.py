@@ -372,11 +372,16 @@ class _Writer:
                 return f"{self._name(type(value))}({inner})"
             return f"({inner},)" if len(value) == 1 else f"({inner})"
         if isinstance(value, dict):
-            return "{" + ", ".join(f"{key!r}: {self._argument(one, restore)}" for key, one in value.items()) + "}"
+            return (
+                "{"
+                + ", ".join(f"{self._argument(key)}: {self._argument(one, restore)}" for key, one in value.items())
+                + "}"
+            )
         if isinstance(value, slice):
             parts = (value.start, value.stop, value.step)
             return f"slice({', '.join(self._argument(part, restore) for part in parts)})"
-        if isinstance(value, _SCALARS) and not (isinstance(value, float) and not math.isfinite(value)):
+        # Not of a subclass, whose repr may be anything.
+        if type(value) in _SCALARS and not (isinstance(value, float) and not math.isfinite(value)):
             return repr(value)
         return self._name(value)
 
