@@ -70,3 +70,44 @@ def build_info() -> dict[str, Any]:
     ``torch_target`` (the oldest torch that can load it), ``cpu_isas`` (widest first).
     """
     return dict(_build_info)
+
+
+def cuda_problem(capability: tuple[int, int], driver: int) -> str:
+    """Why the CUDA kernels of the library run on no GPU of a capability; "" where they do.
+
+    Machine code runs on every later minor version of its major one; PTX, which the driver compiles, on everything
+    later, by a driver that is not older than the compiler that wrote it.
+
+    Args:
+        capability: (9, 0) for sm_90.
+        driver: the newest CUDA that the driver knows, as it says so: 13000 for 13.0.
+    """
+    number = 10 * capability[0] + capability[1]
+    built = str(_build_info.get("cuda_version") or "")
+    newest = tuple(map(int, built.split(".")[:2])) if built else (0, 0)
+    known = (driver // 1000, driver % 1000 // 10)
+    if known[0] < newest[0]:
+        return f"the library was built with CUDA {built} and the driver knows CUDA up to {known[0]}.{known[1]}"
+    archs = [str(arch) for arch in _build_info.get("cuda_archs", [])]
+    by_driver = False
+    for arch in archs:
+        name, _, kind = arch.partition("-")
+        if not name.isdigit():
+            if name == f"{number}a":  # sm_90a and its like run on their own capability alone
+                return ""
+        elif kind != "virtual" and int(name) // 10 == capability[0] and int(name) <= number:
+            return ""
+        elif kind == "virtual" and int(name) <= number:
+            by_driver = True
+    if by_driver and known < newest:
+        return (
+            f"the library has no machine code for sm_{number}, and the driver, which knows CUDA up to "
+            f"{known[0]}.{known[1]}, cannot compile what CUDA {built} wrote; "
+            f"build it for this GPU: EFFKERNELS_CUDA_ARCHS={number} make build"
+        )
+    if by_driver:
+        return ""
+    return (
+        f"the library is built for {', '.join(archs) or 'no GPU'}, which sm_{number} cannot run; "
+        f"build it for this GPU: EFFKERNELS_CUDA_ARCHS={number} make build"
+    )

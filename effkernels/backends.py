@@ -391,9 +391,4 @@ def _find_cuda_problem(index: int) -> str:
     capability = torch.cuda.get_device_capability(index)
     if capability < _OLDEST_CUDA_CAPABILITY:
         return f"compute capability {'.'.join(map(str, capability))} of cuda:{index} is below 8.0"
-    built = str(_library.build_info().get("cuda_version") or "")
-    driver: int = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]
-    if built and driver < 1000 * int(built.split(".")[0]):
-        known = f"{driver // 1000}.{driver % 1000 // 10}"
-        return f"the library was built with CUDA {built} and the driver knows CUDA up to {known}"
-    return ""
+    return _library.cuda_problem(capability, torch._C._cuda_getDriverVersion())  # type: ignore[attr-defined]

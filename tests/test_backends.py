@@ -92,7 +92,7 @@ def test_reasons(compiled: None) -> None:
 
 def test_a_driver_or_a_gpu_that_is_too_old_is_the_reason(monkeypatch: pytest.MonkeyPatch, compiled: None) -> None:
     monkeypatch.setattr(backends, "_COMPILED_CUDA", frozenset(ALL_OPS))
-    monkeypatch.setattr(_library, "build_info", lambda: {"cuda_version": "13.0.88"})
+    monkeypatch.setattr(_library, "_build_info", {"cuda_version": "13.0.88", "cuda_archs": ["90-real"]})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
 
     def reason(driver: int) -> str:
@@ -105,6 +105,38 @@ def test_a_driver_or_a_gpu_that_is_too_old_is_the_reason(monkeypatch: pytest.Mon
     assert reason(12080) == "the library was built with CUDA 13.0.88 and the driver knows CUDA up to 12.8"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
     assert reason(13000) == "compute capability 7.5 of cuda:0 is below 8.0"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (8, 9))
+    assert reason(13000).startswith("the library is built for 90-real, which sm_89 cannot run; build it for this GPU")
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "driver", "problem"),
+    [
+        (["90-real", "90-virtual"], (9, 0), 13000, ""),
+        (["80-real"], (8, 6), 13000, ""),  # a later minor version
+        (["86-real"], (8, 0), 13000, "the library is built for 86-real, which sm_80 cannot run"),
+        (["80-real"], (9, 0), 13000, "the library is built for 80-real, which sm_90 cannot run"),
+        (["80-virtual"], (9, 0), 13000, ""),
+        (["80-virtual"], (9, 0), 13020, ""),
+        (["80-virtual", "80-real"], (12, 0), 13000, ""),
+        (["90-virtual"], (8, 0), 13000, "the library is built for 90-virtual, which sm_80 cannot run"),
+        (["90a-real"], (9, 0), 13000, ""),
+        (["90a-real"], (10, 0), 13000, "the library is built for 90a-real, which sm_100 cannot run"),
+        (["90a-virtual"], (12, 0), 13000, "the library is built for 90a-virtual, which sm_120 cannot run"),
+        ([], (9, 0), 13000, "the library is built for no GPU, which sm_90 cannot run"),
+        (["90-real"], (9, 0), 12080, "the library was built with CUDA 13.1.80 and the driver knows CUDA up to 12.8"),
+        # Machine code of the same major CUDA version runs; PTX of a later one is not understood.
+        (["90-real"], (9, 0), 13000, ""),
+        (["80-virtual"], (9, 0), 13000, "the library has no machine code for sm_90, and the driver"),
+    ],
+)
+def test_code_for_the_gpu_is_looked_for(
+    archs: list[str], capability: tuple[int, int], driver: int, problem: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = "13.1.80" if "driver" in problem else "13.0.88"
+    monkeypatch.setattr(_library, "_build_info", {"cuda_version": version, "cuda_archs": archs})
+    found = _library.cuda_problem(capability, driver)
+    assert found == "" if not problem else found.startswith(problem)
 
 
 @pytest.mark.parametrize("op", ALL_OPS)

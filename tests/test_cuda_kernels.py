@@ -9,11 +9,13 @@ import op_cases
 import pytest
 import torch
 from emulation.control import A100, H200, Emulation, Emulator
+from hypothesis import example, given, settings, strategies
 from op_cases import Case
 from parity import assert_parity
 from torch import Tensor
 
 import effkernels
+from effkernels.gpus import GPUS, Gpu
 
 DEVICES = {"H200": H200, "A100": A100}
 # One multiprocessor: nothing fits a grid that is resident as a whole, and there are no clusters.
@@ -61,6 +63,54 @@ def test_what_does_not_fit_on_the_chip_is_two_launches(emulated: Emulator) -> No
     before = launches(emulated)
     call(emulated, case.op, arguments)
     assert launches(emulated) - before == 2
+
+
+def test_a_team_that_the_gpu_has_no_room_for_is_two_launches(emulated: Emulator) -> None:
+    """A limit of MPS, or a green context, leaves a grid fewer multiprocessors than the device has."""
+    emulated.configure(Emulation(flavour=emulated.flavour, limits=A100))
+    case = CASES["depthwise_bn_act_se"].with_(batch=2)
+    arguments = case.draw()
+    (expected,) = call(emulated, case.op, arguments)
+    before = launches(emulated)
+    emulated.module.refuse_cooperative(True)
+    try:
+        (found,) = call(emulated, case.op, arguments)
+    finally:
+        emulated.module.refuse_cooperative(False)
+    assert launches(emulated) - before == 2
+    (truth,), (plain,) = op_cases.truth(case, arguments), op_cases.run(effkernels.reference, case, arguments)
+    assert_parity(found, plain, truth)
+    assert_parity(expected, plain, truth)
+
+
+def test_limits_of_a_kernel_are_lifted_once_for_each_device(emulated: Emulator) -> None:
+    """And never set to what one launch takes, which would be too little for another thread's."""
+    case = CASES["depthwise_bn_act_se"].with_(channels=128, height=56, width=56)
+    devices = [(90, 131, *H200[2:]), (90, 130, *H200[2:])]  # that no other test uses
+    lifted = []
+    for limits in (*devices, *devices):
+        emulated.configure(Emulation(flavour=emulated.flavour, limits=limits))
+        for height in (56, 48, 56):
+            before = emulated.module.function_attributes_set()
+            emulated.module.clear_launches()
+            call(emulated, case.op, case.with_(height=height).draw())
+            assert emulated.launches()[0]["shared_bytes"] > 48 * 1024
+            lifted.append(emulated.module.function_attributes_set() - before)
+    assert lifted == [2, 0, 0] * 2 + [0, 0, 0] * 2
+
+
+def test_asking_for_the_limits_of_a_device_leaves_the_current_one(emulated: Emulator) -> None:
+    other = emulated.module.use_device([80, 39, *A100[2:]])
+    current = emulated.module.use_device(list(H200))
+    limits_of = getattr(torch.ops, emulated.namespace).cuda_limits
+    assert list(limits_of(other))[:2] == [80, 39]
+    assert emulated.module.current_device() == current
+
+
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_the_table_of_gpus_says_what_the_library_finds(gpu: Gpu, emulated: Emulator) -> None:
+    device = emulated.module.use_device(gpu.limits())
+    assert list(getattr(torch.ops, emulated.namespace).cuda_limits(device)) == gpu.limits()
 
 
 def test_a_convolution_of_many_channels_is_pytorchs_and_one_launch(emulated: Emulator) -> None:
@@ -134,12 +184,12 @@ def test_a_failed_allocation_is_an_error_and_no_more(emulated: Emulator) -> None
 
 
 def test_a_refused_launch_leaves_the_counters_clean(emulated: Emulator) -> None:
-    # 8 KB of shared memory: enough for 8 channels and 3x3, not for 264 and 9x9.
+    # 8 KB of shared memory: enough for 8 channels and 3x3, not for 9x9 and 1000 hidden values.
     emulated.configure(Emulation(flavour=emulated.flavour, limits=(80, 41, 8192, 8192, *A100[4:])))
     small = CASES["depthwise_bn_act_gate"].with_(channels=8, reduced=2)
     arguments = small.draw()
     expected = call(emulated, small.op, arguments)
-    refused = CASES["depthwise_bn_act_gate"].with_(kernel=(9, 9), padding=(4, 4, 4, 4))
+    refused = CASES["depthwise_bn_act_gate"].with_(kernel=(9, 9), padding=(4, 4, 4, 4), reduced=1000)
     with pytest.raises(RuntimeError, match="depthwise_bn_act_gate: the CUDA kernel could not be launched"):
         call(emulated, refused.op, refused.draw())
     assert all(torch.equal(a, b) for a, b in zip(call(emulated, small.op, arguments), expected, strict=True))
@@ -241,6 +291,56 @@ def test_plans_stay_within_the_device(device: str, channels: int, plane: int, ba
                 assert int(launch["cluster"]) <= limits[7]
                 if launch["cooperative"] == "1":
                     assert int(launch["grid"]) <= limits[1]
+
+
+CHANNELS = strategies.integers(1, 4096) | strategies.sampled_from([1152, 2688, 3840, 8192, 65536])
+SIZES = strategies.integers(1, 600) | strategies.sampled_from([7, 14, 28, 56, 112])
+
+
+@strategies.composite
+def plannable(draw: strategies.DrawFn) -> tuple[str, list[int]]:
+    """An operator and a call of it that a plan is made for."""
+    op = draw(strategies.sampled_from(op_cases.ALL_OPS))
+    batch = draw(strategies.integers(1, 2048))
+    channels, out_channels, reduced = draw(CHANNELS), draw(CHANNELS), draw(strategies.integers(1, 8192) | CHANNELS)
+    reduced, height, width = min(reduced, 8192), draw(SIZES), draw(SIZES)
+    kernel = (draw(strategies.integers(1, 13)), draw(strategies.integers(1, 13)))
+    stride = draw(strategies.integers(1, 3))
+    padding = [kernel[0] // 2, kernel[0] // 2, kernel[1] // 2, kernel[1] // 2]
+    yes = strategies.integers(0, 1)
+    if op == "squeeze_excite_gate":
+        return op, [batch, channels, reduced]
+    if op == "pointwise_bn_act":
+        return op, [batch, height, width, channels, out_channels, draw(yes), draw(yes), draw(yes)]
+    if op == "conv_bn_act":
+        return op, [batch, draw(strategies.integers(1, 64)), out_channels, height, width, *kernel, stride, *padding]
+    excites = op in ("depthwise_bn_act_gate", "depthwise_bn_act_se")
+    dilation = draw(strategies.integers(1, 2))
+    padding = [side * dilation for side in padding]
+    shape = [batch, channels, height, width, *kernel, stride, dilation, *padding, reduced if excites else 0]
+    return op, [*shape, draw(CHANNELS), draw(yes)] if op == op_cases.EXPAND_OP else shape
+
+
+@pytest.mark.usefixtures("compiled")
+@settings(max_examples=2000, deadline=None)
+@given(call=plannable(), dtype=strategies.sampled_from(["float32", "float16", "bfloat16"]))
+@example(call=("depthwise_bn_act_gate", se_shape(1024, 8192, 7, 7, 8192)), dtype="float32")
+@example(call=("squeeze_excite_gate", [1024, 8192, 8192]), dtype="float32")
+def test_no_plan_asks_for_more_than_any_gpu_has(call: tuple[str, list[int]], dtype: str) -> None:
+    op, shape = call
+    for gpu in GPUS:
+        for launch in planned(op, shape, tuple(gpu.limits()), dtype):
+            if "grid" not in launch:  # PyTorch's own
+                continue
+            across, down = map(int, launch["block"].split(","))
+            assert 0 < across * down <= 1024
+            assert 0 <= int(launch["shared"]) <= gpu.capability.shared_per_block, (gpu.name, launch)
+            assert 1 <= int(launch["cluster"]) <= gpu.capability.largest_cluster
+            assert int(launch["grid"]) % int(launch["cluster"]) == 0
+            if launch["cooperative"] == "1":
+                shared = int(launch["shared"]) + 1024
+                resident = min(gpu.capability.shared_per_multiprocessor // shared, 2048 // (across * down))
+                assert int(launch["grid"]) <= resident * gpu.multiprocessors, (gpu.name, launch)
 
 
 @pytest.mark.usefixtures("compiled")

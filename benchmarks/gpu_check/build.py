@@ -12,47 +12,24 @@ from benchmarks.kernel_economy.reading import ToolMissing, find_tool
 
 # In a process of its own: a library that was loaded before it was built anew stays the old one.
 _ASK = """
-import json, torch
+import json, sys, torch
 from effkernels import _library, backends
 missing = [op for op in backends.OPERATORS if not backends.can_run_cuda(op, device="meta", dtype=torch.float32).ok]
-print(json.dumps([_library.load_error(), _library.build_info().get("cuda_archs", []), missing]))
+there = torch.cuda.is_available()
+unfit = there and _library.cuda_problem(torch.cuda.get_device_capability(), torch._C._cuda_getDriverVersion())
+print(json.dumps([_library.load_error() or "", unfit or "", missing]))
 """
 
 
-def runs_on(archs: list[str], capability: int) -> bool:
-    """Whether code built for ``archs`` ("90-real", "90-virtual") runs on a GPU of a capability (90 for 9.0).
-
-    Machine code runs on every later minor version of its major one; PTX on everything later.
-    """
-    for arch in archs:
-        number, _, kind = arch.partition("-")
-        if not number.isdigit():
-            continue
-        built = int(number)
-        if built <= capability and (kind == "virtual" or built // 10 == capability // 10):
-            return True
-    return False
-
-
-def problem(answer: tuple[str | None, list[str], list[str]], capability: int | None) -> str | None:
-    """What is wrong with the library that answered, in one line; None if nothing is."""
-    load_error, archs, missing = answer
-    if load_error:
-        return load_error
-    if capability is not None and not runs_on(archs, capability):
-        return f"the library is built for {', '.join(archs) or 'no GPU'}, which this GPU (sm_{capability}) cannot run"
-    if missing:
-        return f"the library has no CUDA kernel of {', '.join(missing)}"
-    return None
-
-
-def ask() -> tuple[str | None, list[str], list[str]]:
-    """Load error, architectures and missing CUDA operators of the library as it is now."""
+def problem() -> str:
+    """What is wrong with the library as it is now, in one line; "" if nothing is."""
     done = subprocess.run(python("-c", _ASK), capture_output=True, text=True, env=environment(), cwd=ROOT)
     if done.returncode != 0:
-        return (done.stderr.strip().splitlines() or ["the package does not import"])[-1], [], []
-    load_error, archs, missing = json.loads(done.stdout.splitlines()[-1])
-    return load_error, archs, missing
+        return (done.stderr.strip().splitlines() or ["the package does not import"])[-1]
+    load_error, unfit, missing = json.loads(done.stdout.splitlines()[-1])
+    if load_error or unfit:
+        return str(load_error or unfit)
+    return f"the library has no CUDA kernel of {', '.join(missing)}" if missing else ""
 
 
 def build(options: Options) -> str:
@@ -63,8 +40,8 @@ def build(options: Options) -> str:
     if options.device == "cuda":
         major, minor = torch.cuda.get_device_capability()
         capability = 10 * major + minor
-    wrong = problem(ask(), capability)
-    if wrong is None:
+    wrong = problem()
+    if not wrong:
         return "the library that is there"
     print(f"building: {wrong}", flush=True)
     if capability is None:
@@ -77,8 +54,8 @@ def build(options: Options) -> str:
     there["PATH"] = f"{os.path.dirname(nvcc)}{os.pathsep}{there.get('PATH', '')}"
     done = subprocess.run(python("setup.py", "-q", "build_ext", "--inplace"), env=there, cwd=ROOT)
     assert done.returncode == 0, f"setup.py build_ext failed with exit status {done.returncode}"
-    still = problem(ask(), capability)
-    assert still is None, f"built, but {still}"
+    still = problem()
+    assert not still, f"built, but {still}"
     return f"built here for sm_{capability}"
 
 

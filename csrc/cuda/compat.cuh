@@ -39,20 +39,23 @@ inline Launch launch_of(const PlannedLaunch& planned, void* stream) {
   return at;
 }
 
+// Lets a kernel take all the shared memory and the largest clusters that the current device has. Once per kernel and
+// device: a limit for one launch would be that of a launch by another thread too, and cost a call of the driver each.
+cudaError_t lift_limits(const void* kernel);
+
 // What CUDA says to a launch that it refuses, and the launch where it does not.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_uncounted(void (*kernel)(Parameters...), const Launch& at, const Arguments&... arguments) {
+  constexpr size_t kSharedWithoutAsking = 48 * 1024;
+  constexpr unsigned kPortableCluster = 8;
+  if (at.shared_bytes > kSharedWithoutAsking || at.cluster > kPortableCluster) {
+    const cudaError_t error = lift_limits(reinterpret_cast<const void*>(kernel));
+    if (error != cudaSuccess) return error;
+  }
 #ifdef EFFKERNELS_EMULATED
   return emulation::launch({at.grid, at.block, at.shared_bytes, at.cluster, at.cooperative},
                            [&] { kernel(Parameters(arguments)...); });
 #else
-  constexpr size_t kSharedWithoutAsking = 48 * 1024;
-  constexpr unsigned kPortableCluster = 8;
-  if (at.shared_bytes > kSharedWithoutAsking) {
-    const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(at.shared_bytes));
-    if (error != cudaSuccess) return error;
-  }
   cudaLaunchAttribute attributes[2];
   cudaLaunchConfig_t config = {};
   config.gridDim = at.grid;
@@ -70,9 +73,8 @@ cudaError_t launch_uncounted(void (*kernel)(Parameters...), const Launch& at, co
   }
   if (at.cluster > kPortableCluster) {
     // A GPU with disabled multiprocessors may have no room for so large a cluster: ask, the answer is cheap.
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     int clusters = 0;
-    if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    const cudaError_t error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
     if (error != cudaSuccess) return error;
     if (clusters == 0) return cudaErrorInvalidClusterSize;
   }

@@ -13,7 +13,7 @@ cudaError_t run(const DepthwiseArguments& a, const Launch& at) {
 
 }  // namespace
 
-const char* const kClusterRefused = "no room for a cluster of this size";
+const char* const kTeamRefused = "no room for a team of this size";
 
 const char* launch_depthwise(const DepthwiseCall& call, const DepthwisePlan& plan, const DepthwiseWork& work,
                              void* stream) {
@@ -43,9 +43,9 @@ const char* launch_depthwise(const DepthwiseCall& call, const DepthwisePlan& pla
       error = run<__nv_bfloat16>(arguments, at);
       break;
   }
-  if (error != cudaSuccess && plan.in_cluster) {
+  if (error != cudaSuccess && plan.team > 0) {
     cudaGetLastError();  // answered by another plan: nobody else is to find it
-    return kClusterRefused;
+    return kTeamRefused;
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

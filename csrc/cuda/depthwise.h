@@ -6,7 +6,6 @@ namespace effkernels::cuda {
 
 constexpr int kDepthwiseThreads = 128;
 constexpr int kResidentThreads = 256;
-constexpr int64_t kMostReduced = 8192;  // hidden values of squeeze-and-excitation that lie in shared memory
 
 // How a depthwise operator cuts its work: see depthwise.cuh and depthwise_resident.cuh for what the words mean.
 struct DepthwisePlan {
@@ -71,8 +70,10 @@ DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limi
 DepthwiseScratch depthwise_scratch(const DepthwiseCall& call, const DepthwisePlan& plan);
 PlannedLaunches planned_launches(const DepthwiseCall& call, const DepthwisePlan& plan);
 
-// What launch_depthwise returns where the GPU refuses clusters as large as the plan's; nothing was launched.
-extern const char* const kClusterRefused;
+// What launch_depthwise returns where the GPU refuses a team as large as the plan's: it has no room for such a cluster,
+// or not for the whole grid at once (multiprocessors that are disabled, or kept for others by MPS or a green context).
+// Nothing was launched.
+extern const char* const kTeamRefused;
 
 // depthwise->pooled, se->gate (with se and not gated) are where the results beside y go.
 const char* launch_depthwise(const DepthwiseCall& call, const DepthwisePlan& plan, const DepthwiseWork& work,

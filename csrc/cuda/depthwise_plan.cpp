@@ -142,8 +142,20 @@ DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limi
     cut(p, most, kDepthwiseThreads, plan);
   }
   plan_rounds(p, limits, plan);
+  // What a block keeps grows with its images (their hidden values) and its channels (their taps).
+  const auto shared_bytes = [&] { return shared_floats(call, plan) * int64_t(sizeof(float)); };
+  while (shared_bytes() > limits.shared_per_block) {
+    if (plan.images > 1) {
+      --plan.images;
+    } else if (plan.channel_vectors > 1) {
+      cut(p, plan.channel_vectors / 2, kDepthwiseThreads, plan);
+      plan_rounds(p, limits, plan);
+    } else {
+      break;
+    }
+  }
   plan.units = divide_up(p.batch, plan.images);
-  plan.shared_bytes = shared_floats(call, plan) * int64_t(sizeof(float));
+  plan.shared_bytes = shared_bytes();
   return plan;
 }
 

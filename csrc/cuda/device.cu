@@ -1,16 +1,13 @@
 #include "device.h"
 
 #include <mutex>
+#include <set>
 #include <utility>
 
 #include "compat.cuh"
 
 namespace effkernels::cuda {
 namespace {
-
-constexpr int kFirstWithClusters = 90;
-// What sm_90 and its successors allow: 8 blocks everywhere, 16 where a kernel opts out of portability.
-constexpr int kLargestCluster = 16;
 
 cudaError_t ask(int device, DeviceLimits* limits) {
   int major = 0, minor = 0;
@@ -29,28 +26,52 @@ cudaError_t ask(int device, DeviceLimits* limits) {
     if (error != cudaSuccess) return error;
   }
   limits->capability = 10 * major + minor;
-  limits->largest_cluster = limits->capability >= kFirstWithClusters ? kLargestCluster : 1;
+  limits->largest_cluster = largest_cluster(limits->capability);
   return cudaSuccess;
 }
 
 }  // namespace
 
-const char* enter_device(int device, DeviceLimits* limits) {
+cudaError_t lift_limits(const void* kernel) {
+  static std::mutex mutex;
+  static std::set<std::pair<const void*, int>> lifted;
+  int device = 0, shared_per_block = 0, has_clusters = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (lifted.count({kernel, device}) > 0) return cudaSuccess;
+  error = cudaDeviceGetAttribute(&shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&has_clusters, cudaDevAttrClusterLaunch, device);
+  if (error == cudaSuccess)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_per_block);
+  if (error == cudaSuccess && has_clusters)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+  if (error == cudaSuccess) lifted.insert({kernel, device});
+  return error;
+}
+
+const char* device_limits(int device, DeviceLimits* limits) {
   constexpr int kDevices = 64;
   static std::mutex mutex;
   static DeviceLimits known[kDevices];
   static bool is_known[kDevices] = {};
   if (device < 0 || device >= kDevices) return "device index out of range; allowed: 0 to 63";
-  cudaError_t error = cudaSetDevice(device);
-  if (error != cudaSuccess) return cudaGetErrorString(error);
   const std::lock_guard<std::mutex> lock(mutex);
   if (!is_known[device]) {
-    error = ask(device, &known[device]);
+    const cudaError_t error = ask(device, &known[device]);
     if (error != cudaSuccess) return cudaGetErrorString(error);
     is_known[device] = true;
   }
   *limits = known[device];
   return nullptr;
+}
+
+const char* enter_device(int device, DeviceLimits* limits) {
+  int current = -1;
+  cudaError_t error = cudaGetDevice(&current);
+  // Only where it is another: cudaSetDevice would put the primary context in the place of a green one.
+  if (error == cudaSuccess && current != device) error = cudaSetDevice(device);
+  return error == cudaSuccess ? device_limits(device, limits) : cudaGetErrorString(error);
 }
 
 }  // namespace effkernels::cuda

@@ -21,9 +21,14 @@ struct DeviceLimits {
   int largest_cluster = 1;  // blocks; 1 where there are no clusters
 };
 
-// Makes a device the current one of this library's own CUDA runtime, which is not torch's, and tells its limits, which
-// are asked once.
+// The limits of a device, which are asked once.
+const char* device_limits(int device, DeviceLimits* limits);
+// Makes a device the current one of this library's own CUDA runtime, which is not torch's, and gives its limits.
 const char* enter_device(int device, DeviceLimits* limits);
+
+// Blocks of the largest cluster that a kernel may ask for: 8 on every GPU with clusters (CUDA C++ Programming Guide,
+// "Thread Block Clusters"); 16 on the data center GPUs of capability 9 and 10, for kernels that opt out of portability.
+constexpr int largest_cluster(int capability) { return capability < 90 ? 1 : capability < 110 ? 16 : 8; }
 
 // One launch of a plan: what `effkernels explain` prints. Grid and cluster are along x.
 struct PlannedLaunch {

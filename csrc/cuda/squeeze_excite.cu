@@ -17,6 +17,7 @@ cudaError_t run_scale(const ScaleParams& p, const ScalePlan& plan, const Launch&
 const char* launch_squeeze_excite(const SqueezeExciteParams& p, const SqueezeExcitePlan& plan, void* stream) {
   if (p.batch == 0) return nullptr;
   if (plan.blocks > std::numeric_limits<int32_t>::max()) return "more blocks than one launch can hold";
+  if (p.reduced > kMostReduced) return "more reduced channels than shared memory holds";
   if (p.channels > std::numeric_limits<int32_t>::max() / kMostImagesOfGate) return "more channels than 32 bits index";
   const Launch at = launch_of(planned_launches(p, plan)[0], stream);
   cudaError_t error = cudaErrorInvalidValue;

@@ -4,7 +4,8 @@
 
 namespace effkernels::cuda {
 
-constexpr int kMostImagesOfGate = 4;  // images whose gates one block computes together, reading each weight once
+constexpr int64_t kMostReduced = 8192;  // hidden values of an image, which are in shared memory
+constexpr int kMostImagesOfGate = 4;    // images whose gates one block computes together, reading each weight once
 constexpr int kSqueezeExciteThreads = 256;
 constexpr int kScaleThreads = 256;
 

@@ -99,13 +99,15 @@ Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
   const SqueezeExcite s = make_squeeze_excite(op, x, d.params.batch, d.params.channels, SE, x.scalar_type(), keep);
   const OnDevice here(d.y);
   cuda::DeviceLimits limits = limits_of(op, here);
-  const cuda::DepthwiseCall call{&d.params, &s.params, false, true};
+  cuda::DepthwiseCall call{&d.params, &s.params, false, true};
   cuda::DepthwisePlan plan;
-  const char* refused = cuda::kClusterRefused;
-  // 8 blocks are what a GPU with clusters has room for, as a rule; the largest there are, not always.
-  for (const int largest : {limits.largest_cluster, 8, 1}) {
-    if (refused != cuda::kClusterRefused) break;
-    limits.largest_cluster = std::min(largest, limits.largest_cluster);
+  const char* refused = cuda::kTeamRefused;
+  // 8 blocks are what a GPU with clusters has room for, as a rule; the largest there are, not always. Then a team in a
+  // grid that is resident as a whole (1), and at last none (0).
+  for (const int largest : {limits.largest_cluster, 8, 1, 0}) {
+    if (refused != cuda::kTeamRefused) break;
+    call.gated = largest > 0;
+    limits.largest_cluster = std::min(std::max(largest, 1), limits.largest_cluster);
     plan = cuda::plan_depthwise(call, limits);
     refused = run_depthwise(op, call, plan, d.y, here, keep);
   }
@@ -197,7 +199,7 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64
 
 std::vector<int64_t> cuda_limits(int64_t device) {
   cuda::DeviceLimits l;
-  check_launch("cuda_limits", cuda::enter_device(int(device), &l));
+  check_launch("cuda_limits", cuda::device_limits(int(device), &l));
   return {l.capability,
           l.multiprocessors,
           l.shared_per_multiprocessor,

@@ -62,6 +62,11 @@ Norm some_norm() {
   return norm;
 }
 
+void check_reduced(int64_t reduced) {
+  STD_TORCH_CHECK(reduced <= cuda::kMostReduced, "cuda_plan: reduced=", reduced, "; allowed: up to ",
+                  cuda::kMostReduced);
+}
+
 int64_t out_size(int64_t size, int64_t before, int64_t after, int64_t window, int64_t stride) {
   STD_TORCH_CHECK(stride >= 1 && size + before + after >= window, "cuda_plan: a size of ", size, " with padding ",
                   before, " + ", after, ", window ", window, ", stride ", stride, "; allowed: at least one output");
@@ -86,6 +91,7 @@ PlannedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shap
   se.gate = somewhere(), se.gate_dtype = dtype;
   se.batch = s[0], se.channels = s[1], se.reduced = s[12];
   const bool excites = op == "depthwise_bn_act_gate" || op == "depthwise_bn_act_se";
+  check_reduced(s[12]);
   STD_TORCH_CHECK(excites == (s[12] > 0), "cuda_plan: reduced=", s[12], " of ", op,
                   "; allowed: ", excites ? "1 or more" : "0");
   const cuda::DepthwiseCall call{&p, excites ? &se : nullptr, op == "depthwise_bn_act_squeeze",
@@ -108,6 +114,7 @@ PlannedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& s,
   p.w_reduce = p.w_expand = some(dtype), p.b_reduce = p.b_expand = some(DType::kFloat32);
   p.pooled = static_cast<const float*>(somewhere()), p.gate = somewhere(), p.gate_dtype = dtype;
   p.batch = s[0], p.channels = s[1], p.reduced = s[2];
+  check_reduced(s[2]);
   STD_TORCH_CHECK(s[1] >= 1 && s[2] >= 1, "cuda_plan: channels=", s[1], ", reduced=", s[2], "; allowed: 1 or more");
   return cuda::planned_launches(p, cuda::plan_squeeze_excite(p, limits));
 }

@@ -80,12 +80,15 @@ PYBIND11_MODULE(EFFKERNELS_EMULATION_MODULE, m) {
         return use_device({v[0], v[1], v[2], v[3], v[4], v[5], v[6], v[7], registers_per_thread});
       },
       py::arg("limits"), py::arg("registers_per_thread") = Limits{}.registers_per_thread);
+  m.def("current_device", &current_device);
   m.def("set_stream", &set_current_stream, py::arg("id"));
   m.def("set_capturing", &set_capturing, py::arg("capturing"));
   m.def("destroy_graphs", &destroy_user_objects);
   m.def("counters_lent_to_graphs", &effkernels::cuda::counters_lent_to_graphs);
   m.def("allocated_bytes", &allocated_bytes);
   m.def("fail_allocations", &fail_allocations, py::arg("count"));
+  m.def("refuse_cooperative", &refuse_cooperative, py::arg("refuse"));
+  m.def("function_attributes_set", &function_attributes_set);
   m.def("launches", &launches);
   m.def("clear_launches", [] { launch_log().clear(); });
   m.def("self_tests", [] {

@@ -22,7 +22,8 @@ struct Runtime {
   std::map<void*, size_t> allocations;
   int failing_allocations = 0;
   uint64_t stream = 0, next_stream = 1u << 20;
-  bool capturing = false;
+  bool capturing = false, refuses_cooperative = false;
+  int function_attributes = 0;
   cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
   std::vector<EmulatedUserObject> retained;
 };
@@ -71,6 +72,8 @@ int64_t allocated_bytes() {
   return bytes;
 }
 void fail_allocations(int count) { runtime().failing_allocations = count; }
+void refuse_cooperative(bool refuse) { runtime().refuses_cooperative = refuse; }
+int function_attributes_set() { return runtime().function_attributes; }
 
 int destroy_user_objects() {
   const std::vector<EmulatedUserObject> objects = std::move(runtime().retained);
@@ -99,6 +102,7 @@ cudaError_t check_launch(const Limits& limits, const dim3& grid, const dim3& blo
   if (shared_bytes > size_t(limits.shared_per_block)) return cudaErrorInvalidValue;
   if (cluster == 0 || cluster > unsigned(limits.largest_cluster)) return cudaErrorInvalidClusterSize;
   if (grid.x % cluster != 0) return cudaErrorInvalidConfiguration;
+  if (cooperative && runtime().refuses_cooperative) return cudaErrorCooperativeLaunchTooLarge;
   const int resident = blocks_per_multiprocessor(limits, static_cast<int>(threads), shared_bytes);
   if (cooperative && uint64_t(grid.x) * grid.y * grid.z > uint64_t(resident) * unsigned(limits.multiprocessors))
     return cudaErrorCooperativeLaunchTooLarge;
@@ -107,6 +111,7 @@ cudaError_t check_launch(const Limits& limits, const dim3& grid, const dim3& blo
 
 cudaError_t set_function_attribute(cudaFuncAttribute attribute, int value) {
   const Limits& limits = current_limits();
+  ++runtime().function_attributes;
   if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize && (value < 0 || value > limits.shared_per_block))
     return remember(cudaErrorInvalidValue);
   if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed && limits.largest_cluster == 1)

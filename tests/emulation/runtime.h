@@ -143,6 +143,10 @@ int destroy_user_objects();
 int64_t allocated_bytes();
 // The next calls of cudaMalloc fail.
 void fail_allocations(int count);
+// From now on cooperative launches are refused, as under a limit of MPS or in a green context.
+void refuse_cooperative(bool refuse);
+// Calls of cudaFuncSetAttribute so far.
+int function_attributes_set();
 
 // Blocks of this size that a multiprocessor holds at once.
 int blocks_per_multiprocessor(const Limits& limits, int threads, size_t shared_bytes);
