@@ -60,52 +60,80 @@ struct DepthwiseLane {
   }
 };
 
-// The block's parameters as float32 in shared memory, [tap][channel] and then scale and shift of each channel, so that
-// threads along the channels read neighbouring words. Stored as (C, 1, KH, KW), the taps of a block are one run of
-// memory.
-template <class W, int kCount>
-__device__ __forceinline__ void copy_taps(const W* from, int count, int tap_count, int block_channels, float* taps) {
-#pragma unroll 4
-  for (int at = threadIdx.x * kCount; at < count; at += blockDim.x * kCount) {
-    float value[kCount];
-    load(from + at, value);
+// The block's parameters as float32 in shared memory: a row of block_channels values for each tap, one of scales and
+// one of shifts. Within a row the channels lie in planes: first of every vector its channels 0 to 3, then of every
+// vector its channels 4 to 7. A thread reads 16 bytes of a plane, its neighbours the 16 bytes beside them, without a
+// conflict.
+template <int V>
+constexpr int kQuad = V < 4 ? V : 4;  // channels of a vector in one plane
+
+template <int V>
+__device__ __forceinline__ int place_in_row(int channel, int block_channels) {
+  constexpr int kPlanes = V / kQuad<V>;
+  if constexpr (kPlanes == 1) return channel;
+  return channel / kQuad<V> % kPlanes * (block_channels / kPlanes) + channel / V * kQuad<V> + channel % kQuad<V>;
+}
+
+// What a thread reads of them.
+template <int V>
+class ThreadParameters {
+ public:
+  __device__ __forceinline__ ThreadParameters(const float* rows, int block_channels, int vector)
+      : at_(rows + vector * kQuad<V>), row_(block_channels), plane_(block_channels / (V / kQuad<V>)) {}
+  // Channels `part` to `part + 4` of the thread's vector.
+  __device__ __forceinline__ Vector<float, kQuad<V>> operator()(int row, int part) const {
+    return *reinterpret_cast<const Vector<float, kQuad<V>>*>(at_ + row * row_ + part / kQuad<V> * plane_);
+  }
+
+ private:
+  const float* at_;
+  int row_, plane_;
+};
+
+// Stored as (C, 1, KH, KW). A thread takes one tap of the channels that lie together in a plane; 8 taps by 4 such
+// threads are a warp, which reads a few lines of memory and writes few words of the same bank.
+template <int V, class W>
+__device__ __forceinline__ void copy_taps(const W* from, int channels, int tap_count, int block_channels, float* rows) {
+  constexpr int Q = kQuad<V>, kAcross = 4;
+  const int quads = channels / Q;
+#pragma unroll 2
+  for (int at = threadIdx.x; at < (quads + kAcross - 1) / kAcross * kAcross * tap_count; at += blockDim.x) {
+    const int line = at / kAcross, tap = line % tap_count, quad = line / tap_count * kAcross + at % kAcross;
+    if (quad >= quads) continue;
+    Vector<float, Q> value;
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) taps[(at + i) % tap_count * block_channels + (at + i) / tap_count] = value[i];
+    for (int i = 0; i < Q; ++i) value.at[i] = to_float(from[(quad * Q + i) * tap_count + tap]);
+    float* to = rows + tap * block_channels + place_in_row<V>(quad * Q, block_channels);
+    *reinterpret_cast<Vector<float, Q>*>(to) = value;
   }
 }
 
-template <class T>
+template <class T, int V>
 __device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int tap_count, int64_t first_channel,
-                                                int block_channels, float* taps, ScaleShift* norm) {
+                                                int block_channels, float* rows) {
   const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
-  const int count = channels * tap_count;
   const int64_t first = first_channel * tap_count;
-  const bool wide = p.weight.dtype == DType::kFloat32;
-  const float* as_float = static_cast<const float*>(p.weight.data) + first;
-  const T* as_stored = static_cast<const T*>(p.weight.data) + first;
-  const bool aligned = reinterpret_cast<uintptr_t>(wide ? static_cast<const void*>(as_float) : as_stored) % 16 == 0;
-  if (wide && aligned && count % kVectorOf<float> == 0)
-    copy_taps<float, kVectorOf<float>>(as_float, count, tap_count, block_channels, taps);
-  else if (!wide && aligned && count % kVectorOf<T> == 0)
-    copy_taps<T, kVectorOf<T>>(as_stored, count, tap_count, block_channels, taps);
-  else if (wide)
-    copy_taps<float, 1>(as_float, count, tap_count, block_channels, taps);
+  if (p.weight.dtype == DType::kFloat32)
+    copy_taps<V>(static_cast<const float*>(p.weight.data) + first, channels, tap_count, block_channels, rows);
   else
-    copy_taps<T, 1>(as_stored, count, tap_count, block_channels, taps);
-  for (int i = threadIdx.x; i < channels; i += blockDim.x) norm[i] = scale_shift(p.norm, first_channel + i);
+    copy_taps<V>(static_cast<const T*>(p.weight.data) + first, channels, tap_count, block_channels, rows);
+  float* scales = rows + tap_count * block_channels;
+  for (int i = threadIdx.x; i < channels; i += blockDim.x) {
+    const ScaleShift norm = scale_shift(p.norm, first_channel + i);
+    const int place = place_in_row<V>(i, block_channels);
+    scales[place] = norm.scale, scales[block_channels + place] = norm.shift;
+  }
   __syncthreads();
 }
 
-// One strip, whose first output looks at the image from (top, left) on: the sums before the norm. All loads of a row
-// are under way before the first is used; the channels are then taken in parts, so that the taps of a part, the row and
-// the sums stay in registers together.
+// One strip, whose first output looks at the image from (top, left) on: the sums before the norm. A row is read as it
+// is stored; the channels are then taken four at a time, so that their taps, the row and the sums stay in registers.
 template <class Traits>
 __device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const typename Traits::T* image, int top,
-                                               int left, const float* taps, int block_channels,
+                                               int left, const ThreadParameters<Traits::kVector>& taps,
                                                float (&acc)[Traits::kStrip][Traits::kVector]) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector;
-  constexpr int kPart = K >= 5 ? 2 : 4;
 #pragma unroll 1
   for (int ky = 0; ky < K; ++ky) {
     if (top + ky < 0 || top + ky >= p.height) continue;
@@ -118,24 +146,22 @@ __device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const t
       from += p.x_stride_w;
     }
 #pragma unroll
-    for (int part = 0; part < V; part += kPart) {
-      float tap[K][kPart];
+    for (int part = 0; part < V; part += 4) {
+      Vector<float, 4> tap[K];
 #pragma unroll
-      for (int kx = 0; kx < K; ++kx)
+      for (int kx = 0; kx < K; ++kx) tap[kx] = taps(ky * K + kx, part);
 #pragma unroll
-        for (int i = 0; i < kPart; ++i) tap[kx][i] = taps[(ky * K + kx) * block_channels + part + i];
+      for (int ix = 0; ix < Traits::kInputs; ++ix) {
+        float value[4];
+        unpack(row[ix], part, value);
 #pragma unroll
-      for (int ix = 0; ix < Traits::kInputs; ++ix)
+        for (int ox = 0; ox < Traits::kStrip; ++ox) {
+          const int kx = ix - ox * S;
+          if (kx < 0 || kx >= K) continue;
 #pragma unroll
-        for (int i = 0; i < kPart; ++i) {
-          const float value = to_float(row[ix].at[part + i]);
-#pragma unroll
-          for (int ox = 0; ox < Traits::kStrip; ++ox) {
-            const int kx = ix - ox * S;
-            if (kx < 0 || kx >= K) continue;
-            acc[ox][part + i] = fmaf(value, tap[kx][i], acc[ox][part + i]);
-          }
+          for (int i = 0; i < 4; ++i) acc[ox][part + i] = fmaf(value[i], tap[kx].at[i], acc[ox][part + i]);
         }
+      }
     }
   }
 }
@@ -144,11 +170,10 @@ __device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const t
 // not zero: an infinite input times zero would not be.
 template <class Traits>
 __device__ __forceinline__ void convolve_any_strip(const DepthwiseParams& p, const typename Traits::T* image, int top,
-                                                   int left, const float* taps, int block_channels,
+                                                   int left, const ThreadParameters<Traits::kVector>& taps,
                                                    float (&acc)[Traits::kStrip][Traits::kVector]) {
   using T = typename Traits::T;
   constexpr int S = Traits::kStride, V = Traits::kVector, kTaps = Traits::kTaps;
-  constexpr int kPart = 4;
 #pragma unroll 1
   for (int ky = 0; ky < p.kernel_h; ++ky) {
     if (top + ky < 0 || top + ky >= p.height) continue;
@@ -164,40 +189,45 @@ __device__ __forceinline__ void convolve_any_strip(const DepthwiseParams& p, con
         if (inside && ix < inputs) row[ix] = load_raw<T, V>(from);
         from += p.x_stride_w;
       }
-      const float* row_taps = taps + (ky * p.kernel_w + first) * block_channels;
+      const int row_of_taps = ky * p.kernel_w + first;
 #pragma unroll
-      for (int part = 0; part < V; part += kPart) {
-        float tap[kTaps][kPart];
+      for (int part = 0; part < V; part += 4) {
+        Vector<float, 4> tap[kTaps] = {};
 #pragma unroll
         for (int kx = 0; kx < kTaps; ++kx)
+          if (kx < count) tap[kx] = taps(row_of_taps + kx, part);
 #pragma unroll
-          for (int i = 0; i < kPart; ++i) tap[kx][i] = kx < count ? row_taps[kx * block_channels + part + i] : 0.f;
+        for (int ix = 0; ix < Traits::kInputs; ++ix) {
+          float value[4];
+          unpack(row[ix], part, value);
 #pragma unroll
-        for (int ix = 0; ix < Traits::kInputs; ++ix)
+          for (int ox = 0; ox < Traits::kStrip; ++ox) {
+            const int kx = ix - ox * S;
+            if (kx < 0 || kx >= kTaps) continue;
+            if (kx < count)
 #pragma unroll
-          for (int i = 0; i < kPart; ++i) {
-            const float value = to_float(row[ix].at[part + i]);
-#pragma unroll
-            for (int ox = 0; ox < Traits::kStrip; ++ox) {
-              const int kx = ix - ox * S;
-              if (kx < 0 || kx >= kTaps) continue;
-              if (kx < count) acc[ox][part + i] = fmaf(value, tap[kx][i], acc[ox][part + i]);
-            }
+              for (int i = 0; i < 4; ++i) acc[ox][part + i] = fmaf(value[i], tap[kx].at[i], acc[ox][part + i]);
           }
+        }
       }
     }
   }
 }
 
-// Norm, activation and sum of one pixel.
-template <class T, int V>
-__device__ __forceinline__ void finish_pixel(const ScaleShift* norm, Activation activation, float (&value)[V],
-                                             float (&sum)[V]) {
+// Norm and activation of the sums of a strip. `norm`: the row of scales; that of shifts is the next.
+template <class T, int kPixels, int V>
+__device__ __forceinline__ void finish_strip(const ThreadParameters<V>& parameters, int norm, Activation activation,
+                                             float (&value)[kPixels][V]) {
 #pragma unroll
-  for (int i = 0; i < V; ++i) value[i] = fmaf(value[i], norm[i].scale, norm[i].shift);
-  activate<T>(value, activation);
+  for (int part = 0; part < V; part += kQuad<V>) {
+    const Vector<float, kQuad<V>> scale = parameters(norm, part), shift = parameters(norm + 1, part);
 #pragma unroll
-  for (int i = 0; i < V; ++i) sum[i] += value[i];
+    for (int pixel = 0; pixel < kPixels; ++pixel)
+#pragma unroll
+      for (int i = 0; i < kQuad<V>; ++i)
+        value[pixel][part + i] = fmaf(value[pixel][part + i], scale.at[i], shift.at[i]);
+  }
+  activate<T>(reinterpret_cast<float (&)[kPixels * V]>(value), activation);
 }
 
 // The channel sums of a thread lie in shared memory, one row per lane: in registers they would be in the way of the
@@ -324,17 +354,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
   const int block_channels = plan.channel_vectors * V, tap_count = K > 0 ? K * K : p.kernel_h * p.kernel_w;
-  float* taps = dynamic_shared<float>();
-  ScaleShift* norm = reinterpret_cast<ScaleShift*>(taps + tap_count * block_channels);
-  const SumsInShared shared(plan, taps + (tap_count + 2) * block_channels);
+  float* parameters = dynamic_shared<float>();
+  const SumsInShared shared(plan, parameters + (tap_count + 2) * block_channels);
 
   const int group = blockIdx.x % plan.channel_groups, tile = blockIdx.x / plan.channel_groups % plan.tiles;
   const DepthwiseLane at(p, plan, group, tile, blockIdx.x / plan.channel_groups / plan.tiles);
   const bool sums = p.pooled != nullptr || a.se.gate != nullptr;
   if (sums) clear_lanes(plan, shared.lane_sums);
-  load_parameters<T>(p, tap_count, int64_t(group) * block_channels, block_channels, taps, norm);
-  const float* my_taps = taps + at.vector * V;
-  const ScaleShift* my_norm = norm + at.vector * V;
+  load_parameters<T, V>(p, tap_count, int64_t(group) * block_channels, block_channels, parameters);
+  const ThreadParameters<V> my(parameters, block_channels, at.vector);
   float* my_sums = shared.lane_sums + at.lane * block_channels + at.vector * V;
 
   for (int m = 0; m < plan.images; ++m) {
@@ -349,13 +377,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
       float acc[kStrip][V] = {}, sum[V] = {};
       const int top = row * S - p.pad_top, left = column * S - p.pad_left;
       if constexpr (K > 0)
-        convolve_strip<Traits>(p, from, top, left, my_taps, block_channels, acc);
+        convolve_strip<Traits>(p, from, top, left, my, acc);
       else
-        convolve_any_strip<Traits>(p, from, top, left, my_taps, block_channels, acc);
+        convolve_any_strip<Traits>(p, from, top, left, my, acc);
+      finish_strip<T>(my, tap_count, p.activation, acc);
 #pragma unroll
       for (int ox = 0; ox < kStrip; ++ox) {
         if (column + ox >= p.out_width) break;
-        finish_pixel<T>(my_norm, p.activation, acc[ox], sum);
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
         store(to + (int64_t(row) * p.out_width + column + ox) * p.channels, acc[ox]);
       }
       if (sums) add_to_lane(sum, my_sums);
@@ -371,15 +401,15 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
   const DepthwiseParams& p = a.depthwise;
   const DepthwisePlan& plan = a.plan;
   const int block_channels = plan.channel_vectors * V, tap_count = p.kernel_h * p.kernel_w;
-  float* taps = dynamic_shared<float>();
-  ScaleShift* norm = reinterpret_cast<ScaleShift*>(taps + tap_count * block_channels);
-  const SumsInShared shared(plan, taps + (tap_count + 2) * block_channels);
+  float* parameters = dynamic_shared<float>();
+  const SumsInShared shared(plan, parameters + (tap_count + 2) * block_channels);
 
   const int group = blockIdx.x % plan.channel_groups, tile = blockIdx.x / plan.channel_groups % plan.tiles;
   const DepthwiseLane at(p, plan, group, tile, blockIdx.x / plan.channel_groups / plan.tiles);
   const bool sums = p.pooled != nullptr || a.se.gate != nullptr;
   if (sums) clear_lanes(plan, shared.lane_sums);
-  load_parameters<T>(p, tap_count, int64_t(group) * block_channels, block_channels, taps, norm);
+  load_parameters<T, V>(p, tap_count, int64_t(group) * block_channels, block_channels, parameters);
+  const ThreadParameters<V> my(parameters, block_channels, at.vector);
   float* my_sums = shared.lane_sums + at.lane * block_channels + at.vector * V;
 
   for (int m = 0; m < plan.images; ++m) {
@@ -391,7 +421,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
       const int strip = (tile * plan.rounds + round) * plan.lanes + at.lane;
       if (!at.active || strip >= plan.strips) break;
       const int row = strip % plan.out_height, column = strip / plan.out_height;
-      float acc[V] = {}, sum[V] = {};
+      float acc[1][V] = {};
       for (int ky = 0; ky < p.kernel_h; ++ky) {
         const int iy = row * p.stride - p.pad_top + ky * p.dilation;
         if (iy < 0 || iy >= p.height) continue;
@@ -400,14 +430,17 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
           if (ix < 0 || ix >= p.width) continue;
           float value[V];
           load(from + iy * p.x_stride_h + ix * p.x_stride_w, value);
-          const float* tap = taps + (ky * p.kernel_w + kx) * block_channels + at.vector * V;
 #pragma unroll
-          for (int i = 0; i < V; ++i) acc[i] = fmaf(value[i], tap[i], acc[i]);
+          for (int part = 0; part < V; part += kQuad<V>) {
+            const Vector<float, kQuad<V>> tap = my(ky * p.kernel_w + kx, part);
+#pragma unroll
+            for (int i = 0; i < kQuad<V>; ++i) acc[0][part + i] = fmaf(value[part + i], tap.at[i], acc[0][part + i]);
+          }
         }
       }
-      finish_pixel<T>(norm + at.vector * V, p.activation, acc, sum);
-      store(to + (int64_t(row) * p.out_width + column) * p.channels, acc);
-      if (sums) add_to_lane(sum, my_sums);
+      finish_strip<T>(my, tap_count, p.activation, acc);
+      store(to + (int64_t(row) * p.out_width + column) * p.channels, acc[0]);
+      if (sums) add_to_lane(acc[0], my_sums);
     }
     if (sums) add_lanes(plan, shared.lane_sums, shared.sums + m * block_channels);
   }

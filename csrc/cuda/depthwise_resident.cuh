@@ -22,20 +22,18 @@ namespace effkernels::cuda {
 // Shared memory of a block of a team; plan_team counts it.
 template <class T>
 struct ResidentShared {
-  float* taps;       // (K * K, block_channels)
-  ScaleShift* norm;  // (block_channels)
-  float* lane_sums;  // (lanes, block_channels)
-  float* sums;       // (slabs, block_channels)
-  float* gate;       // (slabs, block_channels)
-  float* partial;    // (R), what the other blocks of the cluster read
-  float* hidden;     // (R)
-  T* held;           // (slabs, rows, width, block_channels): the result without its gate
+  float* parameters;  // (K * K + 2, block_channels): see load_parameters
+  float* lane_sums;   // (lanes, block_channels)
+  float* sums;        // (slabs, block_channels)
+  float* gate;        // (slabs, block_channels)
+  float* partial;     // (R), what the other blocks of the cluster read
+  float* hidden;      // (R)
+  T* held;            // (slabs, rows, width, block_channels): the result without its gate
 
   __device__ __forceinline__ ResidentShared(const DepthwisePlan& plan, int tap_count, int reduced) {
     const int block_channels = plan.channel_vectors * plan.vector, padded = (reduced + 3) / 4 * 4;
-    taps = dynamic_shared<float>();
-    norm = reinterpret_cast<ScaleShift*>(taps + tap_count * block_channels);
-    lane_sums = taps + (tap_count + 2) * block_channels;
+    parameters = dynamic_shared<float>();
+    lane_sums = parameters + (tap_count + 2) * block_channels;
     sums = lane_sums + plan.lanes * block_channels;
     gate = sums + plan.slabs * block_channels;
     partial = gate + plan.slabs * block_channels;
@@ -67,18 +65,20 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     if (group >= plan.channel_groups) break;
     const DepthwiseLane at(p, plan, group, 0, image);
     clear_lanes(plan, shared.lane_sums);
-    load_parameters<T>(p, K * K, int64_t(group) * block_channels, block_channels, shared.taps, shared.norm);
+    load_parameters<T, V>(p, K * K, int64_t(group) * block_channels, block_channels, shared.parameters);
+    const ThreadParameters<V> my(shared.parameters, block_channels, at.vector);
     const T* from = static_cast<const T*>(p.x) + int64_t(image) * p.x_stride_n + at.channel;
     T* held = shared.held + slab * slab_size + at.vector * V;
     for (int strip = at.lane; strip < strips && at.active; strip += plan.lanes) {
       const int row = strip % rows, column = strip / rows * kStrip;
       float acc[kStrip][V] = {}, sum[V] = {};
-      convolve_strip<Traits>(p, from, (first_row + row) * S - p.pad_top, column * S - p.pad_left,
-                             shared.taps + at.vector * V, block_channels, acc);
+      convolve_strip<Traits>(p, from, (first_row + row) * S - p.pad_top, column * S - p.pad_left, my, acc);
+      finish_strip<T>(my, K * K, p.activation, acc);
 #pragma unroll
       for (int ox = 0; ox < kStrip; ++ox) {
         if (column + ox >= width) break;
-        finish_pixel<T>(shared.norm + at.vector * V, p.activation, acc[ox], sum);
+#pragma unroll
+        for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
         store(held + (row * width + column + ox) * block_channels, acc[ox]);
       }
       add_to_lane(sum, shared.lane_sums + at.lane * block_channels + at.vector * V);

@@ -1,5 +1,7 @@
 // Values: vectors of up to 16 bytes along the channels, conversions, parameters as modules store them, activations.
 #pragma once
+#include <cstring>
+
 #include "../params.h"
 #include "compat.cuh"
 
@@ -23,6 +25,11 @@ template <>
 __device__ __forceinline__ __nv_bfloat16 from_float<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
+
+template <class T>
+constexpr bool is_bfloat16 = false;
+template <>
+constexpr bool is_bfloat16<__nv_bfloat16> = true;
 
 template <class T>
 constexpr int kVectorOf = 16 / sizeof(T);  // elements in the widest access
@@ -54,11 +61,27 @@ __device__ __forceinline__ Vector<T, kCount> load_raw(const T* from) {
   return raw;
 }
 
+// Elements `first` to `first + kPart` of a vector as float32. A bfloat16 is the upper half of one, so that two of them
+// take a shift and a mask; converted one by one they take three instructions each.
+template <int kPart, class T, int kCount>
+__device__ __forceinline__ void unpack(const Vector<T, kCount>& raw, int first, float (&to)[kPart]) {
+  if constexpr (is_bfloat16<T> && kPart % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kPart; i += 2) {
+      unsigned two;
+      memcpy(&two, &raw.at[first + i], sizeof(two));
+      to[i] = __uint_as_float(two << 16);
+      to[i + 1] = __uint_as_float(two & 0xffff0000u);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) to[i] = to_float(raw.at[first + i]);
+  }
+}
+
 template <class T, int kCount>
 __device__ __forceinline__ void load(const T* from, float (&to)[kCount]) {
-  const Vector<T, kCount> raw = load_raw<T, kCount>(from);
-#pragma unroll
-  for (int i = 0; i < kCount; ++i) to[i] = to_float(raw.at[i]);
+  unpack(load_raw<T, kCount>(from), 0, to);
 }
 
 template <class T, int kCount>

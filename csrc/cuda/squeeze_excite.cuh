@@ -12,49 +12,44 @@
 
 namespace effkernels::cuda {
 
-constexpr int kReduceLanes = 16;    // threads that share one row of w_reduce
-constexpr int kExcitePrefetch = 4;  // rows of w_expand that a thread reads before it uses the first
+constexpr int kReduceLanes = 16;  // threads that share one row of w_reduce
 
-// The lanes of this thread's aligned group of `width` threads (a power of two), for shuffles within the group.
-__device__ __forceinline__ unsigned group_mask(int width) {
-  return width == 32 ? 0xffffffffu : ((1u << width) - 1) << (threadIdx.x % 32 / width * width);
-}
-
-// Sum over an aligned group of `width` threads, as a butterfly; every thread of the group gets it.
-__device__ __forceinline__ float group_sum(float value, int width, unsigned mask) {
-  for (int distance = width / 2; distance > 0; distance /= 2) value += __shfl_xor_sync(mask, value, distance);
-  return value;
-}
-
-// The first product over `count` channels from `first` on, without bias and activation. 16 threads share a row.
+// The first product over `count` channels from `first` on, without bias and activation. 16 threads share a row, and a
+// warp takes two rows, all of its threads as long as any: their shuffles need no mask that is worked out at run time.
 //   means: channel `first + i` of image m at m * means_stride + i
 //   hidden: row r of image m at m * hidden_stride + r
 template <class W>
 __device__ void reduce_rows(const W* weight, int64_t channels, int reduced, int64_t first, int count,
                             const float* means, int means_stride, int images, float* hidden, int64_t hidden_stride) {
-  constexpr int E = kVectorOf<W>;
-  const int lane = threadIdx.x % kReduceLanes;
-  const unsigned mask = group_mask(kReduceLanes);
-  const bool vectors = (channels | first | count) % E == 0 && reinterpret_cast<uintptr_t>(weight) % 16 == 0;
+  constexpr int E = kVectorOf<W>, kRows = 32 / kReduceLanes;
+  const int lane = threadIdx.x % kReduceLanes, warps = blockDim.x / 32;
+  const bool vectors = (channels | first | count | means_stride) % E == 0 &&
+                       (reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(means)) % 16 == 0;
 #pragma unroll 2
-  for (int row = threadIdx.x / kReduceLanes; row < reduced; row += blockDim.x / kReduceLanes) {
+  for (int rows = threadIdx.x / 32 * kRows; rows < reduced; rows += warps * kRows) {
+    const int row = rows + threadIdx.x % 32 / kReduceLanes;
     const W* from = weight + row * channels + first;
+    const int own_count = row < reduced ? count : 0;
     float sum[kMostImagesOfGate] = {};
     if (vectors) {
 #pragma unroll 4
-      for (int at = lane * E; at < count; at += kReduceLanes * E) {
+      for (int at = lane * E; at < own_count; at += kReduceLanes * E) {
         float w[E];
         load(from + at, w);
 #pragma unroll
         for (int m = 0; m < kMostImagesOfGate; ++m) {
           if (m >= images) break;
 #pragma unroll
-          for (int e = 0; e < E; ++e) sum[m] = fmaf(w[e], means[m * means_stride + at + e], sum[m]);
+          for (int e = 0; e < E; e += 4) {
+            const Vector<float, 4> mean = *reinterpret_cast<const Vector<float, 4>*>(means + m * means_stride + at + e);
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sum[m] = fmaf(w[e + i], mean.at[i], sum[m]);
+          }
         }
       }
     } else {
 #pragma unroll 4
-      for (int at = lane; at < count; at += kReduceLanes) {
+      for (int at = lane; at < own_count; at += kReduceLanes) {
         const float w = to_float(__ldg(from + at));
 #pragma unroll
         for (int m = 0; m < kMostImagesOfGate; ++m)
@@ -64,8 +59,11 @@ __device__ void reduce_rows(const W* weight, int64_t channels, int reduced, int6
 #pragma unroll
     for (int m = 0; m < kMostImagesOfGate; ++m) {
       if (m >= images) break;
-      const float total = group_sum(sum[m], kReduceLanes, mask);
-      if (lane == 0) hidden[m * hidden_stride + row] = total;
+      float total = sum[m];
+#pragma unroll
+      for (int distance = kReduceLanes / 2; distance > 0; distance /= 2)
+        total += __shfl_xor_sync(0xffffffffu, total, distance);
+      if (lane == 0 && row < reduced) hidden[m * hidden_stride + row] = total;
     }
   }
 }
@@ -93,45 +91,45 @@ __device__ __forceinline__ void activate_hidden(const SqueezeExciteParams& p, in
   __syncthreads();
 }
 
-// The second product for `count` channels from `first` on, E values of a row per read, a row shared by the fewest
-// threads that cover it. write(m, channel, gate) gets each result once.
+// The second product for `count` channels from `first` on, by threads that each take a channel and read its row of
+// w_expand E values at a time; neighbouring rows are neighbours in memory, so that every byte that is fetched is used.
+// write(m, channel, gate) gets each result once. The parameters are copied: behind a reference they would be read anew
+// for each channel.
 template <class W, int E, class Write>
 __device__ void expand_rows(const SqueezeExciteParams& p, int64_t first, int count, const float* hidden, int images,
                             Write write) {
+  constexpr int kSums = E < 4 ? E : 4;  // added at last: short sums err less, and need not wait for each other
   const int reduced = static_cast<int>(p.reduced);
-  const W* weight = static_cast<const W*>(p.w_expand.data);
-  int width = 1;
-  while (width < 32 && width * E < reduced) width *= 2;
-  const unsigned mask = group_mask(width);
-  const int lane = threadIdx.x % width, group = threadIdx.x / width, step = blockDim.x / width;
-  for (int begin = group; begin < count; begin += kExcitePrefetch * step) {
-    float w[kExcitePrefetch][E] = {};
+  const W* const weight = static_cast<const W*>(p.w_expand.data);
+  const Param bias = p.b_expand;
+  const Gate gate = p.gate_activation;
+  for (int at = threadIdx.x; at < count; at += blockDim.x) {
+    const int64_t channel = first + at;
+    const W* const row = weight + channel * reduced;
+    const float own_bias = parameter(bias, channel, 0.f);
+    float sum[kMostImagesOfGate][kSums] = {};
+#pragma unroll 2
+    for (int r = 0; r < reduced; r += E) {
+      float w[E];
+      load(row + r, w);
 #pragma unroll
-    for (int b = 0; b < kExcitePrefetch; ++b) {
-      const int channel = begin + b * step;
-      if (channel < count && lane * E < reduced) load(weight + (first + channel) * reduced + lane * E, w[b]);
-    }
-#pragma unroll 1
-    for (int m = 0; m < images; ++m) {
-      const float* from = hidden + m * reduced;
+      for (int m = 0; m < kMostImagesOfGate; ++m) {
+        if (m >= images) break;
 #pragma unroll
-      for (int b = 0; b < kExcitePrefetch; ++b) {
-        const int64_t channel = first + begin + b * step;
-        if (begin + b * step >= count) break;
-        float sum = 0.f;
-        if (lane * E < reduced)
+        for (int e = 0; e < E; e += kSums) {
+          const auto value = *reinterpret_cast<const Vector<float, kSums>*>(hidden + m * reduced + r + e);
 #pragma unroll
-          for (int e = 0; e < E; ++e) sum = fmaf(w[b][e], from[lane * E + e], sum);
-#pragma unroll 1
-        for (int at = (lane + width) * E; at < reduced; at += width * E) {  // rows longer than 32 threads cover
-          float more[E];
-          load(weight + channel * reduced + at, more);
-#pragma unroll
-          for (int e = 0; e < E; ++e) sum = fmaf(more[e], from[at + e], sum);
+          for (int i = 0; i < kSums; ++i) sum[m][i] = fmaf(w[e + i], value.at[i], sum[m][i]);
         }
-        const float total = group_sum(sum, width, mask);
-        if (lane == 0) write(m, channel, apply_gate(total + parameter(p.b_expand, channel, 0.f), p.gate_activation));
       }
+    }
+#pragma unroll
+    for (int m = 0; m < kMostImagesOfGate; ++m) {
+      if (m >= images) break;
+      float total = sum[m][0];
+#pragma unroll
+      for (int i = 1; i < kSums; ++i) total += sum[m][i];
+      write(m, channel, apply_gate(total + own_bias, gate));
     }
   }
 }
