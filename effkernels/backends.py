@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from effkernels import _library, triton, tuning
+from effkernels._recorded_tensor import RecordedTensor
 from effkernels.tuning import BackendKey
 
 BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
@@ -258,8 +259,8 @@ def choose(
     raise RuntimeError(f"{op}: backend={asked!r} was asked for and cannot run: {reason}")
 
 
-# The tensors whose data a kernel can read, and those that stand for one in a trace.
-_TENSOR_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
+# The tensors whose data a kernel can read, and those that stand for one in a trace or a recording.
+_TENSOR_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor, RecordedTensor})
 
 
 def _is_readable(tensor: Tensor) -> bool:

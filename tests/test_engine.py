@@ -427,16 +427,15 @@ class TestEnd:
     def test_an_engine_nobody_holds_ends(self) -> None:
         served = sum_engine()
         future = served.submit(torch.ones(3, 2, 2))
-        thread = served._batcher._thread
+        worker = served._batcher._worker
         del served
         assert future.result(60).item() == 12.0, "what it took is answered first"
-        assert thread is not None
+        assert worker is not None
         for _ in range(600):
             gc.collect()
-            thread.join(0.1)
-            if not thread.is_alive():
+            if worker.done.acquire(timeout=0.1):
                 break
-        assert not thread.is_alive()
+        assert worker.identity is None
 
     def test_the_package_has_it(self) -> None:
         assert effkernels.InferenceEngine is InferenceEngine

@@ -39,7 +39,7 @@ class _LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:  # others have no storage of their own
                 self._count(leaf.untyped_storage())
         return result
 
