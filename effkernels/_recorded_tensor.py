@@ -30,15 +30,16 @@ class RecordedTensor(Tensor):
     @staticmethod
     def __new__(cls, value: Tensor, recorder: Any) -> RecordedTensor:
         """A stand-in for `value`, whose operators `recorder` has to see."""
-        made: RecordedTensor = Tensor._make_wrapper_subclass(
-            cls,
-            value.shape,
-            strides=value.stride(),
-            storage_offset=value.storage_offset(),
-            dtype=value.dtype,
-            layout=value.layout,
-            device=value.device,
-        )
+        with torch._C._InferenceMode(value.is_inference()):  # a view of a weight is none of inference mode
+            made: RecordedTensor = Tensor._make_wrapper_subclass(
+                cls,
+                value.shape,
+                strides=value.stride(),
+                storage_offset=value.storage_offset(),
+                dtype=value.dtype,
+                layout=value.layout,
+                device=value.device,
+            )
         torch._C._set_throw_on_mutable_data_ptr(made)
         made._value = value
         made._recorder = weakref.ref(recorder)

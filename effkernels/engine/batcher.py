@@ -343,7 +343,7 @@ class MicroBatcher:
 
 
 def _another(error: BaseException) -> BaseException:
-    """An exception like another one, which is its cause: an object that several threads raise is changed by them all."""
+    """An exception like another one, which is its cause: an object that several threads raise is changed by all."""
     try:
         copied = copy.copy(error)
     except Exception:  # its class takes other arguments than it keeps
