@@ -243,6 +243,7 @@ class TestPreparation:
         model = peers.import_timm().create_model("mobilenetv3_small_050", num_classes=10).eval()
         served = InferenceEngine(model, batch_sizes=(1, 2), input_size=SIZE)
         assert served.report.optimized.endswith("blocks fused")
+        assert {bucket.runner for bucket in served.report.buckets} == {"recorded"}
         assert not served.report.optimized.startswith("0")
         x = images(3)
         for factor in (1.0, 1.05):
@@ -253,6 +254,28 @@ class TestPreparation:
                 truth = copy.deepcopy(model).double()(x.double())
             served.refresh()
             parity.assert_parity(served(x), plain, truth)
+
+    def test_the_report_may_be_read_while_buckets_appear(self, features: nn.Module) -> None:
+        served = InferenceEngine(features, batch_sizes=range(1, 13), input_size=32, warm_up=False)
+        done = threading.Event()
+
+        def read() -> int:
+            count = 0
+            while not done.is_set():
+                assert len(served.report.buckets) == 12
+                assert served.memory_bound_bytes > 0
+                count += 1
+            return count
+
+        with ThreadPoolExecutor(3) as pool:
+            readers = [pool.submit(read) for _ in range(3)]
+            try:
+                for count in range(1, 13):
+                    served(images(count, size=32))
+            finally:
+                done.set()
+            assert all(reader.result(60) > 0 for reader in readers)
+        assert {bucket.runner for bucket in served.report.buckets} == {"recorded"}
 
     def test_the_report_tells_everything(self, engine: InferenceEngine) -> None:
         report = engine.report
@@ -268,9 +291,32 @@ class TestPreparation:
         [
             ({"batch_sizes": ()}, ValueError, "at least one"),
             ({"batch_sizes": (0,)}, ValueError, "0 is not allowed"),
+            ({"batch_sizes": 4}, TypeError, r"batch_sizes=4; allowed: several of int"),
+            ({"batch_sizes": "14"}, TypeError, "batch_sizes='14'; allowed"),
+            ({"batch_sizes": (1 << 60,)}, ValueError, "batch_sizes=.* of input_size=.*fits into memory"),
             ({"max_latency_ms": -1}, ValueError, "max_latency_ms=-1"),
+            ({"max_latency_ms": float("inf")}, ValueError, r"max_latency_ms=inf; allowed: 0 to 86400000 \(a day\)"),
+            ({"max_latency_ms": float("nan")}, ValueError, "max_latency_ms=nan"),
+            ({"max_latency_ms": 1e15}, ValueError, "max_latency_ms=1000000000000000.0"),
+            ({"max_latency_ms": 10**400}, ValueError, "max_latency_ms=1000"),
+            ({"max_latency_ms": "2"}, TypeError, "max_latency_ms='2'; allowed: a number of milliseconds"),
             ({"max_queue": 0}, ValueError, "max_queue=0"),
+            ({"max_queue": 1.5}, TypeError, "max_queue=1.5; allowed: int"),
+            ({"max_memory_bytes": float("nan")}, TypeError, "max_memory_bytes=nan; allowed: int"),
+            ({"max_memory_bytes": -1}, ValueError, "max_memory_bytes=-1; allowed: at least 1"),
+            ({"cuda_graph": "false"}, TypeError, "cuda_graph='false'; allowed: True, False"),
+            ({"optimize": None}, TypeError, "optimize=None; allowed: True, False"),
+            ({"fold_norms": 1}, TypeError, "fold_norms=1; allowed: True, False"),
+            ({"warm_up": "no"}, TypeError, "warm_up='no'; allowed: True, False"),
             ({"dtype": torch.int8}, ValueError, r"dtype=torch\.int8"),
+            ({"dtype": torch.complex64}, ValueError, r"dtype=torch\.complex64; allowed: torch.float32"),
+            ({"dtype": torch.float8_e4m3fn}, ValueError, r"dtype=torch\.float8_e4m3fn"),
+            ({"dtype": "float32"}, TypeError, "dtype='float32'; allowed: torch.dtype"),
+            ({"device": "gpu"}, ValueError, "device='gpu': Expected one of cpu"),
+            ({"device": 0}, TypeError, "device=0; allowed: torch.device"),
+            ({"input_size": True}, ValueError, "input_size=True; allowed: PIXELS"),
+            ({"input_size": 2.0}, ValueError, "input_size=2.0; allowed: PIXELS"),
+            ({"input_size": 0}, ValueError, "input_size=0; allowed: PIXELS"),
             ({"memory_format": torch.channels_last_3d}, ValueError, "memory_format=torch.channels_last_3d"),
             ({"device": "meta"}, ValueError, "device=meta holds no values"),
             ({"input_size": (1, 2, 3, 4)}, ValueError, "input_size=.*allowed: PIXELS"),
@@ -329,6 +375,60 @@ class TestRefresh:
         with pytest.raises(ValueError, match=r"refresh: the model has .*; only weights may change. Make a new engine"):
             served.refresh()
         assert torch.equal(served(x), before)
+
+    @pytest.mark.parametrize(
+        ("replace", "message"),
+        [
+            (
+                lambda tensor: tensor.to("meta"),
+                "is a floating, strided, meta tensor, and the engine's is a floating, str",
+            ),
+            (lambda tensor: tensor.to_sparse(), "is a floating, sparse_coo tensor"),
+            (lambda tensor: tensor.to_mkldnn(), "is a floating, _mkldnn tensor"),
+            (lambda tensor: tensor.to(torch.complex64), "is a complex, strided tensor"),
+            (lambda tensor: tensor.long(), "is a whole-number, strided tensor"),
+            (lambda tensor: torch.quantize_per_tensor(tensor, 1.0, 0, torch.qint8), "quantized tensor"),
+        ],
+    )
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+    def test_weights_are_taken_over_as_a_whole_or_not_at_all(
+        self, features: nn.Module, replace: Any, message: str
+    ) -> None:
+        """Every bucket gives the bits of the old weights after a refresh that was refused, and of new ones after it."""
+        model = copy.deepcopy(features)
+        served = InferenceEngine(model, batch_sizes=SIZES, input_size=SIZE)
+        inputs = [images(count, seed=count) for count in SIZES]
+        before = [served(x) for x in inputs]
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(1.05)
+        broken = copy.deepcopy(model)
+        last = [module for module in broken.modules() if isinstance(module, nn.BatchNorm2d)][-1]
+        last.running_var = replace(last.running_var)
+        with pytest.raises(ValueError, match=message):
+            served.refresh(broken)
+        assert all(map(torch.equal, map(served, inputs), before))
+        served.refresh(model)
+        with torch.inference_mode():
+            wanted = [model(x) for x in inputs]
+        assert all(map(torch.equal, map(served, inputs), wanted))
+        assert not any(map(torch.equal, wanted, before))
+
+    def test_buffers_that_are_expanded_are_refreshed_too(self) -> None:
+        class Shifted(nn.Module):
+            def __init__(self, shift: float) -> None:
+                super().__init__()
+                self.register_buffer("shift", torch.tensor([[shift]]).expand(3, 2))
+
+            def forward(self, x: Tensor) -> Tensor:
+                return x.sum((2, 3)) + self.shift.sum()  # type: ignore[operator, union-attr]
+
+        model = Shifted(1.0)
+        served = sum_engine(model)
+        assert served(torch.zeros(1, 3, 2, 2)).tolist() == [[6.0] * 3]
+        served.refresh(Shifted(2.0))
+        assert served(torch.zeros(1, 3, 2, 2)).tolist() == [[12.0] * 3]
+        assert model.shift.stride() == (0, 0), "the model stays as it is"  # type: ignore[operator, union-attr]
 
     def test_the_model_is_not_kept_alive(self) -> None:
         model = Sum()

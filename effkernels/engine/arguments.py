@@ -77,7 +77,7 @@ def check_latency(max_latency_ms: Any) -> float:
     """
     if isinstance(max_latency_ms, bool) or not isinstance(max_latency_ms, (int, float)):
         raise TypeError(f"InferenceEngine: max_latency_ms={max_latency_ms!r}; allowed: a number of milliseconds")
-    if not (math.isfinite(max_latency_ms) and 0 <= max_latency_ms <= LONGEST_LATENCY_MS):
+    if not 0 <= max_latency_ms <= LONGEST_LATENCY_MS:  # NaN is not, either
         raise ValueError(
             f"InferenceEngine: max_latency_ms={max_latency_ms}; allowed: 0 to {LONGEST_LATENCY_MS:.0f} (a day)"
         )

@@ -292,7 +292,7 @@ class MicroBatcher:
                     while self._waiting and len(batch) < self._largest:
                         request = self._waiting.popleft()
                         self._taken += 1
-                        if request.future.set_running_or_notify_cancel():
+                        if _starts(request.future):
                             batch.append(request)
                         else:
                             self._cancelled += 1
@@ -340,6 +340,13 @@ class MicroBatcher:
                     continue
                 request.future.set_exception(_another(answer) if id(answer) in given else answer)
                 given.add(id(answer))
+
+
+def _starts(future: Future[Any]) -> bool:
+    """Mark a future as running, unless it was cancelled, or resolved by whoever has it."""
+    if future.done() and not future.cancelled():
+        return False
+    return future.set_running_or_notify_cancel()
 
 
 def _another(error: BaseException) -> BaseException:

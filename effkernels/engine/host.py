@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from effkernels._recorded_tensor import NotRecordableError, RecordedTensor, values_of
+from effkernels.engine.memory import under
 
 _OURS = "effkernels"
 _TRIALS = 3
@@ -48,7 +49,7 @@ class Recording:
         recorder = _Recorder(self._native)
         given = recorder.wrap(images)
         try:
-            output = _under(recorder, forward, (given,), {})
+            output = under(recorder, forward, (given,))
         except NotRecordableError:
             raise
         except Exception as error:
@@ -81,19 +82,6 @@ def trial_images(images: Tensor) -> Iterator[Tensor]:
         scale = torch.tensor(_SCALES)[(rows + trial) % len(_SCALES)]
         offset = (rows + trial) % 3 - 1
         yield (noise + offset[:, None, None, None]) * scale[:, None, None, None]
-
-
-def _under(mode: TorchDispatchMode, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Call a function under a mode, which an interrupt cannot leave behind.
-
-    `with mode` runs Python code before and after its block is protected; the two calls here are C, between which and
-    the `try` Python looks for no interrupt.
-    """
-    try:
-        torch._C._push_on_torch_dispatch_stack(mode)
-        return function(*args, **kwargs)
-    finally:
-        torch._C._pop_torch_dispatch_stack(None)
 
 
 class _Reads(TorchDispatchMode):
@@ -157,7 +145,7 @@ class _Recorder(TorchDispatchMode):
         before = [_memory_of(tensor) for tensor in written]
         # What a composite operator is made of may read values.
         composite = func._can_decompose()
-        results = _under(_Reads(), func.decompose, args, kwargs) if composite else func(*args, **kwargs)
+        results = under(_Reads(), func.decompose, args, kwargs) if composite else func(*args, **kwargs)
         leaves = [leaf for leaf in pytree.tree_leaves(results) if leaf is not None]
         if not all(isinstance(leaf, Tensor) for leaf in leaves) or not (leaves or written):
             raise NotRecordableError(f"{func} returns {type(results).__name__} instead of tensors")

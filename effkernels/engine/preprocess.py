@@ -162,11 +162,11 @@ def check_memory(tensor: Tensor, name: str) -> None:
     """
     if tensor.layout is not torch.strided or tensor.is_nested:
         layout = "nested" if tensor.is_nested else str(tensor.layout)
-        raise TypeError(f"{name} has layout {layout}; allowed: torch.strided (`tensor.to_dense()`)")
+        raise TypeError(f"{name} of layout {layout}; allowed: torch.strided (`tensor.to_dense()`)")
     if tensor.is_quantized:
-        raise TypeError(f"{name} is quantized, {tensor.dtype}; allowed: `tensor.dequantize()`")
+        raise TypeError(f"{name} of quantized dtype {tensor.dtype}; allowed: `tensor.dequantize()`")
     if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        raise TypeError(f"{name} is a {type(tensor).__name__}; allowed: torch.Tensor")
+        raise TypeError(f"{name} of class {type(tensor).__name__}; allowed: torch.Tensor")
 
 
 def _check_pixel_count(height: int, width: int) -> None:
