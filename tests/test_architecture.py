@@ -24,7 +24,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"nn"}),
     frozenset({"ops"}),
     frozenset({"backends"}),
-    frozenset({"triton", "tuning", "reference", "parity", "environment", "peers", "gpus", "_library", "_files"})
+    frozenset({"triton", "tuning", "reference", "parity", "environment", "peers", "gpus", "_library"})
     | frozenset(
         {"benchmark", "console", "_recorded_tensor"}
     ),  # the measuring core and the terminal know nothing of networks
