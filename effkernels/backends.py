@@ -122,14 +122,14 @@ def backend(name: str) -> Iterator[None]:
             _selected = before
         return
     entered = _Entered(name)
-    with _entering:
-        _entered.append(entered)
-        _selected = name
-    try:
+    try:  # around all of it: an interrupt must not leave the backend forced
+        with _entering:
+            _entered.append(entered)
+            _selected = name
         yield
     finally:
         with _entering:
-            _entered.remove(entered)
+            _entered[:] = [block for block in _entered if block is not entered]
             _selected = _entered[-1].name if _entered else _at_start
 
 

@@ -176,7 +176,7 @@ class MicroBatcher:
             self._refuse_if_closed()
             if len(self._waiting) < self._max_queue:
                 self._start()
-                self._bell.put(None)  # first: an interrupt before the next line wakes the thread for nothing
+                self._ring()  # first: an interrupt before the next line wakes the thread for nothing
                 self._waiting.append(request)
                 return True
             if bell is None:
@@ -222,7 +222,8 @@ class MicroBatcher:
             self._closed = True
             worker = self._worker
             waiting = list(self._waiting)
-            self._ring_all()
+            self._ring()
+            self._let_in()
         if cancel_futures:
             for request in waiting:  # without the lock: callbacks run here. The thread counts them
                 request.future.cancel()
@@ -253,9 +254,13 @@ class MicroBatcher:
         if self._closed:
             raise RuntimeError("submit: the engine is closed; it takes no more requests")
 
-    def _ring_all(self) -> None:
-        """Wake the thread and everybody who waits for room; with the lock held."""
-        self._bell.put(None)
+    def _ring(self) -> None:
+        """Wake the thread; with the lock held, so that it looks at the queue after what is done to it now."""
+        if self._bell.empty():
+            self._bell.put(None)
+
+    def _let_in(self) -> None:
+        """Wake everybody who waits for room; with the lock held."""
         blocked, self._blocked = self._blocked, []
         for bell in blocked:
             bell.put(None)
@@ -296,7 +301,7 @@ class MicroBatcher:
                             batch.append(request)
                         else:
                             self._cancelled += 1
-                    self._ring_all()  # there is room again
+                    self._let_in()
                     if batch:
                         return True
                     continue

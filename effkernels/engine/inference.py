@@ -47,7 +47,8 @@ class InferenceEngine:
 
     The copy is in eval mode, optimized and on its device, and the forward of every batch size is recorded once and then
     replayed without its Python: as a CUDA graph on a GPU, on a CPU as calls of effkernels' kernels with those of other
-    operators between them. What cannot be recorded runs as it is, and the report says why. The model that is given
+    operators between them. What cannot be recorded, such as a forward whose shapes or branches depend on the values of
+    an image, runs as it is, and the report says why. The model that is given
     stays as it is, and `refresh` takes over its weights when they have changed. Work of several threads is done one
     batch after the other.
 
