@@ -52,6 +52,7 @@ def test_every_answer_belongs_to_its_question() -> None:
     assert [future.result(PATIENCE_S) for future in futures] == [2 * number for number in range(800)]
     assert sorted(number for batch in answer.batches for number in batch) == list(range(800))
     assert max(map(len, answer.batches)) <= 16
+    assert batcher._bell.qsize() <= 1, "what wakes the thread does not pile up"
     counts = batcher.counts()
     assert (counts.requests, counts.completed, counts.pending) == (800, 800, 0)
     assert counts.latency_ms is not None

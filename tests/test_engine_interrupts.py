@@ -142,4 +142,4 @@ def test_a_short_soak() -> None:
     assert {kind: counted for kind, counted in report.items() if counted["failures"]} == {}
     assert done.returncode == 0
     for kind in ("call of a batch", "submitted image", "malformed request", "refresh", "interrupt"):
-        assert report[kind]["attempts"] >= 5, kind
+        assert report[kind]["attempts"] >= 1, kind
