@@ -23,7 +23,7 @@ OLDEST_TORCH = (2, 11)
 def _read_build_info() -> dict[str, Any]:
     try:
         info = json.loads(BUILD_INFO_FILE.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return info if isinstance(info, dict) else {}
 

@@ -30,6 +30,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
 from effkernels import _library, triton, tuning
+from effkernels._recorded_tensor import RecordedTensor
 from effkernels.tuning import BackendKey
 
 BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
@@ -121,14 +122,14 @@ def backend(name: str) -> Iterator[None]:
             _selected = before
         return
     entered = _Entered(name)
-    with _entering:
-        _entered.append(entered)
-        _selected = name
-    try:
+    try:  # around all of it: an interrupt must not leave the backend forced
+        with _entering:
+            _entered.append(entered)
+            _selected = name
         yield
     finally:
         with _entering:
-            _entered.remove(entered)
+            _entered[:] = [block for block in _entered if block is not entered]
             _selected = _entered[-1].name if _entered else _at_start
 
 
@@ -258,8 +259,8 @@ def choose(
     raise RuntimeError(f"{op}: backend={asked!r} was asked for and cannot run: {reason}")
 
 
-# The tensors whose data a kernel can read, and those that stand for one in a trace.
-_TENSOR_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor})
+# The tensors whose data a kernel can read, and those that stand for one in a trace or a recording.
+_TENSOR_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor, RecordedTensor})
 
 
 def _is_readable(tensor: Tensor) -> bool:

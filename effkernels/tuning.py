@@ -15,10 +15,11 @@ down, but never make it wrong.
 from __future__ import annotations
 
 import fcntl
+import glob
 import json
 import os
 import re
-import tempfile
+import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -225,15 +226,24 @@ def record(plan: Plan) -> Path:
         if file.exists():
             merged = read(plan.device)
         merged.add(plan)
-        handle, name = tempfile.mkstemp(prefix=f"{file.stem}-", suffix=".part", dir=file.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as out:
-                out.write(merged.to_json())
-            os.replace(name, file)
-        except BaseException:
-            os.unlink(name)
-            raise
+        _replace(file, merged.to_json())
     return file
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file anew, with the lock of `_locked` held: there is the old one or the new one and never half of one."""
+    for leftover in file.parent.glob(f"{glob.escape(file.stem)}-*.part"):  # who wrote it was killed, and held the lock
+        leftover.unlink(missing_ok=True)
+    part = file.with_name(f"{file.stem}-{secrets.token_hex(8)}.part")
+    # Not by mkstemp, whose files only their owner may read: others may share the folder.
+    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as out:
+            out.write(text)
+        os.replace(part, file)
+    except BaseException:
+        os.unlink(part)
+        raise
 
 
 def clear(device: str) -> list[Path]:
@@ -247,10 +257,17 @@ def clear(device: str) -> list[Path]:
 
 @contextmanager
 def _locked(file: Path) -> Iterator[None]:
-    """Nobody else who asks for the lock of this file gets on before the block ends."""
-    with file.with_suffix(".lock").open("w") as lock:
+    """Nobody else who asks for the lock of this file gets on before the block ends.
+
+    Raises:
+        OSError: the lock's file cannot be made, or is a symbolic link, which is not followed.
+    """
+    lock = os.open(file.with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(lock)
 
 
 _warned: set[Path] = set()

@@ -25,7 +25,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"ops"}),
     frozenset({"backends"}),
     frozenset({"triton", "tuning", "reference", "parity", "environment", "peers", "gpus", "_library"})
-    | frozenset({"benchmark", "console"}),  # the measuring core and the terminal know nothing of networks
+    | frozenset(
+        {"benchmark", "console", "_recorded_tensor"}
+    ),  # the measuring core and the terminal know nothing of networks
     frozenset({"_version"}),
 )
 

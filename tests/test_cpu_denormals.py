@@ -125,7 +125,7 @@ def test_recordings_do_the_same(batch: int, isa: str) -> None:
     case = Case("pointwise_bn_act", **LARGE | {"batch": batch}, parameters="same")
     given = with_every_other(case.draw(), PARAMETERS, SMALLEST / 3)
     with torch.inference_mode():
-        recording = Recording(lambda: ops.pointwise_bn_act(**given))
+        recording = Recording(lambda x: ops.pointwise_bn_act(**given | {"x": x}), given["x"])
         recording.replay()
         assert isinstance(recording.output, Tensor)
         assert torch.equal(recording.output, ops.pointwise_bn_act(**with_every_other(given, PARAMETERS, 0.0)))

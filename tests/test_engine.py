@@ -243,6 +243,7 @@ class TestPreparation:
         model = peers.import_timm().create_model("mobilenetv3_small_050", num_classes=10).eval()
         served = InferenceEngine(model, batch_sizes=(1, 2), input_size=SIZE)
         assert served.report.optimized.endswith("blocks fused")
+        assert {bucket.runner for bucket in served.report.buckets} == {"recorded"}
         assert not served.report.optimized.startswith("0")
         x = images(3)
         for factor in (1.0, 1.05):
@@ -253,6 +254,28 @@ class TestPreparation:
                 truth = copy.deepcopy(model).double()(x.double())
             served.refresh()
             parity.assert_parity(served(x), plain, truth)
+
+    def test_the_report_may_be_read_while_buckets_appear(self, features: nn.Module) -> None:
+        served = InferenceEngine(features, batch_sizes=range(1, 13), input_size=32, warm_up=False)
+        done = threading.Event()
+
+        def read() -> int:
+            count = 0
+            while not done.is_set():
+                assert len(served.report.buckets) == 12
+                assert served.memory_bound_bytes > 0
+                count += 1
+            return count
+
+        with ThreadPoolExecutor(3) as pool:
+            readers = [pool.submit(read) for _ in range(3)]
+            try:
+                for count in range(1, 13):
+                    served(images(count, size=32))
+            finally:
+                done.set()
+            assert all(reader.result(60) > 0 for reader in readers)
+        assert {bucket.runner for bucket in served.report.buckets} == {"recorded"}
 
     def test_the_report_tells_everything(self, engine: InferenceEngine) -> None:
         report = engine.report
@@ -268,9 +291,32 @@ class TestPreparation:
         [
             ({"batch_sizes": ()}, ValueError, "at least one"),
             ({"batch_sizes": (0,)}, ValueError, "0 is not allowed"),
+            ({"batch_sizes": 4}, TypeError, r"batch_sizes=4; allowed: several of int"),
+            ({"batch_sizes": "14"}, TypeError, "batch_sizes='14'; allowed"),
+            ({"batch_sizes": (1 << 60,)}, ValueError, "batch_sizes=.* of input_size=.*fits into memory"),
             ({"max_latency_ms": -1}, ValueError, "max_latency_ms=-1"),
+            ({"max_latency_ms": float("inf")}, ValueError, r"max_latency_ms=inf; allowed: 0 to 86400000 \(a day\)"),
+            ({"max_latency_ms": float("nan")}, ValueError, "max_latency_ms=nan"),
+            ({"max_latency_ms": 1e15}, ValueError, "max_latency_ms=1000000000000000.0"),
+            ({"max_latency_ms": 10**400}, ValueError, "max_latency_ms=1000"),
+            ({"max_latency_ms": "2"}, TypeError, "max_latency_ms='2'; allowed: a number of milliseconds"),
             ({"max_queue": 0}, ValueError, "max_queue=0"),
+            ({"max_queue": 1.5}, TypeError, "max_queue=1.5; allowed: int"),
+            ({"max_memory_bytes": float("nan")}, TypeError, "max_memory_bytes=nan; allowed: int"),
+            ({"max_memory_bytes": -1}, ValueError, "max_memory_bytes=-1; allowed: at least 1"),
+            ({"cuda_graph": "false"}, TypeError, "cuda_graph='false'; allowed: True, False"),
+            ({"optimize": None}, TypeError, "optimize=None; allowed: True, False"),
+            ({"fold_norms": 1}, TypeError, "fold_norms=1; allowed: True, False"),
+            ({"warm_up": "no"}, TypeError, "warm_up='no'; allowed: True, False"),
             ({"dtype": torch.int8}, ValueError, r"dtype=torch\.int8"),
+            ({"dtype": torch.complex64}, ValueError, r"dtype=torch\.complex64; allowed: torch.float32"),
+            ({"dtype": torch.float8_e4m3fn}, ValueError, r"dtype=torch\.float8_e4m3fn"),
+            ({"dtype": "float32"}, TypeError, "dtype='float32'; allowed: torch.dtype"),
+            ({"device": "gpu"}, ValueError, "device='gpu': Expected one of cpu"),
+            ({"device": 0}, TypeError, "device=0; allowed: torch.device"),
+            ({"input_size": True}, ValueError, "input_size=True; allowed: PIXELS"),
+            ({"input_size": 2.0}, ValueError, "input_size=2.0; allowed: PIXELS"),
+            ({"input_size": 0}, ValueError, "input_size=0; allowed: PIXELS"),
             ({"memory_format": torch.channels_last_3d}, ValueError, "memory_format=torch.channels_last_3d"),
             ({"device": "meta"}, ValueError, "device=meta holds no values"),
             ({"input_size": (1, 2, 3, 4)}, ValueError, "input_size=.*allowed: PIXELS"),
@@ -294,49 +340,6 @@ class TestPreparation:
         model.lock = threading.Lock()
         with pytest.raises(TypeError, match="Sum cannot be copied: cannot pickle"):
             sum_engine(model)
-
-
-class TestRefresh:
-    def test_another_model_of_the_same_structure(self) -> None:
-        served, other = sum_engine(), Sum()
-        other.weight.data.fill_(5.0)
-        served.refresh(other)
-        assert served(torch.ones(1, 3, 2, 2)).item() == 60.0
-
-    def test_weights_are_converted(self) -> None:
-        model = Sum()
-        served = sum_engine(model, dtype=torch.bfloat16)
-        model.weight.data.fill_(3.0)
-        served.refresh()
-        assert served(torch.ones(1, 3, 2, 2)).item() == 36.0
-
-    @pytest.mark.parametrize("change", ["shape", "module", "option", "buffer"])
-    def test_another_structure_is_refused_as_a_whole(self, change: str) -> None:
-        model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-        served = sum_engine(model)
-        x = images(2, size=2)
-        before = served(x)
-        with torch.no_grad():
-            model[0].weight.add_(1.0)
-        if change == "shape":
-            model[0] = nn.Conv2d(3, 5, 1)
-        elif change == "module":
-            model[2] = nn.SiLU()
-        elif change == "option":
-            model[1].eps = 0.5
-        else:
-            model[2].register_buffer("extra", torch.zeros(3), persistent=False)
-        with pytest.raises(ValueError, match=r"refresh: the model has .*; only weights may change. Make a new engine"):
-            served.refresh()
-        assert torch.equal(served(x), before)
-
-    def test_the_model_is_not_kept_alive(self) -> None:
-        model = Sum()
-        served = sum_engine(model)
-        del model
-        gc.collect()
-        with pytest.raises(RuntimeError, match=r"is gone; give one: refresh\(model\)"):
-            served.refresh()
 
 
 class TestMemory:
@@ -427,16 +430,15 @@ class TestEnd:
     def test_an_engine_nobody_holds_ends(self) -> None:
         served = sum_engine()
         future = served.submit(torch.ones(3, 2, 2))
-        thread = served._batcher._thread
+        worker = served._batcher._worker
         del served
         assert future.result(60).item() == 12.0, "what it took is answered first"
-        assert thread is not None
+        assert worker is not None
         for _ in range(600):
             gc.collect()
-            thread.join(0.1)
-            if not thread.is_alive():
+            if worker.done.acquire(timeout=0.1):
                 break
-        assert not thread.is_alive()
+        assert worker.identity is None
 
     def test_the_package_has_it(self) -> None:
         assert effkernels.InferenceEngine is InferenceEngine

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import _thread
 import gc
+import signal
 import threading
 import time
 import weakref
-from collections.abc import Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, as_completed, wait
 from typing import Any
 
 import pytest
@@ -50,6 +52,7 @@ def test_every_answer_belongs_to_its_question() -> None:
     assert [future.result(PATIENCE_S) for future in futures] == [2 * number for number in range(800)]
     assert sorted(number for batch in answer.batches for number in batch) == list(range(800))
     assert max(map(len, answer.batches)) <= 16
+    assert batcher._bell.qsize() <= 1, "what wakes the thread does not pile up"
     counts = batcher.counts()
     assert (counts.requests, counts.completed, counts.pending) == (800, 800, 0)
     assert counts.latency_ms is not None
@@ -107,6 +110,143 @@ def test_too_few_answers_are_an_error() -> None:
     for future in futures:
         with pytest.raises(RuntimeError, match="1 answers for a batch of 2"):
             future.result(PATIENCE_S)
+    batcher.close()
+
+
+class Odd(Exception):
+    """Takes other arguments than it keeps, so that it cannot be copied."""
+
+    def __init__(self, first: int, second: int) -> None:
+        super().__init__(f"{first} and {second}")
+
+
+@pytest.mark.parametrize("error", [KeyError("odd"), Odd(1, 2), SystemExit(3)], ids=repr)
+def test_every_future_has_an_exception_of_its_own(error: BaseException) -> None:
+    def answer(contents: Sequence[int]) -> list[Any]:
+        raise error
+
+    batcher = MicroBatcher(3, LONG_S, max_queue=100)
+    futures = [batcher.submit(number, answer) for number in range(3)]
+    found = [future.exception(PATIENCE_S) for future in futures]
+    assert len({id(one) for one in found}) == 3
+    assert found[0] is error
+    for one in found[1:]:
+        assert one is not None
+        assert one.__cause__ is error, "the traceback of the failure is not lost"
+        assert str(error) in str(one)
+        assert type(one) is (RuntimeError if isinstance(error, Odd) else type(error))
+    batcher.close()
+
+
+def test_the_thread_survives_whatever_a_request_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that is no sequence, futures that were resolved by others, callbacks that exit, a broken clock."""
+
+    def exits(future: Future[Any]) -> None:
+        raise SystemExit
+
+    batcher = MicroBatcher(2, 0.0, max_queue=100)
+    held = Doubling(held=True)
+    occupied(batcher, held)
+    futures = [batcher.submit(number, held) for number in range(4)]
+    futures[0].add_done_callback(exits)
+    futures[3].set_running_or_notify_cancel()
+    futures[3].set_result("by another")
+    held.go.set()
+    assert [future.result(PATIENCE_S) for future in futures] == [0, 2, 4, "by another"]
+    with pytest.raises(TypeError, match="not iterable"):
+        batcher.submit(1, lambda contents: None).result(PATIENCE_S)  # type: ignore[arg-type, return-value]
+
+    clock, broken = time.monotonic, threading.Event()
+
+    def monotonic() -> float:
+        if threading.current_thread() is not threading.main_thread() and not broken.is_set():
+            broken.set()
+            raise OverflowError("the clock")
+        return clock()
+
+    monkeypatch.setattr("effkernels.engine.batcher.time.monotonic", monotonic)
+    assert batcher.submit(5, Doubling()).result(PATIENCE_S) == 10
+    assert broken.is_set()
+    batcher.close()
+
+
+def test_a_thread_that_cannot_start_is_an_error_of_that_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: Any) -> int:
+        raise RuntimeError("can't start new thread")
+
+    batcher = MicroBatcher(2, 0.0, max_queue=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("effkernels.engine.batcher._thread.start_new_thread", refuse)
+        for _ in range(3):
+            with pytest.raises(RuntimeError, match="can't start new thread"):
+                batcher.submit(1, Doubling())
+        assert batcher.counts().requests == 0
+        MicroBatcher(2, 0.0, max_queue=1).close()
+    assert batcher.submit(1, Doubling()).result(PATIENCE_S) == 2
+    batcher.close()
+
+
+def test_an_interrupt_at_the_start_of_the_thread_leaves_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    start = _thread.start_new_thread
+
+    def interrupted(*arguments: Any) -> int:
+        start(*arguments)
+        raise KeyboardInterrupt
+
+    batcher = MicroBatcher(2, 0.0, max_queue=1)
+    with monkeypatch.context() as patch:
+        patch.setattr("effkernels.engine.batcher._thread.start_new_thread", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            batcher.submit(1, Doubling())
+    assert batcher.submit(2, Doubling()).result(PATIENCE_S) == 4
+    batcher.close()
+    assert batcher.counts().requests == 1
+
+
+@pytest.mark.parametrize("waits", ["result", "exception", "room", "close"])
+def test_an_interrupt_of_who_waits_leaves_everything_free(waits: str) -> None:
+    batcher = MicroBatcher(1, 0.0, max_queue=1)
+    answer = Doubling(held=True)
+    first = occupied(batcher, answer)
+    waiting = batcher.submit(1, answer)
+    wait_for: dict[str, Callable[[], Any]] = {
+        "result": waiting.result,
+        "exception": waiting.exception,
+        "room": lambda: batcher.submit(2, answer, block=True),
+        "close": batcher.close,
+    }
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.1)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait_for[waits]()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    with ThreadPoolExecutor(1) as pool:
+        counts = pool.submit(batcher.counts).result(PATIENCE_S)
+        assert (counts.requests, counts.pending) == (2, 2)
+        late = pool.submit(waiting.result)
+        answer.go.set()
+        assert late.result(PATIENCE_S) == 2
+    assert first.result(PATIENCE_S) == -2
+    batcher.close()
+
+
+def test_futures_work_with_the_standard_library() -> None:
+    batcher = MicroBatcher(4, 0.0, max_queue=100)
+    answer = Doubling(held=True)
+    futures = [batcher.submit(number, answer) for number in range(6)]
+    with pytest.raises(TimeoutError):
+        futures[0].result(0.01)
+    with pytest.raises(TimeoutError):
+        futures[0].exception(-1.0)
+    done, not_done = wait(futures, timeout=0.01)
+    assert (len(done), len(not_done)) == (0, 6)
+    answer.go.set()
+    assert sorted(future.result() for future in as_completed(futures, timeout=PATIENCE_S)) == [0, 2, 4, 6, 8, 10]
+    done, not_done = wait(futures, timeout=PATIENCE_S)
+    assert (len(done), len(not_done)) == (6, 0)
+    assert "finished" in repr(futures[0])
     batcher.close()
 
 

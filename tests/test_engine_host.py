@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import gc
+import resource
 import threading
+import weakref
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engine_models import SIZE, first_stages, images, small_network
-from torch import Tensor, nn
+from torch import Tensor
 
 from effkernels import _library, ops
+from effkernels._recorded_tensor import NotRecordableError
 from effkernels.engine import InferenceEngine
-from effkernels.engine.host import NotRecordableError, Recording
+from effkernels.engine.host import Recording
 
 pytestmark = pytest.mark.skipif(not _library.is_loaded(), reason="the compiled library is not there")
 OURS = torch.ops.effkernels
@@ -34,7 +38,7 @@ def channels_last(*shape: int, seed: int = 0) -> Tensor:
 
 def assert_repeats(work: Any, x: Tensor, **arguments: Any) -> Recording:
     """A recording of `work(x)` gives the same bits as the call, for other values in x, again and again."""
-    recording = Recording(lambda: work(x))
+    recording = Recording(work, x)
     for seed in (5, 6, 5):
         x.copy_(channels_last(*x.shape, seed=seed))
         wanted = work(x)
@@ -80,7 +84,7 @@ def test_every_operator(batch: int, dtype: torch.dtype) -> None:
 
 def test_the_gate_alone() -> None:
     pooled, weights = torch.rand(2, 40), tuple(excite(40).values())
-    recording = Recording(lambda: ops.squeeze_excite_gate(pooled, *weights))
+    recording = Recording(lambda x: ops.squeeze_excite_gate(x, *weights), pooled)
     pooled.mul_(-3.0)
     recording.replay()
     assert torch.equal(recording.output, ops.squeeze_excite_gate(pooled, *weights))
@@ -120,7 +124,7 @@ def test_other_operators_between_ours_are_repeated_too() -> None:
     ("work", "message"),
     [
         (lambda x: x + 1, "no kernel of effkernels"),
-        (lambda x: ops.pointwise_bn_act(x, torch.ones(2, 4, 1, 1)) * float(x.sum()), "instead of tensors"),
+        (lambda x: ops.pointwise_bn_act(x, torch.ones(2, 4, 1, 1)) * float(x.sum()), "reads values"),
         (lambda x: ops.pointwise_bn_act(x.contiguous(), torch.ones(2, 4, 1, 1)), "cannot be recorded; allowed"),
         (lambda x: ops.pointwise_bn_act(x, torch.ones(2, 4, 1, 1), gate=torch.ones(1, 4, 2)[:, :, 0]), "gate would be"),
         (lambda x: ops.squeeze_excite_gate(x[0, 0].T, torch.ones(2, 5), None, torch.ones(5, 2), None), "pooled"),
@@ -128,50 +132,73 @@ def test_other_operators_between_ours_are_repeated_too() -> None:
 )
 def test_what_cannot_be_repeated_is_refused(work: Any, message: str) -> None:
     x = channels_last(1, 4, 5, 6)
-    with pytest.raises((NotRecordableError, RuntimeError), match=message):
-        Recording(lambda: work(x))
-    assert OURS.cpu_record("begin") == 0  # nothing is left half recorded
-    assert OURS.cpu_record("end") == 0
+    with pytest.raises(NotRecordableError, match=message):
+        Recording(work, x)
 
 
-def test_pieces_are_numbered_and_freed() -> None:
-    with pytest.raises(RuntimeError, match="piece=123456 of a recording is not there"):
-        OURS.cpu_replay(123456)
-    with pytest.raises(RuntimeError, match="what='stop'; allowed: begin, cut, end"):
-        OURS.cpu_record("stop")
-    with pytest.raises(RuntimeError, match="does not record"):
-        OURS.cpu_record("cut")
+def test_pieces_are_numbered_and_live_as_long_as_their_recording() -> None:
     x, weight = channels_last(1, 16, 8, 8), torch.ones(16, 16, 1, 1)
-    recording = Recording(lambda: ops.pointwise_bn_act(x, weight))
-    output, piece = recording.output, _newest_piece()
-    assert OURS.cpu_recorded_bytes(piece)[0] >= output.nbytes
+    with pytest.raises(RuntimeError, match="recording is no recording; allowed: a tensor of cpu_recording"):
+        OURS.cpu_recording_replay(x, 1)
+    native = OURS.cpu_recording()
+    assert OURS.cpu_recording_cut(native) == 0
+    with pytest.raises(RuntimeError, match="piece=1 of a recording is not there; allowed: 1 to 0"):
+        OURS.cpu_recording_replay(native, 1)
+    output = OURS.recorded_pointwise_bn_act(
+        native, x, weight, None, None, None, None, None, 0.0, None, None, "identity", False
+    )
+    assert [OURS.cpu_recording_cut(native) for _ in range(2)] == [1, 0]
+    assert OURS.cpu_recording_bytes(native)[0] >= output.nbytes
+    again = native.detach()
+    del native
+    x.mul_(2.0)
+    OURS.cpu_recording_replay(again, 1)  # another reference is enough
+    assert torch.equal(output, ops.pointwise_bn_act(x, weight))
+    del again
+    x.mul_(2.0)
+    assert torch.equal(output * 2.0, ops.pointwise_bn_act(x, weight))  # its memory stays for whoever holds it
+
+
+def test_a_recording_gives_its_memory_back() -> None:
+    x = channels_last(1, 64, 8, 8)
+    weights = [torch.randn(64, 64, 1, 1) for _ in range(4)]
+
+    def chain(x: Tensor) -> Tensor:
+        for weight in weights:
+            x = ops.pointwise_bn_act(x, weight)
+        return x
+
+    kept = [weakref.ref(weight) for weight in weights]
+    recording = Recording(chain, x)
+    weights.clear()
+    gc.collect()
+    assert all(weight() is not None for weight in kept), "replays read them"
+    before = _mapped_bytes()
+    for _ in range(20):
+        recording = Recording(chain, x) if weights else recording
     del recording
     gc.collect()
-    with pytest.raises(RuntimeError, match=f"piece={piece} of a recording is not there"):
-        OURS.cpu_recorded_bytes(piece)
-    assert torch.equal(output, ops.pointwise_bn_act(x, weight))  # its memory stays for whoever holds it
+    assert not any(weight() is not None for weight in kept)
+    assert _mapped_bytes() < before
 
 
-def _newest_piece() -> int:
-    """The number of the piece before the one that is made, and freed, here."""
-    OURS.cpu_record("begin")
-    ops.pointwise_bn_act(channels_last(1, 16, 8, 8), torch.ones(16, 16, 1, 1))
-    piece: int = OURS.cpu_record("cut")
-    OURS.cpu_record("end")
-    OURS.cpu_forget(piece)
-    return piece - 1
+def _mapped_bytes() -> int:
+    """The address space of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
-def test_a_recording_sees_its_own_thread_alone() -> None:
+def test_a_recorded_operator_takes_part_in_no_other_recording() -> None:
+    """Two recordings are made at once, in one thread and in two, and each sees its own calls alone."""
     x, weight = channels_last(1, 16, 8, 8), torch.ones(16, 16, 1, 1)
-    OURS.cpu_record("begin")
-    try:
-        other = threading.Thread(target=lambda: ops.pointwise_bn_act(x, weight))
-        other.start()
-        other.join()
-        assert OURS.cpu_record("cut") == 0
-    finally:
-        OURS.cpu_record("end")
+    rest = (weight, None, None, None, None, None, 0.0, None, None, "identity", False)
+    first, second = OURS.cpu_recording(), OURS.cpu_recording()
+    OURS.recorded_pointwise_bn_act(first, x, *rest)
+    ops.pointwise_bn_act(x, weight)
+    assert OURS.cpu_recording_cut(second) == 0
+    other = threading.Thread(target=lambda: OURS.recorded_pointwise_bn_act(second, x, *rest))
+    other.start()
+    other.join()
+    assert (OURS.cpu_recording_cut(first), OURS.cpu_recording_cut(second)) == (1, 1)
 
 
 # ---------------------------------------------------------------------------------------------------------- engines
@@ -216,24 +243,6 @@ def test_new_weights_are_recorded_anew() -> None:
     assert not torch.equal(wanted, before)
     assert torch.equal(engine(x), wanted)
     assert kinds(engine) <= {"recorded", "not prepared"}
-
-
-def test_what_a_recording_does_not_see_is_found_out() -> None:
-    class Sly(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.ones(3, 3, 1, 1))
-
-        def forward(self, x: Tensor) -> Tensor:
-            y = ops.pointwise_bn_act(x, self.weight).mean((2, 3))
-            return y + torch.from_numpy(x.numpy().max(axis=(1, 2, 3), keepdims=True)[:, 0, 0])  # behind its back
-
-    engine = InferenceEngine(Sly(), batch_sizes=(2,), input_size=4)
-    (bucket,) = engine.report.buckets
-    assert bucket.runner == "eager"
-    assert "another result" in bucket.reason
-    x = images(2, size=4)
-    assert torch.equal(engine(x), Sly()(x.contiguous(memory_format=torch.channels_last)))
 
 
 def test_the_memory_of_recordings_is_in_the_bound() -> None:

@@ -19,7 +19,9 @@ import torch
 from engine_models import SIZE, Sum, images, small_network, sum_engine
 from torch import Tensor, nn
 
+from effkernels._recorded_tensor import RecordedTensor
 from effkernels.engine import InferenceEngine, QueueFull
+from effkernels.engine.preprocess import transform
 
 PATIENCE_S = 60  # against hangs alone
 LONG_MS = 600_000.0
@@ -116,6 +118,17 @@ def damaged_image() -> PIL.Image.Image:
         (full_of(1)[:2], ValueError, r"images have shape \(2, 2, 2\); allowed: a floating tensor \(3, 2, 2\)"),
         (full_of(1)[None], ValueError, r"shape \(1, 3, 2, 2\)"),
         (full_of(1).to("meta"), ValueError, "images are on meta"),
+        (full_of(1).to_sparse(), TypeError, r"images of layout torch\.sparse_coo; allowed: torch\.strided"),
+        (full_of(1).to_mkldnn(), TypeError, r"images of layout torch\._mkldnn"),
+        (torch.nested.as_nested_tensor([full_of(1)[0], full_of(1)[1]]), TypeError, "images of layout nested"),
+        (full_of(1).to(torch.complex64), TypeError, r"dtype torch\.complex64"),
+        (RecordedTensor(full_of(1), nn.Identity()), TypeError, "images of class RecordedTensor; allowed: torch.Tensor"),
+        (
+            torch.zeros(1, 1, 3, dtype=torch.uint8).expand(1 << 19, 1 << 19, 3),
+            ValueError,
+            "an image has 524288 x 524288 pixels; allowed: at most 178956970",
+        ),
+        (torch.zeros(4, 4, 3, dtype=torch.uint8).to_sparse(), TypeError, r"an image of layout torch\.sparse_coo"),
         (numpy.zeros((5, 5), numpy.uint8), ValueError, r"an image has shape \(5, 5\); allowed: \(H, W, C\)"),
         (numpy.zeros((5, 5, 3)), TypeError, r"dtype torch\.float64; allowed: torch\.uint8"),
         (torch.zeros(3, 2, 2, dtype=torch.int64), TypeError, r"dtype torch\.int64"),
@@ -138,6 +151,26 @@ def test_a_bad_image_fails_alone(bad: Any, error: type[Exception], message: str)
         assert (stats.requests, stats.completed, stats.failed) == (7, 6, 1)
 
 
+def test_an_image_that_cannot_be_prepared_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch of images of one size, which are prepared together."""
+
+    def faulty(pixels: Tensor, *arguments: Any) -> Tensor:
+        if bool((pixels == 13).any()):
+            raise MemoryError("no room for the unlucky")
+        return transform(pixels, *arguments)
+
+    monkeypatch.setattr("effkernels.engine.inference.transform", faulty)
+    with sum_engine(max_latency_ms=LONG_MS) as engine:
+        pixels = [numpy.full((5, 5, 3), value, numpy.uint8) for value in (1, 13, 200, 13)]
+        futures = [engine.submit(image) for image in pixels]
+        wanted = engine(engine.preprocess([pixels[0], pixels[2]]))
+        assert torch.equal(futures[0].result(PATIENCE_S), wanted[0])
+        assert torch.equal(futures[2].result(PATIENCE_S), wanted[1])
+        errors = [futures[row].exception(0) for row in (1, 3)]
+        assert [type(error) for error in errors] == [MemoryError] * 2
+        assert errors[0] is not errors[1]
+
+
 def test_a_model_that_raises_fails_one_batch(gate: type[Gate]) -> None:
     with sum_engine(gate(), batch_sizes=(2,), max_latency_ms=LONG_MS) as engine:
         values = [1, 2, 3, float("inf"), 4, 5]
@@ -146,6 +179,7 @@ def test_a_model_that_raises_fails_one_batch(gate: type[Gate]) -> None:
     assert [type(error) for error in failed] == [
         type(None), type(None), ArithmeticError, ArithmeticError, type(None), type(None),
     ]  # fmt: skip
+    assert failed[2] is not failed[3], "two threads may raise them at once"
     assert futures[5].result(0).item() == 60.0
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import stat
 import subprocess
 import sys
 import warnings
@@ -129,6 +131,42 @@ class TestTheFile:
             tuning.record(a_plan())
         assert tuning.read(GPU) == a_plan()
         assert sorted(path.suffix for path in file.parent.iterdir()) == [".json", ".lock"], "nothing is left behind"
+
+    def test_links_are_not_followed(self, tmp_path: Path) -> None:
+        """What a link in the folder leads to is not written to, whether it is the file or the lock."""
+        file = tuning.file_of(GPU)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        precious = tmp_path / "precious"
+        precious.write_text("precious")
+        file.symlink_to(precious)
+        with pytest.warns(RuntimeWarning, match="is ignored"):
+            tuning.record(a_plan())
+        assert not file.is_symlink()
+        assert tuning.read(GPU) == a_plan()
+        lock = file.with_suffix(".lock")
+        lock.unlink()
+        lock.symlink_to(precious)
+        with pytest.raises(OSError, match=re.escape(lock.name)):
+            tuning.record(a_plan())
+        assert precious.read_text() == "precious"
+
+    def test_has_the_usual_mode(self) -> None:
+        before = os.umask(0o027)
+        try:
+            file = tuning.record(a_plan())
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(file.stat().st_mode) == 0o640
+        assert stat.S_IMODE(file.with_suffix(".lock").stat().st_mode) == 0o640
+
+    def test_what_a_killed_process_left_is_removed(self) -> None:
+        file = tuning.record(a_plan())
+        leftover = file.with_name(f"{file.stem}-0123456789abcdef.part")
+        leftover.write_text("half of")
+        other = file.with_name("another-device.part")
+        other.write_text("not of this file")
+        tuning.record(a_plan())
+        assert (leftover.exists(), other.exists()) == (False, True)
 
     def test_processes_at_once_lose_nothing_and_show_nothing_half_written(self) -> None:
         program = """

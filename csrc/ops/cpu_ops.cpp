@@ -128,37 +128,46 @@ int64_t cpu_memory(int64_t limit) {
   return int64_t(cpu::pool().mapped());
 }
 
-int64_t cpu_record(const std::string& what) {
-  if (what == "begin") return begin_recording(), 0;
-  if (what == "cut") return cut_recording();
-  STD_TORCH_CHECK(what == "end", "cpu_record: what='", what, "'; allowed: begin, cut, end");
-  return end_recording(), 0;
-}
+// An operator with the recording in front of its arguments, into which its kernels are recorded.
+template <auto op>
+struct Recorded;
 
-int64_t cpu_replay(int64_t piece) { return replay_recording(piece, torch_threads()), 0; }
-std::vector<int64_t> cpu_recorded_bytes(int64_t piece) { return recorded_bytes(piece); }
-int64_t cpu_forget(int64_t piece) { return free_recording(piece), 0; }
+template <class Result, class... Arguments, Result (*op)(Arguments...)>
+struct Recorded<op> {
+  static Result call(const Tensor& recording, Arguments... arguments) {
+    const RecordingScope scope(recording);
+    return op(arguments...);
+  }
+};
+
+int64_t replay(const Tensor& recording, int64_t piece) {
+  return replay_recording(recording, piece, torch_threads()), 0;
+}
 
 }  // namespace
 }  // namespace effkernels::ops
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
   using namespace effkernels::ops;
-  m.impl("depthwise_bn_act", TORCH_BOX(&depthwise_bn_act));
-  m.impl("depthwise_bn_act_squeeze", TORCH_BOX(&depthwise_bn_act_squeeze));
-  m.impl("squeeze_excite_gate", TORCH_BOX(&squeeze_excite_gate));
-  m.impl("depthwise_bn_act_gate", TORCH_BOX(&depthwise_bn_act_gate));
-  m.impl("depthwise_bn_act_se", TORCH_BOX(&depthwise_bn_act_se));
-  m.impl("pointwise_bn_act", TORCH_BOX(&pointwise_bn_act));
-  m.impl("expand_depthwise_squeeze", TORCH_BOX(&expand_depthwise_squeeze));
-  m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act));
+#define EFFKERNELS_IMPLEMENT(op) \
+  m.impl(#op, TORCH_BOX(&op));   \
+  m.impl("recorded_" #op, TORCH_BOX(&Recorded<&op>::call));
+  EFFKERNELS_IMPLEMENT(depthwise_bn_act)
+  EFFKERNELS_IMPLEMENT(depthwise_bn_act_squeeze)
+  EFFKERNELS_IMPLEMENT(squeeze_excite_gate)
+  EFFKERNELS_IMPLEMENT(depthwise_bn_act_gate)
+  EFFKERNELS_IMPLEMENT(depthwise_bn_act_se)
+  EFFKERNELS_IMPLEMENT(pointwise_bn_act)
+  EFFKERNELS_IMPLEMENT(expand_depthwise_squeeze)
+  EFFKERNELS_IMPLEMENT(conv_bn_act)
+#undef EFFKERNELS_IMPLEMENT
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&effkernels::ops::cpu_isa));
   m.impl("cpu_memory", TORCH_BOX(&effkernels::ops::cpu_memory));
-  m.impl("cpu_record", TORCH_BOX(&effkernels::ops::cpu_record));
-  m.impl("cpu_replay", TORCH_BOX(&effkernels::ops::cpu_replay));
-  m.impl("cpu_recorded_bytes", TORCH_BOX(&effkernels::ops::cpu_recorded_bytes));
-  m.impl("cpu_forget", TORCH_BOX(&effkernels::ops::cpu_forget));
+  m.impl("cpu_recording", TORCH_BOX(&effkernels::ops::new_recording));
+  m.impl("cpu_recording_cut", TORCH_BOX(&effkernels::ops::cut_recording));
+  m.impl("cpu_recording_replay", TORCH_BOX(&effkernels::ops::replay));
+  m.impl("cpu_recording_bytes", TORCH_BOX(&effkernels::ops::recorded_bytes));
 }

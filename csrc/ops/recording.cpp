@@ -5,40 +5,61 @@
 #include <utility>
 
 namespace effkernels::ops {
-namespace {
 
-struct Piece {
-  std::shared_ptr<cpu::Pool> memory;  // of results; ranges are used again within the recording
-  std::shared_ptr<cpu::Pool> kept;    // of what every replay reads: nothing else may ever have lain there
-  std::vector<std::function<void(const cpu::Parallel&)>> kernels;
+using Kernels = std::vector<std::function<void(const cpu::Parallel&)>>;
+
+struct Recording {
+  std::shared_ptr<cpu::Pool> memory = std::make_shared<cpu::Pool>();  // of results; ranges are used again within it
+  cpu::Pool kept;                                                     // what replays read: never used again
+  Kernels kernels;                                                    // of the piece in the making
+  std::vector<Kernels> pieces;
   Keep keep;
 };
 
-struct Pieces {
+namespace {
+
+// Recordings by the address that their tensors have, so that no other tensor is taken for one.
+struct Recordings {
   std::mutex mutex;
-  std::map<int64_t, std::shared_ptr<const Piece>> by_number;
-  int64_t last = 0;
+  std::map<const void*, std::shared_ptr<Recording>> by_address;
 };
 
-Pieces& pieces() {
-  static Pieces* const all = new Pieces;  // never destroyed: engines may outlive every static object
+Recordings& recordings() {
+  static Recordings* const all = new Recordings;  // never destroyed: engines may outlive every static object
   return *all;
 }
 
-thread_local Piece piece;  // in the making
+thread_local Recording* current = nullptr;
 
-std::shared_ptr<const Piece> find(int64_t number) {
-  Pieces& all = pieces();
+std::shared_ptr<Recording> find(const Tensor& recording) {
+  Recordings& all = recordings();
   const std::lock_guard<std::mutex> lock(all.mutex);
-  const auto place = all.by_number.find(number);
-  STD_TORCH_CHECK(place != all.by_number.end(), "piece=", number,
-                  " of a recording is not there; allowed: a number that cpu_record told and nobody freed");
-  return place->second;
+  const auto found = all.by_address.find(recording.const_data_ptr());
+  STD_TORCH_CHECK(found != all.by_address.end(), "recording is no recording; allowed: a tensor of cpu_recording");
+  return found->second;
+}
+
+void forget(void* address, void*) {
+  Recordings& all = recordings();
+  std::shared_ptr<Recording> last;  // destroyed after the lock: it frees tensors
+  const std::lock_guard<std::mutex> lock(all.mutex);
+  const auto found = all.by_address.find(address);
+  last = std::move(found->second);
+  all.by_address.erase(found);
 }
 
 }  // namespace
 
-std::shared_ptr<cpu::Pool>& recording_memory() { return piece.memory; }
+RecordingScope::RecordingScope(const Tensor& recording) : recording_(find(recording)) {
+  STD_TORCH_CHECK(current == nullptr, "an operator inside of a recorded one cannot be recorded");
+  current = recording_.get();
+}
+
+RecordingScope::~RecordingScope() { current = nullptr; }
+
+std::shared_ptr<cpu::Pool> recording_memory() { return current ? current->memory : nullptr; }
+
+bool is_recording() { return current != nullptr; }
 
 void refuse_copy(const char* name) {
   STD_TORCH_CHECK(!is_recording(), name,
@@ -47,49 +68,48 @@ void refuse_copy(const char* name) {
 }
 
 void record(std::function<void(const cpu::Parallel&)> kernel, const Keep& keep) {
-  piece.kernels.push_back(std::move(kernel));
+  current->kernels.push_back(std::move(kernel));
   for (const Tensor& t : keep)
-    if (!piece.memory->owns(t.const_data_ptr())) piece.keep.push_back(t);
+    if (!current->memory->owns(t.const_data_ptr())) current->keep.push_back(t);
 }
 
-void* keep_memory(size_t bytes) { return piece.kept->allocate(bytes); }
+void* keep_memory(size_t bytes) { return current->kept.allocate(bytes); }
 
-void begin_recording() {
-  STD_TORCH_CHECK(!is_recording(), "cpu_record: this thread records already");
-  piece.memory = std::make_shared<cpu::Pool>();
-  piece.kept = std::make_shared<cpu::Pool>();
+Tensor new_recording() {
+  auto made = std::make_shared<Recording>();
+  void* const address = made.get();
+  Recordings& all = recordings();
+  {
+    const std::lock_guard<std::mutex> lock(all.mutex);
+    all.by_address[address] = std::move(made);
+  }
+  const int64_t one = 1;
+  AtenTensorHandle handle = nullptr;
+  const AOTITorchError error =
+      torch_from_blob(address, 1, &one, &one, 0, aoti_torch_dtype_uint8(), aoti_torch_device_type_cpu(), -1, &handle,
+                      aoti_torch_layout_strided(), nullptr, 0, forget, nullptr);
+  if (error != AOTI_TORCH_SUCCESS) forget(address, nullptr);
+  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  return Tensor(handle);
 }
 
-int64_t cut_recording() {
-  STD_TORCH_CHECK(is_recording(), "cpu_record: this thread does not record");
-  if (piece.kernels.empty()) return 0;
-  auto done = std::make_shared<Piece>();
-  done->memory = piece.memory;
-  done->kept = piece.kept;
-  std::swap(done->kernels, piece.kernels);
-  std::swap(done->keep, piece.keep);
-  Pieces& all = pieces();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  all.by_number[++all.last] = std::move(done);
-  return all.last;
+int64_t cut_recording(const Tensor& recording) {
+  const std::shared_ptr<Recording> found = find(recording);
+  if (found->kernels.empty()) return 0;
+  found->pieces.push_back(std::exchange(found->kernels, {}));
+  return int64_t(found->pieces.size());
 }
 
-void end_recording() { piece = Piece{}; }
-
-void replay_recording(int64_t number, const cpu::Parallel& threads) {
-  const std::shared_ptr<const Piece> found = find(number);
-  for (const auto& kernel : found->kernels) kernel(threads);
+void replay_recording(const Tensor& recording, int64_t piece, const cpu::Parallel& threads) {
+  const std::shared_ptr<Recording> found = find(recording);
+  STD_TORCH_CHECK(piece >= 1 && piece <= int64_t(found->pieces.size()), "piece=", piece,
+                  " of a recording is not there; allowed: 1 to ", found->pieces.size());
+  for (const auto& kernel : found->pieces[size_t(piece - 1)]) kernel(threads);
 }
 
-std::vector<int64_t> recorded_bytes(int64_t number) {
-  const std::shared_ptr<const Piece> found = find(number);
-  return {int64_t(found->memory->peak()), int64_t(found->kept->peak())};
-}
-
-void free_recording(int64_t number) {
-  Pieces& all = pieces();
-  const std::lock_guard<std::mutex> lock(all.mutex);
-  all.by_number.erase(number);
+std::vector<int64_t> recorded_bytes(const Tensor& recording) {
+  const std::shared_ptr<Recording> found = find(recording);
+  return {int64_t(found->memory->peak()), int64_t(found->kept.peak())};
 }
 
 }  // namespace effkernels::ops

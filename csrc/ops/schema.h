@@ -12,29 +12,38 @@
 #define EFFKERNELS_SE \
   "Tensor w_reduce, Tensor? b_reduce, Tensor w_expand, Tensor? b_expand, str se_activation, str gate"
 
+// The operators that kernels compute: name, arguments, results. Each is defined a second time for recordings
+// (recording.h) as recorded_<name>, with the recording in front of its arguments.
+#define EFFKERNELS_KERNEL_SCHEMAS(OP)                                                                                 \
+  OP("depthwise_bn_act", EFFKERNELS_DEPTHWISE, "Tensor")                                                              \
+  OP("depthwise_bn_act_squeeze", EFFKERNELS_DEPTHWISE, "(Tensor, Tensor)")                                            \
+  OP("squeeze_excite_gate", "Tensor pooled, " EFFKERNELS_SE, "Tensor")                                                \
+  OP("depthwise_bn_act_gate", EFFKERNELS_DEPTHWISE ", " EFFKERNELS_SE, "(Tensor, Tensor)")                            \
+  OP("depthwise_bn_act_se", EFFKERNELS_DEPTHWISE ", " EFFKERNELS_SE, "Tensor")                                        \
+  OP("pointwise_bn_act",                                                                                              \
+     "Tensor x, Tensor weight, " EFFKERNELS_NORM ", Tensor? gate, Tensor? residual, str activation, bool allow_tf32", \
+     "Tensor")                                                                                                        \
+  OP("expand_depthwise_squeeze",                                                                                      \
+     "Tensor x, " EFFKERNELS_EXPAND ", Tensor weight, " EFFKERNELS_NORM                                               \
+     ", int stride, SymInt[4] padding, int dilation, str activation, bool allow_tf32",                                \
+     "(Tensor, Tensor)")                                                                                              \
+  OP("conv_bn_act",                                                                                                   \
+     "Tensor x, Tensor weight, " EFFKERNELS_NORM                                                                      \
+     ", int stride, SymInt[4] padding, str activation, bool allow_tf32",                                              \
+     "Tensor")
+
 #define EFFKERNELS_SCHEMAS(OP)                                                                                        \
-  OP("depthwise_bn_act(" EFFKERNELS_DEPTHWISE ") -> Tensor")                                                          \
-  OP("depthwise_bn_act_squeeze(" EFFKERNELS_DEPTHWISE ") -> (Tensor, Tensor)")                                        \
-  OP("squeeze_excite_gate(Tensor pooled, " EFFKERNELS_SE ") -> Tensor")                                               \
-  OP("depthwise_bn_act_gate(" EFFKERNELS_DEPTHWISE ", " EFFKERNELS_SE ") -> (Tensor, Tensor)")                        \
-  OP("depthwise_bn_act_se(" EFFKERNELS_DEPTHWISE ", " EFFKERNELS_SE ") -> Tensor")                                    \
-  OP("pointwise_bn_act(Tensor x, Tensor weight, " EFFKERNELS_NORM                                                     \
-     ", Tensor? gate, Tensor? residual, str activation, bool allow_tf32) -> Tensor")                                  \
-  OP("expand_depthwise_squeeze(Tensor x, " EFFKERNELS_EXPAND ", Tensor weight, " EFFKERNELS_NORM                        \
-     ", int stride, SymInt[4] padding, int dilation, str activation, bool allow_tf32) -> (Tensor, Tensor)")            \
-  OP("conv_bn_act(Tensor x, Tensor weight, " EFFKERNELS_NORM                                                          \
-     ", int stride, SymInt[4] padding, str activation, bool allow_tf32) -> Tensor")                                   \
   /* The CPU kernels' instruction set: sets it (name not empty) and tells it. */                                       \
   OP("cpu_isa(str name) -> str")                                                                                      \
   /* The memory pool of CPU results: sets how many unused bytes it may keep (limit not negative), tells the bytes     \
      mapped. */                                                                                                       \
   OP("cpu_memory(int limit) -> int")                                                                                  \
-  /* Recordings of CPU kernels (recording.h). cpu_record: what is begin, cut (tells the number of the piece, 0 for an \
-     empty one) or end. */                                                                                            \
-  OP("cpu_record(str what) -> int")                                                                                   \
-  OP("cpu_replay(int piece) -> int")                                                                                  \
-  OP("cpu_recorded_bytes(int piece) -> int[]")                                                                        \
-  OP("cpu_forget(int piece) -> int")                                                                                  \
+  /* Recordings of CPU kernels (recording.h). A recording is a tensor; with the last tensor that refers to it, it goes. \
+     cut ends a piece and returns its number, from 1, or 0 for an empty one. bytes: of results, of kept weights. */    \
+  OP("cpu_recording() -> Tensor")                                                                                     \
+  OP("cpu_recording_cut(Tensor recording) -> int")                                                                    \
+  OP("cpu_recording_replay(Tensor recording, int piece) -> int")                                                      \
+  OP("cpu_recording_bytes(Tensor recording) -> int[]")                                                                \
   /* The CUDA launches that an operator would make, one line each: plan_ops.cpp. Needs no GPU. */                      \
   OP("cuda_plan(str op, str dtype, int[] shape, int[] limits) -> str")                                                \
   /* The CUDA kernels and fills that this process has launched. */                                                     \

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from effkernels._recorded_tensor import NotRecordableError
 from effkernels.engine.buckets import buckets_for
 from effkernels.engine.memory import model_tensors, peak_bytes, storage_bytes
 from effkernels.engine.outputs import check_output, concatenated, first_rows, nbytes
-from effkernels.engine.places import Place
-from effkernels.engine.prepare import Preparation, copy_weights, prepare
+from effkernels.engine.places import Place, Result
+from effkernels.engine.prepare import Preparation, new_weights, prepare
 from effkernels.engine.report import BucketReport
 from effkernels.engine.runners import EagerRunner, GraphRunner, Runner
 
@@ -22,7 +22,7 @@ from effkernels.engine.runners import EagerRunner, GraphRunner, Runner
 class Core:
     """A prepared copy of a model and a runner for each bucket.
 
-    `working()` takes the lock; everything that computes is called inside it.
+    `work` takes the lock; everything that computes is called inside of it.
 
     Args:
         model: copied.
@@ -68,30 +68,37 @@ class Core:
         self.optimized = prepared.optimized
         self.norms_folded = prepared.norms_folded
         self.weight_bytes = storage_bytes(model_tensors(self._model).values())
-        with self.working():
-            self._measure(max_memory_bytes)
+        self.work(lambda: self._measure(max_memory_bytes))
 
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
-        """The block in which this thread, and no other, works with the model.
+    def work(self, job: Callable[[], Result]) -> Result:
+        """Call `job` in this thread while no other one works with the model.
 
-        It is in inference mode and without autocast: the engine's dtype holds wherever it is called.
+        It runs in inference mode and without autocast: the engine's dtype holds wherever it is called.
 
         Raises:
             RuntimeError: `release` was called.
         """
+        # An interrupt must leave neither the lock nor a mode behind. Between a call of C and what comes next Python
+        # looks for none; the context managers of torch and contextlib are Python, and are left by those of C here.
+        device = self.place.device.type
         with self._lock:
             if self._released:
                 raise RuntimeError("the engine is closed")
-            autocast = torch.autocast(self.place.device.type, enabled=False)
-            with torch.inference_mode(), autocast, self.place.working():
-                yield
+            with_autocast = torch.is_autocast_enabled(device)
+            try:
+                if with_autocast:
+                    torch.set_autocast_enabled(device, False)
+                with torch._C._InferenceMode(True):
+                    return self.place.work(job)
+            finally:
+                if with_autocast:
+                    torch.set_autocast_enabled(device, True)
 
     def new_input(self, count: int) -> Tensor:
         """Zeros for that many images, (count, C, H, W)."""
         shape = (count, *self.input_size)
         memory_format = self._how.memory_format
-        with torch.inference_mode(False), torch.no_grad():
+        with torch._C._InferenceMode(False), torch.no_grad():
             new = torch.empty(shape, dtype=self.dtype, device=self.place.device, memory_format=memory_format)
             return new.zero_()
 
@@ -102,7 +109,7 @@ class Core:
         parts, start = [], 0
         for size in buckets_for(len(images), self.sizes, self.place.overhead):
             part = images[start : start + size]
-            parts.append(self._runner(size).run(self.place.bring(part, self.dtype)))
+            parts.append(self._run_bucket(size, self.place.bring(part, self.dtype)))
             start += size
             self.batches += 1
             self.images += len(part)
@@ -125,13 +132,22 @@ class Core:
         self._reserved_bytes = self.place.reserved_bytes() - before
 
     def refresh(self, source: nn.Module) -> None:
-        """Write the weights of a model of the same structure into the memory of this one's."""
+        """Write the weights of a model of the same structure into the memory of this one's: all of them or none.
+
+        Raises:
+            ValueError: one of them cannot be taken over; the message names it.
+        """
         if self._how.fold_norms:  # folded weights are of another form: fold the new ones as well
             source = prepare(source, self._how).model
-        with self.working(), torch.inference_mode(False), torch.no_grad():
-            copy_weights(source, self._model)
-            if not self.place.recordings_share:
-                self._runners.clear()
+        self.work(lambda: self._take_over(source))
+
+    def _take_over(self, source: nn.Module) -> None:
+        into, values = new_weights(source, self._model)
+        # From here on nothing fails, and an interrupt finds either all of the old weights or all of the new ones.
+        if not self.place.recordings_share:
+            self._runners.clear()
+        with torch._C._InferenceMode(False), torch.no_grad():
+            torch._foreach_copy_(into, values)
 
     def release(self) -> None:
         """Give weights and graphs back."""
@@ -157,7 +173,8 @@ class Core:
 
     def _recorded_bytes(self, size: int) -> int:
         """What the recording of a bucket holds: known, or in proportion to the smallest bucket's."""
-        recorded = {one: runner.recorded for one, runner in self._runners.items() if isinstance(runner, GraphRunner)}
+        runners = self._runners.copy()  # in one step: another thread may add one meanwhile
+        recorded = {one: runner.recorded for one, runner in runners.items() if isinstance(runner, GraphRunner)}
         if size in recorded:
             return recorded[size].result_bytes + recorded[size].weight_bytes
         smallest = min(recorded, default=size)
@@ -165,10 +182,11 @@ class Core:
 
     def activation_bytes(self, size: int) -> int:
         """The most bytes of tensors alive at once in a forward: counted, or in proportion to the smallest bucket's."""
-        if size in self._measured:
-            return self._measured[size]
-        smallest = min(self._measured)
-        return -(-self._measured[smallest] * size // smallest)
+        measured = self._measured.copy()
+        if size in measured:
+            return measured[size]
+        smallest = min(measured)
+        return -(-measured[smallest] * size // smallest)
 
     def buffer_bytes(self, size: int) -> int:
         """Inputs and results beside a forward: padded or copied out, and on a GPU those of every graph."""
@@ -221,6 +239,21 @@ class Core:
         if size not in self._runners:
             self._runners[size] = self._new_runner(size)
         return self._runners[size]
+
+    def _run_bucket(self, size: int, images: Tensor) -> Any:
+        runner = self._runner(size)
+        try:
+            return runner.run(images)
+        except Exception as error:
+            if not isinstance(runner, GraphRunner) or self.place.recordings_share:
+                raise
+            # The model has the last word on what these images are worth: a result, or an error of its own.
+            eager = EagerRunner(self._model, size, self._how.memory_format)
+            output = eager.run(images)
+            if isinstance(error, NotRecordableError):
+                self._eager_because = f"replay failed: {error}"
+                self._runners = {size: eager}
+            return output
 
     def _new_runner(self, size: int) -> Runner:
         capture = self.place.capture

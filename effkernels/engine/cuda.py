@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from effkernels.engine.outputs import map_tensors
-from effkernels.engine.runners import Capture, Recorded
+from effkernels.engine.places import Result
+from effkernels.engine.runners import Capture, Forward, Recorded
 
 # Before a capture a call runs this often: libraries choose their algorithms, Triton compiles, buffers are allocated.
 _WARM_UP_CALLS = 3
@@ -48,15 +48,14 @@ class CudaPlace:
         """See `Place`."""
         return self._capture
 
-    @contextlib.contextmanager
-    def working(self) -> Iterator[None]:
+    def work(self, job: Callable[[], Result]) -> Result:
         """See `Place`."""
         caller = self._cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
         self._caller = caller
         try:
             with self._cuda.stream(self._stream):  # makes its device the current one, too
-                yield
+                return job()
         finally:
             caller.wait_stream(self._stream)
 
@@ -93,15 +92,15 @@ class CudaPlace:
         reserved: int = self._cuda.memory_reserved(self.device)
         return reserved
 
-    def _capture(self, work: Callable[[], Any], images: Tensor) -> Recorded:
+    def _capture(self, forward: Forward, images: Tensor) -> Recorded:
         for _ in range(_WARM_UP_CALLS):
-            work()
+            forward(images)
         self._stream.synchronize()
         graph = self._cuda.CUDAGraph()
         # "thread_local": what other threads of the process do on the GPU meanwhile does not break the recording.
         how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
         with _RECORDING, self._cuda.graph(graph, **how):
-            output = work()
+            output = forward(images)
         return Recorded(graph.replay, output)
 
 

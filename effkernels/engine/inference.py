@@ -13,6 +13,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from effkernels.engine.arguments import (
+    check_count,
+    check_device,
+    check_dtype,
+    check_elements,
+    check_flags,
+    check_iterable,
+    check_latency,
+    check_memory_format,
+)
 from effkernels.engine.batcher import MicroBatcher
 from effkernels.engine.buckets import checked_sizes
 from effkernels.engine.core import Core
@@ -20,6 +30,7 @@ from effkernels.engine.outputs import rows_on_host
 from effkernels.engine.places import place_of
 from effkernels.engine.prepare import Preparation, check_structure, device_and_dtype_of, structure_of
 from effkernels.engine.preprocess import (
+    check_memory,
     check_pixels,
     input_size_of,
     is_pil_image,
@@ -30,15 +41,14 @@ from effkernels.engine.preprocess import (
 from effkernels.engine.report import EngineReport, EngineStats
 from effkernels.predict import Preprocessing
 
-_MEMORY_FORMATS = (torch.channels_last, torch.contiguous_format)
-
 
 class InferenceEngine:
     """A copy of a model, prepared once and then run at any batch size; safe to call from many threads.
 
     The copy is in eval mode, optimized and on its device, and the forward of every batch size is recorded once and then
     replayed without its Python: as a CUDA graph on a GPU, on a CPU as calls of effkernels' kernels with those of other
-    operators between them. What cannot be recorded runs as it is, and the report says why. The model that is given
+    operators between them. What cannot be recorded, such as a forward whose shapes or branches depend on the values of
+    an image, runs as it is, and the report says why. The model that is given
     stays as it is, and `refresh` takes over its weights when they have changed. Work of several threads is done one
     batch after the other.
 
@@ -50,14 +60,15 @@ class InferenceEngine:
 
     Args:
         model: takes (N, C, H, W) and returns a tensor, or a tuple, list or dict of tensors, with the batch first.
-        dtype: of weights and inputs; None: the model's.
+        dtype: of weights and inputs: float32, bfloat16, float16 or float64; None: the model's.
         memory_format: torch.channels_last, or torch.contiguous_format.
         batch_sizes: buckets to prepare. Other numbers of images are cut into them, the last one padded.
         device: None: the model's.
         cuda_graph: record and replay; False: call the model every time, for a forward with effects of its own.
         input_size: pixels of a square, (height, width) or (channels, height, width); None: what the model's
             configuration says.
-        max_latency_ms: how long `submit` lets the first image of a batch wait for others, in milliseconds.
+        max_latency_ms: how long `submit` lets the first image of a batch wait for others, in milliseconds, at most a
+            day.
         max_queue: how many images may wait at once in `submit`; None: 16 of the largest buckets.
         max_memory_bytes: leave out the buckets whose memory bound is above this.
         optimize: call `effkernels.optimize_` on the copy, if the model is not effkernels' own.
@@ -77,7 +88,7 @@ class InferenceEngine:
             more, as the kernels lay them out; there allocators round up beyond what is counted.
 
     Raises:
-        TypeError: a model that is no module or cannot be copied; an output that is not made of tensors.
+        TypeError: an argument of another type, a model that cannot be copied, an output that is not made of tensors.
         ValueError: an argument out of its range, an output without the batch first, or max_memory_bytes below what the
             smallest bucket needs; the message names it.
     """
@@ -102,22 +113,18 @@ class InferenceEngine:
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"InferenceEngine: model is {type(model).__name__}; allowed: torch.nn.Module")
-        sizes = checked_sizes(batch_sizes)
-        max_queue = 16 * sizes[-1] if max_queue is None else max_queue
-        if max_latency_ms < 0 or max_queue < 1:
-            raise ValueError(
-                f"InferenceEngine: max_latency_ms={max_latency_ms}, max_queue={max_queue}; allowed: at least 0 and 1"
-            )
-        if memory_format not in _MEMORY_FORMATS:
-            raise ValueError(
-                f"InferenceEngine: memory_format={memory_format}; allowed: {', '.join(map(str, _MEMORY_FORMATS))}"
-            )
+        check_flags(cuda_graph=cuda_graph, optimize=optimize, fold_norms=fold_norms, warm_up=warm_up)
+        sizes = checked_sizes(check_iterable(batch_sizes))
+        max_queue = 16 * sizes[-1] if max_queue is None else check_count("max_queue", max_queue)
+        max_latency_ms = check_latency(max_latency_ms)
+        if max_memory_bytes is not None:
+            check_count("max_memory_bytes", max_memory_bytes)
+        check_memory_format(memory_format)
         own_device, own_dtype = device_and_dtype_of(model)
-        dtype = own_dtype if dtype is None else dtype
-        if not dtype.is_floating_point:
-            raise ValueError(f"InferenceEngine: dtype={dtype}; allowed: a floating dtype")
-        place = place_of(own_device if device is None else torch.device(device))
+        dtype = check_dtype(own_dtype if dtype is None else dtype)
+        place = place_of(own_device if device is None else check_device(device))
         self._input_size = input_size_of(model, input_size)
+        check_elements(sizes, self._input_size)
         self._preprocessing: Preprocessing | None = None
         try:
             self._preprocessing, source = preprocessing_from(preprocessing, model, self._input_size)
@@ -141,8 +148,7 @@ class InferenceEngine:
             max_memory_bytes=max_memory_bytes,
         )
         if warm_up:
-            with self._core.working():
-                self._core.warm_up()
+            self._core.work(self._core.warm_up)
         self._identity = (type(model).__name__, str(memory_format).removeprefix("torch."), source)
         self._batcher = MicroBatcher(self._core.sizes[-1], max_latency_ms / 1e3, max_queue)
         # When the engine is collected, and before the interpreter ends, while threads still run.
@@ -171,8 +177,7 @@ class InferenceEngine:
         """
         self._check_usable("run")
         self._check_images(images, ("N", *map(str, self._input_size)))
-        with self._core.working():
-            return self._core.place.hand_over(self._core.run(images))
+        return self._core.work(lambda: self._core.place.hand_over(self._core.run(images)))
 
     def preprocess(self, images: Any) -> Tensor:
         """Photographs as the model's input, computed on the engine's device.
@@ -209,12 +214,15 @@ class InferenceEngine:
         else:
             batch = check_pixels(images, channels, "NHWC")
             batches = [(list(range(len(batch))), batch)] if len(batch) else []
-        with self._core.working():
+
+        def prepare() -> Tensor:
             result = self._core.new_input(sum(len(members) for members, _ in batches))
             for members, batch in batches:
                 self._transform_into(result, members, batch, preprocessing)
             prepared: Tensor = self._core.place.hand_over(result)
-        return prepared
+            return prepared
+
+        return self._core.work(prepare)
 
     def submit(self, image: Any, *, block: bool = False) -> Future[Any]:
         """Queue one image; images of many threads are run together.
@@ -238,7 +246,7 @@ class InferenceEngine:
         """
         self._check_usable("submit")
         try:
-            if isinstance(image, Tensor) and image.is_floating_point():
+            if isinstance(image, Tensor) and (image.is_floating_point() or image.is_quantized):
                 self._check_images(image, tuple(map(str, self._input_size)))
             else:
                 self._usable_preprocessing()
@@ -358,23 +366,38 @@ class InferenceEngine:
         good = [index for index, answer in enumerate(answers) if isinstance(answer, Tensor)]
         if not good:
             return answers
-        with self._core.working():
+
+        def compute() -> dict[int, Any]:
             for index in good:
                 self._core.place.wait_for(submitted[index].moment)
             images = self._core.new_input(len(good))
-            for members, batch in _by_size([answers[index] for index in good]):
-                if batch.is_floating_point():
-                    _write(images, members, self._core.place.bring(batch, self._core.dtype))
-                else:
-                    self._transform_into(images, members, batch, self._usable_preprocessing())
+            given = [answers[index] for index in good]
+            found: dict[int, Any] = {}
+            for members in _of_one_size(given):
+                found |= self._write_inputs(images, members, given)
             # On the CPU no stream has to be waited for: whoever has the future may use the result at once.
-            results = rows_on_host(self._core.run(images))
-        for index, result in zip(good, results, strict=True):
-            answers[index] = result
+            return dict(enumerate(rows_on_host(self._core.run(images)))) | found
+
+        for row, result in self._core.work(compute).items():
+            answers[good[row]] = result
         return answers
 
+    def _write_inputs(self, images: Tensor, members: list[int], given: list[Tensor]) -> dict[int, Exception]:
+        """Write images of one size into their rows of `images`; what goes wrong, by the row; inside of `Core.work`."""
+        try:
+            batch = torch.stack([given[member] for member in members])
+            if batch.is_floating_point():
+                _write(images, members, self._core.place.bring(batch, self._core.dtype))
+            else:
+                self._transform_into(images, members, batch, self._usable_preprocessing())
+        except Exception as error:
+            if len(members) == 1:
+                return {members[0]: error}
+            return {row: why for one in members for row, why in self._write_inputs(images, [one], given).items()}
+        return {}
+
     def _transform_into(self, images: Tensor, members: list[int], pixels: Tensor, how: Preprocessing) -> None:
-        """Write what uint8 (N, H, W, C) becomes into those rows of `images`; within `Core.working`."""
+        """Write what uint8 (N, H, W, C) becomes into those rows of `images`; inside of `Core.work`."""
         _write(images, members, transform(self._core.place.bring(pixels, torch.uint8), how))
 
     def _usable_preprocessing(self) -> Preprocessing:
@@ -388,6 +411,7 @@ class InferenceEngine:
         allowed = f"a floating tensor ({', '.join(wanted)})"
         if not isinstance(images, Tensor):
             raise TypeError(f"images are {type(images).__name__}; allowed: {allowed}")
+        check_memory(images, "images")
         if not images.is_floating_point():
             raise TypeError(f"images have dtype {images.dtype}; allowed: {allowed}; photographs go through preprocess")
         if images.dim() != len(wanted) or tuple(images.shape[-3:]) != self._input_size:
@@ -415,10 +439,15 @@ class _Submitted:
 
 def _by_size(images: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
     """Tensors of the same shape, dtype and device stacked to batches, each with their positions in `images`."""
+    return [(members, torch.stack([images[index] for index in members])) for members in _of_one_size(images)]
+
+
+def _of_one_size(images: Sequence[Tensor]) -> list[list[int]]:
+    """The positions of tensors that can be stacked: of the same shape, dtype and device."""
     groups: dict[Any, list[int]] = {}
     for index, image in enumerate(images):
         groups.setdefault((image.shape, image.dtype, image.device), []).append(index)
-    return [(members, torch.stack([images[index] for index in members])) for members in groups.values()]
+    return list(groups.values())
 
 
 def _write(images: Tensor, members: list[int], values: Tensor) -> None:

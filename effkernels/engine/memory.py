@@ -25,6 +25,19 @@ def storage_bytes(tensors: Iterable[Tensor]) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
+def under(mode: TorchDispatchMode, function: Callable[..., Any], args: Any, kwargs: Any = None) -> Any:
+    """Call a function under a mode, which an interrupt cannot leave behind.
+
+    `with mode` runs Python code before and after its block is protected; the two calls here are C, between which and
+    the `try` Python looks for no interrupt.
+    """
+    try:
+        torch._C._push_on_torch_dispatch_stack(mode)
+        return function(*args, **(kwargs or {}))
+    finally:
+        torch._C._pop_torch_dispatch_stack(None)
+
+
 class _LiveBytes(TorchDispatchMode):
     """Adds up the memory of tensors that operators return, until it is given back."""
 
@@ -39,7 +52,7 @@ class _LiveBytes(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         for leaf in pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor):
+            if isinstance(leaf, Tensor) and leaf.layout is torch.strided:  # others have no storage of their own
                 self._count(leaf.untyped_storage())
         return result
 
@@ -67,6 +80,6 @@ def peak_bytes(forward: Callable[[Tensor], Any], images: Tensor, weights: Iterab
     Args:
         weights: tensors that were there before, which are not counted.
     """
-    with _LiveBytes([images, *weights]) as count:
-        result = forward(images)
+    count = _LiveBytes([images, *weights])
+    result = under(count, forward, (images,))
     return result, count.peak

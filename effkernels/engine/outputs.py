@@ -57,7 +57,7 @@ def nbytes(output: Any) -> int:
 
 def first_rows(output: Any, count: int) -> Any:
     """The first `count` rows, in memory of their own."""
-    with torch.inference_mode(False), torch.no_grad():
+    with torch._C._InferenceMode(False), torch.no_grad():
         return map_tensors(output, lambda tensor: tensor[:count].clone())
 
 
@@ -66,7 +66,7 @@ def concatenated(parts: Sequence[Any]) -> Any:
     if len(parts) == 1:
         return parts[0]
     leaves, structures = zip(*(pytree.tree_flatten(part) for part in parts), strict=True)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch._C._InferenceMode(False), torch.no_grad():
         joined = [None if column[0] is None else torch.cat(column) for column in zip(*leaves, strict=True)]
     return pytree.tree_unflatten(joined, structures[0])
 
@@ -75,7 +75,7 @@ def rows_on_host(output: Any) -> list[Any]:
     """The output of each image alone, without the batch dimension, on the CPU in memory of its own."""
     leaves, structure = pytree.tree_flatten(output)
     columns: list[list[Tensor] | None] = []
-    with torch.inference_mode(False), torch.no_grad():
+    with torch._C._InferenceMode(False), torch.no_grad():
         for leaf in leaves:
             columns.append(None if leaf is None else [row.clone() for row in leaf.cpu()])
     count = len(next(column for column in columns if column is not None))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import weakref
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from effkernels import _library
-from effkernels.engine.host import NotRecordableError, Recording
+from effkernels._recorded_tensor import NotRecordableError
+from effkernels.engine.host import Recording, trial_images
 from effkernels.engine.outputs import map_tensors, same_values
-from effkernels.engine.runners import Capture, Recorded
+from effkernels.engine.runners import Capture, Forward, Recorded
+
+Result = TypeVar("Result")
 
 
 class Place(Protocol):
@@ -31,20 +33,20 @@ class Place(Protocol):
     def capture(self) -> Capture | None:
         """Records a call for `GraphRunner`; None where the device has nothing like it."""
 
-    def working(self) -> contextlib.AbstractContextManager[None]:
-        """A block whose work comes after the caller's so far, and before what the caller does next."""
+    def work(self, job: Callable[[], Result]) -> Result:
+        """Call `job`, whose work comes after the caller's so far, and before what the caller does next."""
 
     def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor on this device in that dtype; within `working`."""
+        """The tensor on this device in that dtype; inside of `work`."""
 
     def hand_over(self, output: Any) -> Any:
-        """The output, made safe to use where the caller works; within `working`."""
+        """The output, made safe to use where the caller works; inside of `work`."""
 
     def moment(self) -> Any:
         """Stands for all work that the caller has asked of this device so far."""
 
     def wait_for(self, moment: Any) -> None:
-        """Let the work that follows come after a `moment`, of whatever thread; within `working`."""
+        """Let the work that follows come after a `moment`, of whatever thread; inside of `work`."""
 
     def synchronize(self) -> None:
         """Wait until all work of the engine is done."""
@@ -71,9 +73,9 @@ class HostPlace:
         """See `Place`."""
         return self._capture if self.device.type == "cpu" and _library.is_loaded() else None
 
-    def working(self) -> contextlib.AbstractContextManager[None]:
+    def work(self, job: Callable[[], Result]) -> Result:
         """See `Place`."""
-        return contextlib.nullcontext()
+        return job()
 
     def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """See `Place`."""
@@ -96,15 +98,17 @@ class HostPlace:
         """See `Place`."""
         return sum(recording.result_bytes + recording.weight_bytes for recording in self._recordings)
 
-    def _capture(self, work: Callable[[], Any], images: Tensor) -> Recorded:
-        recording = Recording(work)
-        # What a recording does not see (compiled code, other threads) it would leave out: so it is tried.
-        images.copy_(torch.linspace(-1, 1, images.numel(), dtype=torch.float32).sin_().reshape(images.shape))
-        wanted = map_tensors(work(), Tensor.clone)
-        recording.replay()
+    def _capture(self, forward: Forward, images: Tensor) -> Recorded:
+        recording = Recording(forward, images)
+        # What changes from one call to the next (random numbers, state in Python) shows when it is tried.
+        for values in trial_images(images):
+            images.copy_(values)
+            wanted = map_tensors(forward(images), Tensor.clone)
+            images.copy_(values)  # a forward may write to its input
+            recording.replay()
+            if not same_values(recording.output, wanted):
+                raise NotRecordableError("replayed, it gives another result")
         images.zero_()
-        if not same_values(recording.output, wanted):
-            raise NotRecordableError("replayed, it gives another result")
         self._recordings.add(recording)
         return Recorded(recording.replay, recording.output, recording.result_bytes, recording.weight_bytes)
 
@@ -121,6 +125,8 @@ def place_of(device: torch.device) -> Place:
         return HostPlace(device)
     if not torch.cuda.is_available():
         raise ValueError(f"InferenceEngine: device={device}, but PyTorch {torch.__version__} sees no GPU")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"InferenceEngine: device={device}, but PyTorch sees {torch.cuda.device_count()} GPUs")
     from effkernels.engine.cuda import CudaPlace
 
     return CudaPlace(device)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from effkernels.engine.memory import model_tensors
 from effkernels.models import EfficientNet, EfficientNetFeatures
@@ -48,11 +48,12 @@ def prepare(model: nn.Module, how: Preparation) -> Prepared:
         TypeError: the model cannot be copied.
     """
     # Outside of inference mode: its tensors could not be written by `refresh` later.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch._C._InferenceMode(False), torch.no_grad():
         try:
             ours = copy.deepcopy(model)
         except Exception as error:
             raise TypeError(f"InferenceEngine: {type(model).__name__} cannot be copied: {error}") from error
+        _give_every_element_memory(ours)
         ours = ours.eval().to(how.device, how.dtype)
         ours = ours.to(memory_format=how.memory_format)  # type: ignore[call-overload]
         folded = None
@@ -61,6 +62,16 @@ def prepare(model: nn.Module, how: Preparation) -> Prepared:
 
             folded = fold_bn_(ours)
         return Prepared(ours, _optimized(ours) if how.optimize else "not asked for", folded)
+
+
+def _give_every_element_memory(model: nn.Module) -> None:
+    """Copy the buffers that are expanded, which `refresh` could not write to."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is None or buffer.layout is not torch.strided or buffer.is_nested:
+                continue
+            if torch._debug_has_internal_overlap(buffer) == 1:
+                module._buffers[name] = buffer.clone()
 
 
 def _optimized(model: nn.Module) -> str:
@@ -92,14 +103,33 @@ def check_structure(found: tuple[str, ...], wanted: tuple[str, ...]) -> None:
             )
 
 
-def copy_weights(source: nn.Module, into: nn.Module) -> None:
-    """Write every tensor of a model into the memory of the same tensor of another one.
+def new_weights(source: nn.Module, into: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+    """The tensors of a model, and what a second model has in their place, with the device and dtype of the first.
+
+    Writing the one to the other cannot fail any more. What has device and dtype already is not copied.
 
     Raises:
-        ValueError: they have other tensors; nothing was written.
+        ValueError: a tensor of the second one does not fit or has no values.
     """
     ours, theirs = model_tensors(into), model_tensors(source)
     if {name: tensor.shape for name, tensor in ours.items()} != {name: tensor.shape for name, tensor in theirs.items()}:
         raise ValueError("refresh: the model has other parameters or buffers than the engine was made with")
-    for name, tensor in ours.items():
-        tensor.copy_(theirs[name])
+    with torch._C._InferenceMode(False), torch.no_grad():
+        for name, tensor in ours.items():
+            if _kind(theirs[name]) != _kind(tensor):
+                raise ValueError(
+                    f"refresh: {name} is a {_kind(theirs[name])} tensor, and the engine's is a {_kind(tensor)} one; "
+                    "only weights may change. Make a new engine"
+                )
+        return list(ours.values()), [
+            theirs[name].detach().to(tensor.device, tensor.dtype) for name, tensor in ours.items()
+        ]
+
+
+def _kind(tensor: Tensor) -> str:
+    """What has to be the same for one tensor to be written to another: where the values are, and of what kind."""
+    number = "complex" if tensor.is_complex() else "floating" if tensor.is_floating_point() else "whole-number"
+    meta = ", meta" if tensor.is_meta else ""
+    quantized = ", quantized" if tensor.is_quantized else ""
+    nested = ", nested" if tensor.is_nested else ""
+    return f"{number}, {str(tensor.layout).removeprefix('torch.')}{meta}{quantized}{nested}"

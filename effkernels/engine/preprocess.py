@@ -20,6 +20,7 @@ from effkernels.predict import LONGEST_RESIZED, Preprocessing, as_rgb
 _MODES = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic", "lanczos": "lanczos"}
 _DOWN, _ACROSS = 2, 3  # dimensions of (N, C, H, W)
 _CROP_MODES = (None, "", "center")
+MOST_PIXELS = 178_956_970  # of a photograph: what Pillow, too, takes for an attack beyond
 
 
 def input_size_of(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, int, int]:
@@ -47,8 +48,8 @@ def input_size_of(model: nn.Module, input_size: int | Sequence[int] | None) -> t
             )
         channels, height, width = known
         return int(channels), int(height), int(width)
-    sizes = (input_size, input_size) if isinstance(input_size, int) else tuple(input_size)
-    if len(sizes) not in (2, 3) or not all(isinstance(size, int) and size >= 1 for size in sizes):
+    sizes = tuple(input_size) if isinstance(input_size, Sequence) else (input_size, input_size)
+    if len(sizes) not in (2, 3) or not all(type(size) is int and size >= 1 for size in sizes):
         raise ValueError(
             f"InferenceEngine: input_size={input_size!r}; allowed: PIXELS, (height, width), (channels, height, width)"
         )
@@ -144,11 +145,33 @@ def check_pixels(image: Any, channels: int, dimensions: str) -> Tensor:
     assert isinstance(image, Tensor)
     if image.dtype != torch.uint8:
         raise TypeError(f"an image has dtype {image.dtype}; allowed: torch.uint8, values 0 to 255 in {named}")
+    check_memory(image, "an image")
     if image.dim() != len(dimensions) or image.shape[-1] != channels:
         raise ValueError(f"an image has shape {tuple(image.shape)}; allowed: {named} with {channels} channels")
     if 0 in image.shape[-3:]:
         raise ValueError(f"an image has shape {tuple(image.shape)}; at least one pixel is needed")
+    _check_pixel_count(image.shape[-3], image.shape[-2])
     return image
+
+
+def check_memory(tensor: Tensor, name: str) -> None:
+    """Refuse a tensor whose values do not lie in memory one by one.
+
+    Raises:
+        TypeError: it is sparse, packed for a library, quantized or nested, or of a class that computes for itself.
+    """
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        layout = "nested" if tensor.is_nested else str(tensor.layout)
+        raise TypeError(f"{name} of layout {layout}; allowed: torch.strided (`tensor.to_dense()`)")
+    if tensor.is_quantized:
+        raise TypeError(f"{name} of quantized dtype {tensor.dtype}; allowed: `tensor.dequantize()`")
+    if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        raise TypeError(f"{name} of class {type(tensor).__name__}; allowed: torch.Tensor")
+
+
+def _check_pixel_count(height: int, width: int) -> None:
+    if height * width > MOST_PIXELS:
+        raise ValueError(f"an image has {height} x {width} pixels; allowed: at most {MOST_PIXELS}")
 
 
 def is_pil_image(image: Any) -> bool:
@@ -170,6 +193,7 @@ def to_pixels(image: Any, channels: int) -> Tensor:
         return check_pixels(image, channels, "HWC")
     import numpy
 
+    _check_pixel_count(image.height, image.width)
     if channels not in (1, 3):
         raise ValueError(f"a PIL image has 1 or 3 channels, and the model takes {channels}")
     array = numpy.array(image.convert("L") if channels == 1 else as_rgb(image))

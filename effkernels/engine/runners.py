@@ -32,8 +32,8 @@ class Recorded(NamedTuple):
     weight_bytes: int = 0
 
 
-# Records what a function does. It is also told the input that the function reads, which it may overwrite.
-Capture = Callable[[Callable[[], Any], Tensor], Recorded]
+# Records what a forward does to a tensor, which it may overwrite.
+Capture = Callable[[Forward, Tensor], Recorded]
 
 
 class Runner(Protocol):
@@ -96,7 +96,7 @@ class GraphRunner:
     def __init__(self, forward: Forward, images: Tensor, capture: Capture, kind: str) -> None:
         self.kind = kind
         self._input = images
-        self.recorded = capture(lambda: forward(images), images)
+        self.recorded = capture(forward, images)
 
     def run(self, images: Tensor) -> Any:
         """See `Runner.run`."""

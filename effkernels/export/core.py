@@ -6,7 +6,6 @@ import copy
 import filecmp
 import os
 import shutil
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 
 from effkernels import _library
+from effkernels.export.folder import working_folder
 from effkernels.export.formats import DEFAULT_OPSET, FORMATS, OPSETS, ExportError, Format, Job
 from effkernels.export.sizes import DYNAMIC_IMAGE, Sizes
 from effkernels.export.verify import verify
@@ -114,14 +114,14 @@ def export_model(
         raise ImportError(f"format={format!r}: {missing}")
     prepared = copy.deepcopy(model).eval().requires_grad_(False).to(device=device, dtype=dtype)
     # In a folder of its own beside the target: the file has its final name, and is moved in one step.
-    with tempfile.TemporaryDirectory(prefix=".effkernels-export-", dir=file.parent) as folder:
+    with working_folder(file.parent) as folder:
         job = Job(
             model=prepared,
             name=str(config.get("name") or config.get("architecture") or type(model).__name__),
             sizes=Sizes.of(batch_size, image_size, _image_channels(prepared)),
             dtype=dtype,
             device=device,
-            file=Path(folder) / file.name,
+            file=folder / file.name,
             opset=DEFAULT_OPSET if opset is None else opset,
             on_reference=kind.on_reference,
         )
@@ -134,7 +134,7 @@ def export_model(
             raise ExportError(
                 f"{job.name} as {format} differs from the network: error {parity.error:.2g}, limit {parity.limit:.2g}"
             )
-        library = _copy_library(Path(folder), file.parent, overwrite) if traced and job.operators else None
+        library = _copy_library(folder, file.parent, overwrite) if traced and job.operators else None
         os.replace(job.file, file)
     return Exported(
         file=file,
