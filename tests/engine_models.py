@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,6 +138,8 @@ class NotedCuda:
     def __init__(self) -> None:
         self.notes: list[tuple[str, ...]] = []
         self.reserved = 0
+        self.recording_into: list[str] = []  # pools of recordings that are under way as the allocator believes
+        self.memory = types.SimpleNamespace(_cuda_endAllocateToPool=self._end_allocations)
         self._caller = NotedStream(self.notes, "caller")
         self._streams, self._events = iter(("engine", "copies")), iter(("slot 0", "slot 1"))
 
@@ -169,5 +172,13 @@ class NotedCuda:
         assert (how["pool"], how["stream"].name, how["capture_error_mode"]) == ("pool", "engine", "thread_local")
         self.notes.append(("record graph",))
         self.reserved += 1 << 20
+        self.recording_into.append(how["pool"])
         with graph:
             yield
+        # As in PyTorch: not reached where the recording fails.
+        self.recording_into.remove(how["pool"])
+
+    def _end_allocations(self, device: int, pool: str) -> None:
+        if pool not in self.recording_into:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        self.recording_into.remove(pool)

@@ -90,12 +90,13 @@ def test_new_weights_reach_the_recordings(compiled: None) -> None:
     assert not any(map(torch.equal, before, wanted))
 
 
-def test_what_cannot_be_recorded_runs_as_it_is() -> None:
+def test_what_cannot_be_recorded_runs_as_it_is(cuda: NotedCuda) -> None:
     engine = sum_engine(Returning(lambda x: x.sum((1, 2, 3)) * (2 if x.sum().item() > 0 else 1)))
     for bucket in engine.report.buckets:
         assert bucket.runner == "eager"
         assert bucket.reason == ("recording failed: RuntimeError: operation not permitted when the stream is capturing")
     assert engine(torch.ones(3, 3, 2, 2)).tolist() == [24.0] * 3
+    assert cuda.recording_into == [], "the allocator keeps every tensor that is freed while it believes in a recording"
 
 
 def test_graphs_can_be_switched_off() -> None:

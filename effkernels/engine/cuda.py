@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -99,9 +100,22 @@ class CudaPlace:
         graph = self._cuda.CUDAGraph()
         # "thread_local": what other threads of the process do on the GPU meanwhile does not break the recording.
         how = {"pool": self._pool, "stream": self._stream, "capture_error_mode": "thread_local"}
-        with _RECORDING, self._cuda.graph(graph, **how):
-            output = forward(images)
+        try:
+            with _RECORDING, self._cuda.graph(graph, **how):
+                output = forward(images)
+        except BaseException:
+            self._end_allocations()
+            raise
         return Recorded(graph.replay, output)
+
+    def _end_allocations(self) -> None:
+        """Tell the allocator that a recording is over which ended in an error.
+
+        PyTorch does so only where it ended well. For as long as the allocator believes in a recording, it keeps every
+        tensor with `record_stream` that is freed, as those of each call are, and memory grows without end.
+        """
+        with contextlib.suppress(RuntimeError):  # it knows of none: the recording had not begun, or PyTorch ended it
+            self._cuda.memory._cuda_endAllocateToPool(self.device.index, self._pool)
 
 
 class _Slot:
