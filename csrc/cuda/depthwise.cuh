@@ -128,21 +128,22 @@ __device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int ta
 
 // One strip, whose first output looks at the image from (top, left) on: the sums before the norm. A row is read as it
 // is stored; the channels are then taken four at a time, so that their taps, the row and the sums stay in registers.
-template <class Traits>
-__device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const typename Traits::T* image, int top,
-                                               int left, const ThreadParameters<Traits::kVector>& taps,
-                                               float (&acc)[Traits::kStrip][Traits::kVector]) {
+template <class Traits, bool kInside>
+__device__ __forceinline__ void convolve_rows(const DepthwiseParams& p, const typename Traits::T* image, int top,
+                                              int left, const ThreadParameters<Traits::kVector>& taps,
+                                              float (&acc)[Traits::kStrip][Traits::kVector]) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector;
+  const T* start = image + top * p.x_stride_h + left * p.x_stride_w;
 #pragma unroll 1
-  for (int ky = 0; ky < K; ++ky) {
-    if (top + ky < 0 || top + ky >= p.height) continue;
-    const T* from = image + (top + ky) * p.x_stride_h + left * p.x_stride_w;
+  for (int ky = 0; ky < K; ++ky, start += p.x_stride_h) {
+    if (static_cast<unsigned>(top + ky) >= static_cast<unsigned>(p.height)) continue;
+    const T* from = start;
     Vector<T, V> row[Traits::kInputs];
 #pragma unroll
     for (int ix = 0; ix < Traits::kInputs; ++ix) {
-      row[ix] = {};
-      if (static_cast<unsigned>(left + ix) < static_cast<unsigned>(p.width)) row[ix] = load_raw<T, V>(from);
+      if constexpr (!kInside) row[ix] = {};
+      if (kInside || static_cast<unsigned>(left + ix) < static_cast<unsigned>(p.width)) row[ix] = load_raw<T, V>(from);
       from += p.x_stride_w;
     }
 #pragma unroll
@@ -164,6 +165,16 @@ __device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const t
       }
     }
   }
+}
+
+template <class Traits>
+__device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const typename Traits::T* image, int top,
+                                               int left, const ThreadParameters<Traits::kVector>& taps,
+                                               float (&acc)[Traits::kStrip][Traits::kVector]) {
+  if (left >= 0 && left + Traits::kInputs <= p.width)
+    convolve_rows<Traits, true>(p, image, top, left, taps, acc);
+  else
+    convolve_rows<Traits, false>(p, image, top, left, taps, acc);
 }
 
 // The same for a kernel of any height and width, kTaps taps of a row at a time. Taps beyond the row's end are skipped,
