@@ -13,7 +13,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -58,6 +58,7 @@ class Kernel:
         shared: static shared memory of a block in bytes, with what the system reserves (1024 from sm_90 on).
         max_threads, min_blocks: of its __launch_bounds__, 0 where they are not given.
         instructions: how often each instruction stands in the code, by opcode with modifiers ("LDG.E.128.CONSTANT").
+        listing: the disassembly, of the kernels whose loops are counted; "" of the others.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Kernel:
     max_threads: int
     min_blocks: int
     instructions: Counter[str]
+    listing: str = field(default="", repr=False)
 
     @property
     def family(self) -> str:
@@ -169,14 +171,19 @@ def _sections(listing: str) -> Iterator[tuple[int, str]]:
             yield int(match[1]), part
 
 
-def _instructions(listing: str) -> dict[tuple[int, str], Counter[str]]:
-    """By (architecture, mangled name): how often each opcode stands in the disassembly."""
+# What the mangled name of a kernel whose loops are counted contains.
+_WITH_LISTING = ("depthwise_strips", "depthwise_resident")
+
+
+def _instructions(listing: str) -> dict[tuple[int, str], tuple[Counter[str], str]]:
+    """By (architecture, mangled name): how often each opcode stands in the disassembly, and the disassembly."""
     found = {}
     for arch, text in _sections(listing):
         for function in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
             name, _, code = function.partition("\n")
             opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
-            found[arch, name.strip()] = Counter(opcode for opcode in opcodes if opcode != "NOP")
+            kept = code if any(word in name for word in _WITH_LISTING) else ""
+            found[arch, name.strip()] = Counter(opcode for opcode in opcodes if opcode != "NOP"), kept
     return found
 
 
@@ -234,7 +241,7 @@ def read_kernels(binary: Path) -> list[Kernel]:
                 numbers["SHARED"],
                 threads,
                 blocks,
-                instructions[arch, name],
+                *instructions[arch, name],
             )
         )
     return sorted(kernels, key=lambda kernel: (kernel.arch, natural_key(kernel.name)))

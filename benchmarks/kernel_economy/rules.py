@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.kernel_economy.loops import Issued, instructions_of, issued_by_strips
 from benchmarks.kernel_economy.reading import Kernel
 
 Rule = Callable[[Kernel], str | None]  # what is wrong, or None
@@ -152,6 +153,33 @@ def strip_elements(kernel: Kernel) -> int:
     return strip(kernel) * 16 // element_bytes(kernel)
 
 
+# Instructions issued for each value of the result, of a strip inside the image with swish, by size and stride.
+_BUDGET = {(3, 1): 26, (3, 2): 33, (5, 1): 49, (5, 2): 62}
+
+
+def within_budget(kernel: Kernel) -> str | None:
+    """No more instructions for each value than _BUDGET has; it is of sm_90, and of the sizes that are in it."""
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    if (size, stride) not in _BUDGET or kernel.arch != 90:
+        return None
+    found = issued(kernel).inside
+    most = _BUDGET[size, stride]
+    return None if found <= most else f"{found:.1f} instructions for each value; the claim is {most}"
+
+
+def issued(kernel: Kernel) -> Issued:
+    """Instructions for each value of a depthwise kernel."""
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    code = instructions_of(kernel.listing)
+    return issued_by_strips(code, size, stride, strip(kernel), 16 // element_bytes(kernel))
+
+
+def strip_stored_wide(kernel: Kernel) -> str | None:
+    """Every pixel of a strip is stored by one instruction of 16 bytes."""
+    found = kernel.accesses("STG")[16]
+    return None if found >= strip(kernel) else f"{found} stores of 16 bytes for {strip(kernel)} pixels of a strip"
+
+
 @dataclass(frozen=True)
 class Claim:
     """What the kernels promise whose whole name matches ``pattern``.
@@ -175,13 +203,17 @@ _TYPE16 = "(?:bfloat16|float16)"
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         rf"depthwise_strips<{_TYPE16}, [03579], [12]>",
-        "16-byte loads of every input, 16-byte stores, 3 blocks of 128 threads",
-        (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(384), one_tanh_per_element(strip_elements)),
+        "16-byte loads of every input, 16-byte stores, 3 blocks of 128 threads; at most 26, 33, 49, 62 instructions "
+        "for each value (3x3 and 5x5, stride 1 and 2)",
+        (
+            *(row_of_inputs, wide_stores, strip_stored_wide, within_budget),
+            *(launch_bounds_kept, resident_threads(384), one_tanh_per_element(strip_elements)),
+        ),
     ),
     Claim(
         r"depthwise_strips<float32, [03579], [12]>",
         "16-byte loads of every input, 16-byte stores, 4 blocks of 128 threads",
-        (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(512)),
+        (row_of_inputs, wide_stores, strip_stored_wide, launch_bounds_kept, resident_threads(512)),
     ),
     Claim(
         rf"depthwise_any<(?:{_TYPE16}, 8|float32, 4)>",

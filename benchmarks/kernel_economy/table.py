@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.kernel_economy import estimate
 from benchmarks.kernel_economy.reading import ROOT, Kernel, compile_sources, nvcc_version, read_kernels
-from benchmarks.kernel_economy.rules import claim_of, element_bytes
+from benchmarks.kernel_economy.rules import claim_of, element_bytes, issued
 
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN = "<!-- kernels: written by python -m benchmarks.kernel_economy -->"
@@ -50,6 +50,21 @@ def claim_lines(kernels: Sequence[Kernel]) -> list[str]:
     return lines
 
 
+def issued_lines(kernels: Sequence[Kernel]) -> list[str]:
+    """Instructions of the depthwise kernels for each value of the result, by pipe."""
+    pipes = ("FMA", "ALU", "special", "memory", "shared")
+    lines = [
+        f"| kernel | inside | at the border | {' | '.join(pipes)} |",
+        "|---|--:|--:|" + "--:|" * len(pipes),
+    ]
+    for kernel in kernels:
+        if kernel.family == "depthwise_strips" and int(kernel.arguments[1]) > 0:
+            found = issued(kernel)
+            each = " | ".join(f"{found.pipes.get(pipe, 0.0):.1f}" for pipe in pipes)
+            lines.append(f"| `{kernel.name}` | {found.inside:.1f} | {found.border:.1f} | {each} |")
+    return lines
+
+
 def activation_lines(folder: Path) -> list[str]:
     """Special-function instructions per element of every activation and type, counted in a probe of its own."""
     (binary,) = compile_sources([_PROBE], 90, folder)
@@ -81,6 +96,10 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "### What the compiler made of them\n\nCounts of instructions in the code, not of executions; blocks by "
         "registers and threads alone.",
         "\n".join(kernel_lines(shown)),
+        "### Instructions issued for each value of the result\n\nAlong the way of a strip with swish and with channel "
+        "sums, counted in the disassembly: a strip inside the image, one at its left or right border, and the first of "
+        "them by pipe. A multiprocessor issues 4 instructions of 32 lanes in a clock.",
+        "\n".join(issued_lines(shown)),
         "### Special-function instructions per element",
         "\n".join(activation_lines(folder)),
         "### Estimates for EfficientNet-B0 at batch 256, bfloat16, on an H200\n\nTime of each need alone, in "

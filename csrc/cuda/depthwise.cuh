@@ -60,6 +60,20 @@ struct DepthwiseLane {
   }
 };
 
+// The strips of a lane, one after the other: strips below each other first. Divides once, not for each of them.
+struct StripCursor {
+  int index, row, column;
+  int step, step_rows, step_columns, rows;
+
+  __device__ __forceinline__ StripCursor(int first, int step_, int rows_)
+      : index(first), row(first % rows_), column(first / rows_), step(step_), step_rows(step_ % rows_),
+        step_columns(step_ / rows_), rows(rows_) {}
+  __device__ __forceinline__ void advance() {
+    index += step, row += step_rows, column += step_columns;
+    if (row >= rows) row -= rows, ++column;
+  }
+};
+
 // The block's parameters as float32 in shared memory: a row of block_channels values for each tap, one of scales and
 // one of shifts. Within a row the channels lie in planes: first of every vector its channels 0 to 3, then of every
 // vector its channels 4 to 7. A thread reads 16 bytes of a plane, its neighbours the 16 bytes beside them, without a
@@ -128,21 +142,22 @@ __device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int ta
 
 // One strip, whose first output looks at the image from (top, left) on: the sums before the norm. A row is read as it
 // is stored; the channels are then taken four at a time, so that their taps, the row and the sums stay in registers.
-template <class Traits>
-__device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const typename Traits::T* image, int top,
-                                               int left, const ThreadParameters<Traits::kVector>& taps,
-                                               float (&acc)[Traits::kStrip][Traits::kVector]) {
+template <class Traits, bool kInside>
+__device__ __forceinline__ void convolve_rows(const DepthwiseParams& p, const typename Traits::T* image, int top,
+                                              int left, const ThreadParameters<Traits::kVector>& taps,
+                                              float (&acc)[Traits::kStrip][Traits::kVector]) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector;
+  const T* start = image + top * p.x_stride_h + left * p.x_stride_w;
 #pragma unroll 1
-  for (int ky = 0; ky < K; ++ky) {
-    if (top + ky < 0 || top + ky >= p.height) continue;
-    const T* from = image + (top + ky) * p.x_stride_h + left * p.x_stride_w;
+  for (int ky = 0; ky < K; ++ky, start += p.x_stride_h) {
+    if (static_cast<unsigned>(top + ky) >= static_cast<unsigned>(p.height)) continue;
+    const T* from = start;
     Vector<T, V> row[Traits::kInputs];
 #pragma unroll
     for (int ix = 0; ix < Traits::kInputs; ++ix) {
-      row[ix] = {};
-      if (static_cast<unsigned>(left + ix) < static_cast<unsigned>(p.width)) row[ix] = load_raw<T, V>(from);
+      if constexpr (!kInside) row[ix] = {};
+      if (kInside || static_cast<unsigned>(left + ix) < static_cast<unsigned>(p.width)) row[ix] = load_raw<T, V>(from);
       from += p.x_stride_w;
     }
 #pragma unroll
@@ -164,6 +179,16 @@ __device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const t
       }
     }
   }
+}
+
+template <class Traits>
+__device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const typename Traits::T* image, int top,
+                                               int left, const ThreadParameters<Traits::kVector>& taps,
+                                               float (&acc)[Traits::kStrip][Traits::kVector]) {
+  if (left >= 0 && left + Traits::kInputs <= p.width)
+    convolve_rows<Traits, true>(p, image, top, left, taps, acc);
+  else
+    convolve_rows<Traits, false>(p, image, top, left, taps, acc);
 }
 
 // The same for a kernel of any height and width, kTaps taps of a row at a time. Taps beyond the row's end are skipped,
@@ -370,10 +395,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
     if (image >= p.batch) break;
     const T* from = static_cast<const T*>(p.x) + int64_t(image) * p.x_stride_n + at.channel;
     T* to = static_cast<T*>(p.y) + int64_t(image) * p.out_height * p.out_width * p.channels + at.channel;
-    for (int round = 0; round < plan.rounds; ++round) {
-      const int strip = (tile * plan.rounds + round) * plan.lanes + at.lane;
-      if (!at.active || strip >= plan.strips) break;
-      const int row = strip % plan.out_height, column = strip / plan.out_height * kStrip;
+    StripCursor strip(tile * plan.rounds * plan.lanes + at.lane, plan.lanes, plan.out_height);
+    for (int round = 0; round < plan.rounds; ++round, strip.advance()) {
+      if (!at.active || strip.index >= plan.strips) break;
+      const int row = strip.row, column = strip.column * kStrip;
       float acc[kStrip][V] = {}, sum[V] = {};
       const int top = row * S - p.pad_top, left = column * S - p.pad_left;
       if constexpr (K > 0)
@@ -381,12 +406,14 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
       else
         convolve_any_strip<Traits>(p, from, top, left, my, acc);
       finish_strip<T>(my, tap_count, p.activation, acc);
+      T* const first = to + (int64_t(row) * p.out_width + column) * p.channels;
+      const int pixels = static_cast<int>(p.out_width) - column;
 #pragma unroll
       for (int ox = 0; ox < kStrip; ++ox) {
-        if (column + ox >= p.out_width) break;
+        if (ox >= pixels) break;
 #pragma unroll
         for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
-        store(to + (int64_t(row) * p.out_width + column + ox) * p.channels, acc[ox]);
+        store(first + ox * p.channels, acc[ox]);
       }
       if (sums) add_to_lane(sum, my_sums);
     }
@@ -417,10 +444,10 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
     if (image >= p.batch) break;
     const T* from = static_cast<const T*>(p.x) + int64_t(image) * p.x_stride_n + at.channel;
     T* to = static_cast<T*>(p.y) + int64_t(image) * p.out_height * p.out_width * p.channels + at.channel;
-    for (int round = 0; round < plan.rounds; ++round) {
-      const int strip = (tile * plan.rounds + round) * plan.lanes + at.lane;
-      if (!at.active || strip >= plan.strips) break;
-      const int row = strip % plan.out_height, column = strip / plan.out_height;
+    StripCursor strip(tile * plan.rounds * plan.lanes + at.lane, plan.lanes, plan.out_height);
+    for (int round = 0; round < plan.rounds; ++round, strip.advance()) {
+      if (!at.active || strip.index >= plan.strips) break;
+      const int row = strip.row, column = strip.column;
       float acc[1][V] = {};
       for (int ky = 0; ky < p.kernel_h; ++ky) {
         const int iy = row * p.stride - p.pad_top + ky * p.dilation;

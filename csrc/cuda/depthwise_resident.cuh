@@ -69,8 +69,9 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     const ThreadParameters<V> my(shared.parameters, block_channels, at.vector);
     const T* from = static_cast<const T*>(p.x) + int64_t(image) * p.x_stride_n + at.channel;
     T* held = shared.held + slab * slab_size + at.vector * V;
-    for (int strip = at.lane; strip < strips && at.active; strip += plan.lanes) {
-      const int row = strip % rows, column = strip / rows * kStrip;
+    StripCursor strip(at.lane, plan.lanes, rows);
+    for (; strip.index < strips && at.active; strip.advance()) {
+      const int row = strip.row, column = strip.column * kStrip;
       float acc[kStrip][V] = {}, sum[V] = {};
       convolve_strip<Traits>(p, from, (first_row + row) * S - p.pad_top, column * S - p.pad_left, my, acc);
       finish_strip<T>(my, K * K, p.activation, acc);
