@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"ops"}),
     frozenset({"backends"}),
     frozenset({"triton", "tuning", "reference", "parity", "environment", "peers", "gpus", "_library"})
-    | frozenset({"benchmark", "console"}),  # the measuring core and the terminal know nothing of networks
+    | frozenset({"benchmark", "console", "files"}),  # the measuring core and the terminal know nothing of networks
     frozenset({"_version"}),
 )
 
