@@ -26,6 +26,7 @@ from effkernels.models.checkpoint_tensors import (
     CheckpointError,
     check_values,
     enumerated,
+    file_of,
     plain_tensor,
 )
 
@@ -99,7 +100,7 @@ def read_file(file: str | Path, starts: Callable[[str], bool], *, use_ema: bool 
     path = Path(file)
     content = _read(path)
     tensors = _unwrap(path, content.values, starts, use_ema)
-    found = network_tensors(tensors, printable(path), starts, use_ema=use_ema)
+    found = network_tensors(tensors, path, starts, use_ema=use_ema)
     checked = {key: plain_tensor(key, tensor, path) for key, tensor in found.tensors.items()}
     check_values(checked, path)
     if (left_out := found.note()) is not None:
@@ -121,7 +122,7 @@ def _read(path: Path) -> _Content:
 
 
 def network_tensors(
-    tensors: Mapping[str, Tensor], where: str, starts: Callable[[str], bool], *, use_ema: bool = True
+    tensors: Mapping[str, Tensor], where: str | Path, starts: Callable[[str], bool], *, use_ema: bool = True
 ) -> NetworkTensors:
     """The tensors of a network without what wrappers and trainers put in front of their keys and beside them.
 
@@ -140,11 +141,17 @@ def network_tensors(
     """
     tensors = {key: value for key, value in tensors.items() if key.rpartition(".")[2] not in _TRAINER_KEYS}
     if len(tensors) > _MOST_TENSORS:
-        raise CheckpointError(f"{where} holds {len(tensors)} tensors; no network has more than {_MOST_TENSORS}")
+        raise CheckpointError(
+            f"{printable(where)} holds {len(tensors)} tensors; no network has more than {_MOST_TENSORS}",
+            file=file_of(where),
+        )
     for key in tensors:
         if len(key) > _LONGEST_KEY:
             raise CheckpointError(
-                f"{where}: the key {printable(key[:80])}... has {len(key)} characters; allowed: {_LONGEST_KEY}", key=key
+                f"{printable(where)}: the key {printable(key[:80])}... has {len(key)} characters; allowed: "
+                f"{_LONGEST_KEY}",
+                file=file_of(where),
+                key=key,
             )
     bare = {".".join(word for word in key.split(".") if word not in _WRAPPER_MODULES): key for key in tensors}
     if len(bare) == len(tensors):
@@ -184,7 +191,7 @@ def _prefixes(tensors: Mapping[str, Tensor], starts: Callable[[str], bool]) -> l
     return found
 
 
-def _choose(prefixes: list[str], where: str, use_ema: bool) -> str:
+def _choose(prefixes: list[str], where: str | Path, use_ema: bool) -> str:
     if len(prefixes) == 1:
         return prefixes[0]
     averaged = [prefix for prefix in prefixes if _AVERAGED.search(prefix)]
@@ -194,7 +201,8 @@ def _choose(prefixes: list[str], where: str, use_ema: bool) -> str:
     names = enumerated([repr(prefix) for prefix in prefixes], " and ")
     count = f"more than {_MOST_NETWORKS}" if len(prefixes) > _MOST_NETWORKS else str(len(prefixes))
     raise CheckpointError(
-        f"{where} holds {count} networks, whose keys begin with {names}: keep the tensors of one of them"
+        f"{printable(where)} holds {count} networks, whose keys begin with {names}: keep the tensors of one of them",
+        file=file_of(where),
     )
 
 

@@ -46,6 +46,11 @@ def enumerated(entries: list[str], separator: str = ", ") -> str:
     return separator.join(shown) + (f" and {more} more" if more > 0 else "")
 
 
+def file_of(where: str | Path) -> Path | None:
+    """The file that tensors come from; None for a text that says otherwise where they come from."""
+    return where if isinstance(where, Path) else None
+
+
 def plain_tensor(key: str, tensor: Tensor, where: str | Path) -> Tensor:
     """A tensor of a file without gradient and attributes, its kind checked by `check_structure`; nothing is copied.
 
@@ -185,8 +190,9 @@ def check_fit(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor], where:
     found = "; ".join(f"{title} ({len(keys)}): {enumerated(keys)}" for title, keys in problems.items() if keys)
     if found:
         first = next(key for keys in problems.values() for key in keys)
-        file = where if isinstance(where, Path) else None
-        raise CheckpointError(f"{printable(where)} does not fit {printable(name)}: {found}", file=file, key=first)
+        raise CheckpointError(
+            f"{printable(where)} does not fit {printable(name)}: {found}", file=file_of(where), key=first
+        )
     check_dtypes(tensors, where, lambda key: state[key].dtype)
     check_range(tensors, state, where)
 
@@ -195,8 +201,8 @@ _FETCH = "the file is damaged or of a training that diverged: take another"
 
 
 def _refused(key: str, where: str | Path, problem: str, advice: str) -> CheckpointError:
-    file = where if isinstance(where, Path) else None
-    return CheckpointError(f"{printable(where)}: {enumerated([key])} {problem}; {advice}", file=file, key=key)
+    message = f"{printable(where)}: {enumerated([key])} {problem}; {advice}"
+    return CheckpointError(message, file=file_of(where), key=key)
 
 
 def _name(word: object) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from effkernels.files import parse_json, printable
 from effkernels.models.checkpoint_files import read_file
-from effkernels.models.checkpoint_tensors import CheckpointError, check_dtypes, check_range, enumerated
+from effkernels.models.checkpoint_tensors import CheckpointError, check_dtypes, check_range, enumerated, file_of
 from effkernels.models.layouts import LAYOUTS, TIMM, Layout, Semantics, recognise, starts_network, translation
 from effkernels.models.variants import VARIANTS, ends, is_lite, matches
 from effkernels.nn import PAD_TYPES
@@ -95,7 +95,7 @@ def recognise_tensors(tensors: Mapping[str, Tensor], where: str | Path) -> tuple
     raise CheckpointError(
         f"{printable(where)}: keys such as {enumerated(sorted(tensors)[:3])} are of no known EfficientNet; known are "
         f"those of {', '.join(layout.name for layout in LAYOUTS)}",
-        file=where if isinstance(where, Path) else None,
+        file=file_of(where),
     )
 
 
