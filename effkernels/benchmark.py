@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from effkernels import environment
+from effkernels.files import append_text
 
 Run = Callable[[int], object]
 
@@ -227,10 +228,12 @@ def make_row(
 
 
 def append_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a results file, one JSON object per line; the folder is made if need be."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as out:
-        out.writelines(row.to_json() + "\n" for row in rows)
+    """Append rows to a results file, one JSON object per line; the folder is made if need be.
+
+    Raises:
+        OSError: the file cannot be written to; it is then as it was.
+    """
+    append_text(file, "".join(row.to_json() + "\n" for row in rows))
 
 
 def read_rows(file: Path) -> list[Row]:

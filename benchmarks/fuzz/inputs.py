@@ -23,6 +23,7 @@ from pathlib import Path
 
 _SEEDS = 1_000_000  # cases of one seed
 _LONGEST = 60.0  # seconds of a case
+_START = 300.0  # seconds until PyTorch is imported, on a busy machine
 _MOST_MEMORY = 2**20  # kilobytes that a case may add to the largest ever used
 
 
@@ -74,7 +75,7 @@ def _with_worker(seeds: Iterator[int], end: float, found: Tally) -> bool:
     worker.start()
     there.close()
     try:
-        if not here.poll(_LONGEST):
+        if not here.poll(_START):
             raise RuntimeError("the worker does not start")
         here.recv()
         for seed in seeds:

@@ -7,18 +7,21 @@ on where it was stopped.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from effkernels.files import parse_json, printable
 from effkernels.scaling.candidates import Candidate
 from effkernels.scaling.coefficient_search import Evaluate, import_optuna, name_of
 from effkernels.scaling.compound import CompoundScaling
 from effkernels.scaling.counting import Cost
 from effkernels.scaling.families import build_sequential
+from effkernels.scaling.journal import hold, whole_lines
 from effkernels.scaling.latency import Latency
 from effkernels.scaling.network import Stage, StagedNetwork
 from effkernels.scaling.results import scatter
@@ -29,6 +32,7 @@ WEIGHT = -0.07
 _UNSCALED = CompoundScaling(1.0, 1.0, 1.0)
 _ASKS_PER_TRIAL = 20  # a sampler that proposes nothing but known networks has seen the whole space
 _STUDY = "effkernels baseline"
+_STUDY_BEGIN = b'{"op_code"'  # of every line that Optuna's journal has
 _SETTINGS, _TARGET, _RESULT = (
     "settings",
     "target",
@@ -319,7 +323,9 @@ def search_baseline(
         report: called with a line of progress.
 
     Raises:
-        ValueError: an argument that is out of its range, or a study of another search.
+        ValueError: an argument that is out of its range, a study of another search, or one that another process is
+            writing to.
+        OSError: the study cannot be written to.
         ModuleNotFoundError: Optuna is not installed.
     """
     if trials < 1:
@@ -338,46 +344,65 @@ def search_baseline(
         "in_chans": in_chans,
     }
     optuna = import_optuna()
-    opened = _open(optuna, study, settings)
-    run = _Run(optuna, opened, evaluate, space, weight, latency, num_classes, in_chans, report)
-    run.prepare(seed)
-    run.until(trials, workers, threads, backend)
-    return run.result()
+    with contextlib.nullcontext() if study is None else _held(Path(study)):
+        opened = _open(optuna, study, settings)
+        run = _Run(optuna, opened, evaluate, space, weight, latency, num_classes, in_chans, report)
+        run.prepare(seed)
+        run.until(trials, workers, threads, backend)
+        return run.result()
+
+
+@contextlib.contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """Keep a study for this search alone, of whole lines that Optuna wrote.
+
+    Optuna appends to what is there: the line after a torn one would be lost with it, and every later one too.
+
+    Raises:
+        ValueError: another search is writing to it, or it is no study.
+    """
+    file = hold(path, "study")
+    try:
+        with open(file, "rb", closefd=False) as reader:
+            content = reader.read()
+        whole = whole_lines(content)
+        if content and not whole and not content.startswith(_STUDY_BEGIN[: len(content)]):
+            raise ValueError(f"study {printable(path)}: not a study of a search for a baseline")
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            try:
+                is_record = "op_code" in parse_json(line.decode())
+            except (ValueError, TypeError):
+                is_record = False
+            if not is_record:
+                where = "" if number == 1 else f":{number}"
+                raise ValueError(f"study {printable(path)}{where}: not a study of a search for a baseline")
+        os.ftruncate(file, whole)
+        # Nobody else writes now: a lock of Optuna's own is of a search that was killed.
+        lock = path.with_name(path.name + ".lock")
+        if lock.is_symlink():
+            lock.unlink()
+        yield
+    finally:
+        os.close(file)
 
 
 def _open(optuna: Any, path: str | Path | None, settings: dict[str, Any]) -> Any:
     """A new study, or one to go on with; ValueError where it is another search's."""
     storage = None
     if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        _check_is_study(Path(path))
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
     try:
         study = optuna.create_study(study_name=_STUDY, storage=storage, direction="maximize", load_if_exists=True)
     except (ValueError, KeyError) as error:  # what Optuna's journal raises about a file that it did not write
-        raise ValueError(f"study {path}: not a study of a search for a baseline: {error}") from error
+        raise ValueError(f"study {printable(path)}: not a study of a search for a baseline: {error}") from error
     found = study.user_attrs.get(_SETTINGS)
     if found is None:
         study.set_user_attr(_SETTINGS, settings)
     elif found != settings:
         names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
         differences = [f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here" for name in names]
-        raise ValueError(f"study {path} belongs to another search: {', '.join(differences)}")
+        raise ValueError(f"study {printable(path)} belongs to another search: {', '.join(differences)}")
     return study
-
-
-def _check_is_study(path: Path) -> None:
-    """ValueError for a file that Optuna did not write: it would append to it all the same."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("rb") as file:
-        first = file.readline(1 << 16)
-    try:
-        is_study = "op_code" in json.loads(first)
-    except (ValueError, TypeError):
-        is_study = False
-    if not is_study:
-        raise ValueError(f"study {path}: not a study of a search for a baseline")
 
 
 @dataclass
