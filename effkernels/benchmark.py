@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from effkernels import environment
-from effkernels.files import append_text
+from effkernels.files import append_text, parse_json, read_text
 
 Run = Callable[[int], object]
 
@@ -244,13 +244,13 @@ def read_rows(file: Path) -> list[Row]:
     """
     rows = []
     names = [field.name for field in fields(Row)]
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             rows.append(Row(**{name: values[name] for name in names}))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file}:{number}: not a result row: {error!r}; needed fields: {', '.join(names)}"
             ) from error
