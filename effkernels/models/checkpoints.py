@@ -310,7 +310,8 @@ def _check_fit(
                 file=checkpoint.path,
             )
         hints.append(f"the names and shapes in the file are nearest to {name}, and the model is {model.config.name}")
-    if misshaped and not missing and not unexpected and all(entry.startswith("classifier.") for entry in misshaped):
+    only_classes = all(entry.startswith("classifier.") for entry in misshaped) and not missing and not unexpected
+    if only_classes and tensors["classifier.weight"].ndim == 2:
         classes = tensors["classifier.weight"].shape[0]
         hints.append(f"create the model with num_classes={classes}; reset_classifier() changes it afterwards")
     raise CheckpointError(
