@@ -80,23 +80,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_output()
         return 1
     except OSError as error:
-        where = "standard output" if _is_output_stuck() else error.filename
-        what = error.strerror or str(error)
-        console.note(f"effkernels {parsed.command}: {what if where is None else f'{where}: {what}'}")
+        # What the commands open has a name in its errors; what has none is standard output.
+        where = error.filename or "standard output"
+        _discard_output()
+        console.note(f"effkernels {parsed.command}: {f'{where}: {error.strerror}' if error.strerror else error}")
         return 1
     except KeyboardInterrupt:
         return 130
 
 
-def _is_output_stuck() -> bool:
-    """Whether standard output takes nothing more, which is then given up."""
+def _discard_output() -> None:
+    """Give standard output up if it takes nothing more: Python would try again at its exit, and print a traceback."""
     try:
         sys.stdout.flush()
     except OSError:
-        _discard_output()
-        return True
-    return False
-
-
-def _discard_output() -> None:
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

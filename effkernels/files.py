@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import stat
@@ -111,6 +112,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     target = path.resolve() if path.is_symlink() else path
+    if not target.parent.is_dir():
+        raise FileNotFoundError(errno.ENOENT, f"there is no folder {printable(target.parent)}", str(path))
     handle, name = tempfile.mkstemp(prefix=f".{target.stem[:40]}-", suffix=f".part{target.suffix}", dir=target.parent)
     part = Path(name)
     try:
@@ -120,9 +123,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
             os.fsync(file.fileno())  # a disk may say that it is full as late as here
         os.chmod(part, _mode(target))
         os.replace(part, target)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             part.unlink()
+        if isinstance(error, OSError) and error.errno is not None:  # of the name that the user gave
+            raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
@@ -155,7 +160,9 @@ def append_text(path: str | Path, text: str) -> None:
         try:
             while content:
                 content = content[file.write(content) :]
-        except BaseException:
+        except BaseException as error:
             with suppress(OSError):
                 os.ftruncate(file.fileno(), size)
+            if isinstance(error, OSError):
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise

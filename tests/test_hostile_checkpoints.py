@@ -194,9 +194,7 @@ class TestCommands:
         file = {"cycle": hostile, "pipe": tmp_path / "pipe.pth", "missing": tmp_path / "missing.pth"}[kind]
         if kind == "pipe":
             os.mkfifo(file)
-        message = {"cycle": "holds a dict that holds itself", "pipe": "is a named pipe", "missing": "No such file"}[
-            kind
-        ]
+        messages = {"cycle": "holds a dict that holds itself", "pipe": "is a named pipe", "missing": "No such file"}
         words = [str(file) if word == "FILE" else word.replace("OUT", str(tmp_path / "out")) for word in command]
         with pytest.raises(SystemExit) as stopped:
             main(words)

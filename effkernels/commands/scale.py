@@ -113,7 +113,9 @@ def run(arguments: argparse.Namespace) -> int:
                 if arguments.png and has_figure(table):
                     save_figure(table, arguments.output / f"{table.name}.png", runs)
                     console.note(f"wrote {arguments.output / table.name}.png")
-    except (ValueError, ImportError, OSError) as error:
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}" if error.strerror else str(error)) from error
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     return 0
 

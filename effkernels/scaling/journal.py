@@ -6,7 +6,6 @@ write and forced to the disk, so that a kill leaves whole lines and at most one 
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
@@ -105,8 +104,9 @@ class Journal:
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
         size = os.fstat(self._file).st_size
         try:
-            if os.write(self._file, line) != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            rest = memoryview(line)
+            while rest:  # a full disk takes a part first, and says why with the next
+                rest = rest[os.write(self._file, rest) :]
             os.fsync(self._file)
         except OSError as error:
             with suppress(OSError):
