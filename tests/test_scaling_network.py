@@ -304,7 +304,7 @@ class TestHostileFiles:
         [
             ({"layers": 1e9}, r"stages: layers=1000000000\.0; allowed: whole numbers from 1 to 4096"),
             ({"layers": 10**9}, "stages: layers=1000000000; allowed"),
-            ({"layers": 4090}, "layers; allowed: 4096 in all stages"),
+            ({"layers": 4096}, "tiny: 4098 layers; allowed: 4096 in all stages"),
             ({"layers": True}, "stages: layers=True; allowed"),
             ({"channels": 2**40}, "stages: channels="),
             ({"kernel_size": 0}, "stages: kernel_size=0; allowed"),
