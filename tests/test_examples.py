@@ -505,6 +505,7 @@ def test_litserve_answers_what_it_took_before_sigterm_ends_it(case: Case, server
     for one in waiting:
         one.request("POST", "/predict", body, {"Content-Type": kind})
     server.process.send_signal(signal.SIGTERM)
+    time.sleep(1)  # a server that passes the signal on at once would find it and the connections together
     for pid in children:
         os.kill(pid, signal.SIGCONT)
     assert [one.getresponse().status for one in waiting] == [200, 200, 200]
