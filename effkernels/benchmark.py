@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from effkernels import environment
+from effkernels.files import append_text, parse_json, read_text
 
 Run = Callable[[int], object]
 
@@ -227,10 +228,12 @@ def make_row(
 
 
 def append_rows(file: Path, rows: Iterable[Row]) -> None:
-    """Append rows to a results file, one JSON object per line; the folder is made if need be."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as out:
-        out.writelines(row.to_json() + "\n" for row in rows)
+    """Append rows to a results file, one JSON object per line; the folder is made if need be.
+
+    Raises:
+        OSError: the file cannot be written to; it is then as it was.
+    """
+    append_text(file, "".join(row.to_json() + "\n" for row in rows))
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -241,13 +244,13 @@ def read_rows(file: Path) -> list[Row]:
     """
     rows = []
     names = [field.name for field in fields(Row)]
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             rows.append(Row(**{name: values[name] for name in names}))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file}:{number}: not a result row: {error!r}; needed fields: {', '.join(names)}"
             ) from error

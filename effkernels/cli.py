@@ -7,14 +7,17 @@ Flags have timm's names if it has them.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import effkernels
+from effkernels import console
 from effkernels.commands import bench, cam, check, convert, explain, export, info, predict, scale, search, tune
 from effkernels.commands.common import UsageError
+from effkernels.files import printable_lines
 
 
 class Command(Protocol):
@@ -44,8 +47,15 @@ COMMANDS: dict[str, Command] = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong without obeying what an argument holds: names from a shell's pattern may hold anything."""
+
+    def error(self, message: str) -> NoReturn:
+        super().error(printable_lines(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="effkernels", description="Fused MBConv operators and EfficientNet.")
+    parser = _Parser(prog="effkernels", description="Fused MBConv operators and EfficientNet.")
     parser.add_argument("--version", action="version", version=f"effkernels {effkernels.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(COMMANDS))
     for name, command in COMMANDS.items():
@@ -55,14 +65,33 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status is returned, wrong arguments exit with 2 as argparse does."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a letter that the terminal does not have ends no command
     parser = _parser()
     parsed = parser.parse_args(arguments)
     try:
-        return COMMANDS[parsed.command].run(parsed)
+        status = COMMANDS[parsed.command].run(parsed)
+        sys.stdout.flush()  # a full disk is said now, and not by a traceback at the exit
+        return status
     except UsageError as error:
-        parser.exit(2, f"effkernels {parsed.command}: {error}\n")
+        parser.exit(2, f"effkernels {parsed.command}: {printable_lines(error)}\n")
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
+        return 1
+    except OSError as error:
+        # What the commands open has a name in its errors; what has none is standard output.
+        where = error.filename or "standard output"
+        _discard_output()
+        console.note(f"effkernels {parsed.command}: {f'{where}: {error.strerror}' if error.strerror else error}")
         return 1
     except KeyboardInterrupt:
         return 130
+
+
+def _discard_output() -> None:
+    """Give standard output up if it takes nothing more: Python would try again at its exit, and print a traceback."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,10 +1,15 @@
-"""Tables and progress on a terminal: rich where it is installed, plain text otherwise."""
+"""Tables and progress on a terminal: rich where it is installed, plain text otherwise.
+
+Names come from files and users: everything here is printed by `effkernels.files.printable`.
+"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+
+from effkernels.files import printable, printable_lines
 
 try:
     import rich.console
@@ -21,12 +26,18 @@ Advance = Callable[[str], None]
 
 
 def note(message: str) -> None:
-    """One line on standard error: standard output stays clean for tables and JSON."""
-    print(message, file=sys.stderr, flush=True)
+    """Lines on standard error: standard output stays clean for tables and JSON."""
+    print(printable_lines(message), file=sys.stderr, flush=True)
+
+
+def say(message: str) -> None:
+    """Lines on standard output."""
+    print(printable_lines(message))
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print a table on standard output; the first column and those that hold no number are aligned to the left."""
+    title, columns, rows = printable(title), list(map(printable, columns)), [list(map(printable, row)) for row in rows]
     right = [i > 0 and any(row[i][:1].isdigit() for row in rows) for i in range(len(columns))]
     if HAVE_RICH and sys.stdout.isatty():
         shown = rich.table.Table(title=title, title_justify="left")
@@ -67,7 +78,7 @@ def progress(title: str, total: int) -> Iterator[Advance]:
             task = bar.add_task(title, total=total)
 
             def advance_bar(step: str) -> None:
-                bar.update(task, advance=1, description=f"{title}: {rich.markup.escape(step)}")
+                bar.update(task, advance=1, description=f"{title}: {rich.markup.escape(printable(step))}")
 
             yield advance_bar
         return

@@ -32,6 +32,7 @@ import torch
 
 from effkernels import environment, triton
 from effkernels._version import __version__
+from effkernels.files import parse_json, read_text
 
 SCHEMA = 2  # of the file; higher with every change that an older reader would misunderstand
 VARIABLE = "EFFKERNELS_CACHE"
@@ -138,7 +139,7 @@ class Plan:
         Raises:
             ValueError: it is no such plan, or that of another device, release or schema.
         """
-        report = json.loads(text)
+        report = parse_json(text)
         if not isinstance(report, dict):
             raise ValueError("not a tuned plan")
         for name, wanted in {**_versions(), "device": device}.items():
@@ -208,7 +209,7 @@ def read(device: str) -> Plan:
     """The plan of a device; an empty one, with a warning where there is a file, if none can be used."""
     file = file_of(device)
     try:
-        return Plan.from_json(file.read_text(encoding="utf-8"), device)
+        return Plan.from_json(read_text(file), device)
     except FileNotFoundError:
         for other in outdated_files(device)[:1]:
             _warn(f"{other} is not of this release; `effkernels tune` makes another", other)

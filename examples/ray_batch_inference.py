@@ -11,25 +11,31 @@ or not there at all. So a run that was killed is resumed by running it again: pa
 what no part had yet, --part-rows photographs and those under way at most, is computed again.
 
 Each row has path, class_index, label (with --labels), probability, topk_index, topk_label, topk_probability, and error:
-why there is no result for a file, null where there is one. On a cluster (--address) photographs must have the same path
-on every node; weights and results stay with the driver. `pip install 'effkernels[serving]'` brings what it needs.
+why there is no result for a file, null where there is one. Bytes of a path that are not UTF-8 are written as \\xNN. A
+folder of results belongs to one run at a time; a second is refused. On a cluster (--address) photographs must have the
+same path on every node; weights and results stay with the driver. `pip install 'effkernels[serving]'` brings what it
+needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
 
 import effkernels
-from effkernels.models import CheckpointError, load_checkpoint
+from effkernels.files import printable, printable_lines
+from effkernels.models import load_checkpoint
 from effkernels.predict import Preprocessing, find_images, read_image, read_labels
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import: nothing is sent anywhere
@@ -53,10 +59,10 @@ def read(batch: dict[str, np.ndarray], preprocessing: Preprocessing) -> dict[str
     errors = []
     for index, path in enumerate(batch["path"]):
         try:
-            pixels[index] = preprocessing(read_image(Path(path))).numpy()
+            pixels[index] = preprocessing(read_image(Path(os.fsdecode(path)))).numpy()
             errors.append("")
-        except Exception as error:  # Pillow's decoders raise many types, and one file must not end the job
-            errors.append(" ".join(str(error).split()) or type(error).__name__)
+        except Exception as error:  # whatever is wrong with one file must not end the job
+            errors.append(printable(error) or type(error).__name__)
     return {"path": batch["path"], "pixels": pixels, "error": np.array(errors, object)}
 
 
@@ -87,6 +93,11 @@ class Classifier:
         return {"path": batch["path"], "index": index, "probability": probability, "error": errors}
 
 
+def shown(path: bytes) -> str:
+    """A path as the results have it, whose names need not be UTF-8."""
+    return path.decode(errors="backslashreplace")
+
+
 def to_table(batch: dict[str, np.ndarray], labels: list[str] | None, settings: bytes) -> pa.Table:
     """A part: the rows of the actors with labels, and null in place of the results of what failed."""
     failed = batch["error"] != ""
@@ -94,7 +105,7 @@ def to_table(batch: dict[str, np.ndarray], labels: list[str] | None, settings: b
     probability = [None if bad else row.tolist() for bad, row in zip(failed, batch["probability"], strict=True)]
     label = [None if row is None or labels is None else [labels[number] for number in row] for row in index]
     columns = {
-        "path": (pa.string(), batch["path"].tolist()),
+        "path": (pa.string(), [shown(path) for path in batch["path"]]),
         "class_index": (pa.int32(), [row and row[0] for row in index]),
         "label": (pa.string(), [row and row[0] for row in label]),
         "probability": (pa.float32(), [row and row[0] for row in probability]),
@@ -111,12 +122,32 @@ def finished_paths(out: Path, settings: bytes) -> set[str]:
     """Paths in the parts that are there already; refuses parts that were computed with other settings."""
     done: set[str] = set()
     for part in sorted(out.glob("part-*.parquet")):
-        found = (pq.read_schema(part).metadata or {}).get(SETTINGS)
+        try:
+            found = (pq.read_schema(part).metadata or {}).get(SETTINGS)
+        except (pa.ArrowException, OSError) as error:
+            sys.exit(f"--out {out}: {part.name} is no part of results: {error}; remove it")
         if found != settings:
             there = found.decode() if found else "unknown settings"
             sys.exit(f"--out {out}: {part.name} has results of {there}, this run is {settings.decode()}; give another")
         done.update(pq.read_table(part, columns=["path"])["path"].to_pylist())
     return done
+
+
+@contextlib.contextmanager
+def kept(out: Path) -> Iterator[None]:
+    """Make the folder and keep it for this run alone; another run on this machine is refused meanwhile."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock = os.open(out / "_lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        sys.exit(f"--out {printable(out)}: {error.strerror}")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        sys.exit(f"--out {printable(out)}: another run is writing there; wait for its end, or give another folder")
+    finally:
+        os.close(lock)
 
 
 def positive(text: str) -> int:
@@ -157,8 +188,8 @@ def main() -> None:
         model = effkernels.create_model(options.model)
         if options.weights is not None:
             model = load_checkpoint(options.model, options.weights)
-    except (OSError, ValueError, CheckpointError) as error:
-        sys.exit(str(error))
+    except (OSError, ValueError) as error:
+        sys.exit(printable_lines(error))
     classes = model.config.num_classes
     if labels is not None and len(labels) != classes:
         sys.exit(f"--labels {options.labels}: {len(labels)} labels, and the model has {classes} classes")
@@ -170,12 +201,26 @@ def main() -> None:
 
     files, missing = find_images(options.images)
     for failure in missing:
-        print(f"{failure.file}: {failure.reason}", file=sys.stderr)
-    options.out.mkdir(parents=True, exist_ok=True)
+        print(f"{printable(failure.file)}: {printable(failure.reason)}", file=sys.stderr)
+    with kept(options.out):
+        classify_missing(options, model, preprocessing, topk, labels, settings, files)
+
+
+def classify_missing(
+    options: argparse.Namespace,
+    model: torch.nn.Module,
+    preprocessing: Preprocessing,
+    topk: int,
+    labels: list[str] | None,
+    settings: bytes,
+    files: list[Path],
+) -> None:
+    """Classify the files that no part has yet, and write parts."""
     done = finished_paths(options.out, settings)
-    paths = list(dict.fromkeys(str(file.resolve()) for file in files))
-    todo = [path for path in paths if path not in done][: options.limit]
-    print(f"{len(paths)} images, {len(paths) - len(done.intersection(paths))} to do, {len(todo)} now", file=sys.stderr)
+    paths = list(dict.fromkeys(os.fsencode(file.resolve()) for file in files))
+    missing_paths = [path for path in paths if shown(path) not in done]
+    todo = missing_paths[: options.limit]
+    print(f"{len(paths)} images, {len(missing_paths)} to do, {len(todo)} now", file=sys.stderr)
     if not todo:
         sys.exit(0 if files else 1)
 
@@ -212,8 +257,11 @@ def main() -> None:
     for number, batch in enumerate(rows.iter_batches(batch_size=options.part_rows, batch_format="numpy")):
         part = options.out / f"part-{run}-{os.getpid()}-{number:05}.parquet"
         unfinished = options.out / "_unfinished"  # an underscore hides it from what reads a folder of Parquet
-        pq.write_table(to_table(batch, labels, settings), unfinished)
-        unfinished.replace(part)  # a part is complete from the moment it can be seen
+        try:
+            pq.write_table(to_table(batch, labels, settings), unfinished)
+            unfinished.replace(part)  # a part is complete from the moment it can be seen
+        except OSError as error:
+            sys.exit(f"--out {printable(options.out)}: {error}; the parts before stay, and another run goes on there")
         count, failed = count + len(batch["path"]), failed + int((batch["error"] != "").sum())
         rate = count / (time.monotonic() - start)
         print(f"{count} of {len(todo)} images, {failed} without result, {rate:.1f} images/s", file=sys.stderr)

@@ -11,11 +11,17 @@ Batches are made by the engine's `submit` and not by LitServe's batcher: there a
 the requests that happen to share its batch, and decoding waits for the batch before. Here every request is decoded by
 a thread of its own and joins the engine's next batch; what is wrong with it is its answer alone:
 
-    400 the file is not a photograph that Pillow can decode     422 the form has no file named `image`
+    400 the file is no photograph in one of FORMATS, is damaged, or has more than --max-megapixels
+    422 the form has no file named `image`                      413 it is larger than --max-megabytes
     503 --max-queue photographs are waiting already             500 the model failed
 
-`GET /health` answers 200 once every worker has warmed up its engine, and 503 or nothing before. SIGTERM and Ctrl-C let
-the requests that were taken finish, then end every process. `pip install 'effkernels[serving]'` brings what it needs.
+A file of some kilobytes can hold gigabytes of pixels. The size in its header decides before anything is decoded, and
+a worker decodes --decoders photographs at a time, each in some ten bytes a pixel.
+
+`GET /health` answers 200 once every worker has warmed up its engine, and 503 or nothing before. After SIGTERM the
+server goes on for --drain-seconds, so that whoever has connected by then is answered, in the queue of the system too;
+then, and at once after Ctrl-C or a second SIGTERM, it lets the requests that it took finish and ends every process.
+Take it out of the load balancer first. `pip install 'effkernels[serving]'` brings what it needs.
 """
 
 # Annotations are not postponed here: FastAPI reads those of decode_request where it does not know their names.
@@ -25,6 +31,7 @@ import io
 import os
 import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -33,15 +40,18 @@ import torch
 
 import effkernels
 from effkernels.engine import QueueFull
-from effkernels.models import CheckpointError, EfficientNet, load_checkpoint
-from effkernels.predict import Preprocessing, as_rgb, read_labels
+from effkernels.files import printable_lines
+from effkernels.models import EfficientNet, load_checkpoint
+from effkernels.predict import ImageError, Preprocessing, decode, read_labels
 
 try:
     import litserve
-    import PIL.Image
+    import PIL.Image  # noqa: F401
     from fastapi import File, HTTPException
 except ImportError as missing:
     sys.exit(f"this example needs {missing.name}: pip install 'effkernels[serving]'")
+
+FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 def load_model(options: argparse.Namespace) -> EfficientNet:
@@ -68,6 +78,7 @@ class Classifier(litserve.LitAPI):
         model = load_model(self.options)
         self.preprocessing = Preprocessing.of(model.config, self.options.img_size)
         self.topk = min(self.options.topk, model.config.num_classes)
+        self.decoders = ThreadPoolExecutor(self.options.decoders, "decoder")
         self.engine = effkernels.InferenceEngine(
             model,
             device=device,
@@ -81,16 +92,14 @@ class Classifier(litserve.LitAPI):
     def decode(self, file: bytes) -> torch.Tensor:
         """A photograph as the model's input, (3, S, S); HTTPException 400 for what is none."""
         try:
-            with PIL.Image.open(io.BytesIO(file)) as image:
-                return self.preprocessing(as_rgb(image))
-        except PIL.UnidentifiedImageError as error:
-            raise HTTPException(400, f"image: {len(file)} bytes in no image format that Pillow knows") from error
-        except Exception as error:  # Pillow's decoders raise many types for damaged files
-            raise HTTPException(400, f"image: it cannot be decoded: {error}") from error
+            most = self.options.max_megapixels * 1_000_000
+            return self.preprocessing(decode(io.BytesIO(file), formats=FORMATS, most_pixels=most))
+        except ImageError as error:
+            raise HTTPException(400, f"image: {len(file)} bytes: {error}") from error
 
     async def decode_request(self, request: Annotated[bytes, File(alias="image")]) -> torch.Tensor:
         """Decode in a thread, so that the next request is taken meanwhile."""
-        return await asyncio.to_thread(self.decode, request)
+        return await asyncio.get_running_loop().run_in_executor(self.decoders, self.decode, request)
 
     async def predict(self, image: torch.Tensor) -> torch.Tensor:
         """Probabilities of all classes, from whatever batch the engine puts the image into."""
@@ -141,6 +150,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--max-latency-ms", type=float, default=2.0, metavar="MS", help="wait to fill a batch; default: %(default)s")
     add("--max-queue", type=positive, default=256, metavar="N", help="waiting images of a worker; default: %(default)s")
     add("--max-megabytes", type=positive, default=32, metavar="N", help="of a request; default: %(default)s")
+    add("--max-megapixels", type=positive, default=50, metavar="N", help="of a photograph; default: %(default)s")
+    cores = os.cpu_count() or 1
+    add("--decoders", type=positive, default=cores, metavar="N", help="decoding at a time; default: one per core")
+    add("--drain-seconds", type=float, default=2.0, metavar="S", help="from SIGTERM on; default: %(default)s")
     return parser.parse_args()
 
 
@@ -150,8 +163,8 @@ def main() -> None:
     try:
         labels = None if options.labels is None else read_labels(options.labels)
         classes = load_model(options).config.num_classes  # here, so that an error is one line and not a dead worker
-    except (OSError, ValueError, CheckpointError) as error:
-        sys.exit(str(error))
+    except (OSError, ValueError) as error:
+        sys.exit(printable_lines(error))
     if labels is not None and len(labels) != classes:
         sys.exit(f"--labels {options.labels}: {len(labels)} labels, and the model has {classes} classes")
     server = litserve.LitServer(
@@ -166,9 +179,16 @@ def main() -> None:
     def stop(number: int, frame: FrameType | None) -> None:
         # LitServe ends itself in order after Ctrl-C alone: SIGTERM would kill this process and leave the others behind.
         # Those that it forks inherit this; they have ends of their own.
-        if os.getpid() == serving:
-            raise KeyboardInterrupt
+        if os.getpid() != serving:
+            return
+        is_draining = signal.getitimer(signal.ITIMER_REAL)[0] > 0
+        if number == signal.SIGTERM and options.drain_seconds > 0 and not is_draining:
+            signal.setitimer(signal.ITIMER_REAL, options.drain_seconds)  # ends in SIGALRM
+            return
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        raise KeyboardInterrupt
 
+    signal.signal(signal.SIGALRM, stop)
     signal.signal(signal.SIGTERM, stop)
     server.run(host=options.host, port=options.port, generate_client_file=False)
 

@@ -25,9 +25,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"ops"}),
     frozenset({"backends"}),
     frozenset({"triton", "tuning", "reference", "parity", "environment", "peers", "gpus", "_library"})
-    | frozenset(
-        {"benchmark", "console", "_recorded_tensor"}
-    ),  # the measuring core and the terminal know nothing of networks
+    # The measuring core and the terminal know nothing of networks.
+    | frozenset({"benchmark", "console", "files", "_recorded_tensor"}),
     frozenset({"_version"}),
 )
 

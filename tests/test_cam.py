@@ -347,7 +347,11 @@ class TestCommand:
         assert found["probability"] == probabilities.item()
         assert all(0 < coordinate < 1 for coordinate in found["peak"])
         assert runs(coloured(tmp_path / "map.png").mean(0) > 0.3) == 2
-        status, _, err = run(capsys, *arguments[:-4], "--class", "bee", *arguments[-2:])
+        before = (tmp_path / "map.png").read_bytes()
+        status, _, err = run(capsys, *arguments)
+        assert (status, "map.png exists; --force overwrites it" in err) == (2, True)
+        assert (tmp_path / "map.png").read_bytes() == before
+        status, _, err = run(capsys, *arguments[:-4], "--class", "bee", *arguments[-2:], "--force")
         assert (status, "classes 1, 6 have that name" in err) == (2, True)
 
     def test_compare(self, capsys: pytest.CaptureFixture[str], album: Path, saved: Path) -> None:
@@ -403,7 +407,7 @@ class TestCommand:
             (("ALBUM", "--class", "cat", "--labels", "LABELS"), "--class cat: no such label"),
             (("ALBUM", "--labels", "nowhere.txt"), "--labels nowhere.txt"),
             (("ALBUM", "--epochs", "3"), "--epochs: allowed with --digits alone"),
-            (("ALBUM", "--output", "map.jpeg2000"), "--output map.jpeg2000: allowed: a file ending in"),
+            (("ALBUM", "--output", "map.jpeg2000"), "--output map.jpeg2000: the name must end in one of"),
             (("ALBUM", "--output", "nowhere/map.png"), "there is no folder nowhere"),
             (("ALBUM", "--compare", "--weights", "a.pth"), "1 files for 5 networks, in this order: baseline, deeper"),
             (("ALBUM", "--weights", "a.pth", "b.pth"), "2 files for 1 network"),

@@ -7,14 +7,17 @@ import asyncio
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
 import time
 import urllib.error
 import urllib.request
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -271,7 +274,11 @@ def write_part(case: Case, out: Path, paths: list[Path], settings: bytes) -> Non
     import pyarrow.parquet as pq
 
     results = {"index": np.zeros((len(paths), 1), int), "probability": np.ones((len(paths), 1))}
-    batch = {"path": np.array([str(path) for path in paths]), "error": np.array([""] * len(paths)), **results}
+    batch = {
+        "path": np.array([os.fsencode(path) for path in paths], object),
+        "error": np.array([""] * len(paths)),
+        **results,
+    }
     out.mkdir(exist_ok=True)
     pq.write_table(loaded("ray_batch_inference").to_table(batch, None, settings), out / "part-1.parquet")
 
@@ -313,6 +320,35 @@ def test_ray_batch_inference_does_what_is_missing_and_no_more(
     # Another question to the same model is another result.
     with pytest.raises(SystemExit, match="give another"):
         ray_example(*arguments, "--dtype", "bfloat16")
+
+
+def test_ray_batch_inference_reads_names_that_are_not_utf_8(case: Case, tmp_path: Path) -> None:
+    """Such a name goes through the rows as bytes, and into the results as text."""
+    import numpy as np
+
+    module = loaded("ray_batch_inference")
+    file = tmp_path / os.fsdecode(b"caf\xe9 \x1b[2J.png")
+    shutil.copy(case.path("coffee.png"), file)
+    batch = {"path": np.array([os.fsencode(file), os.fsencode(file) + b"?"], object)}
+    read = module.read(batch, Preprocessing(SIZE))
+    assert [bool(error) for error in read["error"]] == [False, True]
+    assert read["error"][1].isprintable()
+    results = {"index": np.zeros((2, 1), int), "probability": np.ones((2, 1))}
+    table = module.to_table({"path": batch["path"], "error": read["error"], **results}, None, b"{}")
+    assert table["path"].to_pylist()[0] == f"{tmp_path}/caf\\xe9 \x1b[2J.png"
+
+
+def test_ray_batch_inference_keeps_its_folder_to_itself(
+    case: Case, ray_example: Callable[..., None], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    with loaded("ray_batch_inference").kept(out), pytest.raises(SystemExit, match="another run is writing there"):
+        ray_example(*ray_arguments(case, case.folder, out))
+    with pytest.raises(Started):
+        ray_example(*ray_arguments(case, case.folder, out))
+    (out / "part-1.parquet").write_bytes(b"torn")
+    with pytest.raises(SystemExit, match=r"part-1\.parquet is no part of results: .*; remove it"):
+        ray_example(*ray_arguments(case, case.folder, out))
 
 
 def test_ray_batch_inference_names_what_is_wrong(
@@ -435,8 +471,14 @@ def test_litserve_refuses_what_is_no_photograph(case: Case, server: Server) -> N
     assert (status, "truncated" in answer["detail"]) == (400, True)
     assert server.post(case.broken[1].read_bytes()) == (
         400,
-        {"detail": f"image: {case.broken[1].stat().st_size} bytes in no image format that Pillow knows"},
+        {
+            "detail": f"image: {case.broken[1].stat().st_size} bytes: not an image file; known formats are AVIF, BMP, "
+            "GIF, JPEG, PNG, TIFF, WEBP"
+        },
     )
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 5\n%%EndComments\nshowpage\n"
+    status, answer = server.post(postscript)
+    assert (status, "not an image file" in answer["detail"]) == (400, True)
     assert server.post(b"")[0] == 400
     assert server.post(case.path("rocket.jpg").read_bytes(), field="picture")[0] == 422
     assert server.post(bytes(3 * 2**20))[0] == 413
@@ -455,7 +497,18 @@ def test_litserve_answers_what_it_took_before_sigterm_ends_it(case: Case, server
     # The server asks for the body: from here on the request is one that it took.
     assert connection.sock.recv(100).startswith(b"HTTP/1.1 100")
     connection.send(body)
+    # Nobody accepts for a while: these connections wait in the queue of the system when the signal comes.
+    children = [pid for pid in processes_of(server.marker) if pid != server.process.pid]
+    for pid in children:
+        os.kill(pid, signal.SIGSTOP)
+    waiting = [HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S) for _ in range(3)]
+    for one in waiting:
+        one.request("POST", "/predict", body, {"Content-Type": kind})
     server.process.send_signal(signal.SIGTERM)
+    time.sleep(1)  # a server that passes the signal on at once would find it and the connections together
+    for pid in children:
+        os.kill(pid, signal.SIGCONT)
+    assert [one.getresponse().status for one in waiting] == [200, 200, 200]
     answer = connection.getresponse()
     assert answer.status == 200
     probabilities = probabilities_of(json.loads(answer.read()))
@@ -465,6 +518,16 @@ def test_litserve_answers_what_it_took_before_sigterm_ends_it(case: Case, server
     wait_until(lambda: not processes_of(server.marker), "the end of every process")
     assert "Traceback" not in server.log.read_text()
     assert [file.name for file in server.log.parent.iterdir()] == ["log"]  # LitServe likes to write a client there
+
+
+def a_bomb() -> bytes:
+    """A PNG of 12 kB with 100 million pixels, one bit each."""
+    rows = zlib.compressobj(9)
+    content = b"".join([*(rows.compress(bytes(1251 * 1000)) for _ in range(10)), rows.flush()])
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)), (b"IDAT", content), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
+    )
 
 
 def test_litserve_says_503_when_the_queue_is_full(case: Case) -> None:
@@ -479,6 +542,8 @@ def test_litserve_says_503_when_the_queue_is_full(case: Case) -> None:
         batch_sizes=[4],
         max_latency_ms=60_000.0,
         max_queue=1,
+        max_megapixels=1,
+        decoders=1,
     )
     api = module.Classifier(options, None)
     api.setup("cpu")
@@ -491,6 +556,11 @@ def test_litserve_says_503_when_the_queue_is_full(case: Case) -> None:
             await api.predict(image)
         await asyncio.to_thread(api.engine.close)  # answers what waits
         return refused.value, await api.encode_response(await first)
+
+    with pytest.raises(module.HTTPException) as large:
+        api.decode(a_bomb())
+    assert large.value.status_code == 400
+    assert "10000 x 10000 pixels are 100000000; allowed: 1000000" in large.value.detail
 
     refused, answer = asyncio.run(ask())
     assert refused.status_code == 503

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import random
 import shutil
 from pathlib import Path
 
@@ -12,12 +14,15 @@ import pytest
 import skimage.data
 import torch
 
+from benchmarks.fuzz import _images as fuzzed
 from effkernels import peers
 from effkernels.models import create_model, model_config
 from effkernels.predict import (
     Failure,
+    ImageError,
     Prediction,
     Preprocessing,
+    as_rgb,
     classify,
     find_images,
     read_image,
@@ -126,6 +131,35 @@ class TestReadImage:
         PIL.Image.fromarray(grey.astype(numpy.uint16) * 257).save(tmp_path / "deep.png")
         assert numpy.array_equal(numpy.asarray(read_image(tmp_path / "deep.png"))[..., 0], grey)
 
+    def test_sixteen_bits_of_netpbm_are_scaled_too(self, tmp_path: Path) -> None:
+        """Pillow holds them in 32 bits, and saturates them at 255."""
+        for largest, kind in ((65_535, ">u2"), (1023, ">u2"), (255, "u1")):
+            values = numpy.array([[0, largest // 3, largest // 2, largest]])
+            (tmp_path / "grey.pgm").write_bytes(b"P5 4 1 %d\n" % largest + values.astype(kind).tobytes())
+            found = numpy.asarray(read_image(tmp_path / "grey.pgm"))[..., 0].astype(int)
+            assert numpy.abs(found - values * 255 / largest).max() <= 1
+
+    @pytest.mark.parametrize(
+        "values", [numpy.array([[0, 70_000]], numpy.int32), numpy.array([[0.0, 0.5]], numpy.float32)], ids=["I", "F"]
+    )
+    def test_depths_of_an_unknown_range_are_refused(self, tmp_path: Path, values: numpy.ndarray) -> None:
+        PIL.Image.fromarray(values).save(tmp_path / "deep.tif")
+        with pytest.raises(ImageError, match="which values are black and white is not known"):
+            read_image(tmp_path / "deep.tif")
+        with pytest.raises(ImageError, match=r"mode [IF]\)"):
+            as_rgb(PIL.Image.fromarray(values))  # an image that is in no file
+
+    def test_postscript_is_not_handed_to_another_program(self, tmp_path: Path) -> None:
+        photograph().resize((8, 8)).save(tmp_path / "page.eps")
+        with pytest.raises(ImageError, match="not an image file; known formats are AVIF, BMP"):
+            read_image(tmp_path / "page.eps")
+
+    @pytest.mark.parametrize("seed", range(60))
+    def test_values_of_the_fuzzer(self, seed: int, tmp_path: Path) -> None:
+        """Every depth, byte order and polarity that it knows has the right values or is refused."""
+        assert fuzzed.values_case(random.Random(seed), tmp_path)[1] is None
+        assert fuzzed.name_case(random.Random(seed), tmp_path)[1] is None
+
     def test_transparent_palette(self, tmp_path: Path) -> None:
         photograph().resize((8, 8)).convert("P").save(tmp_path / "image.png", transparency=bytes(range(256)))
         assert read_image(tmp_path / "image.png").mode == "RGB"
@@ -151,6 +185,16 @@ class TestFindImages:
 
     def test_deep_glob(self, album: Path) -> None:
         assert [file.name for file in find_images([str(album / "**" / "rocket.*")])[0]] == ["rocket.png"]
+
+    def test_pipes_and_long_names_are_failures(self, tmp_path: Path, model: torch.nn.Module) -> None:
+        os.mkfifo(tmp_path / "pipe.png")
+        long = str(tmp_path / ("a" * 300))
+        files, failures = find_images([str(tmp_path / "pipe.png"), long, "a\0b"])
+        assert [failure.file for failure in failures] == [long, "a\0b"]
+        assert failures[0].reason == "File name too long"
+        (result,) = classify(model, files, preprocessing=SMALL)
+        assert isinstance(result, Failure)
+        assert result.reason.endswith("pipe.png is a named pipe; a file is needed")
 
     def test_file_with_magic_characters_is_a_file(self, tmp_path: Path) -> None:
         file = tmp_path / "a[1].png"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
 import pickle
 import subprocess
 import sys
@@ -292,3 +294,63 @@ def test_resnet_is_that_of_the_paper() -> None:
         StageRow("bottleneck", 6, 1024, 28, 28),
         StageRow("bottleneck", 3, 2048, 14, 14),
     ]
+
+
+class TestHostileFiles:
+    """A network file is refused before anything is built of it, with the field, its value and what is allowed."""
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"layers": 1e9}, r"stages: layers=1000000000\.0; allowed: whole numbers from 1 to 4096"),
+            ({"layers": 10**9}, "stages: layers=1000000000; allowed"),
+            ({"layers": 4096}, "tiny: 4098 layers; allowed: 4096 in all stages"),
+            ({"layers": True}, "stages: layers=True; allowed"),
+            ({"channels": 2**40}, "stages: channels="),
+            ({"kernel_size": 0}, "stages: kernel_size=0; allowed"),
+            ({"stride": -1}, "stages: stride=-1; allowed"),
+            ({"deepens": 3}, "stages: deepens=3; allowed: true, false"),
+            ({"options": {"expansion": 1e9, "activation": "silu"}}, "stages: options: expansion="),
+            ({"options": {"expansion": [1], "activation": "silu"}}, "stages: options: expansion="),
+            ({"options": {"activation": "nothing", "expansion": 6}}, "cannot be built"),
+            ({"options": {"expansion": 6, "activation": "silu", "unknown": 1}}, "cannot be built"),
+            ({"operator": "unknown"}, "cannot be built"),
+            ({"unknown": 1}, "lacks a field or has one that is not known"),
+        ],
+    )
+    def test_stages(self, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+        values = network_to_dict(TINY)
+        values["stages"][1] |= change
+        (tmp_path / "network.json").write_text(json.dumps(values))
+        with pytest.raises(ValueError, match=message) as error:
+            load_network(tmp_path / "network.json")
+        assert str(error.value).startswith(str(tmp_path / "network.json"))
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("[" * 100_000, "nested too deep"),
+            ('{"format": ' + "1" * 5000 + "}", "5000 digits"),
+            ("\xff", "not a saved network|Expecting"),
+            ("[]", "not a saved network: format='list'"),
+        ],
+    )
+    def test_contents(self, text: str, message: str, tmp_path: Path) -> None:
+        (tmp_path / "network.json").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            load_network(tmp_path / "network.json")
+
+    @pytest.mark.parametrize("change", [{"stages": None}, {"stages": [3]}, {"stages": 3}, {"resolution": 2**40}])
+    def test_fields(self, change: dict[str, Any], tmp_path: Path) -> None:
+        (tmp_path / "network.json").write_text(json.dumps(network_to_dict(TINY) | change))
+        with pytest.raises(ValueError, match=r"network\.json: "):
+            load_network(tmp_path / "network.json")
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "network.json")
+        with pytest.raises(ValueError, match="is a named pipe"):
+            load_network(tmp_path / "network.json")
+
+    def test_scaling_has_the_same_limit(self) -> None:
+        with pytest.raises(ValueError, match="layers; allowed: 4096 in all stages"):
+            scale(TINY, depth=1e9)

@@ -152,6 +152,49 @@ class TestStudy:
         assert {trial.number for trial in result.trials} < {trial.number for trial in more.trials}
         assert more.target == result.target
 
+    def test_a_line_that_a_kill_tore_is_dropped_and_no_later_one_is_lost(self, tmp_path: Path) -> None:
+        study = tmp_path / "study.log"
+        search_baseline(evaluations.with_gates, space=SPACE, trials=2, study=study)
+        whole = study.read_bytes()
+        with study.open("ab") as file:
+            file.write(b'{"op_code": 4, "worker_id": "torn')
+        for trials in (3, 4):
+            found = search_baseline(evaluations.with_gates, space=SPACE, trials=trials, study=study)
+            assert len(found.trials) == trials
+        assert study.read_bytes().startswith(whole)
+        assert all("op_code" in json.loads(line) for line in study.read_text().splitlines())
+
+    def test_a_lock_of_a_search_that_was_killed_is_not_waited_for(self, tmp_path: Path) -> None:
+        study = tmp_path / "study.log"
+        search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=study)
+        (tmp_path / "study.log.lock").symlink_to(study)
+        start = time.monotonic()
+        search_baseline(evaluations.with_gates, space=SPACE, trials=2, study=study)
+        assert time.monotonic() - start < 25  # Optuna waits for 30 seconds
+
+    def test_a_second_search_on_a_study_is_refused_and_harms_nothing(self, tmp_path: Path) -> None:
+        study = tmp_path / "study.log"
+        tried = []
+
+        def second(line: str) -> None:
+            with pytest.raises(ValueError, match=r"study\.log: another search is writing to it"):
+                search_baseline(evaluations.with_gates, space=SPACE, trials=9, study=study)
+            tried.append(line)
+
+        found = search_baseline(evaluations.with_gates, space=SPACE, trials=2, study=study, report=second)
+        assert len(tried) >= 2
+        assert len(found.trials) == 2
+
+    def test_a_line_in_the_middle_that_is_none_is_named(self, tmp_path: Path) -> None:
+        study = tmp_path / "study.log"
+        search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=study)
+        lines = study.read_text().splitlines(keepends=True)
+        study.write_text("".join([*lines[:2], "[" * 100_000 + "\n", *lines[2:]]))
+        before = study.read_bytes()
+        with pytest.raises(ValueError, match=r"study\.log:3: not a study"):
+            search_baseline(evaluations.with_gates, space=SPACE, trials=2, study=study)
+        assert study.read_bytes() == before
+
     def test_that_of_another_search_is_refused(self, tmp_path: Path) -> None:
         study = tmp_path / "study.log"
         search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=study)

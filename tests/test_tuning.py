@@ -87,8 +87,28 @@ class TestTheFile:
             (lambda text: text.replace('"choice": [1, 2]', '"choice": [1, true]'), "an entry is not as it should be"),
             (lambda text: text.replace('"op": "conv_bn_act", ', ""), "an entry is not as it should be"),
             (lambda text: text.replace('"channels": 8', '"channels": [8]'), "an entry is not as it should be"),
+            (lambda text: text.replace('"channels": 8', '"channels": ' + "[" * 100_000), "nested too deep"),
+            (lambda text: text.replace("5.0", "1" + "0" * 400), "a whole number of 401 digits is out of range"),
+            (lambda text: text.replace("5.0", "1" * 5000), "a whole number of 5000 digits is out of range"),
+            (lambda text: text.replace("5.0", "1e400"), "the number 1e400 is out of range"),
+            (lambda text: text.replace("5.0", "NaN"), "NaN is not allowed"),
         ],
-        ids=["cut off", "empty", "a list", "another device", "older", "a shape", "a choice", "no operator", "a key"],
+        ids=[
+            "cut off",
+            "empty",
+            "a list",
+            "another device",
+            "older",
+            "a shape",
+            "a choice",
+            "no operator",
+            "a key",
+            "deep",
+            "10^400",
+            "5,000 digits",
+            "1e400",
+            "NaN",
+        ],
     )
     def test_that_cannot_be_used_is_ignored_with_one_warning_that_names_it(
         self, change: Callable[[str], str], says: str
@@ -103,6 +123,13 @@ class TestTheFile:
         (one,) = warned
         assert str(file) in str(one.message)
         assert says in str(one.message)
+
+    def test_that_is_a_pipe_is_not_waited_for(self) -> None:
+        file = tuning.file_of(GPU)
+        file.parent.mkdir(parents=True)
+        os.mkfifo(file)
+        with pytest.warns(RuntimeWarning, match="is ignored: .* is a named pipe"):
+            assert tuning.read(GPU) == Plan(GPU)
 
     def test_of_another_release_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as older:

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
+from effkernels.files import replacing
+
 MOST_ROWS = 64  # of a figure: 150 dots per inch and 2.5 inches a row stay far below the 65536 pixels that Agg can draw
 _PANEL = 2.3  # inches
 _PALETTE = "turbo"
@@ -49,6 +51,7 @@ def save_grid(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[
     Raises:
         ValueError: no row, too many, or one of another length.
         ImportError: matplotlib is not installed.
+        OSError: the file cannot be written; one that was there is as it was.
     """
     if not 1 <= len(rows) <= MOST_ROWS:
         raise ValueError(f"save_grid: {len(rows)} rows; allowed: 1 to {MOST_ROWS}")
@@ -65,7 +68,7 @@ def save_grid(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[
             axes.set_yticks([])
             for edge in axes.spines.values():
                 edge.set_visible(False)
-            axes.set_xlabel(panel.caption, fontsize=8)
+            axes.set_xlabel(panel.caption, fontsize=8, parse_math=False)  # a "$" of a file name is a letter
             if panel.heat is None:
                 axes.imshow(panel.picture.numpy())
                 continue
@@ -75,14 +78,15 @@ def save_grid(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[
             values = panel.heat.numpy()
             heat = axes.imshow(values, cmap=_PALETTE, vmin=0, vmax=1, alpha=0.3 + 0.3 * values)
     for axes, title in zip(grid[0], columns, strict=True):
-        axes.set_title(title, fontsize=9)
+        axes.set_title(title, fontsize=9, parse_math=False)
     if heat is not None:
         from matplotlib.cm import ScalarMappable
 
         scale = ScalarMappable(heat.norm, heat.cmap)  # of its own: a bar cannot show an alpha per pixel
         bar = figure.colorbar(scale, ax=grid[:, -1], fraction=0.05, pad=0.03, ticks=[0, 1])
         bar.ax.set_yticklabels(["least", "most"], fontsize=8)
-    figure.savefig(path, dpi=150, facecolor="white")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, facecolor="white")
 
 
 def _figure() -> Any:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import nn
@@ -17,7 +18,9 @@ from effkernels.models import (
     model_config,
     read_checkpoint,
 )
-from effkernels.models.checkpoint_files import enumerated, read_file
+from effkernels.models.checkpoint_files import read_file
+from effkernels.models.checkpoint_tensors import check_fit
+from effkernels.models.checkpoints import build_for, load_read
 from effkernels.predict import Preprocessing
 from effkernels.scaling import BuiltNetwork, StagedNetwork, find_network, scale
 from effkernels.scaling.counting import count
@@ -159,23 +162,18 @@ def load_network_weights(network: Scalable, file: str) -> nn.Module:
     """
     outline = network.build(device="meta")
     if isinstance(outline, EfficientNet):
-        classifier = read_checkpoint(file).tensor("classifier")
-        model = network.build(num_classes=1000 if classifier is None else classifier.shape[0])
-        assert isinstance(model, EfficientNet)
-        return load_checkpoint(model, file)
+        checkpoint = read_checkpoint(file)
+        build = cast(Callable[..., EfficientNet], network.build)
+        return load_read(build_for(checkpoint, build), checkpoint)
     first = next(iter(outline.state_dict()))
-    tensors = read_file(file, lambda name: name == first).tensors
+    path = Path(file)
+    tensors = read_file(path, lambda name: name == first).tensors
     key = f"{_classifier_name(outline)}.weight"
-    model = network.build(num_classes=tensors[key].shape[0] if key in tensors else 1000)
-    state = model.state_dict()
-    problems = {
-        "missing": [name for name in state if name not in tensors],
-        "unexpected": [name for name in tensors if name not in state],
-        "of another shape": [name for name in state if name in tensors and tensors[name].shape != state[name].shape],
-    }
-    found = "; ".join(f"{title} ({len(names)}): {enumerated(names)}" for title, names in problems.items() if names)
-    if found:
-        raise CheckpointError(f"{Path(file)} does not fit {network.name}: {found}")
+    classes = tensors[key].shape[0] if key in tensors and tensors[key].numel() else 1000
+    # On the meta device first: nothing is allocated for what does not fit.
+    outline = network.build(num_classes=classes, device="meta")
+    check_fit(tensors, outline.state_dict(), path, network.name)
+    model = network.build(num_classes=classes)
     model.load_state_dict(tensors)
     return model
 

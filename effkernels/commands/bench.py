@@ -20,8 +20,10 @@ from effkernels.commands.common import (
     check_models,
     device_of,
     positive,
+    writing,
 )
 from effkernels.contenders import CONTENDERS, Case
+from effkernels.files import check_regular
 from effkernels.model_benchmark import Options, case_name, model_size, run_case, steps
 from effkernels.precision import PRECISIONS
 
@@ -65,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         _print_contenders(str(device), arguments.model[0])
         return 0
     check_models(arguments.model)
+    results = _results_file(arguments.results_file)
     contenders = _known_contenders(arguments.contender, device)
     threads = arguments.threads or torch.get_num_threads()
     options = Options(arguments.warmup, arguments.rounds, memory=not arguments.no_memory)
@@ -82,13 +85,16 @@ def run(arguments: argparse.Namespace) -> int:
         for batch in arguments.batch_size
     ]
     date = benchmark.run_date()
-    rows, refusals = [], []
+    rows, refusals, problem = [], [], ""
     with console.progress("bench", len(cases) * steps(contenders, options)) as advance:
         for case in cases:
             new_rows, new_refusals = run_case(case, contenders, options, date=date, advance=advance)
-            if arguments.results_file:
-                # After each case, so that a run that is broken off keeps what it measured.
-                benchmark.append_rows(Path(arguments.results_file), new_rows)
+            if results is not None:
+                try:
+                    # After each case, so that a run that is broken off keeps what it measured.
+                    benchmark.append_rows(results, new_rows)
+                except OSError as error:  # what is measured is printed all the same
+                    problem = error.strerror or str(error)
             rows.append((case, new_rows))
             refusals += new_refusals
     if arguments.json:
@@ -104,11 +110,24 @@ def run(arguments: argparse.Namespace) -> int:
                 console.table(title, *_result_table(measured))
     for refusal in refusals:
         console.note(f"bench: {refusal.case}: {refusal.contender}: {refusal.reason}")
-    if arguments.results_file:
-        console.note(f"bench: rows appended to {arguments.results_file}")
+    if results is not None:
+        told = f"--results-file {results}: {problem}" if problem else f"rows appended to {results}"
+        console.note(f"bench: {told}")
     asked = set(arguments.contender or ())
     incomplete = any(refusal.contender in asked for refusal in refusals)
-    return 1 if incomplete or not any(measured for _, measured in rows) else 0
+    return 1 if incomplete or problem or not any(measured for _, measured in rows) else 0
+
+
+def _results_file(name: str | None) -> Path | None:
+    """The file of ``--results-file``, found fit to be appended to before anything is measured."""
+    if name is None:
+        return None
+    path = Path(name)
+    with writing("--results-file", name):
+        if path.exists():
+            check_regular(path)
+        benchmark.append_rows(path, [])
+    return path
 
 
 def _result_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:

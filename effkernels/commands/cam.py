@@ -17,7 +17,18 @@ from torch import Tensor
 from effkernels import console
 from effkernels.cam import class_activation_map, normalised, peaks, upsampled
 from effkernels.cam.figure import MOST_ROWS, Panel, figure_formats, save_grid
-from effkernels.commands.common import DEFAULT_MODEL, UsageError, add_device, add_json, device_of, positive
+from effkernels.commands.common import (
+    DEFAULT_MODEL,
+    UsageError,
+    add_device,
+    add_json,
+    check_output,
+    device_of,
+    labels_of,
+    positive,
+    writing,
+)
+from effkernels.files import printable
 from effkernels.models import CheckpointError
 from effkernels.precision import PRECISIONS, Precision
 
@@ -74,6 +85,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs", type=positive, metavar="N", help="of --digits (default: 10)")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: the model's own")
     parser.add_argument("--output", default="cam.png", metavar="FILE", help=".png, .pdf or .svg (default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="overwrite --output")
     add_device(parser)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
     add_json(parser)
@@ -112,7 +124,7 @@ class _Work:
 
 def run(arguments: argparse.Namespace) -> int:
     """Draw class activation maps."""
-    _check_output(arguments.output)
+    _check_output(arguments.output, arguments.force)
     device = device_of(arguments.device)
     precision = Precision.of(arguments.precision, device.type)
     work = _photographs(arguments) if arguments.digits is None else _digits(arguments, device)
@@ -132,15 +144,21 @@ def run(arguments: argparse.Namespace) -> int:
             subject.model.to("cpu")  # five large networks need not share a GPU
     order = [name for name, _ in work.pictures]
     drawn.sort(key=lambda one: order.index(one.file))  # network beside network, as in the figure
+    problem = None
     if panels:
-        titles = [_title(subject) for subject in work.subjects]
-        _write(arguments.output, ["picture", *titles], panels)
+        try:
+            with writing("--output", arguments.output):
+                save_grid(arguments.output, ["picture", *map(_title, work.subjects)], panels)
+        except UsageError as error:  # the maps are printed all the same
+            problem = error
     if arguments.json:
-        print(json.dumps(_report(arguments, work, drawn), indent=1))
+        print(json.dumps(_report(arguments, work, drawn, is_written=bool(panels) and problem is None), indent=1))
     elif drawn:
         _print_tables(work, drawn)
     for failure in work.failures:
-        console.note(f"cam: {failure['file']}: {failure['reason']}")
+        console.note(f"cam: {printable(failure['file'])}: {printable(failure['reason'])}")
+    if problem is not None:
+        raise problem
     if panels:
         console.note(f"cam: wrote {arguments.output}")
     return 1 if work.failures else 0
@@ -171,29 +189,17 @@ def _draw(
     return drawn, Panel(picture, normalised(heat)[0], caption)
 
 
-def _check_output(output: str) -> None:
+def _check_output(output: str, force: bool) -> None:
     """Refuse before the work what could not be written after it."""
     missing = [name for name in ("numpy", "PIL", "matplotlib") if importlib.util.find_spec(name) is None]
     if missing:
         raise UsageError(f"cam needs {', '.join(missing)}: pip install 'effkernels[scaling]'")
-    path, formats = Path(output), figure_formats()
-    if path.suffix.lower().removeprefix(".") not in formats:
-        raise UsageError(f"--output {output}: allowed: a file ending in {', '.join('.' + one for one in formats)}")
-    if path.is_dir() or not path.parent.is_dir():
-        reason = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise UsageError(f"--output {output}: {reason}; needed: a file in a folder that exists")
-
-
-def _write(output: str, titles: list[str], panels: list[list[Panel]]) -> None:
-    try:
-        save_grid(output, titles, panels)
-    except OSError as error:
-        raise UsageError(f"--output {output}: {error.strerror or error}") from error
+    check_output("--output", output, force=force, suffixes=[f".{one}" for one in figure_formats()])
 
 
 def _photographs(arguments: argparse.Namespace) -> _Work:
     """Networks and photographs that the arguments name."""
-    from effkernels.predict import example_image, find_images, read_image, read_labels
+    from effkernels.predict import ImageError, example_image, find_images, read_image
 
     if arguments.epochs is not None:
         raise UsageError("--epochs: allowed with --digits alone; nothing else is trained here")
@@ -201,10 +207,7 @@ def _photographs(arguments: argparse.Namespace) -> _Work:
         raise UsageError("no IMAGE given; name files, folders or patterns, or use --example, or --digits")
     labels = None
     if arguments.labels is not None:
-        try:
-            labels = read_labels(Path(arguments.labels))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--labels {arguments.labels}: {error}") from error
+        labels = labels_of(arguments.labels)
     if arguments.wanted is not None:
         _class_of(arguments.wanted, labels)  # said before anything is loaded
     named = list(arguments.image)
@@ -221,8 +224,9 @@ def _photographs(arguments: argparse.Namespace) -> _Work:
     for file in files:
         try:
             pictures.append((str(file), read_image(file)))
-        except Exception as error:  # Pillow's decoders raise many types for damaged files; one must not stop the rest
-            failures.append({"file": str(file), "reason": " ".join(str(error).split()) or type(error).__name__})
+        except (ImageError, OSError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
+            failures.append({"file": str(file), "reason": reason})
     subjects = _subjects(arguments)
     if labels is not None:
         for subject in subjects:
@@ -321,10 +325,11 @@ def _title(subject: Subject) -> str:
 
 
 def _short(text: str) -> str:
+    text = printable(text)
     return text if len(text) <= _CAPTION else text[: _CAPTION - 1] + "…"
 
 
-def _report(arguments: argparse.Namespace, work: _Work, drawn: Sequence[Drawn]) -> dict[str, Any]:
+def _report(arguments: argparse.Namespace, work: _Work, drawn: Sequence[Drawn], *, is_written: bool) -> dict[str, Any]:
     networks = [
         {
             "name": subject.name,
@@ -338,7 +343,7 @@ def _report(arguments: argparse.Namespace, work: _Work, drawn: Sequence[Drawn]) 
     ]
     return {
         "model": arguments.model if arguments.digits is None else "DigitsNet",
-        "output": arguments.output if drawn else None,
+        "output": arguments.output if is_written else None,
         "networks": networks,
         "maps": [asdict(one) for one in drawn],
         "failures": work.failures,

@@ -3,17 +3,82 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
-from effkernels.models import model_config
+from effkernels.files import printable
+from effkernels.models import CheckpointError, model_config
 
 DEFAULT_MODEL = "efficientnet_b0"
 
 
 class UsageError(Exception):
     """Arguments that argparse accepts and the command cannot work with; reported in one line, exit status 2."""
+
+
+@contextmanager
+def reading(flag: str, name: object) -> Iterator[None]:
+    """What a checkpoint, or another file that a flag names, can be refused for is an error in the use of the flag."""
+    try:
+        yield
+    except (CheckpointError, OSError, ImportError) as error:
+        shown, reason = printable(name), getattr(error, "strerror", None) or str(error)
+        raise UsageError(f"{flag} {reason}" if reason.startswith(shown) else f"{flag} {shown}: {reason}") from error
+
+
+def labels_of(file: str) -> list[str]:
+    """The class labels of ``--labels``."""
+    from effkernels.predict import read_labels
+
+    with reading("--labels", file):
+        try:
+            return read_labels(Path(file))
+        except UnicodeDecodeError as error:
+            raise UsageError(f"--labels {printable(file)}: {error}") from error
+
+
+def check_output(flag: str, output: str | Path, *, force: bool, suffixes: Sequence[str] = ()) -> Path:
+    """Refuse before the work what could not be written after it.
+
+    Args:
+        flag: that names the file, for the message.
+        output: the file.
+        force: it may be there already.
+        suffixes: one of which its name must end in, with their dots; (): any.
+
+    Raises:
+        UsageError: a folder, no folder to write into, or a file that is there.
+    """
+    path, name = Path(output), f"{flag} {printable(output)}"
+    if suffixes and path.suffix.lower() not in suffixes:
+        raise UsageError(f"{name}: the name must end in one of {', '.join(suffixes)}")
+    try:
+        if path.is_dir():
+            raise UsageError(f"{name} is a folder")
+        if not path.parent.is_dir():
+            raise UsageError(f"{name}: there is no folder {printable(path.parent)}")
+        if path.exists() and not path.is_file():
+            raise UsageError(f"{name} is a pipe or a device; a file is needed")
+        if path.exists() and not force:
+            raise UsageError(f"{name} exists; --force overwrites it")
+        if not os.access(path.parent, os.W_OK | os.X_OK):
+            raise UsageError(f"{name}: the folder {printable(path.parent)} cannot be written to")
+    except OSError as error:  # a name that is too long
+        raise UsageError(f"{name}: {error.strerror}") from error
+    return path
+
+
+@contextmanager
+def writing(flag: str, output: object) -> Iterator[None]:
+    """A file that cannot be written, as the disk is full, is an error that names its flag."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{flag} {printable(output)}: {error.strerror or error}") from error
 
 
 def why_no_gpu() -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +12,9 @@ from typing import Any
 import torch
 
 from effkernels import console
-from effkernels.commands.common import UsageError, add_json
+from effkernels.commands.common import UsageError, add_json, check_output, reading, writing
 from effkernels.conversion_check import Verification, VerificationError, verify
+from effkernels.files import replacing
 from effkernels.models import CheckpointError, read_checkpoint
 from effkernels.models.conversion import LIBRARIES, Conversion, convert
 from effkernels.models.recipes import PAD_TITLES
@@ -57,10 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Convert a checkpoint."""
     output = Path(arguments.output)
     write = _writer(output, arguments.force)
-    try:
+    with reading("FILE", arguments.file):
         checkpoint = read_checkpoint(arguments.file)
-    except (CheckpointError, OSError, ImportError) as error:
-        raise UsageError(str(error)) from error
     if arguments.source not in (None, checkpoint.layout.name):
         raise UsageError(
             f"--from {arguments.source}: the keys in {arguments.file} are those of {checkpoint.layout.name}"
@@ -82,10 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
             return 1
     passed = verification is None or verification.passed
     if passed:
-        try:
+        with writing("--output", output):
             write(conversion)
-        except OSError as error:
-            raise UsageError(f"--output {output}: {error}") from error
     report = _report(arguments.file, output if passed else None, conversion, verification)
     if arguments.json:
         print(json.dumps(report, indent=2))
@@ -100,15 +96,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _writer(output: Path, force: bool) -> Callable[[Conversion], None]:
     """What writes the file, after all that can be refused before the work has been."""
-    if output.suffix not in SUFFIXES:
-        raise UsageError(f"--output {output}: the name must end in one of {', '.join(SUFFIXES)}")
-    if output.is_dir():
-        raise UsageError(f"--output {output} is a folder")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: there is no folder {output.parent}")
-    if output.exists() and not force:
-        raise UsageError(f"--output {output} exists; --force overwrites it")
-    if output.suffix == ".safetensors":
+    check_output("--output", output, force=force, suffixes=SUFFIXES)
+    if output.suffix.lower() == ".safetensors":
         try:
             from safetensors.torch import save_file
         except ImportError as error:
@@ -119,23 +108,18 @@ def _writer(output: Path, force: bool) -> Callable[[Conversion], None]:
         tensors = {
             key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in conversion.tensors.items()
         }
-        if output.suffix == ".safetensors":
-            metadata = {"format": "pt", "effkernels": json.dumps(_semantics(conversion))}
-            _replace(output, lambda part: save_file(tensors, part, metadata))
-        else:
-            _replace(output, lambda part: torch.save(tensors, part))
+        with replacing(output) as part:
+            try:
+                if output.suffix.lower() == ".safetensors":
+                    metadata = {"format": "pt", "effkernels": json.dumps(_semantics(conversion))}
+                    save_file(tensors, part, metadata)
+                else:
+                    torch.save(tensors, part)
+            except Exception as error:  # PyTorch and safetensors have types of their own for a full disk
+                reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise OSError(getattr(error, "strerror", None) or f"it could not be written: {reason}") from error
 
     return write
-
-
-def _replace(output: Path, save: Callable[[Path], None]) -> None:
-    """Write beside the file, then rename, so that there is the old file or the new one and never half of one."""
-    part = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        save(part)
-        part.replace(output)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _semantics(conversion: Conversion) -> dict[str, Any]:

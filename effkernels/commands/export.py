@@ -8,9 +8,9 @@ import json
 import torch
 
 from effkernels import console
-from effkernels.commands.common import DEFAULT_MODEL, UsageError, add_json, check_models, device_of, positive
+from effkernels.commands.common import DEFAULT_MODEL, UsageError, add_json, check_models, device_of, positive, reading
 from effkernels.export import FORMATS, Exported, ExportError, export_model
-from effkernels.models import CheckpointError, create_model, load_checkpoint
+from effkernels.models import create_model, load_checkpoint
 from effkernels.precision import Precision
 
 TEXT = "Export a network to a file that runs without this package, and check that it computes the same."
@@ -58,10 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
         torch.manual_seed(0)
         model = create_model(arguments.model)
     else:
-        try:
+        with reading("--checkpoint", arguments.checkpoint):
             model = load_checkpoint(arguments.model, arguments.checkpoint)
-        except (CheckpointError, ImportError, OSError) as error:
-            raise UsageError(f"--checkpoint {arguments.checkpoint}: {error}") from error
     try:
         exported = export_model(
             model,
@@ -89,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _print(model: str, exported: Exported) -> None:
-    print(f"{exported.file}: {model} as {exported.format}, {exported.bytes / 1e6:.1f} MB")
+    console.say(f"{exported.file}: {model} as {exported.format}, {exported.bytes / 1e6:.1f} MB")
     print(f"  needs beside it  {exported.library or 'nothing'}")
     print(f"  input            ({exported.input_shape.replace(',', ', ')}) {exported.dtype}")
     print(f"  checked at       {', '.join('x'.join(map(str, shape)) for shape in exported.checked)}")

@@ -6,14 +6,23 @@ import argparse
 import json
 import os
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
 import effkernels
 from effkernels import console
-from effkernels.commands.common import DEFAULT_MODEL, UsageError, add_device, check_models, device_of, positive
-from effkernels.models import CheckpointError, EfficientNet, load_checkpoint, model_config
+from effkernels.commands.common import (
+    DEFAULT_MODEL,
+    UsageError,
+    add_device,
+    check_models,
+    device_of,
+    labels_of,
+    positive,
+    reading,
+)
+from effkernels.files import printable
+from effkernels.models import EfficientNet, load_checkpoint, model_config
 from effkernels.precision import PRECISIONS, Precision
 
 TEXT = "Classify photographs."
@@ -51,7 +60,6 @@ def run(arguments: argparse.Namespace) -> int:
         classify,
         example_image,
         find_images,
-        read_labels,
     )
 
     if not arguments.image and not arguments.example:
@@ -61,10 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     precision = Precision.of(arguments.precision, device.type)
     labels = None
     if arguments.labels:
-        try:
-            labels = read_labels(Path(arguments.labels))
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--labels {arguments.labels}: {error}") from error
+        labels = labels_of(arguments.labels)
     model = _model_with_weights(arguments.model, arguments.weights)
     if labels is not None and len(labels) != model.num_classes:
         raise UsageError(f"--labels {arguments.labels}: {len(labels)} lines for a model of {model.num_classes} classes")
@@ -111,7 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
         images = "1 image" if len(predictions) == 1 else f"{len(predictions)} images"
         console.table(f"{arguments.model}: {images}", ["image", "class", "probability"], rows)
     for failure in failures:
-        console.note(f"predict: {failure.file}: {failure.reason}")
+        console.note(f"predict: {printable(failure.file)}: {printable(failure.reason)}")
     return 1 if failures else 0
 
 
@@ -125,10 +130,8 @@ def _model_with_weights(name: str, weights: str | None) -> EfficientNet:
         torch.manual_seed(0)
         model = effkernels.create_model(name)
     else:
-        try:
+        with reading("--weights", weights):
             model = load_checkpoint(name, weights)
-        except (CheckpointError, OSError) as error:
-            raise UsageError(f"--weights {weights}: {error}") from error
     assert isinstance(model, EfficientNet)
     if model.num_classes == 0 or model.in_chans != 3:
         found = f"{model.in_chans} image channels and {model.num_classes} classes"

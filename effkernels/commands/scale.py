@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from effkernels import console
-from effkernels.commands.common import UsageError, add_json
+from effkernels.commands.common import UsageError, add_json, check_output
+from effkernels.files import write_text
 from effkernels.scaling import tables
 from effkernels.scaling.accuracies import read_accuracies
 from effkernels.scaling.budget import ALONG, Budget, fit
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--save", type=Path, metavar="FILE.json", help="write the scaled network, to be read by --network"
     )
+    parser.add_argument("--force", action="store_true", help="overwrite --save")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -85,14 +87,25 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError("--accuracy goes with --table growth --png")
     if arguments.save is not None and arguments.table is not None:
         raise UsageError("--save goes with a scaled network, not with --table")
+    if arguments.save is not None:
+        check_output("--save", arguments.save, force=arguments.force, suffixes=(".json",))
+    network: Network | None
     try:
         scaling = CompoundScaling(arguments.alpha, arguments.beta, arguments.gamma)
         rounding = Rounding(arguments.divisor, arguments.round_depth, arguments.round_resolution)
         if arguments.table is not None:
-            made = [_table(arguments, scaling, rounding)]
+            made, network = [_table(arguments, scaling, rounding)], None
         else:
-            made = _scaled(arguments, scaling, rounding)
+            made, network = _scaled(arguments, scaling, rounding)
         runs = read_accuracies(arguments.accuracy, made[0]) if arguments.accuracy is not None else []
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        raise UsageError(str(error)) from error
+    _print(made, "json" if arguments.json else arguments.format)
+    try:
+        if arguments.save is not None:
+            assert isinstance(network, StagedNetwork)
+            save_network(network, arguments.save)
+            console.note(f"wrote {arguments.save}")
         if arguments.output is not None:
             for file in _write(made, arguments.output):
                 console.note(f"wrote {file}")
@@ -100,9 +113,10 @@ def run(arguments: argparse.Namespace) -> int:
                 if arguments.png and has_figure(table):
                     save_figure(table, arguments.output / f"{table.name}.png", runs)
                     console.note(f"wrote {arguments.output / table.name}.png")
-    except (ValueError, TypeError, ImportError, OSError) as error:
+    except OSError as error:
+        raise UsageError(f"{error.filename}: {error.strerror}" if error.strerror else str(error)) from error
+    except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
-    _print(made, "json" if arguments.json else arguments.format)
     return 0
 
 
@@ -120,19 +134,16 @@ def _table(arguments: argparse.Namespace, scaling: CompoundScaling, rounding: Ro
     return tables.stages(_scale(network, arguments, scaling, rounding))
 
 
-def _scaled(arguments: argparse.Namespace, scaling: CompoundScaling, rounding: Rounding) -> list[Table]:
-    """The scaled network beside its baseline: stages, and cost."""
+def _scaled(arguments: argparse.Namespace, scaling: CompoundScaling, rounding: Rounding) -> tuple[list[Table], Network]:
+    """The scaled network beside its baseline: stages, and cost; and the network itself."""
     baseline = find_network(arguments.network)
     network = _scale(baseline, arguments, scaling, rounding)
-    if arguments.save is not None:
-        if not isinstance(network, StagedNetwork):
-            raise ValueError(f"--save: {network.name} is built by another library; a file holds our own stages only")
-        save_network(network, arguments.save)
-        console.note(f"wrote {arguments.save}")
+    if arguments.save is not None and not isinstance(network, StagedNetwork):
+        raise ValueError(f"--save: {network.name} is built by another library; a file holds our own stages only")
     if network is baseline:
-        return [tables.stages(baseline), tables.comparison([baseline])]
+        return [tables.stages(baseline), tables.comparison([baseline])], network
     beside = tables.scaled(baseline, network)
-    return [beside or tables.stages(network), tables.comparison([baseline, network])]
+    return [beside or tables.stages(network), tables.comparison([baseline, network])], network
 
 
 def _scale(baseline: Network, arguments: argparse.Namespace, scaling: CompoundScaling, rounding: Rounding) -> Network:
@@ -164,7 +175,7 @@ def _write(made: Sequence[Table], folder: Path) -> list[Path]:
     for table in made:
         for suffix, text in (("md", table.markdown()), ("csv", table.csv()), ("json", table.json())):
             file = folder / f"{table.name}.{suffix}"
-            file.write_text(text)
+            write_text(file, text)
             files.append(file)
     return files
 

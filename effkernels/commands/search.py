@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from effkernels import console, gpus
-from effkernels.commands.common import UsageError, add_json, device_of, positive
+from effkernels.cam.figure import figure_formats
+from effkernels.commands.common import UsageError, add_json, check_output, device_of, positive
 from effkernels.optimize import optimize_
 from effkernels.plan import PRECISIONS
 from effkernels.scaling import evaluate as digits
@@ -116,6 +117,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--retry-failed", action="store_true", help="evaluate again what failed according to --journal")
     group.add_argument("--save", type=Path, metavar="FILE.json", help="the best network; `effkernels scale` reads it")
     group.add_argument("--plot", type=Path, metavar="FILE.png", help="accuracy over cost, the best marked")
+    group.add_argument("--force", action="store_true", help="overwrite --save and --plot")
 
 
 def _constraint(text: str) -> float | str:
@@ -129,19 +131,31 @@ def _constraint(text: str) -> float | str:
 
 def run(arguments: argparse.Namespace) -> int:
     """Search, and print the ranking."""
+    _check_outputs(arguments)
     try:
         result = _search(arguments)
-        if arguments.plot is not None:
-            result.plot(arguments.plot)
-        if arguments.save is not None:
-            _save(result, arguments.save)
     except (ValueError, ImportError) as error:
         raise UsageError(str(error)) from error
     if arguments.json:
         print(json.dumps(_report(result), indent=1))
     else:
         result.table().show("text")
-    return 0 if result.best is not None else 1
+    problems = [problem for problem in (_plot(result, arguments.plot), _save(result, arguments.save)) if problem]
+    for problem in problems:  # after the result, which took the time
+        console.note(f"search: {problem}")
+    return 0 if result.best is not None and not problems else 1
+
+
+def _check_outputs(arguments: argparse.Namespace) -> None:
+    """Refuse before the work what could not be written after it."""
+    if arguments.save is not None:
+        check_output("--save", arguments.save, force=arguments.force, suffixes=(".json",))
+    if arguments.plot is not None:
+        try:
+            formats = [f".{one}" for one in figure_formats()]
+        except ImportError as error:
+            raise UsageError(f"--plot: {error}") from error
+        check_output("--plot", arguments.plot, force=arguments.force, suffixes=formats)
 
 
 def _search(arguments: argparse.Namespace) -> SearchResult | BaselineResult:
@@ -258,13 +272,30 @@ def _best_network(result: SearchResult | BaselineResult) -> Network | None:
     return result.best.network if isinstance(result, BaselineResult) else result.best.candidate.network
 
 
-def _save(result: SearchResult | BaselineResult, path: Path) -> None:
+def _plot(result: SearchResult | BaselineResult, path: Path | None) -> str | None:
+    """Draw the result; why it is not drawn, or None."""
+    if path is not None:
+        try:
+            result.plot(path)
+        except (OSError, ValueError) as error:
+            return f"--plot {path}: {getattr(error, 'strerror', None) or error}"
+    return None
+
+
+def _save(result: SearchResult | BaselineResult, path: Path | None) -> str | None:
+    """Write the best network; why it is not written, or None."""
+    if path is None:
+        return None
     network = _best_network(result)
     if network is None:
-        raise UsageError(f"--save {path}: no candidate was evaluated")
+        return f"--save {path}: no candidate was evaluated"
     if not isinstance(network, StagedNetwork):
-        raise UsageError(f"--save {path}: {network.name} is another library's, which a file cannot hold")
-    save_network(network, path)
+        return f"--save {path}: {network.name} is another library's, which a file cannot hold"
+    try:
+        save_network(network, path)
+    except (OSError, ValueError) as error:
+        return f"--save {path}: {getattr(error, 'strerror', None) or error}"
+    return None
 
 
 def _report(result: SearchResult | BaselineResult) -> dict[str, Any]:

@@ -132,7 +132,12 @@ def _tune(tuner: Tuner, todo: Sequence[Job]) -> tuple[list[Result], list[str], i
             outcome: Outcome = tuner.run(job)
             if outcome.results:
                 # After each call, so that a run that is broken off keeps what it measured.
-                tuning.record(tuner.plan)
+                try:
+                    tuning.record(tuner.plan)
+                except OSError as error:  # more answers could not be kept either
+                    failed.append(f"{tuning.file_of(tuner.plan.device)}: {error.strerror or error}")
+                    console.note(f"tune: {failed[-1]}")
+                    return results + outcome.results, failed, known
             results += outcome.results
             failed += outcome.failed
             known += outcome.known

@@ -196,7 +196,7 @@ def to_pixels(image: Any, channels: int) -> Tensor:
     _check_pixel_count(image.height, image.width)
     if channels not in (1, 3):
         raise ValueError(f"a PIL image has 1 or 3 channels, and the model takes {channels}")
-    array = numpy.array(image.convert("L") if channels == 1 else as_rgb(image))
+    array = numpy.array(as_rgb(image).convert("L" if channels == 1 else "RGB"))
     return check_pixels(array.reshape(*array.shape[:2], channels), channels, "HWC")
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from effkernels.models.architecture import BASELINE, Architecture, Stage
-from effkernels.models.checkpoint_files import CheckpointError
+from effkernels.models.checkpoint_tensors import CheckpointError
 from effkernels.models.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
 from effkernels.models.config import ModelConfig
 from effkernels.models.conversion import convert_state_dict

@@ -1,6 +1,7 @@
 """Checkpoint files of any network: read without running anything in them, and the network found among a trainer's keys.
 
 A .pth file is read by `torch.load(weights_only=True)`, a .safetensors file by safetensors; neither runs pickled code.
+What is read is not trusted either: `effkernels.models.checkpoint_tensors` looks at each tensor before its values are.
 """
 
 from __future__ import annotations
@@ -11,13 +12,23 @@ import pickle
 import re
 import threading
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from effkernels.files import check_regular, printable
+from effkernels.models.checkpoint_tensors import (
+    CheckpointError,
+    check_values,
+    enumerated,
+    file_of,
+    plain_tensor,
+)
 
 # Where training scripts put the weights inside a file, the averaged ones first.
 _EMA_WRAPPERS = ("state_dict_ema", "model_ema", "ema_state_dict")
@@ -31,13 +42,12 @@ _MODULE = "module."
 _TRAINER_KEYS = frozenset({"n_averaged"})
 # A word of a prefix that says that the weights under it are averaged.
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
-_LISTED = 8
+# More networks in one file than this are not told apart, and no key of a network is longer or has more words.
+_MOST_NETWORKS = 16
+_LONGEST_KEY = 1000
+_MOST_TENSORS = 100_000
 
 _safe_globals_lock = threading.Lock()
-
-
-class CheckpointError(ValueError):
-    """A file that is not a checkpoint, or not one of this model; the message says what differs."""
 
 
 @dataclass(frozen=True)
@@ -48,11 +58,13 @@ class NetworkTensors:
         tensors: of the network, without the prefix.
         prefix: that stands in front of every key of the network, with its dot; "": none.
         beside: keys of other tensors, which are left out. Those that are known to be a trainer's are not listed.
+        metadata: texts that a safetensors file notes beside its tensors.
     """
 
     tensors: dict[str, Tensor]
     prefix: str = ""
     beside: tuple[str, ...] = ()
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def note(self) -> str | None:
         """A sentence on what is left out; None where nothing is."""
@@ -64,6 +76,14 @@ class NetworkTensors:
         )
 
 
+@dataclass(frozen=True)
+class _Content:
+    """What a file holds: any plain values, and the texts that a safetensors file notes beside its tensors."""
+
+    values: Any
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
 def read_file(file: str | Path, starts: Callable[[str], bool], *, use_ema: bool = True) -> NetworkTensors:
     """The network in a .pth or .safetensors file; a warning names the tensors beside it, which are left out.
 
@@ -73,26 +93,36 @@ def read_file(file: str | Path, starts: Callable[[str], bool], *, use_ema: bool 
         use_ema: prefer averaged weights where the file has both.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: empty, not a checkpoint, one with pickled code in it, one of several networks, or one with
-            values that are not finite.
+        OSError: no such file, or one that the system does not open.
+        CheckpointError: empty, not a checkpoint, one with pickled code in it, one of several networks, or one of
+            tensors that are not plain (sparse, quantised, expanded, ...) or have values that no network has.
     """
     path = Path(file)
-    if path.is_dir():
-        raise CheckpointError(f"{path} is a folder; a .pth or .safetensors file is needed")
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty")
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_torch(path)
-    tensors = _unwrap(path, content, starts, use_ema)
-    found = network_tensors(tensors, str(path), starts, use_ema=use_ema)
-    check_finite(found.tensors, str(path))
+    content = _read(path)
+    tensors = _unwrap(path, content.values, starts, use_ema)
+    found = network_tensors(tensors, path, starts, use_ema=use_ema)
+    checked = {key: plain_tensor(key, tensor, path) for key, tensor in found.tensors.items()}
+    check_values(checked, path)
     if (left_out := found.note()) is not None:
-        warnings.warn(f"{path}: {left_out}", stacklevel=3)
-    return found
+        warnings.warn(f"{printable(path)}: {left_out}", stacklevel=3)
+    return NetworkTensors(checked, found.prefix, found.beside, content.metadata)
+
+
+def _read(path: Path) -> _Content:
+    name = printable(path)
+    if path.is_dir():
+        raise CheckpointError(f"{name} is a folder; a .pth or .safetensors file is needed", file=path)
+    size = check_regular(path).st_size
+    if size == 0:
+        raise CheckpointError(f"{name} is empty", file=path)
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
+    _check_archive(path, size)
+    return _Content(_read_torch(path))
 
 
 def network_tensors(
-    tensors: Mapping[str, Tensor], where: str, starts: Callable[[str], bool], *, use_ema: bool = True
+    tensors: Mapping[str, Tensor], where: str | Path, starts: Callable[[str], bool], *, use_ema: bool = True
 ) -> NetworkTensors:
     """The tensors of a network without what wrappers and trainers put in front of their keys and beside them.
 
@@ -110,6 +140,19 @@ def network_tensors(
         CheckpointError: several networks, with nothing to choose by.
     """
     tensors = {key: value for key, value in tensors.items() if key.rpartition(".")[2] not in _TRAINER_KEYS}
+    if len(tensors) > _MOST_TENSORS:
+        raise CheckpointError(
+            f"{printable(where)} holds {len(tensors)} tensors; no network has more than {_MOST_TENSORS}",
+            file=file_of(where),
+        )
+    for key in tensors:
+        if len(key) > _LONGEST_KEY:
+            raise CheckpointError(
+                f"{printable(where)}: the key {printable(key[:80])}... has {len(key)} characters; allowed: "
+                f"{_LONGEST_KEY}",
+                file=file_of(where),
+                key=key,
+            )
     bare = {".".join(word for word in key.split(".") if word not in _WRAPPER_MODULES): key for key in tensors}
     if len(bare) == len(tensors):
         tensors = {name: tensors[key] for name, key in bare.items()}
@@ -143,38 +186,24 @@ def _prefixes(tensors: Mapping[str, Tensor], starts: Callable[[str], bool]) -> l
             best = max(prefixes, key=lambda prefix: (count[prefix], -len(prefix)))
             if best not in found:
                 found.append(best)
+            if len(found) > _MOST_NETWORKS:
+                break
     return found
 
 
-def _choose(prefixes: list[str], where: str, use_ema: bool) -> str:
+def _choose(prefixes: list[str], where: str | Path, use_ema: bool) -> str:
     if len(prefixes) == 1:
         return prefixes[0]
     averaged = [prefix for prefix in prefixes if _AVERAGED.search(prefix)]
     wanted = averaged if use_ema else [prefix for prefix in prefixes if prefix not in averaged]
     if len(wanted) == 1:
         return wanted[0]
-    names = " and ".join(repr(prefix) for prefix in prefixes)
+    names = enumerated([repr(prefix) for prefix in prefixes], " and ")
+    count = f"more than {_MOST_NETWORKS}" if len(prefixes) > _MOST_NETWORKS else str(len(prefixes))
     raise CheckpointError(
-        f"{where} holds {len(prefixes)} networks, whose keys begin with {names}: keep the tensors of one of them"
+        f"{printable(where)} holds {count} networks, whose keys begin with {names}: keep the tensors of one of them",
+        file=file_of(where),
     )
-
-
-def enumerated(entries: list[str]) -> str:
-    """The first few of many keys, for a message."""
-    more = len(entries) - _LISTED
-    return ", ".join(entries[:_LISTED]) + (f" and {more} more" if more > 0 else "")
-
-
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse values that are not finite; tensors on the meta device have none.
-
-    Raises:
-        CheckpointError: with the first key that has some; the message begins with `where`.
-    """
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not tensor.is_meta and not torch.isfinite(tensor).all():
-            count = int((~torch.isfinite(tensor)).sum())
-            raise CheckpointError(f"{where}: {key} has {count} of {tensor.numel()} values that are NaN or infinite")
 
 
 @functools.cache
@@ -193,6 +222,21 @@ def _harmless_globals() -> tuple[Any, ...]:
     return (*found, *dict.fromkeys(type(numpy.dtype(code)) for code in "?bhilqBHILQefd"))
 
 
+def _check_archive(path: Path, size: int) -> None:
+    """Refuse an archive whose entries say that they hold more than the file: they would be unpacked into memory."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            inside = sum(entry.file_size for entry in archive.infolist())
+    except Exception:  # not an archive, or a damaged one: PyTorch says what it is
+        return
+    if inside > size:
+        raise CheckpointError(
+            f"{printable(path)} has {size} bytes and says that it holds {inside}: it is compressed, which PyTorch's "
+            "files are not, or made up. Save it again: torch.save(torch.load(FILE, weights_only=True), NEW_FILE)",
+            file=path,
+        )
+
+
 def _read_torch(path: Path) -> Any:
     try:
         try:
@@ -204,53 +248,75 @@ def _read_torch(path: Path) -> Any:
                     return torch.load(path, map_location="cpu", weights_only=True)
                 except pickle.UnpicklingError as error:
                     raise _not_opened(path, error) from error
-    except (EOFError, RuntimeError, ValueError, KeyError, IndexError, UnicodeDecodeError) as error:
-        if isinstance(error, CheckpointError):
-            raise
+    except CheckpointError:
+        raise
+    except (
+        Exception
+    ) as error:  # what a damaged file lets PyTorch's reader raise has no end: AssertionError, TypeError...
         if "TorchScript" in str(error):
             raise CheckpointError(
-                f"{path} is a TorchScript archive, which holds code and is never run. Save the weights alone: "
-                "torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)"
+                f"{printable(path)} is a TorchScript archive, which holds code and is never run. Save the weights "
+                "alone: torch.save(torch.jit.load(FILE).state_dict(), NEW_FILE)",
+                file=path,
             ) from error
-        raise CheckpointError(f"{path} is not a PyTorch checkpoint, or is cut off ({_first_line(error)})") from error
+        raise _damaged(path, "a PyTorch checkpoint", error) from error
+
+
+def _damaged(path: Path, wanted: str, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{printable(path)} is not {wanted}, or is cut off ({_first_line(error)}); compare its size with the "
+        "original's, and fetch or save it again",
+        file=path,
+    )
 
 
 def _not_opened(path: Path, error: pickle.UnpicklingError) -> CheckpointError:
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (ValueError, RuntimeError, EOFError, pickle.UnpicklingError):  # a file of before PyTorch 1.6
+    except Exception:  # a file of before PyTorch 1.6, or a damaged one
         names = re.findall(r"GLOBAL ([\w.]+)", str(error))
     if not names:
         return CheckpointError(
-            f"{path} is not a file of tensors: it is no PyTorch checkpoint, or it holds pickled objects, which are "
-            f"never run. Save model.state_dict() instead of the model. ({_first_line(error)})"
+            f"{printable(path)} is not a file of tensors: it is no PyTorch checkpoint, or it holds pickled objects, "
+            f"which are never run. Save model.state_dict() instead of the model. ({_first_line(error)})",
+            file=path,
         )
     # torch's own come in the train of the others.
     names = sorted(set(names), key=lambda name: (name.startswith(("torch.", "builtins.", "__builtin__.")), name))
     return CheckpointError(
-        f"{path} holds pickled objects, which are never run: {enumerated(names)}. Save model.state_dict() instead of "
-        "the model, or of a file whose origin you trust the weights alone: "
-        "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)"
+        f"{printable(path)} holds pickled objects, which are never run: {enumerated(names)}. Save model.state_dict() "
+        "instead of the model, or of a file whose origin you trust the weights alone: "
+        "torch.save(torch.load(FILE, weights_only=False)['state_dict'], NEW_FILE)",
+        file=path,
     )
 
 
-def _read_safetensors(path: Path) -> Any:
+def _read_safetensors(path: Path) -> _Content:
     try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import safe_open
     except ModuleNotFoundError as error:
         raise ImportError(
-            f"{path}: reading .safetensors needs the package safetensors: pip install 'effkernels[models]'"
+            f"{printable(path)}: reading .safetensors needs the package safetensors: pip install 'effkernels[models]'"
         ) from error
     try:
-        return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a safetensors file, or is cut off ({_first_line(error)})") from error
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            return _Content({key: file.get_tensor(key) for key in file.keys()}, metadata)  # noqa: SIM118
+    except Exception as error:  # SafetensorError, and what a type that PyTorch does not have lets its reader raise
+        raise _damaged(path, "a safetensors file", error) from error
 
 
 def _first_line(error: Exception) -> str:
     text = str(error).strip()
-    return text.splitlines()[0][:200] if text else type(error).__name__
+    return printable(text.splitlines()[0][:200]) if text else type(error).__name__
+
+
+def _entries(content: Any) -> dict[Any, Any] | None:
+    """The entries of a dict, None of anything else.
+
+    As dict itself gives them: a file can give an OrderedDict attributes that hide its methods.
+    """
+    return dict(dict.items(content)) if isinstance(content, dict) else None
 
 
 def _tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
@@ -260,31 +326,46 @@ def _tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 def _unwrap(path: Path, content: Any, starts: Callable[[str], bool], use_ema: bool) -> dict[str, Tensor]:
     """The tensors of a file, in whatever dict of it they are."""
     wrappers = (*_EMA_WRAPPERS, *_WRAPPERS) if use_ema else (*_WRAPPERS, *_EMA_WRAPPERS)
-    while isinstance(content, Mapping):
-        inner = next((content[name] for name in wrappers if isinstance(content.get(name), Mapping)), None)
-        if inner is None and not _tensors_of(content):
-            inner = _only_network(path, content, starts)
+    entries = _entries(content)
+    if entries is None:
+        raise CheckpointError(
+            f"{printable(path)} holds a {type(content).__name__}; a dict of tensors is needed", file=path
+        )
+    opened = {id(content)}
+    while True:
+        inner = next((entries[name] for name in wrappers if isinstance(entries.get(name), dict)), None)
+        tensors = _tensors_of(entries)
+        if inner is None and not tensors:
+            inner = _only_network(path, entries, starts)
         if inner is None:
             break
-        content = inner
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}; a dict of tensors is needed")
-    tensors = _tensors_of(content)
+        if id(inner) in opened:
+            raise CheckpointError(
+                f"{printable(path)} holds a dict that holds itself; save model.state_dict()", file=path
+            )
+        opened.add(id(inner))
+        entries = _entries(inner) or {}
     if not tensors:
-        raise CheckpointError(f"{path} holds no tensors under any of the known names ({', '.join(wrappers)})")
+        raise CheckpointError(
+            f"{printable(path)} holds no tensors under any of the known names ({', '.join(wrappers)}); save "
+            "model.state_dict(), or a dict with it under one of them",
+            file=path,
+        )
     return tensors
 
 
-def _only_network(path: Path, content: Mapping[Any, Any], starts: Callable[[str], bool]) -> Mapping[str, Tensor] | None:
+def _only_network(path: Path, content: Mapping[Any, Any], starts: Callable[[str], bool]) -> dict[Any, Any] | None:
     """The one dict of tensors among the entries of a file, or the one of them that holds the network."""
-    inside = {
-        str(name): tensors
-        for name, value in content.items()
-        if isinstance(value, Mapping) and (tensors := _tensors_of(value))
-    }
+    inside: dict[str, dict[Any, Any]] = {}
+    for name, value in content.items():
+        entries = _entries(value)
+        if entries is not None and (tensors := _tensors_of(entries)):
+            inside[str(name)] = tensors
     if len(inside) > 1:
         inside = {name: tensors for name, tensors in inside.items() if _prefixes(tensors, starts)}
     if len(inside) > 1:
-        names = " and ".join(repr(name) for name in inside)
-        raise CheckpointError(f"{path} holds {len(inside)} networks, under {names}: keep one of them")
+        names = enumerated([repr(name) for name in inside], " and ")
+        raise CheckpointError(
+            f"{printable(path)} holds {len(inside)} networks, under {names}: keep one of them", file=path
+        )
     return next(iter(inside.values()), None)

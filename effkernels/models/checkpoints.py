@@ -7,20 +7,26 @@ momentum of the norms, which are then set in the model (see `effkernels.models.l
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from effkernels.models.checkpoint_files import CheckpointError, enumerated, read_file
+from effkernels.files import parse_json, printable
+from effkernels.models.checkpoint_files import read_file
+from effkernels.models.checkpoint_tensors import CheckpointError, check_dtypes, check_range, enumerated, file_of
 from effkernels.models.layouts import LAYOUTS, TIMM, Layout, Semantics, recognise, starts_network, translation
-from effkernels.models.variants import VARIANTS, is_lite, matches
+from effkernels.models.variants import VARIANTS, ends, is_lite, matches
+from effkernels.nn import PAD_TYPES
 
 if TYPE_CHECKING:
     from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
+
+Model = TypeVar("Model", bound="EfficientNet | EfficientNetFeatures")
+_LARGEST_SIZE = 16384  # pixels, of an image that a network may be noted to be designed for
 
 
 @dataclass(frozen=True)
@@ -59,18 +65,20 @@ def read_checkpoint(file: str | Path, *, use_ema: bool = True) -> Checkpoint:
         use_ema: prefer averaged weights where the file has both.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: (an OSError) no such file.
         CheckpointError: empty, not a checkpoint, one with pickled code in it, of an unknown library, one of several
-            networks, or one with values that are not finite.
+            networks; tensors that are sparse, quantised or expanded, or hold no floating numbers; values that are not
+            finite, negative variances; notes that this project does not write. It has the `file` and, where it is
+            about one, the `key` of the tensor.
     """
     path = Path(file)
     found = read_file(path, starts_network, use_ema=use_ema)
-    layout, tensors = recognise_tensors(found.tensors, str(path))
-    noted = _noted_semantics(path) if path.suffix == ".safetensors" else Semantics()
-    return Checkpoint(path, layout, tensors, noted)
+    layout, tensors = recognise_tensors(found.tensors, path)
+    check_dtypes(tensors, path)
+    return Checkpoint(path, layout, tensors, _noted_semantics(found.metadata, path))
 
 
-def recognise_tensors(tensors: Mapping[str, Tensor], where: str) -> tuple[Layout, dict[str, Tensor]]:
+def recognise_tensors(tensors: Mapping[str, Tensor], where: str | Path) -> tuple[Layout, dict[str, Tensor]]:
     """The library whose names the tensors have, and the tensors under its usual spelling of them.
 
     Args:
@@ -85,8 +93,9 @@ def recognise_tensors(tensors: Mapping[str, Tensor], where: str) -> tuple[Layout
         if recognise(renamed) is layout:
             return layout, renamed
     raise CheckpointError(
-        f"{where}: keys such as {', '.join(sorted(tensors)[:3])} are of no known EfficientNet; known are those of "
-        f"{', '.join(layout.name for layout in LAYOUTS)}"
+        f"{printable(where)}: keys such as {enumerated(sorted(tensors)[:3])} are of no known EfficientNet; known are "
+        f"those of {', '.join(layout.name for layout in LAYOUTS)}",
+        file=file_of(where),
     )
 
 
@@ -120,21 +129,41 @@ def load_checkpoint(
         left out.
 
     Raises:
-        FileNotFoundError: no such file.
-        CheckpointError: the file cannot be read, or its keys, shapes or values do not fit; the model is unchanged.
+        FileNotFoundError: (an OSError) no such file.
+        ValueError: pad_type, bn_eps or bn_momentum out of its range.
+        CheckpointError: (a ValueError) the file cannot be read, or its keys, shapes, dtypes or values do not fit; the
+            model is unchanged. See `read_checkpoint`.
     """
     if isinstance(model, str):
-        from effkernels.models.registry import create_model
+        from effkernels.models.registry import create_model, model_config
 
+        model_config(model)  # an unknown name is said before the file is read
         checkpoint = read_checkpoint(file, use_ema=use_ema)
-        stem, classifier = checkpoint.tensor("stem"), checkpoint.tensor("classifier")
-        model = create_model(
-            model,
-            in_chans=3 if stem is None or stem.ndim != 4 else stem.shape[1],
-            num_classes=0 if classifier is None else classifier.shape[0],
-        )
-        return _load(model, checkpoint, pad_type, bn_eps, bn_momentum)
+        built = build_for(checkpoint, functools.partial(create_model, model))
+        return _load(built, checkpoint, pad_type, bn_eps, bn_momentum)
     return load_into(model, file, use_ema=use_ema, pad_type=pad_type, bn_eps=bn_eps, bn_momentum=bn_momentum)
+
+
+def build_for(checkpoint: Checkpoint, build: Callable[..., Model]) -> Model:
+    """The model that a checkpoint fits, with the file's number of classes and of image channels, not yet loaded.
+
+    Args:
+        checkpoint: as read.
+        build: called with in_chans, num_classes and device.
+
+    Raises:
+        CheckpointError: keys or shapes that are not the model's; nothing was allocated for it then.
+    """
+    in_chans, num_classes = ends(checkpoint.tensors, checkpoint.layout)
+    try:
+        outline = build(in_chans=in_chans, num_classes=num_classes, device="meta")
+    except (ValueError, RuntimeError) as error:  # none at all, or more than can be counted
+        raise CheckpointError(
+            f"{printable(checkpoint.path)}: no network has {in_chans} image channels and {num_classes} classes",
+            file=checkpoint.path,
+        ) from error
+    _fitting(outline, checkpoint, outline.state_dict())
+    return build(in_chans=in_chans, num_classes=num_classes, device=None)
 
 
 def load_into(
@@ -150,6 +179,12 @@ def load_into(
     return _load(model, read_checkpoint(file, use_ema=use_ema), pad_type, bn_eps, bn_momentum)
 
 
+def load_read(model: Model, checkpoint: Checkpoint) -> Model:
+    """`load_checkpoint` of a file that has been read."""
+    _load(model, checkpoint, None, None, None)
+    return model
+
+
 def _load(
     model: EfficientNet | EfficientNetFeatures,
     checkpoint: Checkpoint,
@@ -157,11 +192,16 @@ def _load(
     bn_eps: float | None,
     bn_momentum: float | None,
 ) -> EfficientNet | EfficientNetFeatures:
+    check_semantics(Semantics(pad_type, bn_eps, bn_momentum), "load_checkpoint")
     state = model.state_dict()
     if any(tensor.is_meta for tensor in state.values()):
-        raise CheckpointError(f"{checkpoint.path}: the model is on the meta device and can hold no weights")
-    tensors = _to_model_names(model, checkpoint, state)
-    _check_fit(model, checkpoint, state, tensors)
+        raise CheckpointError(
+            f"{printable(checkpoint.path)}: the model is on the meta device and can hold no weights; create it on "
+            "another",
+            file=checkpoint.path,
+        )
+    tensors = _fitting(model, checkpoint, state)
+    check_range(tensors, state, checkpoint.path)
     model.load_state_dict(tensors)
     variant = _variant(model) or ""
     meaning = checkpoint.layout.semantics(variant)
@@ -207,6 +247,15 @@ def _variant(model: EfficientNet | EfficientNetFeatures) -> str | None:
     return name if name in VARIANTS else None
 
 
+def _fitting(
+    model: EfficientNet | EfficientNetFeatures, checkpoint: Checkpoint, state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The checkpoint under the model's names; CheckpointError where keys or shapes are not the model's."""
+    tensors = _to_model_names(model, checkpoint, state)
+    _check_fit(model, checkpoint, state, tensors)
+    return tensors
+
+
 def _to_model_names(
     model: EfficientNet | EfficientNetFeatures, checkpoint: Checkpoint, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -219,7 +268,7 @@ def _to_model_names(
         if translated not in state and translated.partition(".")[0] in ("conv_head", "bn2", "classifier"):
             continue  # a backbone has no head, a model without classes no classifier
         expected = state.get(translated)
-        if expected is not None and tensor.shape == expected.shape[:2] and expected.shape[2:] == (1, 1):
+        if expected is not None and expected.ndim == 4 and expected.shape == (*tensor.shape, 1, 1):
             tensor = tensor.reshape(expected.shape)  # squeeze-and-excitation as linear layers: the same numbers
         tensors[translated] = tensor
     for key, value in state.items():
@@ -255,16 +304,22 @@ def _check_fit(
         name = f"{'tf_' if model.config.name.startswith('tf_') else ''}efficientnet_{other}"
         if is_lite(other) != is_lite(_variant(model) or ""):
             raise CheckpointError(
-                f"{checkpoint.path} ({checkpoint.layout.name} keys) holds the weights of {name}, which has "
+                f"{printable(checkpoint.path)} ({checkpoint.layout.name} keys) holds the weights of {name}, which has "
                 f"{'no ' if is_lite(other) else ''}squeeze-and-excitation, and the model is {model.config.name}: "
-                f"create_model({name!r}) takes them"
+                f"create_model({name!r}) takes them",
+                file=checkpoint.path,
             )
         hints.append(f"the names and shapes in the file are nearest to {name}, and the model is {model.config.name}")
-    if misshaped and not missing and not unexpected and all(entry.startswith("classifier.") for entry in misshaped):
+    only_classes = all(entry.startswith("classifier.") for entry in misshaped) and not missing and not unexpected
+    if only_classes and tensors["classifier.weight"].ndim == 2:
         classes = tensors["classifier.weight"].shape[0]
         hints.append(f"create the model with num_classes={classes}; reset_classifier() changes it afterwards")
     raise CheckpointError(
-        "\n  ".join([f"{checkpoint.path} ({checkpoint.layout.name} keys) does not fit the model", *problems, *hints])
+        "\n  ".join(
+            [f"{printable(checkpoint.path)} ({checkpoint.layout.name} keys) does not fit the model", *problems, *hints]
+        ),
+        file=checkpoint.path,
+        key=(missing or unexpected or [misshaped[0].partition(" ")[0]])[0],
     )
 
 
@@ -280,18 +335,49 @@ def _other_variant(model: EfficientNet | EfficientNetFeatures, checkpoint: Check
     return nearest.variant
 
 
-def _noted_semantics(path: Path) -> Semantics:
-    """What stands in the metadata of a safetensors file of this project; nothing in everybody else's."""
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        text = (file.metadata() or {}).get("effkernels")
+def _noted_semantics(metadata: Mapping[str, str], path: Path) -> Semantics:
+    """What this project notes in the metadata of a safetensors file; nothing in everybody else's."""
+    text = metadata.get("effkernels")
     if text is None:
         return Semantics()
+    where = f"{printable(path)}: its metadata under 'effkernels' is not what this project writes"
+    advice = "remove the note, or convert the original again"
     try:
-        note = json.loads(text)
-        return Semantics(
+        note = parse_json(text)
+        if not isinstance(note, dict):
+            raise ValueError(f"{type(note).__name__}; needed: an object")
+        noted = Semantics(
             note.get("pad_type"), note.get("bn_eps"), note.get("bn_momentum"), native_size=note.get("native_size")
         )
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path}: its metadata under 'effkernels' is not what this project writes") from error
+        check_semantics(noted, "noted")
+    except ValueError as error:
+        raise CheckpointError(f"{where} ({printable(error)}); {advice}", file=path) from error
+    return noted
+
+
+def check_semantics(semantics: Semantics, where: str) -> None:
+    """Refuse what no network was trained with; None stays what is not known.
+
+    Args:
+        semantics: from a file or a caller, so that the values may be anything.
+        where: they come from, for the message.
+
+    Raises:
+        ValueError: pad_type unknown; bn_eps not in (0, 1]; bn_momentum not in [0, 1]; native_size not in 1 to 16384.
+    """
+
+    def number(value: object) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    pad_type, eps, momentum, size = (
+        semantics.pad_type, semantics.bn_eps, semantics.bn_momentum, semantics.native_size
+    )  # fmt: skip
+    rules = (
+        ("pad_type", pad_type, isinstance(pad_type, str) and pad_type in PAD_TYPES, ", ".join(map(repr, PAD_TYPES))),
+        ("bn_eps", eps, number(eps) and 0 < eps <= 1, "above 0, at most 1"),  # type: ignore[operator]
+        ("bn_momentum", momentum, number(momentum) and 0 <= momentum <= 1, "0 to 1"),  # type: ignore[operator]
+        ("native_size", size, type(size) is int and 1 <= size <= _LARGEST_SIZE, f"1 to {_LARGEST_SIZE} pixels"),
+    )
+    for name, value, is_allowed, allowed in rules:
+        if value is not None and not is_allowed:
+            raise ValueError(f"{where}: {name}={str(value)[:80]!r}; allowed: {allowed}")

@@ -15,7 +15,14 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from effkernels.models.checkpoint_files import CheckpointError, check_finite, enumerated, network_tensors
+from effkernels.models.checkpoint_files import network_tensors
+from effkernels.models.checkpoint_tensors import (
+    CheckpointError,
+    check_dtypes,
+    check_structure,
+    check_values,
+    enumerated,
+)
 from effkernels.models.checkpoints import recognise_tensors
 from effkernels.models.layouts import LAYOUTS, TIMM, Layout, Semantics, starts_network, tensor_shapes
 from effkernels.models.recipes import recipe
@@ -80,7 +87,8 @@ def convert_state_dict(
 
     Raises:
         ValueError: src, dst or variant unknown, or in contradiction to the tensors; dst without the lite variants.
-        CheckpointError: (a ValueError) keys missing or unexpected, shapes of no variant, values that are not finite.
+        CheckpointError: (a ValueError) keys missing or unexpected, tensors that are sparse, quantised or expanded, or
+            hold no floating numbers, shapes of no variant, values that are not finite, negative variances.
         TypeError: state_dict is no mapping of strings to tensors.
     """
     conversion = convert(state_dict, src, dst, variant=variant)
@@ -94,6 +102,10 @@ def convert(state_dict: Mapping[str, Tensor], src: str | None, dst: str, *, vari
     asked = _parse(variant)
     _check_types(state_dict)
     source, tensors = _under_usual_names(state_dict, wanted)
+    where = f"state_dict ({source.name} keys)"
+    for key, tensor in tensors.items():
+        check_structure(key, tensor, where)
+    check_dtypes(tensors, where)
     in_chans, num_classes = ends(tensors, source)
     found = _find_variant(tensors, source, asked)
     if VARIANTS[found].is_lite and not target.lite:
@@ -101,7 +113,7 @@ def convert(state_dict: Mapping[str, Tensor], src: str | None, dst: str, *, vari
         raise ValueError(f"dst={dst!r} has no EfficientNet-Lite, and the tensors are those of {found}; {able} have it")
     shapes = tensor_shapes(VARIANTS[found].architecture, in_chans=in_chans, num_classes=num_classes)
     _check_tensors(tensors, source, found, shapes)
-    check_finite(tensors, f"state_dict ({source.name} keys)")
+    check_values(tensors, where)
     semantics = _meaning(source, found, variant)
     return Conversion(
         source,

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from effkernels.files import parse_json, printable, read_text
 from effkernels.scaling.table import Table
 
 
@@ -66,12 +66,14 @@ def read_accuracies(path: str | Path, growth: Table) -> list[Run]:
 
 def _records(path: Path) -> Sequence[Mapping[str, Any]]:
     try:
-        text = path.read_text()
+        text = read_text(path)
         if path.suffix == ".csv":
             return list(csv.DictReader(text.splitlines()))
-        records = [json.loads(line) for line in text.splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: {error}; needed: a .csv with a header, or one JSON object a line") from error
+        records = [parse_json(line) for line in text.splitlines() if line.strip()]
+    except (OSError, ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{printable(path)}: {error}; needed: a .csv with a header, or one JSON object a line"
+        ) from error
     if not all(isinstance(record, dict) for record in records):
         raise ValueError(f"{path}: a line is not a JSON object")
     return records

@@ -7,7 +7,7 @@ on where it was stopped.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -22,18 +22,14 @@ from effkernels.scaling.families import build_sequential
 from effkernels.scaling.latency import Latency
 from effkernels.scaling.network import Stage, StagedNetwork
 from effkernels.scaling.results import scatter
+from effkernels.scaling.studies import SETTINGS, held, open_study
 from effkernels.scaling.table import Column, Table, Value
 from effkernels.scaling.workers import Outcome, run_all
 
 WEIGHT = -0.07
 _UNSCALED = CompoundScaling(1.0, 1.0, 1.0)
 _ASKS_PER_TRIAL = 20  # a sampler that proposes nothing but known networks has seen the whole space
-_STUDY = "effkernels baseline"
-_SETTINGS, _TARGET, _RESULT = (
-    "settings",
-    "target",
-    "result",
-)  # attributes of the study, and of a trial
+_TARGET, _RESULT = "target", "result"  # attributes of the study, and of a trial
 
 
 @dataclass(frozen=True)
@@ -319,7 +315,9 @@ def search_baseline(
         report: called with a line of progress.
 
     Raises:
-        ValueError: an argument that is out of its range, or a study of another search.
+        ValueError: an argument that is out of its range, a study of another search, or one that another process is
+            writing to.
+        OSError: the study cannot be written to.
         ModuleNotFoundError: Optuna is not installed.
     """
     if trials < 1:
@@ -338,46 +336,12 @@ def search_baseline(
         "in_chans": in_chans,
     }
     optuna = import_optuna()
-    opened = _open(optuna, study, settings)
-    run = _Run(optuna, opened, evaluate, space, weight, latency, num_classes, in_chans, report)
-    run.prepare(seed)
-    run.until(trials, workers, threads, backend)
-    return run.result()
-
-
-def _open(optuna: Any, path: str | Path | None, settings: dict[str, Any]) -> Any:
-    """A new study, or one to go on with; ValueError where it is another search's."""
-    storage = None
-    if path is not None:
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        _check_is_study(Path(path))
-        storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))
-    try:
-        study = optuna.create_study(study_name=_STUDY, storage=storage, direction="maximize", load_if_exists=True)
-    except (ValueError, KeyError) as error:  # what Optuna's journal raises about a file that it did not write
-        raise ValueError(f"study {path}: not a study of a search for a baseline: {error}") from error
-    found = study.user_attrs.get(_SETTINGS)
-    if found is None:
-        study.set_user_attr(_SETTINGS, settings)
-    elif found != settings:
-        names = [name for name in {**found, **settings} if found.get(name) != settings.get(name)]
-        differences = [f"{name} is {found.get(name)!r} there and {settings.get(name)!r} here" for name in names]
-        raise ValueError(f"study {path} belongs to another search: {', '.join(differences)}")
-    return study
-
-
-def _check_is_study(path: Path) -> None:
-    """ValueError for a file that Optuna did not write: it would append to it all the same."""
-    if not path.exists() or path.stat().st_size == 0:
-        return
-    with path.open("rb") as file:
-        first = file.readline(1 << 16)
-    try:
-        is_study = "op_code" in json.loads(first)
-    except (ValueError, TypeError):
-        is_study = False
-    if not is_study:
-        raise ValueError(f"study {path}: not a study of a search for a baseline")
+    with contextlib.nullcontext() if study is None else held(Path(study)):
+        opened = open_study(optuna, study, settings)
+        run = _Run(optuna, opened, evaluate, space, weight, latency, num_classes, in_chans, report)
+        run.prepare(seed)
+        run.until(trials, workers, threads, backend)
+        return run.result()
 
 
 @dataclass
@@ -397,7 +361,7 @@ class _Run:
     def prepare(self, seed: int) -> None:
         """Settle T, take up what an earlier run left, and seed the sampler."""
         if self.study.user_attrs.get(_TARGET) is None:
-            given = self.study.user_attrs[_SETTINGS]["target"]
+            given = self.study.user_attrs[SETTINGS]["target"]
             self.study.set_user_attr(_TARGET, given or self._first_cost())
         for trial in self.study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):
             if _RESULT in trial.user_attrs:  # killed between its result and its end

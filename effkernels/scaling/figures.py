@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from effkernels.files import replacing
 from effkernels.scaling.accuracies import Run
 from effkernels.scaling.table import Table
 
@@ -35,7 +36,8 @@ def save_figure(table: Table, path: str | Path, runs: Sequence[Run] = ()) -> Non
         raise ValueError(f"the table {table.name!r} has no figure; allowed: {', '.join(_DRAWINGS)}")
     figure = _figure()
     _DRAWINGS[table.name](figure, table, runs)
-    figure.savefig(path, dpi=150, facecolor="white")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, facecolor="white")
 
 
 def _figure() -> Any:

@@ -9,10 +9,14 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from effkernels.files import parse_json, printable
 
 FORMAT = "effkernels search journal 1"
 
@@ -31,6 +35,7 @@ class Journal:
     Raises:
         JournalError: the file belongs to another search (the message lists the differences), another process is
             writing to it, or it is something else.
+        OSError: it cannot be opened or written to.
     """
 
     def __init__(self, path: str | Path | None, settings: Mapping[str, Any]) -> None:
@@ -39,8 +44,7 @@ class Journal:
         self._file = -1
         if self.path is None:
             return
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        self._file = hold(self.path, "journal")
         try:
             self._read(json.loads(json.dumps(settings)))
         except BaseException:
@@ -48,29 +52,27 @@ class Journal:
             raise
 
     def _read(self, settings: dict[str, Any]) -> None:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JournalError(f"journal {self.path}: another search is writing to it") from error
         with open(self._file, "rb", closefd=False) as file:
             file.seek(0)
             content = file.read()
-        whole = content.rfind(b"\n") + 1
+        whole = whole_lines(content)
         lines = content[:whole].decode(errors="replace").splitlines()
         if not lines:
-            if content and not content.startswith(b'{"journal"'):
-                raise JournalError(f"journal {self.path}: not a journal of a search")
+            if content and not b'{"journal"'.startswith(content[:10]):
+                raise JournalError(f"journal {printable(self.path)}: not a journal of a search")
             os.ftruncate(self._file, 0)
             self._append({"journal": FORMAT, **settings})
             return
         parsed = [self._parse(number, line) for number, line in enumerate(lines, 1)]
         header = parsed[0]
         if header.pop("journal", None) != FORMAT:
-            raise JournalError(f"journal {self.path}: not a journal of a search; allowed: {FORMAT!r} in its first line")
+            raise JournalError(
+                f"journal {printable(self.path)}: not a journal of a search; allowed: {FORMAT!r} in its first line"
+            )
         if header != settings:
             raise JournalError(
-                f"journal {self.path} belongs to another search: {_differences(header, settings)}; give another "
-                "file, or the search that it belongs to"
+                f"journal {printable(self.path)} belongs to another search: {_differences(header, settings)}; give "
+                "another file, or the search that it belongs to"
             )
         os.ftruncate(self._file, whole)
         for record in parsed[1:]:
@@ -78,12 +80,14 @@ class Journal:
 
     def _parse(self, number: int, line: str) -> dict[str, Any]:
         try:
-            record = json.loads(line)
+            record = parse_json(line)
             complete = isinstance(record, dict) and (number == 1 or {"kind", "key"} <= record.keys())
-        except json.JSONDecodeError:
+        except ValueError:
             complete = False
         if not complete:
-            raise JournalError(f"journal {self.path}:{number}: not a record of a search: {line[:80]!r}")
+            raise JournalError(
+                f"journal {printable(self.path)}:{number}: not a record of a search: {printable(line[:80])}"
+            )
         return record  # type: ignore[no-any-return]
 
     def get(self, kind: str, key: str) -> dict[str, Any] | None:
@@ -98,9 +102,16 @@ class Journal:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         line = (json.dumps(record, allow_nan=False) + "\n").encode()
-        if os.write(self._file, line) != len(line):
-            raise OSError(f"journal {self.path}: the disk took only a part of a line")
-        os.fsync(self._file)
+        size = os.fstat(self._file).st_size
+        try:
+            rest = memoryview(line)
+            while rest:  # a full disk takes a part first, and says why with the next
+                rest = rest[os.write(self._file, rest) :]
+            os.fsync(self._file)
+        except OSError as error:
+            with suppress(OSError):
+                os.ftruncate(self._file, size)  # or the next line would begin in the middle of this one
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
 
     def close(self) -> None:
         """Let the file go."""
@@ -115,6 +126,40 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def hold(path: Path, what: str) -> int:
+    """Open a file to append to, made if need be as its folder is, for one process at a time until it is closed.
+
+    Args:
+        path: of the file.
+        what: it is, for the message.
+
+    Returns:
+        The file's descriptor.
+
+    Raises:
+        JournalError: another process holds it, or it is a pipe or a device.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not blocking: a named pipe that nobody reads would be waited for.
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    try:
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise JournalError(f"{what} {printable(path)} is a pipe or a device; a file is needed")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JournalError(f"{what} {printable(path)}: another search is writing to it") from error
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def whole_lines(content: bytes) -> int:
+    """How many bytes are whole lines: what a kill, or a full disk, left of the last one does not count."""
+    return content.rfind(b"\n") + 1
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

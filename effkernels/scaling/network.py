@@ -21,6 +21,7 @@ from torch import nn
 from effkernels.scaling.compound import EFFICIENTNET, CompoundScaling, round_filters
 from effkernels.scaling.counting import Cost, count
 
+MOST_LAYERS = 4096  # of a network, in all stages; more would take hours and all memory to build, even on meta
 DEPTH_ROUNDINGS: tuple[str, ...] = ("up", "nearest", "down")
 Builder = Callable[..., nn.Module]
 
@@ -162,12 +163,20 @@ class StagedNetwork:
         stages: from the stem to the last convolution.
         builder: called as `builder(network, num_classes=, in_chans=, device=, dtype=)`; returns the module, from images
             (N, in_chans, resolution, resolution) to logits (N, num_classes).
+
+    Raises:
+        ValueError: more layers than `MOST_LAYERS`.
     """
 
     name: str = field(compare=False)  # two scalings that round to the same stages are the same network
     resolution: int
     stages: tuple[Stage, ...]
     builder: Builder
+
+    def __post_init__(self) -> None:
+        layers = sum(stage.layers for stage in self.stages)
+        if layers > MOST_LAYERS:
+            raise ValueError(f"{self.name}: {layers} layers; allowed: {MOST_LAYERS} in all stages")
 
     def build(
         self,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from effkernels.files import replacing
 from effkernels.scaling.candidates import Candidate
 from effkernels.scaling.table import Column, Table, Value
 
@@ -246,4 +247,5 @@ def scatter(
     axes.set_ylabel(labels[2] + ("" if errors is None else " (bars: standard error)"))
     axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    figure.savefig(path, dpi=150, facecolor="white")
+    with replacing(path) as part:
+        figure.savefig(part, dpi=150, facecolor="white")
