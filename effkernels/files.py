@@ -101,17 +101,20 @@ def _integer(text: str) -> int:
 
 
 @contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, *, follow_links: bool = True) -> Iterator[Path]:
     """Write a file so that there is the old one or the whole new one, and never half of one.
 
     The block gets a path beside the target, of the same suffix and of a name that nobody can know before, and fills
     it; the file then takes the target's place. After an error it is removed, and the target is as it was.
 
+    Args:
+        follow_links: where the target is a link, replace what it leads to; else the link.
+
     Raises:
         OSError: the folder cannot be written to, or the disk is full.
     """
     path = Path(path)
-    target = path.resolve() if path.is_symlink() else path
+    target = path.resolve() if follow_links and path.is_symlink() else path
     if not target.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, f"there is no folder {printable(target.parent)}", str(path))
     handle, name = tempfile.mkstemp(prefix=f".{target.stem[:40]}-", suffix=f".part{target.suffix}", dir=target.parent)
@@ -140,9 +143,9 @@ def _mode(target: Path) -> int:
     return 0o666 & ~umask
 
 
-def write_text(path: str | Path, text: str) -> None:
+def write_text(path: str | Path, text: str, *, follow_links: bool = True) -> None:
     """Write a text file as `replacing` does."""
-    with replacing(path) as part:
+    with replacing(path, follow_links=follow_links) as part:
         part.write_text(text, encoding="utf-8")
 
 

@@ -19,7 +19,6 @@ import glob
 import json
 import os
 import re
-import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ import torch
 
 from effkernels import environment, triton
 from effkernels._version import __version__
-from effkernels.files import parse_json, read_text
+from effkernels.files import parse_json, read_text, write_text
 
 SCHEMA = 2  # of the file; higher with every change that an older reader would misunderstand
 VARIABLE = "EFFKERNELS_CACHE"
@@ -232,19 +231,10 @@ def record(plan: Plan) -> Path:
 
 
 def _replace(file: Path, text: str) -> None:
-    """Write a file anew, with the lock of `_locked` held: there is the old one or the new one and never half of one."""
-    for leftover in file.parent.glob(f"{glob.escape(file.stem)}-*.part"):  # who wrote it was killed, and held the lock
+    """Write a file anew, with the lock of `_locked` held, and remove what writers left that were killed."""
+    for leftover in file.parent.glob(f".{glob.escape(file.stem[:40])}-*.part{glob.escape(file.suffix)}"):
         leftover.unlink(missing_ok=True)
-    part = file.with_name(f"{file.stem}-{secrets.token_hex(8)}.part")
-    # Not by mkstemp, whose files only their owner may read: others may share the folder.
-    handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as out:
-            out.write(text)
-        os.replace(part, file)
-    except BaseException:
-        os.unlink(part)
-        raise
+    write_text(file, text, follow_links=False)
 
 
 def clear(device: str) -> list[Path]:

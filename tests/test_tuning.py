@@ -188,9 +188,9 @@ class TestTheFile:
 
     def test_what_a_killed_process_left_is_removed(self) -> None:
         file = tuning.record(a_plan())
-        leftover = file.with_name(f"{file.stem}-0123456789abcdef.part")
+        leftover = file.with_name(f".{file.stem[:40]}-0123456789.part{file.suffix}")
         leftover.write_text("half of")
-        other = file.with_name("another-device.part")
+        other = file.with_name(".another-device-0123456789.part.json")
         other.write_text("not of this file")
         tuning.record(a_plan())
         assert (leftover.exists(), other.exists()) == (False, True)
