@@ -89,43 +89,43 @@ void depthwise(const DepthwiseParams& p, const Parallel& parallel) {
   const Strip strip = pick_strip(p);
   const Geometry g = make_geometry(p, strip, max_of<int64_t>(kLanes, p.dtype == DType::kFloat32 ? 16 : 32));
   const int64_t blocks = ceil_div(p.channels, g.block), padded = blocks * g.block;
-  std::unique_ptr<float[]> apart;
-  const BandSums sums = place_band_sums(p, apart);
+  std::unique_ptr<double[]> apart;
+  const Means means = place_means(p, apart);
 
-  parallel_for(
-      threads_for(parallel, p.batch * p.channels * p.out_height * p.out_width * taps), p.batch * sums.bands * blocks,
-      [=](int64_t begin, int64_t end) {
-        const int64_t floats = padded * (taps + 2) + g.ring_size() + g.strip_columns * kLanes;
-        float* weights = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(blocks)));
-        float *scale = weights + padded * taps, *shift = scale + padded, *ring = shift + padded;
-        float* sum = ring + g.ring_size();
-        for (int64_t i = 0; i < g.ring_size(); i++) ring[i] = 0.f;               // the padding columns stay so
-        bool* packed = reinterpret_cast<bool*>(sum + g.strip_columns * kLanes);  // blocks whose weights are here
-        for (int64_t i = 0; i < blocks; i++) packed[i] = false;
-        with_type(p.dtype, [&](auto type) {
-          using T = decltype(type);
-          with_activation(p.activation, [&](auto activation) {
-            // From the last task to the first: what the operator before wrote last is still in the cache.
-            for (int64_t task = end - 1; task >= begin; task--) {
-              const int64_t c0 = task % blocks * g.block, band = task / blocks % sums.bands;
-              const int64_t image = task / (blocks * sums.bands), channels = min_of(g.block, p.channels - c0);
-              if (!packed[task % blocks]) pack_block(p, c0, channels, weights + c0 * taps, scale + c0, shift + c0);
-              packed[task % blocks] = true;
-              const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + c0;
-              run_band<T, decltype(activation)::value>(
-                  p, g, strip, image, c0, channels, band * kBandRows, min_of((band + 1) * kBandRows, p.out_height),
-                  {weights + c0 * taps, scale + c0, shift + c0, ring, sum}, sums.of(image, band),
-                  [&](int64_t row, int64_t row_end) {
-                    for (; row < row_end; row++)
-                      fill_row(x + row * p.x_stride_h, p.x_stride_w, g, channels,
-                               ring + row % g.ring_rows * g.row_size() + p.pad_left * kLanes);
-                    return row;
-                  });
-            }
-          });
-        });
-      });
-  form_means(p, sums);
+  parallel_for(threads_for(parallel, p.batch * p.channels * p.out_height * p.out_width * taps),
+               p.batch * means.bands * blocks, [=](int64_t begin, int64_t end) {
+                 const int64_t floats = padded * (taps + 2) + g.ring_size() + g.strip_columns * kLanes;
+                 float* weights = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(blocks)));
+                 float *scale = weights + padded * taps, *shift = scale + padded, *ring = shift + padded;
+                 float* sum = ring + g.ring_size();
+                 for (int64_t i = 0; i < g.ring_size(); i++) ring[i] = 0.f;  // the padding columns stay so
+                 bool* packed =
+                     reinterpret_cast<bool*>(sum + g.strip_columns * kLanes);  // blocks whose weights are here
+                 for (int64_t i = 0; i < blocks; i++) packed[i] = false;
+                 with_type(p.dtype, [&](auto type) {
+                   using T = decltype(type);
+                   with_activation(p.activation, [&](auto activation) {
+                     // From the last task to the first: what the operator before wrote last is still in the cache.
+                     for (int64_t task = end - 1; task >= begin; task--) {
+                       const int64_t c0 = task % blocks * g.block, band = task / blocks % means.bands;
+                       const int64_t image = task / (blocks * means.bands), channels = min_of(g.block, p.channels - c0);
+                       if (!packed[task % blocks])
+                         pack_block(p, c0, channels, weights + c0 * taps, scale + c0, shift + c0);
+                       packed[task % blocks] = true;
+                       const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + c0;
+                       run_band<T, decltype(activation)::value>(
+                           p, g, strip, means, image, band, c0, channels,
+                           {weights + c0 * taps, scale + c0, shift + c0, ring, sum}, [&](int64_t row, int64_t row_end) {
+                             for (; row < row_end; row++)
+                               fill_row(x + row * p.x_stride_h, p.x_stride_w, g, channels,
+                                        ring + row % g.ring_rows * g.row_size() + p.pad_left * kLanes);
+                             return row;
+                           });
+                     }
+                   });
+                 });
+               });
+  form_means(means, p.batch);
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

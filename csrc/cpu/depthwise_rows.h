@@ -8,6 +8,7 @@
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
 
+inline constexpr int kMostVecs = 8;   // of a block of channels
 inline constexpr int kBandRows = 28;  // 112 rows: four bands, two halo rows each
 
 // Output columns summed in registers at a time: sum(rows, taps, row_count, first_column, width, dilation, out).
@@ -44,24 +45,93 @@ inline Geometry make_geometry(const DepthwiseParams& p, const Strip& strip, int6
   return g;
 }
 
-// y = activation(sum * scale + shift) for one row and one vector of channels; returns the row's sum of y.
-template <class T, Activation A>
-inline Vec write_row(const float* sum, int64_t pixels, Vec scale, Vec shift, T* y, int64_t stride, int64_t channels) {
-  Vec total = {};
-  if (channels >= kLanes) {
-    for (int64_t i = 0; i < pixels; i++) {
-      const Vec v = activate<A>(load(sum + i * kLanes) * scale + shift);
-      total += v;
-      store(y + i * stride, v);
+// A sum together with what its additions rounded off, so that its error does not grow with the number of addends: after
+// every kSettled of them at most, `settle` makes the rest small again. `rest` is NaN where a value was infinite.
+inline constexpr int64_t kSettled = 256;
+struct ExactSum {
+  Vec value = {}, rest = {};
+  EFFKERNELS_INLINE void add(Vec v) {
+    const Vec sum = value + v, added = sum - value;
+    rest += (value - (sum - added)) + (v - added);
+    value = sum;
+  }
+  EFFKERNELS_INLINE void settle() {
+    const Vec kept = rest == rest ? rest : Vec{}, sum = value + kept;
+    rest = kept - (sum - value);
+    value = sum;
+  }
+};
+
+// y = activation(sum * scale + shift) of one pixel: a whole vector of channels, or the first `channels` of one.
+template <class T, Activation A, bool kWhole>
+EFFKERNELS_INLINE Vec write_pixel(const float* sum, Vec scale, Vec shift, T* y, int64_t channels) {
+  const Vec v = activate<A>(load(sum) * scale + shift);
+  if constexpr (kWhole)
+    store(y, v);
+  else
+    store_first(y, v, int(channels));
+  return v;
+}
+
+// A row of pixels, which is added to `total`. Four pixels are added as a tree first: per pixel that is little more work
+// than a chain, and equal values are added without rounding.
+template <class T, Activation A, bool kWhole>
+inline void write_row(const float* sum, int64_t pixels, Vec scale, Vec shift, T* y, int64_t stride, int64_t channels,
+                      ExactSum& total) {
+  const auto write = [&](int64_t i) {
+    return write_pixel<T, A, kWhole>(sum + i * kLanes, scale, shift, y + i * stride, channels);
+  };
+  ExactSum row = total;
+  int64_t i = 0;
+  while (i + 4 <= pixels) {
+    for (const int64_t end = min_of(i + 4 * kSettled, pixels); i + 4 <= end; i += 4) {
+      const Vec a = write(i), b = write(i + 1), c = write(i + 2), d = write(i + 3);
+      row.add((a + b) + (c + d));
     }
-  } else {
-    for (int64_t i = 0; i < pixels; i++) {
-      const Vec v = activate<A>(load(sum + i * kLanes) * scale + shift);
-      total += v;
-      store_first(y + i * stride, v, int(channels));
+    row.settle();
+  }
+  if (i + 2 <= pixels) {
+    const Vec a = write(i), b = write(i + 1);
+    row.add(a + b);
+    i += 2;
+  }
+  if (i < pixels) row.add(write(i));
+  total = row;
+}
+
+// The means of y per channel. Where an image is one band its task writes them; else the bands leave their sums apart,
+// [image][band][channel], and form_means adds those in order.
+struct Means {
+  float* pooled = nullptr;  // null where no mean is asked for
+  double* apart = nullptr;
+  int64_t bands = 1, channels = 0;
+  double per_pixel = 0;
+
+  void give(int64_t image, int64_t band, int64_t c0, int64_t count, const ExactSum& sum) const {
+    float value[kLanes], rest[kLanes];
+    store(value, sum.value), store(rest, sum.rest);
+    for (int64_t i = 0; i < count; i++) {
+      const double whole = rest[i] == rest[i] ? double(value[i]) + double(rest[i]) : double(value[i]);
+      if (bands == 1)
+        pooled[image * channels + c0 + i] = float(whole * per_pixel);
+      else
+        apart[(image * bands + band) * channels + c0 + i] = whole;
     }
   }
-  return total;
+};
+inline Means place_means(const DepthwiseParams& p, std::unique_ptr<double[]>& apart) {
+  const int64_t bands = ceil_div(p.out_height, kBandRows);
+  if (p.pooled && bands > 1) apart.reset(new double[size_t(p.batch * bands * p.channels)]);
+  return {p.pooled, apart.get(), bands, p.channels, 1. / (double(p.out_height) * double(p.out_width))};
+}
+inline void form_means(const Means& m, int64_t batch) {
+  if (!m.apart) return;
+  for (int64_t image = 0; image < batch; image++)
+    for (int64_t c = 0; c < m.channels; c++) {
+      double sum = 0;
+      for (int64_t band = 0; band < m.bands; band++) sum += m.apart[(image * m.bands + band) * m.channels + c];
+      m.pooled[image * m.channels + c] = float(sum * m.per_pixel);
+    }
 }
 
 // A block of channels: its packed weights [vector][tap][lane], its norm, the ring [row][vector][column][lane] with
@@ -90,14 +160,14 @@ inline InputRows rows_of_band(const DepthwiseParams& p, const Geometry& g, int64
 
 // Output rows [row_begin, row_end) of one image and `channels` channels from c0 on, at most a block. fill(begin, end)
 // is asked for input rows, ever larger ones, and returns the row up to which it filled the ring: end or, where the ring
-// has room, beyond it. band_sum: the sum of y per channel, or null.
+// has room, beyond it.
 template <class T, Activation A, class Fill>
-inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& strip, int64_t image, int64_t c0,
-                     int64_t channels, int64_t row_begin, int64_t row_end, const Block& block, float* band_sum,
-                     const Fill& fill) {
+inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& strip, const Means& means, int64_t image,
+                     int64_t band, int64_t c0, int64_t channels, const Block& block, const Fill& fill) {
+  const int64_t row_begin = band * kBandRows, row_end = min_of(row_begin + kBandRows, p.out_height);
   const int64_t taps = p.kernel_h * p.kernel_w;
   T* y = static_cast<T*>(p.y) + (image * p.out_height * p.out_width) * p.channels + c0;
-  Vec total[16] = {};
+  ExactSum total[kMostVecs];
   int64_t loaded = rows_of_band(p, g, row_begin, row_end).begin;  // rows below it are in the ring or unneeded
   for (int64_t oy = row_begin; oy < row_end; oy++) {
     const int64_t top = oy * p.stride - p.pad_top, end = min_of(top + g.window, p.height);
@@ -114,42 +184,14 @@ inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& s
       for (int64_t ox = 0; ox < g.strip_columns; ox += strip.columns)
         strip.sum(rows, row_taps, count, ox, p.kernel_w, p.dilation, block.sum + ox * kLanes);
       const int64_t c = v * kLanes;
-      total[v] += write_row<T, A>(block.sum, p.out_width, load(block.scale + c), load(block.shift + c),
-                                  y + oy * p.out_width * p.channels + c, p.channels, channels - c);
+      const auto write = channels - c >= kLanes ? write_row<T, A, true> : write_row<T, A, false>;
+      write(block.sum, p.out_width, load(block.scale + c), load(block.shift + c), y + oy * p.out_width * p.channels + c,
+            p.channels, channels - c, total[v]);
     }
   }
-  if (band_sum)
+  if (p.pooled)
     for (int64_t v = 0; v * kLanes < channels; v++)
-      store_up_to(band_sum + c0 + v * kLanes, total[v], channels - v * kLanes);
-}
-
-// Where the bands of an image leave their sums per channel: in `pooled` itself where there is one band, else apart,
-// [image][band][channel].
-struct BandSums {
-  float* first = nullptr;  // null where no mean is asked for
-  int64_t bands = 1, channels = 0;
-  float* of(int64_t image, int64_t band) const { return first ? first + (image * bands + band) * channels : nullptr; }
-};
-inline BandSums place_band_sums(const DepthwiseParams& p, std::unique_ptr<float[]>& apart) {
-  const int64_t bands = ceil_div(p.out_height, kBandRows);
-  if (!p.pooled || bands == 1) return {p.pooled, bands, p.channels};
-  apart.reset(new float[size_t(p.batch * bands * p.channels)]);
-  return {apart.get(), bands, p.channels};
-}
-
-// The means: the sums of the bands in order, divided by the pixels.
-inline void form_means(const DepthwiseParams& p, const BandSums& sums) {
-  if (!p.pooled) return;
-  const float mean = 1.f / float(p.out_height * p.out_width);
-  for (int64_t image = 0; image < p.batch; image++)
-    for (int64_t c = 0; c < p.channels; c++) {
-      float& pooled = p.pooled[image * p.channels + c];
-      if (sums.bands > 1) {
-        pooled = 0.f;
-        for (int64_t band = 0; band < sums.bands; band++) pooled += sums.of(image, band)[c];
-      }
-      pooled *= mean;
-    }
+      means.give(image, band, c0 + v * kLanes, min_of<int64_t>(kLanes, channels - v * kLanes), total[v]);
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

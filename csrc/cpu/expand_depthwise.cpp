@@ -74,7 +74,7 @@ struct Work {
   Strip strip;
   Geometry geometry;
   Fills fills;
-  BandSums sums;
+  Means means;
   bool prepare_once;
   int64_t group, taps;  // panels whose weights are packed at a time; taps of a channel
 };
@@ -119,7 +119,7 @@ void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, 
   const PointwiseParams& e = w.params.expand;
   const DepthwiseParams& d = w.params.depthwise;
   const Fills& fills = w.fills;
-  const int64_t image = item / w.sums.bands, band = item % w.sums.bands, k = e.in_channels;
+  const int64_t image = item / w.means.bands, band = item % w.means.bands, k = e.in_channels;
   const int64_t row_begin = band * kBandRows, row_end = min_of((band + 1) * kBandRows, d.out_height);
   const InputRows input = rows_of_band(d, w.geometry, row_begin, row_end);
   if (w.prepare_once)
@@ -149,9 +149,8 @@ void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, 
       }
       return row;
     };
-    run_band<T, A>(d, w.geometry, w.strip, image, begin + first, channels, row_begin, row_end,
-                   {s.weights + first * w.taps, s.scale + first, s.shift + first, s.ring, s.sum},
-                   w.sums.of(image, band), fill);
+    run_band<T, A>(d, w.geometry, w.strip, w.means, image, band, begin + first, channels,
+                   {s.weights + first * w.taps, s.scale + first, s.shift + first, s.ring, s.sum}, fill);
   }
 }
 
@@ -175,14 +174,14 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   w.geometry.ring_rows += w.fills.rows - 1;
   const int64_t packed_bytes = ((e.packed ? 0 : k) + w.taps) * kPanel * 4;
   w.group = max_of<int64_t>(1, min_of<int64_t>(ceil_div(d.channels, kPanel), kPackedBytes / packed_bytes));
-  std::unique_ptr<float[]> apart;
-  w.sums = place_band_sums(d, apart);
+  std::unique_ptr<double[]> apart;
+  w.means = place_means(d, apart);
   const int64_t band_rows = (min_of<int64_t>(kBandRows, d.out_height) - 1) * d.stride + w.geometry.window;
   const int64_t band_fills = ceil_div(min_of(band_rows, d.height), w.fills.rows);
   w.prepare_once = band_fills * w.fills.size() * 4 <= kPreparedBytes;
 
   const Parallel parallel = threads_for(all, d.batch * d.height * d.width * d.channels * k);
-  const int64_t items = d.batch * w.sums.bands;
+  const int64_t items = d.batch * w.means.bands;
   const int64_t element_size = d.dtype == DType::kFloat32 ? 4 : 2;
   const Cut cut =
       cut_tasks(items, band_fills * w.fills.tiles, d.channels, element_size, e.packed != nullptr, parallel.threads);
@@ -208,7 +207,7 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
       }
     }
   });
-  form_means(d, w.sums);
+  form_means(w.means, d.batch);
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA
