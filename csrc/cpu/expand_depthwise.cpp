@@ -12,9 +12,14 @@
 // same bits, but for images of one pixel, which pointwise.cpp sums in another order. In the 16-bit types the expanded
 // values are not rounded on the way.
 #include "depthwise_rows.h"
+#include "memory.h"
 #include "tile.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
+
+void pointwise(const PointwiseParams&, const Parallel&);
+void depthwise(const DepthwiseParams&, const Parallel&);
+
 namespace {
 
 // Tiles kept for all panels of a band. They may well lie in the third-level cache; made again for each panel, the
@@ -154,6 +159,21 @@ void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, 
   }
 }
 
+// The two kernels one after the other, the expanded tensor between them in memory: for a window whose ring would be
+// larger than that (depthwise.cpp).
+void expand_then_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) {
+  PointwiseParams e = params.expand;
+  DepthwiseParams d = params.depthwise;
+  const int64_t pixels = d.height * d.width;
+  const int64_t bytes = product({d.batch, pixels, d.channels, d.dtype == DType::kFloat32 ? 4 : 2});
+  if (bytes > int64_t(kMostBytes)) throw OutOfMemory("the expanded tensor", size_t(bytes));
+  const std::unique_ptr<char[]> expanded(new char[size_t(bytes)]);
+  e.y = expanded.get(), d.x = expanded.get();
+  d.x_stride_w = d.channels, d.x_stride_h = d.width * d.channels, d.x_stride_n = pixels * d.channels;
+  pointwise(e, all);
+  depthwise(d, all);
+}
+
 }  // namespace
 
 void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) {
@@ -172,15 +192,16 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   w.geometry.columns = max_of<int64_t>(w.geometry.columns, d.pad_left + d.width);  // whole rows are expanded
   w.geometry.filled = d.width;
   w.geometry.ring_rows += w.fills.rows - 1;
+  if (!w.geometry.fits()) return expand_then_depthwise(params, all);
   const int64_t packed_bytes = ((e.packed ? 0 : k) + w.taps) * kPanel * 4;
   w.group = max_of<int64_t>(1, min_of<int64_t>(ceil_div(d.channels, kPanel), kPackedBytes / packed_bytes));
   std::unique_ptr<double[]> apart;
   w.means = place_means(d, apart);
   const int64_t band_rows = (min_of<int64_t>(kBandRows, d.out_height) - 1) * d.stride + w.geometry.window;
   const int64_t band_fills = ceil_div(min_of(band_rows, d.height), w.fills.rows);
-  w.prepare_once = band_fills * w.fills.size() * 4 <= kPreparedBytes;
+  w.prepare_once = product({band_fills, w.fills.size(), 4}) <= kPreparedBytes;
 
-  const Parallel parallel = threads_for(all, d.batch * d.height * d.width * d.channels * k);
+  const Parallel parallel = threads_for(all, double(d.batch * d.height * d.width * d.channels) * double(k));
   const int64_t items = d.batch * w.means.bands;
   const int64_t element_size = d.dtype == DType::kFloat32 ? 4 : 2;
   const Cut cut =
