@@ -99,6 +99,7 @@ def pooled(op: str, value: Tensor) -> None:
     """Check the pooled input (N, C) of `squeeze_excite_gate`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: pooled is {type(value).__name__}; allowed: Tensor")
+    dense(op, "pooled", value)
     if value.dim() != 2 or value.shape[1] < 1:
         raise ValueError(
             f"{op}: pooled has shape {_shape(value)}; allowed: two dimensions (N, C), at least one channel"
@@ -166,9 +167,17 @@ def conv(
     return _check_window(op, x, weight.shape[0], (weight.shape[2], weight.shape[3]), stride, padding)
 
 
+def dense(op: str, name: str, t: Tensor) -> None:
+    """Check that a tensor has elements in memory by strides: not sparse, quantized, nested or MKL-DNN's."""
+    if t.is_nested or t.is_quantized or t.layout is not torch.strided:
+        kind = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} is a tensor of layout {kind}; allowed: strided")
+
+
 def _check_x(op: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x is {type(x).__name__}; allowed: Tensor")
+    dense(op, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{op}: x has shape {_shape(x)}; allowed: four dimensions (N, C, H, W)")
     if x.dtype not in _FLOATING:
@@ -183,6 +192,7 @@ def _check_tensor(
 ) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} is {type(t).__name__}; allowed: Tensor")
+    dense(op, name, t)
     if t.device != device:
         raise ValueError(f"{op}: {name} is on {t.device}, the input on {device}; allowed: one device for all")
     allowed = (dtype,) if exactly else tuple(dict.fromkeys((torch.float32, dtype)))
