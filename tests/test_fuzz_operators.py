@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.fuzz import _operator_mistakes, operators
+from benchmarks.fuzz import operators
+from benchmarks.fuzz._operator_calls import OPERATORS
 from effkernels import _library, ops
 
 pytestmark = pytest.mark.skipif(not _library.is_loaded(), reason="the compiled library is not there")
@@ -41,19 +42,19 @@ def test_a_call_that_should_have_raised_and_an_unclear_error_are_found(monkeypat
     def breaks(*args: object, **kwargs: object) -> torch.Tensor:
         raise AssertionError("x")
 
-    for function, wanted in ((accepts, "the call returned"), (refuses, "names no argument"), (breaks, "AssertionError")):
-        for name in _operator_mistakes_ops():
+    for function, wanted in (
+        (accepts, "the call returned"),
+        (refuses, "names no argument"),
+        (breaks, "AssertionError"),
+    ):
+        for name in OPERATORS:
             monkeypatch.setattr(ops, name, function)
         found = [operators.check("mistakes", seed) for seed in range(12)]
         assert any(wanted in (problem or "") for problem in found)
 
 
-def _operator_mistakes_ops() -> tuple[str, ...]:
-    return _operator_mistakes.OPERATORS
-
-
-def test_a_crash_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The child that checks is told to abort for one kind of case; the run goes on with another child."""
+def test_a_crash_is_found() -> None:
+    """The death of the process that checks is a failure of its case; the next case has another process."""
     child = operators._Child()
     try:
         assert child.check("values", 1) is None

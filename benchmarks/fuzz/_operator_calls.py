@@ -34,7 +34,9 @@ _FILLS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "positive": lambda shape, g: torch.rand(shape, generator=g),
     "levels": lambda shape, g: (torch.rand((*shape[:2], 1, 1), generator=g) + 0.1).expand(shape).clone(),
     "sparse": lambda shape, g: torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) > 0.9),
-    "uneven": lambda shape, g: torch.randn(shape, generator=g) * torch.exp2(torch.randn((*shape[:2], 1, 1), generator=g)),
+    "uneven": lambda shape, g: (
+        torch.randn(shape, generator=g) * torch.exp2(torch.randn((*shape[:2], 1, 1), generator=g))
+    ),
 }
 
 
@@ -208,7 +210,9 @@ def draw_call(seed: int, isas: list[str]) -> Call:
             if rng.random() < 0.5:
                 shapes["residual"] = (batch, out, height, width)
         else:
-            largest = 13 if op != "conv_bn_act" else max(1, min(7, int((_MOST_PRODUCTS / (pixels * channels * out)) ** 0.5)))
+            largest = (
+                13 if op != "conv_bn_act" else max(1, min(7, int((_MOST_PRODUCTS / (pixels * channels * out)) ** 0.5)))
+            )
             kernel = _kernel(rng, largest)
             dilation = rng.choice((1, 1, 1, 2, 3, 50)) if op != "conv_bn_act" else 1
             window = tuple((k - 1) * dilation + 1 for k in kernel)
@@ -240,7 +244,5 @@ def draw_call(seed: int, isas: list[str]) -> Call:
         return dtype if parameters == "same" or rng.random() < 0.5 else torch.float32
 
     dtypes = {name: dtype_of(name) for name in shapes}
-    if op == "expand_depthwise_squeeze" or batch * channels == 0:
-        layouts = LAYOUTS[:-1]
-    layout = rng.choice(LAYOUTS)
-    return Call(op, dtype, shapes, dtypes, options, layout, rng.choice(tuple(_FILLS)), rng.choice(isas), rng.choice((1, 2, 3)))
+    layout, fill = rng.choice(LAYOUTS), rng.choice(tuple(_FILLS))
+    return Call(op, dtype, shapes, dtypes, options, layout, fill, rng.choice(isas), rng.choice((1, 2, 3)))

@@ -68,12 +68,13 @@ class _Child:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
-        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")
+        self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
 
     def check(self, kind: str, seed: int) -> str | None:
         """What is wrong with a case; None where nothing is."""
         process = self._process or self._start()
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
             process.stdin.write(f"{kind} {seed}\n")
             process.stdin.flush()
@@ -164,15 +165,15 @@ def _outputs(module: Any, call: Call, arguments: dict[str, Any]) -> tuple[Tensor
 
 def _plain(call: Call, arguments: dict[str, Any]) -> list[tuple[Tensor, ...]]:
     """PyTorch's results in the same dtypes, which differ with the memory format of the images."""
-    formats = (torch.channels_last, torch.contiguous_format)
     return [
-        _outputs(
-            effkernels.reference,
-            call,
-            {n: a.contiguous(memory_format=f) if isinstance(a, Tensor) and a.dim() == 4 else a for n, a in arguments.items()},
-        )
-        for f in formats
+        _outputs(effkernels.reference, call, {name: _in_format(a, f) for name, a in arguments.items()})
+        for f in (torch.channels_last, torch.contiguous_format)
     ]
+
+
+def _in_format(argument: Any, memory_format: torch.memory_format) -> Any:
+    is_image = isinstance(argument, Tensor) and argument.dim() == 4
+    return argument.contiguous(memory_format=memory_format) if is_image else argument
 
 
 def _truth(call: Call, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
