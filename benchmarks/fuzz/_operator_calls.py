@@ -157,6 +157,24 @@ def _kernel(rng: random.Random, largest: int) -> tuple[int, int]:
     return rng.randint(1, largest), rng.randint(1, largest)
 
 
+def _window(
+    rng: random.Random, largest: int, op: str, planes: int, height: int, width: int
+) -> tuple[tuple[int, int], int, tuple[int, int, int, int]]:
+    """Kernel, dilation and padding whose result, of a stride of 1, PyTorch computes in less than a second."""
+    for _ in range(20):
+        kernel = _kernel(rng, largest)
+        # PyTorch takes the groups of a dilated convolution one by one.
+        dilation = rng.choice((1, 1, 1, 2, 3, 50)) if op != "conv_bn_act" and planes <= 100 else 1
+        rows, columns = ((k - 1) * dilation + 1 for k in kernel)
+        top, bottom, left, right = (rng.choice((0, w // 2, rng.randint(0, w))) for w in (rows, rows, columns, columns))
+        bottom += max(0, rows - height - top - bottom)
+        right += max(0, columns - width - left - right)
+        pixels = (height + top + bottom - rows + 1) * (width + left + right - columns + 1)
+        if planes * pixels <= 4 * _MOST_ELEMENTS and planes * pixels * kernel[0] * kernel[1] <= _MOST_PRODUCTS:
+            return kernel, dilation, (top, bottom, left, right)
+    return (1, 1), 1, (0, 0, 0, 0)
+
+
 def draw_call(seed: int, isas: list[str]) -> Call:
     """The call of a seed."""
     rng = random.Random(seed)
@@ -213,13 +231,8 @@ def draw_call(seed: int, isas: list[str]) -> Call:
             largest = (
                 13 if op != "conv_bn_act" else max(1, min(7, int((_MOST_PRODUCTS / (pixels * channels * out)) ** 0.5)))
             )
-            kernel = _kernel(rng, largest)
-            dilation = rng.choice((1, 1, 1, 2, 3, 50)) if op != "conv_bn_act" else 1
-            window = tuple((k - 1) * dilation + 1 for k in kernel)
-            padding = [rng.choice((0, w // 2, rng.randint(0, w))) for w in (window[0], window[0], window[1], window[1])]
-            padding[1] += max(0, window[0] - height - padding[0] - padding[1])
-            padding[3] += max(0, window[1] - width - padding[2] - padding[3])
-            options["padding"] = tuple(padding)
+            kernel, dilation, padding = _window(rng, largest, op, max(1, batch) * out, height, width)
+            options["padding"] = padding
             options["stride"] = rng.choice((1, 2)) if op != "conv_bn_act" else rng.choice((1, 2, 2, 3, 5, 1000))
             if op == "conv_bn_act":
                 shapes["weight"] = (out, channels, *kernel)

@@ -40,7 +40,7 @@ def run(seconds: float, seed: int) -> list[str]:
     """Call operators for some seconds.
 
     Args:
-        seconds: how long; the case in hand is finished.
+        seconds: how long, from the first case on; the case in hand is finished.
         seed: of the run; each case has a seed of its own that follows from it.
 
     Returns:
@@ -48,9 +48,10 @@ def run(seconds: float, seed: int) -> list[str]:
     """
     rng = random.Random(seed)
     failures = []
-    end = time.monotonic() + seconds
     child = _Child()
     try:
+        child.start()
+        end = time.monotonic() + seconds
         number = 0
         while time.monotonic() < end:
             kind, case_seed = KINDS[number % len(KINDS)], rng.getrandbits(48)
@@ -72,7 +73,7 @@ class _Child:
 
     def check(self, kind: str, seed: int) -> str | None:
         """What is wrong with a case; None where nothing is."""
-        process = self._process or self._start()
+        process = self._process or self.start()
         assert process.stdin is not None
         assert process.stdout is not None
         try:
@@ -99,7 +100,8 @@ class _Child:
             self._process.wait()
         self._errors.close()
 
-    def _start(self) -> subprocess.Popen[str]:
+    def start(self) -> subprocess.Popen[str]:
+        """Start the process and wait until it has imported everything."""
         self._errors.seek(0)
         self._errors.truncate()
         path = os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH"))))
@@ -111,6 +113,10 @@ class _Child:
             text=True,
             env={**os.environ, "PYTHONPATH": path},
         )
+        assert self._process.stdout is not None
+        if self._process.stdout.readline() != "ready\n":
+            self._errors.seek(0)
+            raise RuntimeError(f"the fuzzer's process does not start: {self._errors.read()[-1000:]}")
         return self._process
 
 
@@ -223,6 +229,8 @@ def _serve() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever else writes to stdout
+    answers.write("ready\n")
+    answers.flush()
     for line in sys.stdin:
         kind, seed = line.split()
         try:
