@@ -27,7 +27,8 @@ _OTHER_NAMES = (
     "the output",
     "the expanded tensor",
     "the hidden layer",
-    "the window",
+    "height",
+    "width",
     "memory",
 )
 _AFTER_NAMES = ("=", "'", " has", " is", ":", " are", " would", " of shape", " needs", ";", " with", " belong", " for")

@@ -246,14 +246,17 @@ def _check_sizes(op: str, name: str, sizes: Sequence[int]) -> None:
 
 
 def _check_elements(op: str, name: str, sizes: Sequence[int]) -> None:
-    """Check the product of sizes, of which an empty batch counts as 1: its strides are as large."""
-    if _surely(math.prod(size if size != 0 else 1 for size in map(_known, sizes)) > _MOST_ELEMENTS):
+    """Check the product of sizes, of which an empty batch counts as 1: its strides are as large. A trace, whose sizes
+    are symbols, is not checked; the operator is when it runs.
+    """
+    if torch.compiler.is_compiling():
+        return
+    elements = 1
+    for size in sizes:
+        if type(size) is int and size > 0:
+            elements *= size
+    if elements > _MOST_ELEMENTS:
         raise ValueError(f"{op}: {name} has shape {_tuple(sizes)}; allowed: sizes whose product is at most 2^54")
-
-
-def _known(size: int) -> int:
-    """The size, or 1 where it is still symbolic."""
-    return size if type(size) is int else 1
 
 
 def _check_window(
