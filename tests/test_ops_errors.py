@@ -96,11 +96,18 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     # geometry
     (DEPTHWISE_OPS, {"stride": 0}, "stride=0; allowed: 1, 2"),
     (DEPTHWISE_OPS, {"stride": 3}, "stride=3; allowed: 1, 2"),
-    (("conv_bn_act",), {"stride": 0}, "stride=0; allowed: 1 or more"),
-    (DEPTHWISE_OPS, {"dilation": 0}, "dilation=0; allowed: 1 or more"),
-    (WINDOW_OPS, {"padding": (1, -1, 1, 1)}, r"padding=\(1, -1, 1, 1\); allowed: four numbers, none negative"),
+    (("conv_bn_act",), {"stride": 0}, "stride=0; allowed: 1 to 2"),
+    (DEPTHWISE_OPS, {"dilation": 0}, "dilation=0; allowed: 1 to 2"),
+    (WINDOW_OPS, {"padding": (1, -1, 1, 1)}, r"padding=\(1, -1, 1, 1\); allowed: four numbers from 0 to 2"),
     (WINDOW_OPS, {"padding": (0, 0, 0, 0), "x": T(2, 8, 2, 7)}, "allowed: at least one output"),
     (DEPTHWISE_OPS, {"dilation": 5}, "allowed: at least one output"),
+    # sizes whose products do not fit into 64 bits
+    (DEPTHWISE_ARGUMENT_OPS, {"dilation": 2**31}, "dilation=2147483648; allowed: 1 to 2"),
+    (("conv_bn_act",), {"stride": 2**31}, "stride=2147483648; allowed: 1 to 2"),
+    (WINDOW_OPS, {"padding": (2**31, 0, 0, 0)}, r"padding=\(2147483648, 0, 0, 0\); allowed: four numbers from 0 to 2"),
+    (WINDOW_OPS, {"padding": (2**62,) * 4}, "padding=.*; allowed: four numbers from 0 to 2"),
+    (WINDOW_OPS, {"padding": (2**31 - 1,) * 4}, "the result has shape .*; allowed: sizes whose product is at most 2"),
+    (WINDOW_OPS, {"padding": (2**31 - 1,) * 4, "x": T(0, 8, 6, 7)}, "the result has shape .*; allowed: sizes whose"),
 ]
 
 # The same for dtypes, where Python raises TypeError.

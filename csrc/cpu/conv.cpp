@@ -4,6 +4,7 @@
 // the padding, whatever layout x has: a contiguous NCHW image needs no conversion of its own. Then the window of tap
 // (channel, ky, kx) for neighbouring outputs is a run of constant stride, and a tile of output columns by a panel of
 // output channels is summed tap by tap in registers, as in pointwise.cpp.
+#include "../sizes.h"
 #include "product.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
@@ -103,23 +104,46 @@ void fill_row(const ConvParams& p, const T* x, int64_t filled, float* row, int64
   }
 }
 
+// The windows of `count` neighbouring outputs of one row, the first at (top, left) of the image, as [tap][kGathered].
+constexpr int kGathered = kRows / 2;
+
+template <class T>
+void gather_windows(const ConvParams& p, const T* x, int64_t top, int64_t left, int count, float* windows) {
+  for (int64_t c = 0; c < p.in_channels; c++)
+    for (int64_t ky = 0; ky < p.kernel_h; ky++)
+      for (int64_t kx = 0; kx < p.kernel_w; kx++, windows += kGathered)
+        for (int r = 0; r < kGathered; r++) {
+          const int64_t iy = top + ky, ix = left + r * p.stride + kx;
+          const bool inside = r < count && iy >= 0 && iy < p.height && ix >= 0 && ix < p.width;
+          windows[r] = inside ? to_float(x[c * p.x_stride_c + iy * p.x_stride_h + ix * p.x_stride_w]) : 0.f;
+        }
+}
+
 }  // namespace
 
 void conv(const ConvParams& p, const Parallel& parallel) {
   const int64_t k = p.in_channels * p.kernel_h * p.kernel_w, n = p.out_channels;
   if (p.batch == 0) return;
-  const Tile tile = p.stride == 1   ? pick_tile<1>(p.out_width)
-                    : p.stride == 2 ? pick_tile<2>(p.out_width)
-                                    : make_tile<kRows / 2, 0>();
-  const int64_t columns = (round_up(p.out_width, tile.columns) - 1) * p.stride + p.kernel_w;
-  const int64_t filled = max_of<int64_t>(0, min_of(p.width, columns - p.pad_left)), plane = columns * p.kernel_h;
+  const Tile by_rows = p.stride == 1   ? pick_tile<1>(p.out_width)
+                       : p.stride == 2 ? pick_tile<2>(p.out_width)
+                                       : make_tile<kRows / 2, 0>();
+  const int64_t columns = (round_up(p.out_width, by_rows.columns) - 1) * p.stride + p.kernel_w;
+  const int64_t filled = max_of<int64_t>(0, min_of(p.width, columns - p.pad_left));
+  const int64_t ring_rows = min_of<int64_t>(p.kernel_h, p.height);
+  // Rows are read for all tiles of an output row; where they are so long that they would take tens of megabytes (a
+  // stride or a padding of thousands), the windows of each tile are gathered instead.
+  constexpr int64_t kMostFloats = (int64_t(64) << 20) / int64_t(sizeof(float));
+  const bool gathers = product({p.in_channels + 1, columns, ring_rows}) > kMostFloats;
+  const Tile tile = gathers ? make_tile<kGathered, 1>() : by_rows;
+  const int64_t plane = gathers ? 0 : columns * ring_rows;
   const int64_t panels = ceil_div(n, kPanel), bands = ceil_div(p.out_height, kBandRows);
   const int64_t group = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (k * kPanel * 4)));
 
   parallel_for(
-      threads_for(parallel, p.batch * p.out_height * p.out_width * n * k), p.batch * bands,
+      threads_for(parallel, double(p.batch * p.out_height * p.out_width) * double(n) * double(k)), p.batch * bands,
       [=](int64_t begin, int64_t end) {
-        const int64_t packed_size = group * k * kPanel, rows_size = round_up((p.in_channels + 1) * plane, kLanes);
+        const int64_t packed_size = group * k * kPanel;
+        const int64_t rows_size = round_up(gathers ? k * kGathered : (p.in_channels + 1) * plane, kLanes);
         const int64_t floats = packed_size + 2 * group * kPanel + kRows * kPanel + rows_size;
         float* packed = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(k) * sizeof(float*)));
         float *scale = packed + packed_size, *shift = scale + group * kPanel, *acc = shift + group * kPanel;
@@ -142,24 +166,30 @@ void conv(const ConvParams& p, const Parallel& parallel) {
                 for (int64_t oy = row_begin; oy < min_of(row_begin + kBandRows, p.out_height); oy++) {
                   const int64_t top = oy * p.stride - p.pad_top;
                   loaded = max_of(loaded, top);
-                  for (; loaded < min_of(top + p.kernel_h, p.height); loaded++)
-                    fill_row(p, x + loaded * p.x_stride_h, filled, input + loaded % p.kernel_h * columns + p.pad_left,
+                  for (; !gathers && loaded < min_of(top + p.kernel_h, p.height); loaded++)
+                    fill_row(p, x + loaded * p.x_stride_h, filled, input + loaded % ring_rows * columns + p.pad_left,
                              plane);
                   for (int64_t i = 0; i < k; i++) {
+                    if (gathers) {
+                      taps[i] = input + i * kGathered;
+                      continue;
+                    }
                     const int64_t kx = i % p.kernel_w, ky = i / p.kernel_w % p.kernel_h,
                                   c = i / p.kernel_w / p.kernel_h;
                     const int64_t iy = top + ky;
                     const bool inside = iy >= 0 && iy < p.height;
-                    taps[i] = (inside ? input + c * plane + iy % p.kernel_h * columns : zeros) + kx;
+                    taps[i] = (inside ? input + c * plane + iy % ring_rows * columns : zeros) + kx;
                   }
                   T* y = static_cast<T*>(p.y) + (image * p.out_height + oy) * p.out_width * n;
                   for (int64_t ox = 0; ox < p.out_width; ox += tile.columns) {
                     const int count = int(min_of<int64_t>(tile.columns, p.out_width - ox));
                     Row<T> rows[kRows];
                     for (int r = 0; r < count; r++) rows[r] = {y + (ox + r) * n, nullptr};
+                    if (gathers) gather_windows(p, x, top, ox * p.stride - p.pad_left, count, input);
+                    const int64_t first = gathers ? 0 : ox, stride = gathers ? 1 : p.stride;
                     for (int64_t q = g; q < g_end; q++) {
                       const int width = int(min_of<int64_t>(kPanel, n - q * kPanel));
-                      (width > kLanes ? tile.wide : tile.narrow)(taps, packed + (q - g) * k * kPanel, k, ox, p.stride,
+                      (width > kLanes ? tile.wide : tile.narrow)(taps, packed + (q - g) * k * kPanel, k, first, stride,
                                                                  acc);
                       write<T, decltype(activation)::value>(acc, rows, count, q * kPanel, width,
                                                             scale + (q - g) * kPanel, shift + (q - g) * kPanel);

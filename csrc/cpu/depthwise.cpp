@@ -66,6 +66,48 @@ void fill_row(const T* x, int64_t stride_w, const Geometry& g, int64_t channels,
   }
 }
 
+// The same band without a ring, for a window or rows so large that the ring would take tens of megabytes
+// (a dilation or a padding of thousands, rows of 100,000 pixels): every tap is read from x. `sum` has room for kRun
+// pixels.
+constexpr int64_t kRun = 64;
+
+template <class T, Activation A>
+void run_band_directly(const DepthwiseParams& p, const Means& means, int64_t image, int64_t band, int64_t c0,
+                       int64_t channels, const float* weights, const float* scale, const float* shift, float* sum) {
+  const int64_t taps = p.kernel_h * p.kernel_w, row_end = min_of((band + 1) * kBandRows, p.out_height);
+  for (int64_t c = 0; c < channels; c += kLanes) {
+    const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + c0 + c;
+    T* y = static_cast<T*>(p.y) + (image * p.out_height + band * kBandRows) * p.out_width * p.channels + c0 + c;
+    DoubleSum total;
+    for (int64_t oy = band * kBandRows; oy < row_end; oy++)
+      for (int64_t begin = 0; begin < p.out_width; begin += kRun) {
+        const int64_t run = min_of(kRun, p.out_width - begin);
+        for (int64_t i = 0; i < run; i++) {
+          const int64_t top = oy * p.stride - p.pad_top, left = (begin + i) * p.stride - p.pad_left;
+          Vec acc = {};
+          for (int64_t ky = 0; ky < p.kernel_h; ky++) {
+            const int64_t iy = top + ky * p.dilation;
+            if (iy < 0 || iy >= p.height) continue;
+            for (int64_t kx = 0; kx < p.kernel_w; kx++) {
+              const int64_t ix = left + kx * p.dilation;
+              if (ix < 0 || ix >= p.width) continue;
+              acc += load(weights + c * taps + (ky * p.kernel_w + kx) * kLanes) *
+                     load_up_to(x + iy * p.x_stride_h + ix * p.x_stride_w, channels - c);
+            }
+          }
+          store(sum + i * kLanes, acc);
+        }
+        const Vec by = load(scale + c), plus = load(shift + c);
+        if (channels - c >= kLanes)
+          write_row<T, A, true>(sum, run, by, plus, y, p.channels, kLanes, total);
+        else
+          write_row<T, A, false>(sum, run, by, plus, y, p.channels, channels - c, total);
+        y += run * p.channels;
+      }
+    if (p.pooled) means.give(image, band, c0 + c, min_of<int64_t>(kLanes, channels - c), total);
+  }
+}
+
 }  // namespace
 
 Strip pick_strip(const DepthwiseParams& p) {
@@ -89,43 +131,49 @@ void depthwise(const DepthwiseParams& p, const Parallel& parallel) {
   const Strip strip = pick_strip(p);
   const Geometry g = make_geometry(p, strip, max_of<int64_t>(kLanes, p.dtype == DType::kFloat32 ? 16 : 32));
   const int64_t blocks = ceil_div(p.channels, g.block), padded = blocks * g.block;
-  std::unique_ptr<float[]> apart;
-  const BandSums sums = place_band_sums(p, apart);
+  const bool has_ring = g.fits();
+  std::unique_ptr<double[]> apart;
+  const Means means = place_means(p, apart);
 
-  parallel_for(
-      threads_for(parallel, p.batch * p.channels * p.out_height * p.out_width * taps), p.batch * sums.bands * blocks,
-      [=](int64_t begin, int64_t end) {
-        const int64_t floats = padded * (taps + 2) + g.ring_size() + g.strip_columns * kLanes;
-        float* weights = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(blocks)));
-        float *scale = weights + padded * taps, *shift = scale + padded, *ring = shift + padded;
-        float* sum = ring + g.ring_size();
-        for (int64_t i = 0; i < g.ring_size(); i++) ring[i] = 0.f;               // the padding columns stay so
-        bool* packed = reinterpret_cast<bool*>(sum + g.strip_columns * kLanes);  // blocks whose weights are here
-        for (int64_t i = 0; i < blocks; i++) packed[i] = false;
-        with_type(p.dtype, [&](auto type) {
-          using T = decltype(type);
-          with_activation(p.activation, [&](auto activation) {
-            // From the last task to the first: what the operator before wrote last is still in the cache.
-            for (int64_t task = end - 1; task >= begin; task--) {
-              const int64_t c0 = task % blocks * g.block, band = task / blocks % sums.bands;
-              const int64_t image = task / (blocks * sums.bands), channels = min_of(g.block, p.channels - c0);
-              if (!packed[task % blocks]) pack_block(p, c0, channels, weights + c0 * taps, scale + c0, shift + c0);
-              packed[task % blocks] = true;
-              const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + c0;
-              run_band<T, decltype(activation)::value>(
-                  p, g, strip, image, c0, channels, band * kBandRows, min_of((band + 1) * kBandRows, p.out_height),
-                  {weights + c0 * taps, scale + c0, shift + c0, ring, sum}, sums.of(image, band),
-                  [&](int64_t row, int64_t row_end) {
-                    for (; row < row_end; row++)
-                      fill_row(x + row * p.x_stride_h, p.x_stride_w, g, channels,
-                               ring + row % g.ring_rows * g.row_size() + p.pad_left * kLanes);
-                    return row;
-                  });
-            }
-          });
-        });
-      });
-  form_means(p, sums);
+  parallel_for(threads_for(parallel, double(p.batch * p.channels * p.out_height * p.out_width) * double(taps)),
+               p.batch * means.bands * blocks, [=](int64_t begin, int64_t end) {
+                 const int64_t ring_size = has_ring ? g.ring_size() : 0, columns = has_ring ? g.strip_columns : kRun;
+                 const int64_t floats = padded * (taps + 2) + ring_size + columns * kLanes;
+                 float* weights = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(blocks)));
+                 float *scale = weights + padded * taps, *shift = scale + padded, *ring = shift + padded;
+                 float* sum = ring + ring_size;
+                 for (int64_t i = 0; i < ring_size; i++) ring[i] = 0.f;           // the padding columns stay so
+                 bool* packed = reinterpret_cast<bool*>(sum + columns * kLanes);  // blocks whose weights are here
+                 for (int64_t i = 0; i < blocks; i++) packed[i] = false;
+                 with_type(p.dtype, [&](auto type) {
+                   using T = decltype(type);
+                   with_activation(p.activation, [&](auto activation) {
+                     // From the last task to the first: what the operator before wrote last is still in the cache.
+                     for (int64_t task = end - 1; task >= begin; task--) {
+                       const int64_t c0 = task % blocks * g.block, band = task / blocks % means.bands;
+                       const int64_t image = task / (blocks * means.bands), channels = min_of(g.block, p.channels - c0);
+                       if (!packed[task % blocks])
+                         pack_block(p, c0, channels, weights + c0 * taps, scale + c0, shift + c0);
+                       packed[task % blocks] = true;
+                       if (!has_ring) {
+                         run_band_directly<T, decltype(activation)::value>(
+                             p, means, image, band, c0, channels, weights + c0 * taps, scale + c0, shift + c0, sum);
+                         continue;
+                       }
+                       const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + c0;
+                       run_band<T, decltype(activation)::value>(
+                           p, g, strip, means, image, band, c0, channels,
+                           {weights + c0 * taps, scale + c0, shift + c0, ring, sum}, [&](int64_t row, int64_t row_end) {
+                             for (; row < row_end; row++)
+                               fill_row(x + row * p.x_stride_h, p.x_stride_w, g, channels,
+                                        ring + row % g.ring_rows * g.row_size() + p.pad_left * kLanes);
+                             return row;
+                           });
+                     }
+                   });
+                 });
+               });
+  form_means(means, p.batch);
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

@@ -1,8 +1,6 @@
 // Run-time choice of the instruction set. Compiled for the baseline processor, once.
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "kernels.h"
 
@@ -50,12 +48,6 @@ std::atomic<const Kernels*>& current() {
   return chosen;
 }
 
-struct Scratch {
-  void* data = nullptr;
-  size_t bytes = 0;
-  ~Scratch() { std::free(data); }
-};
-
 }  // namespace
 
 const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
@@ -64,19 +56,6 @@ bool set_isa(const char* name) {
   const Kernels* found = find(name);
   if (found) current().store(found, std::memory_order_relaxed);
   return found != nullptr;
-}
-
-void* scratch(size_t bytes) {
-  thread_local Scratch mine;
-  if (bytes > mine.bytes) {
-    const size_t size = (bytes + 4095) / 4096 * 4096;
-    void* data = std::aligned_alloc(64, size);
-    if (!data) throw std::bad_alloc();
-    std::memset(data, 0, size);  // rows that a tile computes but never writes out hold numbers, not garbage
-    std::free(mine.data);
-    mine.data = data, mine.bytes = size;
-  }
-  return mine.data;
 }
 
 }  // namespace effkernels::cpu

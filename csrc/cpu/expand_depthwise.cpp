@@ -12,9 +12,14 @@
 // same bits, but for images of one pixel, which pointwise.cpp sums in another order. In the 16-bit types the expanded
 // values are not rounded on the way.
 #include "depthwise_rows.h"
+#include "memory.h"
 #include "tile.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
+
+void pointwise(const PointwiseParams&, const Parallel&);
+void depthwise(const DepthwiseParams&, const Parallel&);
+
 namespace {
 
 // Tiles kept for all panels of a band. They may well lie in the third-level cache; made again for each panel, the
@@ -74,7 +79,7 @@ struct Work {
   Strip strip;
   Geometry geometry;
   Fills fills;
-  BandSums sums;
+  Means means;
   bool prepare_once;
   int64_t group, taps;  // panels whose weights are packed at a time; taps of a channel
 };
@@ -119,7 +124,7 @@ void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, 
   const PointwiseParams& e = w.params.expand;
   const DepthwiseParams& d = w.params.depthwise;
   const Fills& fills = w.fills;
-  const int64_t image = item / w.sums.bands, band = item % w.sums.bands, k = e.in_channels;
+  const int64_t image = item / w.means.bands, band = item % w.means.bands, k = e.in_channels;
   const int64_t row_begin = band * kBandRows, row_end = min_of((band + 1) * kBandRows, d.out_height);
   const InputRows input = rows_of_band(d, w.geometry, row_begin, row_end);
   if (w.prepare_once)
@@ -149,10 +154,24 @@ void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, 
       }
       return row;
     };
-    run_band<T, A>(d, w.geometry, w.strip, image, begin + first, channels, row_begin, row_end,
-                   {s.weights + first * w.taps, s.scale + first, s.shift + first, s.ring, s.sum},
-                   w.sums.of(image, band), fill);
+    run_band<T, A>(d, w.geometry, w.strip, w.means, image, band, begin + first, channels,
+                   {s.weights + first * w.taps, s.scale + first, s.shift + first, s.ring, s.sum}, fill);
   }
+}
+
+// The two kernels one after the other, the expanded tensor between them in memory: for a window whose ring would be
+// larger than that (depthwise.cpp).
+void expand_then_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) {
+  PointwiseParams e = params.expand;
+  DepthwiseParams d = params.depthwise;
+  const int64_t pixels = d.height * d.width;
+  const int64_t bytes = product({d.batch, pixels, d.channels, d.dtype == DType::kFloat32 ? 4 : 2});
+  if (bytes > int64_t(kMostBytes)) throw OutOfMemory("the expanded tensor", size_t(bytes));
+  const std::unique_ptr<char[]> expanded(new char[size_t(bytes)]);
+  e.y = expanded.get(), d.x = expanded.get();
+  d.x_stride_w = d.channels, d.x_stride_h = d.width * d.channels, d.x_stride_n = pixels * d.channels;
+  pointwise(e, all);
+  depthwise(d, all);
 }
 
 }  // namespace
@@ -173,16 +192,17 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   w.geometry.columns = max_of<int64_t>(w.geometry.columns, d.pad_left + d.width);  // whole rows are expanded
   w.geometry.filled = d.width;
   w.geometry.ring_rows += w.fills.rows - 1;
+  if (!w.geometry.fits()) return expand_then_depthwise(params, all);
   const int64_t packed_bytes = ((e.packed ? 0 : k) + w.taps) * kPanel * 4;
   w.group = max_of<int64_t>(1, min_of<int64_t>(ceil_div(d.channels, kPanel), kPackedBytes / packed_bytes));
-  std::unique_ptr<float[]> apart;
-  w.sums = place_band_sums(d, apart);
+  std::unique_ptr<double[]> apart;
+  w.means = place_means(d, apart);
   const int64_t band_rows = (min_of<int64_t>(kBandRows, d.out_height) - 1) * d.stride + w.geometry.window;
   const int64_t band_fills = ceil_div(min_of(band_rows, d.height), w.fills.rows);
-  w.prepare_once = band_fills * w.fills.size() * 4 <= kPreparedBytes;
+  w.prepare_once = product({band_fills, w.fills.size(), 4}) <= kPreparedBytes;
 
-  const Parallel parallel = threads_for(all, d.batch * d.height * d.width * d.channels * k);
-  const int64_t items = d.batch * w.sums.bands;
+  const Parallel parallel = threads_for(all, double(d.batch * d.height * d.width * d.channels) * double(k));
+  const int64_t items = d.batch * w.means.bands;
   const int64_t element_size = d.dtype == DType::kFloat32 ? 4 : 2;
   const Cut cut =
       cut_tasks(items, band_fills * w.fills.tiles, d.channels, element_size, e.packed != nullptr, parallel.threads);
@@ -208,7 +228,7 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
       }
     }
   });
-  form_means(d, w.sums);
+  form_means(w.means, d.batch);
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

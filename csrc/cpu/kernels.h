@@ -42,7 +42,10 @@ const Kernels& kernels();
 // "avx512", "avx2", "plain", or "auto" for the widest. False: not built or not on this machine; nothing changes then.
 bool set_isa(const char* name);
 
-// Scratch memory of the calling thread, 64-byte aligned, valid until its next call of scratch().
+// Scratch memory of the calling thread, 64-byte aligned, valid until its next call of scratch() or release_scratch().
+// parallel_for (vector.h) releases that of a body at its end: what is larger than a thread may keep goes back then.
 void* scratch(size_t bytes);
+void release_scratch();
+void free_scratch();  // of all threads that run no kernel
 
 }  // namespace effkernels::cpu

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <map>
 #include <mutex>
-#include <new>
 
 namespace effkernels::cpu {
 namespace {
@@ -20,6 +19,7 @@ size_t round_up(size_t value, size_t to) { return (value + to - 1) / to * to; }
 }  // namespace
 
 void* Pool::allocate(size_t bytes) {
+  if (bytes > kMostBytes) throw OutOfMemory("a result", bytes);
   bytes = round_up(bytes, kAlignment);
   std::lock_guard<std::mutex> lock(mutex_);
   auto range = free_.begin();
@@ -82,7 +82,7 @@ Pool::Chunks::iterator Pool::chunk_of(char* data) { return std::prev(chunks_.upp
 std::map<char*, size_t>::iterator Pool::map_chunk(size_t bytes) {
   const size_t size = round_up(bytes < kSmallestChunk ? kSmallestChunk : bytes, kHugePage);
   void* mapping = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (mapping == MAP_FAILED) throw std::bad_alloc();
+  if (mapping == MAP_FAILED) throw OutOfMemory("a result", bytes);
   char* const start = static_cast<char*>(mapping);
   char* const base = reinterpret_cast<char*>(round_up(reinterpret_cast<uintptr_t>(start), kHugePage));
   if (base != start) munmap(start, size_t(base - start));

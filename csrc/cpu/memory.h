@@ -8,8 +8,23 @@
 #include <cstddef>
 #include <map>
 #include <mutex>
+#include <new>
+#include <string>
 
 namespace effkernels::cpu {
+
+constexpr size_t kMostBytes = size_t(1) << 62;  // of one allocation: rounding it up does not wrap
+
+// Says what did not fit.
+class OutOfMemory : public std::bad_alloc {
+ public:
+  OutOfMemory(const char* of, size_t bytes)
+      : what_("effkernels: no memory for " + std::to_string(bytes) + " bytes of " + of) {}
+  const char* what() const noexcept override { return what_.c_str(); }
+
+ private:
+  std::string what_;
+};
 
 // Ranges of mapped memory, from any thread.
 class Pool {
@@ -19,7 +34,7 @@ class Pool {
   Pool& operator=(const Pool&) = delete;
   ~Pool();  // nothing of it may be in use
 
-  void* allocate(size_t bytes);  // 64-byte aligned; throws std::bad_alloc
+  void* allocate(size_t bytes);  // 64-byte aligned; throws OutOfMemory
   void release(void* data);
   void set_limit(size_t bytes);  // what may stay mapped while nobody uses it; starts at 1 GiB
   size_t mapped();               // bytes mapped now, in use or not

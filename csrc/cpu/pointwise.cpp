@@ -26,7 +26,7 @@ struct Product {
 // r * row_step + j * chunk_step, and says where its rows go.
 template <class T, class Prepare>
 void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
-  const Parallel parallel = threads_for(all, p.m * p.n * p.k);
+  const Parallel parallel = threads_for(all, double(p.m) * double(p.n) * double(p.k));
   const int64_t tiles = ceil_div(p.m, kRows), panels = ceil_div(p.n, kPanel);
   const Cut cut = cut_tasks(tiles, 1, p.n, sizeof(T), p.packed != nullptr, parallel.threads);
   const int64_t padded_k = round_up(p.k, kChunk);
@@ -136,7 +136,7 @@ auto pick_multiply_as_stored(int rows) {
 // MKL 197. Of 128 images it takes 20 % longer than packed.
 template <class T, class Prepare>
 void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prepare) {
-  const Parallel parallel = threads_for(all, p.m * p.n * p.k);
+  const Parallel parallel = threads_for(all, double(p.m) * double(p.n) * double(p.k));
   const int64_t groups = ceil_div(p.n, kLanes), blocks = ceil_div(p.m, kImages);
   parallel_for(parallel, blocks * groups, [=](int64_t begin, int64_t end) {
     const int64_t row_size = round_up(p.k, kChunk), input_size = min_of<int64_t>(p.m, kImages) * row_size;

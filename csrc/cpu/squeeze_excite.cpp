@@ -23,7 +23,7 @@ float dot(const float* a, const T* b, int64_t count) {
 void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
   if (p.batch == 0 || p.channels == 0) return;
   const int64_t hidden_stride = round_up(p.reduced, kLanes), blocks = ceil_div(p.channels, kLanes);
-  const Parallel threads = threads_for(parallel, p.batch * p.reduced * p.channels);
+  const Parallel threads = threads_for(parallel, double(p.batch) * double(p.reduced) * double(p.channels));
   const std::unique_ptr<float[]> own(new float[size_t(p.batch * hidden_stride)]());
   float* const hidden = own.get();
 

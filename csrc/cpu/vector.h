@@ -28,6 +28,7 @@ inline constexpr int kLanes = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
+typedef double HalfVec __attribute__((vector_size(kLanes * 4)));  // half as many doubles
 typedef int32_t IntVec __attribute__((vector_size(kLanes * 4)));
 typedef float UnalignedVec __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
@@ -115,6 +116,7 @@ inline Half from_float<Half>(float v) {
 
 // ------------------------------------------------------------------------------------------------ whole vectors
 EFFKERNELS_INLINE Vec load(const float* p) { return *reinterpret_cast<const UnalignedVec*>(p); }
+EFFKERNELS_INLINE void store(double* p, HalfVec v) { std::memcpy(p, &v, sizeof(v)); }
 EFFKERNELS_INLINE void store(float* p, Vec v) { *reinterpret_cast<UnalignedVec*>(p) = v; }
 
 #if defined(__AVX512F__)
@@ -138,6 +140,8 @@ template <class T>
 EFFKERNELS_INLINE void store(T* p, Vec v) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(v, T{}));
 }
+EFFKERNELS_INLINE HalfVec low_half(Vec v) { return HalfVec(_mm512_cvtps_pd(_mm512_castps512_ps256(__m512(v)))); }
+EFFKERNELS_INLINE HalfVec high_half(Vec v) { return HalfVec(_mm512_cvtps_pd(_mm512_extractf32x8_ps(__m512(v), 1))); }
 // The first n lanes, 0 <= n <= kLanes; the others load as zero.
 EFFKERNELS_INLINE __mmask16 first_lanes(int n) { return __mmask16((1u << n) - 1); }
 EFFKERNELS_INLINE Vec load_first(const float* p, int n) { return Vec(_mm512_maskz_loadu_ps(first_lanes(n), p)); }
@@ -175,7 +179,11 @@ EFFKERNELS_INLINE void store(BFloat16* p, Vec v) {
 EFFKERNELS_INLINE void store(Half* p, Vec v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(__m256(v), _MM_FROUND_TO_NEAREST_INT));
 }
+EFFKERNELS_INLINE HalfVec low_half(Vec v) { return HalfVec(_mm256_cvtps_pd(_mm256_castps256_ps128(__m256(v)))); }
+EFFKERNELS_INLINE HalfVec high_half(Vec v) { return HalfVec(_mm256_cvtps_pd(_mm256_extractf128_ps(__m256(v), 1))); }
 #else
+EFFKERNELS_INLINE HalfVec low_half(Vec v) { return HalfVec{v[0], v[1]}; }
+EFFKERNELS_INLINE HalfVec high_half(Vec v) { return HalfVec{v[2], v[3]}; }
 template <class T>
 EFFKERNELS_INLINE Vec load(const T* p) {
   Vec v;
@@ -302,9 +310,15 @@ inline void with_type(DType dtype, Visit visit) {
 
 constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which waking threads costs more than it saves
 
-inline Parallel threads_for(const Parallel& parallel, int64_t work) {
-  return work < kSerialWork ? Parallel{} : parallel;
+inline Parallel threads_for(const Parallel& parallel, double work) {  // a double: 64 bits need not hold it
+  return work < double(kSerialWork) ? Parallel{} : parallel;
 }
+
+// What holds while a body runs.
+struct BodyScope {
+  DenormalsAreZero mode;
+  ~BodyScope() { release_scratch(); }
+};
 
 // Runs body(begin, end) over [0, tasks) on the adaptor's threads; alone where there is one task or one thread. In a
 // body denormals are zero (denormals.h), and a kernel computes in bodies alone, but for adding up the sums of bands.
@@ -315,13 +329,13 @@ template <class Body>
 inline void parallel_for(const Parallel& parallel, int64_t tasks, const Body& body) {
   if (tasks <= 0) return;
   if (tasks == 1 || parallel.threads <= 1) {
-    const DenormalsAreZero mode;
+    const BodyScope scope;
     return body(0, tasks);
   }
   parallel.run(
       tasks,
       [](void* context, int64_t begin, int64_t end) {
-        const DenormalsAreZero mode;
+        const BodyScope scope;
         const Body mine = *static_cast<const Body*>(context);
         mine(begin, end);
       },

@@ -20,6 +20,8 @@ const char* launch_depthwise(const DepthwiseCall& call, const DepthwisePlan& pla
   const DepthwiseParams& p = *call.depthwise;
   if (p.batch == 0) return nullptr;
   if (plan.tiles == 0) return "the image has more pixels than 32-bit indices reach";
+  constexpr int64_t kMostChannels = 1 << 30;  // indices of channels, and a block beyond them, have 32 bits
+  if (p.channels > kMostChannels) return "more channels than 32 bits index";
   const PlannedLaunch planned = planned_launches(call, plan)[0];
   if (planned.grid > std::numeric_limits<int32_t>::max()) return "more blocks than one launch can hold";
   if (call.se != nullptr && call.se->reduced > kMostReduced) return "more reduced channels than shared memory holds";

@@ -263,19 +263,32 @@ __device__ __forceinline__ void add_to_lane(const float (&sum)[V], float* lane_s
   for (int i = 0; i < V; ++i) lane_sums[i] += sum[i];
 }
 
+// A sum together with what its additions round off: lanes and tiles are so many that a plain sum of equal ones would
+// lose a digit of the means. `rest` is NaN where a value was infinite.
+struct ExactSum {
+  float value = 0.f, rest = 0.f;
+
+  __device__ __forceinline__ void add(float addend) {
+    const float sum = value + addend, added = sum - value;
+    rest += (value - (sum - added)) + (addend - added);
+    value = sum;
+  }
+  __device__ __forceinline__ float result() const { return rest == rest ? value + rest : value; }
+};
+
 // Adds the lanes' sums of one image in lane order into `sums`, (block_channels), and clears them for the next image.
 // Called by all threads; ends with a barrier.
 __device__ __forceinline__ void add_lanes(const DepthwisePlan& plan, float* lane_sums, float* sums) {
   const int block_channels = plan.channel_vectors * plan.vector;
   __syncthreads();
   if (threadIdx.x < block_channels) {
-    float total = 0.f;
+    ExactSum total;
     for (int lane = 0; lane < plan.lanes; ++lane) {
       float& sum = lane_sums[lane * block_channels + threadIdx.x];
-      total += sum;
+      total.add(sum);
       sum = 0.f;
     }
-    sums[threadIdx.x] = total;
+    sums[threadIdx.x] = total.result();
   }
   __syncthreads();
 }
@@ -325,16 +338,16 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
     const int parts = kDepthwiseThreads / block_channels, part = threadIdx.x / block_channels;
     const int channel = threadIdx.x % block_channels;
     if (part < parts && channel < channels) {
-      float total = 0.f;
+      ExactSum total;
 #pragma unroll 4
-      for (int from = part; from < plan.tiles; from += parts) total += __ldcg(partial + from * p.channels + channel);
-      shared.lane_sums[part * block_channels + channel] = total;
+      for (int from = part; from < plan.tiles; from += parts) total.add(__ldcg(partial + from * p.channels + channel));
+      shared.lane_sums[part * block_channels + channel] = total.result();
     }
     __syncthreads();
     if (threadIdx.x < channels) {
-      float total = 0.f;
-      for (int from = 0; from < parts; ++from) total += shared.lane_sums[from * block_channels + threadIdx.x];
-      shared.sums[threadIdx.x] = total;
+      ExactSum total;
+      for (int from = 0; from < parts; ++from) total.add(shared.lane_sums[from * block_channels + threadIdx.x]);
+      shared.sums[threadIdx.x] = total.result();
     }
     __syncthreads();
   }

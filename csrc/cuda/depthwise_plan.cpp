@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <limits>
 
+#include "../sizes.h"
 #include "depthwise.h"
 #include "squeeze_excite.h"
 
@@ -163,16 +164,17 @@ DepthwiseScratch depthwise_scratch(const DepthwiseCall& call, const DepthwisePla
   const DepthwiseParams& p = *call.depthwise;
   DepthwiseScratch scratch;
   if (plan.team > 0) {
-    if (!plan.in_cluster) scratch.hidden = p.batch * plan.team * call.se->reduced, scratch.arrivals = 2 * p.batch;
+    if (!plan.in_cluster)
+      scratch.hidden = product({p.batch, plan.team, call.se->reduced}), scratch.arrivals = 2 * p.batch;
     return scratch;
   }
   const bool sums = call.pooled || call.se != nullptr;
   if (sums && plan.tiles > 1) {
-    scratch.partial = p.batch * plan.tiles * p.channels;
+    scratch.partial = product({p.batch, plan.tiles, p.channels});
     scratch.arrivals = plan.units * plan.channel_groups;
   }
   if (call.se != nullptr) {
-    scratch.hidden = p.batch * plan.channel_groups * call.se->reduced;
+    scratch.hidden = product({p.batch, plan.channel_groups, call.se->reduced});
     scratch.arrivals += plan.units;
   }
   return scratch;

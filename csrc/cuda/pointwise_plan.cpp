@@ -33,7 +33,8 @@ void fill(const PointwiseParams& p, int tile, PointwisePlan* plan) {
     const int64_t images = std::min(p.batch, divide_up(shape.rows - 1, p.pixels) + 1);
     const int64_t stride = int64_t(plan->steps) * step + 16 / element;  // images in different banks
     plan->gate_bytes = static_cast<int>(std::min<int64_t>(divide_up(images * stride * element, 128) * 128, 1 << 30));
-    plan->gate_images = static_cast<int>(images), plan->gate_stride = static_cast<int>(stride);
+    plan->gate_images = static_cast<int>(images);
+    plan->gate_stride = static_cast<int>(std::min<int64_t>(stride, 1 << 30));  // so large a one is not chosen
   }
   const int residual_bytes = p.residual != nullptr && !plan->converts ? shape.rows * shape.columns * element : 0;
   const int head_bytes = 2 * shape.columns * int(sizeof(float)) + shape.rows * int(sizeof(int));

@@ -19,6 +19,7 @@ const char* launch_squeeze_excite(const SqueezeExciteParams& p, const SqueezeExc
   if (plan.blocks > std::numeric_limits<int32_t>::max()) return "more blocks than one launch can hold";
   if (p.reduced > kMostReduced) return "more reduced channels than shared memory holds";
   if (p.channels > std::numeric_limits<int32_t>::max() / kMostImagesOfGate) return "more channels than 32 bits index";
+  if (plan.shared_bytes > std::numeric_limits<int32_t>::max()) return "more reduced channels than shared memory holds";
   const Launch at = launch_of(planned_launches(p, plan)[0], stream);
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.gate_dtype) {

@@ -7,6 +7,7 @@
 #include <sstream>
 
 #include "../cpu/memory.h"
+#include "../sizes.h"
 #include "recording.h"
 
 namespace effkernels::ops {
@@ -14,14 +15,30 @@ namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kLargest = int64_t(1) << 31;  // of a single size: products of sizes are held in 64 bits
+constexpr int64_t kLargest = int64_t(1) << 31;  // of a single size: two of them multiply in 64 bits
+
+template <class Sizes>
+std::string shape_of_sizes(const Sizes& sizes) {
+  std::ostringstream out;
+  const char* separator = "(";
+  for (const int64_t size : sizes) out << separator << size, separator = ", ";
+  out << (sizes.size() ? ")" : "()");
+  return out.str();
+}
 
 std::string shape_of(const Tensor& t) {
-  std::ostringstream out;
-  out << '(';
-  for (int64_t i = 0; i < t.dim(); i++) out << (i ? ", " : "") << t.size(i);
-  out << ')';
-  return out.str();
+  std::vector<int64_t> sizes;
+  for (int64_t i = 0; i < t.dim(); i++) sizes.push_back(t.size(i));
+  return shape_of_sizes(sizes);
+}
+
+// Bytes, strides and multiply-adds are products of sizes. They are formed only where they fit into 64 bits, in an empty
+// batch too, whose strides are as large.
+void check_elements(const char* op, const char* name, std::initializer_list<int64_t> sizes) {
+  int64_t elements = 1;
+  for (const int64_t size : sizes) elements = product({elements, size > 1 ? size : 1});
+  STD_TORCH_CHECK(elements <= kMostElements, op, ": ", name, " has shape ", shape_of_sizes(sizes),
+                  "; allowed: sizes whose product is at most 2^54");
 }
 
 const char* name_of(ScalarType type) {
@@ -118,9 +135,12 @@ Norm norm_of(const char* op, const NormArguments& a, const Tensor& x, int64_t ch
 
 void check_image(const char* op, const char* name, const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 4, op, ": ", name, " has shape ", shape_of(x), "; allowed: four dimensions (N, C, H, W)");
-  for (int64_t i = 0; i < 4; i++)
-    STD_TORCH_CHECK((i == 0 || x.size(i) > 0) && x.size(i) < kLargest, op, ": ", name, " has shape ", shape_of(x),
+  for (int64_t i = 0; i < 4; i++) {
+    STD_TORCH_CHECK(i == 0 || x.size(i) > 0, op, ": ", name, " has shape ", shape_of(x),
                     "; allowed: at least one channel, row and column");
+    STD_TORCH_CHECK(x.size(i) < kLargest, op, ": ", name, " has shape ", shape_of(x), "; allowed: sizes below 2^31");
+  }
+  check_elements(op, name, {x.size(0), x.size(1), x.size(2), x.size(3)});
 }
 
 void check_padding(const char* op, const std::vector<int64_t>& padding) {
@@ -128,7 +148,7 @@ void check_padding(const char* op, const std::vector<int64_t>& padding) {
                   " numbers; allowed: four (top, bottom, left, right)");
   for (const int64_t p : padding)
     STD_TORCH_CHECK(p >= 0 && p < kLargest, op, ": padding=(", padding[0], ", ", padding[1], ", ", padding[2], ", ",
-                    padding[3], "); allowed: four numbers, none negative");
+                    padding[3], "); allowed: four numbers from 0 to 2^31 - 1");
 }
 
 int64_t out_size(const char* op, const char* name, int64_t size, int64_t before, int64_t after, int64_t window,
@@ -166,8 +186,12 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
   AtenTensorHandle handle = nullptr;
   const bool cuda = like.is_cuda();
   const int32_t device_type = cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-  size_t bytes = dtype == ScalarType::Float ? 4 : 2;
-  for (int64_t i = 0; i < dim; i++) bytes *= size_t(sizes[i]);
+  int64_t elements = 1;
+  for (int64_t i = 0; i < dim; i++) elements = product({elements, sizes[i]});
+  STD_TORCH_CHECK(elements <= kMostElements, "a tensor of shape ",
+                  shape_of_sizes(std::vector<int64_t>(sizes, sizes + dim)),
+                  " is needed; allowed: sizes whose product is at most 2^54");
+  const size_t bytes = size_t(elements) * (dtype == ScalarType::Float ? 4 : 2);
   if (cuda || (bytes < cpu::kSmallestPooled && !is_recording())) {
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, int32_t(dtype), device_type,
                                                            cuda ? like.get_device_index() : 0, &handle));
@@ -197,7 +221,7 @@ Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_
   const int64_t kernel_h = a.weight.size(2), kernel_w = a.weight.size(3);
   check_depthwise_kernel(op, kernel_h, kernel_w);
   STD_TORCH_CHECK(a.stride == 1 || a.stride == 2, op, ": stride=", a.stride, "; allowed: 1, 2");
-  STD_TORCH_CHECK(a.dilation >= 1 && a.dilation < kLargest, op, ": dilation=", a.dilation, "; allowed: 1 or more");
+  STD_TORCH_CHECK(a.dilation >= 1 && a.dilation < kLargest, op, ": dilation=", a.dilation, "; allowed: 1 to 2^31 - 1");
   check_padding(op, a.padding);
 
   Depthwise out;
@@ -212,6 +236,7 @@ Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_
   p.out_height = out_size(op, "height", h, a.padding[0], a.padding[1], (kernel_h - 1) * a.dilation + 1, a.stride);
   p.out_width = out_size(op, "width", w, a.padding[2], a.padding[3], (kernel_w - 1) * a.dilation + 1, a.stride);
   p.pad_top = int32_t(a.padding[0]), p.pad_left = int32_t(a.padding[2]);
+  check_elements(op, "the result", {n, c, p.out_height, p.out_width});
   out.y = empty_channels_last(a.x, n, c, p.out_height, p.out_width);
   p.y = out.y.mutable_data_ptr();
   return out;
@@ -227,6 +252,8 @@ Pointwise describe_pointwise(const char* op, const Tensor& x, const Tensor& weig
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) == 1 && weight.size(3) == 1, op, ": ",
                   prefix, "weight has shape ", shape_of(weight), "; allowed: (Cout, Cin, 1, 1)");
   const int64_t out_channels = weight.size(0);
+  check_elements(op, (prefix + "weight").c_str(), {out_channels, c});
+  check_elements(op, prefix.empty() ? "the result" : "the expanded tensor", {n, out_channels, h, w});
   Pointwise out;
   PointwiseParams& p = out.params;
   p.dtype = dtype_of(op, "x", x);
@@ -308,6 +335,10 @@ Depthwise make_depthwise(const char* op, const DepthwiseArguments& a, Keep& keep
 void check_pooled(const char* op, const Tensor& pooled) {
   STD_TORCH_CHECK(pooled.dim() == 2 && pooled.size(1) > 0, op, ": pooled has shape ", shape_of(pooled),
                   "; allowed: two dimensions (N, C), at least one channel");
+  for (int64_t i = 0; i < 2; i++)
+    STD_TORCH_CHECK(pooled.size(i) < kLargest, op, ": pooled has shape ", shape_of(pooled),
+                    "; allowed: sizes below 2^31");
+  check_elements(op, "pooled", {pooled.size(0), pooled.size(1)});
   STD_TORCH_CHECK(pooled.scalar_type() == ScalarType::Float, op, ": pooled has dtype ", name_of(pooled.scalar_type()),
                   "; allowed: float32");
 }
@@ -317,6 +348,8 @@ SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t ba
   STD_TORCH_CHECK((a.w_reduce.dim() == 2 || a.w_reduce.dim() == 4) && a.w_reduce.size(0) > 0, op,
                   ": w_reduce has shape ", shape_of(a.w_reduce), "; allowed: (R, C) or (R, C, 1, 1), R at least 1");
   const int64_t reduced = a.w_reduce.size(0);
+  check_elements(op, "w_reduce", {reduced, channels});
+  check_elements(op, "the hidden layer", {batch, reduced});
   // Mixed types: float32 or the gate's own type, so each parameter is checked against a tensor of that type.
   const Tensor typed = like.scalar_type() == gate_dtype ? like : empty_matrix(like, 0, 1, gate_dtype);
   SqueezeExcite out;
@@ -382,7 +415,11 @@ Conv make_conv(const char* op, const Tensor& x, const Tensor& weight, const Norm
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) > 0 && weight.size(3) > 0, op,
                   ": weight has shape ", shape_of(weight), "; allowed: (Cout, Cin, KH, KW)");
-  STD_TORCH_CHECK(stride >= 1 && stride < kLargest, op, ": stride=", stride, "; allowed: 1 or more");
+  for (int64_t i = 0; i < 4; i++)
+    STD_TORCH_CHECK(weight.size(i) < kLargest, op, ": weight has shape ", shape_of(weight),
+                    "; allowed: sizes below 2^31");
+  check_elements(op, "weight", {weight.size(0), weight.size(1), weight.size(2), weight.size(3)});
+  STD_TORCH_CHECK(stride >= 1 && stride < kLargest, op, ": stride=", stride, "; allowed: 1 to 2^31 - 1");
   check_padding(op, padding);
   const int64_t out_channels = weight.size(0), kh = weight.size(2), kw = weight.size(3);
   Conv out;
@@ -397,6 +434,7 @@ Conv make_conv(const char* op, const Tensor& x, const Tensor& weight, const Norm
   p.pad_top = int32_t(padding[0]), p.pad_left = int32_t(padding[2]);
   p.out_height = out_size(op, "height", h, padding[0], padding[1], kh, stride);
   p.out_width = out_size(op, "width", w, padding[2], padding[3], kw, stride);
+  check_elements(op, "the result", {n, out_channels, p.out_height, p.out_width});
   p.x = x.const_data_ptr();
   p.x_stride_n = x.stride(0), p.x_stride_c = x.stride(1), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
   out.y = empty_channels_last(x, n, out_channels, p.out_height, p.out_width);

@@ -125,6 +125,7 @@ std::string cpu_isa(const std::string& name) {
 
 int64_t cpu_memory(int64_t limit) {
   if (limit >= 0) cpu::pool().set_limit(size_t(limit));
+  if (limit == 0) cpu::free_scratch();
   return int64_t(cpu::pool().mapped());
 }
 

@@ -6,6 +6,7 @@
 #include "../cuda/depthwise.h"
 #include "../cuda/pointwise.h"
 #include "../cuda/squeeze_excite.h"
+#include "../sizes.h"
 #include "check.h"
 #include "registry.h"
 
@@ -73,6 +74,14 @@ int64_t out_size(int64_t size, int64_t before, int64_t after, int64_t window, in
   return (size + before + after - window) / stride + 1;
 }
 
+// As check.cpp checks a tensor's sizes.
+void check_elements(const std::string& op, const char* name, const Shape& sizes) {
+  int64_t elements = 1;
+  for (const int64_t size : sizes) elements = product({elements, std::max<int64_t>(size, 1)});
+  STD_TORCH_CHECK(elements <= kMostElements, "cuda_plan: ", name, " of ", op,
+                  " has too many elements; allowed: sizes whose product is at most 2^54");
+}
+
 PlannedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   check_count(op, "shape", s, 13);
   DepthwiseParams p;
@@ -85,6 +94,9 @@ PlannedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shap
   p.pad_top = int32_t(s[8]), p.pad_left = int32_t(s[10]);
   p.out_height = out_size(s[2], s[8], s[9], (s[4] - 1) * s[7] + 1, s[6]);
   p.out_width = out_size(s[3], s[10], s[11], (s[5] - 1) * s[7] + 1, s[6]);
+  check_elements(op, "x", {p.batch, p.channels, p.height, p.width});
+  check_elements(op, "the result", {p.batch, p.channels, p.out_height, p.out_width});
+  check_elements(op, "the hidden layer", {p.batch, p.channels, s[12]});
   p.x_stride_w = p.channels, p.x_stride_h = p.width * p.channels, p.x_stride_n = p.height * p.x_stride_h;
   SqueezeExciteParams se;
   se.w_reduce = se.w_expand = some(dtype), se.b_reduce = se.b_expand = some(DType::kFloat32);
@@ -110,6 +122,9 @@ PlannedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shap
 
 PlannedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   check_count(op, "shape", s, 3);
+  check_elements(op, "pooled", {s[0], s[1]});
+  check_elements(op, "w_reduce", {s[1], s[2]});
+  check_elements(op, "the hidden layer", {s[0], s[2]});
   SqueezeExciteParams p;
   p.w_reduce = p.w_expand = some(dtype), p.b_reduce = p.b_expand = some(DType::kFloat32);
   p.pooled = static_cast<const float*>(somewhere()), p.gate = somewhere(), p.gate_dtype = dtype;
@@ -121,6 +136,9 @@ PlannedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& s,
 
 PlannedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   check_count(op, "shape", s, 8);
+  check_elements(op, "x", {s[0], s[1], s[2], s[3]});
+  check_elements(op, "the result", {s[0], s[1], s[2], s[4]});
+  check_elements(op, "weight", {s[3], s[4]});
   PointwiseParams p;
   p.x = p.y = somewhere();
   p.dtype = dtype, p.weight = some(dtype), p.norm = some_norm();
@@ -154,6 +172,9 @@ PlannedLaunches plan_of_conv(const std::string& op, DType dtype, const Shape& s,
   p.kernel_h = int32_t(s[5]), p.kernel_w = int32_t(s[6]), p.stride = int32_t(s[7]);
   p.pad_top = int32_t(s[8]), p.pad_left = int32_t(s[10]);
   p.out_height = out_size(s[3], s[8], s[9], s[5], s[7]), p.out_width = out_size(s[4], s[10], s[11], s[6], s[7]);
+  check_elements(op, "x", {p.batch, p.in_channels, p.height, p.width});
+  check_elements(op, "weight", {p.out_channels, p.in_channels, s[5], s[6]});
+  check_elements(op, "the result", {p.batch, p.out_channels, p.out_height, p.out_width});
   p.x_stride_c = 1, p.x_stride_w = p.in_channels, p.x_stride_h = p.width * p.in_channels;
   p.x_stride_n = p.height * p.x_stride_h;
   const cuda::ConvPlan plan = cuda::plan_conv(p, limits);

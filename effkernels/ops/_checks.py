@@ -17,6 +17,9 @@ from effkernels.backends import depthwise_kernel_problem
 from effkernels.reference import ACTIVATIONS, GATES, _surely
 
 DEPTHWISE_STRIDES: tuple[int, ...] = (1, 2)
+# As the compiled kernels have it (csrc/sizes.h): products of sizes stay in 64 bits.
+_LARGEST_SIZE = 2**31 - 1
+_MOST_ELEMENTS = 2**54
 _FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -50,12 +53,12 @@ def depthwise(
         )
     if stride not in DEPTHWISE_STRIDES:
         raise ValueError(f"{op}: stride={stride}; allowed: {_list(DEPTHWISE_STRIDES)}")
-    if dilation < 1:
-        raise ValueError(f"{op}: dilation={dilation}; allowed: 1 or more")
+    if not 1 <= dilation <= _LARGEST_SIZE:
+        raise ValueError(f"{op}: dilation={dilation}; allowed: 1 to 2^31 - 1")
     _check_norm(op, x, norm, eps, channels)
     _check_activation(op, "activation", activation)
     window = (dilation * (kernel_height - 1) + 1, dilation * (kernel_width - 1) + 1)
-    return _check_window(op, x, window, stride, padding)
+    return _check_window(op, x, channels, window, stride, padding)
 
 
 def squeeze_excite(
@@ -84,6 +87,7 @@ def squeeze_excite(
     if not _is_matrix(w_expand, channels, reduced):
         allowed = f"({channels}, {reduced}) or ({channels}, {reduced}, 1, 1)"
         raise ValueError(f"{op}: w_expand has shape {_shape(w_expand)}; allowed: {allowed}")
+    _check_elements(op, "w_reduce", (reduced, channels))
     _check_vector(op, "b_reduce", b_reduce, reduced, device, dtype)
     _check_vector(op, "b_expand", b_expand, channels, device, dtype)
     _check_activation(op, activation_name, activation)
@@ -95,10 +99,12 @@ def pooled(op: str, value: Tensor) -> None:
     """Check the pooled input (N, C) of `squeeze_excite_gate`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{op}: pooled is {type(value).__name__}; allowed: Tensor")
+    dense(op, "pooled", value)
     if value.dim() != 2 or value.shape[1] < 1:
         raise ValueError(
             f"{op}: pooled has shape {_shape(value)}; allowed: two dimensions (N, C), at least one channel"
         )
+    _check_sizes(op, "pooled", value.shape)
     if value.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"{op}: pooled has dtype {_name(value.dtype)}; allowed: float32, float64")
 
@@ -121,6 +127,9 @@ def pointwise(
         raise ValueError(f"{op}: {prefix}weight has shape {_shape(weight)}; allowed: (Cout, Cin, 1, 1)")
     _check_in_channels(op, x, weight, prefix)
     out_channels, in_channels = weight.shape[:2]
+    _check_elements(op, f"{prefix}weight", (out_channels, in_channels))
+    name = "the expanded tensor" if prefix else "the result"
+    _check_elements(op, name, (x.shape[0], out_channels, *x.shape[2:]))
     _check_norm(op, x, norm, eps, out_channels, prefix)
     if gate is not None:
         _check_tensor(op, "gate", gate, x.device, x.dtype)
@@ -150,22 +159,32 @@ def conv(
     if weight.dim() != 4 or weight.shape[2] < 1 or weight.shape[3] < 1:
         raise ValueError(f"{op}: weight has shape {_shape(weight)}; allowed: (Cout, Cin, KH, KW)")
     _check_in_channels(op, x, weight)
-    if stride < 1:
-        raise ValueError(f"{op}: stride={stride}; allowed: 1 or more")
+    if not 1 <= stride <= _LARGEST_SIZE:
+        raise ValueError(f"{op}: stride={stride}; allowed: 1 to 2^31 - 1")
+    _check_sizes(op, "weight", weight.shape)
     _check_norm(op, x, norm, eps, weight.shape[0])
     _check_activation(op, "activation", activation)
-    return _check_window(op, x, (weight.shape[2], weight.shape[3]), stride, padding)
+    return _check_window(op, x, weight.shape[0], (weight.shape[2], weight.shape[3]), stride, padding)
+
+
+def dense(op: str, name: str, t: Tensor) -> None:
+    """Check that a tensor has elements in memory by strides: not sparse, quantized, nested or MKL-DNN's."""
+    if t.is_nested or t.is_quantized or t.layout is not torch.strided:
+        kind = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout).removeprefix("torch.")
+        raise TypeError(f"{op}: {name} is a tensor of layout {kind}; allowed: strided")
 
 
 def _check_x(op: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: x is {type(x).__name__}; allowed: Tensor")
+    dense(op, "x", x)
     if x.dim() != 4:
         raise ValueError(f"{op}: x has shape {_shape(x)}; allowed: four dimensions (N, C, H, W)")
     if x.dtype not in _FLOATING:
         raise TypeError(f"{op}: x has dtype {_name(x.dtype)}; allowed: {_list(map(_name, _FLOATING))}")
     if any(_surely(size < 1) for size in x.shape[1:]):
         raise ValueError(f"{op}: x has shape {_shape(x)}; allowed: at least one channel, row and column")
+    _check_sizes(op, "x", x.shape)
 
 
 def _check_tensor(
@@ -173,6 +192,7 @@ def _check_tensor(
 ) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} is {type(t).__name__}; allowed: Tensor")
+    dense(op, name, t)
     if t.device != device:
         raise ValueError(f"{op}: {name} is on {t.device}, the input on {device}; allowed: one device for all")
     allowed = (dtype,) if exactly else tuple(dict.fromkeys((torch.float32, dtype)))
@@ -219,11 +239,33 @@ def _check_in_channels(op: str, x: Tensor, weight: Tensor, prefix: str = "") -> 
         raise ValueError(f"{op}: {prefix}weight has shape {_shape(weight)}; allowed: at least one output channel")
 
 
-def _check_window(op: str, x: Tensor, window: tuple[int, int], stride: int, padding: Sequence[int]) -> tuple[int, int]:
+def _check_sizes(op: str, name: str, sizes: Sequence[int]) -> None:
+    if any(_surely(size > _LARGEST_SIZE) for size in sizes):
+        raise ValueError(f"{op}: {name} has shape {_tuple(sizes)}; allowed: sizes below 2^31")
+    _check_elements(op, name, sizes)
+
+
+def _check_elements(op: str, name: str, sizes: Sequence[int]) -> None:
+    """Check the product of sizes, of which an empty batch counts as 1: its strides are as large. A trace, whose sizes
+    are symbols, is not checked; the operator is when it runs.
+    """
+    if torch.compiler.is_compiling():
+        return
+    elements = 1
+    for size in sizes:
+        if type(size) is int and size > 0:
+            elements *= size
+    if elements > _MOST_ELEMENTS:
+        raise ValueError(f"{op}: {name} has shape {_tuple(sizes)}; allowed: sizes whose product is at most 2^54")
+
+
+def _check_window(
+    op: str, x: Tensor, out_channels: int, window: tuple[int, int], stride: int, padding: Sequence[int]
+) -> tuple[int, int]:
     if len(padding) != 4:
         raise ValueError(f"{op}: padding has {len(padding)} numbers; allowed: four (top, bottom, left, right)")
-    if any(_surely(side < 0) for side in padding):
-        raise ValueError(f"{op}: padding={_tuple(padding)}; allowed: four numbers, none negative")
+    if any(_surely(side < 0) or _surely(side > _LARGEST_SIZE) for side in padding):
+        raise ValueError(f"{op}: padding={_tuple(padding)}; allowed: four numbers from 0 to 2^31 - 1")
     top, bottom, left, right = padding
     out_height = (x.shape[2] + top + bottom - window[0]) // stride + 1
     out_width = (x.shape[3] + left + right - window[1]) // stride + 1
@@ -232,6 +274,7 @@ def _check_window(op: str, x: Tensor, window: tuple[int, int], stride: int, padd
             f"{op}: the output would be {out_height} x {out_width} (image {x.shape[2]} x {x.shape[3]}, "
             f"padding={_tuple(padding)}, window {window[0]} x {window[1]}); allowed: at least one output"
         )
+    _check_elements(op, "the result", (x.shape[0], out_channels, out_height, out_width))
     return out_height, out_width
 
 

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from effkernels import _library, triton
 from effkernels.backends import DTYPES
+from effkernels.ops import _checks
 
 COMPILED = "effkernels"  # the namespace of the library's operators
 TRITON = "effkernels_triton"  # and of the Triton kernels
@@ -73,6 +74,7 @@ class Operator(Generic[Result]):
 class Overloads(Generic[Result]):
     """One operator in each namespace."""
 
+    op: Operator[Result]
     compiled: Callable[..., Result]
     triton: Callable[..., Result]
 
@@ -81,11 +83,11 @@ def register(op: Operator[Result]) -> Overloads[Result]:
     """Register `op` in both namespaces; returns the overloads to hand to `call`."""
     compiled = _not_loaded if _COMPILED_LIBRARY is None else _extend(op, COMPILED, _COMPILED_LIBRARY)
     if op.name not in triton.FAMILIES:
-        return Overloads(compiled, _no_triton_kernel)
+        return Overloads(op, compiled, _no_triton_kernel)
     _TRITON_LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in _TRITON_DEVICES:
         _TRITON_LIBRARY.impl(op.name, _triton_kernel(op), key)
-    return Overloads(compiled, _extend(op, TRITON, _TRITON_LIBRARY))
+    return Overloads(op, compiled, _extend(op, TRITON, _TRITON_LIBRARY))
 
 
 def call(overloads: Overloads[Result], backend: str, *args: Any) -> Result:
@@ -96,15 +98,27 @@ def call(overloads: Overloads[Result], backend: str, *args: Any) -> Result:
     through the dispatcher.
     """
     overload = overloads.triton if backend == "triton" else overloads.compiled
-    if (
-        torch.compiler.is_compiling()
-        or torch.is_inference_mode_enabled()
-        or forward_ad._current_level >= 0
-        or (torch.is_grad_enabled() and _any_requires_grad(args))
-    ):
+    if torch.compiler.is_compiling():
         return overload(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return overload(*args)
+    try:
+        if (
+            torch.is_inference_mode_enabled()
+            or forward_ad._current_level >= 0
+            or (torch.is_grad_enabled() and _any_requires_grad(args))
+        ):
+            return overload(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload(*args)
+    except NotImplementedError:  # PyTorch names the dispatch key, not the argument
+        _check_dense(overloads.op, args)
+        raise
+
+
+def _check_dense(op: Operator[Any], args: Sequence[Any]) -> None:
+    """Raise TypeError for a tensor that is sparse, quantized, nested or MKL-DNN's among arguments of the schema."""
+    for name, t in zip(op.arguments, args, strict=True):
+        if isinstance(t, Tensor):
+            _checks.dense(op.name, name, t)
 
 
 def call_reference(op: Operator[Result], *args: Any) -> Result:

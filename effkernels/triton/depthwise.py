@@ -51,14 +51,21 @@ def arrive_last(counter, expected):
 
 @triton.jit
 def added_tiles(partial, c, channels, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of partial[0 : tiles, c], TILES rows at a time."""
+    """The sum of partial[0 : tiles, c], TILES rows at a time, together with what the additions round off, so that its
+    error does not grow with the number of tiles.
+    """
     total = tl.zeros((TILES, BLOCK), dtype=tl.float32)
+    rest = tl.zeros((TILES, BLOCK), dtype=tl.float32)
     for first in range(0, tiles, TILES):
         t = first + tl.arange(0, TILES)
         inside = (t < tiles)[:, None] & (c < channels)[None, :]
         at = partial + (t[:, None].to(tl.int64) * channels + c[None, :])
-        total += tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
-    return tl.sum(total, axis=0)
+        value = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
+        larger = total + value
+        added = larger - total
+        rest += (total - (larger - added)) + (value - added)
+        total = larger
+    return tl.sum(total + tl.where(rest == rest, rest, 0.0), axis=0)  # NaN where a value was infinite
 
 
 @triton.jit

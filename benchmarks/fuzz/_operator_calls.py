@@ -1,0 +1,261 @@
+"""Random right calls of the operators: any operator, shape, dtype, memory format and parameters, from one seed."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effkernels import reference
+
+OPERATORS = (
+    "depthwise_bn_act",
+    "depthwise_bn_act_squeeze",
+    "depthwise_bn_act_gate",
+    "depthwise_bn_act_se",
+    "pointwise_bn_act",
+    "expand_depthwise_squeeze",
+    "conv_bn_act",
+    "squeeze_excite_gate",
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+LAYOUTS = ("channels_last", "contiguous", "sliced", "strided", "transposed", "expanded", "unaligned")
+_MOST_ELEMENTS = 1 << 17  # of x and of the result
+_MOST_PRODUCTS = 1 << 25  # multiply-adds of a call: PyTorch's 16-bit convolutions take a second for 2^30
+
+# Values of the images. With levels a sum of equal numbers shows what it rounds off.
+_FILLS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
+    "normal": lambda shape, g: torch.randn(shape, generator=g),
+    "positive": lambda shape, g: torch.rand(shape, generator=g),
+    "levels": lambda shape, g: (torch.rand((*shape[:2], 1, 1), generator=g) + 0.1).expand(shape).clone(),
+    "sparse": lambda shape, g: torch.randn(shape, generator=g) * (torch.rand(shape, generator=g) > 0.9),
+    "uneven": lambda shape, g: (
+        torch.randn(shape, generator=g) * torch.exp2(torch.randn((*shape[:2], 1, 1), generator=g))
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call but for its values: `draw` makes those, others for each `draw_seed`.
+
+    Attributes:
+        op: name in effkernels.ops and effkernels.reference.
+        dtype: of the images.
+        shapes: of every tensor argument, by name; the order in which values are drawn.
+        dtypes: of every tensor argument.
+        options: the other arguments.
+        layout, fill: of the images, of LAYOUTS and the fills.
+        isa: CPU instruction set.
+        threads: of the second run, whose bits must be those of the first.
+    """
+
+    op: str
+    dtype: torch.dtype
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, torch.dtype]
+    options: dict[str, Any]
+    layout: str
+    fill: str
+    isa: str
+    threads: int
+
+    def __str__(self) -> str:
+        shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.shapes.items())
+        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        dtypes = {str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()}
+        return f"{self.op}({shapes}; {options}; {'/'.join(sorted(dtypes))}, {self.layout}, {self.fill}, {self.isa})"
+
+    def draw(self, draw_seed: int) -> dict[str, Any]:
+        """The arguments by name."""
+        generator = torch.Generator().manual_seed(draw_seed)
+        arguments: dict[str, Any] = dict(self.options)
+        for name, shape in self.shapes.items():
+            t = self._values(name, shape, generator).to(self.dtypes[name])
+            arguments[name] = laid_out(t, self.layout, generator) if name in ("x", "residual") else t
+        return arguments
+
+    def _values(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        if name in ("x", "residual"):
+            return _FILLS[self.fill](shape, generator)
+        t = torch.randn(shape, generator=generator)
+        if name == "gate":
+            return t.sigmoid()
+        if "var" in name or "norm_weight" in name:
+            return t.abs() * 0.5 + 0.25
+        return t * math.prod(shape[1:]) ** -0.5 if len(shape) > 1 and name != "pooled" else t
+
+
+def laid_out(image: Tensor, layout: str, generator: torch.Generator) -> Tensor:
+    """The image in another memory layout. Memory around a sliced or strided one is NaN: nothing may read it."""
+    n, c, h, w = image.shape
+    if layout == "channels_last":
+        return image.contiguous(memory_format=torch.channels_last)
+    if layout == "expanded":
+        return image[:1, :, :, :1].clone().expand(image.shape)
+    if layout == "transposed":
+        return image.transpose(2, 3).contiguous(memory_format=torch.channels_last).transpose(2, 3)
+    if layout == "unaligned":
+        memory = image.new_full((image.numel() + 1,), math.nan)
+        view = memory[1:].view(n, h, w, c).permute(0, 3, 1, 2)
+        return view.copy_(image)
+    if layout in ("sliced", "strided"):
+        step = 2 if layout == "strided" else 1
+        larger = image.new_full((n, h * step + 2, w * step + 3, c + 1), math.nan).permute(0, 3, 1, 2)
+        view = larger[:, 1:, 1 : 1 + h * step : step, 2 : 2 + w * step : step]
+        return view.copy_(image)
+    return image.contiguous()
+
+
+def available_isas() -> list[str]:
+    """The CPU instruction sets of this build on this machine."""
+    found = []
+    for name in ("avx512", "avx2", "plain"):
+        try:
+            found.append(torch.ops.effkernels.cpu_isa(name))
+        except RuntimeError:
+            continue
+    torch.ops.effkernels.cpu_isa("auto")
+    return found
+
+
+def _size(rng: random.Random, largest: int) -> int:
+    """From 1 to `largest`, small ones and those around a power of two more often."""
+    kind = rng.random()
+    if kind < 0.15:
+        return 1
+    if kind < 0.5:
+        return rng.randint(1, min(largest, 20))
+    if kind < 0.75:
+        return max(1, min(largest, 2 ** rng.randint(1, 14) + rng.randint(-1, 1)))
+    return max(1, min(largest, round(math.exp(rng.uniform(0, math.log(largest + 1))))))
+
+
+def _plane(rng: random.Random, most: int) -> tuple[int, int]:
+    kind = rng.random()
+    if kind < 0.1:
+        return 1, _size(rng, most)
+    if kind < 0.2:
+        return _size(rng, most), 1
+    if kind < 0.3:
+        short = rng.randint(2, 20)
+        long = max(1, most // short)
+        return (short, long) if rng.random() < 0.5 else (long, short)
+    height = _size(rng, min(most, 160))
+    return height, _size(rng, min(160, max(1, most // height)))
+
+
+def _kernel(rng: random.Random, largest: int) -> tuple[int, int]:
+    if rng.random() < 0.5:
+        side = rng.choice((1, 3, 5, 7, 9))
+        return min(side, largest), min(side, largest)
+    return rng.randint(1, largest), rng.randint(1, largest)
+
+
+def _window(
+    rng: random.Random, largest: int, op: str, planes: int, height: int, width: int
+) -> tuple[tuple[int, int], int, tuple[int, int, int, int]]:
+    """Kernel, dilation and padding whose result, of a stride of 1, PyTorch computes in less than a second."""
+    for _ in range(20):
+        kernel = _kernel(rng, largest)
+        # PyTorch takes the groups of a dilated convolution one by one.
+        dilation = rng.choice((1, 1, 1, 2, 3, 50)) if op != "conv_bn_act" and planes <= 100 else 1
+        rows, columns = ((k - 1) * dilation + 1 for k in kernel)
+        top, bottom, left, right = (rng.choice((0, w // 2, rng.randint(0, w))) for w in (rows, rows, columns, columns))
+        bottom += max(0, rows - height - top - bottom)
+        right += max(0, columns - width - left - right)
+        pixels = (height + top + bottom - rows + 1) * (width + left + right - columns + 1)
+        if planes * pixels <= 4 * _MOST_ELEMENTS and planes * pixels * kernel[0] * kernel[1] <= _MOST_PRODUCTS:
+            return kernel, dilation, (top, bottom, left, right)
+    return (1, 1), 1, (0, 0, 0, 0)
+
+
+def draw_call(seed: int, isas: list[str]) -> Call:
+    """The call of a seed."""
+    rng = random.Random(seed)
+    op, dtype = rng.choice(OPERATORS), rng.choice(DTYPES)
+    batch = rng.choice((0, 1, 1, 1, 2, 3, 5, 17))
+    activations, gates = reference.ACTIVATIONS, reference.GATES
+    shapes: dict[str, tuple[int, ...]] = {}
+    options: dict[str, Any] = {}
+    parameters = rng.choice(("float32", "same", "mixed"))
+
+    def norm(channels: int, prefix: str = "") -> None:
+        if rng.random() < 0.5:
+            shapes[f"{prefix}bias"] = (channels,)
+        kind = rng.choice(("full", "full", "statistics", "none"))
+        if kind == "full":
+            shapes[f"{prefix}norm_weight"] = shapes[f"{prefix}norm_bias"] = (channels,)
+        if kind != "none":
+            shapes[f"{prefix}norm_mean"] = shapes[f"{prefix}norm_var"] = (channels,)
+            options[f"{prefix}eps"] = rng.choice((0.0, 1e-5, 1e-3, 1.0))
+
+    def excite(channels: int) -> None:
+        reduced = _size(rng, max(1, min(300, _MOST_ELEMENTS // channels)))
+        tail: tuple[int, ...] = rng.choice(((), (1, 1)))
+        shapes["w_reduce"], shapes["w_expand"] = (reduced, channels, *tail), (channels, reduced, *tail)
+        for name, size in (("b_reduce", reduced), ("b_expand", channels)):
+            if op == "squeeze_excite_gate":
+                options[name] = None
+            if rng.random() < 0.5:
+                options.pop(name, None)
+                shapes[name] = (size,)
+        options["gate"] = rng.choice(gates)
+
+    channels = _size(rng, 3000)
+    if op == "squeeze_excite_gate":
+        shapes["pooled"] = (batch, channels)
+        excite(channels)
+        options["activation"] = rng.choice(activations)
+    else:
+        height, width = _plane(rng, max(1, _MOST_ELEMENTS // channels // max(1, batch)))
+        shapes["x"] = (batch, channels, height, width)
+        options["activation"] = rng.choice(activations)
+        pixels = max(1, batch) * height * width
+        out = channels
+        if op in ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze"):
+            out = _size(rng, max(1, min(2000, _MOST_ELEMENTS // pixels, _MOST_PRODUCTS // (pixels * channels))))
+        if op == "pointwise_bn_act":
+            shapes["weight"] = (out, channels, 1, 1)
+            norm(out)
+            if rng.random() < 0.5:
+                shapes["gate"] = (batch, channels)
+            if rng.random() < 0.5:
+                shapes["residual"] = (batch, out, height, width)
+        else:
+            largest = (
+                13 if op != "conv_bn_act" else max(1, min(7, int((_MOST_PRODUCTS / (pixels * channels * out)) ** 0.5)))
+            )
+            kernel, dilation, padding = _window(rng, largest, op, max(1, batch) * out, height, width)
+            options["padding"] = padding
+            options["stride"] = rng.choice((1, 2)) if op != "conv_bn_act" else rng.choice((1, 2, 2, 3, 5, 1000))
+            if op == "conv_bn_act":
+                shapes["weight"] = (out, channels, *kernel)
+                norm(out)
+            else:
+                options["dilation"] = dilation
+                if op == "expand_depthwise_squeeze":
+                    shapes["expand_weight"] = (out, channels, 1, 1)
+                    norm(out, "expand_")
+                    options["expand_activation"] = rng.choice(activations)
+                shapes["weight"] = (out, 1, *kernel)
+                norm(out)
+                if op in ("depthwise_bn_act_gate", "depthwise_bn_act_se"):
+                    excite(channels)
+                    options["se_activation"] = rng.choice(activations)
+
+    def dtype_of(name: str) -> torch.dtype:
+        if name in ("x", "residual") or (name == "w_expand" and op == "squeeze_excite_gate"):
+            return dtype
+        if name == "pooled" or parameters == "float32":
+            return torch.float32
+        return dtype if parameters == "same" or rng.random() < 0.5 else torch.float32
+
+    dtypes = {name: dtype_of(name) for name in shapes}
+    layout, fill = rng.choice(LAYOUTS), rng.choice(tuple(_FILLS))
+    return Call(op, dtype, shapes, dtypes, options, layout, fill, rng.choice(isas), rng.choice((1, 2, 3)))
