@@ -19,6 +19,9 @@ export EFFKERNELS_CUDA_ARCHS ?= $(or $(THIS_MACHINE),90)
 # Of an environment with another release of torch and triton; empty: that of .venv.
 GATES_PYTHON ?=
 PARTS ?=
+FUZZ_SECONDS ?= 120
+SOAK_SECONDS ?= 60
+SEED ?= 0
 GPU_CHECK_ARGS ?=
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py effkernels/_version.py
@@ -26,8 +29,8 @@ FORMATTED_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build test test-suite test-emulated test-race test-asan test-triton test-gates bench gpu-check \
-  kernels-table lint lint-python lint-native types format clean distclean wheel
+.PHONY: help setup build test test-suite test-emulated test-race test-asan test-triton test-gates bench fuzz soak \
+  gpu-check kernels-table lint lint-python lint-native types format clean distclean wheel
 
 help: ## list these commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -65,6 +68,12 @@ test-gates: setup ## check what Triton compiles for GPUs, that of another enviro
 bench: setup ## time EfficientNet-B0, ours and timm's made fast, against eager PyTorch and torch.compile (BENCH_ARGS adds flags)
 	$(BIN)/effkernels bench --model efficientnet_b0 --batch-size 1 16 \
 	  --contender effkernels optimized engine eager eager-channels-last compile $(BENCH_ARGS)
+
+fuzz: setup ## throw random calls and hostile files at the library (FUZZ_SECONDS, SEED)
+	$(BIN)/python -m benchmarks.fuzz --seconds $(FUZZ_SECONDS) --seed $(SEED)
+
+soak: setup ## load an engine with good and bad requests, interrupts and refreshes at once (SOAK_SECONDS, SEED)
+	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS) --seed $(SEED)
 
 gpu-check: ## check and measure on a GPU, by this machine's own python3, no setup (PARTS="parity ops" for a part)
 	@$(PYTHON) -m benchmarks.gpu_check $(PARTS) $(GPU_CHECK_ARGS)
