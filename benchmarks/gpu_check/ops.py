@@ -21,6 +21,7 @@ from benchmarks.gpu_check.measure import Refused
 from benchmarks.gpu_check.results import Results
 from benchmarks.gpu_check.shapes import Measurement
 from effkernels.benchmark import Row
+from effkernels.parity import full_float32
 
 MODELS = ("efficientnet_b0", "efficientnet_b4")
 BATCHES = (256, 1, 32)
@@ -154,6 +155,7 @@ def operators(options: Options) -> str:
     """Time the operators and blocks at the shapes of B0 and B4."""
     work = options.work("ops")
     torch.backends.cudnn.benchmark = True
+    full_float32()  # float32 against float32 on both sides, where cuDNN takes TF32 for some numbers of channels
     bench = Bench(options)
     name = bench.results.device_name
     print(f"{name}: a copy moves {bench.bandwidth / 1e6:.2f} TB/s, counting bytes read and written", flush=True)
