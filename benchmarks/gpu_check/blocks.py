@@ -117,6 +117,7 @@ def _on_device(module: nn.Module, dtype: torch.dtype, device: torch.device) -> n
     return moved
 
 
+@torch.inference_mode()
 def measure_block(
     block: Block, batch: int, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None] = ()
 ) -> tuple[int, list[Measured], list[Refused]]:

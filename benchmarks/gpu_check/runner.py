@@ -33,64 +33,65 @@ class Outcome:
     note: str
 
 
-def run_one(part: Part, arguments: Sequence[str], seconds: float, log: Path, progress: Progress) -> Outcome:
+def run_one(
+    part: Part, arguments: Sequence[str], seconds: float, log: Path, progress: Progress, dry: bool = False
+) -> Outcome:
     """Run one part, show and log what it prints, and stop it where it does not keep to its time.
 
     Args:
         seconds: what the part is told to keep to. It is gone soon after, see `schedule.allowance`.
+        dry: without a GPU, at sizes for which one thread is quicker than several.
     """
     command = python("-m", f"benchmarks.gpu_check.{part.name}", "--seconds", f"{seconds:.1f}", *arguments)
     print(f"\n== {part.name}, {seconds:.0f} s: {part.says}", flush=True)
     begin = time.monotonic()
-    late = threading.Event()
-    last = ""
-    with log.open("a", encoding="utf-8") as copy:
-        copy.write(f"\n== {part.name}\n")
-        # A process group of its own, so that what a part has started ends with it.
-        process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=ROOT,
-            start_new_session=True,
-        )  # fmt: skip
+    # A session of its own: what a part has started ends with it.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,
+        env={**environment(), **({"OMP_NUM_THREADS": "1"} if dry else {})},
+    )  # fmt: skip
+    last = [""]
 
-        def stop() -> None:
-            late.set()
-            _signal_group(process.pid, signal.SIGTERM)
-
-        def kill() -> None:
-            _signal_group(process.pid, signal.SIGKILL)
-
-        alarms = [
-            threading.Timer(seconds + schedule.GRACE_SECONDS, stop),
-            threading.Timer(seconds + schedule.GRACE_SECONDS + schedule.KILL_SECONDS, kill),
-        ]
-        for alarm in alarms:
-            alarm.start()
+    def show() -> None:
         assert process.stdout is not None
-        try:
+        with log.open("a", encoding="utf-8") as copy:
+            copy.write(f"\n== {part.name}\n")
             for line in process.stdout:
                 print(line, end="", flush=True)
                 copy.write(line)
                 copy.flush()
-                last = line.strip() or last
-            status = process.wait()
-        finally:
-            for alarm in alarms:
-                alarm.cancel()
-            if process.poll() is None:  # an interrupt: the part first, and nothing of it stays
-                stop()
-                try:
-                    process.wait(schedule.KILL_SECONDS)
-                except subprocess.TimeoutExpired:
-                    kill()
-            kill()
+                last[0] = line.strip() or last[0]
+
+    # Not this thread: a process that the part left behind can hold its output open for longer than the part has time.
+    reader = threading.Thread(target=show, daemon=True)
+    reader.start()
+    late = False
+    try:
+        try:
+            status = process.wait(seconds + schedule.GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            late, status = True, _end(process)
+    finally:
+        _end(process)
+        reader.join(1.0)
     took = time.monotonic() - begin
-    if late.is_set():
+    if late:
         return Outcome(part.name, "cut", took, progress.of(part.name).how_far())
     if status < 0:
         return Outcome(part.name, "failed", took, f"died by signal {-status} at {progress.of(part.name).how_far()}")
     names = {PASSED: "passed", NOT_AVAILABLE: "not available", common.CUT: "cut"}
     result = names.get(status, "failed")
-    return Outcome(part.name, result, took, last.removeprefix(f"{result}: "))
+    return Outcome(part.name, result, took, last[0].removeprefix(f"{result}: "))
+
+
+def _end(process: subprocess.Popen[str]) -> int:
+    """Ask a part to end, then kill what is left of it and of what it has started."""
+    if process.poll() is None:
+        _signal_group(process.pid, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(schedule.KILL_SECONDS)
+    _signal_group(process.pid, signal.SIGKILL)
+    return process.wait()
 
 
 def _signal_group(group: int, number: int) -> None:
@@ -126,15 +127,26 @@ def why_not_here(device: str) -> str | None:
 class Check:
     """One call of the check.
 
-    Attributes:
-        total: seconds that it may take.
+    Args:
+        parts: to run, unless an earlier call has finished them.
+        total: seconds that it may take, from `begin` on (of time.monotonic).
         arguments: passed on to every part.
+        out: folder of the log and the summary.
+        dry: without a GPU.
     """
 
     def __init__(
-        self, parts: Sequence[Part], total: float, arguments: Sequence[str], progress: Progress, out: Path, begin: float
+        self,
+        parts: Sequence[Part],
+        total: float,
+        arguments: Sequence[str],
+        progress: Progress,
+        out: Path,
+        begin: float,
+        dry: bool = False,
     ) -> None:
         self.parts = parts
+        self.dry = dry
         self.total = total
         self.arguments = [*arguments, "--progress", str(progress.file)]
         assert progress.file is not None
@@ -173,7 +185,7 @@ class Check:
         earlier = self.outcomes[part.name]
         self._write(Outcome(part.name, "running", 0.0, "the check ended before this part did"))
         try:
-            outcome = run_one(part, self.arguments, seconds, self.log, self.progress)
+            outcome = run_one(part, self.arguments, seconds, self.log, self.progress, self.dry)
         except BaseException:
             self._write(Outcome(part.name, "cut", earlier.seconds, self.progress.of(part.name).how_far()))
             raise
@@ -228,7 +240,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         progress.forget()
     arguments = common.passed_on(parsed)
     goes_on = progress.begin(run_key(ROOT, [_device_name(parsed.device), *arguments]))
-    check = Check(parts, 60 * parsed.minutes, arguments, progress, Path(os.environ.get("OUT") or WORK), begin)
+    dry = parsed.smoke and parsed.device == "cpu"
+    check = Check(parts, 60 * parsed.minutes, arguments, progress, Path(os.environ.get("OUT") or WORK), begin, dry)
     if goes_on:
         print("gpu-check: goes on where the last call of the same source ended; --afresh begins again", flush=True)
     try:
@@ -239,7 +252,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         copy_out(check.log, check.table, WORK / "ncu.txt")
         print(f"\n{summary(list(check.outcomes.values()))}", flush=True)
-        if parsed.smoke and parsed.device == "cpu":
+        if dry:
             print("a dry run: it shows that the code of the check runs, and nothing about a GPU", flush=True)
     return FAILED if any(outcome.result == "failed" for outcome in check.outcomes.values()) else PASSED
 

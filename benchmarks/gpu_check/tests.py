@@ -111,6 +111,7 @@ def verdict(counted: str, status: int, stopped: bool, state: PartProgress) -> st
     assert not state.wrong, f"{len(state.wrong)} of {len(state.done)} tests failed, the first: {state.wrong[0]}"
     if stopped and (state.left or not state.planned):
         raise Cut(f"{state.how_far()}; {counted}")
-    assert status == 0 or (status == _NO_TESTS_LEFT and state.done), f"{counted or 'no output'} (exit status {status})"
+    ended_well = status == 0 or stopped or (status == _NO_TESTS_LEFT and state.done)
+    assert ended_well, f"{counted or 'no output'} (exit status {status})"
     assert state.done, f"no test ran: {counted}"
     return f"{len(state.done)} tests; {counted}"

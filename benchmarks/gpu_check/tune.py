@@ -23,7 +23,7 @@ def tune(options: Options) -> str:
     command = python("-m", "effkernels", "tune", "--model", "efficientnet_b0")
     variables = {tuning.VARIABLE: str(FOLDER)}
     if options.dry:
-        command += ["--batch-size", "1", "--img-size", "32", "--ops", "squeeze_excite_gate", "--dry-run"]
+        command += ["--batch-size", "1", "--img-size", "32", "--ops", "conv_bn_act", "--dry-run"]
         variables["TRITON_INTERPRET"] = "1"
     else:
         command += ["--batch-size", "1", "256"]
