@@ -19,6 +19,7 @@ export EFFKERNELS_CUDA_ARCHS ?= $(or $(THIS_MACHINE),90)
 # Of an environment with another release of torch and triton; empty: that of .venv.
 GATES_PYTHON ?=
 PARTS ?=
+MINUTES ?= 9
 GPU_CHECK_ARGS ?=
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py effkernels/_version.py
@@ -66,8 +67,8 @@ bench: setup ## time EfficientNet-B0, ours and timm's made fast, against eager P
 	$(BIN)/effkernels bench --model efficientnet_b0 --batch-size 1 16 \
 	  --contender effkernels optimized engine eager eager-channels-last compile $(BENCH_ARGS)
 
-gpu-check: ## check and measure on a GPU, by this machine's own python3, no setup (PARTS="parity ops" for a part)
-	@$(PYTHON) -m benchmarks.gpu_check $(PARTS) $(GPU_CHECK_ARGS)
+gpu-check: ## check and measure on a GPU for MINUTES=9, by this machine's own python3, no setup; again: goes on (PARTS=ops)
+	@$(PYTHON) -m benchmarks.gpu_check $(PARTS) --minutes $(MINUTES) $(GPU_CHECK_ARGS)
 
 kernels-table: setup ## write what the compiler made of each kernel into docs/kernels.md
 	$(BIN)/python -m benchmarks.kernel_economy

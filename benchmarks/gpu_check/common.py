@@ -22,6 +22,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 # How a part ends, as its exit status.
 PASSED, FAILED, NO_GPU, CUT, NOT_AVAILABLE = 0, 1, 2, 75, 77
 
+_SHOWN_STEPS = 12  # of those that are left
+
 Step = TypeVar("Step")
 
 
@@ -89,8 +91,10 @@ class Work:
         """
         wrong = self._state.wrong
         assert not wrong, f"{len(wrong)} of {len(self._state.done)} steps wrong, the first: {wrong[0]}"
-        if self._state.left:
-            print(f"for lack of time ({self.seconds:.0f} s) left out:", *self._state.left, sep="\n  ")
+        left = self._state.left
+        if left:
+            more = [f"and {len(left) - _SHOWN_STEPS} more"] if len(left) > _SHOWN_STEPS else []
+            print(f"for lack of time ({self.seconds:.0f} s) left out:", *left[:_SHOWN_STEPS], *more, sep="\n  ")
             raise Cut(f"{self._state.how_far()}; {note}")
         return note
 
