@@ -216,6 +216,11 @@ class TestWork:
         with pytest.raises(AssertionError, match="2 of 3 steps wrong, the first: a is wrong"):
             work.end("")
 
+    def test_the_time_of_a_part_begins_before_its_process(self, progress: Progress) -> None:
+        work = Options(seconds=60.0, progress=progress, started=time.monotonic() - 50).work("ops")
+        assert [name for name, _ in work.steps(self.STEPS, lambda step: 20.0)] == []
+        assert 5 < work.left <= 10
+
     def test_without_a_file_a_part_runs_alone(self) -> None:
         work = Options(seconds=10).work("ops")
         assert [name for name, _ in work.steps(self.STEPS, lambda step: 0.0)] == ["a", "b", "c"]

@@ -42,11 +42,11 @@ class Work:
         progress: where steps are written down as they begin and end.
     """
 
-    def __init__(self, part: str, seconds: float, progress: Progress) -> None:
+    def __init__(self, part: str, seconds: float, progress: Progress, started: float | None = None) -> None:
         self.part = part
         self.seconds = seconds
         self.progress = progress
-        self._started = time.monotonic()
+        self._started = time.monotonic() if started is None else started
         self._wrong: dict[str, str] = {}
         self._state = progress.of(part)
 
@@ -122,6 +122,7 @@ class Options:
         results: the folder of the result files.
         dtypes, max_autotune: of the operator benchmark.
         progress: what earlier calls did, see `progress`.
+        started: when the part's time began, of time.monotonic: before its process was there, whose imports take some.
     """
 
     device: str = "cuda"
@@ -131,10 +132,16 @@ class Options:
     dtypes: tuple[str, ...] = ("bfloat16",)
     max_autotune: bool = False
     progress: Progress = field(default_factory=lambda: Progress(None))
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left."""
+        return self.started + self.seconds - time.monotonic()
 
     def work(self, part: str) -> Work:
-        """The steps of a part, whose time begins now."""
-        return Work(part, self.seconds, self.progress)
+        """The steps of a part."""
+        return Work(part, self.seconds, self.progress, self.started)
 
     @property
     def dry(self) -> bool:
@@ -191,10 +198,13 @@ def run_part(part: Callable[[Options], str], arguments: Sequence[str] | None = N
     made = parser((part.__doc__ or "").split("\n")[0])
     made.add_argument("--seconds", type=float, default=240.0, help="time of this part (default: %(default)s)")
     made.add_argument("--progress", type=Path, help="file from which a later call goes on (default: none)")
+    made.add_argument(
+        "--started", type=float, default=time.monotonic(), help="when its time began, of time.monotonic (default: now)"
+    )
     parsed = made.parse_args(arguments)
     options = Options(
         parsed.device, parsed.seconds, parsed.smoke, parsed.results, tuple(parsed.dtypes), parsed.max_autotune,
-        Progress(parsed.progress),
+        Progress(parsed.progress), parsed.started,
     )  # fmt: skip
     try:
         print(part(options), flush=True)

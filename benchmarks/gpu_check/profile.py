@@ -87,7 +87,7 @@ def profile(options: Options) -> str:
     command += ["--csv", "--page", "raw"]
     command += ["--kernel-name-base", "demangled", "--kernel-name", "regex:effkernels"]
     command += python("-m", "benchmarks.gpu_check.profile", "--kernels", options.device)
-    status, output = tool_output(command, options.seconds - 2)
+    status, output = tool_output(command, options.left - 2)
     WORK.mkdir(parents=True, exist_ok=True)
     (WORK / "ncu.csv").write_text(output, encoding="utf-8")
     kernels = read_report(output)

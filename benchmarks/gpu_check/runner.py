@@ -42,9 +42,10 @@ def run_one(
         seconds: what the part is told to keep to. It is gone soon after, see `schedule.allowance`.
         dry: without a GPU, at sizes for which one thread is quicker than several.
     """
-    command = python("-m", f"benchmarks.gpu_check.{part.name}", "--seconds", f"{seconds:.1f}", *arguments)
     print(f"\n== {part.name}, {seconds:.0f} s: {part.says}", flush=True)
     begin = time.monotonic()
+    told = ("--seconds", f"{seconds:.1f}", "--started", f"{begin:.1f}")
+    command = python("-m", f"benchmarks.gpu_check.{part.name}", *told, *arguments)
     # A session of its own: what a part has started ends with it.
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, start_new_session=True,

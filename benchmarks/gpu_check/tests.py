@@ -66,7 +66,7 @@ def run_tests(
     skip.write_text("\n".join([*before.done, *before.given_up]), encoding="utf-8")
     assert progress.file is not None
     command = pytest_command(*resuming.options(progress.file, part, skip), *arguments, processes=processes)
-    last, status, stopped = _run(command, options.seconds - _CLOSING_SECONDS, variables or {})
+    last, status, stopped = _run(command, options.left - _CLOSING_SECONDS, variables or {})
     return verdict(last, status, stopped, progress.of(part))
 
 

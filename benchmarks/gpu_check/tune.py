@@ -28,7 +28,7 @@ def tune(options: Options) -> str:
     else:
         command += ["--batch-size", "1", "256"]
     try:
-        status, output = tool_output(command, options.seconds - _CLOSING_SECONDS, variables)
+        status, output = tool_output(command, options.left - _CLOSING_SECONDS, variables)
     except NotAvailable as late:
         if "did not end" not in str(late):
             raise
