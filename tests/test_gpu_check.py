@@ -460,10 +460,10 @@ class TestCheck:
         assert lines[-1] == "1 passed, 0 failed, 1 not available"
 
 
-# The seconds that `build` needs on this machine come first, so that SIGTERM finds a check that is at work.
 def test_a_real_check_that_is_interrupted_ends_its_part(tmp_path: Path) -> None:
     environment = {**common.environment(), "OUT": str(tmp_path)}
-    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--smoke", "--afresh", "training"]
+    command = [sys.executable, "-m", "benchmarks.gpu_check", "--device", "cpu", "--smoke", "training"]
+    command += ["--progress", str(tmp_path / "progress.jsonl")]
     check = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     assert check.stdout is not None
     line = next(line for line in check.stdout if line.startswith("== training"))

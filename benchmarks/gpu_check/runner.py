@@ -222,6 +222,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     made.prog = "python3 -m benchmarks.gpu_check"
     made.add_argument("parts", nargs="*", help=f"of {', '.join(part.name for part in PARTS)}; default: all")
     made.add_argument("--minutes", type=float, default=schedule.MINUTES, help="of this call (default: %(default)s)")
+    made.add_argument(
+        "--progress", type=Path, metavar="FILE", help="what earlier calls have done (default: in build/gpu-check)"
+    )
     made.add_argument("--afresh", action="store_true", help="forget what earlier calls have done")
     parsed = made.parse_args(arguments)
     try:
@@ -236,11 +239,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return NO_GPU
 
     WORK.mkdir(parents=True, exist_ok=True)
-    progress = Progress(WORK / "progress.jsonl")
+    progress = Progress((parsed.progress or WORK / "progress.jsonl").absolute())
     if parsed.afresh:
         progress.forget()
     arguments = common.passed_on(parsed)
-    goes_on = progress.begin(run_key(ROOT, [_device_name(parsed.device), *arguments]))
+    sizes = [f"smoke {parsed.smoke}", f"max-autotune {parsed.max_autotune}", *parsed.dtypes]
+    goes_on = progress.begin(run_key(ROOT, [_device_name(parsed.device), *sizes]))
     dry = parsed.smoke and parsed.device == "cpu"
     check = Check(parts, 60 * parsed.minutes, arguments, progress, Path(os.environ.get("OUT") or WORK), begin, dry)
     if goes_on:
