@@ -22,6 +22,7 @@ PARTS ?=
 FUZZ_SECONDS ?= 120
 SOAK_SECONDS ?= 60
 SEED ?= 0
+MINUTES ?= 9
 GPU_CHECK_ARGS ?=
 
 NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py effkernels/_version.py
@@ -75,8 +76,8 @@ fuzz: setup ## throw random calls and hostile files at the library (FUZZ_SECONDS
 soak: setup ## load an engine with good and bad requests, interrupts and refreshes at once (SOAK_SECONDS, SEED)
 	$(BIN)/python -m benchmarks.soak --seconds $(SOAK_SECONDS) --seed $(SEED)
 
-gpu-check: ## check and measure on a GPU, by this machine's own python3, no setup (PARTS="parity ops" for a part)
-	@$(PYTHON) -m benchmarks.gpu_check $(PARTS) $(GPU_CHECK_ARGS)
+gpu-check: ## check and measure on a GPU for MINUTES=9, by this machine's own python3, no setup; again: goes on (PARTS=ops)
+	@$(PYTHON) -m benchmarks.gpu_check $(PARTS) --minutes $(MINUTES) $(GPU_CHECK_ARGS)
 
 kernels-table: setup ## write what the compiler made of each kernel into docs/kernels.md
 	$(BIN)/python -m benchmarks.kernel_economy

@@ -22,7 +22,9 @@ BEGIN = "<!-- results: written by benchmarks/report.py -->"
 END = "<!-- end of results -->"
 _SUITE_TITLES = {
     "model": "Networks",
+    "block": "Blocks",
     "op": "Operators",
+    "training": "Fine-tuning with frozen norms, forward and backward",
     "overhead": "Cost of one call with next to no work",
 }
 

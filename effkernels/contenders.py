@@ -56,9 +56,17 @@ class Case:
         return asdict(self)
 
     def images(self, number: int) -> Tensor:
-        """Input number ``number``: float32 noise, (batch, 3, img_size, img_size), on the CPU."""
-        generator = torch.Generator().manual_seed(1000 + number)
-        return torch.randn(self.batch, 3, self.img_size, self.img_size, generator=generator)
+        """Input number ``number``: float32 noise, (batch, 3, img_size, img_size), on the CPU.
+
+        The tensor is shared: do not change it.
+        """
+        return _noise(self.batch, self.img_size, number)
+
+
+@functools.lru_cache(maxsize=2)  # every contender asks for the same ones, and a large batch takes a second to draw
+def _noise(batch: int, size: int, number: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1000 + number)
+    return torch.randn(batch, 3, size, size, generator=generator)
 
 
 @dataclass(frozen=True)

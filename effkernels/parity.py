@@ -23,6 +23,17 @@ class Errors:
     largest: float
 
 
+def full_float32() -> None:
+    """Let PyTorch, and with it the operators of this package, compute float32 products in full in this process.
+
+    By default cuDNN's convolutions may run in TF32, whose error is some thousand times as large, and take it or not by
+    the number of channels: a comparison would hold TF32 on one side against float32 on the other. This is done by the
+    older settings, because the newer ones leave a mix behind that the older getters refuse to read.
+    """
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def errors(result: Tensor, truth: Tensor) -> Errors:
     """Both errors of a result; infinite where its shape is another or a value is not finite."""
     truth = truth.double().cpu()

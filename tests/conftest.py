@@ -21,6 +21,10 @@ from emulation.control import A100, H200, Emulation, Emulator, emulator
 from hypothesis import HealthCheck, settings
 
 from effkernels import _library, backends
+from effkernels.parity import full_float32
+
+# Every float32 comparison of the tests; TF32 has cases and a yardstick of its own in tests/gpu/test_tf32.py.
+full_float32()
 
 # One fixed set of examples per test and no time limit: a run says the same thing on every machine and under any load.
 settings.register_profile(

@@ -94,10 +94,13 @@ def test_fused_equals_plain(backend: Backend, name: str, dtype: torch.dtype) -> 
     exact = copy.deepcopy(block).double()
     for height, width in ((13, 14), (7, 9), (1, 1)):
         x = images(2, height, width, 24).to(backend.device, dtype)
+        layouts = (x, x.contiguous(memory_format=torch.channels_last))
         with torch.inference_mode():
-            for layout in (x, x.contiguous(memory_format=torch.channels_last)):
+            # A pixel alone has few values: on a GPU the largest of PyTorch's errors in both layouts is its own.
+            own = [plain(block, one) for one in (layouts if backend.device == "cuda" else layouts[:1])]
+            for layout in layouts:
                 y = block(layout)
-                assert_parity(y, plain(block, x), plain(exact, x.double()), f"{name} {height}x{width}")
+                assert_parity(y, own, plain(exact, x.double()), f"{name} {height}x{width}")
                 if name != "conv-grouped":
                     assert_exact_channels_last(y)
 

@@ -245,9 +245,10 @@ def outputs(op: str, arguments: dict[str, Any]) -> list[tuple[Tensor, Tensor, Te
     case = Case(op)
     ours = op_cases.run(effkernels.ops, case, arguments)
     with op_cases.one_thread():
-        theirs = op_cases.run(effkernels.reference, case, arguments)
+        # On the CPU, as the truth and for its reason.
+        theirs = op_cases.run(effkernels.reference, case, op_cases.on_cpu(arguments))
         truth = op_cases.truth(case, arguments)
-    return list(zip(ours, theirs, truth, strict=True))
+    return [(y, own.to(y.device), exact) for y, own, exact in zip(ours, theirs, truth, strict=True)]
 
 
 def assert_not_finite_alike(y: Tensor, truth: Tensor, what: str) -> None:

@@ -48,17 +48,24 @@ def device_events(events: Sequence[Any]) -> list[str]:
     ]
 
 
-def profiled(call: Callable[[], object]) -> list[str]:
+def operator_events(events: Sequence[Any]) -> list[str]:
+    """Names of this library's operators among a profile's events: what a dry run has in the place of launches."""
+    return [event.name for event in events if event.name.startswith("effkernels::")]
+
+
+def profiled(call: Callable[[], object], device: torch.device) -> list[str]:
     """What one call puts on the GPU, by the profiler."""
     from torch.profiler import ProfilerActivity, profile
 
+    on_gpu = device.type == "cuda"
+    wait = torch.cuda.synchronize if on_gpu else lambda: None
     call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    wait()
+    with profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_gpu]) as profiler:
         call()
-        torch.cuda.synchronize()
-    events = profiler.events()
-    return device_events(events if events is not None else [])
+        wait()
+    events = profiler.events() or []
+    return device_events(events) if on_gpu else operator_events(events)
 
 
 def complaint(op: str, seen: Sequence[str], counted: int | None) -> str | None:
@@ -81,33 +88,33 @@ def call_on(backend: str, case: OpCase, device: torch.device) -> tuple[int | Non
         with triton_launches() as names:
             call()
         counted = len(names) if backend == "triton" else None if before is None else (launch_count() or 0) - before
-        return counted, profiled(call)
+        return counted, profiled(call, device)
 
 
 def launches(options: Options) -> str:
     """Launches of one call of each operator."""
-    if options.device != "cuda":
-        raise NotAvailable("needs a GPU")
-    device = torch.device("cuda")
-    spare = torch.empty(1 << 20, device=device)
-    if not profiled(spare.zero_):
+    options.needs_gpu()
+    device = torch.device(options.device)
+    if device.type == "cuda" and not profiled(torch.empty(1 << 20, device=device).zero_, device):
         raise NotAvailable("torch.profiler sees no GPU activity here")
-    wrong, done = [], 0
-    for backend, can_run in (("cuda", backends.can_run_cuda), ("triton", backends.can_run_triton)):
-        for case in cases():
-            if not can_run(case.op, device=device, dtype=torch.bfloat16).ok:
-                continue
-            counted, seen = call_on(backend, case, device)
-            names = ", ".join(name[:60] for name in seen)
-            print(f"{backend:<6} {case.op:<26} {case.shape:<40} {len(seen)}  {names}", flush=True)
-            done += 1
-            problem = complaint(case.op, seen, counted)
-            if problem:
-                wrong.append(f"{case.op} {case.shape} by {backend}: {problem}")
-    for line in wrong:
-        print(line)
-    assert not wrong, f"{len(wrong)} operators with other launches than promised, the first: {wrong[0]}"
-    return f"{done} calls, each with the launches that it promises"
+    can_run = {"cuda": backends.can_run_cuda, "triton": backends.can_run_triton}
+    if options.dry:
+        can_run = {"cpu": backends.can_run_cpu}
+    calls = {
+        f"{case.op} {case.shape} by {backend}": (backend, case)
+        for backend, decide in can_run.items()
+        for case in cases()
+        if decide(case.op, device=device, dtype=torch.bfloat16).ok
+    }
+    assert calls, "no backend of this package runs an operator here"
+    work = options.work("launches")
+    for step, (backend, case) in work.steps(calls, lambda call: 0.5):
+        counted, seen = call_on(backend, case, device)
+        print(f"{step:<80} {len(seen)}  {', '.join(name[:60] for name in seen)}", flush=True)
+        problem = complaint(case.op, seen, counted)
+        if problem:
+            work.wrong(step, f"{step}: {problem}")
+    return work.end(f"{len(calls)} calls, each with the launches that it promises")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Measures one operator call: contenders with the same inputs, parity first, then times in turns.
+"""Measures one operator call or one block: contenders with the same inputs, parity first, then times in turns.
 
 On a GPU every contender's calls are captured in a CUDA graph, so that the time is the kernels' and not that of Python
 and the launches; the rows say so by "-graph". On a CPU the calls are timed as they are.
@@ -6,7 +6,7 @@ and the launches; the rows say so by "-graph". On a CPU the calls are timed as t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +65,24 @@ def launch_count() -> int | None:
     return int(torch.ops.effkernels.cuda_launches())
 
 
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compute a case.
+
+    Attributes:
+        prepare: makes a call on inputs of its own.
+        backend: of this project, whose results have to be right; "" for another's.
+        whole: it computes the case and not a part of it.
+    """
+
+    prepare: Callable[[], Call]
+    backend: str = ""
+    whole: bool = True
+
+
 def bare(case: OpCase, device: torch.device) -> tuple[str, Any] | None:
     """PyTorch's convolution or product alone, without norm, activation or squeeze-and-excitation, by its library."""
     convolution_by, product_by = ("cudnn ", "cublas ") if device.type == "cuda" else ("", "")
@@ -90,66 +108,63 @@ def bare(case: OpCase, device: torch.device) -> tuple[str, Any] | None:
     return f"{convolution_by}convolution alone", SimpleNamespace(**{case.op: convolution})
 
 
-@dataclass(frozen=True)
-class Contender:
-    """A module with the operator, and how its results are to be seen.
-
-    Attributes:
-        backend: of this project, whose results have to be right; "" for another's.
-        whole: it computes the operator and not a part of it.
-    """
-
-    module: Any
-    backend: str = ""
-    whole: bool = True
-
-
-def ours(op: str, dtype: torch.dtype, device: torch.device, kernel_size: int | None) -> dict[str, Contender]:
+def ours(op: str, dtype: torch.dtype, device: torch.device, kernel_size: int | None = None) -> list[str]:
     """Every backend of this project that runs a call, the compiled ones first."""
     can_run = {"cuda": backends.can_run_cuda, "cpu": backends.can_run_cpu, "triton": backends.can_run_triton}
-    return {
-        f"effkernels-{name}": Contender(_forced(op, name), name)
-        for name, decide in can_run.items()
-        if decide(op, device=device, dtype=dtype, kernel_size=kernel_size).ok
-    }
+    found = [
+        name for name, decide in can_run.items() if decide(op, device=device, dtype=dtype, kernel_size=kernel_size).ok
+    ]
+    return found or ["reference"]
 
 
-def _forced(op: str, backend: str) -> SimpleNamespace:
-    function = getattr(ops, op)
+def on_backend(call: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    """A function that runs on one backend, whatever the one in force."""
 
-    def call(*args: Any, **options: Any) -> Any:
+    def forced(*args: Any, **options: Any) -> Any:
         with effkernels.backend(backend):
-            return function(*args, **options)
+            return call(*args, **options)
 
-    return SimpleNamespace(**{op: call})
+    return forced
 
 
 def contenders(
     case: OpCase, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None]
 ) -> dict[str, Contender]:
-    """By name.
+    """The contenders of an operator call, by name.
 
     Args:
         modes: of torch.compile, None for its default.
     """
+
+    def of(module: Any, **how: Any) -> Contender:
+        return Contender(lambda: case.prepare(module, dtype, device), **how)
+
+    def only(function: Any, **how: Any) -> Contender:
+        return of(SimpleNamespace(**{case.op: function}), **how)
+
     weight = case.tensors.get("weight")
-    found = ours(case.op, dtype, device, None if weight is None else weight.shape[3])
-    found = found or {"effkernels-reference": Contender(_forced(case.op, "reference"), "reference")}
-    found["eager-channels-last"] = Contender(reference)
+    found = {
+        f"effkernels-{name}": only(on_backend(getattr(ops, case.op), name), backend=name)
+        for name in ours(case.op, dtype, device, None if weight is None else weight.shape[3])
+    }
+    found["eager-channels-last"] = of(reference)
     alone = bare(case, device)
     if alone:
-        found[alone[0]] = Contender(alone[1], whole=False)
+        found[alone[0]] = of(alone[1], whole=False)
     for mode in modes:
-        compiled = torch.compile(getattr(reference, case.op), mode=mode, dynamic=False)
-        name = "compile" if mode is None else "compile-max-autotune"
-        found[name] = Contender(SimpleNamespace(**{case.op: compiled}))
+        found[compiled_name(mode)] = only(torch.compile(getattr(reference, case.op), mode=mode, dynamic=False))
     return found
+
+
+def compiled_name(mode: str | None) -> str:
+    """The contender's name of a mode of torch.compile."""
+    return "compile" if mode is None else "compile-max-autotune"
 
 
 def measure(
     case: OpCase, batch: int, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None] = ()
 ) -> tuple[OpCase, list[Measured], list[Refused]]:
-    """Time every contender of a case.
+    """Time every contender of an operator call.
 
     Args:
         case: with a batch of at most a few images.
@@ -165,15 +180,32 @@ def measure(
     plain = small.prepare(reference, dtype, device)()
     large = enlarged(rounded, batch, dtype, device)
     copies = benchmark.input_count(large.bytes_moved(dtype), environment.last_level_cache_bytes(device))
+    measured, refused = compare(contenders(large, dtype, device, modes), truth, plain, copies, device)
+    return large, measured, refused
+
+
+def compare(
+    contenders: Mapping[str, Contender],
+    truth: Sequence[Tensor],
+    plain: Sequence[Tensor],
+    copies: int,
+    device: torch.device,
+) -> tuple[list[Measured], list[Refused]]:
+    """Time contenders in turns, each after its results were held against float64.
+
+    Args:
+        truth, plain: results of the first images in float64, and those of plain PyTorch in the dtype that is timed.
+        copies: how many inputs a contender has, so that none is in the cache when its turn comes again.
+    """
     runs: dict[str, benchmark.Run] = {}
     parity: dict[str, float | None] = {}
     launches: dict[str, int] = {}
     refused = []
     with temporary_graphs():
-        for name, contender in contenders(large, dtype, device, modes).items():
+        for name, contender in contenders.items():
             label = f"{name}-graph" if device.type == "cuda" else name
             try:
-                calls = [large.prepare(contender.module, dtype, device) for _ in range(copies)]
+                calls = [contender.prepare() for _ in range(copies)]
                 outputs, counted = _counted(calls[0], contender.backend)
                 if counted is not None:
                     launches[label] = counted
@@ -189,7 +221,7 @@ def measure(
                 reason = f"{type(failure).__name__}: {' '.join(str(failure).split())[:200]}"
                 refused.append(Refused(label, reason, bool(contender.backend)))
         if not runs:
-            return large, [], refused
+            return [], refused
         times = benchmark.time_in_turns(runs, device=device, warmup=2, rounds=_ROUNDS)
         runs.clear()  # the graphs go before what they count with comes back
     calls_per_run = copies if device.type == "cuda" else 1
@@ -199,10 +231,10 @@ def measure(
         )
         for name, samples in times.items()
     ]
-    return large, measured, refused
+    return measured, refused
 
 
-def _counted(call: Callable[[], tuple[Tensor, ...]], backend: str) -> tuple[tuple[Tensor, ...], int | None]:
+def _counted(call: Call, backend: str) -> tuple[tuple[Tensor, ...], int | None]:
     """What a call returns, and its launches by the counter of its backend; None where there is none."""
     before = launch_count()
     with triton_launches() as names:
@@ -215,9 +247,12 @@ def _counted(call: Callable[[], tuple[Tensor, ...]], backend: str) -> tuple[tupl
 
 
 def rows_of(
-    case: OpCase,
     measured: Sequence[Measured],
     *,
+    suite: str,
+    case: str,
+    batch: int,
+    size: int,
     dtype: torch.dtype,
     device_name: str,
     date: str,
@@ -226,18 +261,19 @@ def rows_of(
     """Result rows of one case.
 
     Args:
+        suite, case: as rows name them.
+        size: bytes that the case cannot avoid to move.
         bandwidth: bytes per microsecond of a copy; the floor is the time that the case's bytes take at it.
     """
-    size = case.bytes_moved(dtype)
     return [
         benchmark.make_row(
             one.statistics,
-            suite="op",
-            case=f"{case.op} {case.shape}",
+            suite=suite,
+            case=case,
             contender=one.contender,
             device=device_name,
             dtype=str(dtype).removeprefix("torch."),
-            batch=case.batch,
+            batch=batch,
             date=date,
             rel_error=one.error,
             floor_us=round(size / bandwidth, 3),

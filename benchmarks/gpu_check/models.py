@@ -1,101 +1,127 @@
-"""Part `models`: EfficientNet-B0 in bfloat16 against every contender, at batch 1, 256 and 32.
+"""Part `models`: EfficientNet-B0 and B4 in bfloat16 against eager PyTorch and torch.compile, at batch 1 and 256.
 
-Every batch gets the contenders that are ready at once; those that compile join where there is time, at batch 1 first.
-All contenders of a batch run in turns in one process.
+All contenders of a step run in turns in one process, so a step that adds a compiler times again what a step before it
+timed: only times of one process and one date are compared. What is ready at once comes first, for both networks at both
+batches, then what compiles, then what is tuned by measurement and captured in a CUDA graph.
 """
 
 from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from benchmarks.gpu_check.common import Options, run_part
-from benchmarks.gpu_check.results import results_file
-from effkernels import benchmark, environment
+from benchmarks.gpu_check.results import Results
 from effkernels.benchmark import Row
 from effkernels.contenders import CONTENDERS, Case
 from effkernels.model_benchmark import Options as Measuring
-from effkernels.model_benchmark import case_name, model_size, run_case
+from effkernels.model_benchmark import Refusal, case_name, model_size, run_case
 
-MODEL = "efficientnet_b0"
-BATCHES = (1, 256, 32)
-# Seconds at first guess: all contenders that are ready at once, and each one that compiles.
-_READY = 25.0
-_COMPILES = {"compile": 40.0, "compile-graph": 25.0, "compile-max-autotune": 150.0, "compile-max-autotune-graph": 60.0}
+MODELS = ("efficientnet_b0", "efficientnet_b4")
+BATCHES = (1, 256)
 
-
-def contenders_for(device: str, seconds: float) -> list[str]:
-    """The contenders of a device that fit into so much time, in their usual order."""
-    left = seconds - _READY
-    compiling = []
-    for name, takes in _COMPILES.items():
-        if left >= takes:
-            compiling.append(name)
-            left -= takes
-    return [
-        name
-        for name, contender in CONTENDERS.items()
-        if device in contender.devices and (name not in _COMPILES or name in compiling)
-    ]
+# What each round adds to those before it, and the seconds below which it is not begun for a network at a batch.
+READY = ("effkernels", "effkernels-graph", "engine", "eager-channels-last", "eager-channels-last-graph")
+ROUNDS = {
+    "ready at once": (READY, 15.0),
+    "compile": (("compile",), 35.0),
+    "max-autotune with graphs": (("compile-max-autotune-graph",), 90.0),
+    "all contenders": (tuple(CONTENDERS), 120.0),
+}
 
 
-def table(rows: list[Row]) -> str:
-    """One line per contender, one column per batch, in microseconds of a call."""
-    batches = sorted({row.batch for row in rows})
-    width = max(len(row.contender) for row in rows)
-    lines = [" ".join(["".ljust(width), *(f"{f'batch {batch}':>12}" for batch in batches)])]
-    for contender in dict.fromkeys(row.contender for row in rows):
-        times = {row.batch: row.median_us for row in rows if row.contender == contender}
-        cells = (f"{times[batch]:>12.1f}" if batch in times else " " * 12 for batch in batches)
+@dataclass(frozen=True)
+class Step:
+    """One run of contenders in turns.
+
+    Attributes:
+        contenders: by their names, in their usual order.
+        seconds: below which it is not begun.
+    """
+
+    model: str
+    batch: int
+    contenders: tuple[str, ...]
+    seconds: float
+
+
+def plan(device: str, models: Sequence[str] = MODELS, batches: Sequence[int] = BATCHES) -> dict[str, Step]:
+    """Every step by name, in the order of what is most worth knowing."""
+    steps: dict[str, Step] = {}
+    wanted: set[str] = set()
+    for title, (added, seconds) in ROUNDS.items():
+        wanted |= set(added)
+        names = tuple(name for name, c in CONTENDERS.items() if name in wanted and device in c.devices)
+        for model in models:
+            for batch in batches:
+                steps[f"{model}, batch {batch}: {title}"] = Step(model, batch, names, seconds)
+    return steps
+
+
+def table(rows: Sequence[Row]) -> str:
+    """One line per contender, one column per network and batch: microseconds of a call in the newest run of each."""
+    newest: dict[tuple[str, int], str] = {}
+    for row in rows:
+        newest[row.case, row.batch] = max(row.date, newest.get((row.case, row.batch), ""))
+    shown = [row for row in rows if row.date == newest[row.case, row.batch]]
+    columns = sorted(newest)
+    width = max(len(row.contender) for row in shown)
+    titles = [f"{case.removeprefix('efficientnet_')} x{batch}" for case, batch in columns]
+    lines = [" ".join(["us of a call".ljust(width), *(f"{title:>12}" for title in titles)])]
+    for contender in dict.fromkeys(row.contender for row in shown):
+        times = {(row.case, row.batch): row.median_us for row in shown if row.contender == contender}
+        cells = (f"{times[column]:>12.1f}" if column in times else " " * 12 for column in columns)
         lines.append(" ".join([contender.ljust(width), *cells]).rstrip())
     return "\n".join(lines)
 
 
 def models(options: Options) -> str:
-    """Time EfficientNet-B0."""
-    box = options.time_box
-    name, file, date = results_file(options)
-    batches = (1,) if options.smoke else BATCHES
-    size = 32 if options.smoke else model_size(MODEL)
-    measuring = Measuring(warmup=1, rounds=2 if options.smoke else 10, memory=False)
+    """Time EfficientNet-B0 and B4."""
+    work = options.work("models")
+    device = options.device
+    # A compiler takes a minute on a CPU and has nothing to show there.
+    steps = plan(device) if not options.smoke else _first_round(plan(device, MODELS[:1], (1,)))
+    measuring = Measuring(warmup=1, rounds=2 if options.smoke else 8, memory=False)
     rows: list[Row] = []
-    for position, batch in enumerate(batches):
+    results = Results(options)
+    for name, step in work.steps(steps, lambda step: 0.0 if options.smoke else step.seconds):
+        size = 32 if options.smoke else model_size(step.model)
         case = Case(
-            MODEL,
-            size,
-            batch,
-            "bfloat16",
-            options.device,
-            torch.get_num_threads(),
-            channels_last=options.device == "cuda",
+            step.model, size, step.batch, "bfloat16", device, torch.get_num_threads(), channels_last=device == "cuda"
         )
-        what = f"{case_name(case)}, batch {batch}"
-        if not box.affords(what, _READY):
-            continue
-        later = _READY * (len(batches) - position - 1)  # the other batches are not to go without
-        names = contenders_for(options.device, 0.0 if options.smoke else box.left - later)
-        if options.smoke:
-            names = [name for name in names if name.startswith(("effkernels", "eager"))]
-        left_out = [n for n in CONTENDERS if options.device in CONTENDERS[n].devices and n not in names]
-        box.left_out += [f"{what}: {n}" for n in left_out]
-        print(f"{what}: {', '.join(names)}", flush=True)
+        print(f"{name}: {', '.join(step.contenders)}", flush=True)
         begin = time.monotonic()
-        found, refusals = run_case(case, names, measuring, date=date)
-        benchmark.append_rows(file, found)
+        results.restart()
+        found, refusals = run_case(case, step.contenders, measuring, date=results.date)
+        results.add(found)
         rows += found
         for row in found:
             print(f"  {row.contender:<36} {row.median_us:>12.1f} us  {row.images_per_s:>10.0f} images/s")
         for refusal in refusals:
             print(f"  {refusal.contender}: {refusal.reason}")
+            if _is_ours(refusal):
+                work.wrong(name, f"{case_name(case)}, batch {case.batch}: {refusal.contender}: {refusal.reason}")
         print(f"  {time.monotonic() - begin:.0f} s", flush=True)
-    box.report()
-    assert rows, "no time for a single batch"
-    print(table(rows))
-    ours = [row for row in rows if row.contender.startswith("effkernels")]
-    assert ours, "this package was not among the contenders that ran"
-    return f"{len(rows)} rows, {len(box.left_out)} left out, in {environment.file_stem(name)}.jsonl"
+        torch.cuda.empty_cache()
+    if rows:
+        print(table(rows))
+    return work.end(f"{len(rows)} rows in {results.file.name}")
+
+
+def _is_ours(refusal: Refusal) -> bool:
+    """Whether a refusal is a mistake of this package, and not a package of others that is missing."""
+    if refusal.contender in ("engine", "optimized"):
+        return not refusal.reason.startswith(("not available", "timm"))
+    return refusal.contender.startswith("effkernels")
+
+
+def _first_round(steps: dict[str, Step]) -> dict[str, Step]:
+    first = next(iter(ROUNDS))
+    return {name: step for name, step in steps.items() if name.endswith(first)}
 
 
 if __name__ == "__main__":

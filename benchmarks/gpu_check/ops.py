@@ -1,29 +1,35 @@
-"""Part `ops`: every operator call of EfficientNet-B0 and B4 by CUDA and Triton kernels, PyTorch, torch.compile and
-cuDNN or cuBLAS.
+"""Part `ops`: every operator call and block of EfficientNet-B0 and B4 by CUDA and Triton kernels, PyTorch,
+torch.compile and cuDNN or cuBLAS.
 
-The most important cases come first, and what does not fit the time is left out and listed. Rows go to the results file
-of this device as they are measured; a table of ratios and shares of the copy bandwidth comes last.
+The most important cases come first. Rows go to the results file of this device as they are measured; a table of ratios
+and of shares of the copy bandwidth, which is measured in the same process, comes last.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 
-from benchmarks.gpu_check import measure, shapes
-from benchmarks.gpu_check.common import Options, TimeBox, run_part
-from benchmarks.gpu_check.results import results_file
+from benchmarks.gpu_check import blocks, measure, shapes
+from benchmarks.gpu_check.blocks import Block
+from benchmarks.gpu_check.common import Options, run_part
+from benchmarks.gpu_check.measure import Refused
+from benchmarks.gpu_check.results import Results
 from benchmarks.gpu_check.shapes import Measurement
-from effkernels import benchmark, environment
 from effkernels.benchmark import Row
+from effkernels.parity import full_float32
 
-# Seconds that a case takes at first guess, and what torch.compile adds; afterwards the last ones are the guess.
+MODELS = ("efficientnet_b0", "efficientnet_b4")
+BATCHES = (256, 1, 32)
+
+# Seconds that a case takes at first guess, and what each mode of torch.compile adds; afterwards the last ones are the
+# guess.
 _GUESS = 4.0
 _COMPILE_GUESS = 8.0
-
 
 _COLUMNS = {"triton": "effkernels-triton", "eager": "eager-channels-last", "compile": "compile",
             "autotune": "compile-max-autotune", "library": " alone"}  # fmt: skip
@@ -55,65 +61,115 @@ def _is(row: Row, name: str) -> bool:
     return contender.endswith(name) if name.startswith(" ") else contender == name
 
 
-def wanted(options: Options) -> list[Measurement]:
-    """The measurements in their order; in a smoke test one small call of each operator at batch 2."""
+@dataclass(frozen=True)
+class BlockMeasurement:
+    """One block to measure. torch.compile is worth its seconds there."""
+
+    block: Block
+    batch: int
+    compiled: bool = True
+
+    @property
+    def title(self) -> str:
+        """The measurement in words."""
+        return self.block.case(self.batch)
+
+
+Case = Measurement | BlockMeasurement
+
+
+def cases(models: Sequence[str], batches: Sequence[int]) -> Iterator[Case]:
+    """Everything there is to measure, the most important first.
+
+    At each batch and of each network the operators and whole blocks take turns; the operators that a network does not
+    call itself come last.
+    """
+    for batch in batches:
+        for model in models:
+            families: list[Sequence[Case]] = [shapes.of_family(model, op, batch) for op in shapes.FAMILIES]
+            families.append([BlockMeasurement(block, batch) for block in blocks.blocks_of(model)])
+            yield from shapes.in_turn(families)
+    for batch in batches:
+        for model in models:
+            yield from shapes.in_turn([shapes.of_family(model, op, batch) for op in shapes.OTHERS])
+
+
+def wanted(options: Options) -> dict[str, tuple[Case, torch.dtype]]:
+    """The cases by name in their order; in a smoke test a small call of each operator and a block, at batch 2."""
     if options.smoke:
-        smallest: dict[str, Measurement] = {}
-        for one in shapes.measurements(["efficientnet_b0"], [2]):
-            pixels = one.call.channels * one.call.plane[0] * one.call.plane[1]
-            known = smallest.get(one.op)
-            if known is None or pixels < known.call.channels * known.call.plane[0] * known.call.plane[1]:
-                smallest[one.op] = one
-        return list(smallest.values())
-    return list(shapes.measurements(["efficientnet_b0", "efficientnet_b4"], [1, 32, 256]))
+        chosen: list[Case] = [shapes.of_family(MODELS[0], op, 2)[-1] for op in (*shapes.FAMILIES, *shapes.OTHERS)]
+        chosen.append(BlockMeasurement(blocks.blocks_of(MODELS[0])[-1], 2))
+    else:
+        chosen = list(cases(MODELS, BATCHES))
+    return {f"{one.title}, {dtype}": (one, getattr(torch, dtype)) for one in chosen for dtype in options.dtypes}
 
 
-def compile_modes(one: Measurement, options: Options, box: TimeBox) -> list[str | None]:
-    """The modes of torch.compile that a case is compared with."""
-    if options.smoke or not one.compiled or not box.affords(f"torch.compile of {one.title}", 2 * _COMPILE_GUESS):
-        return []
-    return [None, "max-autotune-no-cudagraphs"] if options.max_autotune else [None]
+class Bench:
+    """The cases of one process: their results file, the copy bandwidth, what a case takes."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.device = torch.device(options.device)
+        self.results = Results(options)
+        self.bandwidth = measure.copy_bandwidth(self.device, 64 if options.smoke else 4096)
+        self.guess, self.compile_guess = _GUESS, _COMPILE_GUESS
+
+    def modes(self, one: Case) -> list[str | None]:
+        """The modes of torch.compile that a case is compared with."""
+        if self.options.smoke or not one.compiled:
+            return []
+        return [None, "max-autotune-no-cudagraphs"] if self.options.max_autotune else [None]
+
+    def seconds(self, one: Case) -> float:
+        """What a case takes."""
+        return 0.0 if self.options.smoke else self.guess + len(self.modes(one)) * self.compile_guess
+
+    def run(self, one: Case, dtype: torch.dtype) -> tuple[list[Row], list[Refused]]:
+        """Measure a case and write its rows down."""
+        begin = time.monotonic()
+        modes = self.modes(one)
+        with torch.inference_mode():
+            if isinstance(one, BlockMeasurement):
+                suite, name = "block", one.block.case(one.batch)
+                size, measured, refused = blocks.measure_block(one.block, one.batch, dtype, self.device, modes)
+            else:
+                case = one.call.case(one.op, min(one.batch, 2))
+                large, measured, refused = measure.measure(case, one.batch, dtype, self.device, modes)
+                suite, name, size = "op", f"{large.op} {large.shape}", large.bytes_moved(dtype)
+        rows = measure.rows_of(
+            measured, suite=suite, case=name, batch=one.batch, size=size, dtype=dtype,
+            device_name=self.results.device_name, date=self.results.date, bandwidth=self.bandwidth,
+        )  # fmt: skip
+        self.results.add(rows)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        took = time.monotonic() - begin
+        if modes:
+            self.compile_guess = 0.5 * self.compile_guess + 0.5 * max(0.0, took - self.guess) / len(modes)
+        else:
+            self.guess = 0.5 * self.guess + 0.5 * took
+        return rows, refused
 
 
 def operators(options: Options) -> str:
-    """Time the operators at the shapes of B0 and B4."""
-    box = options.time_box
-    device = torch.device(options.device)
+    """Time the operators and blocks at the shapes of B0 and B4."""
+    work = options.work("ops")
     torch.backends.cudnn.benchmark = True
-    name, file, date = results_file(options)
-    bandwidth = measure.copy_bandwidth(device, 64 if options.smoke else 4096)
-    print(f"{name}: a copy moves {bandwidth / 1e6:.2f} TB/s, counting bytes read and written", flush=True)
-    dtypes = [getattr(torch, dtype) for dtype in options.dtypes]
+    full_float32()  # float32 against float32 on both sides, where cuDNN takes TF32 for some numbers of channels
+    bench = Bench(options)
+    name = bench.results.device_name
+    print(f"{name}: a copy moves {bench.bandwidth / 1e6:.2f} TB/s, counting bytes read and written", flush=True)
     groups: list[list[Row]] = []
-    wrong: list[str] = []
-    guess = _GUESS
-    for one in wanted(options):
-        for dtype in dtypes:
-            what = f"{one.title}, batch {one.batch}, {str(dtype).removeprefix('torch.')}"
-            if not box.affords(what, 1.5 * guess):
-                continue
-            begin = time.monotonic()
-            with torch.inference_mode():
-                modes = compile_modes(one, options, box)
-                case = one.call.case(one.op, min(one.batch, 2))
-                large, measured, refused = measure.measure(case, one.batch, dtype, device, modes)
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
-            rows = measure.rows_of(large, measured, dtype=dtype, device_name=name, date=date, bandwidth=bandwidth)
-            benchmark.append_rows(file, rows)
-            groups.append(rows)
-            print(" | ".join(f"{r.contender} {r.median_us:.1f} us" for r in rows), f"  {large.op} {large.shape}")
-            for refusal in refused:
-                print(f"  {refusal.contender}: {refusal.reason}", flush=True)
-                if refusal.ours:
-                    wrong.append(f"{large.op} {large.shape}: {refusal.reason}")
-            if not modes:
-                guess = 0.5 * guess + 0.5 * (time.monotonic() - begin)
-    box.report()
+    for step, (one, dtype) in work.steps(wanted(options), lambda step: bench.seconds(step[0])):
+        rows, refused = bench.run(one, dtype)
+        groups.append(rows)
+        print(" | ".join(f"{r.contender} {r.median_us:.1f} us" for r in rows), f"  {one.title}", flush=True)
+        for refusal in refused:
+            print(f"  {refusal.contender}: {refusal.reason}", flush=True)
+            if refusal.ours:
+                work.wrong(step, f"{step}: {refusal.contender}: {refusal.reason}")
     print(table(groups))
-    assert not wrong, f"{len(wrong)} cases wrong, the first: {wrong[0]}"
-    assert groups, "no time for a single case"
-    return f"{len(groups)} cases, {len(box.left_out)} left out, rows in {environment.file_stem(name)}.jsonl"
+    return work.end(f"{len(groups)} cases in {bench.results.file.name}")
 
 
 if __name__ == "__main__":

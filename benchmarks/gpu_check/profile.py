@@ -13,7 +13,8 @@ import torch
 import effkernels
 from benchmarks.gpu_check import shapes
 from benchmarks.gpu_check.common import WORK, NotAvailable, Options, python, run_part, tool_output
-from benchmarks.kernel_economy.reading import ToolMissing, find_tool, short_name
+from benchmarks.gpu_check.progress import copy_out
+from benchmarks.kernel_economy.reading import short_name
 from effkernels import ops
 from effkernels.op_timing import enlarged
 
@@ -61,45 +62,32 @@ def read_report(text: str) -> list[dict[str, str]]:
     return kernels
 
 
-def run_main_kernels() -> None:
+def run_main_kernels(device: torch.device) -> None:
     """What ncu watches: the first calls of the operator benchmark, once each, inputs drawn on the CPU."""
-    device = torch.device("cuda")
-    with torch.inference_mode(), effkernels.backend("cuda"):
+    batch, most = (256, 16) if device.type == "cuda" else (1, 2)
+    with torch.inference_mode(), effkernels.backend(device.type):
         done: set[tuple[object, ...]] = set()
-        for one in shapes.measurements(["efficientnet_b0"], [256]):
+        families = [shapes.of_family("efficientnet_b0", op, batch) for op in shapes.FAMILIES]
+        for one in shapes.in_turn(families):
             key = (one.op, one.call.kernel, one.call.stride, one.call.gate, one.call.plane[0] > 20)
-            if key in done or len(done) >= 16:
+            if key in done or len(done) >= most:
                 continue
             done.add(key)
-            case = enlarged(one.call.case(one.op, 2), one.batch, torch.bfloat16, device)
+            case = enlarged(one.call.case(one.op, min(batch, 2)), one.batch, torch.bfloat16, device)
             case.prepare(ops, torch.bfloat16, device)()
-            torch.cuda.synchronize()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
 
 
 def profile(options: Options) -> str:
     """Nsight Compute's account of the main kernels."""
-    if options.device != "cuda":
-        raise NotAvailable("needs a GPU")
-    try:
-        ncu = find_tool("ncu")
-    except ToolMissing as missing:
-        raise NotAvailable(str(missing)) from missing
+    ncu = options.tool("ncu")
     sections = [argument for section in _SECTIONS for argument in ("--section", section)]
-    command: list[str | Path] = [
-        ncu,
-        "--clock-control",
-        "none",
-        "--target-processes",
-        "all",
-        *sections,
-        "--csv",
-        "--page",
-        "raw",
-    ]
+    command: list[str | Path] = [ncu, "--clock-control", "none", "--target-processes", "all", *sections]
+    command += ["--csv", "--page", "raw"]
     command += ["--kernel-name-base", "demangled", "--kernel-name", "regex:effkernels"]
-    status, output = tool_output(
-        [*command, *python("-m", "benchmarks.gpu_check.profile", "--kernels")], options.seconds
-    )
+    command += python("-m", "benchmarks.gpu_check.profile", "--kernels", options.device)
+    status, output = tool_output(command, options.left - 2)
     WORK.mkdir(parents=True, exist_ok=True)
     (WORK / "ncu.csv").write_text(output, encoding="utf-8")
     kernels = read_report(output)
@@ -107,12 +95,13 @@ def profile(options: Options) -> str:
         raise NotAvailable(f"ncu saw no kernel of this library (exit status {status})")
     text = "\n".join("  ".join(f"{title} {value}" for title, value in kernel.items()) for kernel in kernels)
     (WORK / "ncu.txt").write_text(text + "\n", encoding="utf-8")
+    copy_out(WORK / "ncu.txt")
     print(text)
     return f"{len(kernels)} kernels, {WORK.name}/ncu.txt"
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--kernels"]:
-        run_main_kernels()
+    if sys.argv[1:2] == ["--kernels"]:
+        run_main_kernels(torch.device(sys.argv[2]))
         sys.exit(0)
     sys.exit(run_part(profile))

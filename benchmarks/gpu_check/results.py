@@ -2,16 +2,41 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks.gpu_check.common import WORK, Options
+from benchmarks.gpu_check.progress import copy_out
 from effkernels import benchmark, environment
+from effkernels.benchmark import Row
 
 
-def results_file(options: Options) -> tuple[str, Path, str]:
-    """Device name, results file and date stamp of a run; a smoke test's rows stay out of the results folder."""
-    name = environment.device_name(torch.device(options.device), torch.get_num_threads())
-    folder = WORK / "results" if options.smoke else options.results
-    return name, folder / f"{environment.file_stem(name)}.jsonl", benchmark.run_date()
+class Results:
+    """The results file of a device. A smoke test's rows stay out of the results folder.
+
+    Attributes:
+        device_name: as rows name it.
+        date: of the rows of this run, which are compared with each other.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self.device_name = environment.device_name(torch.device(options.device), torch.get_num_threads())
+        folder = WORK / "results" if options.smoke else options.results
+        self.file: Path = folder / f"{environment.file_stem(self.device_name)}.jsonl"
+        self.date = ""
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin another run: its rows are not compared with those of the one before."""
+        before = self.date
+        while self.date == before:  # it is to the second
+            self.date = benchmark.run_date()
+            time.sleep(0.0 if self.date != before else 0.1)
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Write rows down at once, so that a part that is cut keeps what it measured."""
+        benchmark.append_rows(self.file, rows)
+        copy_out(self.file)

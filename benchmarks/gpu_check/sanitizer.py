@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.gpu_check.common import ROOT, WORK, NotAvailable, Options, python, run_part, tool_output
-from benchmarks.kernel_economy.reading import ToolMissing, find_tool
 
 PLANTED = ROOT / "tests" / "gpu" / "planted.cu"
 
@@ -43,7 +42,7 @@ def read_verdict(output: str) -> Verdict:
     return Verdict(errors, "; ".join(lines) or "no summary")
 
 
-def build_planted() -> Path:
+def build_planted(nvcc: Path) -> Path:
     """The program with mistakes on purpose.
 
     Raises:
@@ -51,18 +50,17 @@ def build_planted() -> Path:
     """
     WORK.mkdir(parents=True, exist_ok=True)
     program = WORK / "planted"
-    try:
-        nvcc = find_tool("nvcc")
-    except ToolMissing as missing:
-        raise NotAvailable(f"the tool cannot be tried on a known mistake: {missing}") from missing
     status, output = tool_output([nvcc, "-arch=native", "-o", program, PLANTED], 60)
     if status != 0:
         raise NotAvailable(f"{PLANTED.name} does not compile: {output.strip()[-200:]}")
     return program
 
 
-def check(sanitizer: Path, tool: str, planted: Path, seconds: float) -> str:
+def check(sanitizer: Path, tool: str, planted: Path, seconds: float, device: str = "cuda") -> str:
     """Try one tool on its planted mistake, then on the operators. Returns its summary line.
+
+    Args:
+        device: where the operators run; "cpu" in a dry run.
 
     Raises:
         NotAvailable: it does not find the mistake, or does not get through.
@@ -73,7 +71,7 @@ def check(sanitizer: Path, tool: str, planted: Path, seconds: float) -> str:
     verdict = read_verdict(output)
     if not verdict.errors:
         raise NotAvailable(f"{tool} does not find a planted mistake here ({verdict.line})")
-    calls = python("-m", "benchmarks.gpu_check.small_calls", "cuda")
+    calls = python("-m", "benchmarks.gpu_check.small_calls", device)
     # Every tensor an allocation of its own: inside of PyTorch's large ones nothing is out of bounds.
     status, output = tool_output([*command, *calls], seconds, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
     verdict = read_verdict(output)
@@ -88,30 +86,24 @@ def check(sanitizer: Path, tool: str, planted: Path, seconds: float) -> str:
 
 def sanitizer(options: Options) -> str:
     """memcheck, racecheck and synccheck, each with what it found."""
-    if options.device != "cuda":
-        raise NotAvailable("needs a GPU")
-    try:
-        program = find_tool("compute-sanitizer")
-    except ToolMissing as missing:
-        raise NotAvailable(str(missing)) from missing
-    planted = build_planted()
-    box = options.time_box
-    works, fails, absent = [], [], []
-    for tool in ("memcheck", "racecheck", "synccheck"):
-        if not box.affords(tool, 15):
-            absent.append(f"{tool}: no time left")
-            continue
+    program = options.tool("compute-sanitizer")
+    work = options.work("sanitizer")
+    planted = build_planted(options.tool("nvcc"))
+    works, absent = [], []
+    tools = {tool: tool for tool in ("memcheck", "racecheck", "synccheck")}
+    for step, tool in work.steps(tools, lambda tool: 12):
         try:
-            works.append(check(program, tool, planted, box.left))
+            works.append(check(program, tool, planted, work.left, options.device))
+            print(works[-1], flush=True)
         except NotAvailable as reason:
             absent.append(str(reason))
+            print(absent[-1], flush=True)
         except AssertionError as failure:
-            fails.append(str(failure))
-        print((works + fails + absent)[-1], flush=True)
-    assert not fails, "; ".join(fails)
+            work.wrong(step, str(failure))
+    note = work.end("; ".join(works))
     if absent:
         raise NotAvailable("; ".join(absent + works))
-    return "; ".join(works)
+    return note
 
 
 if __name__ == "__main__":

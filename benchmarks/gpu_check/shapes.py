@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from effkernels import op_calls
 from effkernels.op_calls import Call
@@ -36,9 +38,19 @@ def _expansions(calls: Sequence[Call]) -> Iterator[Call]:
                 )  # fmt: skip
 
 
+# The operators in the order of their worth: those that the targets are written for, then the other forms of the
+# depthwise operator, for what squeeze-and-excitation adds to it.
+FAMILIES = ("depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "pointwise_bn_act", "conv_bn_act")
+OTHERS = ("squeeze_excite_gate", "expand_depthwise_squeeze", "depthwise_bn_act", "depthwise_bn_act_se")
+_COMPILED = ("depthwise_bn_act_squeeze", "pointwise_bn_act")
+
+
+Item = TypeVar("Item")
+
+
 @dataclass(frozen=True)
 class Measurement:
-    """One case to measure, and whether torch.compile is worth its seconds there."""
+    """One operator call to measure, and whether torch.compile is worth its seconds there."""
 
     model: str
     call: Call
@@ -49,21 +61,30 @@ class Measurement:
     @property
     def title(self) -> str:
         """The measurement in words."""
-        return f"{self.op} of {self.model}, {self.call.channels}x{self.call.plane[0]}x{self.call.plane[1]}"
+        call, size = self.call, f"{self.call.channels}x{self.call.plane[0]}x{self.call.plane[1]}"
+        words = f" {call.kernel}x{call.kernel} stride {call.stride}" if call.kernel > 1 else ""
+        to = f" to {call.out}" if call.out else ""
+        extras = ", gate" * call.gate + ", residual" * call.residual + f", {call.reduced} reduced" * bool(call.reduced)
+        return f"{self.op} of {self.model}, {size}{to}{words}{extras}, {call.activation}, batch {self.batch}"
 
 
-def measurements(models: Sequence[str], batches: Sequence[int]) -> Iterator[Measurement]:
-    """Everything there is to measure, the most important first.
+def _values(call: Call) -> int:
+    """Values that a call reads and writes for an image, about."""
+    return math.prod(call.plane) * (call.channels + (call.out or call.channels) // call.stride**2)
 
-    Large batches come before small ones and the first model before the second. With the fused squeeze, the operator
-    that the targets are written for, and the matrix products torch.compile is a contender; the other forms of the
-    depthwise operator stand beside it for what squeeze-and-excitation adds.
-    """
-    forms = ("depthwise_bn_act_squeeze", "pointwise_bn_act", "depthwise_bn_act", "expand_depthwise_squeeze",
-             "depthwise_bn_act_se", "depthwise_bn_act_gate", "squeeze_excite_gate", "conv_bn_act")  # fmt: skip
-    for batch in sorted(batches, reverse=True):
-        for model in models:
-            for form in forms:
-                for call in calls_of(model):
-                    if call.op == form or (form.startswith("depthwise") and call.op.startswith("depthwise")):
-                        yield Measurement(model, call, form, batch, form in forms[:2])
+
+def of_family(model: str, op: str, batch: int) -> list[Measurement]:
+    """The calls of a network by one operator, those that move most first."""
+    found = [
+        Measurement(model, call, op, batch, op in _COMPILED)
+        for call in calls_of(model)
+        if call.op == op or (op.startswith("depthwise") and call.op.startswith("depthwise"))
+    ]
+    return sorted(found, key=lambda one: -_values(one.call))
+
+
+def in_turn(lists: Sequence[Sequence[Item]]) -> Iterator[Item]:
+    """The first of each list, then the second of each, to the end of the longest."""
+    for position in range(max(map(len, lists), default=0)):
+        for one in lists:
+            yield from one[position : position + 1]

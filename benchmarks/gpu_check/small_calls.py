@@ -12,6 +12,7 @@ from effkernels import ops, reference
 from effkernels.backends import OPERATORS
 from effkernels.check import judge
 from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, expand_case, gate_case, pointwise_case
+from effkernels.parity import full_float32
 
 
 def small_cases() -> Iterator[OpCase]:
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the calls on a device (default: cuda); exit status 1 where a result is wrong."""
     device = torch.device((sys.argv[1:] if arguments is None else arguments or ["cuda"])[0])
     cpu = torch.device("cpu")
+    full_float32()  # the yardsticks are the CPU's, which has no TF32
     wrong, done = [], set()
     with torch.inference_mode(), effkernels.backend(device.type):
         for case in small_cases():

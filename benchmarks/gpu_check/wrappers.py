@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 
 from benchmarks.gpu_check.common import Options, run_part
-from benchmarks.gpu_check.parity import run_pytest
+from benchmarks.gpu_check.tests import run_tests
 
 
 def wrappers(options: Options) -> str:
-    """The tests that only a GPU can run."""
-    return run_pytest("tests/gpu")
+    """The tests that only a GPU can run; in a dry run a wrapper on the emulator."""
+    options.needs_gpu()
+    only = ["-k", "test_tanh_approx and emulated"] if options.dry else []
+    return run_tests(options, "wrappers", "tests/gpu", *only)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from effkernels import _library, console
 from effkernels.check import run_checks
 from effkernels.commands.common import add_device, add_json, device_of
+from effkernels.parity import full_float32
 
 TEXT = "Check every operator and EfficientNet-B0 against float64 on this machine."
 
@@ -21,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Hold every operator and EfficientNet-B0 against float64 on every backend that runs here."""
+    full_float32()
     findings = []
     for finding in run_checks(device_of(arguments.device)):
         findings.append(finding)

@@ -173,24 +173,31 @@ def test_photographs_of_several_sizes_on_the_gpu() -> None:
         assert torch.equal(row, engine.preprocess([image.cuda()])[0])
 
 
+# cuBLAS and cuBLASLt keep a workspace of up to 32 MiB each for every stream that they have run on. PyTorch's allocator
+# counts it, and it is no engine's. What the tests below look for is several times as large.
+WORKSPACES = 2 * (32 << 20)
+
+
 def test_memory_stays_within_the_bound(model: nn.Module) -> None:
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
     before = torch.cuda.memory_allocated()
-    engine = InferenceEngine(model, batch_sizes=(1, 8), input_size=224)
+    engine = InferenceEngine(model, batch_sizes=(1, 64), input_size=224)
     torch.cuda.reset_peak_memory_stats()
-    for count in (1, 8, 5, 16):
+    for count in (1, 64, 5, 100):
         engine(images(count, size=224))
     torch.cuda.synchronize()
-    handed = 3 * 16 * 3 * 224 * 224 * 4  # images on their way to the GPU, which the bound does not hold
-    assert torch.cuda.max_memory_allocated() - before <= engine.memory_bound_bytes + handed
+    handed = 3 * 100 * 3 * 224 * 224 * 4  # images on their way to the GPU, which the bound does not hold
+    assert engine.memory_bound_bytes > 2 * WORKSPACES
+    assert torch.cuda.max_memory_allocated() - before <= engine.memory_bound_bytes + handed + WORKSPACES
 
 
-def test_close_gives_the_memory_back() -> None:
+def test_close_gives_the_memory_back(model: nn.Module) -> None:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
-    engine = InferenceEngine(small_network(), device="cuda", batch_sizes=(1, 4), input_size=SIZE)
-    engine(images(3))
+    engine = InferenceEngine(model, batch_sizes=(1, 64), input_size=224)
+    engine(images(3, size=224))
+    assert engine.memory_bound_bytes > 2 * WORKSPACES
     engine.close()
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() - before < 1 << 20
+    assert torch.cuda.memory_allocated() - before <= WORKSPACES
