@@ -66,8 +66,13 @@ struct StripCursor {
   int step, step_rows, step_columns, rows;
 
   __device__ __forceinline__ StripCursor(int first, int step_, int rows_)
-      : index(first), row(first % rows_), column(first / rows_), step(step_), step_rows(step_ % rows_),
-        step_columns(step_ / rows_), rows(rows_) {}
+      : index(first),
+        row(first % rows_),
+        column(first / rows_),
+        step(step_),
+        step_rows(step_ % rows_),
+        step_columns(step_ / rows_),
+        rows(rows_) {}
   __device__ __forceinline__ void advance() {
     index += step, row += step_rows, column += step_columns;
     if (row >= rows) row -= rows, ++column;
@@ -297,15 +302,17 @@ __device__ __forceinline__ void add_lanes(const DepthwisePlan& plan, float* lane
 struct SumsInShared {
   float* lane_sums;  // (lanes, block_channels)
   float* sums;       // (images, block_channels)
-  unsigned* flag;    // one word, 16 bytes apart
-  float* hidden;     // (images, R)
+  unsigned* flag;    // one word
+  float* hidden;     // (images, R), at a multiple of 16 bytes
 
-  __device__ __forceinline__ SumsInShared(const DepthwisePlan& plan, float* begin) {
+  __device__ __forceinline__ SumsInShared(const DepthwisePlan& plan, float* parameters, int tap_count) {
     const int block_channels = plan.channel_vectors * plan.vector;
-    lane_sums = begin;
-    sums = lane_sums + plan.lanes * block_channels;
-    flag = reinterpret_cast<unsigned*>(sums + plan.images * block_channels);
-    hidden = sums + plan.images * block_channels + 4;
+    const int of_lanes = (tap_count + 2) * block_channels, of_images = of_lanes + plan.lanes * block_channels;
+    const int of_flag = of_images + plan.images * block_channels;
+    lane_sums = parameters + of_lanes;
+    sums = parameters + of_images;
+    flag = reinterpret_cast<unsigned*>(parameters + of_flag);
+    hidden = parameters + (of_flag / 4 + 1) * 4;
   }
 };
 
@@ -317,12 +324,12 @@ __device__ __forceinline__ void clear_lanes(const DepthwisePlan& plan, float* la
 // From the sums of this block to the means, and from the means to the gate, by the blocks that come last. All threads.
 template <class T>
 __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group, int tile, int64_t unit,
-                                         float* after_parameters) {
+                                         float* parameters) {
   const DepthwiseParams& p = a.depthwise;
   const SqueezeExciteParams& se = a.se;
   const DepthwisePlan& plan = a.plan;
   const DepthwiseWork& work = a.work;
-  const SumsInShared shared(plan, after_parameters);
+  const SumsInShared shared(plan, parameters, p.kernel_h * p.kernel_w);
   const int block_channels = plan.channel_vectors * plan.vector;
   const int64_t first_channel = int64_t(group) * block_channels, first_image = unit * plan.images;
   const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
@@ -393,7 +400,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
   const int block_channels = plan.channel_vectors * V, tap_count = K > 0 ? K * K : p.kernel_h * p.kernel_w;
   float* parameters = dynamic_shared<float>();
-  const SumsInShared shared(plan, parameters + (tap_count + 2) * block_channels);
+  const SumsInShared shared(plan, parameters, tap_count);
 
   const int group = blockIdx.x % plan.channel_groups, tile = blockIdx.x / plan.channel_groups % plan.tiles;
   const DepthwiseLane at(p, plan, group, tile, blockIdx.x / plan.channel_groups / plan.tiles);
@@ -432,7 +439,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
     }
     if (sums) add_lanes(plan, shared.lane_sums, shared.sums + m * block_channels);
   }
-  if (sums) finish_sums<T>(a, group, tile, at.unit, shared.lane_sums);
+  if (sums) finish_sums<T>(a, group, tile, at.unit, parameters);
 }
 
 // Any stride, dilation and channel count: one output per thread and round, taps from shared memory.
@@ -442,7 +449,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
   const DepthwisePlan& plan = a.plan;
   const int block_channels = plan.channel_vectors * V, tap_count = p.kernel_h * p.kernel_w;
   float* parameters = dynamic_shared<float>();
-  const SumsInShared shared(plan, parameters + (tap_count + 2) * block_channels);
+  const SumsInShared shared(plan, parameters, tap_count);
 
   const int group = blockIdx.x % plan.channel_groups, tile = blockIdx.x / plan.channel_groups % plan.tiles;
   const DepthwiseLane at(p, plan, group, tile, blockIdx.x / plan.channel_groups / plan.tiles);
@@ -484,7 +491,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
     }
     if (sums) add_lanes(plan, shared.lane_sums, shared.sums + m * block_channels);
   }
-  if (sums) finish_sums<T>(a, group, tile, at.unit, shared.lane_sums);
+  if (sums) finish_sums<T>(a, group, tile, at.unit, parameters);
 }
 
 template <class T, int S>
