@@ -70,7 +70,7 @@ class Kernel:
     max_threads: int
     min_blocks: int
     instructions: Counter[str]
-    listing: str = field(default="", repr=False)
+    listing: str = field(default="", repr=False, kw_only=True)
 
     @property
     def family(self) -> str:
@@ -241,7 +241,8 @@ def read_kernels(binary: Path) -> list[Kernel]:
                 numbers["SHARED"],
                 threads,
                 blocks,
-                *instructions[arch, name],
+                instructions[arch, name][0],
+                listing=instructions[arch, name][1],
             )
         )
     return sorted(kernels, key=lambda kernel: (kernel.arch, natural_key(kernel.name)))

@@ -19,7 +19,7 @@ from effkernels.plan import PRECISIONS, plan_call, record_calls
 from effkernels.scaling.candidates import identity, on_grid
 from effkernels.scaling.compound import EFFICIENTNET, CompoundScaling
 from effkernels.scaling.counting import Cost
-from effkernels.scaling.network import N, Network, Rounding, scale
+from effkernels.scaling.network import N, Network, Rounding, TooManyLayersError, scale
 
 ALONE: dict[str, CompoundScaling] = {
     "depth": CompoundScaling(2.0, 1.0, 1.0),
@@ -292,7 +292,12 @@ def _fit(
     doubling = 1 / math.log2(scaling.flops(1))
 
     def at(phi: float) -> float:
-        return latency(scale(network, phi, scaling=scaling, rounding=rounding))
+        try:
+            return latency(scale(network, phi, scaling=scaling, rounding=rounding))
+        except TooManyLayersError as error:
+            raise OutOfReach(
+                f"fit_latency: {network.name} stays within {budget_ms:g} ms as far as it can be scaled ({error})"
+            ) from error
 
     inside, outside = 0.0, 0.0
     if at(0.0) <= budget_ms:

@@ -22,6 +22,12 @@ from effkernels.scaling.compound import EFFICIENTNET, CompoundScaling, round_fil
 from effkernels.scaling.counting import Cost, count
 
 MOST_LAYERS = 4096  # of a network, in all stages; more would take hours and all memory to build, even on meta
+
+
+class TooManyLayersError(ValueError):
+    """A network has more than `MOST_LAYERS` layers."""
+
+
 DEPTH_ROUNDINGS: tuple[str, ...] = ("up", "nearest", "down")
 Builder = Callable[..., nn.Module]
 
@@ -176,7 +182,7 @@ class StagedNetwork:
     def __post_init__(self) -> None:
         layers = sum(stage.layers for stage in self.stages)
         if layers > MOST_LAYERS:
-            raise ValueError(f"{self.name}: {layers} layers; allowed: {MOST_LAYERS} in all stages")
+            raise TooManyLayersError(f"{self.name}: {layers} layers; allowed: {MOST_LAYERS} in all stages")
 
     def build(
         self,
