@@ -83,6 +83,21 @@ def test_a_team_that_the_gpu_has_no_room_for_is_two_launches(emulated: Emulator)
     assert_parity(expected, plain, truth)
 
 
+@pytest.mark.parametrize("op", ["depthwise_bn_act_gate", "depthwise_bn_act_se"])
+@pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
+def test_hidden_values_are_aligned_whatever_the_channels(op: str, dtype: torch.dtype, emulated: Emulator) -> None:
+    """They are read 16 bytes at a time, and come after as many parameters and sums as there are channels."""
+    for channels in (1, 2, 3, 5, 7):
+        for reduced in (2, 4, 8):
+            case = CASES["depthwise_bn_act_gate"].with_(
+                op=op, dtype=dtype, channels=channels, reduced=reduced, height=5, width=6
+            )
+            arguments = case.draw()
+            plain = op_cases.run(effkernels.reference, case, arguments)
+            for ours, theirs in zip(call(emulated, op, arguments), plain, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2)  # parity is held in test_ops_parity
+
+
 def test_limits_of_a_kernel_are_lifted_once_for_each_device(emulated: Emulator) -> None:
     """And never set to what one launch takes, which would be too little for another thread's."""
     case = CASES["depthwise_bn_act_se"].with_(channels=128, height=56, width=56)
