@@ -156,7 +156,8 @@ def test_engines_and_optimisations_at_once_disturb_no_other_model() -> None:
             with torch.no_grad():
                 truth = model(image)
                 if kind % 2:
-                    effkernels.optimize_(model)
+                    report = effkernels.optimize_(model, backend="reference" if kind == 1 else "auto")
+                    assert report.fused == len(report.blocks)
                     found = model(image)
                 else:
                     found = effkernels.InferenceEngine(model, input_size=64, batch_sizes=(2,))(image)
@@ -175,3 +176,4 @@ def test_engines_and_optimisations_at_once_disturb_no_other_model() -> None:
         thread.join()
     assert failures == []
     assert min(calls) > 0
+    assert effkernels.backends.selected() == "auto"

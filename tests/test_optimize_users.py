@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import threading
 import warnings
 
 import pytest
@@ -528,42 +527,3 @@ def test_a_users_own_onnx_export_is_plain(network: nn.Module, tmp_path: object, 
     operators = {node.op_type for node in onnx.load(file).graph.node}
     assert "Conv" in operators
     assert not any("bn_act" in operator for operator in operators)
-
-
-# ----------------------------------------------------------------------------------------------------- other threads
-
-
-def test_other_threads_see_nothing_of_an_optimisation() -> None:
-    errors: list[BaseException] = []
-    done = threading.Event()
-
-    def use() -> None:
-        other = randomise(Network())
-        x = images(1, 33, 35)
-        with torch.no_grad():
-            wanted = other(x)
-            try:
-                while not done.is_set():
-                    assert torch.equal(other(x), wanted)
-                    nn.Linear(2, 2)(torch.ones(1, 2))
-            except BaseException as error:
-                errors.append(error)
-
-    def optimise() -> None:
-        try:
-            for _ in range(3):
-                assert effkernels.optimize_(randomise(Network()), backend="reference").fused == 4
-        except BaseException as error:
-            errors.append(error)
-
-    users = [threading.Thread(target=use) for _ in range(2)]
-    optimisers = [threading.Thread(target=optimise) for _ in range(2)]
-    for thread in (*users, *optimisers):
-        thread.start()
-    for thread in optimisers:
-        thread.join()
-    done.set()
-    for thread in users:
-        thread.join()
-    assert errors == []
-    assert effkernels.backends.selected() == "auto"
