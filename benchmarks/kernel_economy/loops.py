@@ -31,12 +31,13 @@ _PIPES = {
 @dataclass(frozen=True)
 class Instruction:
     """One instruction: its address, its opcode with modifiers, the branch's target (None where there is none, or where
-    it is found at run time), and whether it is executed under a predicate."""
+    it is found at run time), whether it is executed under a predicate, and its operands as they stand there."""
 
     address: int
     opcode: str
     target: int | None
     predicated: bool
+    operands: str = ""
 
     @property
     def name(self) -> str:
@@ -57,7 +58,7 @@ def instructions_of(code: str) -> tuple[Instruction, ...]:
             target = int(match[1], 16) if match else None
             # "BRA P6, ..." and "BRA.DIV UR4, ..." are taken under a condition too.
             predicate = predicate or re.match(r"\s*(~?URZ|!?U?P\d|~?UR\d+),", operands) is not None
-        found.append(Instruction(int(address, 16), opcode, target, bool(predicate)))
+        found.append(Instruction(int(address, 16), opcode, target, bool(predicate), operands))
     return tuple(found)
 
 
@@ -100,7 +101,7 @@ class Flow:
         """A jump through a table goes to the blocks behind it that nothing else goes to."""
         reached = {0, *(to for following in self.next for to in following)}
         tables = [number for number, block in enumerate(self.blocks) if block[-1].name == "BRX"]
-        for number, end in zip(tables, [*tables[1:], len(self.blocks)], strict=True):
+        for number, end in itertools.pairwise([*tables, len(self.blocks)]):
             self.next[number] += [to for to in range(number + 1, end) if to not in reached]
 
     def loops(self) -> Iterator[Loop]:
