@@ -394,6 +394,8 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
 template <class Traits>
 __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
     depthwise_strips(const __grid_constant__ DepthwiseArguments a) {
+  wait_for_previous();
+  allow_next();
   const DepthwiseParams& p = a.depthwise;
   const DepthwisePlan& plan = a.plan;
   using T = typename Traits::T;
@@ -445,6 +447,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
 // Any stride, dilation and channel count: one output per thread and round, taps from shared memory.
 template <class T, int V>
 __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __grid_constant__ DepthwiseArguments a) {
+  wait_for_previous();
+  allow_next();
   const DepthwiseParams& p = a.depthwise;
   const DepthwisePlan& plan = a.plan;
   const int block_channels = plan.channel_vectors * V, tap_count = p.kernel_h * p.kernel_w;

@@ -45,6 +45,8 @@ struct ResidentShared {
 template <class Traits, bool kCluster>
 __global__ void __launch_bounds__(kResidentThreads, 1)
     depthwise_resident(const __grid_constant__ DepthwiseArguments a) {
+  wait_for_previous();
+  allow_next();
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
   const DepthwiseParams& p = a.depthwise;

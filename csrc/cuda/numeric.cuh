@@ -41,7 +41,6 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
   T at[kCount];
 };
 
-// Reads through the read-only cache: nobody writes the same memory in the same launch.
 template <class T, int kCount>
 __device__ __forceinline__ Vector<T, kCount> load_raw(const T* from) {
   constexpr size_t kBytes = sizeof(T) * kCount;
@@ -49,14 +48,14 @@ __device__ __forceinline__ Vector<T, kCount> load_raw(const T* from) {
   if constexpr (kBytes % 16 == 0) {
 #pragma unroll
     for (size_t i = 0; i < kBytes / 16; ++i)
-      reinterpret_cast<uint4*>(&raw)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+      reinterpret_cast<uint4*>(&raw)[i] = load_global(reinterpret_cast<const uint4*>(from) + i);
   } else if constexpr (kBytes == 8) {
-    *reinterpret_cast<uint2*>(&raw) = __ldg(reinterpret_cast<const uint2*>(from));
+    *reinterpret_cast<uint2*>(&raw) = load_global(reinterpret_cast<const uint2*>(from));
   } else if constexpr (kBytes == 4 && kCount > 1) {
-    *reinterpret_cast<unsigned*>(&raw) = __ldg(reinterpret_cast<const unsigned*>(from));
+    *reinterpret_cast<unsigned*>(&raw) = load_global(reinterpret_cast<const unsigned*>(from));
   } else {
     static_assert(kCount == 1, "a vector is one element, or 4, 8 or a multiple of 16 bytes");
-    raw.at[0] = __ldg(from);
+    raw.at[0] = load_global(from);
   }
   return raw;
 }
