@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     if (group >= plan.channel_groups) break;
     const DepthwiseLane at(p, plan, group, 0, image);
     clear_lanes(plan, shared.lane_sums);
-    load_parameters<T, V>(p, K * K, int64_t(group) * block_channels, block_channels, shared.parameters);
+    load_parameters<T, V, K * K>(p, K * K, int64_t(group) * block_channels, block_channels, shared.parameters);
     const ThreadParameters<V> my(shared.parameters, block_channels, at.vector);
     const T* from = static_cast<const T*>(p.x) + int64_t(image) * p.x_stride_n + at.channel;
     T* held = shared.held + slab * slab_size + at.vector * V;

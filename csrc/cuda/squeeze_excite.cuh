@@ -108,7 +108,7 @@ __device__ void expand_rows(const SqueezeExciteParams& p, int64_t first, int cou
     const W* const row = weight + channel * reduced;
     const float own_bias = parameter(bias, channel, 0.f);
     float sum[kMostImagesOfGate][kSums] = {};
-#pragma unroll 2
+#pragma unroll 4  // reads under way at a time
     for (int r = 0; r < reduced; r += E) {
       float w[E];
       load(row + r, w);
