@@ -10,6 +10,7 @@ namespace mutants {
 
 template <class T, int kBlocks>
 __global__ void __launch_bounds__(128, kBlocks) good(const T* x, T* y) {
+  wait_for_previous();
   float value[kVectorOf<T>];
   load(x + threadIdx.x * kVectorOf<T>, value);
   activate<T>(value, Activation::kSilu);
@@ -19,6 +20,7 @@ __global__ void __launch_bounds__(128, kBlocks) good(const T* x, T* y) {
 // Its sums need some two hundred registers: 1024 threads leave 64 to each, 128 threads enough.
 template <class T, int kThreads>
 __global__ void __launch_bounds__(kThreads, 1) hungry(const T* x, T* y, int rounds) {
+  wait_for_previous();
   float value[24][kVectorOf<T>];
 #pragma unroll
   for (int i = 0; i < 24; ++i) load(x + (i * kThreads + threadIdx.x) * kVectorOf<T>, value[i]);
@@ -35,6 +37,7 @@ __global__ void __launch_bounds__(kThreads, 1) hungry(const T* x, T* y, int roun
 // An array indexed at run time cannot live in registers.
 template <class T>
 __global__ void __launch_bounds__(128) local_array(const T* x, T* y, const int* order) {
+  wait_for_previous();
   float value[64];
   for (int i = 0; i < 64; ++i) value[order[i]] = to_float(x[i * 128 + threadIdx.x]);
   float sums[kVectorOf<T>] = {};
@@ -44,15 +47,29 @@ __global__ void __launch_bounds__(128) local_array(const T* x, T* y, const int* 
 
 template <class T>
 __global__ void __launch_bounds__(128) scalar_loads(const T* x, T* y) {
+  wait_for_previous();
   float value[kVectorOf<T>];
 #pragma unroll
-  for (int i = 0; i < kVectorOf<T>; ++i) value[i] = to_float(__ldg(x + threadIdx.x * kVectorOf<T> + i));
+  for (int i = 0; i < kVectorOf<T>; ++i) value[i] = to_float(x[threadIdx.x * kVectorOf<T> + i]);
   activate<T>(value, Activation::kSilu);
   store(y + threadIdx.x * kVectorOf<T>, value);
 }
 
+// Reads through the read-only path what the launch ahead may still write.
+template <class T>
+__global__ void __launch_bounds__(128) read_only_loads(const T* x, T* y) {
+  wait_for_previous();
+  y[threadIdx.x] = __ldg(x + threadIdx.x);
+}
+
+template <class T>
+__global__ void __launch_bounds__(128) does_not_wait(const T* x, T* y) {
+  y[threadIdx.x] = x[threadIdx.x];
+}
+
 template <class T>
 __global__ void __launch_bounds__(128) scalar_stores(const T* x, T* y) {
+  wait_for_previous();
   float value[kVectorOf<T>];
   load(x + threadIdx.x * kVectorOf<T>, value);
 #pragma unroll
@@ -62,6 +79,7 @@ __global__ void __launch_bounds__(128) scalar_stores(const T* x, T* y) {
 // Swish by exponential and reciprocal: two special-function instructions where one is enough.
 template <class T>
 __global__ void __launch_bounds__(128) two_special_functions(const T* x, T* y) {
+  wait_for_previous();
   float value[kVectorOf<T>];
   load(x + threadIdx.x * kVectorOf<T>, value);
 #pragma unroll
@@ -72,6 +90,7 @@ __global__ void __launch_bounds__(128) two_special_functions(const T* x, T* y) {
 // Not bad: a product on the tensor cores, its factors by cp.async and ldmatrix.
 template <class T>
 __global__ void __launch_bounds__(32) product(const T* x, T* y) {
+  wait_for_previous();
   T* tile = dynamic_shared<T>();
   const int vector = threadIdx.x * kVectorOf<T>;
   cp_async_16(shared_address(tile + vector), x + vector);
@@ -94,6 +113,8 @@ template __global__ void hungry<bfloat16, 128>(const bfloat16*, bfloat16*, int);
 template __global__ void hungry<bfloat16, 1024>(const bfloat16*, bfloat16*, int);
 template __global__ void local_array<bfloat16>(const bfloat16*, bfloat16*, const int*);
 template __global__ void scalar_loads<bfloat16>(const bfloat16*, bfloat16*);
+template __global__ void read_only_loads<bfloat16>(const bfloat16*, bfloat16*);
+template __global__ void does_not_wait<bfloat16>(const bfloat16*, bfloat16*);
 template __global__ void scalar_stores<bfloat16>(const bfloat16*, bfloat16*);
 template __global__ void two_special_functions<bfloat16>(const bfloat16*, bfloat16*);
 

@@ -98,6 +98,19 @@ def test_last_arrival_without_atomic_gives_wrong_results_in_some_order(emulated:
     assert not all(right)
 
 
+def test_launch_that_may_overlap_the_one_ahead(in_every_order: Emulator) -> None:
+    run(in_every_order, "overlapping", overlaps=True)
+    run(in_every_order, "overlapping_without_wait")
+    message = "the thread leaves without wait_for_previous.*thread \\(3,0,0\\)"
+    assert_reported(in_every_order, message, "overlapping_without_wait", overlaps=True)
+
+
+def test_global_memory_touched_before_the_launch_ahead_has_ended(in_every_order: Emulator) -> None:
+    only_in(in_every_order, ("race",))
+    message = "read of global memory at .* before wait_for_previous"
+    assert_reported(in_every_order, message, "overlapping_too_early", overlaps=True)
+
+
 def test_divergent_barrier(in_every_order: Emulator) -> None:
     message = (
         r"divergent barrier: .*already wait in __syncthreads at selftest\.cu:\d+, .* at selftest\.cu:\d+, by block"

@@ -25,6 +25,7 @@ struct Launch {
   cudaStream_t stream = nullptr;
   unsigned cluster = 1;      // blocks of a cluster, along x; above 1 needs sm_90
   bool cooperative = false;  // every block resident at once, or the launch is refused
+  bool overlaps = false;     // may start before the launch ahead of it has ended: its kernel calls wait_for_previous
 };
 
 // A launch as it was planned.
@@ -36,12 +37,16 @@ inline Launch launch_of(const PlannedLaunch& planned, void* stream) {
   at.stream = static_cast<cudaStream_t>(stream);
   at.cluster = static_cast<unsigned>(planned.cluster);
   at.cooperative = planned.cooperative;
+  at.overlaps = !planned.cooperative;  // a grid that is resident as a whole has the GPU to itself
   return at;
 }
 
 // Lets a kernel take all the shared memory and the largest clusters that the current device has. Once per kernel and
 // device: a limit for one launch would be that of a launch by another thread too, and cost a call of the driver each.
 cudaError_t lift_limits(const void* kernel);
+
+// Whether the current device and its driver let launches overlap (programmatic dependent launch).
+bool launches_may_overlap();
 
 // What CUDA says to a launch that it refuses, and the launch where it does not.
 template <class... Parameters, class... Arguments>
@@ -53,10 +58,10 @@ cudaError_t launch_uncounted(void (*kernel)(Parameters...), const Launch& at, co
     if (error != cudaSuccess) return error;
   }
 #ifdef EFFKERNELS_EMULATED
-  return emulation::launch({at.grid, at.block, at.shared_bytes, at.cluster, at.cooperative},
+  return emulation::launch({at.grid, at.block, at.shared_bytes, at.cluster, at.cooperative, at.overlaps},
                            [&] { kernel(Parameters(arguments)...); });
 #else
-  cudaLaunchAttribute attributes[2];
+  cudaLaunchAttribute attributes[3];
   cudaLaunchConfig_t config = {};
   config.gridDim = at.grid;
   config.blockDim = at.block;
@@ -70,6 +75,10 @@ cudaError_t launch_uncounted(void (*kernel)(Parameters...), const Launch& at, co
   if (at.cooperative) {
     attributes[config.numAttrs].id = cudaLaunchAttributeCooperative;
     attributes[config.numAttrs++].val.cooperative = 1;
+  }
+  if (at.overlaps && launches_may_overlap()) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
   }
   if (at.cluster > kPortableCluster) {
     // A GPU with disabled multiprocessors may have no room for so large a cluster: ask, the answer is cheap.

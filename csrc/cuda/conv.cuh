@@ -79,7 +79,7 @@ __device__ __forceinline__ void load_window(const ConvParams& p, const ConvPlan&
     for (int column = lane; column < plan.window_width; column += 32) {
       const int64_t x = left + column;
       T value = from_float<T>(0.f);
-      if (inside && x >= 0 && x < p.width) value = __ldg(from + x * p.x_stride_w);
+      if (inside && x >= 0 && x < p.width) value = load_global(from + x * p.x_stride_w);
       window[row * plan.window_width + column] = value;
     }
   }
@@ -175,6 +175,8 @@ __device__ __forceinline__ void write_pixels(const ConvParams& p, const float* s
 
 template <class T>
 __global__ void __launch_bounds__(32 * kConvMostWarps, 3) conv(const ConvParams p, const ConvPlan plan) {
+  wait_for_previous();
+  allow_next();
   const ConvShared<T> shared(plan);
   const int64_t tile_x = blockIdx.x % plan.tiles_x, row_of_tiles = blockIdx.x / plan.tiles_x;
   const int64_t tile_y = row_of_tiles % plan.tiles_y, image = row_of_tiles / plan.tiles_y;

@@ -19,16 +19,17 @@
 
 namespace effkernels::cuda {
 
-template <class Element, int kKernelSize, int kStrideSize>
+template <class Element, int kKernelSize, int kStrideSize, int kPixels = depthwise_strip(kKernelSize, kStrideSize)>
 struct DepthwiseTraits {
   using T = Element;
   static constexpr int kKernel = kKernelSize;  // height and width; 0: those of the params
   static constexpr int kStride = kStrideSize;
   static constexpr int kVector = kVectorOf<T>;
-  static constexpr int kStrip = depthwise_strip(kKernel, kStride);
+  static constexpr int kStrip = kPixels;
   static constexpr int kTaps = kKernel > 0 ? kKernel : 4;         // of a kernel row in registers at a time
   static constexpr int kInputs = (kStrip - 1) * kStride + kTaps;  // input columns under one strip and these taps
-  static constexpr int kBlocks = depthwise_resident_blocks(sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat16);
+  static constexpr bool kShort = kStrip == kShortStrip;
+  static constexpr int kBlocks = depthwise_resident_blocks(sizeof(T) == 4 ? DType::kFloat32 : DType::kFloat16, kStrip);
   static_assert(kKernel == compiled_kernel(kKernel, kKernel) && kStride >= 1, "no size that a plan asks for");
 };
 
@@ -109,38 +110,59 @@ class ThreadParameters {
   int row_, plane_;
 };
 
-// Stored as (C, 1, KH, KW). A thread takes one tap of the channels that lie together in a plane; 8 taps by 4 such
-// threads are a warp, which reads a few lines of memory and writes few words of the same bank.
-template <int V, class W>
+// Stored as (C, 1, KH, KW), the taps of the block's channels one after another. A thread reads 16 bytes at a time, and
+// starts all of its reads before it needs the first.
+template <int V, int kTapCount, class W>
 __device__ __forceinline__ void copy_taps(const W* from, int channels, int tap_count, int block_channels, float* rows) {
-  constexpr int Q = kQuad<V>, kAcross = 4;
-  const int quads = channels / Q;
-#pragma unroll 2
-  for (int at = threadIdx.x; at < (quads + kAcross - 1) / kAcross * kAcross * tap_count; at += blockDim.x) {
-    const int line = at / kAcross, tap = line % tap_count, quad = line / tap_count * kAcross + at % kAcross;
-    if (quad >= quads) continue;
-    Vector<float, Q> value;
+  constexpr int E = kVectorOf<W>, kAtOnce = 4;
+  if constexpr (kTapCount > 0) tap_count = kTapCount;  // known where it is compiled: the divisions cost little
+  const int count = channels * tap_count;
+  if (count % E != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    for (int at = threadIdx.x; at < count; at += blockDim.x)
+      rows[at % tap_count * block_channels + place_in_row<V>(at / tap_count, block_channels)] = to_float(from[at]);
+    return;
+  }
+#pragma unroll 1
+  for (int first = threadIdx.x * E; first < count; first += kAtOnce * E * blockDim.x) {
+    Vector<W, E> raw[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < Q; ++i) value.at[i] = to_float(from[(quad * Q + i) * tap_count + tap]);
-    float* to = rows + tap * block_channels + place_in_row<V>(quad * Q, block_channels);
-    *reinterpret_cast<Vector<float, Q>*>(to) = value;
+    for (int j = 0; j < kAtOnce; ++j) {
+      raw[j] = {};
+      const int at = first + j * E * blockDim.x;
+      if (at < count) raw[j] = load_raw<W, E>(from + at);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int at = first + j * E * blockDim.x;
+      if (at >= count) break;
+      int channel = at / tap_count, tap = at % tap_count;
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        rows[tap * block_channels + place_in_row<V>(channel, block_channels)] = to_float(raw[j].at[e]);
+        if (++tap == tap_count) tap = 0, ++channel;
+      }
+    }
   }
 }
 
-template <class T, int V>
+// A thread takes one channel's norm: its reads are under way while the taps are read.
+template <class T, int V, int kTapCount>
 __device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int tap_count, int64_t first_channel,
                                                 int block_channels, float* rows) {
   const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
   const int64_t first = first_channel * tap_count;
+  const int own = threadIdx.x;
+  StoredNorm norm = {};
+  if (own < channels) norm = stored_norm(p.norm, first_channel + own);
   if (p.weight.dtype == DType::kFloat32)
-    copy_taps<V>(static_cast<const float*>(p.weight.data) + first, channels, tap_count, block_channels, rows);
+    copy_taps<V, kTapCount>(static_cast<const float*>(p.weight.data) + first, channels, tap_count, block_channels,
+                            rows);
   else
-    copy_taps<V>(static_cast<const T*>(p.weight.data) + first, channels, tap_count, block_channels, rows);
-  float* scales = rows + tap_count * block_channels;
-  for (int i = threadIdx.x; i < channels; i += blockDim.x) {
-    const ScaleShift norm = scale_shift(p.norm, first_channel + i);
-    const int place = place_in_row<V>(i, block_channels);
-    scales[place] = norm.scale, scales[block_channels + place] = norm.shift;
+    copy_taps<V, kTapCount>(static_cast<const T*>(p.weight.data) + first, channels, tap_count, block_channels, rows);
+  if (own < channels) {
+    const ScaleShift by = scale_shift(p.norm, norm);
+    float* scales = rows + tap_count * block_channels + place_in_row<V>(own, block_channels);
+    scales[0] = by.scale, scales[block_channels] = by.shift;
   }
   __syncthreads();
 }
@@ -186,11 +208,54 @@ __device__ __forceinline__ void convolve_rows(const DepthwiseParams& p, const ty
   }
 }
 
+// The same of a short strip: its whole window is read at once.
+template <class Traits>
+__device__ __forceinline__ void convolve_window(const DepthwiseParams& p, const typename Traits::T* image, int top,
+                                                int left, const ThreadParameters<Traits::kVector>& taps,
+                                                float (&acc)[Traits::kStrip][Traits::kVector]) {
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector;
+  Vector<T, V> window[K][Traits::kInputs];
+  const T* const start = image + top * p.x_stride_h + left * p.x_stride_w;
+#pragma unroll
+  for (int ky = 0; ky < K; ++ky)
+#pragma unroll
+    for (int ix = 0; ix < Traits::kInputs; ++ix) {
+      window[ky][ix] = {};
+      const bool inside = static_cast<unsigned>(top + ky) < static_cast<unsigned>(p.height) &&
+                          static_cast<unsigned>(left + ix) < static_cast<unsigned>(p.width);
+      if (inside) window[ky][ix] = load_raw<T, V>(start + ky * p.x_stride_h + ix * p.x_stride_w);
+    }
+#pragma unroll
+  for (int ky = 0; ky < K; ++ky) {
+#pragma unroll
+    for (int part = 0; part < V; part += 4) {
+      Vector<float, 4> tap[K];
+#pragma unroll
+      for (int kx = 0; kx < K; ++kx) tap[kx] = taps(ky * K + kx, part);
+#pragma unroll
+      for (int ix = 0; ix < Traits::kInputs; ++ix) {
+        float value[4];
+        unpack(window[ky][ix], part, value);
+#pragma unroll
+        for (int ox = 0; ox < Traits::kStrip; ++ox) {
+          const int kx = ix - ox * S;
+          if (kx < 0 || kx >= K) continue;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) acc[ox][part + i] = fmaf(value[i], tap[kx].at[i], acc[ox][part + i]);
+        }
+      }
+    }
+  }
+}
+
 template <class Traits>
 __device__ __forceinline__ void convolve_strip(const DepthwiseParams& p, const typename Traits::T* image, int top,
                                                int left, const ThreadParameters<Traits::kVector>& taps,
                                                float (&acc)[Traits::kStrip][Traits::kVector]) {
-  if (left >= 0 && left + Traits::kInputs <= p.width)
+  if constexpr (Traits::kShort)
+    convolve_window<Traits>(p, image, top, left, taps, acc);
+  else if (left >= 0 && left + Traits::kInputs <= p.width)
     convolve_rows<Traits, true>(p, image, top, left, taps, acc);
   else
     convolve_rows<Traits, false>(p, image, top, left, taps, acc);
@@ -394,6 +459,8 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
 template <class Traits>
 __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
     depthwise_strips(const __grid_constant__ DepthwiseArguments a) {
+  wait_for_previous();
+  allow_next();
   const DepthwiseParams& p = a.depthwise;
   const DepthwisePlan& plan = a.plan;
   using T = typename Traits::T;
@@ -406,7 +473,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
   const DepthwiseLane at(p, plan, group, tile, blockIdx.x / plan.channel_groups / plan.tiles);
   const bool sums = p.pooled != nullptr || a.se.gate != nullptr;
   if (sums) clear_lanes(plan, shared.lane_sums);
-  load_parameters<T, V>(p, tap_count, int64_t(group) * block_channels, block_channels, parameters);
+  load_parameters<T, V, K * K>(p, tap_count, int64_t(group) * block_channels, block_channels, parameters);
   const ThreadParameters<V> my(parameters, block_channels, at.vector);
   float* my_sums = shared.lane_sums + at.lane * block_channels + at.vector * V;
 
@@ -445,6 +512,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
 // Any stride, dilation and channel count: one output per thread and round, taps from shared memory.
 template <class T, int V>
 __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __grid_constant__ DepthwiseArguments a) {
+  wait_for_previous();
+  allow_next();
   const DepthwiseParams& p = a.depthwise;
   const DepthwisePlan& plan = a.plan;
   const int block_channels = plan.channel_vectors * V, tap_count = p.kernel_h * p.kernel_w;
@@ -455,7 +524,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
   const DepthwiseLane at(p, plan, group, tile, blockIdx.x / plan.channel_groups / plan.tiles);
   const bool sums = p.pooled != nullptr || a.se.gate != nullptr;
   if (sums) clear_lanes(plan, shared.lane_sums);
-  load_parameters<T, V>(p, tap_count, int64_t(group) * block_channels, block_channels, parameters);
+  load_parameters<T, V, 0>(p, tap_count, int64_t(group) * block_channels, block_channels, parameters);
   const ThreadParameters<V> my(parameters, block_channels, at.vector);
   float* my_sums = shared.lane_sums + at.lane * block_channels + at.vector * V;
 
@@ -496,6 +565,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
 
 template <class T, int S>
 cudaError_t run_kernel_size(const DepthwiseArguments& a, const Launch& at) {
+  if (a.plan.strip == kShortStrip)
+    return a.depthwise.kernel_h == 3 ? launch(depthwise_strips<DepthwiseTraits<T, 3, S, kShortStrip>>, at, a)
+                                     : launch(depthwise_strips<DepthwiseTraits<T, 5, S, kShortStrip>>, at, a);
   switch (compiled_kernel(a.depthwise.kernel_h, a.depthwise.kernel_w)) {
     case 3:
       return launch(depthwise_strips<DepthwiseTraits<T, 3, S>>, at, a);

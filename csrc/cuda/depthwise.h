@@ -62,8 +62,16 @@ constexpr int compiled_kernel(int height, int width) {
 // left, as many as a kernel of unknown size takes.
 constexpr int depthwise_strip(int compiled, int stride) { return compiled == 0 || compiled >= 7 || stride > 1 ? 4 : 7; }
 
-// Blocks that a multiprocessor holds: strip * vector sums and the inputs of a row per thread lie in registers.
-constexpr int depthwise_resident_blocks(DType dtype) { return dtype == DType::kFloat32 ? 4 : 3; }
+// Where a launch would leave multiprocessors without work: 2 pixels per thread, of the small square kernels. A thread
+// then has the whole window of its strip in registers, so that its reads wait for each other no longer.
+constexpr int kShortStrip = 2;
+constexpr bool has_short_strips(int compiled) { return compiled == 3 || compiled == 5; }
+
+// Blocks that a multiprocessor holds: strip * vector sums and the inputs of a row, or of a window, per thread lie in
+// registers.
+constexpr int depthwise_resident_blocks(DType dtype, int strip) {
+  return strip == kShortStrip ? 2 : dtype == DType::kFloat32 ? 4 : 3;
+}
 
 // A pure function of sizes, strides, types, the alignment of the pointers, and the limits of the device.
 DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limits);

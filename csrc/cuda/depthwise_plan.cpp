@@ -33,6 +33,7 @@ int threads_along_channels(int64_t vectors, int most) {
 
 // Cuts the channels and the plane for blocks that each have `most` vectors of channels at most.
 void cut(const DepthwiseParams& p, int most, int threads, DepthwisePlan& plan) {
+  plan.strips = static_cast<int>(divide_up(p.out_width, plan.strip) * p.out_height);
   const int64_t vectors = divide_up(p.channels, plan.vector);
   plan.channel_vectors = threads_along_channels(vectors, most);
   plan.channel_groups = static_cast<int>(divide_up(vectors, plan.channel_vectors));
@@ -86,12 +87,21 @@ void plan_team(const DepthwiseCall& call, const DeviceLimits& limits, bool in_cl
   }
 }
 
+// Few images: narrower blocks, down to a cache line of channels, so that every multiprocessor has one.
+void cut_for_all(const DepthwiseParams& p, const DeviceLimits& limits, int most, DepthwisePlan& plan) {
+  cut(p, most, kDepthwiseThreads, plan);
+  for (most /= 2; most >= kFewestChannelVectors; most /= 2) {
+    if (p.batch * plan.channel_groups * divide_up(plan.strips, plan.lanes) >= limits.multiprocessors) break;
+    cut(p, most, kDepthwiseThreads, plan);
+  }
+}
+
 // Rounds and images of a block. More of them share its prologue (taps, scale and shift, and the weights of
 // squeeze-and-excitation), fewer leave less work for the last blocks: the least of waves * (prologue + rounds), which
 // is a model, not a measurement. Rounds that an image does not need go to the next images.
 void plan_rounds(const DepthwiseParams& p, const DeviceLimits& limits, DepthwisePlan& plan) {
   constexpr int64_t kPrologue = 2;  // in rounds: its loads wait for each other, those of a round mostly do not
-  const int64_t resident = int64_t(limits.multiprocessors) * depthwise_resident_blocks(p.dtype);
+  const int64_t resident = int64_t(limits.multiprocessors) * depthwise_resident_blocks(p.dtype, plan.strip);
   const int64_t image_rounds = divide_up(plan.strips, plan.lanes);
   int64_t least = std::numeric_limits<int64_t>::max();
   for (int64_t wanted = 1; wanted <= kMostRounds; ++wanted) {
@@ -115,7 +125,8 @@ DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limi
   const int widest = vector_of(p.dtype);
   plan.vector = vectors_fit(p, widest) ? widest : 1;
   plan.unrolled = plan.vector == widest && p.dilation == 1 && (p.stride == 1 || p.stride == 2);
-  plan.strip = plan.unrolled ? depthwise_strip(compiled_kernel(p.kernel_h, p.kernel_w), p.stride) : 1;
+  const int compiled = compiled_kernel(p.kernel_h, p.kernel_w);
+  plan.strip = plan.unrolled ? depthwise_strip(compiled, p.stride) : 1;
 
   const int64_t window = int64_t(std::max(p.kernel_h, p.kernel_w) - 1) * p.dilation + 1;
   if (p.out_height * p.out_width > kMostPixels || p.height * p.width > kMostPixels ||
@@ -123,24 +134,23 @@ DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limi
     plan.tiles = 0;
     return plan;
   }
-  const int64_t strips = divide_up(p.out_width, plan.strip) * p.out_height;
-  plan.strips = static_cast<int>(strips);
   plan.out_height = static_cast<int>(p.out_height);
   int widest_block = kMostChannelVectors;
   const int64_t taps_of_vector = (taps_of(p) + 2) * plan.vector * int64_t(sizeof(float));
-  const int64_t share = limits.shared_per_multiprocessor / depthwise_resident_blocks(p.dtype);
-  if (compiled_kernel(p.kernel_h, p.kernel_w) == 0)  // as many blocks fit by their taps as by their registers
+  const int64_t share = limits.shared_per_multiprocessor / depthwise_resident_blocks(p.dtype, plan.strip);
+  if (compiled == 0)  // as many blocks fit by their taps as by their registers
     while (widest_block > kFewestChannelVectors && widest_block * taps_of_vector > share) widest_block /= 2;
-  cut(p, widest_block, kDepthwiseThreads, plan);
   if (call.gated && call.se != nullptr) {
+    cut(p, widest_block, kDepthwiseThreads, plan);
     if (limits.largest_cluster > 1) plan_team(call, limits, true, plan);
     if (plan.team == 0) plan_team(call, limits, false, plan);
     if (plan.team > 0) return plan;
   }
-  // Few images: narrower blocks, down to a cache line of channels, so that every multiprocessor has one.
-  for (int most = widest_block / 2; most >= kFewestChannelVectors; most /= 2) {
-    if (p.batch * plan.channel_groups * divide_up(strips, plan.lanes) >= limits.multiprocessors) break;
-    cut(p, most, kDepthwiseThreads, plan);
+  cut_for_all(p, limits, widest_block, plan);
+  if (plan.unrolled && has_short_strips(compiled) &&
+      p.batch * plan.channel_groups * divide_up(plan.strips, plan.lanes) < limits.multiprocessors) {
+    plan.strip = kShortStrip;
+    cut_for_all(p, limits, widest_block, plan);
   }
   plan_rounds(p, limits, plan);
   // What a block keeps grows with its images (their hidden values) and its channels (their taps).

@@ -45,6 +45,8 @@ struct ResidentShared {
 template <class Traits, bool kCluster>
 __global__ void __launch_bounds__(kResidentThreads, 1)
     depthwise_resident(const __grid_constant__ DepthwiseArguments a) {
+  wait_for_previous();
+  allow_next();
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
   const DepthwiseParams& p = a.depthwise;
@@ -65,7 +67,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     if (group >= plan.channel_groups) break;
     const DepthwiseLane at(p, plan, group, 0, image);
     clear_lanes(plan, shared.lane_sums);
-    load_parameters<T, V>(p, K * K, int64_t(group) * block_channels, block_channels, shared.parameters);
+    load_parameters<T, V, K * K>(p, K * K, int64_t(group) * block_channels, block_channels, shared.parameters);
     const ThreadParameters<V> my(shared.parameters, block_channels, at.vector);
     const T* from = static_cast<const T*>(p.x) + int64_t(image) * p.x_stride_n + at.channel;
     T* held = shared.held + slab * slab_size + at.vector * V;

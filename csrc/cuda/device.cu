@@ -1,5 +1,7 @@
 #include "device.h"
 
+#include <cstdlib>
+#include <cstring>
 #include <mutex>
 #include <set>
 #include <utility>
@@ -48,6 +50,21 @@ cudaError_t lift_limits(const void* kernel) {
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) lifted.insert({kernel, device});
   return error;
+}
+
+bool launches_may_overlap() {
+  constexpr int kFirstDriver = 12030;  // the first that captures overlapping launches into graphs
+  constexpr int kFirstCapability = 90;
+  static const bool allowed = [] {
+    const char* const setting = std::getenv("EFFKERNELS_OVERLAP_LAUNCHES");
+    if (setting != nullptr && std::strcmp(setting, "0") == 0) return false;
+    int driver = 0;
+    return cudaDriverGetVersion(&driver) == cudaSuccess && driver >= kFirstDriver;
+  }();
+  int device = 0;
+  DeviceLimits limits;
+  return allowed && cudaGetDevice(&device) == cudaSuccess && device_limits(device, &limits) == nullptr &&
+         limits.capability >= kFirstCapability;
 }
 
 const char* device_limits(int device, DeviceLimits* limits) {

@@ -8,6 +8,8 @@ namespace effkernels::cuda {
 
 template <class T, int kCount>
 __global__ void __launch_bounds__(kNormActThreads, 4) norm_act(const NormActParams p, const NormActPlan plan) {
+  wait_for_previous();
+  allow_next();
   const int channels = plan.threads_x * kCount;  // of the block
   float* const scale = dynamic_shared<float>();
   float* const shift = scale + channels;

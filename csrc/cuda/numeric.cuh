@@ -41,7 +41,6 @@ struct alignas(sizeof(T) * kCount < 16 ? sizeof(T) * kCount : 16) Vector {
   T at[kCount];
 };
 
-// Reads through the read-only cache: nobody writes the same memory in the same launch.
 template <class T, int kCount>
 __device__ __forceinline__ Vector<T, kCount> load_raw(const T* from) {
   constexpr size_t kBytes = sizeof(T) * kCount;
@@ -49,14 +48,14 @@ __device__ __forceinline__ Vector<T, kCount> load_raw(const T* from) {
   if constexpr (kBytes % 16 == 0) {
 #pragma unroll
     for (size_t i = 0; i < kBytes / 16; ++i)
-      reinterpret_cast<uint4*>(&raw)[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+      reinterpret_cast<uint4*>(&raw)[i] = load_global(reinterpret_cast<const uint4*>(from) + i);
   } else if constexpr (kBytes == 8) {
-    *reinterpret_cast<uint2*>(&raw) = __ldg(reinterpret_cast<const uint2*>(from));
+    *reinterpret_cast<uint2*>(&raw) = load_global(reinterpret_cast<const uint2*>(from));
   } else if constexpr (kBytes == 4 && kCount > 1) {
-    *reinterpret_cast<unsigned*>(&raw) = __ldg(reinterpret_cast<const unsigned*>(from));
+    *reinterpret_cast<unsigned*>(&raw) = load_global(reinterpret_cast<const unsigned*>(from));
   } else {
     static_assert(kCount == 1, "a vector is one element, or 4, 8 or a multiple of 16 bytes");
-    raw.at[0] = __ldg(from);
+    raw.at[0] = load_global(from);
   }
   return raw;
 }
@@ -93,17 +92,24 @@ __device__ __forceinline__ void store(T* to, const float (&from)[kCount]) {
   *reinterpret_cast<Vector<T, kCount>*>(to) = raw;
 }
 
-// Element `index` of a parameter in whichever type its module keeps it; `missing` where it is not given.
-__device__ __forceinline__ float parameter(const Param& param, int64_t index, float missing) {
+// Element `index` of a parameter in whichever type its module keeps it, as it is stored, and its value; `missing` where
+// it is not given. Who needs several reads them all before the value of the first: then their reads do not wait for
+// each other.
+__device__ __forceinline__ unsigned stored_parameter(const Param& param, int64_t index) {
+  if (param.data == nullptr) return 0;
+  if (param.dtype == DType::kFloat32) return load_global(static_cast<const unsigned*>(param.data) + index);
+  return load_global(static_cast<const unsigned short*>(param.data) + index);
+}
+__device__ __forceinline__ float parameter_value(const Param& param, unsigned stored, float missing) {
   if (param.data == nullptr) return missing;
-  switch (param.dtype) {
-    case DType::kFloat16:
-      return to_float(static_cast<const __half*>(param.data)[index]);
-    case DType::kBFloat16:
-      return to_float(static_cast<const __nv_bfloat16*>(param.data)[index]);
-    default:
-      return static_cast<const float*>(param.data)[index];
-  }
+  if (param.dtype == DType::kFloat32) return __uint_as_float(stored);
+  if (param.dtype == DType::kBFloat16) return __uint_as_float(stored << 16);
+  __half half;
+  memcpy(&half, &stored, sizeof(half));
+  return to_float(half);
+}
+__device__ __forceinline__ float parameter(const Param& param, int64_t index, float missing) {
+  return parameter_value(param, stored_parameter(param, index), missing);
 }
 
 // Batch norm and convolution bias of one channel as y = x * scale + shift.
@@ -111,13 +117,27 @@ struct ScaleShift {
   float scale, shift;
 };
 
-__device__ __forceinline__ ScaleShift scale_shift(const Norm& norm, int64_t channel) {
-  const float conv_bias = parameter(norm.conv_bias, channel, 0.f);
+struct StoredNorm {
+  unsigned conv_bias, weight, bias, mean, var;
+};
+
+__device__ __forceinline__ StoredNorm stored_norm(const Norm& norm, int64_t channel) {
+  return {stored_parameter(norm.conv_bias, channel), stored_parameter(norm.weight, channel),
+          stored_parameter(norm.bias, channel), stored_parameter(norm.mean, channel),
+          stored_parameter(norm.var, channel)};
+}
+
+__device__ __forceinline__ ScaleShift scale_shift(const Norm& norm, const StoredNorm& stored) {
+  const float conv_bias = parameter_value(norm.conv_bias, stored.conv_bias, 0.f);
   if (norm.var.data == nullptr) return {1.f, conv_bias};
-  const float variance = parameter(norm.var, channel, 1.f);
-  const float scale = parameter(norm.weight, channel, 1.f) * rsqrtf(variance + norm.eps);
-  const float mean = parameter(norm.mean, channel, 0.f);
-  return {scale, parameter(norm.bias, channel, 0.f) + (conv_bias - mean) * scale};
+  const float variance = parameter_value(norm.var, stored.var, 1.f);
+  const float scale = parameter_value(norm.weight, stored.weight, 1.f) * rsqrtf(variance + norm.eps);
+  const float mean = parameter_value(norm.mean, stored.mean, 0.f);
+  return {scale, parameter_value(norm.bias, stored.bias, 0.f) + (conv_bias - mean) * scale};
+}
+
+__device__ __forceinline__ ScaleShift scale_shift(const Norm& norm, int64_t channel) {
+  return scale_shift(norm, stored_norm(norm, channel));
 }
 
 // x * sigmoid(x). In 16-bit types by one special-function instruction, x / 2 (1 + tanh(x / 2)), instead of two: its

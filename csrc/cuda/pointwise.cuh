@@ -161,8 +161,8 @@ __device__ __forceinline__ void write_elements(const PointwiseParams& p, const f
     if (p.residual != nullptr) {
       int64_t pixel;
       const int64_t image = rows.first_image + rows.locate(row, &pixel);
-      value[0] += to_float(__ldg(static_cast<const T*>(p.residual) + image * p.residual_stride_n +
-                                 pixel * p.residual_stride_p + first_column + column));
+      value[0] += to_float(load_global(static_cast<const T*>(p.residual) + image * p.residual_stride_n +
+                                       pixel * p.residual_stride_p + first_column + column));
     }
     y[row * p.out_channels + column] = from_float<T>(value[0]);
   }
@@ -183,6 +183,8 @@ __device__ __forceinline__ void multiply(float (&acc)[Tr::M][Tr::N][4], const un
 template <class Tr>
 __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
     pointwise(const PointwiseParams p, const PointwisePlan plan) {
+  wait_for_previous();
+  allow_next();
   using T = typename Tr::T;
   constexpr int kStages = kPointwiseStages;
   float* const scale = dynamic_shared<float>();  // kColumns scales, then kColumns shifts

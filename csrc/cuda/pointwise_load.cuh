@@ -159,7 +159,7 @@ class PointwiseConverter {
     } else {
 #pragma unroll
       for (int e = 0; e < Tr::kVector; ++e)
-        if (e < count) chunk->at[e] = __ldg(from + e);
+        if (e < count) chunk->at[e] = load_global(from + e);
     }
     if (p_.gate.data == nullptr) return;
 #pragma unroll

@@ -89,6 +89,13 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return result;
 }
 
+// A read of global memory by a plain load. Not through the read-only path (__ldg): a launch may start before the one
+// ahead of it has ended, and what is still being written is not read-only (wait_for_previous).
+template <class T>
+__device__ __forceinline__ T load_global(const T* from) {
+  return *from;
+}
+
 // Counters between blocks, at the scope of the GPU.
 __device__ __forceinline__ unsigned load_acquire(const unsigned* from) {
   unsigned value;
@@ -97,6 +104,21 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* from) {
 }
 __device__ __forceinline__ void add_release(unsigned* to, unsigned value) {
   asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(to), "r"(value) : "memory");
+}
+
+// Programmatic dependent launch, sm_90 and later; elsewhere a launch starts after the one ahead of it has ended.
+//   wait_for_previous: returns once the launch ahead has ended and what it wrote can be read. Every thread of every
+//     kernel calls it before it touches global memory.
+//   allow_next: once every block has called it or ended, the next launch may start, up to its own wait.
+__device__ __forceinline__ void wait_for_previous() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void allow_next() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // Clusters, sm_90 and later. Elsewhere the kernels compile but trap: no plan launches them there.

@@ -50,7 +50,7 @@ __device__ void reduce_rows(const W* weight, int64_t channels, int reduced, int6
     } else {
 #pragma unroll 4
       for (int at = lane; at < own_count; at += kReduceLanes) {
-        const float w = to_float(__ldg(from + at));
+        const float w = to_float(load_global(from + at));
 #pragma unroll
         for (int m = 0; m < kMostImagesOfGate; ++m)
           if (m < images) sum[m] = fmaf(w, means[m * means_stride + at], sum[m]);
@@ -108,7 +108,7 @@ __device__ void expand_rows(const SqueezeExciteParams& p, int64_t first, int cou
     const W* const row = weight + channel * reduced;
     const float own_bias = parameter(bias, channel, 0.f);
     float sum[kMostImagesOfGate][kSums] = {};
-#pragma unroll 2
+#pragma unroll 4  // reads under way at a time
     for (int r = 0; r < reduced; r += E) {
       float w[E];
       load(row + r, w);
@@ -162,6 +162,8 @@ __device__ void expand_product(const SqueezeExciteParams& p, int64_t first, int 
 template <class T>
 __global__ void __launch_bounds__(kSqueezeExciteThreads, 2)
     squeeze_excite_gate(const SqueezeExciteParams p, const SqueezeExcitePlan plan) {
+  wait_for_previous();
+  allow_next();
   float* hidden = dynamic_shared<float>();
   const int64_t unit = blockIdx.x / plan.splits;
   const int64_t first_image = unit * plan.images;
@@ -183,6 +185,8 @@ __global__ void __launch_bounds__(kSqueezeExciteThreads, 2)
 // y *= gate, in place. A thread takes vectors of V channels.
 template <class T, int V>
 __global__ void __launch_bounds__(kScaleThreads, 4) scale_by_gate(const ScaleParams p, int64_t vectors) {
+  wait_for_previous();
+  allow_next();
   const int64_t per_image = p.pixels * p.channels / V, per_pixel = p.channels / V;
   for (int64_t at = int64_t(blockIdx.x) * kScaleThreads + threadIdx.x; at < vectors;
        at += int64_t(gridDim.x) * kScaleThreads) {

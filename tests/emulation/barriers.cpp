@@ -217,6 +217,8 @@ namespace effkernels::cuda {
 
 using namespace emulation;
 
+void wait_for_previous() { current->waited = true; }
+
 unsigned load_acquire(const unsigned* from, Where where) {
   current->waits_in = "a loop over load_acquire";
   current->waits_at = where;

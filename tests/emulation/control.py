@@ -72,6 +72,7 @@ class Emulator:
         shared_bytes: int = 0,
         cluster: int = 1,
         cooperative: bool = False,
+        overlaps: bool = False,
     ) -> str:
         """Run a kernel of selftest.cu; the name of the CUDA error, which is cudaSuccess where the launch took place.
 
@@ -90,6 +91,7 @@ class Emulator:
             shared_bytes=shared_bytes,
             cluster=cluster,
             cooperative=cooperative,
+            overlaps=overlaps,
             input=0 if input is None else input.data_ptr(),
             output=0 if output is None else output.data_ptr(),
             n=n,

@@ -51,6 +51,16 @@ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
 void mma_m16n8k8_tf32(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], EMULATION_HERE);
 uint32_t to_tf32(float value);
 
+template <class T>
+T load_global(const T* from, EMULATION_HERE) {
+  return emulation::load(from, "load_global", where);
+}
+
+// A launch starts after the one ahead of it has ended. What is checked is that no thread of a launch that may overlap
+// leaves without the wait and, by the race checker, that none touches global memory before it.
+void wait_for_previous();
+inline void allow_next() {}
+
 // Others run before the load, so that a loop over it always ends or is reported.
 unsigned load_acquire(const unsigned* from, EMULATION_HERE);
 void add_release(unsigned* to, unsigned value, EMULATION_HERE);

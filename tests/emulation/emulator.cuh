@@ -42,6 +42,7 @@ struct LaunchShape {
   size_t shared_bytes = 0;
   unsigned cluster = 1;
   bool cooperative = false;
+  bool overlaps = false;  // every thread calls wait_for_previous
 };
 
 struct BuiltIns {

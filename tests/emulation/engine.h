@@ -32,6 +32,7 @@ struct Thread {
   Warp* warp = nullptr;
   Block* block = nullptr;
   bool started = false;
+  bool waited = false;             // for the launch ahead
   const char* waits_in = nullptr;  // the barrier or collective, for the report of a deadlock
   Where waits_at{};
   unsigned committed_groups = 0;

@@ -54,11 +54,12 @@ py::list launches() {
 
 // Runs a self test; the name of the error that a real launch would return, or an exception for what the kernel did.
 std::string run(const std::string& name, std::array<unsigned, 3> grid, std::array<unsigned, 3> block,
-                size_t shared_bytes, unsigned cluster, bool cooperative, uintptr_t input, uintptr_t output, int n) {
+                size_t shared_bytes, unsigned cluster, bool cooperative, bool overlaps, uintptr_t input,
+                uintptr_t output, int n) {
   const SelfTest kernel = self_tests().at(name);
   const SelfTestArguments arguments{reinterpret_cast<const void*>(input), reinterpret_cast<void*>(output), n};
   const LaunchShape shape{
-      {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, cluster, cooperative};
+      {grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]}, shared_bytes, cluster, cooperative, overlaps};
   return cudaGetErrorName(launch(shape, [&] { kernel(arguments); }));
 }
 
@@ -98,6 +99,7 @@ PYBIND11_MODULE(EFFKERNELS_EMULATION_MODULE, m) {
   });
   m.def("run", &run, py::arg("name"), py::kw_only(), py::arg("grid") = std::array<unsigned, 3>{1, 1, 1},
         py::arg("block") = std::array<unsigned, 3>{32, 1, 1}, py::arg("shared_bytes") = 0, py::arg("cluster") = 1,
-        py::arg("cooperative") = false, py::arg("input") = 0, py::arg("output") = 0, py::arg("n") = 0);
+        py::arg("cooperative") = false, py::arg("overlaps") = false, py::arg("input") = 0, py::arg("output") = 0,
+        py::arg("n") = 0);
   m.def("blocks_per_multiprocessor", &multiprocessor_blocks, py::arg("threads"), py::arg("shared_bytes"));
 }

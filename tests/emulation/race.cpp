@@ -183,6 +183,8 @@ void touch(uintptr_t address, size_t bytes, Kind kind, uint32_t site, Landing la
   Checker& c = checker();
   const bool shared = in_shared_memory(address);
   if (shared) check_shared_bounds(address, bytes, kind, site);
+  if (!shared && running->shape.overlaps && !current->waited)
+    fault(std::string(name_of(kind)) + " of " + memory_text(address) + place_of(site) + " before wait_for_previous");
   const Moment moment{current->block->linear, c.order.now(), uint16_t(current->linear)};
   for (uintptr_t at = address & ~(kWordBytes - 1); at < address + bytes; at += kWordBytes) {
     Word& word = word_of(at);

@@ -213,6 +213,11 @@ cudaError_t cudaGetDeviceCount(int* count) {
   *count = static_cast<int>(runtime().devices.size());
   return cudaSuccess;
 }
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = 13000;
+  return cudaSuccess;
+}
+
 cudaError_t cudaGetDevice(int* device) {
   *device = runtime().device;
   return cudaSuccess;

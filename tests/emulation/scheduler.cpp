@@ -87,6 +87,8 @@ Thread* next_in_warp(const Thread& thread) {
 }
 
 void finish(Thread& thread) {
+  if (running->shape.overlaps && !thread.waited)
+    fault("the thread leaves without wait_for_previous, in a launch that may overlap the one ahead of it");
   if (!thread.copies.empty())
     fault("the thread exits with cp.async copies that were not waited for", thread.copies[0].where);
   thread.warp->alive &= ~(1u << thread.lane);
@@ -156,7 +158,7 @@ Block* start_block(unsigned linear, std::shared_ptr<Cluster> cluster) {
     thread.lane = i % kLanes;
     thread.warp = &block->warps[i / kLanes];
     thread.block = block;
-    thread.started = false;
+    thread.started = thread.waited = false;
     thread.waits_in = nullptr;
     thread.committed_groups = 0;
     thread.copies.clear();

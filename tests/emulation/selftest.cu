@@ -54,6 +54,18 @@ __global__ void count_blocks(SelfTestArguments p) {
   }
 }
 
+// What the launch ahead wrote may be read after the wait.
+enum class Overlap { kRight, kTooEarly, kNoWait };
+template <Overlap kHow>
+__global__ void overlapping(SelfTestArguments p) {
+  float value = 0.f;
+  if (kHow == Overlap::kTooEarly) value = load_global(input<float>(p) + threadIdx.x);
+  if (kHow != Overlap::kNoWait || threadIdx.x != 3) wait_for_previous();
+  allow_next();
+  if (kHow != Overlap::kTooEarly && threadIdx.x != 3) value = load_global(input<float>(p) + threadIdx.x);
+  if (threadIdx.x != 3) output<float>(p)[threadIdx.x] = value;
+}
+
 __global__ void read_uninitialised(SelfTestArguments p) {
   float* shared = dynamic_shared<float>();
   if (threadIdx.x != 3) shared[threadIdx.x] = 1.f;
@@ -378,6 +390,9 @@ const std::map<std::string, SelfTest>& self_tests() {
       {"rotate_warp_without_barrier", rotate_warp<false>},
       {"count_blocks", count_blocks<true>},
       {"count_blocks_without_atomic", count_blocks<false>},
+      {"overlapping", overlapping<Overlap::kRight>},
+      {"overlapping_too_early", overlapping<Overlap::kTooEarly>},
+      {"overlapping_without_wait", overlapping<Overlap::kNoWait>},
       {"read_uninitialised", read_uninitialised},
       {"write_global", write_global},
       {"read_global", read_global},

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -195,6 +198,39 @@ def test_the_host_does_not_wait() -> None:
         done.record()
         assert not done.query(), f"{case}: the call waited for the GPU"
         torch.cuda.synchronize()
+
+
+LOGITS = """
+import torch, effkernels
+torch.manual_seed(0)
+model = effkernels.create_model("efficientnet_b0", device="cuda", dtype=torch.bfloat16, backend="cuda").eval()
+images = torch.randn(2, 3, 224, 224, device="cuda").bfloat16()
+with torch.inference_mode():
+    logits = model(images)
+    for _ in range(20):  # a long queue of short launches
+        assert torch.equal(model(images), logits)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = model(images)
+    for _ in range(20):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, logits)
+print(logits.float().cpu().numpy().tobytes().hex())
+"""
+
+
+def test_launches_that_overlap_change_no_bit() -> None:
+    """Programmatic dependent launch, and every launch after the end of the one ahead: the same logits."""
+    found = set()
+    for setting in ("1", "0"):
+        environment = {**os.environ, "EFFKERNELS_OVERLAP_LAUNCHES": setting}
+        done = subprocess.run(
+            [sys.executable, "-c", LOGITS], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        found.add(done.stdout)
+    assert len(found) == 1
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs a second GPU")
