@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from effkernels import ops, reference
-from effkernels.contenders import Case
-from effkernels.model_benchmark import model_size
-from effkernels.op_case import OpCase, conv_case, depthwise_case, gate_case, pointwise_case
+from effkernels import ops
+from effkernels.bench.contenders import Case
+from effkernels.bench.networks import model_size
+from effkernels.bench.op_case import OpCase, conv_case, depthwise_case, gate_case, pointwise_case
+from effkernels.ops import reference
 
 # (model, batch, precision), per device type.
 MODELS = {

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.suite import RESULTS
 from effkernels import environment
-from effkernels.benchmark import Row, read_rows
+from effkernels.bench.timing import Row, read_rows
 
 README = RESULTS.parent.parent / "README.md"
 BEGIN = "<!-- results: written by benchmarks/report.py -->"

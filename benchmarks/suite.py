@@ -15,13 +15,15 @@ from typing import Any
 import torch
 
 from benchmarks import cases
-from effkernels import backends, benchmark, console, environment, ops, reference
-from effkernels.benchmark import Row
-from effkernels.check import errors
+from effkernels import console, environment, ops
+from effkernels.bench import timing
+from effkernels.bench.check import errors
+from effkernels.bench.contenders import CONTENDERS
+from effkernels.bench.networks import Options, case_name, run_case, steps
+from effkernels.bench.op_case import OpCase
+from effkernels.bench.timing import Row
 from effkernels.commands.common import UsageError, device_of, positive
-from effkernels.contenders import CONTENDERS
-from effkernels.model_benchmark import Options, case_name, run_case, steps
-from effkernels.op_case import OpCase
+from effkernels.ops import backends, reference
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUITES = ("overhead", "op", "model")
@@ -35,12 +37,12 @@ class Suite:
         self.threads = threads
         self.options = options
         self.file = file
-        self.date = benchmark.run_date()
+        self.date = timing.run_date()
         self.device_name = environment.device_name(device, threads)
 
     def _append(self, rows: Sequence[Row]) -> None:
         # At once, so that a run that is broken off keeps what it measured.
-        benchmark.append_rows(self.file, rows)
+        timing.append_rows(self.file, rows)
         for row in rows:
             console.note(f"  {row.contender:<28} {row.median_us:>12.1f} us")
 
@@ -70,8 +72,8 @@ class Suite:
         modules["compile"] = _Compiled(case.op)
         truth = rounded.prepare(reference, torch.float64, torch.device("cpu"))()
         cache = environment.last_level_cache_bytes(self.device)
-        copies = benchmark.input_count(case.bytes_moved(dtype), cache)
-        runs: dict[str, benchmark.Run] = {}
+        copies = timing.input_count(case.bytes_moved(dtype), cache)
+        runs: dict[str, timing.Run] = {}
         parity = {}
         with torch.inference_mode():
             for name, module in modules.items():
@@ -79,12 +81,12 @@ class Suite:
                 results = calls[0]()
                 parity[name] = max(errors(got, true).l2 for got, true in zip(results, truth, strict=True))
                 runs[name] = lambda number, calls=calls: calls[number % len(calls)]()  # type: ignore[misc]
-            times = benchmark.time_in_turns(
+            times = timing.time_in_turns(
                 runs, device=self.device, warmup=self.options.warmup, rounds=self.options.rounds
             )
         return [
-            benchmark.make_row(
-                benchmark.summarise(times[name]),
+            timing.make_row(
+                timing.summarise(times[name]),
                 suite="op",
                 case=f"{case.op} {case.shape}",
                 contender=name,
@@ -103,7 +105,7 @@ class Suite:
         console.note("overhead of one call")
         with torch.inference_mode():
             calls = cases.overhead_calls(self.device)
-            times = benchmark.time_in_turns(
+            times = timing.time_in_turns(
                 {name: _ignoring_number(call) for name, call in calls.items()},
                 device=self.device,
                 warmup=100,
@@ -111,8 +113,8 @@ class Suite:
             )
         self._append(
             [
-                benchmark.make_row(
-                    benchmark.summarise(times[name]),
+                timing.make_row(
+                    timing.summarise(times[name]),
                     suite="overhead",
                     case="depthwise_bn_act 1x8x1x1 3x3 stride 1",
                     contender=name,
@@ -133,7 +135,7 @@ class _Compiled:
         setattr(self, op, torch.compile(getattr(reference, op), dynamic=False))
 
 
-def _ignoring_number(call: Callable[[], object]) -> benchmark.Run:
+def _ignoring_number(call: Callable[[], object]) -> timing.Run:
     return lambda number: call()
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 # _library leads: it registers torch.ops.effkernels, which the modules after it extend.
-from effkernels import _library, nn, ops, reference  # noqa: F401
+from effkernels import _library, nn, ops  # noqa: F401
 from effkernels._version import __version__
-from effkernels.backends import backend
 from effkernels.engine import InferenceEngine
 from effkernels.export import export_model
 from effkernels.models import convert_state_dict, create_model, list_models
+from effkernels.ops import reference
+from effkernels.ops.backends import backend
 from effkernels.optimize import convert_sync_batchnorm, fold_bn_, optimize_, restore_
 
 __all__ = [

@@ -34,9 +34,11 @@ import numpy as np
 import torch
 
 import effkernels
+from effkernels.engine.images import find_images, read_image
+from effkernels.engine.predict import read_labels
 from effkernels.files import printable, printable_lines
 from effkernels.models import load_checkpoint
-from effkernels.predict import Preprocessing, find_images, read_image, read_labels
+from effkernels.models.preprocessing import Preprocessing
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before the import: nothing is sent anywhere
 try:

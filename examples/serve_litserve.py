@@ -40,9 +40,11 @@ import torch
 
 import effkernels
 from effkernels.engine import QueueFull
+from effkernels.engine.images import ImageError, decode
+from effkernels.engine.predict import read_labels
 from effkernels.files import printable_lines
 from effkernels.models import EfficientNet, load_checkpoint
-from effkernels.predict import ImageError, Preprocessing, decode, read_labels
+from effkernels.models.preprocessing import Preprocessing
 
 try:
     import litserve

@@ -18,7 +18,7 @@ from peer_models import images, randomise
 from torch import Tensor, nn
 
 import effkernels
-from effkernels.peers import import_timm, import_torchvision
+from effkernels.models.peers import import_timm, import_torchvision
 
 
 def build(name: str) -> nn.Module:

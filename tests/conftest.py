@@ -20,8 +20,9 @@ from emulation.build import CannotBuild
 from emulation.control import A100, H200, Emulation, Emulator, emulator
 from hypothesis import HealthCheck, settings
 
-from effkernels import _library, backends
-from effkernels.parity import full_float32
+from effkernels import _library
+from effkernels.ops import backends
+from effkernels.ops.parity import full_float32
 
 # Every float32 comparison of the tests; TF32 has cases and a yardstick of its own in tests/gpu/test_tf32.py.
 full_float32()
@@ -81,7 +82,7 @@ class Backend:
     """One way of running the operators, as a test's id names it.
 
     Attributes:
-        name: whose kernels run, one of effkernels.backends.BACKENDS.
+        name: whose kernels run, one of effkernels.ops.backends.BACKENDS.
         device: where its tensors live.
         isa: the CPU instruction set to force; None elsewhere.
         emulated: the key in EMULATIONS of CUDA kernels that run on the CPU, in place of the CPU's; None elsewhere.

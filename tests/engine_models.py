@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkernels
-from effkernels.check import sample_model
+from effkernels.bench.check import sample_model
 from effkernels.engine import InferenceEngine
 
 SIZE = 64

@@ -12,7 +12,7 @@ import torch
 from peer_models import lukemelas_model, randomise, timm_model, torchvision_model
 from torch import Tensor, nn
 
-from effkernels.peers import import_lukemelas, import_timm, import_torchvision
+from effkernels.models.peers import import_lukemelas, import_timm, import_torchvision
 
 README = Path(__file__).resolve().parents[1] / "README.md"
 BEGIN = "<!-- optimized models: written by tests/optimize_models.py -->\n"

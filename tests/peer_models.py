@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import effkernels
 from effkernels.models import Architecture, EfficientNet, EfficientNetFeatures, Stage
-from effkernels.peers import import_lukemelas, import_timm, import_torchvision
+from effkernels.models.peers import import_lukemelas, import_timm, import_torchvision
 
 
 def randomise(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:

@@ -13,20 +13,20 @@ PACKAGE = ROOT / "effkernels"
 KERNEL_FILES = [file for room in ("cpu", "cuda") for file in sorted((ROOT / "csrc" / room).iterdir())]
 
 # The table of docs/architecture.md from its bottom to its top: a module may import its own layer and every lower one.
-# What is not listed is the command line and what serves it, which may import everything.
+# What is not listed is the command line, which may import everything.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"__init__"}),  # what `import effkernels` gives
-    frozenset({"export", "engine"}),
-    frozenset({"optimize"}),
     frozenset({"cam"}),
-    frozenset({"predict"}),
-    frozenset({"models", "scaling", "plan"}),
+    frozenset({"scaling"}),
+    frozenset({"bench"}),
+    frozenset({"__init__", "predict"}),  # what `import effkernels` gives, and the names for users of `engine/predict.py`
+    frozenset({"engine"}),
+    frozenset({"export", "optimize"}),
+    frozenset({"plan"}),
+    frozenset({"models"}),
     frozenset({"nn"}),
     frozenset({"ops"}),
-    frozenset({"backends"}),
-    frozenset({"triton", "tuning", "reference", "parity", "environment", "peers", "gpus", "_library"})
-    # The measuring core and the terminal know nothing of networks.
-    | frozenset({"benchmark", "console", "files", "_recorded_tensor"}),
+    frozenset({"triton"}),
+    frozenset({"_library", "_recorded_tensor", "console", "environment", "files"}),
     frozenset({"_version"}),
 )
 
@@ -58,6 +58,29 @@ def test_imports_run_downward(file: Path) -> None:
     assert [room for room in sorted(imported_rooms(file)) if layer_of(room) < own] == []
 
 
+def imports() -> set[tuple[str, str]]:
+    """Which room imports which other one: the arrows of the house."""
+    found = set()
+    for file in PACKAGE.rglob("*.py"):
+        own = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        found |= {(own, room) for room in imported_rooms(file) if room != own}
+    return found
+
+
+def reachable(arrows: set[tuple[str, str]], room: str) -> set[str]:
+    found: set[str] = set()
+    ahead = {room}
+    while ahead:
+        ahead = {to for at, to in arrows if at in ahead} - found
+        found |= ahead
+    return found
+
+
+def test_no_room_imports_itself_through_others() -> None:
+    arrows = imports()
+    assert [room for room in sorted({at for at, _ in arrows}) if room in reachable(arrows, room)] == []
+
+
 @pytest.mark.parametrize("file", [ROOT / "csrc/params.h", *KERNEL_FILES], ids=lambda file: file.name)
 def test_kernels_never_include_torch(file: Path) -> None:
     assert re.findall(r'#include\s*[<"](?:torch|ATen|c10)/', file.read_text()) == []
@@ -80,3 +103,12 @@ def test_the_architecture_page_names_every_room() -> None:
     rooms = [path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()]
     rooms += [path.parent.name for path in PACKAGE.glob("*/__init__.py")]
     assert [room for room in rooms if f"{room}/" not in text] == []
+
+
+if __name__ == "__main__":
+    found = imports()
+    rooms = sorted({room for arrow in found for room in arrow}, key=lambda room: len(reachable(found, room)))
+    circles = [room for room in rooms if room in reachable(found, room)]
+    for room in rooms:
+        print(f"{room:17} -> {', '.join(sorted(to for at, to in found if at == room))}")
+    print(f"{len(rooms)} rooms, {len(found)} arrows, in circles: {', '.join(circles) or 'none'}")

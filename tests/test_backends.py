@@ -15,7 +15,8 @@ from op_cases import ALL_OPS, DTYPES, Case
 from torch import Tensor
 
 import effkernels
-from effkernels import _library, backends, ops, triton
+from effkernels import _library, ops, triton
+from effkernels.ops import backends
 
 
 class Seen(torch.utils._python_dispatch.TorchDispatchMode):

@@ -16,14 +16,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks import cases, readme_examples, report
-from effkernels import benchmark, environment, reference
-from effkernels.benchmark import Row, Statistics
-from effkernels.check import sample_model
-from effkernels.contenders import CONTENDERS, Case, Contender, Runner
-from effkernels.memory import measure_here, peak_memory
-from effkernels.model_benchmark import Options, run_case, steps
-from effkernels.op_case import OpCase, conv_case, depthwise_case, pointwise_case
-from effkernels.precision import PRECISIONS, Precision
+from effkernels import environment
+from effkernels.bench import timing
+from effkernels.bench.check import sample_model
+from effkernels.bench.contenders import CONTENDERS, Case, Contender, Runner
+from effkernels.bench.networks import Options, run_case, steps
+from effkernels.bench.op_case import OpCase, conv_case, depthwise_case, pointwise_case
+from effkernels.bench.peak_memory import measure_here, peak_memory
+from effkernels.bench.precision import PRECISIONS, Precision
+from effkernels.bench.timing import Row, Statistics
+from effkernels.ops import reference
 
 # The fields that a row must have, in order; p99_us stands beside p95_us.
 FIELDS = [
@@ -35,7 +37,7 @@ QUICK = Options(warmup=1, rounds=2, memory=False)
 
 
 def make_row(**changes: object) -> Row:
-    row = benchmark.make_row(
+    row = timing.make_row(
         Statistics(1000.0, 2000.0, 3000.0, 10),
         suite="model",
         case="efficientnet_b0@224",
@@ -50,21 +52,21 @@ def make_row(**changes: object) -> Row:
 
 class TestStatistics:
     def test_of_a_known_series(self) -> None:
-        statistics = benchmark.summarise([float(value) for value in range(100, -1, -1)])
+        statistics = timing.summarise([float(value) for value in range(100, -1, -1)])
         assert statistics == Statistics(50.0, 95.0, 99.0, 101)
 
     def test_percentiles_are_interpolated(self) -> None:
-        statistics = benchmark.summarise([10.0, 20.0])
+        statistics = timing.summarise([10.0, 20.0])
         assert (statistics.median_us, statistics.p95_us) == pytest.approx((15.0, 19.5))
 
     def test_an_outlier_moves_p99_but_not_the_median(self) -> None:
-        statistics = benchmark.summarise([5.0] * 99 + [5000.0])
+        statistics = timing.summarise([5.0] * 99 + [5000.0])
         assert statistics.median_us == statistics.p95_us == 5.0
         assert statistics.p99_us > 5.0
 
     @given(st.lists(st.floats(0.1, 1e6), min_size=1, max_size=40))
     def test_order(self, samples: list[float]) -> None:
-        got = benchmark.summarise(samples)
+        got = timing.summarise(samples)
         tolerance = 1e-9 * max(samples)
         assert min(samples) - tolerance <= got.median_us <= got.p95_us + tolerance
         assert got.p95_us <= got.p99_us + tolerance <= max(samples) + 2 * tolerance
@@ -72,7 +74,7 @@ class TestStatistics:
     @pytest.mark.parametrize("samples", [[], [1.0, math.nan], [math.inf]])
     def test_bad_samples(self, samples: list[float]) -> None:
         with pytest.raises(ValueError, match="summarise"):
-            benchmark.summarise(samples)
+            timing.summarise(samples)
 
 
 class TestTurns:
@@ -88,7 +90,7 @@ class TestTurns:
             return run
 
         names = ["a", "b", "c"]
-        times = benchmark.time_in_turns(
+        times = timing.time_in_turns(
             {name: contender(name) for name in names}, warmup=1, rounds=4, advance=turns.append
         )
         assert len(turns) == 12
@@ -102,7 +104,7 @@ class TestTurns:
 
     def test_each_call_gets_the_next_input(self) -> None:
         numbers: list[int] = []
-        benchmark.time_in_turns({"one": numbers.append}, warmup=2, rounds=2)
+        timing.time_in_turns({"one": numbers.append}, warmup=2, rounds=2)
         assert numbers == list(range(len(numbers)))
 
     def test_short_calls_are_averaged(self) -> None:
@@ -112,19 +114,19 @@ class TestTurns:
             nonlocal calls
             calls += 1
 
-        times = benchmark.time_in_turns({"nothing": run}, warmup=1, rounds=2)["nothing"]
+        times = timing.time_in_turns({"nothing": run}, warmup=1, rounds=2)["nothing"]
         assert calls > 20 * len(times), "a call of nanoseconds needs many calls per sample"
         assert max(times) < 1000, "a sample is the time of one call"
 
     @pytest.mark.parametrize(("runs", "options"), [({}, {}), ({"a": abs}, {"rounds": 0}), ({"a": abs}, {"warmup": 0})])
     def test_bad_arguments(self, runs: dict[str, Callable[[int], object]], options: dict[str, int]) -> None:
         with pytest.raises(ValueError, match="time_in_turns"):
-            benchmark.time_in_turns(runs, **options)
+            timing.time_in_turns(runs, **options)
 
 
 @given(st.integers(1, 2**40), st.integers(1, 2**30))
 def test_rotated_inputs_exceed_the_cache_or_a_bound(bytes_each: int, cache: int) -> None:
-    count = benchmark.input_count(bytes_each, cache)
+    count = timing.input_count(bytes_each, cache)
     assert 2 <= count <= 64
     assert count == 2 or count * bytes_each <= 512 << 20
     assert count * bytes_each >= 2 * cache or count == 64 or (count + 1) * bytes_each > 512 << 20
@@ -141,18 +143,18 @@ class TestRows:
     def test_file_is_appended_to_and_read_back(self, tmp_path: Path) -> None:
         file = tmp_path / "new folder" / "rows.jsonl"
         first, second = make_row(), make_row(contender="eager", peak_bytes=17, rel_error=1e-7)
-        benchmark.append_rows(file, [first])
+        timing.append_rows(file, [first])
         before = file.read_text()
-        benchmark.append_rows(file, [second])
+        timing.append_rows(file, [second])
         assert file.read_text().startswith(before)
-        assert benchmark.read_rows(file) == [first, second]
+        assert timing.read_rows(file) == [first, second]
 
     @pytest.mark.parametrize("line", ["no json", "{}", "[1]"])
     def test_damaged_file_names_the_line(self, tmp_path: Path, line: str) -> None:
         file = tmp_path / "rows.jsonl"
         file.write_text(make_row().to_json() + "\n" + line + "\n")
         with pytest.raises(ValueError, match=r"rows\.jsonl:2: not a result row"):
-            benchmark.read_rows(file)
+            timing.read_rows(file)
 
     def test_what_is_not_a_number_is_refused(self) -> None:
         with pytest.raises(ValueError, match="not JSON compliant"):
@@ -233,7 +235,7 @@ class TestContenders:
         def no_timm() -> None:
             raise ImportError("timm is not installed; pip install timm")
 
-        monkeypatch.setattr("effkernels.peers.import_timm", no_timm)
+        monkeypatch.setattr("effkernels.models.peers.import_timm", no_timm)
         rows, refusals = run_case(SMALL, ["eager", "timm"], QUICK, date="now")
         assert [row.contender for row in rows] == ["eager (reference)"]
         assert [(refusal.contender, refusal.reason) for refusal in refusals] == [
@@ -372,7 +374,7 @@ class TestReport:
             make_row(date=new, contender="eager (timm)", median_us=2500.0, rel_error=2e-7, peak_bytes=3_000_000),
             make_row(date=old, suite="op", case="conv_bn_act 1x3x8x8", median_us=12.5),
         ]
-        benchmark.append_rows(tmp_path / "a-cpu-2-threads.jsonl", rows)
+        timing.append_rows(tmp_path / "a-cpu-2-threads.jsonl", rows)
         (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
         return tmp_path
 
@@ -443,7 +445,7 @@ def test_overhead_of_a_call(face: str, benchmark: Callable[[Callable[[], object]
     """Reports the time of one call with next to no work; that the call works is all that is asserted."""
     with torch.inference_mode():
         call = cases.overhead_calls(torch.device("cpu"))[face]
-        benchmark.pedantic(call, rounds=5, iterations=20, warmup_rounds=1)  # type: ignore[attr-defined]
+        timing.pedantic(call, rounds=5, iterations=20, warmup_rounds=1)  # type: ignore[attr-defined]
         result = call()
     result = result[0] if isinstance(result, tuple) else result
     assert isinstance(result, torch.Tensor)

@@ -18,7 +18,8 @@ import torch
 from packaging.requirements import Requirement
 
 import effkernels
-from effkernels import _library, backends
+from effkernels import _library
+from effkernels.ops import backends
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -114,7 +115,7 @@ def test_build_info_tells_what_was_built() -> None:
 @pytest.mark.parametrize("stream", ["current", "side"])
 def test_a_cuda_kernel_runs_on_the_current_stream(stream: str) -> None:
     x, weight = torch.randn(2, 32, 33, 35, device="cuda"), torch.randn(32, 1, 3, 3, device="cuda")
-    expected = effkernels.reference.depthwise_bn_act_squeeze(x, weight, padding=(1, 1, 1, 1))
+    expected = effkernels.ops.reference.depthwise_bn_act_squeeze(x, weight, padding=(1, 1, 1, 1))
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream() if stream == "side" else torch.cuda.current_stream()):
         with effkernels.backend("cuda"):

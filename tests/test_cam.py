@@ -338,8 +338,9 @@ class TestCommand:
         report = json.loads(out)
         (found,) = report["maps"]
         assert (found["index"], found["label"], found["file"]) == (2, "cat, tabby", str(album / "chelsea.jpg"))
+        from effkernels.engine.images import read_image
         from effkernels.models import model_config
-        from effkernels.predict import Preprocessing, read_image
+        from effkernels.models.preprocessing import Preprocessing
 
         image = Preprocessing.of(model_config("efficientnet_b0"), 96)(read_image(album / "chelsea.jpg"))
         maps, _, probabilities = class_activation_map(model, image[None], 2)

@@ -17,12 +17,13 @@ import skimage.data
 import torch
 
 import effkernels
-from effkernels import _library, check, console
-from effkernels.benchmark import Row, read_rows
-from effkernels.check import Finding
+from effkernels import _library, console
+from effkernels.bench import check
+from effkernels.bench.check import Finding
+from effkernels.bench.contenders import CONTENDERS
+from effkernels.bench.timing import Row, read_rows
 from effkernels.cli import main
 from effkernels.commands import common
-from effkernels.contenders import CONTENDERS
 from effkernels.triton import INTERPRETED, MOST_SCALED_ALONE
 
 

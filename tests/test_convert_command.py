@@ -12,11 +12,10 @@ from peer_models import small_timm_b0
 from torch import Tensor
 
 import effkernels
-from effkernels import conversion_check
 from effkernels.cli import main
-from effkernels.models import read_checkpoint
+from effkernels.models import conversion_check, read_checkpoint
 from effkernels.models.conversion import convert
-from effkernels.peers import import_torchvision
+from effkernels.models.peers import import_torchvision
 
 State = dict[str, Tensor]
 

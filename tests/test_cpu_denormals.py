@@ -20,8 +20,9 @@ from op_cases import ALL_OPS, Case
 from parity import assert_parity
 from torch import Tensor
 
-from effkernels import _library, ops, reference
+from effkernels import _library, ops
 from effkernels.engine.host import Recording
+from effkernels.ops import reference
 
 pytestmark = [
     pytest.mark.skipif(not _library.is_loaded(), reason="the compiled library is not there"),

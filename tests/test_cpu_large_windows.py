@@ -11,7 +11,8 @@ import torch
 from op_cases import Case
 from parity import assert_parity
 
-from effkernels import _library, ops, reference
+from effkernels import _library, ops
+from effkernels.ops import reference
 
 pytestmark = pytest.mark.skipif(not _library.is_loaded(), reason="the compiled library is not there")
 

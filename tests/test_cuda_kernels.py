@@ -15,7 +15,7 @@ from parity import assert_parity
 from torch import Tensor
 
 import effkernels
-from effkernels.gpus import GPUS, Gpu
+from effkernels.plan.gpus import GPUS, Gpu
 
 DEVICES = {"H200": H200, "A100": A100}
 # One multiprocessor: nothing fits a grid that is resident as a whole, and there are no clusters.

@@ -17,7 +17,7 @@ from emulation.control import A100, H200, Emulation, Emulator
 from op_cases import Case
 
 import effkernels
-from effkernels import backends
+from effkernels.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 

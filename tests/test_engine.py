@@ -21,8 +21,8 @@ from engine_models import SIZE, Returning, Sum, images, small_network, sum_engin
 from torch import Tensor, nn
 
 import effkernels
-from effkernels import peers
 from effkernels.engine import InferenceEngine
+from effkernels.models import peers
 
 SIZES = (1, 2, 4)
 Pair = namedtuple("Pair", ["first", "second"])

@@ -14,11 +14,10 @@ import torch
 from engine_models import Sum
 from torch import Tensor, nn
 
-from effkernels import peers
 from effkernels.engine import InferenceEngine
 from effkernels.engine.preprocess import input_size_of, preprocessing_of, transform
-from effkernels.models import create_model
-from effkernels.predict import Preprocessing
+from effkernels.models import create_model, peers
+from effkernels.models.preprocessing import Preprocessing
 
 SIZES = [(512, 512), (300, 451), (451, 300), (100, 90), (64, 640), (224, 256), (256, 256)]
 PANORAMAS = [(1700, 60), (100, 1700), (3000, 61), (40, 1024)]

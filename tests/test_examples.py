@@ -30,9 +30,11 @@ import pytest
 import torch
 
 import effkernels
+from effkernels.engine.images import example_image, read_image
+from effkernels.engine.predict import Prediction, classify
 from effkernels.models import load_checkpoint
-from effkernels.parity import errors, limits
-from effkernels.predict import Prediction, Preprocessing, classify, example_image, read_image
+from effkernels.models.preprocessing import Preprocessing
+from effkernels.ops.parity import errors, limits
 
 # Only looked for: to import them takes seconds, and every process of a test run reads this file.
 MISSING = [name for name in ("ray", "litserve", "pyarrow") if importlib.util.find_spec(name) is None]

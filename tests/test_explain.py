@@ -13,8 +13,8 @@ import pytest
 import effkernels
 from effkernels.cli import main
 from effkernels.commands import explain
-from effkernels.gpus import GPUS
-from effkernels.plan import PRECISIONS, Plan, plan_model
+from effkernels.plan.gpus import GPUS
+from effkernels.plan.launches import PRECISIONS, Plan, plan_model
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

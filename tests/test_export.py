@@ -84,7 +84,7 @@ def test_a_program_runs_without_the_package(tmp_path: Path) -> None:
     assert done.library == tmp_path / "libeffkernels.so"
     assert done.input_shape == "1:8,3,64:160,64:160"
     assert done.error <= done.limit
-    assert set(done.operators) <= {f"effkernels::{name}" for name in effkernels.backends.OPERATORS}
+    assert set(done.operators) <= {f"effkernels::{name}" for name in effkernels.ops.backends.OPERATORS}
     assert "effkernels::expand_depthwise_squeeze" in done.operators
     x = images(8, 65, 131)
     torch.save(x, tmp_path / "x.pt")

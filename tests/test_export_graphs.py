@@ -12,7 +12,7 @@ from peer_models import images, in_both_layouts, in_float64, randomise, small, t
 from torch import Tensor, nn
 
 import effkernels
-from effkernels import backends
+from effkernels.ops import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

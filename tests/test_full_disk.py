@@ -16,10 +16,11 @@ import torch
 from full_disk import small_disk
 
 import effkernels
-from effkernels import benchmark, tuning
+from effkernels.bench import timing
 from effkernels.cli import main
 from effkernels.scaling.journal import Journal
-from effkernels.tuning import Configuration, ConfigurationKey, Plan
+from effkernels.triton import tuned_plan
+from effkernels.triton.tuned_plan import Configuration, ConfigurationKey, Plan
 
 CAM = ["cam", "--example", "--img-size", "64"]
 SEARCH = ["search", "--network", "search_evaluations:TINY", "--evaluate", "search_evaluations:wide_is_good",
@@ -130,7 +131,7 @@ def test_rows_that_are_measured_are_printed_though_they_cannot_be_kept(
     assert json.loads(output.out)["rows"][0]["contender"].startswith("effkernels")
     assert f"--results-file {file}: File too large" in output.err
     assert file.read_text() == "{}\n"
-    assert benchmark.append_rows(file, []) is None
+    assert timing.append_rows(file, []) is None
 
 
 def test_a_journal_keeps_whole_lines(tmp_path: Path) -> None:
@@ -146,11 +147,11 @@ def test_a_journal_keeps_whole_lines(tmp_path: Path) -> None:
 
 
 def test_a_tuned_plan_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tuned_plan.VARIABLE, str(tmp_path))
     plan = Plan("NVIDIA H200")
     plan.configurations[ConfigurationKey("conv_bn_act", "bfloat16", (4, 3))] = Configuration((1, 2), 5.0, 4.0)
-    before = tuning.record(plan).read_text()
+    before = tuned_plan.record(plan).read_text()
     with small_disk(100), pytest.raises(OSError, match="File too large"):
-        tuning.record(plan)
-    assert tuning.file_of("NVIDIA H200").read_text() == before
+        tuned_plan.record(plan)
+    assert tuned_plan.file_of("NVIDIA H200").read_text() == before
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".part")]

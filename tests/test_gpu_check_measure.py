@@ -14,10 +14,11 @@ from benchmarks.gpu_check import blocks, measure, models, ops, shapes, training
 from benchmarks.gpu_check.common import Cut, Options
 from benchmarks.gpu_check.ops import BlockMeasurement
 from benchmarks.gpu_check.results import Results
-from effkernels import backends, benchmark, op_timing
-from effkernels.benchmark import Row, Statistics, read_rows
-from effkernels.model_benchmark import Refusal
-from effkernels.op_case import depthwise_case, gate_case, pointwise_case
+from effkernels.bench import op_timing, timing
+from effkernels.bench.networks import Refusal
+from effkernels.bench.op_case import depthwise_case, gate_case, pointwise_case
+from effkernels.bench.timing import Row, Statistics, read_rows
+from effkernels.ops import backends
 
 CPU = torch.device("cpu")
 
@@ -87,7 +88,7 @@ class TestBlocks:
 
 
 def fake_row(contender: str, median_us: float) -> Row:
-    return benchmark.make_row(
+    return timing.make_row(
         Statistics(median_us, median_us, median_us, 5), suite="op", case="depthwise_bn_act_squeeze 256x32x112x112",
         contender=contender, device="A GPU", dtype="bfloat16", batch=256, date="2026-01-02T03:04:05+00:00",
         floor_us=80.0, bytes=1,
@@ -286,7 +287,7 @@ class TestModels:
 
 
 def network_row(contender: str, median_us: float, batch: int, date: str) -> Row:
-    return benchmark.make_row(
+    return timing.make_row(
         Statistics(median_us, median_us, median_us, 5), suite="model", case="efficientnet_b0@224",
         contender=contender, device="A GPU", dtype="bfloat16", batch=batch, date=date,
     )  # fmt: skip

@@ -13,7 +13,7 @@ import pytest
 from skimage.data import astronaut  # noqa: F401  # the photograph is beside it
 
 from effkernels.cli import main
-from effkernels.predict import example_image
+from effkernels.engine.images import example_image
 
 NAMES = (b"caf\xe9.png", b"\x1b[2J\x1b]0;title\x07.png", b"two\nlines.png", b"\xe2\x80\xaegnp.exe.png", b"$\\frac.png")
 SHOWN = (r"caf\xe9.png", r"\x1b[2J\x1b]0;title\x07.png", r"two\nlines.png", r"\u202egnp.exe.png", r"$\frac.png")

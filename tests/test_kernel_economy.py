@@ -19,7 +19,7 @@ from benchmarks.kernel_economy.loops import Flow, instructions_of, issued_by_str
 from benchmarks.kernel_economy.reading import Kernel, ToolMissing
 from benchmarks.kernel_economy.rules import Claim, Rule
 from effkernels import _library
-from effkernels.op_case import depthwise_case, pointwise_case
+from effkernels.bench.op_case import depthwise_case, pointwise_case
 
 TESTS = Path(__file__).parent
 

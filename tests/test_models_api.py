@@ -160,7 +160,7 @@ def test_the_model_runs_on_the_backend_it_was_given() -> None:
     for forward in (model, model.forward_features, randomise(EfficientNetFeatures(SMALL, backend="reference"))):
         assert fused_operators(forward, x) == 0
     model.backend = None
-    assert (fused_operators(model, x) > 0) == (effkernels.backends.choose("conv_bn_act", x) != "reference")
+    assert (fused_operators(model, x) > 0) == (effkernels.ops.backends.choose("conv_bn_act", x) != "reference")
     with effkernels.backend("reference"):
         assert fused_operators(model, x) == 0
     with pytest.raises(ValueError, match="backend='gpu' is not known; allowed: None, auto, cuda"):
@@ -200,14 +200,14 @@ def test_threads_with_backends_of_their_own_leave_the_process_as_it_was(compiled
         except BaseException as failure:
             failures.append(failure)
 
-    before = effkernels.backends.selected()
+    before = effkernels.ops.backends.selected()
     threads = [threading.Thread(target=work, args=(turn,)) for turn in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     assert not failures
-    assert effkernels.backends.selected() == before
+    assert effkernels.ops.backends.selected() == before
     assert fused_operators(model, x) > 0
 
 

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 import effkernels
 from effkernels.models import CheckpointError, load_checkpoint, read_checkpoint
 from effkernels.models.layouts import LAYOUTS
-from effkernels.peers import import_timm
+from effkernels.models.peers import import_timm
 
 State = dict[str, Tensor]
 

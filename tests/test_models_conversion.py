@@ -23,11 +23,11 @@ from torch import Tensor, nn
 
 import effkernels
 from effkernels.models import CheckpointError, Semantics, load_checkpoint
+from effkernels.models.compound import PUBLISHED
 from effkernels.models.conversion import LIBRARIES
 from effkernels.models.layouts import HUGGING_FACE, TIMM, tensor_shapes
+from effkernels.models.peers import import_torchvision
 from effkernels.models.recipes import recipe, same_logits
-from effkernels.peers import import_torchvision
-from effkernels.scaling.compound import PUBLISHED
 
 State = dict[str, Tensor]
 NATIVE, OTHER = 224, 169  # at 169 symmetric, SAME and frozen SAME padding all differ

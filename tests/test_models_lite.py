@@ -13,12 +13,18 @@ from peer_models import images, in_both_layouts, in_float64, lukemelas_lite_mode
 from torch import Tensor, nn
 
 import effkernels
-from effkernels import conversion_check
-from effkernels.models import CheckpointError, Semantics, load_checkpoint, model_config, read_checkpoint
+from effkernels.models import (
+    CheckpointError,
+    Semantics,
+    conversion_check,
+    load_checkpoint,
+    model_config,
+    read_checkpoint,
+)
+from effkernels.models.compound import PUBLISHED_LITE
 from effkernels.models.conversion import convert
 from effkernels.models.layouts import LAYOUTS, LUKEMELAS
 from effkernels.models.recipes import recipe
-from effkernels.scaling.compound import PUBLISHED_LITE
 
 State = dict[str, Tensor]
 

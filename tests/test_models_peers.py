@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from effkernels.peers import import_lukemelas, import_timm, import_torchvision
+from effkernels.models.peers import import_lukemelas, import_timm, import_torchvision
 
 
 @pytest.mark.parametrize(

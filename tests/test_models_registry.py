@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import effkernels
 from effkernels.models import BASELINE, ModelConfig, list_models, model_config, register
+from effkernels.models.peers import import_timm
 from effkernels.models.registry import RegisteredModel
-from effkernels.peers import import_timm
 
 # Table 2 of the paper: million parameters, billion multiply-adds. For B4 the paper prints 4.2, and counting its own
 # network gives 4.4.

@@ -15,9 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkernels
 from effkernels.models import EfficientNet
+from effkernels.models.peers import import_timm, import_torchvision
 from effkernels.nn import BatchNormAct2d, MBConv, PaddedConv2d
 from effkernels.nn.fusible import fusible_norm
-from effkernels.peers import import_timm, import_torchvision
 
 SIZE = (2, 78, 70)
 
@@ -336,7 +336,7 @@ def test_a_changed_block_computes_what_its_modules_say(change: Callable, compile
         plain = block._forward_plain(x)
         close(forward(x), plain, 1e-5)
         assert plain.shape != before.shape or (plain - before).abs().max() > 1e-3 * before.abs().max()
-        if effkernels.backends.choose("pointwise_bn_act", x) != "reference":
+        if effkernels.ops.backends.choose("pointwise_bn_act", x) != "reference":
             assert (fused_operators(block, x) > 0) == (change in STAYS_FUSED or change is _weight_as_attribute)
 
 

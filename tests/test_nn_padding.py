@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from effkernels.models.peers import import_timm
 from effkernels.nn import PaddedConv2d, explicit_padding, same_padding, symmetric_padding
-from effkernels.peers import import_timm
 
 sizes = st.integers(1, 70)
 kernels = st.sampled_from([1, 2, 3, 5, 7, 9])

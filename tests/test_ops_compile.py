@@ -10,7 +10,8 @@ from op_cases import ALL_OPS, Case
 from torch import Tensor, nn
 
 import effkernels
-from effkernels import backends, ops
+from effkernels import ops
+from effkernels.ops import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

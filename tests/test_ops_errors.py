@@ -14,7 +14,8 @@ import torch
 from op_cases import ALL_OPS, DEPTHWISE_OPS, EXPAND_OP, IMAGE_OPS, Case
 
 import effkernels
-from effkernels import backends, ops
+from effkernels import ops
+from effkernels.ops import backends
 
 NAN = math.nan
 T = torch.zeros

@@ -38,8 +38,8 @@ import effkernels
 ENOUGH_ELEMENTS = 2048
 DRAWS = 16
 
-ACTIVATIONS = effkernels.reference.ACTIVATIONS
-GATES = effkernels.reference.GATES
+ACTIVATIONS = effkernels.ops.reference.ACTIVATIONS
+GATES = effkernels.ops.reference.GATES
 
 
 @dataclass

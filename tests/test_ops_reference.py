@@ -11,7 +11,7 @@ from parity import assert_exact_channels_last
 from torch import Tensor, nn
 
 import effkernels
-from effkernels import reference
+from effkernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

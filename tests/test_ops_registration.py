@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import effkernels
-from effkernels import ops, reference
+from effkernels import ops
+from effkernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("compiled", "one_thread")
 

@@ -23,8 +23,8 @@ from torch import Tensor
 
 import effkernels
 
-ACTIVATIONS = effkernels.reference.ACTIVATIONS
-GATES = effkernels.reference.GATES
+ACTIVATIONS = effkernels.ops.reference.ACTIVATIONS
+GATES = effkernels.ops.reference.GATES
 INF, NAN = torch.inf, torch.nan
 CHANNELS = 20  # a vector and a rest, of every instruction set
 SMALLEST = torch.finfo(torch.float32).tiny

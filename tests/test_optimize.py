@@ -435,7 +435,7 @@ def test_it_compiles_to_one_graph_for_all_sizes(network: nn.Module, x: Tensor) -
             assert torch.equal(compiled(image), network(image))
     assert len(graphs) == 1
     targets = [str(node.target) for node in graphs[0].graph.nodes]
-    if effkernels.backends.choose("pointwise_bn_act", x) == "cpu":
+    if effkernels.ops.backends.choose("pointwise_bn_act", x) == "cpu":
         assert sum(target.startswith("effkernels.") for target in targets) == 1 + 3 * 3
     assert not any("batch_norm" in target for target in targets)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import effkernels
-from effkernels.peers import import_torchvision
+from effkernels.models.peers import import_torchvision
 
 TRACE = "effkernels_hostile_trace"
 CALL = f"__import__('sys').modules.__setitem__('{TRACE}', 1)"
@@ -176,4 +176,4 @@ def test_engines_and_optimisations_at_once_disturb_no_other_model() -> None:
         thread.join()
     assert failures == []
     assert min(calls) > 0
-    assert effkernels.backends.selected() == "auto"
+    assert effkernels.ops.backends.selected() == "auto"

@@ -13,9 +13,9 @@ from peer_models import images, randomise
 from torch import Tensor, nn
 
 import effkernels
+from effkernels.models.peers import import_lukemelas, import_timm
 from effkernels.nn import PaddedConv2d
 from effkernels.optimize.probing import Unknown, activation_of, gate_of, is_mean_over_image, padding_of
-from effkernels.peers import import_lukemelas, import_timm
 
 
 class Custom(torch.autograd.Function):

@@ -79,7 +79,7 @@ def test_all_that_an_optimised_network_launches_is_counted() -> None:
 
 
 def test_the_bytes_after_are_those_of_our_own_model() -> None:
-    from effkernels.plan import plan_model
+    from effkernels.plan.launches import plan_model
 
     report = effkernels.optimize_(made(PEERS[0]))
     if report.blocks[0].bytes_after is None:
@@ -95,7 +95,7 @@ def _names(report: Report) -> set[str]:
 
 
 def test_timm_features_come_out_as_before() -> None:
-    from effkernels.peers import import_timm
+    from effkernels.models.peers import import_timm
 
     model = import_timm().create_model("efficientnet_b0", features_only=True).eval()
     plain, exact = copy.deepcopy(model), copy.deepcopy(model).double()

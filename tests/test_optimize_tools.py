@@ -118,7 +118,7 @@ def _averaged(model: nn.Module) -> nn.Module:
 
 
 def _ema(model: nn.Module) -> nn.Module:
-    from effkernels.peers import import_timm
+    from effkernels.models.peers import import_timm
 
     import_timm()
     from timm.utils import ModelEmaV3

@@ -15,9 +15,9 @@ from peer_models import images, randomise, timm_model, torchvision_model
 from torch import Tensor, nn
 
 import effkernels
+from effkernels.models.peers import import_timm
 from effkernels.optimize import optimizer
 from effkernels.optimize.swapping import UNVERIFIED
-from effkernels.peers import import_timm
 
 
 @pytest.fixture

@@ -16,15 +16,17 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import effkernels
-from effkernels import check, gpus, ops, peers, plan
+from effkernels import ops
+from effkernels.bench import check
+from effkernels.bench.op_case import OpCase, conv_case, depthwise_case, gate_case, pointwise_case
 from effkernels.commands.common import why_no_gpu
-from effkernels.gpus import GPUS
-from effkernels.models import EfficientNet
+from effkernels.models import EfficientNet, peers
 from effkernels.models.architecture import Architecture
-from effkernels.op_case import OpCase, conv_case, depthwise_case, gate_case, pointwise_case
-from effkernels.plan import PRECISIONS, Plan, PlannedLaunch, Totals, plan_call, plan_model
-from effkernels.plan_record import Call, record_calls
-from effkernels.plan_time import TimeEstimate
+from effkernels.plan import gpus, launches
+from effkernels.plan.gpus import GPUS
+from effkernels.plan.launches import PRECISIONS, Plan, PlannedLaunch, Totals, plan_call, plan_model
+from effkernels.plan.record import Call, record_calls
+from effkernels.plan.time_estimate import TimeEstimate
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -147,16 +149,16 @@ class TestCounts:
     def test_bytes_of_a_call_are_those_of_the_benchmarks(self, dtype: torch.dtype) -> None:
         for case in check.op_cases():
             (call,) = recorded(case, dtype)
-            assert plan.moved_bytes(call) == case.bytes_moved(dtype), f"{case.op} {case.shape}"
+            assert launches.moved_bytes(call) == case.bytes_moved(dtype), f"{case.op} {case.shape}"
 
     def test_a_tensor_read_twice_counts_once_and_an_expanded_one_as_stored(self) -> None:
         x = torch.empty(2, 8, 4, 4, device="meta", memory_format=torch.channels_last)
         weight = torch.empty(8, 8, 1, 1, device="meta")
         call = Call("effkernels::pointwise_bn_act", "", {"x": x, "weight": weight, "residual": x}, [x], 0)
-        assert plan.moved_bytes(call) == (2 * 2 * 8 * 16 + 64) * 4
+        assert launches.moved_bytes(call) == (2 * 2 * 8 * 16 + 64) * 4
         expanded = torch.empty(1, 8, 1, 1, device="meta").expand(2, 8, 4, 4)
         call = Call("aten::add", "", {"self": x, "other": expanded}, [x], 0)
-        assert plan.moved_bytes(call) == (2 * 2 * 8 * 16 + 8) * 4
+        assert launches.moved_bytes(call) == (2 * 2 * 8 * 16 + 8) * 4
 
     def test_eager_pytorch_launches_four_times_as_often_and_moves_three_times_the_bytes(self) -> None:
         """What the README claims of B0 in bfloat16, counted by the same rule over timm's network."""
@@ -169,7 +171,7 @@ class TestCounts:
         calls = record_calls(eager, images.to(memory_format=torch.channels_last))
         ours = plan_model("efficientnet_b0", batch_size=256).totals
         assert len(calls) > 4 * ours.launches
-        assert sum(plan.moved_bytes(call) for call in calls) > 3 * ours.bytes
+        assert sum(launches.moved_bytes(call) for call in calls) > 3 * ours.bytes
 
 
 class CallsAnOperator(nn.Module):

@@ -15,19 +15,10 @@ import skimage.data
 import torch
 
 from benchmarks.fuzz import _images as fuzzed
-from effkernels import peers
-from effkernels.models import create_model, model_config
-from effkernels.predict import (
-    Failure,
-    ImageError,
-    Prediction,
-    Preprocessing,
-    as_rgb,
-    classify,
-    find_images,
-    read_image,
-    read_labels,
-)
+from effkernels.engine.images import Failure, ImageError, as_rgb, find_images, read_image
+from effkernels.engine.predict import Prediction, classify, read_labels
+from effkernels.models import create_model, model_config, peers
+from effkernels.models.preprocessing import Preprocessing
 
 
 def photograph(name: str = "astronaut") -> PIL.Image.Image:

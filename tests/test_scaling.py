@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from effkernels.models import BASELINE
-from effkernels.peers import import_lukemelas
+from effkernels.models.peers import import_lukemelas
 from effkernels.scaling import EFFICIENTNET, PUBLISHED, CompoundScaling, round_filters, round_repeats
 
 VARIANTS = sorted(PUBLISHED)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from effkernels import scaling
+from effkernels.models.compound import EFFICIENTNET, CompoundScaling
 from effkernels.scaling.budget import ALONG, Budget, fit
-from effkernels.scaling.compound import EFFICIENTNET, CompoundScaling
 from effkernels.scaling.counting import count
 from effkernels.scaling.families import BASELINES, EFFICIENTNET_B0, MOBILENET_V2, RESNET_50, build_sequential
 from effkernels.scaling.files import load_network, network_to_dict, save_network

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from effkernels.peers import import_timm
+from effkernels.models.compound import round_filters
+from effkernels.models.peers import import_timm
 from effkernels.scaling.budget import fit
 from effkernels.scaling.catalog import find_network
-from effkernels.scaling.compound import round_filters
 from effkernels.scaling.families import BASELINES, MOBILENET_V1, MOBILENET_V2, RESNET_50
 from effkernels.scaling.files import save_network
 from effkernels.scaling.network import Network, Rounding, StagedNetwork, StageRow, scale

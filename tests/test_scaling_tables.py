@@ -13,9 +13,9 @@ import matplotlib.image
 import pytest
 
 from effkernels.models import EfficientNet, create_model
+from effkernels.models.compound import EFFICIENTNET, PUBLISHED, CompoundScaling
 from effkernels.scaling import paper, tables
 from effkernels.scaling.accuracies import read_accuracies
-from effkernels.scaling.compound import EFFICIENTNET, PUBLISHED, CompoundScaling
 from effkernels.scaling.families import EFFICIENTNET_B0, build_sequential
 from effkernels.scaling.figures import save_figure
 from effkernels.scaling.network import Rounding, Stage, StagedNetwork, scale

@@ -12,7 +12,7 @@ import search_evaluations as evaluations
 from search_evaluations import TINY
 
 from effkernels.cli import main
-from effkernels.plan import plan_model
+from effkernels.plan.launches import plan_model
 from effkernels.scaling import (
     EFFICIENTNET,
     EFFICIENTNET_B0,

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import effkernels
-from effkernels import backends, ops, reference, triton
+from effkernels import ops, triton
+from effkernels.ops import backends, reference
 
 TRITON_OPS = tuple(triton.FAMILIES)
 OPCHECK_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")

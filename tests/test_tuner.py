@@ -20,22 +20,25 @@ from test_tuning import CPU
 from test_tuning import cache as cache
 
 import effkernels
-from effkernels import backends, op_timing, ops, reference, triton, tuner, tuning
+from effkernels import ops, triton
+from effkernels.bench import autotune, op_timing
+from effkernels.bench.autotune import AGAIN, DEFAULT, Job, Tuner
+from effkernels.bench.op_calls import Call, calls_of
 from effkernels.cli import main
-from effkernels.op_calls import Call, calls_of
-from effkernels.tuner import AGAIN, DEFAULT, Job, Tuner
-from effkernels.tuning import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, Plan
+from effkernels.ops import backends, reference
+from effkernels.triton import tuned_plan
+from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, Plan
 
 
 def test_noise_is_what_two_runs_of_the_same_differ_by() -> None:
     quiet = {DEFAULT: [10.0] * 8, AGAIN: [10.0] * 8, "a": [9.8] * 8, "b": [9.95] * 8}
-    gained = tuner.gains(quiet, 8)
+    gained = autotune.gains(quiet, 8)
     assert gained["a"].is_faster
     assert not gained["b"].is_faster, "less than the least that counts"
     noisy = {**quiet, AGAIN: [10.0, 11.0, 9.0, 10.5, 10.6, 9.4, 10.4, 10.0]}
-    assert tuner.gains(noisy, 8)["a"].noise > 0.03
-    assert not tuner.gains(noisy, 8)["a"].is_faster
-    slow = tuner.gains({**quiet, "c": [10.2] * 8}, 8)["c"]
+    assert autotune.gains(noisy, 8)["a"].noise > 0.03
+    assert not autotune.gains(noisy, 8)["a"].is_faster
+    slow = autotune.gains({**quiet, "c": [10.2] * 8}, 8)["c"]
     assert slow.is_slower
     assert not slow.is_faster
 
@@ -44,21 +47,21 @@ def test_contenders_are_compared_round_by_round() -> None:
     """A machine that slows down meets all of a round alike."""
     drift = [1.0, 2.0, 4.0, 8.0]
     times = {DEFAULT: drift, AGAIN: [1.01 * t for t in drift], "a": [0.8 * t for t in drift]}
-    gained = tuner.gains(times, 4)
+    gained = autotune.gains(times, 4)
     assert gained["a"].ratio == pytest.approx(0.8)
     assert gained["a"].is_faster
 
 
 def test_samples_of_a_round_count_by_their_median() -> None:
     samples = [1.0, 1.0, 90.0, 1.0, 1.0, 90.0]  # two rounds of three samples
-    assert tuner.gains({DEFAULT: samples, AGAIN: samples, "a": [0.5] * 2}, 2)["a"].ratio == pytest.approx(0.5)
+    assert autotune.gains({DEFAULT: samples, AGAIN: samples, "a": [0.5] * 2}, 2)["a"].ratio == pytest.approx(0.5)
 
 
 def test_jobs_are_distinct() -> None:
     calls = [Call("pointwise_bn_act", 8, (4, 4), out=16), Call("conv_bn_act", 3, (8, 8), out=16)]
-    found = tuner.jobs([*calls, *calls], [1, 2], [torch.float16])
+    found = autotune.jobs([*calls, *calls], [1, 2], [torch.float16])
     assert len(found) == len(set(found)) == 4
-    assert {job.call.op for job in tuner.jobs(calls, [1], [torch.float16], ["conv_bn_act"])} == {"conv_bn_act"}
+    assert {job.call.op for job in autotune.jobs(calls, [1], [torch.float16], ["conv_bn_act"])} == {"conv_bn_act"}
 
 
 SMALL = {
@@ -124,7 +127,7 @@ class Stopwatch:
         return {name: [self.us.get(name, self.default)] * options["rounds"] for name in runs}
 
 
-def tuned(call: Call, timer: Stopwatch, plan: Plan | None = None, **options: Any) -> tuple[Plan, tuner.Outcome]:
+def tuned(call: Call, timer: Stopwatch, plan: Plan | None = None, **options: Any) -> tuple[Plan, autotune.Outcome]:
     plan = plan or Plan("triton interpreter")
     outcome = Tuner(CPU, plan, timer=timer, **options).run(Job(call, 3, torch.float32))
     return plan, outcome
@@ -255,7 +258,7 @@ class TestTuning:
         call = SMALL["squeeze_excite_gate"]
         reason = Tuner(CPU, Plan("x")).why_no_comparison(Job(call, 1, torch.float32))
         assert reason.startswith("cuda cannot run squeeze_excite_gate: ")
-        assert tuned(call, Stopwatch({}))[1] == tuner.Outcome()
+        assert tuned(call, Stopwatch({}))[1] == autotune.Outcome()
 
     @pytest.mark.parametrize("op", [op for op in triton.FAMILIES if op in SMALL])
     def test_every_candidate_is_right(self, op: str) -> None:
@@ -280,8 +283,8 @@ class TestTuning:
         case = self.call().case("pointwise_bn_act", 3)
         case.prepare(ops, torch.float32, CPU)()
         plan, _ = tuned(self.call(), Stopwatch({self.OTHER: 5.0}))
-        tuning.record(plan)
-        tuning.forget()
+        tuned_plan.record(plan)
+        tuned_plan.forget()
         (y,) = case.prepare(ops, torch.float32, CPU)()
         first, last = launched[0], launched[-1]
         assert (first["ROWS"], first["COLUMNS"]) != (32, 32)

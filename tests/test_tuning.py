@@ -19,8 +19,11 @@ from op_cases import Case
 from torch import Tensor
 
 import effkernels
-from effkernels import backends, op_timing, ops, triton, tuning
-from effkernels.tuning import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, Plan
+from effkernels import ops, triton
+from effkernels.bench import op_timing
+from effkernels.ops import backends
+from effkernels.triton import tuned_plan
+from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, Plan
 
 GPU = "NVIDIA H200"
 CPU = torch.device("cpu")
@@ -30,10 +33,10 @@ POINTWISE = BackendKey("pointwise_bn_act", "float32", 8, (1, 1), 1, "silu")
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder of its own for each test, and a process that has read nothing."""
-    monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "cache"))
-    tuning.forget()
+    monkeypatch.setenv(tuned_plan.VARIABLE, str(tmp_path / "cache"))
+    tuned_plan.forget()
     yield tmp_path / "cache"
-    tuning.forget()
+    tuned_plan.forget()
 
 
 def a_plan(device: str = GPU, choice: tuple[int, ...] | None = (1, 2)) -> Plan:
@@ -48,32 +51,32 @@ def a_plan(device: str = GPU, choice: tuple[int, ...] | None = (1, 2)) -> Plan:
 
 class TestTheFile:
     def test_gives_back_what_was_recorded(self) -> None:
-        file = tuning.record(a_plan())
-        assert tuning.read(GPU) == a_plan()
+        file = tuned_plan.record(a_plan())
+        assert tuned_plan.read(GPU) == a_plan()
         assert Plan.from_json(file.read_text(), GPU) == a_plan()
 
     def test_is_one_for_each_device_schema_and_release(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        names = {tuning.file_of(GPU).name, tuning.file_of("NVIDIA H100").name}
+        names = {tuned_plan.file_of(GPU).name, tuned_plan.file_of("NVIDIA H100").name}
         for change in ({"schema": 99}, {"effkernels": "9.9"}, {"triton": "9.9"}):
-            monkeypatch.setattr(tuning, "_versions", lambda change=change: {**tuning_versions, **change})
-            names.add(tuning.file_of(GPU).name)
+            monkeypatch.setattr(tuned_plan, "_versions", lambda change=change: {**tuning_versions, **change})
+            names.add(tuned_plan.file_of(GPU).name)
         assert len(names) == 5
         assert all("/" not in name and " " not in name for name in names)
 
     def test_lies_where_the_environment_says(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-        monkeypatch.setenv(tuning.VARIABLE, str(tmp_path / "told"))
-        assert tuning.folder() == tmp_path / "told"
-        monkeypatch.delenv(tuning.VARIABLE)
+        monkeypatch.setenv(tuned_plan.VARIABLE, str(tmp_path / "told"))
+        assert tuned_plan.folder() == tmp_path / "told"
+        monkeypatch.delenv(tuned_plan.VARIABLE)
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-        assert tuning.folder() == tmp_path / "xdg" / "effkernels"
+        assert tuned_plan.folder() == tmp_path / "xdg" / "effkernels"
         monkeypatch.delenv("XDG_CACHE_HOME")
         monkeypatch.setenv("HOME", str(tmp_path))
-        assert tuning.folder() == tmp_path / ".cache" / "effkernels"
+        assert tuned_plan.folder() == tmp_path / ".cache" / "effkernels"
 
     def test_that_is_not_there_is_no_reason_to_warn(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert tuning.read(GPU) == Plan(GPU)
+            assert tuned_plan.read(GPU) == Plan(GPU)
 
     @pytest.mark.parametrize(
         ("change", "says"),
@@ -113,86 +116,86 @@ class TestTheFile:
     def test_that_cannot_be_used_is_ignored_with_one_warning_that_names_it(
         self, change: Callable[[str], str], says: str
     ) -> None:
-        file = tuning.record(a_plan())
+        file = tuned_plan.record(a_plan())
         text = file.read_text()
         file.write_text(change(text))
         assert file.read_text() != text
         with pytest.warns(RuntimeWarning) as warned:
-            found = [tuning.read(GPU), tuning.read(GPU)]
+            found = [tuned_plan.read(GPU), tuned_plan.read(GPU)]
         assert found == [Plan(GPU), Plan(GPU)]
         (one,) = warned
         assert str(file) in str(one.message)
         assert says in str(one.message)
 
     def test_that_is_a_pipe_is_not_waited_for(self) -> None:
-        file = tuning.file_of(GPU)
+        file = tuned_plan.file_of(GPU)
         file.parent.mkdir(parents=True)
         os.mkfifo(file)
         with pytest.warns(RuntimeWarning, match="is ignored: .* is a named pipe"):
-            assert tuning.read(GPU) == Plan(GPU)
+            assert tuned_plan.read(GPU) == Plan(GPU)
 
     def test_of_another_release_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as older:
-            older.setattr(tuning, "_versions", lambda: {**tuning_versions, "effkernels": "0.0.1"})
-            file = tuning.record(a_plan())
+            older.setattr(tuned_plan, "_versions", lambda: {**tuning_versions, "effkernels": "0.0.1"})
+            file = tuned_plan.record(a_plan())
         with pytest.warns(RuntimeWarning, match="is not of this release") as warned:
-            assert tuning.read(GPU) == Plan(GPU)
+            assert tuned_plan.read(GPU) == Plan(GPU)
         assert str(file) in str(warned[0].message)
-        assert tuning.clear(GPU) == [file]
+        assert tuned_plan.clear(GPU) == [file]
         assert not file.exists()
 
     def test_grows_and_newer_answers_win(self) -> None:
-        tuning.record(a_plan())
+        tuned_plan.record(a_plan())
         newer = a_plan(choice=None)
         newer.comparisons = {POINTWISE: {"64x8x5x5": Comparison("cuda", {"cuda": 1.0, "triton": 2.0})}}
-        tuning.record(newer)
-        both = tuning.read(GPU)
+        tuned_plan.record(newer)
+        both = tuned_plan.read(GPU)
         assert both.configurations == newer.configurations
         assert set(both.comparisons[POINTWISE]) == {"2x8x5x5", "64x8x5x5"}
         assert len(both.comparisons) == 2
 
     def test_a_broken_one_is_replaced(self) -> None:
-        file = tuning.record(a_plan())
+        file = tuned_plan.record(a_plan())
         file.write_text("{")
         with pytest.warns(RuntimeWarning):
-            tuning.record(a_plan())
-        assert tuning.read(GPU) == a_plan()
+            tuned_plan.record(a_plan())
+        assert tuned_plan.read(GPU) == a_plan()
         assert sorted(path.suffix for path in file.parent.iterdir()) == [".json", ".lock"], "nothing is left behind"
 
     def test_links_are_not_followed(self, tmp_path: Path) -> None:
         """What a link in the folder leads to is not written to, whether it is the file or the lock."""
-        file = tuning.file_of(GPU)
+        file = tuned_plan.file_of(GPU)
         file.parent.mkdir(parents=True, exist_ok=True)
         precious = tmp_path / "precious"
         precious.write_text("precious")
         file.symlink_to(precious)
         with pytest.warns(RuntimeWarning, match="is ignored"):
-            tuning.record(a_plan())
+            tuned_plan.record(a_plan())
         assert not file.is_symlink()
-        assert tuning.read(GPU) == a_plan()
+        assert tuned_plan.read(GPU) == a_plan()
         lock = file.with_suffix(".lock")
         lock.unlink()
         lock.symlink_to(precious)
         with pytest.raises(OSError, match=re.escape(lock.name)):
-            tuning.record(a_plan())
+            tuned_plan.record(a_plan())
         assert precious.read_text() == "precious"
 
     def test_has_the_usual_mode(self) -> None:
         before = os.umask(0o027)
         try:
-            file = tuning.record(a_plan())
+            file = tuned_plan.record(a_plan())
         finally:
             os.umask(before)
         assert stat.S_IMODE(file.stat().st_mode) == 0o640
         assert stat.S_IMODE(file.with_suffix(".lock").stat().st_mode) == 0o640
 
     def test_what_a_killed_process_left_is_removed(self) -> None:
-        file = tuning.record(a_plan())
+        file = tuned_plan.record(a_plan())
         leftover = file.with_name(f".{file.stem[:40]}-0123456789.part{file.suffix}")
         leftover.write_text("half of")
         other = file.with_name(".another-device-0123456789.part.json")
         other.write_text("not of this file")
-        tuning.record(a_plan())
+        tuned_plan.record(a_plan())
         assert (leftover.exists(), other.exists()) == (False, True)
 
     def test_processes_at_once_lose_nothing_and_show_nothing_half_written(self) -> None:
@@ -208,13 +211,13 @@ for number in range(12):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             while any(writer.poll() is None for writer in writers):
-                tuning.read(GPU)
+                tuned_plan.read(GPU)
         assert [writer.returncode for writer in writers] == [0, 0, 0]
-        found = {(key.op, *key.shape) for key in tuning.read(GPU).configurations}
+        found = {(key.op, *key.shape) for key in tuned_plan.read(GPU).configurations}
         assert found == {(name, number) for name in "abc" for number in range(12)}
 
 
-tuning_versions = dict(tuning._versions())
+tuning_versions = dict(tuned_plan._versions())
 
 
 class TestLookups:
@@ -222,56 +225,56 @@ class TestLookups:
 
     @pytest.fixture(autouse=True)
     def on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tuning, "device_name", lambda device: GPU)
+        monkeypatch.setattr(tuned_plan, "device_name", lambda device: GPU)
 
     def ask(self, dtype: torch.dtype = torch.bfloat16, shape: tuple[int, ...] = (4, 3)) -> tuple[int, ...] | None:
-        return tuning.configuration("conv_bn_act", CPU, dtype, shape, lambda: self.CANDIDATES)
+        return tuned_plan.configuration("conv_bn_act", CPU, dtype, shape, lambda: self.CANDIDATES)
 
     def test_without_a_file_cost_one_reading_and_no_candidates(self, monkeypatch: pytest.MonkeyPatch) -> None:
         readings = []
-        monkeypatch.setattr(tuning, "read", lambda name: readings.append(name) or Plan(name))
+        monkeypatch.setattr(tuned_plan, "read", lambda name: readings.append(name) or Plan(name))
 
         def candidates() -> tuple[tuple[int, ...], ...]:
             raise AssertionError("nothing is to be chosen from")
 
         for _ in range(3):
-            assert tuning.configuration("conv_bn_act", CPU, torch.bfloat16, (4, 3), candidates) is None
+            assert tuned_plan.configuration("conv_bn_act", CPU, torch.bfloat16, (4, 3), candidates) is None
         assert readings == [GPU]
 
     def test_find_what_was_tuned_and_nothing_else(self) -> None:
-        tuning.record(a_plan())
+        tuned_plan.record(a_plan())
         assert self.ask() == (1, 2)
         assert self.ask(torch.float16) is None
         assert self.ask(shape=(4, 4)) is None
-        assert tuning.configuration("other", CPU, torch.bfloat16, (4, 3), lambda: self.CANDIDATES) is None
+        assert tuned_plan.configuration("other", CPU, torch.bfloat16, (4, 3), lambda: self.CANDIDATES) is None
 
     def test_take_the_default_where_it_was_not_beaten(self) -> None:
-        tuning.record(a_plan(choice=None))
+        tuned_plan.record(a_plan(choice=None))
         assert self.ask() is None
 
     def test_never_give_what_is_no_candidate(self) -> None:
-        tuning.record(a_plan(choice=(64, 64)))
+        tuned_plan.record(a_plan(choice=(64, 64)))
         with pytest.warns(RuntimeWarning, match=r"\(64, 64\) is no candidate of conv_bn_act \(4, 3\)") as warned:
             found = [self.ask(), self.ask()]
         assert found == [None, None]
         assert len(warned) == 1
-        with tuning.answering(lambda lookup: (64, 64)):
+        with tuned_plan.answering(lambda lookup: (64, 64)):
             assert self.ask() is None
 
     def test_can_be_answered_and_listened_to(self) -> None:
-        tuning.record(a_plan())
-        heard: list[tuning.Lookup] = []
-        with tuning.answering(lambda lookup: heard.append(lookup)):
+        tuned_plan.record(a_plan())
+        heard: list[tuned_plan.Lookup] = []
+        with tuned_plan.answering(lambda lookup: heard.append(lookup)):
             assert self.ask() is None
-        assert heard == [tuning.Lookup(ConfigurationKey("conv_bn_act", "bfloat16", (4, 3)), self.CANDIDATES)]
-        with tuning.answering(lambda lookup: (3, 4)):
+        assert heard == [tuned_plan.Lookup(ConfigurationKey("conv_bn_act", "bfloat16", (4, 3)), self.CANDIDATES)]
+        with tuned_plan.answering(lambda lookup: (3, 4)):
             assert self.ask() == (3, 4)
         assert self.ask() == (1, 2)
 
     def test_a_device_that_runs_no_triton_has_no_plan(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
-        assert tuning.device_name(torch.device("meta")) is None
-        assert tuning.device_name(CPU) == ("triton interpreter" if triton.INTERPRETED else None)
+        assert tuned_plan.device_name(torch.device("meta")) is None
+        assert tuned_plan.device_name(CPU) == ("triton interpreter" if triton.INTERPRETED else None)
 
 
 class OnGpu(Tensor):
@@ -298,7 +301,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_selected", "auto")
     monkeypatch.setattr(backends._library, "is_loaded", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(tuning, "device_name", lambda device: GPU)
+    monkeypatch.setattr(tuned_plan, "device_name", lambda device: GPU)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -313,7 +316,7 @@ class TestTheChoiceOfABackend:
         assert self.choose(on_gpu(2, 16, 5, 5)) == "cuda"
 
     def test_is_triton_where_it_was_faster(self) -> None:
-        tuning.record(a_plan())
+        tuned_plan.record(a_plan())
         assert self.choose(on_gpu(2, 8, 5, 5)) == "triton"
         assert {self.choose(on_gpu(n, 8, h, w)) for n in (0, 1, 64) for h in (1, 9) for w in (1, 300)} == {"triton"}
         assert self.choose(on_gpu(2, 9, 5, 5)) == "cuda"
@@ -323,28 +326,28 @@ class TestTheChoiceOfABackend:
         assert self.choose(on_gpu(2, 8, 5, 5), op="depthwise_bn_act") == "cuda"
 
     def test_of_a_forced_backend_stays(self) -> None:
-        tuning.record(a_plan())
+        tuned_plan.record(a_plan())
         with effkernels.backend("cuda"):
             assert self.choose(on_gpu(2, 8, 5, 5)) == "cuda"
 
     def test_does_not_prefer_what_cannot_run(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        tuning.record(a_plan())
+        tuned_plan.record(a_plan())
         monkeypatch.setattr(backends, "can_run_triton", lambda *a, **k: backends.Decision(False, "no"))
         assert self.choose(on_gpu(2, 8, 5, 5)) == "cuda"
 
     def test_is_triton_where_there_is_no_compiled_kernel_whatever_was_tuned(self) -> None:
-        tuning.record(a_plan())
+        tuned_plan.record(a_plan())
         assert self.choose(on_gpu(2, 8, 5, 5), op="conv_bn_act") == "triton"
 
     def test_of_a_tensor_on_the_cpu_reads_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(tuning, "read", lambda name: pytest.fail("read on the CPU"))
+        monkeypatch.setattr(tuned_plan, "read", lambda name: pytest.fail("read on the CPU"))
         assert backends.choose("pointwise_bn_act", torch.zeros(1, 8, 2, 2)) in ("cpu", "reference")
 
     @pytest.mark.parametrize("tuned", [False, True])
     def test_is_made_while_tracing_even_at_the_first_call(self, tuned: bool) -> None:
         """The first call reads the plan: what it fills must not be among what the trace guards."""
         if tuned:
-            tuning.record(a_plan())
+            tuned_plan.record(a_plan())
         seen: list[str] = []
 
         def compiler(module: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., tuple[Tensor, ...]]:

@@ -13,8 +13,8 @@ import numpy
 import PIL.Image
 
 from benchmarks.fuzz._checkpoints import damage
+from effkernels.engine.images import ImageError, find_images, read_image
 from effkernels.files import printable
-from effkernels.predict import ImageError, find_images, read_image
 
 Pixels = numpy.ndarray
 REFUSED = None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkernels import reference
+from effkernels.ops import reference
 
 OPERATORS = (
     "depthwise_bn_act",

@@ -26,7 +26,7 @@ from torch import Tensor
 import effkernels
 from benchmarks.fuzz._operator_calls import Call, available_isas, draw_call
 from benchmarks.fuzz._operator_mistakes import check_mistake
-from effkernels.parity import Errors, errors
+from effkernels.ops.parity import Errors, errors
 
 KINDS = ("values", "values", "mistakes")  # in turn
 _ROOT = Path(__file__).resolve().parents[2]

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 import effkernels
 from benchmarks.gpu_check import measure
 from benchmarks.gpu_check.measure import Call, Contender, Measured, Refused
-from effkernels import benchmark, environment, plan
-from effkernels.check import sample_model
+from effkernels import environment
+from effkernels.bench import timing
+from effkernels.bench.check import sample_model
 from effkernels.models import create_model, model_config
+from effkernels.plan import launches
 
 _PARITY_IMAGES = 2
 
@@ -58,7 +60,7 @@ class Block:
         with torch.device("meta"):
             module = create_model(self.model, dtype=dtype, backend="cpu").eval().get_submodule(self.path)
             x = torch.empty(batch, *self.shape, dtype=dtype).to(memory_format=torch.channels_last)
-        return sum(plan.moved_bytes(call) for call in plan.record_calls(module, x))
+        return sum(launches.moved_bytes(call) for call in launches.record_calls(module, x))
 
 
 @cache
@@ -134,6 +136,6 @@ def measure_block(
         truth = _on_device(_on_device(block.module, dtype, device), torch.float64, device)(few.double())
         plain = _on_device(block.module, dtype, device)(few)
     repeated = few.repeat(-(-batch // len(few)), 1, 1, 1)[:batch].contiguous(memory_format=torch.channels_last)
-    copies = benchmark.input_count(size, environment.last_level_cache_bytes(device))
+    copies = timing.input_count(size, environment.last_level_cache_bytes(device))
     found = contenders(block, repeated, dtype, device, modes)
     return size, *measure.compare(found, (truth,), (plain,), copies, device)

@@ -15,9 +15,18 @@ import torch
 import effkernels
 from benchmarks.gpu_check.common import NotAvailable, Options, run_part
 from benchmarks.gpu_check.measure import launch_count
-from effkernels import backends, ops
-from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, expand_case, gate_case, pointwise_case
-from effkernels.op_timing import triton_launches
+from effkernels import ops
+from effkernels.bench.op_case import (
+    DEPTHWISE_OPS,
+    OpCase,
+    conv_case,
+    depthwise_case,
+    expand_case,
+    gate_case,
+    pointwise_case,
+)
+from effkernels.bench.op_timing import triton_launches
+from effkernels.ops import backends
 
 # Operators that take one launch at every size; depthwise_bn_act_se takes one or two, expand_depthwise_squeeze two, as
 # their plans say.

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 import effkernels
-from effkernels import backends, benchmark, environment, ops, reference
-from effkernels.benchmark import Row, Statistics
-from effkernels.check import errors, judge
-from effkernels.op_case import OpCase
-from effkernels.op_timing import as_run, enlarged, first_images, temporary_graphs, triton_launches
+from effkernels import environment, ops
+from effkernels.bench import timing
+from effkernels.bench.check import errors, judge
+from effkernels.bench.op_case import OpCase
+from effkernels.bench.op_timing import as_run, enlarged, first_images, temporary_graphs, triton_launches
+from effkernels.bench.timing import Row, Statistics
+from effkernels.ops import backends, reference
 
 # Results of this many images are compared with float64: every operator works image by image.
 _PARITY_IMAGES = 2
@@ -54,8 +56,8 @@ def copy_bandwidth(device: torch.device, megabytes: int) -> float:
     """Bytes per microsecond that a large copy within the device's memory reads and writes, the median of many."""
     source = torch.randint(0, 255, (megabytes << 20,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    times = benchmark.time_in_turns({"copy": lambda number: target.copy_(source)}, device=device, rounds=_ROUNDS)
-    return 2 * source.nbytes / benchmark.summarise(times["copy"]).median_us
+    times = timing.time_in_turns({"copy": lambda number: target.copy_(source)}, device=device, rounds=_ROUNDS)
+    return 2 * source.nbytes / timing.summarise(times["copy"]).median_us
 
 
 def launch_count() -> int | None:
@@ -179,7 +181,7 @@ def measure(
     truth = small.prepare(reference, torch.float64, device)()
     plain = small.prepare(reference, dtype, device)()
     large = enlarged(rounded, batch, dtype, device)
-    copies = benchmark.input_count(large.bytes_moved(dtype), environment.last_level_cache_bytes(device))
+    copies = timing.input_count(large.bytes_moved(dtype), environment.last_level_cache_bytes(device))
     measured, refused = compare(contenders(large, dtype, device, modes), truth, plain, copies, device)
     return large, measured, refused
 
@@ -197,7 +199,7 @@ def compare(
         truth, plain: results of the first images in float64, and those of plain PyTorch in the dtype that is timed.
         copies: how many inputs a contender has, so that none is in the cache when its turn comes again.
     """
-    runs: dict[str, benchmark.Run] = {}
+    runs: dict[str, timing.Run] = {}
     parity: dict[str, float | None] = {}
     launches: dict[str, int] = {}
     refused = []
@@ -222,13 +224,11 @@ def compare(
                 refused.append(Refused(label, reason, bool(contender.backend)))
         if not runs:
             return [], refused
-        times = benchmark.time_in_turns(runs, device=device, warmup=2, rounds=_ROUNDS)
+        times = timing.time_in_turns(runs, device=device, warmup=2, rounds=_ROUNDS)
         runs.clear()  # the graphs go before what they count with comes back
     calls_per_run = copies if device.type == "cuda" else 1
     measured = [
-        Measured(
-            name, benchmark.summarise([time / calls_per_run for time in samples]), parity[name], launches.get(name)
-        )
+        Measured(name, timing.summarise([time / calls_per_run for time in samples]), parity[name], launches.get(name))
         for name, samples in times.items()
     ]
     return measured, refused
@@ -266,7 +266,7 @@ def rows_of(
         bandwidth: bytes per microsecond of a copy; the floor is the time that the case's bytes take at it.
     """
     return [
-        benchmark.make_row(
+        timing.make_row(
             one.statistics,
             suite=suite,
             case=case,

@@ -16,10 +16,10 @@ import torch
 
 from benchmarks.gpu_check.common import Options, run_part
 from benchmarks.gpu_check.results import Results
-from effkernels.benchmark import Row
-from effkernels.contenders import CONTENDERS, Case
-from effkernels.model_benchmark import Options as Measuring
-from effkernels.model_benchmark import Refusal, case_name, model_size, run_case
+from effkernels.bench.contenders import CONTENDERS, Case
+from effkernels.bench.networks import Options as Measuring
+from effkernels.bench.networks import Refusal, case_name, model_size, run_case
+from effkernels.bench.timing import Row
 
 MODELS = ("efficientnet_b0", "efficientnet_b4")
 BATCHES = (1, 256)

@@ -20,8 +20,8 @@ from benchmarks.gpu_check.common import Options, run_part
 from benchmarks.gpu_check.measure import Refused
 from benchmarks.gpu_check.results import Results
 from benchmarks.gpu_check.shapes import Measurement
-from effkernels.benchmark import Row
-from effkernels.parity import full_float32
+from effkernels.bench.timing import Row
+from effkernels.ops.parity import full_float32
 
 MODELS = ("efficientnet_b0", "efficientnet_b4")
 BATCHES = (256, 1, 32)

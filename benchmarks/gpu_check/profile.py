@@ -16,7 +16,7 @@ from benchmarks.gpu_check.common import WORK, NotAvailable, Options, python, run
 from benchmarks.gpu_check.progress import copy_out
 from benchmarks.kernel_economy.reading import short_name
 from effkernels import ops
-from effkernels.op_timing import enlarged
+from effkernels.bench.op_timing import enlarged
 
 _SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "LaunchStats")
 _SHOWN = {

@@ -10,8 +10,9 @@ import torch
 
 from benchmarks.gpu_check.common import WORK, Options
 from benchmarks.gpu_check.progress import copy_out
-from effkernels import benchmark, environment
-from effkernels.benchmark import Row
+from effkernels import environment
+from effkernels.bench import timing
+from effkernels.bench.timing import Row
 
 
 class Results:
@@ -33,10 +34,10 @@ class Results:
         """Begin another run: its rows are not compared with those of the one before."""
         before = self.date
         while self.date == before:  # it is to the second
-            self.date = benchmark.run_date()
+            self.date = timing.run_date()
             time.sleep(0.0 if self.date != before else 0.1)
 
     def add(self, rows: Sequence[Row]) -> None:
         """Write rows down at once, so that a part that is cut keeps what it measured."""
-        benchmark.append_rows(self.file, rows)
+        timing.append_rows(self.file, rows)
         copy_out(self.file)

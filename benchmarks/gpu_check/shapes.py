@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-from effkernels import op_calls
-from effkernels.op_calls import Call
+from effkernels.bench import op_calls
+from effkernels.bench.op_calls import Call
 
 
 def calls_of(model: str) -> tuple[Call, ...]:

@@ -8,11 +8,20 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import effkernels
-from effkernels import ops, reference
-from effkernels.backends import OPERATORS
-from effkernels.check import judge
-from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, expand_case, gate_case, pointwise_case
-from effkernels.parity import full_float32
+from effkernels import ops
+from effkernels.bench.check import judge
+from effkernels.bench.op_case import (
+    DEPTHWISE_OPS,
+    OpCase,
+    conv_case,
+    depthwise_case,
+    expand_case,
+    gate_case,
+    pointwise_case,
+)
+from effkernels.ops import reference
+from effkernels.ops.backends import OPERATORS
+from effkernels.ops.parity import full_float32
 
 
 def small_cases() -> Iterator[OpCase]:

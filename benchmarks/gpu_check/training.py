@@ -17,10 +17,10 @@ import effkernels
 from benchmarks.gpu_check import measure
 from benchmarks.gpu_check.common import Options, run_part
 from benchmarks.gpu_check.results import Results
-from effkernels import benchmark
-from effkernels.check import sample_model
-from effkernels.model_benchmark import model_size
-from effkernels.parity import judge
+from effkernels.bench import timing
+from effkernels.bench.check import sample_model
+from effkernels.bench.networks import model_size
+from effkernels.ops.parity import judge
 
 MODEL = "efficientnet_b0"
 BATCHES = (32, 128)
@@ -105,10 +105,10 @@ def training(options: Options) -> str:
             step = step_of(network(torch.bfloat16, device), images, backend)
             runs[contender] = lambda number, step=step: step()
         results.restart()
-        found = benchmark.time_in_turns(runs, device=device, warmup=2, rounds=_ROUNDS)
+        found = timing.time_in_turns(runs, device=device, warmup=2, rounds=_ROUNDS)
         rows = [
-            benchmark.make_row(
-                benchmark.summarise(samples), suite="training", case=f"{MODEL}@{size} with frozen norms",
+            timing.make_row(
+                timing.summarise(samples), suite="training", case=f"{MODEL}@{size} with frozen norms",
                 contender=contender, device=results.device_name, dtype="bfloat16", batch=what, date=results.date,
             )
             for contender, samples in found.items()

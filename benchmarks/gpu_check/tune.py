@@ -11,7 +11,7 @@ import sys
 
 from benchmarks.gpu_check.common import WORK, Cut, NotAvailable, Options, python, run_part, tool_output
 from benchmarks.gpu_check.progress import copy_out
-from effkernels import tuning
+from effkernels.triton import tuned_plan
 
 FOLDER = WORK / "tuned"
 _CLOSING_SECONDS = 2.0
@@ -21,7 +21,7 @@ def tune(options: Options) -> str:
     """The calls of EfficientNet-B0 at batch 1 and 256; in a dry run one call by Triton's interpreter."""
     options.needs_gpu()
     command = python("-m", "effkernels", "tune", "--model", "efficientnet_b0")
-    variables = {tuning.VARIABLE: str(FOLDER)}
+    variables = {tuned_plan.VARIABLE: str(FOLDER)}
     if options.dry:
         command += ["--batch-size", "1", "--img-size", "32", "--ops", "conv_bn_act", "--dry-run"]
         variables["TRITON_INTERPRET"] = "1"

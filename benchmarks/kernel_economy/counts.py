@@ -14,7 +14,7 @@ from benchmarks.kernel_economy.loops import Flow, Instruction, Loop, instruction
 from benchmarks.kernel_economy.paths import Score, counters, inside, longest, loops_of, plain, way
 from benchmarks.kernel_economy.reading import Kernel
 from benchmarks.kernel_economy.rules import element_bytes, strip
-from effkernels.kernel_counts import Counters, KernelCounts
+from effkernels.plan.kernel_counts import Counters, KernelCounts
 
 Parts = dict[str, Counters]
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from benchmarks.kernel_economy.loops import Flow, Instruction, Loop
-from effkernels.kernel_counts import Counters
+from effkernels.plan.kernel_counts import Counters
 
 Score = Callable[[Instruction], tuple[float, ...]]
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from effkernels.cam.maps import class_activation_map, peaks
 from effkernels.cam.networks import COMPARED, Scalable, Subject, scalings
-from effkernels.predict import Preprocessing
+from effkernels.models.preprocessing import Preprocessing
 from effkernels.scaling.families import build_sequential
 from effkernels.scaling.network import Stage, StagedNetwork
 

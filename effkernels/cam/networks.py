@@ -21,7 +21,7 @@ from effkernels.models import (
 from effkernels.models.checkpoint_files import read_file
 from effkernels.models.checkpoint_tensors import check_fit
 from effkernels.models.checkpoints import build_for, load_read
-from effkernels.predict import Preprocessing
+from effkernels.models.preprocessing import Preprocessing
 from effkernels.scaling import BuiltNetwork, StagedNetwork, find_network, scale
 from effkernels.scaling.counting import count
 

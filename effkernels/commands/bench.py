@@ -10,8 +10,12 @@ from pathlib import Path
 
 import torch
 
-from effkernels import benchmark, console
-from effkernels.benchmark import Row
+from effkernels import console
+from effkernels.bench import timing
+from effkernels.bench.contenders import CONTENDERS, Case
+from effkernels.bench.networks import Options, case_name, model_size, run_case, steps
+from effkernels.bench.precision import PRECISIONS
+from effkernels.bench.timing import Row
 from effkernels.commands.common import (
     DEFAULT_MODEL,
     UsageError,
@@ -22,10 +26,7 @@ from effkernels.commands.common import (
     positive,
     writing,
 )
-from effkernels.contenders import CONTENDERS, Case
 from effkernels.files import check_regular
-from effkernels.model_benchmark import Options, case_name, model_size, run_case, steps
-from effkernels.precision import PRECISIONS
 
 TEXT = "Time networks against each other, in turns in one process."
 DEFAULT_CONTENDERS = ("effkernels", "eager", "eager-channels-last", "compile")
@@ -84,7 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         for model in arguments.model
         for batch in arguments.batch_size
     ]
-    date = benchmark.run_date()
+    date = timing.run_date()
     rows, refusals, problem = [], [], ""
     with console.progress("bench", len(cases) * steps(contenders, options)) as advance:
         for case in cases:
@@ -92,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             if results is not None:
                 try:
                     # After each case, so that a run that is broken off keeps what it measured.
-                    benchmark.append_rows(results, new_rows)
+                    timing.append_rows(results, new_rows)
                 except OSError as error:  # what is measured is printed all the same
                     problem = error.strerror or str(error)
             rows.append((case, new_rows))
@@ -126,7 +127,7 @@ def _results_file(name: str | None) -> Path | None:
     with writing("--results-file", name):
         if path.exists():
             check_regular(path)
-        benchmark.append_rows(path, [])
+        timing.append_rows(path, [])
     return path
 
 

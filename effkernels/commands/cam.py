@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from effkernels import console
+from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.cam import class_activation_map, normalised, peaks, upsampled
 from effkernels.cam.figure import MOST_ROWS, Panel, figure_formats, save_grid
 from effkernels.commands.common import (
@@ -30,13 +31,12 @@ from effkernels.commands.common import (
 )
 from effkernels.files import printable
 from effkernels.models import CheckpointError
-from effkernels.precision import PRECISIONS, Precision
 
 if TYPE_CHECKING:
     import PIL.Image
 
     from effkernels.cam.networks import Subject
-    from effkernels.predict import Preprocessing
+    from effkernels.models.preprocessing import Preprocessing
 
 TEXT = "Draw class activation maps: where in a photograph a network sees a class."
 _CAPTION = 30  # letters below a panel
@@ -199,7 +199,7 @@ def _check_output(output: str, force: bool) -> None:
 
 def _photographs(arguments: argparse.Namespace) -> _Work:
     """Networks and photographs that the arguments name."""
-    from effkernels.predict import ImageError, example_image, find_images, read_image
+    from effkernels.engine.images import ImageError, example_image, find_images, read_image
 
     if arguments.epochs is not None:
         raise UsageError("--epochs: allowed with --digits alone; nothing else is trained here")

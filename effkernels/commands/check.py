@@ -7,9 +7,9 @@ import json
 from dataclasses import asdict
 
 from effkernels import _library, console
-from effkernels.check import run_checks
+from effkernels.bench.check import run_checks
 from effkernels.commands.common import add_device, add_json, device_of
-from effkernels.parity import full_float32
+from effkernels.ops.parity import full_float32
 
 TEXT = "Check every operator and EfficientNet-B0 against float64 on this machine."
 

@@ -32,7 +32,7 @@ def reading(flag: str, name: object) -> Iterator[None]:
 
 def labels_of(file: str) -> list[str]:
     """The class labels of ``--labels``."""
-    from effkernels.predict import read_labels
+    from effkernels.engine.predict import read_labels
 
     with reading("--labels", file):
         try:

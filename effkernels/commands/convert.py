@@ -13,10 +13,10 @@ import torch
 
 from effkernels import console
 from effkernels.commands.common import UsageError, add_json, check_output, reading, writing
-from effkernels.conversion_check import Verification, VerificationError, verify
 from effkernels.files import replacing
 from effkernels.models import CheckpointError, read_checkpoint
 from effkernels.models.conversion import LIBRARIES, Conversion, convert
+from effkernels.models.conversion_check import Verification, VerificationError, verify
 from effkernels.models.recipes import PAD_TITLES
 
 TEXT = "Convert a checkpoint of EfficientNet from one library to another, and say how its model has to be built."

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-from effkernels import console, gpus
+from effkernels import console
 from effkernels.commands.common import UsageError, add_json, positive
-from effkernels.gpus import Gpu
-from effkernels.plan import PRECISIONS, Plan, Totals, plan_model
+from effkernels.plan import gpus
+from effkernels.plan.gpus import Gpu
+from effkernels.plan.launches import PRECISIONS, Plan, Totals, plan_model
 
 TEXT = "List the kernels that a model launches on a GPU, with bytes, FLOPs and floor times. Needs no GPU."
 WIDTH = 120

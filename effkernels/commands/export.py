@@ -8,10 +8,10 @@ import json
 import torch
 
 from effkernels import console
+from effkernels.bench.precision import Precision
 from effkernels.commands.common import DEFAULT_MODEL, UsageError, add_json, check_models, device_of, positive, reading
 from effkernels.export import FORMATS, Exported, ExportError, export_model
 from effkernels.models import create_model, load_checkpoint
-from effkernels.precision import Precision
 
 TEXT = "Export a network to a file that runs without this package, and check that it computes the same."
 PRECISIONS = ("float32", "bfloat16", "float16")

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 import effkernels
-from effkernels import _library, backends, environment, tuning
+from effkernels import _library, environment
 from effkernels.commands.common import add_json, why_no_gpu
-from effkernels.triton import MOST_SCALED_ALONE
+from effkernels.ops import backends
+from effkernels.triton import MOST_SCALED_ALONE, tuned_plan
 
 TEXT = "Show version, build, devices, and which backend can run which operator."
 
@@ -73,7 +74,7 @@ def _decisions() -> list[dict[str, Any]]:
 
 
 def _what_runs(decisions: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]:
-    """By kind of device and operator: the backend that `effkernels.backends.choose` picks for float32.
+    """By kind of device and operator: the backend that `effkernels.ops.backends.choose` picks for float32.
 
     For a GPU where there is none, what it would pick on one: there the kernels are asked for, not the device.
     """
@@ -91,7 +92,7 @@ def _tuned() -> dict[str, str | None]:
     """By GPU: the file of its tuned plan, None where nothing is tuned."""
     found: dict[str, str | None] = {}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        file = tuning.file_of(tuning.device_name(torch.device("cuda", index)) or "")
+        file = tuned_plan.file_of(tuned_plan.device_name(torch.device("cuda", index)) or "")
         found[f"cuda:{index}"] = str(file) if file.exists() else None
     return found
 

@@ -11,6 +11,7 @@ import torch
 
 import effkernels
 from effkernels import console
+from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.commands.common import (
     DEFAULT_MODEL,
     UsageError,
@@ -23,7 +24,6 @@ from effkernels.commands.common import (
 )
 from effkernels.files import printable
 from effkernels.models import EfficientNet, load_checkpoint, model_config
-from effkernels.precision import PRECISIONS, Precision
 
 TEXT = "Classify photographs."
 
@@ -53,14 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         import PIL  # noqa: F401
     except ImportError as error:
         raise UsageError(f"predict needs {error.name}: pip install 'effkernels[models]'") from error
-    from effkernels.predict import (
-        Failure,
-        Prediction,
-        Preprocessing,
-        classify,
-        example_image,
-        find_images,
-    )
+    from effkernels.engine.images import Failure, example_image, find_images
+    from effkernels.engine.predict import Prediction, classify
+    from effkernels.models.preprocessing import Preprocessing
 
     if not arguments.image and not arguments.example:
         raise UsageError("no IMAGE given; name files, folders or patterns, or use --example")

@@ -10,11 +10,11 @@ from pathlib import Path
 from effkernels import console
 from effkernels.commands.common import UsageError, add_json, check_output
 from effkernels.files import write_text
+from effkernels.models.compound import EFFICIENTNET, CompoundScaling
 from effkernels.scaling import tables
 from effkernels.scaling.accuracies import read_accuracies
 from effkernels.scaling.budget import ALONG, Budget, fit
 from effkernels.scaling.catalog import FORMS, find_network
-from effkernels.scaling.compound import EFFICIENTNET, CompoundScaling
 from effkernels.scaling.figures import has_figure, save_figure
 from effkernels.scaling.files import save_network
 from effkernels.scaling.network import DEPTH_ROUNDINGS, Network, Rounding, StagedNetwork, scale

@@ -11,11 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from effkernels import console, gpus
+from effkernels import console
 from effkernels.cam.figure import figure_formats
 from effkernels.commands.common import UsageError, add_json, check_output, device_of, positive
 from effkernels.optimize import optimize_
-from effkernels.plan import PRECISIONS
+from effkernels.plan import gpus
+from effkernels.plan.launches import PRECISIONS
 from effkernels.scaling import evaluate as digits
 from effkernels.scaling.baseline_search import DIGITS_SPACE, WEIGHT, BaselineResult, search_baseline
 from effkernels.scaling.catalog import FORMS, find_network

@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
-from effkernels import backends, console, triton, tuning
+from effkernels import console, triton
+from effkernels.bench.autotune import Job, Outcome, Result, Tuner, job_name, jobs
+from effkernels.bench.op_calls import calls_of
+from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.commands.common import (
     DEFAULT_MODEL,
     UsageError,
@@ -21,9 +24,8 @@ from effkernels.commands.common import (
     positive,
     why_no_gpu,
 )
-from effkernels.op_calls import calls_of
-from effkernels.precision import PRECISIONS, Precision
-from effkernels.tuner import Job, Outcome, Result, Tuner, job_name, jobs
+from effkernels.ops import backends
+from effkernels.triton import tuned_plan
 
 TEXT = "Time how Triton kernels are best cut, and which backend is faster, for the calls of some models on this GPU."
 
@@ -52,13 +54,13 @@ def run(arguments: argparse.Namespace) -> int:
         if op not in backends.OPERATORS:
             raise UsageError(f"--ops {op}: not an operator; allowed: {', '.join(backends.OPERATORS)}")
     device = _device(arguments.device)
-    name = tuning.device_name(device)
+    name = tuned_plan.device_name(device)
     assert name is not None, "a device that Triton runs on has a name"
     if arguments.clear:
         return _clear(name, arguments.json)
     if not arguments.dry_run:
         _check_folder()
-    plan = tuning.read(name)
+    plan = tuned_plan.read(name)
     tuner = Tuner(device, plan, force=arguments.force)
     todo = _jobs(arguments, device)
     if arguments.dry_run:
@@ -67,7 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if device.type == "cpu":
         console.note("tune: Triton interprets its kernels here, and the times of the interpreter mean nothing")
     results, failed, known = _tune(tuner, todo)
-    file = tuning.file_of(name)
+    file = tuned_plan.file_of(name)
     if arguments.json:
         report = {
             "device": name, "file": str(file), "results": [asdict(result) for result in results], "known": known,
@@ -96,19 +98,17 @@ def _device(name: str | None) -> torch.device:
 
 def _check_folder() -> None:
     """Before minutes are spent on answers that cannot be kept."""
-    folder = tuning.folder()
+    folder = tuned_plan.folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(
-            f"{folder} cannot be made: {error.strerror}; {tuning.VARIABLE} names another folder"
-        ) from error
+        raise UsageError(f"{folder} cannot be made: {error.strerror}; {tuned_plan.VARIABLE} names another folder") from error
     if not os.access(folder, os.W_OK):
-        raise UsageError(f"{folder} cannot be written to; {tuning.VARIABLE} names another folder")
+        raise UsageError(f"{folder} cannot be written to; {tuned_plan.VARIABLE} names another folder")
 
 
 def _clear(device: str, as_json: bool) -> int:
-    files = [str(file) for file in tuning.clear(device)]
+    files = [str(file) for file in tuned_plan.clear(device)]
     if as_json:
         print(json.dumps({"device": device, "removed": files}, indent=2))
     else:
@@ -133,9 +133,9 @@ def _tune(tuner: Tuner, todo: Sequence[Job]) -> tuple[list[Result], list[str], i
             if outcome.results:
                 # After each call, so that a run that is broken off keeps what it measured.
                 try:
-                    tuning.record(tuner.plan)
+                    tuned_plan.record(tuner.plan)
                 except OSError as error:  # more answers could not be kept either
-                    failed.append(f"{tuning.file_of(tuner.plan.device)}: {error.strerror or error}")
+                    failed.append(f"{tuned_plan.file_of(tuner.plan.device)}: {error.strerror or error}")
                     console.note(f"tune: {failed[-1]}")
                     return results + outcome.results, failed, known
             results += outcome.results
@@ -179,7 +179,7 @@ def _print_todo(device: str, tuner: Tuner, todo: Sequence[Job], as_json: bool) -
             }
         )
     if as_json:
-        print(json.dumps({"device": device, "file": str(tuning.file_of(device)), "calls": rows}, indent=2))
+        print(json.dumps({"device": device, "file": str(tuned_plan.file_of(device)), "calls": rows}, indent=2))
         return
     columns = ["call", "candidates", "known", "open", "backends to compare"]
     console.table(f"to tune on {device}", columns, [[str(value) for value in row.values()] for row in rows])

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effkernels.predict import LONGEST_RESIZED, Preprocessing, as_rgb
+from effkernels.engine.images import as_rgb
+from effkernels.models.preprocessing import LONGEST_RESIZED, Preprocessing
 
 _MODES = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic", "lanczos": "lanczos"}
 _DOWN, _ACROSS = 2, 3  # dimensions of (N, C, H, W)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from effkernels.backends import backend
 from effkernels.export.sizes import Sizes
 from effkernels.models import EfficientNet, EfficientNetFeatures
 from effkernels.nn import ConvBnAct, DepthwiseSeparable, MBConv
-from effkernels.parity import judge
+from effkernels.ops.backends import backend
+from effkernels.ops.parity import judge
 
 # All inputs are judged as one, and a handful of logits would be judged by luck: images are drawn until there are this
 # many numbers of every output, or as often as _DRAWS.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from effkernels.scaling.compound import ScalingCoefficients, round_filters, round_repeats
+from effkernels.models.compound import ScalingCoefficients, round_filters, round_repeats
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Architecture:
         stages: rows of table 1.
         head_channels: out of the last convolution (1x1).
         se_ratio: squeeze-and-excitation width as a share of the channels that enter the block; 0: none.
-        activation: one of `effkernels.reference.ACTIVATIONS`.
+        activation: one of `effkernels.ops.reference.ACTIVATIONS`.
     """
 
     stem_channels: int

@@ -17,13 +17,13 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from effkernels.backends import BACKENDS
 from effkernels.models.architecture import Architecture
 from effkernels.models.config import ModelConfig
 from effkernels.models.features import FeatureInfo
 from effkernels.models.pooling import GlobalPool
 from effkernels.nn import BatchNormAct2d, ConvBnAct, DepthwiseSeparable, MBConv, PaddedConv2d, conv_bn_act
 from effkernels.nn.norm_act import not_scriptable
+from effkernels.ops.backends import BACKENDS
 
 
 class _Trunk(nn.Module):
@@ -95,8 +95,8 @@ class _Trunk(nn.Module):
     def backend(self) -> str | None:
         """The backend that runs the operators of the model; None: as `effkernels.backend` asks where it is called.
 
-        Set it to change it: one of `effkernels.backends.BACKENDS`, "auto" or None, which mean the same. Other values
-        raise ValueError.
+        Set it to change it: one of `effkernels.ops.backends.BACKENDS`, "auto" or None, which mean the same. Other
+        values raise ValueError.
         """
         return self._backend
 
@@ -194,7 +194,7 @@ class EfficientNet(_Trunk):
         global_pool: "avg", "max" or "" (no pooling, which needs num_classes=0).
         pad_type: one of `effkernels.nn.PAD_TYPES`.
         bn_eps, bn_momentum: of every batch norm.
-        backend: that runs the operators, one of `effkernels.backends.BACKENDS`; None and "auto": as
+        backend: that runs the operators, one of `effkernels.ops.backends.BACKENDS`; None and "auto": as
             `effkernels.backend` asks where the model is called.
         config: what input the model expects; needed for pad_type="same_native" only.
         device, dtype: of the parameters.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from effkernels.models.architecture import Architecture
-from effkernels.scaling.compound import PUBLISHED_LITE
+from effkernels.models.compound import PUBLISHED_LITE
 
 
 class Part(NamedTuple):

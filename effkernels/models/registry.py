@@ -100,7 +100,7 @@ def create_model(
         pad_type, bn_eps, bn_momentum: override what the name, or the checkpoint's library, stands for.
         checkpoint_path: a .pth or .safetensors file of timm, torchvision, lukemelas, Hugging Face or NVIDIA; see
             `effkernels.models.load_checkpoint`.
-        backend: that runs the operators, one of `effkernels.backends.BACKENDS`; None and "auto": as
+        backend: that runs the operators, one of `effkernels.ops.backends.BACKENDS`; None and "auto": as
             `effkernels.backend` asks where the model is called.
         device, dtype: of the parameters. On "meta" nothing is allocated and a forward counts FLOPs.
 

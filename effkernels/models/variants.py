@@ -9,8 +9,8 @@ from types import MappingProxyType
 from torch import Tensor
 
 from effkernels.models.architecture import BASELINE, LITE_BASELINE, Architecture
+from effkernels.models.compound import PUBLISHED, PUBLISHED_LITE, ScalingCoefficients
 from effkernels.models.layouts import Layout, Part, tensor_shapes
-from effkernels.scaling.compound import PUBLISHED, PUBLISHED_LITE, ScalingCoefficients
 
 Shapes = dict[tuple[Part, str], tuple[int, ...]]
 """What `effkernels.models.layouts.tensor_shapes` returns."""

@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor, nn
 
-from effkernels import backends, ops
+from effkernels import ops
 from effkernels.nn.fusible import (
     calls_modules,
     conv_norm_arguments,
@@ -15,7 +15,8 @@ from effkernels.nn.fusible import (
 )
 from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
-from effkernels.reference import ACTIVATIONS
+from effkernels.ops import backends
+from effkernels.ops.reference import ACTIVATIONS
 
 
 def check_activation(owner: str, activation: str, argument: str = "activation") -> str:
@@ -42,9 +43,10 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
         x: (N, C, H, W), floating.
         conv: the convolution.
         norm: the batch norm.
-        activation: that follows a batch norm without one of its own, one of `effkernels.reference.ACTIVATIONS`; a
+        activation: that follows a batch norm without one of its own, one of `effkernels.ops.reference.ACTIVATIONS`; a
             `BatchNormAct2d` has one.
-        backend: that runs it, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
+        backend: that runs it, one of `effkernels.ops.backends.BACKENDS`; "auto": as
+            `effkernels.backend` asks.
 
     Returns:
         (N, C', H', W') in x's dtype (under autocast in autocast's); channels_last where it ran fused.
@@ -85,10 +87,11 @@ class ConvBnAct(nn.Module):
     Args:
         in_channels, out_channels, kernel_size, stride, dilation, groups: of the convolution; groups == in_channels ==
             out_channels makes it depthwise.
-        activation: one of `effkernels.reference.ACTIVATIONS`.
+        activation: one of `effkernels.ops.reference.ACTIVATIONS`.
         pad_type: one of `effkernels.nn.PAD_TYPES` but `"same_native"`.
         bn_eps, bn_momentum: of the batch norm.
-        backend: that runs the operator, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
+        backend: that runs the operator, one of `effkernels.ops.backends.BACKENDS`; "auto": as
+            `effkernels.backend` asks.
         device, dtype: of the parameters.
 
     Raises:

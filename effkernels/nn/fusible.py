@@ -29,10 +29,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from effkernels.backends import depthwise_kernel_problem
 from effkernels.nn.drop_path import DropPath
 from effkernels.nn.norm_act import BatchNormAct2d, SyncBatchNormAct
 from effkernels.nn.padding import PaddedConv2d
+from effkernels.ops.backends import depthwise_kernel_problem
 
 NormArguments: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]"
 ConvNormArguments: TypeAlias = (
@@ -110,7 +110,7 @@ def _replaces_nothing(module: nn.Module) -> bool:
 
 
 def activation_of(module: nn.Module | None) -> str | None:
-    """The activation that `module` is, one of `effkernels.reference.ACTIVATIONS`; None for anything else."""
+    """The activation that `module` is, one of `effkernels.ops.reference.ACTIVATIONS`; None for anything else."""
     name = None if module is None else _ACTIVATIONS.get(type(module))
     if module is None or name is None or not is_untouched(module):
         return None
@@ -124,7 +124,7 @@ def activation_of(module: nn.Module | None) -> str | None:
 
 
 def gate_of(module: nn.Module | None) -> str | None:
-    """The gate that `module` is, one of `effkernels.reference.GATES`; None for anything else."""
+    """The gate that `module` is, one of `effkernels.ops.reference.GATES`; None for anything else."""
     name = None if module is None else _GATES.get(type(module))
     return name if module is not None and name is not None and is_untouched(module) else None
 

@@ -9,7 +9,7 @@ residual as it writes. On the CPU they are cut elsewhere: expand and depthwise i
 import torch
 from torch import Tensor, nn
 
-from effkernels import backends, ops
+from effkernels import ops
 from effkernels.nn.conv_bn_act import check_activation, check_backend
 from effkernels.nn.drop_path import DropPath
 from effkernels.nn.fusible import (
@@ -25,6 +25,7 @@ from effkernels.nn.fusible import (
 from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
 from effkernels.nn.squeeze_excite import SqueezeExcite, SqueezeExciteArguments, fusible_squeeze_excite
+from effkernels.ops import backends
 
 
 class DepthwiseSeparable(nn.Module):
@@ -38,14 +39,15 @@ class DepthwiseSeparable(nn.Module):
         kernel_size, stride, dilation: of the depthwise convolution.
         se_channels: width of the squeeze-and-excitation; 0 leaves it out.
         activation: after the depthwise convolution and inside the squeeze-and-excitation (unless `se_activation` says
-            otherwise), one of `effkernels.reference.ACTIVATIONS`.
+            otherwise), one of `effkernels.ops.reference.ACTIVATIONS`.
         se_activation: the activation inside the squeeze-and-excitation; None: `activation`.
-        gate: one of `effkernels.reference.GATES`.
+        gate: one of `effkernels.ops.reference.GATES`.
         skip: add the input where stride is 1 and the channels agree.
         drop_path_rate: probability of dropping the branch of a sample in training.
         pad_type: one of `effkernels.nn.PAD_TYPES` but `"same_native"`.
         bn_eps, bn_momentum: of the batch norms.
-        backend: that runs the operators, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
+        backend: that runs the operators, one of `effkernels.ops.backends.BACKENDS`; "auto": as
+            `effkernels.backend` asks.
         device, dtype: of the parameters.
 
     Raises:

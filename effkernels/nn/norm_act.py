@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effkernels.reference import activate
+from effkernels.ops.reference import activate
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -37,12 +37,12 @@ def not_scriptable(module: nn.Module) -> nn.Module:
 
 
 def activation_module(activation: str) -> nn.Module:
-    """The module of `torch.nn` for one of `effkernels.reference.ACTIVATIONS`."""
+    """The module of `torch.nn` for one of `effkernels.ops.reference.ACTIVATIONS`."""
     return _ACTIVATION_MODULES[activation]()
 
 
 def gate_module(gate: str) -> nn.Module:
-    """The module of `torch.nn` for one of `effkernels.reference.GATES`."""
+    """The module of `torch.nn` for one of `effkernels.ops.reference.GATES`."""
     return _GATE_MODULES[gate]()
 
 
@@ -58,7 +58,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
     Args:
         num_features: channels.
         eps, momentum: as of `nn.BatchNorm2d`.
-        activation: one of `effkernels.reference.ACTIVATIONS`.
+        activation: one of `effkernels.ops.reference.ACTIVATIONS`.
         device, dtype: of the parameters.
     """
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from effkernels.nn.conv_bn_act import check_activation
 from effkernels.nn.fusible import activation_of, conv_arguments, gate_of, is_fusible_pointwise, is_untouched
 from effkernels.nn.norm_act import activation_module, gate_module
-from effkernels.reference import GATES
+from effkernels.ops.reference import GATES
 
 
 class SqueezeExciteArguments(TypedDict):
@@ -32,8 +32,8 @@ class SqueezeExcite(nn.Module):
     Args:
         channels: C of the input.
         reduced_channels: R, the width between the two products.
-        activation: one of `effkernels.reference.ACTIVATIONS`, between them.
-        gate: one of `effkernels.reference.GATES`, after the second.
+        activation: one of `effkernels.ops.reference.ACTIVATIONS`, between them.
+        gate: one of `effkernels.ops.reference.GATES`, after the second.
         device, dtype: of the parameters.
 
     Raises:

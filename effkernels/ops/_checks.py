@@ -13,8 +13,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from effkernels.backends import depthwise_kernel_problem
-from effkernels.reference import ACTIVATIONS, GATES, _surely
+from effkernels.ops.backends import depthwise_kernel_problem
+from effkernels.ops.reference import ACTIVATIONS, GATES, _surely
 
 DEPTHWISE_STRIDES: tuple[int, ...] = (1, 2)
 # As the compiled kernels have it (csrc/sizes.h): products of sizes stay in 64 bits.

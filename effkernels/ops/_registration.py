@@ -18,8 +18,8 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from effkernels import _library, triton
-from effkernels.backends import DTYPES
 from effkernels.ops import _checks
+from effkernels.ops.backends import DTYPES
 
 COMPILED = "effkernels"  # the namespace of the library's operators
 TRITON = "effkernels_triton"  # and of the Triton kernels

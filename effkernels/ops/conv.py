@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from effkernels import reference
-from effkernels.backends import choose
-from effkernels.ops import _checks, _tf32
+from effkernels.ops import _checks, _tf32, reference
 from effkernels.ops._registration import NORM_SCHEMA, Operator, call, call_reference, channels_last_empty, register
+from effkernels.ops.backends import choose
 
 NAME = "conv_bn_act"
 
@@ -50,7 +49,7 @@ def conv_bn_act(
         padding: zeros added at (top, bottom, left, right), in pixels, none negative.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh.
         allow_tf32: whether a float32 product may run in TF32 on a GPU; None: as PyTorch is set for convolutions.
-        backend: that runs this call, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
+        backend: that runs this call, one of `effkernels.ops.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         (N, C_out, H', W') in x's dtype, with exact channels_last strides;

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkernels import reference
-from effkernels.backends import choose
-from effkernels.ops import _checks
+from effkernels.ops import _checks, reference
 from effkernels.ops._registration import NORM_SCHEMA, Operator, call, call_reference, channels_last_empty, register
+from effkernels.ops.backends import choose
 
 ARGUMENTS = (
     "x",
@@ -69,7 +68,7 @@ def depthwise_bn_act(
         padding: zeros added at (top, bottom, left, right), in pixels, none negative.
         dilation: of both axes, at least 1.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh.
-        backend: that runs this call, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
+        backend: that runs this call, one of `effkernels.ops.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         (N, C, H', W') in x's dtype, with exact channels_last strides;

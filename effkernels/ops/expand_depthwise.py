@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkernels import reference
-from effkernels.backends import choose
-from effkernels.ops import _checks, _tf32
+from effkernels.ops import _checks, _tf32, reference
 from effkernels.ops._registration import NORM_SCHEMA, Operator, call, call_reference, channels_last_empty, register
+from effkernels.ops.backends import choose
 from effkernels.ops.depthwise import depthwise_flops
 
 NAME = "expand_depthwise_squeeze"
@@ -69,7 +68,7 @@ def expand_depthwise_squeeze(
         bias, norm_weight, norm_bias, norm_mean, norm_var, eps, stride, padding, dilation, activation: of the depthwise
             convolution, as in `depthwise_bn_act`.
         allow_tf32: whether a float32 product may run in TF32 on a GPU; None: as PyTorch is set for convolutions.
-        backend: that runs this call, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
+        backend: that runs this call, one of `effkernels.ops.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         y: (N, C, H', W') in x's dtype, with exact channels_last strides.

@@ -8,10 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from effkernels import reference
-from effkernels.backends import choose
-from effkernels.ops import _checks, depthwise
+from effkernels.ops import _checks, depthwise, reference
 from effkernels.ops._registration import Operator, call, call_reference, channels_last_empty, register
+from effkernels.ops.backends import choose
 
 SE_SCHEMA = "Tensor w_reduce, Tensor? b_reduce, Tensor w_expand, Tensor? b_expand, str se_activation, str gate"
 SE_ARGUMENTS = ("w_reduce", "b_reduce", "w_expand", "b_expand", "se_activation", "gate")
@@ -44,7 +43,7 @@ def squeeze_excite_gate(
         b_expand: (C,) or None.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh; between the two products.
         gate: sigmoid or hard_sigmoid; after the second.
-        backend: that runs this call, one of `effkernels.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
+        backend: that runs this call, one of `effkernels.ops.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
     Returns:
         (N, C) in the dtype of w_expand.

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effkernels import _library, gpus
-from effkernels.backends import DTYPES
+from effkernels import _library
+from effkernels.ops.backends import DTYPES
 from effkernels.optimize.twins import Twins, on_meta
-from effkernels.plan import Call, plan_call, record_calls
+from effkernels.plan import gpus
+from effkernels.plan.launches import Call, plan_call, record_calls
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
-from effkernels import backends
+from effkernels.ops import backends
 from effkernels.optimize.accounting import Cost, Forward, costs_of, input_size_of, try_forward
 from effkernels.optimize.program import MOST_ROWS, Program
 from effkernels.optimize.report import BlockReport, NotFusedError, Report
@@ -45,7 +45,7 @@ def optimize_(
     Args:
         model: changed in place.
         mode: "inference".
-        backend: "auto", or one of `effkernels.backends.BACKENDS` for every fused operator of this model.
+        backend: "auto", or one of `effkernels.ops.backends.BACKENDS` for every fused operator of this model.
         filter_fn: called with the name and the module of each block or convolution; False leaves it out.
         strict: raise where anything that convolves stays as it is (what `filter_fn` leaves out aside).
         input_size: pixels of the image for which launches and bytes are counted: one number, (H, W) or (C, H, W); None:

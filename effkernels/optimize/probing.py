@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from effkernels.nn.padding import PaddedConv2d, explicit_padding, same_padding
+from effkernels.ops.reference import ACTIVATIONS, GATES, activate, apply_gate
 from effkernels.optimize.twins import Twins
 from effkernels.optimize.unknown import Unknown
-from effkernels.reference import ACTIVATIONS, GATES, activate, apply_gate
 
 _TOLERANCE = 1e-12  # float64 on values below 10: equal formulas agree to a few roundings, unlike ones differ by 1e-4
 _TWIN_CHANNELS = 2

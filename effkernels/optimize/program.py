@@ -25,9 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from effkernels import backends, ops
+from effkernels import ops
 from effkernels.nn.fusible import is_untouched
 from effkernels.nn.padding import same_padding
+from effkernels.ops import backends
 from effkernels.optimize.guarding import Guard, is_plain_tensor, replaced_method
 from effkernels.optimize.swapping import BOUND
 

@@ -11,8 +11,8 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from effkernels.backends import depthwise_kernel_problem
 from effkernels.nn.fusible import is_untouched
+from effkernels.ops.backends import depthwise_kernel_problem
 from effkernels.optimize.guarding import is_plain_tensor, replaced_method
 from effkernels.optimize.probing import (
     Padding,

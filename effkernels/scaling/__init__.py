@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from effkernels.scaling.compound import (
+from effkernels.models.compound import (
     EFFICIENTNET,
     PUBLISHED,
     CompoundScaling,

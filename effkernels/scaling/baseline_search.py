@@ -14,9 +14,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from effkernels.models.compound import CompoundScaling
 from effkernels.scaling.candidates import Candidate
 from effkernels.scaling.coefficient_search import Evaluate, import_optuna, name_of
-from effkernels.scaling.compound import CompoundScaling
 from effkernels.scaling.counting import Cost
 from effkernels.scaling.families import build_sequential
 from effkernels.scaling.latency import Latency

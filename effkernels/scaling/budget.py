@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Generic
 
-from effkernels.scaling.compound import EFFICIENTNET, CompoundScaling
+from effkernels.models.compound import EFFICIENTNET, CompoundScaling
 from effkernels.scaling.counting import Cost
 from effkernels.scaling.network import N, Rounding, scale
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from effkernels.scaling.compound import CompoundScaling
+from effkernels.models.compound import CompoundScaling
 from effkernels.scaling.counting import Cost
 from effkernels.scaling.network import Network, StagedNetwork
 

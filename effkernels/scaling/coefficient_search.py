@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from effkernels.models.compound import CompoundScaling
 from effkernels.scaling.candidates import Candidate, by_shares, check_constraint, identity, key_of, on_grid
-from effkernels.scaling.compound import CompoundScaling
 from effkernels.scaling.journal import Journal
 from effkernels.scaling.latency import Latency, OutOfReach, Remembered, fit_latency
 from effkernels.scaling.network import Network, Rounding, scale

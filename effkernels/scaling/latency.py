@@ -14,11 +14,13 @@ from typing import Generic, Protocol
 import torch
 from torch import nn
 
-from effkernels import benchmark, environment, gpus
-from effkernels.plan import PRECISIONS, plan_call
-from effkernels.plan_record import record_calls
+from effkernels import environment
+from effkernels.bench import timing
+from effkernels.models.compound import EFFICIENTNET, CompoundScaling
+from effkernels.plan import gpus
+from effkernels.plan.launches import PRECISIONS, plan_call
+from effkernels.plan.record import record_calls
 from effkernels.scaling.candidates import identity, on_grid
-from effkernels.scaling.compound import EFFICIENTNET, CompoundScaling
 from effkernels.scaling.counting import Cost
 from effkernels.scaling.network import N, Network, Rounding, TooManyLayersError, scale
 
@@ -58,7 +60,7 @@ class MeasuredLatency:
     Attributes:
         device: "cpu", "cuda" or "cuda:N".
         batch_size: images of a call.
-        precision: dtype of weights and images, one of `effkernels.plan.PRECISIONS`.
+        precision: dtype of weights and images, one of `effkernels.plan.launches.PRECISIONS`.
         rounds: turns of some 50 ms each, after which the median is taken.
         num_classes, in_chans: of the network, as it is going to be used.
         prepare: called with the module before it is timed, such as `effkernels.optimize_` for another library's
@@ -103,16 +105,16 @@ class MeasuredLatency:
         generator = torch.Generator().manual_seed(0)
         shape = (self.batch_size, self.in_chans, network.resolution, network.resolution)
         first = torch.randn(shape, generator=generator)
-        count = benchmark.input_count(first.nbytes, environment.last_level_cache_bytes(device))
+        count = timing.input_count(first.nbytes, environment.last_level_cache_bytes(device))
         images = [
             torch.randn(shape, generator=generator).to(device, dtype, memory_format=torch.channels_last)
             for _ in range(count)
         ]
         with torch.inference_mode():
-            times = benchmark.time_in_turns(
+            times = timing.time_in_turns(
                 {"network": lambda index: module(images[index % count])}, device=device, rounds=self.rounds
             )
-        return benchmark.summarise(times["network"]).median_us / 1e3
+        return timing.summarise(times["network"]).median_us / 1e3
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class PlannedLatency:
     Starting the launches is not in it, which at batch 1 can take longer than they do.
 
     Attributes:
-        gpu: name of one of `effkernels.gpus.GPUS`.
+        gpu: name of one of `effkernels.plan.gpus.GPUS`.
         batch_size, precision, num_classes, in_chans: as of `MeasuredLatency`.
         prepare: as of `MeasuredLatency`; the module is then built on the CPU and moved to the meta device.
 

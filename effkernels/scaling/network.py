@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import nn
 
-from effkernels.scaling.compound import EFFICIENTNET, CompoundScaling, round_filters
+from effkernels.models.compound import EFFICIENTNET, CompoundScaling, round_filters
 from effkernels.scaling.counting import Cost, count
 
 MOST_LAYERS = 4096  # of a network, in all stages; more would take hours and all memory to build, even on meta

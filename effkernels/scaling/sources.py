@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from effkernels.peers import import_timm, import_torchvision
-from effkernels.scaling.compound import PUBLISHED, round_filters
+from effkernels.models.compound import PUBLISHED, round_filters
+from effkernels.models.peers import import_timm, import_torchvision
 from effkernels.scaling.counting import Cost, count
 from effkernels.scaling.network import Rounding, StageRow
 

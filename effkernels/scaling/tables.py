@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from effkernels.models.compound import EFFICIENTNET, PUBLISHED, CompoundScaling
 from effkernels.scaling import paper
-from effkernels.scaling.compound import EFFICIENTNET, PUBLISHED, CompoundScaling
 from effkernels.scaling.counting import Cost
 from effkernels.scaling.families import BASELINES, EFFICIENTNET_B0
 from effkernels.scaling.network import Network, Rounding, Stage, StagedNetwork, StageRow, scale

@@ -20,7 +20,7 @@ def clamp_0_6(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """One of effkernels.reference.ACTIVATIONS of a float32 tile."""
+    """One of effkernels.ops.reference.ACTIVATIONS of a float32 tile."""
     if ACTIVATION == "relu":
         x = tl.where(x < 0.0, 0.0, x)
     elif ACTIVATION == "relu6":
@@ -48,7 +48,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def apply_gate(x, GATE: tl.constexpr):
-    """One of effkernels.reference.GATES of a float32 tile."""
+    """One of effkernels.ops.reference.GATES of a float32 tile."""
     if GATE == "sigmoid":
         x = 1.0 / (1.0 + tl.exp(-x))
     else:

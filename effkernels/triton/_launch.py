@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkernels import tuning
-from effkernels.triton import INTERPRETED
+from effkernels.triton import INTERPRETED, tuned_plan
 
 _FEWEST_COUNTERS = 4096  # of a stream: 16 KB
 _COUNTERS_FOR_GRAPHS = 1 << 20  # of a device: 4 MB
@@ -32,10 +31,10 @@ def run(
 
 
 def tuned(
-    op: str, x: Tensor, shape: tuple[int, ...], candidates: Callable[[], Sequence[tuning.Choice]]
-) -> tuning.Choice | None:
+    op: str, x: Tensor, shape: tuple[int, ...], candidates: Callable[[], Sequence[tuned_plan.Choice]]
+) -> tuned_plan.Choice | None:
     """How `effkernels tune` found the work of `op` on an x of this device and dtype best cut; None: the default."""
-    return tuning.configuration(op, x.device, x.dtype, shape, candidates)
+    return tuned_plan.configuration(op, x.device, x.dtype, shape, candidates)
 
 
 def next_power_of_2(n: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from effkernels import InferenceEngine
 from effkernels.engine.preprocess import transform
-from effkernels.predict import Preprocessing
+from effkernels.models.preprocessing import Preprocessing
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

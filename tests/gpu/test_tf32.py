@@ -16,7 +16,7 @@ from op_cases import EXPAND_OP, Case
 from parity import FACTOR, assert_within, error
 
 import effkernels
-from effkernels.parity import full_float32
+from effkernels.ops.parity import full_float32
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 

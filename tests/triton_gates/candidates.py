@@ -15,8 +15,7 @@ from triton.runtime.driver import driver
 from triton_gates import rules, worker
 from triton_gates.calls import BFLOAT16, FLOAT32, Call
 
-from effkernels import tuning
-from effkernels.triton import _launch
+from effkernels.triton import _launch, tuned_plan
 
 CALLS = (
     Call("pointwise_bn_act", (256, 480, 14, 14), out=80, gated=True, residual=True, activation="identity"),
@@ -28,11 +27,11 @@ CALLS = (
 )
 
 
-def look_up(call: Call) -> tuning.Lookup:
+def look_up(call: Call) -> tuned_plan.Lookup:
     """The question that a call asks the tuned plan."""
-    asked: list[tuning.Lookup] = []
+    asked: list[tuned_plan.Lookup] = []
     _launch.run = lambda *arguments, **options: None
-    with tuning.answering(lambda lookup: asked.append(lookup)):
+    with tuned_plan.answering(lambda lookup: asked.append(lookup)):
         worker.launch(worker.operators()[call.op], call)
     (only,) = asked
     return only
@@ -54,7 +53,7 @@ def main(arch: int) -> None:
                     if message:
                         print(f"{kernel}: {candidate}: {message}")
 
-            with tuning.answering(lambda lookup, candidate=candidate: candidate):
+            with tuned_plan.answering(lambda lookup, candidate=candidate: candidate):
                 worker.compile_calls([call], rules.MULTIPROCESSORS[arch], arch // 10, judge)
     print(f"{count} candidates compiled")
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
 
-from effkernels import kernel_counts
-from effkernels.gpus import Gpu
-from effkernels.kernel_counts import Counters, KernelCounts
-from effkernels.plan_record import Call, tensors_in
-from effkernels.plan_work import WARP, Clocks, Cut, Work, work_of
+from effkernels.plan import kernel_counts
+from effkernels.plan.gpus import Gpu
+from effkernels.plan.kernel_counts import Counters, KernelCounts
+from effkernels.plan.record import Call, tensors_in
+from effkernels.plan.work import WARP, Clocks, Cut, Work, work_of
 
 # Clocks of a multiprocessor for one instruction of a warp (CUDA C++ Programming Guide, "Throughput of Native Arithmetic
 # Instructions": 4 schedulers, 128 results of float32 multiply-adds a clock, 64 of integer and bit operations and of

@@ -17,14 +17,13 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 from torch import Tensor, nn
 
-from effkernels import peers
-from effkernels.models import create_model
+from effkernels.models import create_model, peers
 from effkernels.models.checkpoints import set_native_padding
 from effkernels.models.conversion import Conversion, convert
 from effkernels.models.layouts import HUGGING_FACE, LUKEMELAS, TIMM, TORCHVISION, Layout, Semantics
 from effkernels.models.recipes import Recipe, recipe, same_logits
 from effkernels.models.variants import is_lite
-from effkernels.parity import Errors, errors, limits
+from effkernels.ops.parity import Errors, errors, limits
 
 # The package that holds each library's models; NVIDIA's are in no package.
 _PACKAGES = {
@@ -48,7 +47,7 @@ class Comparison:
     Attributes:
         size: height and width of the images, in pixels.
         error, limit: of the target's logits against the source's in float64, of the two measures that
-            `effkernels.parity.Errors` has the one that is nearer to its limit.
+            `effkernels.ops.parity.Errors` has the one that is nearer to its limit.
         same: whether the error keeps to the limit.
         expected: whether the paddings of the two models let them agree at this size.
     """

@@ -24,10 +24,12 @@ import torch
 from torch import Tensor, nn
 
 import effkernels
-from effkernels import _library, backends, peers
-from effkernels.check import sample_model
+from effkernels import _library
+from effkernels.bench.check import sample_model
+from effkernels.bench.precision import Precision
+from effkernels.models import peers
 from effkernels.models.layouts import TIMM, TORCHVISION, translation
-from effkernels.precision import Precision
+from effkernels.ops import backends
 
 
 @dataclass(frozen=True)

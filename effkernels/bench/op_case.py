@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkernels import reference
+from effkernels.ops import reference
 
 DEPTHWISE_OPS = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "depthwise_bn_act_se")
 

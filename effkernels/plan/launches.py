@@ -17,11 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkernels import _library, gpus
-from effkernels.gpus import Gpu
+from effkernels import _library
 from effkernels.models import create_model, model_config
-from effkernels.plan_record import Call, record_calls, tensors_in
-from effkernels.plan_time import MODES, TimeEstimate, estimate
+from effkernels.plan import gpus
+from effkernels.plan.gpus import Gpu
+from effkernels.plan.record import Call, record_calls, tensors_in
+from effkernels.plan.time_estimate import MODES, TimeEstimate, estimate
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -140,7 +141,7 @@ class Plan:
         """The estimated time of a forward in microseconds.
 
         Args:
-            mode: one of `effkernels.plan_time.MODES`: how the launches follow each other.
+            mode: one of `effkernels.plan.time_estimate.MODES`: how the launches follow each other.
         """
         return sum(launch.time.us_in(mode) for launch in self.launches)
 
@@ -182,7 +183,7 @@ def plan_model(
 
     Args:
         name: one of `effkernels.list_models()`.
-        gpu: one of `effkernels.gpus.GPUS`, or its name.
+        gpu: one of `effkernels.plan.gpus.GPUS`, or its name.
         batch_size: images.
         img_size: height and width of an image in pixels; None: what the model was designed for.
         precision: one of `PRECISIONS`.

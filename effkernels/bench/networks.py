@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 import effkernels
-from effkernels import benchmark, environment
-from effkernels.benchmark import Row
-from effkernels.check import errors, sample_model
-from effkernels.contenders import CONTENDERS, Case, Runner, to_tensor
-from effkernels.memory import peak_memory
+from effkernels import environment
+from effkernels.bench import timing
+from effkernels.bench.check import errors, sample_model
+from effkernels.bench.contenders import CONTENDERS, Case, Runner, to_tensor
+from effkernels.bench.peak_memory import peak_memory
+from effkernels.bench.timing import Row
 from effkernels.models import model_config
 
 # Images whose logits are compared; the float64 reference is slow, and a batch repeats the same work.
@@ -99,7 +100,7 @@ def _prepare(name: str, case: Case) -> tuple[Runner, float] | str:
     return runner, error
 
 
-def _as_run(runner: Runner, case: Case, inputs: int) -> benchmark.Run:
+def _as_run(runner: Runner, case: Case, inputs: int) -> timing.Run:
     batches = [runner.convert(case.images(number)) for number in range(inputs)]
     return lambda number: runner.run(batches[number % inputs])
 
@@ -144,9 +145,9 @@ def run_case(
 
         images = case.images(0)
         cache = environment.last_level_cache_bytes(case.torch_device)
-        inputs = benchmark.input_count(images.nbytes, cache)
+        inputs = timing.input_count(images.nbytes, cache)
         with torch.inference_mode():
-            times = benchmark.time_in_turns(
+            times = timing.time_in_turns(
                 {name: _as_run(runner, case, inputs) for name, runner in runners.items()},
                 device=case.torch_device,
                 warmup=options.warmup,
@@ -164,8 +165,8 @@ def run_case(
                     peak = measured
                 advance(f"{name} memory")
             rows.append(
-                benchmark.make_row(
-                    benchmark.summarise(times[name]),
+                timing.make_row(
+                    timing.summarise(times[name]),
                     suite="model",
                     case=case_name(case),
                     contender=runner.label,

@@ -12,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkernels
 from effkernels import triton
+from effkernels.bench.op_case import OpCase, conv_case, depthwise_case, expand_case, gate_case, pointwise_case
 from effkernels.models import model_config
-from effkernels.op_case import OpCase, conv_case, depthwise_case, expand_case, gate_case, pointwise_case
 
 
 @dataclass(frozen=True)

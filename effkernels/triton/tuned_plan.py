@@ -4,7 +4,7 @@ One JSON file for each kind of device, release of this package and release of Tr
 
 * how Triton kernels cut their work, by operator, dtype and shape, where another of a family's candidates was faster
   than what its pure function chooses;
-* which of the backends was faster, by what `effkernels.backends.choose` may depend on.
+* which of the backends was faster, by what `effkernels.ops.backends.choose` may depend on.
 
 Without a file the pure functions decide, and nothing is measured at anybody's first call. A file is read once in a
 process, by the first call that could use it. One that is broken, of something else or older is left alone, with one
@@ -51,7 +51,7 @@ class ConfigurationKey(NamedTuple):
 
 
 class BackendKey(NamedTuple):
-    """What a backend is looked up by: all that `effkernels.backends.choose` may depend on, never batch or plane."""
+    """What a backend is looked up by: all that `effkernels.ops.backends.choose` may depend on, never batch or plane."""
 
     op: str
     dtype: str

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effkernels import benchmark, triton
-from effkernels.op_case import OpCase
+from effkernels import triton
+from effkernels.bench import timing
+from effkernels.bench.op_case import OpCase
 
 BATCHED = ("x", "pooled", "gate", "residual")  # the arguments that have a batch
 
@@ -53,7 +54,7 @@ def in_graph(calls: Sequence[Callable[[], object]], device: torch.device, pool: 
     return graph.replay
 
 
-def as_run(calls: Sequence[Callable[[], object]], device: torch.device, pool: Any = None) -> benchmark.Run:
+def as_run(calls: Sequence[Callable[[], object]], device: torch.device, pool: Any = None) -> timing.Run:
     """A contender of `benchmark.time_in_turns`: on a GPU all calls in one graph, elsewhere one after the other."""
     if device.type == "cuda":
         replay = in_graph(calls, device, pool)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from effkernels.contenders import CONTENDERS, Case
+from effkernels.bench.contenders import CONTENDERS, Case
 
 _CALLS = 3
 _TIMEOUT_S = 1800

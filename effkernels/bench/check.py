@@ -17,13 +17,22 @@ import torch
 from torch import Tensor
 
 import effkernels
-from effkernels import _library, backends, ops, reference
+from effkernels import _library, ops
+from effkernels.bench.op_case import (
+    DEPTHWISE_OPS,
+    OpCase,
+    conv_case,
+    depthwise_case,
+    expand_case,
+    gate_case,
+    pointwise_case,
+)
 from effkernels.models import EfficientNet
-from effkernels.op_case import DEPTHWISE_OPS, OpCase, conv_case, depthwise_case, expand_case, gate_case, pointwise_case
-from effkernels.parity import Errors as Errors
-from effkernels.parity import errors as errors
-from effkernels.parity import judge as judge
-from effkernels.parity import limits as limits
+from effkernels.ops import backends, reference
+from effkernels.ops.parity import Errors as Errors
+from effkernels.ops.parity import errors as errors
+from effkernels.ops.parity import judge as judge
+from effkernels.ops.parity import limits as limits
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -29,9 +29,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 
-from effkernels import _library, triton, tuning
+from effkernels import _library, triton
 from effkernels._recorded_tensor import RecordedTensor
-from effkernels.tuning import BackendKey
+from effkernels.triton import tuned_plan
+from effkernels.triton.tuned_plan import BackendKey
 
 BACKENDS: tuple[str, ...] = ("cuda", "triton", "cpu", "reference")
 OPERATORS: tuple[str, ...] = (
@@ -369,7 +370,7 @@ def _cuda_runs(index: int) -> bool:
 def _read_faster_by_triton(index: int) -> dict[tuple[object, ...], str]:
     device = torch.device("cuda", index)
     found: dict[tuple[object, ...], str] = {}
-    for key, backend in tuning.read(tuning.device_name(device) or "").faster_backends().items():
+    for key, backend in tuned_plan.read(tuned_plan.device_name(device) or "").faster_backends().items():
         dtype = next((dtype for dtype in DTYPES if str(dtype) == f"torch.{key.dtype}"), None)
         if backend != "triton" or dtype is None or key.op not in OPERATORS:
             continue

@@ -18,12 +18,15 @@ import torch
 from torch import Tensor
 
 import effkernels
-from effkernels import backends, benchmark, environment, ops, reference, tuning
-from effkernels.op_calls import Call
-from effkernels.op_case import OpCase
-from effkernels.op_timing import as_run, enlarged, largest_difference, temporary_graphs, triton_launches
-from effkernels.parity import Errors, errors
-from effkernels.tuning import EVEN, BackendKey, Comparison, Configuration, Lookup
+from effkernels import environment, ops
+from effkernels.bench import timing
+from effkernels.bench.op_calls import Call
+from effkernels.bench.op_case import OpCase
+from effkernels.bench.op_timing import as_run, enlarged, largest_difference, temporary_graphs, triton_launches
+from effkernels.ops import backends, reference
+from effkernels.ops.parity import Errors, errors
+from effkernels.triton import tuned_plan
+from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, Lookup
 
 Timer = Callable[..., "dict[str, list[float]]"]
 
@@ -53,7 +56,7 @@ class Job:
 
     @property
     def key(self) -> BackendKey:
-        """What `effkernels.backends.choose` knows the call by."""
+        """What `effkernels.ops.backends.choose` knows the call by."""
         return backend_key(self.call.case(self.call.op, 1), self.dtype)
 
 
@@ -124,7 +127,7 @@ def jobs(
 
 
 def backend_key(case: OpCase, dtype: torch.dtype) -> BackendKey:
-    """What `effkernels.backends.choose` knows a case by, once its images are in ``dtype``."""
+    """What `effkernels.ops.backends.choose` knows a case by, once its images are in ``dtype``."""
     x = case.tensors["x" if "x" in case.tensors else "pooled"]
     default = inspect.signature(getattr(ops, case.op)).parameters["activation"].default
     activation = case.options.get("activation", default)
@@ -168,10 +171,10 @@ class Tuner:
     def __init__(
         self,
         device: torch.device,
-        plan: tuning.Plan,
+        plan: tuned_plan.Plan,
         *,
         force: bool = False,
-        timer: Timer = benchmark.time_in_turns,
+        timer: Timer = timing.time_in_turns,
         rivals: tuple[str, str] = ("cuda", "triton"),
     ) -> None:
         self.device, self.plan, self.force, self.timer, self.rivals = device, plan, force, timer, rivals
@@ -184,7 +187,7 @@ class Tuner:
             return asked
         case = enlarged(job.call.case(job.call.op, 1), job.batch, job.dtype, self.device)
         call = case.prepare(ops, job.dtype, self.device)
-        listening = tuning.answering(lambda lookup: asked.append(lookup))
+        listening = tuned_plan.answering(lambda lookup: asked.append(lookup))
         with torch.inference_mode(), effkernels.backend("triton"), triton_launches(launch=False), listening:
             call()
         return list(dict.fromkeys(asked))
@@ -308,7 +311,7 @@ class Tuner:
         return {name: [time / count for time in samples] for name, samples in times.items()}
 
 
-def _one_by_one(calls: Sequence[Callable[[], object]]) -> benchmark.Run:
+def _one_by_one(calls: Sequence[Callable[[], object]]) -> timing.Run:
     return lambda number: calls[number % len(calls)]()
 
 
@@ -335,17 +338,17 @@ class _Trial:
         self.truth = case.prepare(reference, torch.float64, device)()
         self.limits = _limits(case, self.truth, job, device)
         large = enlarged(case, job.batch, job.dtype, device)
-        self.copies = benchmark.input_count(large.bytes_moved(job.dtype), environment.last_level_cache_bytes(device))
+        self.copies = timing.input_count(large.bytes_moved(job.dtype), environment.last_level_cache_bytes(device))
         self.calls = [large.prepare(ops, job.dtype, device) for _ in range(self.copies)]
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def checked(
-        self, backend: str, answer: tuning.Answer, what: str, outcome: Outcome
+        self, backend: str, answer: tuned_plan.Answer, what: str, outcome: Outcome
     ) -> list[Callable[[], object]] | None:
         """The calls by a backend with its look-ups answered; None where it is wrong or does not run, which is noted."""
 
         def run(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-            with effkernels.backend(backend), tuning.answering(answer):
+            with effkernels.backend(backend), tuned_plan.answering(answer):
                 return call()
 
         try:

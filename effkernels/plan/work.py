@@ -10,8 +10,8 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from effkernels.kernel_counts import Counters, KernelCounts, total
-from effkernels.plan_record import Call
+from effkernels.plan.kernel_counts import Counters, KernelCounts, total
+from effkernels.plan.record import Call
 
 WARP = 32
 _FLAT = ("identity", "relu", "relu6", "hard_swish")  # no special functions
