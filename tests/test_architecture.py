@@ -18,7 +18,9 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cam"}),
     frozenset({"scaling"}),
     frozenset({"bench"}),
-    frozenset({"__init__", "predict"}),  # what `import effkernels` gives, and the names for users of `engine/predict.py`
+    frozenset(
+        {"__init__", "predict"}
+    ),  # what `import effkernels` gives, and the names for users of `engine/predict.py`
     frozenset({"engine"}),
     frozenset({"export", "optimize"}),
     frozenset({"plan"}),

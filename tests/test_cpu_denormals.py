@@ -21,7 +21,7 @@ from parity import assert_parity
 from torch import Tensor
 
 from effkernels import _library, ops
-from effkernels.engine.host import Recording
+from effkernels.engine.cpu_recording import Recording
 from effkernels.ops import reference
 
 pytestmark = [

@@ -380,7 +380,7 @@ class TestMemory:
         assert [bucket.runner for bucket in served.report.buckets] == ["eager", "eager", "refused", "refused"]
         assert served.report.buckets[2].reason == f"above max_memory_bytes={bounds[1]}"
         assert served.memory_bound_bytes == bounds[1]
-        model = served._core._model
+        model = served._prepared._model
         assert isinstance(model, Sum)
         assert {shape[0] for shape in model.calls} == {1, 2}, "a refused bucket is not tried"
         assert served(torch.ones(5, 3, 2, 2)).tolist() == [[12.0]] * 5

@@ -20,7 +20,7 @@ from engine_models import (
 from torch import Tensor
 
 from effkernels.engine import InferenceEngine
-from effkernels.engine.cuda import CudaPlace, Uploads
+from effkernels.engine.cuda import CudaDevice, Uploads
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -34,7 +34,9 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> NotedCuda:
         noted.notes.append(("used on", stream.name))
 
     monkeypatch.setattr(Tensor, "record_stream", record_stream)
-    monkeypatch.setattr("effkernels.engine.inference.place_of", lambda device: CudaPlace(torch.device("cpu", 0), noted))
+    monkeypatch.setattr(
+        "effkernels.engine.inference.engine_device", lambda device: CudaDevice(torch.device("cpu", 0), noted)
+    )
     return noted
 
 
@@ -51,7 +53,7 @@ def test_replays_give_the_bits_of_the_model(compiled: None) -> None:
 
 def test_the_model_is_not_called_again() -> None:
     engine = sum_engine()
-    copied = engine._core._model
+    copied = engine._prepared._model
     assert isinstance(copied, Sum)
     copied.calls.clear()
     assert engine(torch.ones(6, 3, 2, 2)).tolist() == [[12.0]] * 6
@@ -126,7 +128,7 @@ def test_work_comes_after_the_callers_and_before_its_next(cuda: NotedCuda) -> No
 
 def test_the_caller_waits_for_a_call_that_failed_too(cuda: NotedCuda) -> None:
     engine = sum_engine(cuda_graph=False, warm_up=False)
-    engine._core._model = Returning(lambda x: x.no_such_method())
+    engine._prepared._model = Returning(lambda x: x.no_such_method())
     cuda.notes.clear()
     with pytest.raises(AttributeError, match="no_such_method"):
         engine(torch.ones(1, 3, 2, 2))

@@ -257,6 +257,6 @@ def test_a_tensor_that_the_model_keeps_is_usable_afterwards() -> None:
             return self.last
 
     served = InferenceEngine(Keeping(lambda x, y: y), batch_sizes=(BATCH,), input_size=SIZE, optimize=False)
-    model = served._core._model
+    model = served._prepared._model
     assert isinstance(model, Keeping)
     assert (model.last + 0).sum().item() == (model.last.sum() + 0).item()

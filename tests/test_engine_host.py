@@ -19,7 +19,7 @@ from torch import Tensor
 from effkernels import _library, ops
 from effkernels._recorded_tensor import NotRecordableError
 from effkernels.engine import InferenceEngine
-from effkernels.engine.host import Recording
+from effkernels.engine.cpu_recording import Recording
 
 pytestmark = pytest.mark.skipif(not _library.is_loaded(), reason="the compiled library is not there")
 OURS = torch.ops.effkernels

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from effkernels import _library, ops
 from effkernels.engine import InferenceEngine
-from effkernels.engine.host import Recording
+from effkernels.engine.cpu_recording import Recording
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 60  # against hangs alone
@@ -114,9 +114,9 @@ def test_an_interrupted_refresh_leaves_old_or_new_weights(
             parameter.mul_(1.05)
     with torch.inference_mode():
         new = [model(x) for x in inputs]
-    name = f"effkernels.engine.core.{step}"
+    name = f"effkernels.engine.prepared.{step}"
     real: Callable[..., Any] = (
-        torch._foreach_copy_ if "copy" in step else sys.modules["effkernels.engine.core"].new_weights
+        torch._foreach_copy_ if "copy" in step else sys.modules["effkernels.engine.prepared"].new_weights
     )
 
     def interrupted(*arguments: Any) -> Any:

@@ -16,7 +16,7 @@ from peer_models import images, randomise, torchvision_model
 from torch import Tensor, nn
 
 import effkernels
-from effkernels.optimize.swapping import BOUND
+from effkernels.optimize.swapped import BOUND
 
 
 @pytest.fixture

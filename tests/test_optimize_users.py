@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import effkernels
 from effkernels.models.peers import import_timm
 from effkernels.optimize import optimizer
-from effkernels.optimize.swapping import UNVERIFIED
+from effkernels.optimize.swapped import UNVERIFIED
 
 
 @pytest.fixture

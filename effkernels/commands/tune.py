@@ -102,7 +102,9 @@ def _check_folder() -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be made: {error.strerror}; {tuned_plan.VARIABLE} names another folder") from error
+        raise UsageError(
+            f"{folder} cannot be made: {error.strerror}; {tuned_plan.VARIABLE} names another folder"
+        ) from error
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{folder} cannot be written to; {tuned_plan.VARIABLE} names another folder")
 

@@ -5,9 +5,9 @@
     with engine:
         logits = engine.submit(photograph).result()          # one of many, from any thread
 
-`inference.py` is the engine as users see it, `core.py` the prepared model and its buckets, `buckets.py` how a batch is
-cut, `runners.py` how a bucket is computed, `batcher.py` how requests of many threads become batches, `cuda.py` all that
-needs a GPU.
+`inference.py` is the engine as users see it, `prepared.py` the prepared model and its buckets, `buckets.py` how a batch
+is cut, `runners.py` how a bucket is computed, `batcher.py` how requests of many threads become batches, `devices.py`
+what is needed of a device, `cpu_recording.py` recordings of CPU kernels, `cuda.py` all that needs a GPU.
 """
 
 from __future__ import annotations

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkernels.engine.devices import Result
 from effkernels.engine.outputs import map_tensors
-from effkernels.engine.places import Result
 from effkernels.engine.runners import Capture, Forward, Recorded
 
 # Before a capture a call runs this often: libraries choose their algorithms, Triton compiles, buffers are allocated.
@@ -21,7 +21,7 @@ _SLOTS = 2
 _RECORDING = threading.Lock()
 
 
-class CudaPlace:
+class CudaDevice:
     """A GPU with a stream of the engine's own, on which everything it computes is in order.
 
     All graphs take their memory from one pool. They may, because they are replayed on one stream, and because each
@@ -46,11 +46,11 @@ class CudaPlace:
 
     @property
     def capture(self) -> Capture | None:
-        """See `Place`."""
+        """See `EngineDevice`."""
         return self._capture
 
     def work(self, job: Callable[[], Result]) -> Result:
-        """See `Place`."""
+        """See `EngineDevice`."""
         caller = self._cuda.current_stream(self.device)
         self._stream.wait_stream(caller)
         self._caller = caller
@@ -61,14 +61,14 @@ class CudaPlace:
             caller.wait_stream(self._stream)
 
     def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Place`."""
+        """See `EngineDevice`."""
         if tensor.device.type == "cpu":
             return self._uploads.upload(tensor, dtype)
         tensor.record_stream(self._stream)
         return tensor.to(dtype)
 
     def hand_over(self, output: Any) -> Any:
-        """See `Place`."""
+        """See `EngineDevice`."""
 
         def used_by_caller(tensor: Tensor) -> Tensor:
             tensor.record_stream(self._caller)
@@ -77,19 +77,19 @@ class CudaPlace:
         return map_tensors(output, used_by_caller)
 
     def moment(self) -> Any:
-        """See `Place`."""
+        """See `EngineDevice`."""
         return self._cuda.current_stream(self.device).record_event()
 
     def wait_for(self, moment: Any) -> None:
-        """See `Place`."""
+        """See `EngineDevice`."""
         self._stream.wait_event(moment)
 
     def synchronize(self) -> None:
-        """See `Place`."""
+        """See `EngineDevice`."""
         self._stream.synchronize()
 
     def reserved_bytes(self) -> int:
-        """See `Place`."""
+        """See `EngineDevice`."""
         reserved: int = self._cuda.memory_reserved(self.device)
         return reserved
 

@@ -25,10 +25,9 @@ from effkernels.engine.arguments import (
 )
 from effkernels.engine.batcher import MicroBatcher
 from effkernels.engine.buckets import checked_sizes
-from effkernels.engine.core import Core
 from effkernels.engine.outputs import rows_on_host
-from effkernels.engine.places import place_of
 from effkernels.engine.prepare import Preparation, check_structure, device_and_dtype_of, structure_of
+from effkernels.engine.prepared import PreparedModel, engine_device
 from effkernels.engine.preprocess import (
     check_memory,
     check_pixels,
@@ -122,7 +121,7 @@ class InferenceEngine:
         check_memory_format(memory_format)
         own_device, own_dtype = device_and_dtype_of(model)
         dtype = check_dtype(own_dtype if dtype is None else dtype)
-        place = place_of(own_device if device is None else check_device(device))
+        where = engine_device(own_device if device is None else check_device(device))
         self._input_size = input_size_of(model, input_size)
         check_elements(sizes, self._input_size)
         self._preprocessing: Preprocessing | None = None
@@ -138,19 +137,19 @@ class InferenceEngine:
         # The model belongs to its owner: an engine must not keep a second set of weights alive.
         self._source = weakref.ref(model)
         self._structure = structure_of(model)
-        self._core = Core(
+        self._prepared = PreparedModel(
             model,
-            place,
-            Preparation(place.device, dtype, memory_format, optimize, fold_norms),
+            where,
+            Preparation(where.device, dtype, memory_format, optimize, fold_norms),
             self._input_size,
             sizes,
             cuda_graph=cuda_graph,
             max_memory_bytes=max_memory_bytes,
         )
         if warm_up:
-            self._core.work(self._core.warm_up)
+            self._prepared.work(self._prepared.warm_up)
         self._identity = (type(model).__name__, str(memory_format).removeprefix("torch."), source)
-        self._batcher = MicroBatcher(self._core.sizes[-1], max_latency_ms / 1e3, max_queue)
+        self._batcher = MicroBatcher(self._prepared.sizes[-1], max_latency_ms / 1e3, max_queue)
         # When the engine is collected, and before the interpreter ends, while threads still run.
         self._finalizer = weakref.finalize(self, MicroBatcher.close, self._batcher, True, True)
 
@@ -177,7 +176,7 @@ class InferenceEngine:
         """
         self._check_usable("run")
         self._check_images(images, ("N", *map(str, self._input_size)))
-        return self._core.work(lambda: self._core.place.hand_over(self._core.run(images)))
+        return self._prepared.work(lambda: self._prepared.device.hand_over(self._prepared.run(images)))
 
     def preprocess(self, images: Any) -> Tensor:
         """Photographs as the model's input, computed on the engine's device.
@@ -216,13 +215,13 @@ class InferenceEngine:
             batches = [(list(range(len(batch))), batch)] if len(batch) else []
 
         def prepare() -> Tensor:
-            result = self._core.new_input(sum(len(members) for members, _ in batches))
+            result = self._prepared.new_input(sum(len(members) for members, _ in batches))
             for members, batch in batches:
                 self._transform_into(result, members, batch, preprocessing)
-            prepared: Tensor = self._core.place.hand_over(result)
+            prepared: Tensor = self._prepared.device.hand_over(result)
             return prepared
 
-        return self._core.work(prepare)
+        return self._prepared.work(prepare)
 
     def submit(self, image: Any, *, block: bool = False) -> Future[Any]:
         """Queue one image; images of many threads are run together.
@@ -254,7 +253,7 @@ class InferenceEngine:
                     image = check_pixels(image, self._input_size[0], "HWC")
         except (TypeError, ValueError) as error:
             return self._batcher.refuse(error)
-        return self._batcher.submit(_Submitted(image, self._core.place.moment()), self._answer, block)
+        return self._batcher.submit(_Submitted(image, self._prepared.device.moment()), self._answer, block)
 
     def refresh(self, model: nn.Module | None = None) -> None:
         """Take over the weights of the model after they have changed.
@@ -275,40 +274,40 @@ class InferenceEngine:
         if source is None:
             raise RuntimeError("refresh: the model that the engine was made with is gone; give one: refresh(model)")
         check_structure(structure_of(source), self._structure)
-        self._core.refresh(source)
+        self._prepared.refresh(source)
 
     # ------------------------------------------------------------------------------------------- what it tells
 
     @property
     def report(self) -> EngineReport:
         """What was done to prepare the engine; with `warm_up=False` buckets are prepared as calls need them."""
-        core = self._core
+        prepared = self._prepared
         model, memory_format, preprocessing = self._identity
         return EngineReport(
             model=model,
-            device=str(core.place.device),
-            dtype=str(core.dtype).removeprefix("torch."),
+            device=str(prepared.device.device),
+            dtype=str(prepared.dtype).removeprefix("torch."),
             memory_format=memory_format,
             input_size=self._input_size,
-            optimized=core.optimized,
-            norms_folded=core.norms_folded,
+            optimized=prepared.optimized,
+            norms_folded=prepared.norms_folded,
             preprocessing=preprocessing,
-            buckets=core.bucket_reports(),
-            weight_bytes=core.weight_bytes,
-            activation_bytes=core.activation_bytes(core.sizes[-1]),
-            buffer_bytes=core.buffer_bytes(core.sizes[-1]),
+            buckets=prepared.bucket_reports(),
+            weight_bytes=prepared.weight_bytes,
+            activation_bytes=prepared.activation_bytes(prepared.sizes[-1]),
+            buffer_bytes=prepared.buffer_bytes(prepared.sizes[-1]),
         )
 
     @property
     def memory_bound_bytes(self) -> int:
         """See the class."""
-        return self._core.memory_bound_bytes
+        return self._prepared.memory_bound_bytes
 
     def stats(self) -> EngineStats:
         """What the engine has done so far."""
         counts = self._batcher.counts()
         p50, p95, p99 = counts.latency_ms or (None, None, None)
-        batches, images, computed = self._core.batches, self._core.images, self._core.rows
+        batches, images, computed = self._prepared.batches, self._prepared.images, self._prepared.rows
         return EngineStats(
             batches=batches,
             images=images,
@@ -336,7 +335,7 @@ class InferenceEngine:
         self._closed = True
         self._batcher.close(wait, cancel_futures)
         if wait and os.getpid() == self._process and not self._batcher.is_own_thread():
-            self._core.release()
+            self._prepared.release()
 
     def __enter__(self) -> InferenceEngine:
         return self
@@ -369,25 +368,25 @@ class InferenceEngine:
 
         def compute() -> dict[int, Any]:
             for index in good:
-                self._core.place.wait_for(submitted[index].moment)
-            images = self._core.new_input(len(good))
+                self._prepared.device.wait_for(submitted[index].moment)
+            images = self._prepared.new_input(len(good))
             given = [answers[index] for index in good]
             found: dict[int, Any] = {}
             for members in _of_one_size(given):
                 found |= self._write_inputs(images, members, given)
             # On the CPU no stream has to be waited for: whoever has the future may use the result at once.
-            return dict(enumerate(rows_on_host(self._core.run(images)))) | found
+            return dict(enumerate(rows_on_host(self._prepared.run(images)))) | found
 
-        for row, result in self._core.work(compute).items():
+        for row, result in self._prepared.work(compute).items():
             answers[good[row]] = result
         return answers
 
     def _write_inputs(self, images: Tensor, members: list[int], given: list[Tensor]) -> dict[int, Exception]:
-        """Write images of one size into their rows of `images`; what goes wrong, by the row; inside of `Core.work`."""
+        """Write images of one size into their rows of `images`, inside of `PreparedModel.work`; errors by row."""
         try:
             batch = torch.stack([given[member] for member in members])
             if batch.is_floating_point():
-                _write(images, members, self._core.place.bring(batch, self._core.dtype))
+                _write(images, members, self._prepared.device.bring(batch, self._prepared.dtype))
             else:
                 self._transform_into(images, members, batch, self._usable_preprocessing())
         except Exception as error:
@@ -397,8 +396,8 @@ class InferenceEngine:
         return {}
 
     def _transform_into(self, images: Tensor, members: list[int], pixels: Tensor, how: Preprocessing) -> None:
-        """Write what uint8 (N, H, W, C) becomes into those rows of `images`; inside of `Core.work`."""
-        _write(images, members, transform(self._core.place.bring(pixels, torch.uint8), how))
+        """Write what uint8 (N, H, W, C) becomes into those rows of `images`; inside of `PreparedModel.work`."""
+        _write(images, members, transform(self._prepared.device.bring(pixels, torch.uint8), how))
 
     def _usable_preprocessing(self) -> Preprocessing:
         if self._preprocessing is None:
@@ -416,8 +415,8 @@ class InferenceEngine:
             raise TypeError(f"images have dtype {images.dtype}; allowed: {allowed}; photographs go through preprocess")
         if images.dim() != len(wanted) or tuple(images.shape[-3:]) != self._input_size:
             raise ValueError(f"images have shape {tuple(images.shape)}; allowed: {allowed}")
-        if images.device.type != "cpu" and images.device != self._core.place.device:
-            raise ValueError(f"images are on {images.device}; allowed: cpu and {self._core.place.device}")
+        if images.device.type != "cpu" and images.device != self._prepared.device.device:
+            raise ValueError(f"images are on {images.device}; allowed: cpu and {self._prepared.device.device}")
 
     def _check_usable(self, name: str) -> None:
         if os.getpid() != self._process:

@@ -86,8 +86,8 @@ class GraphRunner:
     Args:
         forward: the model; it reads its weights where they lie, so that new values there are seen by every replay.
         images: the input, (batch, C, H, W), which the runner keeps and writes.
-        capture: records the call; `Place.capture`.
-        kind: `Place.recording`.
+        capture: records the call; `EngineDevice.capture`.
+        kind: `EngineDevice.recording`.
 
     Raises:
         Exception: whatever `capture` raises where the call cannot be recorded.

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from effkernels.models.architecture import BASELINE, Architecture, Stage
 from effkernels.models.checkpoint_tensors import CheckpointError
-from effkernels.models.checkpoints import Checkpoint, load_checkpoint, read_checkpoint
+from effkernels.models.checkpoints import Checkpoint, read_checkpoint
 from effkernels.models.config import ModelConfig
 from effkernels.models.conversion import convert_state_dict
 from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effkernels.models.features import FeatureInfo
 from effkernels.models.layouts import Semantics
-from effkernels.models.registry import create_model, list_models, model_config, register
+from effkernels.models.registry import create_model, list_models, load_checkpoint, model_config, register
 
 __all__ = [
     "BASELINE",

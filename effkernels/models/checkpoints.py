@@ -7,7 +7,6 @@ momentum of the norms, which are then set in the model (see `effkernels.models.l
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -99,51 +98,6 @@ def recognise_tensors(tensors: Mapping[str, Tensor], where: str | Path) -> tuple
     )
 
 
-def load_checkpoint(
-    model: EfficientNet | EfficientNetFeatures | str,
-    file: str | Path,
-    *,
-    use_ema: bool = True,
-    pad_type: str | None = None,
-    bn_eps: float | None = None,
-    bn_momentum: float | None = None,
-) -> EfficientNet | EfficientNetFeatures:
-    """Load a checkpoint of timm, torchvision, lukemelas, Hugging Face or NVIDIA into a model.
-
-    Padding, eps and momentum of the model are set to what the file's library uses, so that the logits are that
-    library's: torchvision and NVIDIA pad symmetrically; lukemelas and Hugging Face pad SAME as it is at the native
-    size, whatever the size of the image (pad_type="same" for lukemelas models built with image_size=None). timm's
-    keys do not tell `tf_efficientnet_*` from `efficientnet_*`: there the model stays as its name says. Weights of
-    lukemelas' fork for the lite variants are TensorFlow's: the model's config then has their mean, std and size. A
-    safetensors file of `effkernels export` or `effkernels convert` notes what its weights mean, which is then set.
-
-    Args:
-        model: a model, changed in place, or a name for `create_model`, then built with the file's number of classes
-            and of image channels.
-        file: path of a .pth or .safetensors file.
-        use_ema: prefer averaged weights where the file has both.
-        pad_type, bn_eps, bn_momentum: override the library's.
-
-    Returns:
-        The model. What it has no place for (the classifier of a model without classes, the head of a backbone) is
-        left out.
-
-    Raises:
-        FileNotFoundError: (an OSError) no such file.
-        ValueError: pad_type, bn_eps or bn_momentum out of its range.
-        CheckpointError: (a ValueError) the file cannot be read, or its keys, shapes, dtypes or values do not fit; the
-            model is unchanged. See `read_checkpoint`.
-    """
-    if isinstance(model, str):
-        from effkernels.models.registry import create_model, model_config
-
-        model_config(model)  # an unknown name is said before the file is read
-        checkpoint = read_checkpoint(file, use_ema=use_ema)
-        built = build_for(checkpoint, functools.partial(create_model, model))
-        return _load(built, checkpoint, pad_type, bn_eps, bn_momentum)
-    return load_into(model, file, use_ema=use_ema, pad_type=pad_type, bn_eps=bn_eps, bn_momentum=bn_momentum)
-
-
 def build_for(checkpoint: Checkpoint, build: Callable[..., Model]) -> Model:
     """The model that a checkpoint fits, with the file's number of classes and of image channels, not yet loaded.
 
@@ -166,32 +120,15 @@ def build_for(checkpoint: Checkpoint, build: Callable[..., Model]) -> Model:
     return build(in_chans=in_chans, num_classes=num_classes, device=None)
 
 
-def load_into(
-    model: EfficientNet | EfficientNetFeatures,
-    file: str | Path,
+def load_read(
+    model: Model,
+    checkpoint: Checkpoint,
     *,
-    use_ema: bool = True,
     pad_type: str | None = None,
     bn_eps: float | None = None,
     bn_momentum: float | None = None,
-) -> EfficientNet | EfficientNetFeatures:
-    """`load_checkpoint` for a model that exists."""
-    return _load(model, read_checkpoint(file, use_ema=use_ema), pad_type, bn_eps, bn_momentum)
-
-
-def load_read(model: Model, checkpoint: Checkpoint) -> Model:
-    """`load_checkpoint` of a file that has been read."""
-    _load(model, checkpoint, None, None, None)
-    return model
-
-
-def _load(
-    model: EfficientNet | EfficientNetFeatures,
-    checkpoint: Checkpoint,
-    pad_type: str | None,
-    bn_eps: float | None,
-    bn_momentum: float | None,
-) -> EfficientNet | EfficientNetFeatures:
+) -> Model:
+    """Load a checkpoint that has been read into a model, as `load_checkpoint` does."""
     check_semantics(Semantics(pad_type, bn_eps, bn_momentum), "load_checkpoint")
     state = model.state_dict()
     if any(tensor.is_meta for tensor in state.values()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from effkernels.models.architecture import Architecture
-from effkernels.models.checkpoints import load_into
+from effkernels.models.checkpoints import build_for, load_read, read_checkpoint
 from effkernels.models.config import ModelConfig
 from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effkernels.models.variants import VARIANTS
@@ -147,8 +148,51 @@ def create_model(
     else:
         model = EfficientNet(registered.architecture, num_classes=num_classes, global_pool=global_pool, **options)
     if checkpoint_path is not None:
-        load_into(model, checkpoint_path, pad_type=pad_type, bn_eps=bn_eps, bn_momentum=bn_momentum)
+        load_checkpoint(model, checkpoint_path, pad_type=pad_type, bn_eps=bn_eps, bn_momentum=bn_momentum)
     return model
+
+
+def load_checkpoint(
+    model: EfficientNet | EfficientNetFeatures | str,
+    file: str | Path,
+    *,
+    use_ema: bool = True,
+    pad_type: str | None = None,
+    bn_eps: float | None = None,
+    bn_momentum: float | None = None,
+) -> EfficientNet | EfficientNetFeatures:
+    """Load a checkpoint of timm, torchvision, lukemelas, Hugging Face or NVIDIA into a model.
+
+    Padding, eps and momentum of the model are set to what the file's library uses, so that the logits are that
+    library's: torchvision and NVIDIA pad symmetrically; lukemelas and Hugging Face pad SAME as it is at the native
+    size, whatever the size of the image (pad_type="same" for lukemelas models built with image_size=None). timm's
+    keys do not tell `tf_efficientnet_*` from `efficientnet_*`: there the model stays as its name says. Weights of
+    lukemelas' fork for the lite variants are TensorFlow's: the model's config then has their mean, std and size. A
+    safetensors file of `effkernels export` or `effkernels convert` notes what its weights mean, which is then set.
+
+    Args:
+        model: a model, changed in place, or a name for `create_model`, then built with the file's number of classes
+            and of image channels.
+        file: path of a .pth or .safetensors file.
+        use_ema: prefer averaged weights where the file has both.
+        pad_type, bn_eps, bn_momentum: override the library's.
+
+    Returns:
+        The model. What it has no place for (the classifier of a model without classes, the head of a backbone) is
+        left out.
+
+    Raises:
+        FileNotFoundError: (an OSError) no such file.
+        ValueError: pad_type, bn_eps or bn_momentum out of its range.
+        CheckpointError: (a ValueError) the file cannot be read, or its keys, shapes, dtypes or values do not fit; the
+            model is unchanged. See `read_checkpoint`.
+    """
+    if isinstance(model, str):
+        model_config(model)  # an unknown name is said before the file is read
+    checkpoint = read_checkpoint(file, use_ema=use_ema)
+    if isinstance(model, str):
+        model = build_for(checkpoint, functools.partial(create_model, model))
+    return load_read(model, checkpoint, pad_type=pad_type, bn_eps=bn_eps, bn_momentum=bn_momentum)
 
 
 def _find(name: str) -> RegisteredModel:

@@ -6,6 +6,9 @@ residual as it writes. On the CPU they are cut elsewhere: expand and depthwise i
 """
 
 # No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -76,7 +79,8 @@ class DepthwiseSeparable(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        place = _Place(device, dtype)
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm = functools.partial(BatchNormAct2d, eps=bn_eps, momentum=bn_momentum, device=device, dtype=dtype)
         self._activation = check_activation("DepthwiseSeparable", activation)
         self.backend = check_backend("DepthwiseSeparable", backend)
         self.has_skip = skip and stride == 1 and in_channels == out_channels
@@ -91,10 +95,10 @@ class DepthwiseSeparable(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.bn1 = place.norm(in_channels, bn_eps, bn_momentum, activation)
-        self.se = place.squeeze_excite(in_channels, se_channels, se_activation or activation, gate)
-        self.conv_pw = place.pointwise(in_channels, out_channels)
-        self.bn2 = place.norm(out_channels, bn_eps, bn_momentum)
+        self.bn1 = norm(in_channels, activation=activation)
+        self.se = _squeeze_excite(in_channels, se_channels, se_activation or activation, gate, factory_kwargs)
+        self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory_kwargs)
+        self.bn2 = norm(out_channels)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -170,13 +174,14 @@ class MBConv(nn.Module):
         super().__init__()
         if expansion < 1:
             raise ValueError(f"MBConv: expansion={expansion} must be at least 1")
-        place = _Place(device, dtype)
+        factory_kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        norm = functools.partial(BatchNormAct2d, eps=bn_eps, momentum=bn_momentum, device=device, dtype=dtype)
         expanded = in_channels * expansion
         self._activation = check_activation("MBConv", activation)
         self.backend = check_backend("MBConv", backend)
         self.has_skip = skip and stride == 1 and in_channels == out_channels
-        self.conv_pw = place.pointwise(in_channels, expanded)
-        self.bn1 = place.norm(expanded, bn_eps, bn_momentum, activation)
+        self.conv_pw = nn.Conv2d(in_channels, expanded, 1, bias=False, **factory_kwargs)
+        self.bn1 = norm(expanded, activation=activation)
         self.conv_dw = PaddedConv2d(
             expanded,
             expanded,
@@ -188,10 +193,10 @@ class MBConv(nn.Module):
             device=device,
             dtype=dtype,
         )
-        self.bn2 = place.norm(expanded, bn_eps, bn_momentum, activation)
-        self.se = place.squeeze_excite(expanded, se_channels, se_activation or activation, gate)
-        self.conv_pwl = place.pointwise(expanded, out_channels)
-        self.bn3 = place.norm(out_channels, bn_eps, bn_momentum)
+        self.bn2 = norm(expanded, activation=activation)
+        self.se = _squeeze_excite(expanded, se_channels, se_activation or activation, gate, factory_kwargs)
+        self.conv_pwl = nn.Conv2d(expanded, out_channels, 1, bias=False, **factory_kwargs)
+        self.bn3 = norm(out_channels)
         self.drop_path = DropPath(drop_path_rate)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,27 +240,12 @@ class MBConv(nn.Module):
         return f"has_skip={self.has_skip}"
 
 
-class _Place:
-    """Builds the parts of a block on one device, in one dtype."""
-
-    def __init__(self, device: torch.device | str | None, dtype: torch.dtype | None) -> None:
-        self.device = device
-        self.dtype = dtype
-
-    def pointwise(self, in_channels: int, out_channels: int) -> nn.Conv2d:
-        return nn.Conv2d(in_channels, out_channels, 1, bias=False, device=self.device, dtype=self.dtype)
-
-    def norm(self, channels: int, eps: float, momentum: float, activation: str = "identity") -> BatchNormAct2d:
-        return BatchNormAct2d(
-            channels, eps=eps, momentum=momentum, activation=activation, device=self.device, dtype=self.dtype
-        )
-
-    def squeeze_excite(self, channels: int, se_channels: int, activation: str, gate: str) -> nn.Module:
-        if se_channels == 0:
-            return nn.Identity()
-        return SqueezeExcite(
-            channels, se_channels, activation=activation, gate=gate, device=self.device, dtype=self.dtype
-        )
+def _squeeze_excite(
+    channels: int, se_channels: int, activation: str, gate: str, factory_kwargs: dict[str, Any]
+) -> nn.Module:
+    if se_channels == 0:
+        return nn.Identity()
+    return SqueezeExcite(channels, se_channels, activation=activation, gate=gate, **factory_kwargs)
 
 
 def _is_nothing(module: nn.Module | None) -> bool:

@@ -37,7 +37,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from effkernels.nn.fusible import is_untouched, parameters_of
 from effkernels.optimize.frozen import Same, freeze, mutable_parts
-from effkernels.optimize.swapping import OWN_PREFIX, original_class
+from effkernels.optimize.swapped import OWN_PREFIX, original_class
 
 _BOOKKEEPING = frozenset(nn.Module().__dict__) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

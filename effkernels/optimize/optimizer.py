@@ -14,7 +14,8 @@ from effkernels.optimize.accounting import Cost, Forward, costs_of, input_size_o
 from effkernels.optimize.program import MOST_ROWS, Program
 from effkernels.optimize.report import BlockReport, NotFusedError, Report
 from effkernels.optimize.survey import FILTERED, Entry, Method, Survey, Unit
-from effkernels.optimize.swapping import OWN_PREFIX, is_swapped, swap, unswap
+from effkernels.optimize.swapped import OWN_PREFIX, is_swapped
+from effkernels.optimize.swapping import swap, unswap
 from effkernels.optimize.tracing import GuessedTrace, is_plain_container
 from effkernels.optimize.unknown import Unknown
 from effkernels.optimize.verifying import GUESS_SIZES, SMALL_SIZES, difference, undisturbed

@@ -30,7 +30,7 @@ from effkernels.nn.fusible import is_untouched
 from effkernels.nn.padding import same_padding
 from effkernels.ops import backends
 from effkernels.optimize.guarding import Guard, is_plain_tensor, replaced_method
-from effkernels.optimize.swapping import BOUND
+from effkernels.optimize.swapped import BOUND
 
 
 def inward(x: Any, convert: bool) -> Any:

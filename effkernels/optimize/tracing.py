@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from effkernels.nn.fusible import is_untouched
 from effkernels.optimize.guarding import replaced_method
-from effkernels.optimize.swapping import OWN_PREFIX
+from effkernels.optimize.swapped import OWN_PREFIX
 from effkernels.optimize.twins import Twins
 from effkernels.optimize.unknown import Unknown
 

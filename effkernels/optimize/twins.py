@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from effkernels.optimize.frozen import freeze
-from effkernels.optimize.swapping import OWN_PREFIX, original_class
+from effkernels.optimize.swapped import OWN_PREFIX, original_class
 
 HOOKS = tuple(name for name in nn.Module().__dict__ if name.endswith(("_hooks", "_with_kwargs", "_always_called")))
 _SHARED = (str, bytes, int, float, complex, bool, type(None), type, types.FunctionType, types.BuiltinFunctionType,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from effkernels.optimize.program import Program
-from effkernels.optimize.swapping import is_swapped
+from effkernels.optimize.swapped import is_swapped
 from effkernels.optimize.twins import Twins, double
 
 # Odd on purpose: what a padding or a stride gets wrong shows at the border of an odd image.

@@ -13,7 +13,7 @@ from effkernels.optimize.guarding import Guard, Part, Record, ancestors, record,
 from effkernels.optimize.matching import Gate, Match, Step
 from effkernels.optimize.program import Program
 from effkernels.optimize.roles import Roles, is_format_free
-from effkernels.optimize.swapping import PROGRAMS
+from effkernels.optimize.swapped import PROGRAMS
 from effkernels.optimize.tracing import Trace, is_plain_container, owner_of
 from effkernels.optimize.unknown import Unknown
 

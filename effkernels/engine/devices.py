@@ -1,4 +1,4 @@
-"""Where an engine works. `Place` is what the engine needs of a device; a GPU's is in `cuda.py`."""
+"""Devices that an engine works on. `EngineDevice` is what it needs of one; a GPU's is in `cuda.py`."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from effkernels import _library
 from effkernels._recorded_tensor import NotRecordableError
-from effkernels.engine.host import Recording, trial_images
+from effkernels.engine.cpu_recording import Recording, trial_images
 from effkernels.engine.outputs import map_tensors, same_values
 from effkernels.engine.runners import Capture, Forward, Recorded
 
 Result = TypeVar("Result")
 
 
-class Place(Protocol):
+class EngineDevice(Protocol):
     """A device, the order of work on it, and the ways of tensors to and from it."""
 
     device: torch.device
@@ -55,7 +55,7 @@ class Place(Protocol):
         """What is taken from the device, in bytes: by PyTorch's allocator on a GPU, by recordings on a CPU."""
 
 
-class HostPlace:
+class HostDevice:
     """The CPU, and every device that needs no streams of its own."""
 
     recording = "recorded"
@@ -70,32 +70,32 @@ class HostPlace:
 
     @property
     def capture(self) -> Capture | None:
-        """See `Place`."""
+        """See `EngineDevice`."""
         return self._capture if self.device.type == "cpu" and _library.is_loaded() else None
 
     def work(self, job: Callable[[], Result]) -> Result:
-        """See `Place`."""
+        """See `EngineDevice`."""
         return job()
 
     def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """See `Place`."""
+        """See `EngineDevice`."""
         return tensor.to(self.device, dtype)
 
     def hand_over(self, output: Any) -> Any:
-        """See `Place`."""
+        """See `EngineDevice`."""
         return output
 
     def moment(self) -> Any:
-        """See `Place`."""
+        """See `EngineDevice`."""
 
     def wait_for(self, moment: Any) -> None:
-        """See `Place`."""
+        """See `EngineDevice`."""
 
     def synchronize(self) -> None:
-        """See `Place`."""
+        """See `EngineDevice`."""
 
     def reserved_bytes(self) -> int:
-        """See `Place`."""
+        """See `EngineDevice`."""
         return sum(recording.result_bytes + recording.weight_bytes for recording in self._recordings)
 
     def _capture(self, forward: Forward, images: Tensor) -> Recorded:
@@ -111,22 +111,3 @@ class HostPlace:
         images.zero_()
         self._recordings.add(recording)
         return Recorded(recording.replay, recording.output, recording.result_bytes, recording.weight_bytes)
-
-
-def place_of(device: torch.device) -> Place:
-    """The place of a device.
-
-    Raises:
-        ValueError: a GPU that PyTorch does not see, or the meta device.
-    """
-    if device.type == "meta":
-        raise ValueError(f"InferenceEngine: device={device} holds no values; allowed: a device that computes")
-    if device.type != "cuda":
-        return HostPlace(device)
-    if not torch.cuda.is_available():
-        raise ValueError(f"InferenceEngine: device={device}, but PyTorch {torch.__version__} sees no GPU")
-    if device.index is not None and device.index >= torch.cuda.device_count():
-        raise ValueError(f"InferenceEngine: device={device}, but PyTorch sees {torch.cuda.device_count()} GPUs")
-    from effkernels.engine.cuda import CudaPlace
-
-    return CudaPlace(device)

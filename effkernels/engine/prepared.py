@@ -11,22 +11,22 @@ from torch import Tensor, nn
 
 from effkernels._recorded_tensor import NotRecordableError
 from effkernels.engine.buckets import buckets_for
+from effkernels.engine.devices import EngineDevice, HostDevice, Result
 from effkernels.engine.memory import model_tensors, peak_bytes, storage_bytes
 from effkernels.engine.outputs import check_output, concatenated, first_rows, nbytes
-from effkernels.engine.places import Place, Result
 from effkernels.engine.prepare import Preparation, new_weights, prepare
 from effkernels.engine.report import BucketReport
 from effkernels.engine.runners import EagerRunner, GraphRunner, Runner
 
 
-class Core:
+class PreparedModel:
     """A prepared copy of a model and a runner for each bucket.
 
     `work` takes the lock; everything that computes is called inside of it.
 
     Args:
         model: copied.
-        place: where to work.
+        device: where to work.
         how: what to do to the copy.
         input_size: (channels, height, width).
         sizes: of the buckets, rising.
@@ -42,7 +42,7 @@ class Core:
     def __init__(
         self,
         model: nn.Module,
-        place: Place,
+        device: EngineDevice,
         how: Preparation,
         input_size: tuple[int, int, int],
         sizes: tuple[int, ...],
@@ -50,7 +50,7 @@ class Core:
         cuda_graph: bool,
         max_memory_bytes: int | None,
     ) -> None:
-        self.place = place
+        self.device = device
         self.dtype = how.dtype
         self.input_size = input_size
         self.sizes = sizes
@@ -61,8 +61,8 @@ class Core:
         self._runners: dict[int, Runner] = {}
         self._reserved_bytes = 0
         self._eager_because = "" if cuda_graph else "cuda_graph=False"
-        if place.capture is None:
-            self._eager_because = f"nothing can be recorded on {place.device} here"
+        if device.capture is None:
+            self._eager_because = f"nothing can be recorded on {device.device} here"
         prepared = prepare(model, how)
         self._model = prepared.model
         self.optimized = prepared.optimized
@@ -80,7 +80,7 @@ class Core:
         """
         # An interrupt must leave neither the lock nor a mode behind. Between a call of C and what comes next Python
         # looks for none; the context managers of torch and contextlib are Python, and are left by those of C here.
-        device = self.place.device.type
+        device = self.device.device.type
         with self._lock:
             if self._released:
                 raise RuntimeError("the engine is closed")
@@ -89,7 +89,7 @@ class Core:
                 if with_autocast:
                     torch.set_autocast_enabled(device, False)
                 with torch._C._InferenceMode(True):
-                    return self.place.work(job)
+                    return self.device.work(job)
             finally:
                 if with_autocast:
                     torch.set_autocast_enabled(device, True)
@@ -99,7 +99,7 @@ class Core:
         shape = (count, *self.input_size)
         memory_format = self._how.memory_format
         with torch._C._InferenceMode(False), torch.no_grad():
-            new = torch.empty(shape, dtype=self.dtype, device=self.place.device, memory_format=memory_format)
+            new = torch.empty(shape, dtype=self.dtype, device=self.device.device, memory_format=memory_format)
             return new.zero_()
 
     def run(self, images: Tensor) -> Any:
@@ -107,9 +107,9 @@ class Core:
         if len(images) == 0:
             return first_rows(self._no_rows, 0)
         parts, start = [], 0
-        for size in buckets_for(len(images), self.sizes, self.place.overhead):
+        for size in buckets_for(len(images), self.sizes, self.device.overhead):
             part = images[start : start + size]
-            parts.append(self._run_bucket(size, self.place.bring(part, self.dtype)))
+            parts.append(self._run_bucket(size, self.device.bring(part, self.dtype)))
             start += size
             self.batches += 1
             self.images += len(part)
@@ -118,18 +118,18 @@ class Core:
 
     def warm_up(self) -> None:
         """Prepare every bucket, the largest first: the smaller ones then find its memory to use again."""
-        before = self.place.reserved_bytes()
+        before = self.device.reserved_bytes()
         weights = list(model_tensors(self._model).values())
         for size in reversed(self.sizes):
             runner, images = self._runner(size), self.new_input(size)
-            if size == self.sizes[-1] and (runner.kind == "eager" or not self.place.recordings_share):
+            if size == self.sizes[-1] and (runner.kind == "eager" or not self.device.recordings_share):
                 run = runner.run if runner.kind == "eager" else self._model
                 output, self._measured[size] = peak_bytes(run, images, weights)
             else:
                 output = runner.run(images)
             check_output(output, size)
-        self.place.synchronize()
-        self._reserved_bytes = self.place.reserved_bytes() - before
+        self.device.synchronize()
+        self._reserved_bytes = self.device.reserved_bytes() - before
 
     def refresh(self, source: nn.Module) -> None:
         """Write the weights of a model of the same structure into the memory of this one's: all of them or none.
@@ -144,7 +144,7 @@ class Core:
     def _take_over(self, source: nn.Module) -> None:
         into, values = new_weights(source, self._model)
         # From here on nothing fails, and an interrupt finds either all of the old weights or all of the new ones.
-        if not self.place.recordings_share:
+        if not self.device.recordings_share:
             self._runners.clear()
         with torch._C._InferenceMode(False), torch.no_grad():
             torch._foreach_copy_(into, values)
@@ -153,7 +153,7 @@ class Core:
         """Give weights and graphs back."""
         with self._lock:
             self._released = True
-            self.place.synchronize()
+            self.device.synchronize()
             self._runners.clear()
             self._model = nn.Module()
 
@@ -167,7 +167,7 @@ class Core:
     def bound(self, size: int) -> int:
         """Weights, activations and buffers in bytes with that bucket as the largest."""
         held = self.weight_bytes + self.activation_bytes(size) + self.buffer_bytes(size)
-        if not self._eager_because and not self.place.recordings_share:
+        if not self._eager_because and not self.device.recordings_share:
             held += sum(self._recorded_bytes(one) for one in self.sizes if one <= size)
         return held
 
@@ -217,7 +217,7 @@ class Core:
         self._measured = {smallest: activations}
         self._bytes_per_image = -(-(images.nbytes + nbytes(output)) // smallest)
         if (
-            not self.place.recordings_share and self._runner(smallest).kind == "eager"
+            not self.device.recordings_share and self._runner(smallest).kind == "eager"
         ):  # a recording shows what it holds
             self._runners.clear()
         self._refused = {
@@ -245,7 +245,7 @@ class Core:
         try:
             return runner.run(images)
         except Exception as error:
-            if not isinstance(runner, GraphRunner) or self.place.recordings_share:
+            if not isinstance(runner, GraphRunner) or self.device.recordings_share:
                 raise
             # The model has the last word on what these images are worth: a result, or an error of its own.
             eager = EagerRunner(self._model, size, self._how.memory_format)
@@ -256,13 +256,32 @@ class Core:
             return output
 
     def _new_runner(self, size: int) -> Runner:
-        capture = self.place.capture
+        capture = self.device.capture
         if capture is not None and not self._eager_because:
             try:
-                return GraphRunner(self._model, self.new_input(size), capture, self.place.recording)
+                return GraphRunner(self._model, self.new_input(size), capture, self.device.recording)
             except Exception as error:
                 # A model that waits for the GPU, reads values back or makes tensors on the host cannot be recorded. It
                 # still runs.
                 reason = " ".join(str(error).split())
                 self._eager_because = f"recording failed: {type(error).__name__}: {reason}"
         return EagerRunner(self._model, size, self._how.memory_format)
+
+
+def engine_device(device: torch.device) -> EngineDevice:
+    """What an engine needs of a device.
+
+    Raises:
+        ValueError: a GPU that PyTorch does not see, or the meta device.
+    """
+    if device.type == "meta":
+        raise ValueError(f"InferenceEngine: device={device} holds no values; allowed: a device that computes")
+    if device.type != "cuda":
+        return HostDevice(device)
+    if not torch.cuda.is_available():
+        raise ValueError(f"InferenceEngine: device={device}, but PyTorch {torch.__version__} sees no GPU")
+    if device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"InferenceEngine: device={device}, but PyTorch sees {torch.cuda.device_count()} GPUs")
+    from effkernels.engine.cuda import CudaDevice
+
+    return CudaDevice(device)

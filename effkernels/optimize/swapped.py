@@ -1,0 +1,25 @@
+"""What a swapped module looks like: its attributes, and the class that it had."""
+
+from __future__ import annotations
+
+from torch import nn
+
+OWN_PREFIX = "_effkernels_"
+"""What the attributes that `optimize_` adds to modules start with."""
+PROGRAMS = OWN_PREFIX + "programs"
+"""The attribute of a swapped module with its programs by method name."""
+UNVERIFIED = OWN_PREFIX + "unverified"
+"""The attribute with shapes to try a method on, by its name, where it has not been compared with the original yet."""
+BOUND = OWN_PREFIX + "bound_"
+"""With the name of a method: the attribute with the objects that its program's guard compares."""
+
+
+def is_swapped(module: nn.Module) -> bool:
+    """Whether a module runs programs."""
+    return PROGRAMS in module.__dict__
+
+
+def original_class(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that a swapped module had; any other class, one derived later from a swapped one too, as it is."""
+    found: type[nn.Module] = cls.__dict__.get("_effkernels_original", cls)
+    return found
