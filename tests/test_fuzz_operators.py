@@ -37,7 +37,7 @@ def test_a_call_that_should_have_raised_and_an_unclear_error_are_found(monkeypat
         return torch.zeros(1)
 
     def refuses(*args: object, **kwargs: object) -> torch.Tensor:
-        raise RuntimeError("no")
+        raise ValueError("no")
 
     def breaks(*args: object, **kwargs: object) -> torch.Tensor:
         raise AssertionError("x")

@@ -93,7 +93,7 @@ def test_what_the_filter_refuses_is_left_out(network: nn.Module, x: Tensor) -> N
     plain = copy.deepcopy(network)
     asked = []
 
-    def allows(name: str, module: nn.Module) -> bool:
+    def allows(module: nn.Module, name: str) -> bool:
         asked.append((name, module))
         return name not in ("stem", "blocks.1")
 
@@ -105,6 +105,14 @@ def test_what_the_filter_refuses_is_left_out(network: nn.Module, x: Tensor) -> N
     assert all(network.get_submodule(name) is module for name, module in asked)
     assert type(network.blocks[1]) is Block
     assert_as_before(network, plain, x)
+
+
+def test_a_filter_that_refuses_everything_is_named_in_the_report(network: nn.Module) -> None:
+    """One with its arguments the other way round, say: it compares a name with a module."""
+    report = effkernels.optimize_(network, filter_fn=lambda fqn, module: fqn == "blocks.0")
+    assert report.fused == 0
+    assert any("filter_fn left out all" in note and "filter_fn(module, fqn)" in note for note in report.notes)
+    assert "filter_fn(module, fqn)" in str(report)
 
 
 def test_strict_raises_and_leaves_the_model_as_it_was(network: nn.Module) -> None:
@@ -139,7 +147,7 @@ def test_nothing_but_the_class_of_a_module_changes(network: nn.Module, x: Tensor
 
 
 def test_optimising_again_starts_afresh(network: nn.Module, x: Tensor) -> None:
-    first = effkernels.optimize_(network, filter_fn=lambda name, module: name == "blocks.0")
+    first = effkernels.optimize_(network, filter_fn=lambda module, name: name == "blocks.0")
     assert first.fused == 1
     assert effkernels.optimize_(network).fused == 4
     assert effkernels.restore_(network) == 4

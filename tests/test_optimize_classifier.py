@@ -89,7 +89,7 @@ def test_a_changed_classifier_is_called(change: object) -> None:
 
 def test_the_filter_leaves_a_classifier_out() -> None:
     model = randomise(Classifying())
-    report = effkernels.optimize_(model, filter_fn=lambda name, module: name != "head")
+    report = effkernels.optimize_(model, filter_fn=lambda module, name: name != "head")
     assert report.notes == ()
     assert _operators(model, images(1, 9, 9)).count("aten::linear") == 2
 

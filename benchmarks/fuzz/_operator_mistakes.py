@@ -15,7 +15,7 @@ from torch import Tensor
 import effkernels
 from benchmarks.fuzz._operator_calls import Call, available_isas, draw_call
 
-_ALLOWED = (ValueError, TypeError, RuntimeError, NotImplementedError)
+_ALLOWED = (ValueError, TypeError)
 _ABSURD = (0, -1, -(2**31), 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**63 - 1, 2**63, -(2**63), 10**30)
 _NO_NUMBERS: tuple[Any, ...] = (None, "3", [1], math.nan, math.inf, 1.5, 1j, b"1", object())
 _NO_WORDS: tuple[Any, ...] = (None, 1, "", "swish ", "SILU", "\udcff", "a\0b", "x" * 100_000, b"silu", ["silu"])
@@ -66,7 +66,7 @@ def _huge(t: Tensor) -> Tensor:
 
 
 def check_mistake(seed: int) -> str | None:
-    """Whether a malformed call raises one of four exceptions that names the argument; None, or what is wrong."""
+    """Whether a malformed call raises a ValueError or TypeError that names the argument; None, or what is wrong."""
     rng = random.Random(seed)
     call = _small_call(rng)
     arguments = call.draw(seed)

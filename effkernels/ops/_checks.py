@@ -7,8 +7,11 @@ height, width and padding under tracing) is not looked at: a comparison would pu
 
 from __future__ import annotations
 
+import functools
 import math
+import sys
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,6 +62,35 @@ def depthwise(
     _check_activation(op, "activation", activation)
     window = (dilation * (kernel_height - 1) + 1, dilation * (kernel_width - 1) + 1)
     return _check_window(op, x, channels, window, stride, padding)
+
+
+def types(op: str, schema: str, args: Sequence[Any]) -> None:
+    """Check the Python types of arguments in the order of a schema, as the dispatcher does."""
+    for argument, value in zip(_arguments(schema), args, strict=True):
+        kind = str(argument.type)
+        optional = kind.startswith("Optional[")
+        allowed, words = _PYTHON_TYPES[kind.removeprefix("Optional[").removesuffix("]") if optional else kind]
+        if not (isinstance(value, allowed) or (optional and value is None)):
+            words += " or None" if optional else ""
+            raise TypeError(f"{op}: {argument.name} is {type(value).__name__}; allowed: {words}")
+        if allowed == _PYTHON_TYPES["float"][0] and type(value) is int and abs(value) > sys.float_info.max:
+            raise ValueError(f"{op}: {argument.name} is an integer that no float holds; allowed: a finite number")
+
+
+# What the dispatcher takes for each type of a schema, bool for a number included.
+_PYTHON_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "Tensor": ((Tensor,), "Tensor"),
+    "float": ((float, int, torch.SymFloat, torch.SymInt), "a number"),
+    "int": ((int, torch.SymInt), "an integer"),
+    "List[int]": ((list, tuple), "four integers"),
+    "str": ((str,), "a string"),
+    "bool": ((bool,), "True or False"),
+}
+
+
+@functools.cache
+def _arguments(schema: str) -> Sequence[Any]:
+    return tuple(torch._C.parse_schema(f"operator{schema}").arguments)
 
 
 def squeeze_excite(

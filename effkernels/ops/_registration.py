@@ -109,16 +109,30 @@ def call(overloads: Overloads[Result], backend: str, *args: Any) -> Result:
             return overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*args)
-    except NotImplementedError:  # PyTorch names the dispatch key, not the argument
-        _check_dense(overloads.op, args)
+    except (RuntimeError, TypeError, ValueError) as error:
+        if problem := None if isinstance(error, torch.OutOfMemoryError) else _problem(overloads.op, args):
+            raise problem from None
         raise
 
 
-def _check_dense(op: Operator[Any], args: Sequence[Any]) -> None:
-    """Raise TypeError for a tensor that is sparse, quantized, nested or MKL-DNN's among arguments of the schema."""
-    for name, t in zip(op.arguments, args, strict=True):
-        if isinstance(t, Tensor):
-            _checks.dense(op.name, name, t)
+def _problem(op: Operator[Any], args: Sequence[Any]) -> ValueError | TypeError | None:
+    """What is wrong with the arguments of a call that failed, in Python's types and without a file of C++ in front.
+
+    PyTorch names the dispatch key of a sparse, quantized, nested or MKL-DNN tensor, not the argument.
+    """
+    try:
+        _checks.types(op.name, op.schema, args)
+        for name, t in zip(op.arguments, args, strict=True):
+            if isinstance(t, Tensor):
+                _checks.dense(op.name, name, t)
+        device = args[0].device.type
+        if device in _AUTOCAST_DEVICES.values() and torch.is_autocast_enabled(device):
+            args = _cast_arguments(op, args, torch.get_autocast_dtype(device))
+        with torch.no_grad():
+            op.fake(*args)
+    except (ValueError, TypeError) as problem:
+        return problem
+    return None
 
 
 def call_reference(op: Operator[Result], *args: Any) -> Result:

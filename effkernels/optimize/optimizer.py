@@ -27,7 +27,7 @@ def optimize_(
     mode: str = "inference",
     *,
     backend: str = "auto",
-    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    filter_fn: Callable[[nn.Module, str], bool] | None = None,
     strict: bool = False,
     input_size: int | tuple[int, ...] | None = None,
 ) -> Report:
@@ -47,7 +47,8 @@ def optimize_(
         model: changed in place.
         mode: "inference".
         backend: "auto", or one of `effkernels.ops.backends.BACKENDS` for every fused operator of this model.
-        filter_fn: called with the name and the module of each block or convolution; False leaves it out.
+        filter_fn: called as filter_fn(module, fqn), as torchao does, with each block or convolution and its full name;
+            a false result leaves it out.
         strict: raise where anything that convolves stays as it is (what `filter_fn` leaves out aside).
         input_size: pixels of the image for which launches and bytes are counted: one number, (H, W) or (C, H, W); None:
             what the model says it was made for, else 224.
@@ -99,18 +100,23 @@ def as_it_was_on_failure(model: nn.Module) -> Iterator[None]:
 def _optimize(
     model: nn.Module,
     backend: str,
-    filter_fn: Callable[[str, nn.Module], bool] | None,
+    filter_fn: Callable[[nn.Module, str], bool] | None,
     strict: bool,
     input_size: tuple[int, int, int],
 ) -> Report:
     before, problem = try_forward(model, input_size)
     fitter = _Fitter(backend, before)
-    survey = Survey(model, filter_fn or (lambda name, module: True), fitter.accept)
+    survey = Survey(model, filter_fn or (lambda module, fqn: True), fitter.accept)
     survey.run()
     if fitter.unverified:
         fitter.notes.append(
             f"{fitter.unverified} modules have no weights to compare with: each runs as written until its first call "
             "with weights has compared the fused form with it"
+        )
+    if survey.entries and all(entry.reason == FILTERED for entry in survey.entries):
+        fitter.notes.append(
+            f"filter_fn left out all {len(survey.entries)} blocks: nothing is fused. It is called as "
+            "filter_fn(module, fqn), and a true result fuses the block"
         )
     order = {path: position for position, (path, _) in enumerate(model.named_modules())}
     entries = sorted(survey.entries, key=lambda entry: min(order[path] for path in entry.paths))

@@ -90,14 +90,14 @@ class Survey:
 
     Attributes:
         model: the model; nothing in it is changed here.
-        allows: whether a block or a convolution may be fused, by name and module.
+        allows: whether a block or a convolution may be fused, by module and full name.
         accept: called with each unit as it is found; False where it cannot be used after all.
         entries: lines of the report, in any order.
         notes: what else there is to say.
     """
 
     model: nn.Module
-    allows: Callable[[str, nn.Module], bool]
+    allows: Callable[[nn.Module, str], bool]
     accept: Callable[[Unit], bool]
     entries: list[Entry] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -155,7 +155,7 @@ class Survey:
         self.entries.append(entry)
         self._close(path, module)
         left = [f"{conv} stays as it is: {reason}" for conv, reason in found.left.items()]
-        if not self.allows(path, module):
+        if not self.allows(module, path):
             entry.fused, entry.reason = False, FILTERED
         elif found.hazard:
             entry.fused, entry.reason = False, found.hazard
@@ -196,7 +196,7 @@ class Survey:
         refused = {
             step.conv.path: FILTERED
             for step in method.match.steps
-            if not self.allows(_join(path, step.conv.path), module.get_submodule(step.conv.path))
+            if not self.allows(module.get_submodule(step.conv.path), _join(path, step.conv.path))
         }
         if refused:
             method = self._examine(path, module, name, refused)
@@ -213,7 +213,7 @@ class Survey:
         found.linears = [
             node
             for node in found.linears
-            if self.allows(_join(path, str(node.target)), module.get_submodule(str(node.target)))
+            if self.allows(module.get_submodule(str(node.target)), _join(path, str(node.target)))
         ]
         gains = found.steps or alone or (found.linears and self._units)
         if not gains and units < (1 if is_plain_container(module) else 2):
