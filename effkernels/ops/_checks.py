@@ -73,7 +73,9 @@ def types(op: str, schema: str, args: Sequence[Any]) -> None:
         if not (isinstance(value, allowed) or (optional and value is None)):
             words += " or None" if optional else ""
             raise TypeError(f"{op}: {argument.name} is {type(value).__name__}; allowed: {words}")
-        if allowed == _PYTHON_TYPES["float"][0] and type(value) is int and abs(value) > sys.float_info.max:
+        if isinstance(value, (list, tuple)) and not all(isinstance(number, (int, torch.SymInt)) for number in value):
+            raise TypeError(f"{op}: {argument.name}={value!r}; allowed: {words}")
+        if kind == "float" and type(value) is int and abs(value) > sys.float_info.max:
             raise ValueError(f"{op}: {argument.name} is an integer that no float holds; allowed: a finite number")
 
 
@@ -110,6 +112,8 @@ def squeeze_excite(
 
     Each parameter may be float32 or `dtype`, that of the gate.
     """
+    if dtype not in _FLOATING:
+        raise TypeError(f"{op}: w_expand has dtype {_name(dtype)}; allowed: {_list(map(_name, _FLOATING))}")
     for name, matrix in (("w_reduce", w_reduce), ("w_expand", w_expand)):
         _check_tensor(op, name, matrix, device, dtype)
     reduced = w_reduce.shape[0] if w_reduce.dim() else 0
