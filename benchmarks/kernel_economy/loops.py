@@ -25,7 +25,17 @@ _PIPES = {
     "STG": "memory",
     "LDS": "shared",
     "STS": "shared",
+    "LDSM": "shared",
+    "HMMA": "tensor",
 }
+
+
+def by_pipe(opcodes: Counter[str]) -> Counter[str]:
+    """Instructions by the pipe that executes them."""
+    found: Counter[str] = Counter()
+    for opcode, times in opcodes.items():
+        found[_PIPES.get(opcode.partition(".")[0], "ALU")] += times
+    return found
 
 
 @dataclass(frozen=True)
@@ -100,7 +110,7 @@ class Flow:
         """A jump through a table goes to the blocks behind it that nothing else goes to."""
         reached = {0, *(to for following in self.next for to in following)}
         tables = [number for number, block in enumerate(self.blocks) if block[-1].name == "BRX"]
-        for number, end in zip(tables, [*tables[1:], len(self.blocks)], strict=True):
+        for number, end in itertools.pairwise([*tables, len(self.blocks)]):
             self.next[number] += [to for to in range(number + 1, end) if to not in reached]
 
     def loops(self) -> Iterator[Loop]:
@@ -184,9 +194,8 @@ def issued_by_strips(code: Sequence[Instruction], kernel: int, stride: int, stri
         counted.append(flow.longest(strips, [(row, each if row is chosen else Counter()) for row in rows.values()]))
     inside, border = sorted(counted, key=lambda opcodes: sum(opcodes.values()))
     values = strip * vector
-    pipes: Counter[str] = Counter()
-    for opcode, times in inside.items():
-        pipes[_PIPES.get(opcode.partition(".")[0], "ALU")] += times
     return Issued(
-        sum(inside.values()) / values, sum(border.values()) / values, {pipe: n / values for pipe, n in pipes.items()}
+        sum(inside.values()) / values,
+        sum(border.values()) / values,
+        {pipe: n / values for pipe, n in by_pipe(inside).items()},
     )
