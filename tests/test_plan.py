@@ -295,6 +295,7 @@ def small_cases() -> list[OpCase]:
         pointwise_case((2, 24, 9, 7), 40, gate=True, residual=True),
         pointwise_case((1, 7, 5, 5), 11, gate=True),
         conv_case((2, 3, 20, 18), 32),
+        conv_case((2, 3, 20, 24), 32),
         conv_case((1, 40, 9, 9), 24),
         depthwise_case("depthwise_bn_act", (2, 24, 13, 14), 3, 1),
         depthwise_case("depthwise_bn_act", (1, 7, 9, 9), 5, 2),

@@ -442,9 +442,17 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
   if (!arrive_last(unit_arrivals, plan.channel_groups, shared.flag)) return;
   for (int at = threadIdx.x; at < images * reduced; at += kDepthwiseThreads) {
     const float* from = hidden + (at / reduced * plan.channel_groups) * reduced + at % reduced;
+    constexpr int kAtOnce = 12;  // reads that are under way together
     float total = 0.f;
-#pragma unroll 4
-    for (int other = 0; other < plan.channel_groups; ++other) total += __ldcg(from + other * reduced);
+#pragma unroll 1
+    for (int first = 0; first < plan.channel_groups; first += kAtOnce) {
+      float of_group[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        of_group[i] = first + i < plan.channel_groups ? __ldcg(from + (first + i) * reduced) : 0.f;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) total += of_group[i];
+    }
     shared.hidden[at] = total;
   }
   __syncthreads();

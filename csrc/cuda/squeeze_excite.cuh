@@ -12,28 +12,27 @@
 
 namespace effkernels::cuda {
 
-constexpr int kReduceLanes = 16;  // threads that share one row of w_reduce
-
-// The first product over `count` channels from `first` on, without bias and activation. 16 threads share a row, and a
-// warp takes two rows, all of its threads as long as any: their shuffles need no mask that is worked out at run time.
+// The first product over `count` channels from `first` on, without bias and activation. kLanes threads share a row, and
+// a warp takes several rows, all of its threads as long as any: their shuffles need no mask that is worked out at run
+// time.
 //   means: channel `first + i` of image m at m * means_stride + i
 //   hidden: row r of image m at m * hidden_stride + r
-template <class W>
+template <int kLanes, class W>
 __device__ void reduce_rows(const W* weight, int64_t channels, int reduced, int64_t first, int count,
                             const float* means, int means_stride, int images, float* hidden, int64_t hidden_stride) {
-  constexpr int E = kVectorOf<W>, kRows = 32 / kReduceLanes;
-  const int lane = threadIdx.x % kReduceLanes, warps = blockDim.x / 32;
+  constexpr int E = kVectorOf<W>, kRows = 32 / kLanes;
+  const int lane = threadIdx.x % kLanes, warps = blockDim.x / 32;
   const bool vectors = (channels | first | count | means_stride) % E == 0 &&
                        (reinterpret_cast<uintptr_t>(weight) | reinterpret_cast<uintptr_t>(means)) % 16 == 0;
 #pragma unroll 2
   for (int rows = threadIdx.x / 32 * kRows; rows < reduced; rows += warps * kRows) {
-    const int row = rows + threadIdx.x % 32 / kReduceLanes;
+    const int row = rows + threadIdx.x % 32 / kLanes;
     const W* from = weight + row * channels + first;
     const int own_count = row < reduced ? count : 0;
     float sum[kMostImagesOfGate] = {};
     if (vectors) {
 #pragma unroll 4
-      for (int at = lane * E; at < own_count; at += kReduceLanes * E) {
+      for (int at = lane * E; at < own_count; at += kLanes * E) {
         float w[E];
         load(from + at, w);
 #pragma unroll
@@ -49,7 +48,7 @@ __device__ void reduce_rows(const W* weight, int64_t channels, int reduced, int6
       }
     } else {
 #pragma unroll 4
-      for (int at = lane; at < own_count; at += kReduceLanes) {
+      for (int at = lane; at < own_count; at += kLanes) {
         const float w = to_float(load_global(from + at));
 #pragma unroll
         for (int m = 0; m < kMostImagesOfGate; ++m)
@@ -61,23 +60,33 @@ __device__ void reduce_rows(const W* weight, int64_t channels, int reduced, int6
       if (m >= images) break;
       float total = sum[m];
 #pragma unroll
-      for (int distance = kReduceLanes / 2; distance > 0; distance /= 2)
+      for (int distance = kLanes / 2; distance > 0; distance /= 2)
         total += __shfl_xor_sync(0xffffffffu, total, distance);
       if (lane == 0 && row < reduced) hidden[m * hidden_stride + row] = total;
     }
   }
 }
 
+// Few channels are read by few threads of a row, so that more rows are under way.
+template <class W>
+__device__ void reduce_product_of(const SqueezeExciteParams& p, int64_t first, int count, const float* means,
+                                  int means_stride, int images, float* hidden, int64_t hidden_stride) {
+  constexpr int kFew = 4, kMany = 16;
+  const W* const weight = static_cast<const W*>(p.w_reduce.data);
+  const int reduced = static_cast<int>(p.reduced);
+  if (count <= kFew * kVectorOf<W>)
+    reduce_rows<kFew>(weight, p.channels, reduced, first, count, means, means_stride, images, hidden, hidden_stride);
+  else
+    reduce_rows<kMany>(weight, p.channels, reduced, first, count, means, means_stride, images, hidden, hidden_stride);
+}
+
 template <class T>
 __device__ void reduce_product(const SqueezeExciteParams& p, int64_t first, int count, const float* means,
                                int means_stride, int images, float* hidden, int64_t hidden_stride) {
-  const int reduced = static_cast<int>(p.reduced);
   if (p.w_reduce.dtype == DType::kFloat32)
-    reduce_rows(static_cast<const float*>(p.w_reduce.data), p.channels, reduced, first, count, means, means_stride,
-                images, hidden, hidden_stride);
+    reduce_product_of<float>(p, first, count, means, means_stride, images, hidden, hidden_stride);
   else
-    reduce_rows(static_cast<const T*>(p.w_reduce.data), p.channels, reduced, first, count, means, means_stride, images,
-                hidden, hidden_stride);
+    reduce_product_of<T>(p, first, count, means, means_stride, images, hidden, hidden_stride);
 }
 
 // Bias and activation of the first product, in place on images * R values that lie together; ends with a barrier.
@@ -91,45 +100,69 @@ __device__ __forceinline__ void activate_hidden(const SqueezeExciteParams& p, in
   __syncthreads();
 }
 
-// The second product for `count` channels from `first` on, by threads that each take a channel and read its row of
-// w_expand E values at a time; neighbouring rows are neighbours in memory, so that every byte that is fetched is used.
-// write(m, channel, gate) gets each result once. The parameters are copied: behind a reference they would be read anew
-// for each channel.
+// The second product for `count` channels from `first` on, by threads that each take kChannels of them and read their
+// rows of w_expand E values at a time, kAhead such reads of each row before the first is needed; neighbouring rows are
+// neighbours in memory, so that every byte that is fetched is used. write(m, channel, gate) gets each result once. The
+// parameters are copied: behind a reference they would be read anew for each channel.
 template <class W, int E, class Write>
 __device__ void expand_rows(const SqueezeExciteParams& p, int64_t first, int count, const float* hidden, int images,
                             Write write) {
   constexpr int kSums = E < 4 ? E : 4;  // added at last: short sums err less, and need not wait for each other
+  constexpr int kChannels = 2, kAhead = 6;
   const int reduced = static_cast<int>(p.reduced);
   const W* const weight = static_cast<const W*>(p.w_expand.data);
   const Param bias = p.b_expand;
   const Gate gate = p.gate_activation;
-  for (int at = threadIdx.x; at < count; at += blockDim.x) {
-    const int64_t channel = first + at;
-    const W* const row = weight + channel * reduced;
-    const float own_bias = parameter(bias, channel, 0.f);
-    float sum[kMostImagesOfGate][kSums] = {};
-#pragma unroll 4  // reads under way at a time
-    for (int r = 0; r < reduced; r += E) {
-      float w[E];
-      load(row + r, w);
+  for (int at = threadIdx.x; at < count; at += kChannels * blockDim.x) {
+    float sum[kChannels][kMostImagesOfGate][kSums] = {};
+    unsigned stored_bias[kChannels] = {};
 #pragma unroll
-      for (int m = 0; m < kMostImagesOfGate; ++m) {
-        if (m >= images) break;
+    for (int c = 0; c < kChannels; ++c)
+      if (at + c * blockDim.x < count) stored_bias[c] = stored_parameter(bias, first + at + c * blockDim.x);
+#pragma unroll 1
+    for (int start = 0; start < reduced; start += kAhead * E) {
+      Vector<W, E> raw[kChannels][kAhead];
 #pragma unroll
-        for (int e = 0; e < E; e += kSums) {
-          const auto value = *reinterpret_cast<const Vector<float, kSums>*>(hidden + m * reduced + r + e);
+      for (int c = 0; c < kChannels; ++c) {
+        const bool present = at + c * blockDim.x < count;
+        const W* const row = weight + (first + at + c * blockDim.x) * reduced + start;
 #pragma unroll
-          for (int i = 0; i < kSums; ++i) sum[m][i] = fmaf(w[e + i], value.at[i], sum[m][i]);
+        for (int j = 0; j < kAhead; ++j) {
+          raw[c][j] = {};
+          if (present && start + j * E < reduced) raw[c][j] = load_raw<W, E>(row + j * E);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kAhead; ++j) {
+        if (start + j * E >= reduced) break;
+        float w[kChannels][E];
+#pragma unroll
+        for (int c = 0; c < kChannels; ++c) unpack(raw[c][j], 0, w[c]);
+#pragma unroll
+        for (int m = 0; m < kMostImagesOfGate; ++m) {
+          if (m >= images) break;
+#pragma unroll
+          for (int e = 0; e < E; e += kSums) {
+            const auto value = *reinterpret_cast<const Vector<float, kSums>*>(hidden + m * reduced + start + j * E + e);
+#pragma unroll
+            for (int c = 0; c < kChannels; ++c)
+#pragma unroll
+              for (int i = 0; i < kSums; ++i) sum[c][m][i] = fmaf(w[c][e + i], value.at[i], sum[c][m][i]);
+          }
         }
       }
     }
 #pragma unroll
-    for (int m = 0; m < kMostImagesOfGate; ++m) {
-      if (m >= images) break;
-      float total = sum[m][0];
+    for (int c = 0; c < kChannels; ++c) {
+      if (at + c * blockDim.x >= count) break;
 #pragma unroll
-      for (int i = 1; i < kSums; ++i) total += sum[m][i];
-      write(m, channel, apply_gate(total + own_bias, gate));
+      for (int m = 0; m < kMostImagesOfGate; ++m) {
+        if (m >= images) break;
+        float total = sum[c][m][0];
+#pragma unroll
+        for (int i = 1; i < kSums; ++i) total += sum[c][m][i];
+        write(m, first + at + c * blockDim.x, apply_gate(total + parameter_value(bias, stored_bias[c], 0.f), gate));
+      }
     }
   }
 }
@@ -143,6 +176,8 @@ __device__ void expand_product_of(const SqueezeExciteParams& p, int64_t first, i
     expand_rows<W, kWidest>(p, first, count, hidden, images, write);
   else if (aligned && p.reduced % (kWidest / 2) == 0)
     expand_rows<W, kWidest / 2>(p, first, count, hidden, images, write);
+  else if (aligned && p.reduced % 2 == 0)
+    expand_rows<W, 2>(p, first, count, hidden, images, write);
   else
     expand_rows<W, 1>(p, first, count, hidden, images, write);
 }
