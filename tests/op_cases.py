@@ -73,7 +73,7 @@ class Case:
         return dataclasses.replace(self, **changes)
 
     def draw(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-        """The arguments of the operator by name, as effkernels.ops and effkernels.reference take them."""
+        """The arguments of the operator by name, as effkernels.ops and effkernels.ops.reference take them."""
         generator = torch.Generator().manual_seed(seed)
         made = 0
 
@@ -166,7 +166,7 @@ def assert_surroundings_untouched(view: Tensor, image: Tensor) -> None:
 
 
 def run(module: Any, case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The outputs of the operator of `case` in effkernels.ops or effkernels.reference, always as a tuple."""
+    """The outputs of the operator of `case` in effkernels.ops or effkernels.ops.reference, always as a tuple."""
     outputs = getattr(module, case.op)(**arguments)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -199,7 +199,7 @@ def truth(case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
     and make NaN of an infinity or a NaN that has no part in an element.
     """
     (device,) = {a.device for _, a in tensors(arguments)}
-    outputs = run(effkernels.reference, case, in_float64(on_cpu(arguments)))
+    outputs = run(effkernels.ops.reference, case, in_float64(on_cpu(arguments)))
     return tuple(y.to(device) for y in outputs)
 
 

@@ -283,7 +283,7 @@ def test_a_forced_reference_calls_no_compiled_operator(compiled: None) -> None:
 
 @pytest.mark.parametrize(("value", "expected"), [("reference", "reference"), ("", "auto"), (None, "auto")])
 def test_environment_variable(value: str | None, expected: str) -> None:
-    assert run_python("from effkernels import backends; print(backends.selected())", value) == (0, expected, "")
+    assert run_python("from effkernels.ops import backends; print(backends.selected())", value) == (0, expected, "")
 
 
 def test_environment_variable_with_a_bad_value() -> None:
@@ -303,7 +303,7 @@ def fail(path):
 
 torch.ops.load_library = fail
 import effkernels
-from effkernels import backends
+from effkernels.ops import backends
 x, weight = torch.randn(1, 8, 5, 5, requires_grad=True), torch.randn(8, 1, 3, 3)
 y = effkernels.ops.depthwise_bn_act(x, weight, padding=(1, 1, 1, 1), activation="silu")
 y.sum().backward()

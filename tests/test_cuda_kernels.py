@@ -79,7 +79,7 @@ def test_a_team_that_the_gpu_has_no_room_for_is_two_launches(emulated: Emulator)
     finally:
         emulated.module.refuse_cooperative(False)
     assert launches(emulated) - before == 2
-    (truth,), (plain,) = op_cases.truth(case, arguments), op_cases.run(effkernels.reference, case, arguments)
+    (truth,), (plain,) = op_cases.truth(case, arguments), op_cases.run(effkernels.ops.reference, case, arguments)
     assert_parity(found, plain, truth)
     assert_parity(expected, plain, truth)
 
@@ -94,7 +94,7 @@ def test_hidden_values_are_aligned_whatever_the_channels(op: str, dtype: torch.d
                 op=op, dtype=dtype, channels=channels, reduced=reduced, height=5, width=6
             )
             arguments = case.draw()
-            plain = op_cases.run(effkernels.reference, case, arguments)
+            plain = op_cases.run(effkernels.ops.reference, case, arguments)
             for ours, theirs in zip(call(emulated, op, arguments), plain, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2)  # parity is held in test_ops_parity
 
@@ -194,7 +194,7 @@ def test_a_failed_allocation_is_an_error_and_no_more(emulated: Emulator) -> None
     with pytest.raises(RuntimeError, match="depthwise_bn_act_gate: the CUDA kernel could not be launched"):
         call(emulated, case.op, arguments)
     result = call(emulated, case.op, arguments)
-    truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.reference, case, arguments)
+    truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.ops.reference, case, arguments)
     for ours, theirs, exact in zip(result, plain, truth, strict=True):
         assert_parity(ours, theirs, exact)
 
@@ -471,7 +471,7 @@ def test_parity_on_few_multiprocessors(case: Case, device: str, order: str, emul
     arguments = case.draw()
     result = call(emulated, case.op, arguments)
     with op_cases.one_thread():
-        truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.reference, case, arguments)
+        truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.ops.reference, case, arguments)
     for ours, theirs, exact in zip(result, plain, truth, strict=True):
         assert_parity(ours, theirs, exact, str(case))
 

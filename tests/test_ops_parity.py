@@ -65,7 +65,7 @@ def drawn(case: Case, seed: int, device: str) -> Draw:
     # cuDNN's sums of few channels are exact by chance, and those of other orders are as right.
     placed = [arguments] if device == "cpu" else [arguments, op_cases.on_cpu(arguments)]
     with op_cases.one_thread():
-        same_dtype = tuple(op_cases.run(effkernels.reference, case, one) for one in placed)
+        same_dtype = tuple(op_cases.run(effkernels.ops.reference, case, one) for one in placed)
         return Draw(arguments, same_dtype, op_cases.truth(case, arguments))
 
 

@@ -246,7 +246,7 @@ def outputs(op: str, arguments: dict[str, Any]) -> list[tuple[Tensor, Tensor, Te
     ours = op_cases.run(effkernels.ops, case, arguments)
     with op_cases.one_thread():
         # On the CPU, as the truth and for its reason.
-        theirs = op_cases.run(effkernels.reference, case, op_cases.on_cpu(arguments))
+        theirs = op_cases.run(effkernels.ops.reference, case, op_cases.on_cpu(arguments))
         truth = op_cases.truth(case, arguments)
     return [(y, own.to(y.device), exact) for y, own, exact in zip(ours, theirs, truth, strict=True)]
 

@@ -304,7 +304,7 @@ importlib.util.find_spec = lambda name, *rest: None if name == "triton" else fou
 sys.modules["triton"] = None
 import torch
 import effkernels
-from effkernels import backends
+from effkernels.ops import backends
 x, weight = torch.randn(1, 8, 5, 5), torch.randn(8, 1, 3, 3)
 effkernels.ops.depthwise_bn_act(x, weight)
 print(backends.can_run_triton("depthwise_bn_act", device="cuda", dtype=torch.float32).reason)

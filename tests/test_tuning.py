@@ -201,7 +201,7 @@ class TestTheFile:
     def test_processes_at_once_lose_nothing_and_show_nothing_half_written(self) -> None:
         program = """
 import sys
-from effkernels.tuning import Configuration, ConfigurationKey, Plan, record
+from effkernels.triton.tuned_plan import Configuration, ConfigurationKey, Plan, record
 for number in range(12):
     plan = Plan("NVIDIA H200")
     plan.configurations[ConfigurationKey(sys.argv[1], "float32", (number,))] = Configuration((number,), 2.0, 1.0)
@@ -487,7 +487,8 @@ import sys
 import torch
 import effkernels
 effkernels.create_model("efficientnet_b0").eval()(torch.randn(1, 3, 32, 32))
-print([name for name in ("effkernels.tuner", "effkernels.benchmark", "effkernels.op_timing") if name in sys.modules])
+measuring = ("effkernels.bench.autotune", "effkernels.bench.timing", "effkernels.bench.op_timing")
+print([name for name in measuring if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -45,7 +45,7 @@ class Call:
     """A call but for its values: `draw` makes those, others for each `draw_seed`.
 
     Attributes:
-        op: name in effkernels.ops and effkernels.reference.
+        op: name in effkernels.ops and effkernels.ops.reference.
         dtype: of the images.
         shapes: of every tensor argument, by name; the order in which values are drawn.
         dtypes: of every tensor argument.

@@ -172,7 +172,7 @@ def _outputs(module: Any, call: Call, arguments: dict[str, Any]) -> tuple[Tensor
 def _plain(call: Call, arguments: dict[str, Any]) -> list[tuple[Tensor, ...]]:
     """PyTorch's results in the same dtypes, which differ with the memory format of the images."""
     return [
-        _outputs(effkernels.reference, call, {name: _in_format(a, f) for name, a in arguments.items()})
+        _outputs(effkernels.ops.reference, call, {name: _in_format(a, f) for name, a in arguments.items()})
         for f in (torch.channels_last, torch.contiguous_format)
     ]
 
@@ -184,7 +184,7 @@ def _in_format(argument: Any, memory_format: torch.memory_format) -> Any:
 
 def _truth(call: Call, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     wide = {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
-    return _outputs(effkernels.reference, call, wide)
+    return _outputs(effkernels.ops.reference, call, wide)
 
 
 def _further_errors(call: Call, output: int, seed: int, together: int) -> list[Errors]:
@@ -199,7 +199,7 @@ def _further_errors(call: Call, output: int, seed: int, together: int) -> list[E
 
 
 def _judge(mine: Tensor, truth: Tensor, own: list[Errors]) -> str | None:
-    """What breaks the rule: twice PyTorch's own error in the same dtype, plus one rounding (effkernels.parity)."""
+    """What breaks the rule: twice PyTorch's own error in the same dtype, plus one rounding (effkernels.ops.parity)."""
     found, one = errors(mine, truth), torch.finfo(mine.dtype).eps / 2
     for name, error, most in (
         ("l2", found.l2, max(e.l2 for e in own)),

@@ -13,7 +13,8 @@ from benchmarks.kernel_economy.reading import ToolMissing, find_tool
 # In a process of its own: a library that was loaded before it was built anew stays the old one.
 _ASK = """
 import json, sys, torch
-from effkernels import _library, backends
+from effkernels import _library
+from effkernels.ops import backends
 missing = [op for op in backends.OPERATORS if not backends.can_run_cuda(op, device="meta", dtype=torch.float32).ok]
 there = torch.cuda.is_available()
 unfit = there and _library.cuda_problem(torch.cuda.get_device_capability(), torch._C._cuda_getDriverVersion())

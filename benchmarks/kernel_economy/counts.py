@@ -1,7 +1,7 @@
-"""Instructions of a warp in each part of the kernels whose launches are estimated: `effkernels.kernel_counts`.
+"""Instructions of a warp in each part of the kernels whose launches are estimated: `effkernels.plan.kernel_counts`.
 
 Parts are found by what they do: the loop over rows of a depthwise strip has the multiply-adds of K taps, the main loop
-of a product has the tensor instructions. `effkernels.plan_time` says how often each part runs.
+of a product has the tensor instructions. `effkernels.plan.time_estimate` says how often each part runs.
 """
 
 from __future__ import annotations

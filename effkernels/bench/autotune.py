@@ -1,7 +1,7 @@
 """Measures how the kernels of one call are best cut, and which backend is faster at it: what `effkernels tune` runs.
 
-Candidates are checked before they are timed: the first images against float64 by the rule of `effkernels.parity`, the
-others, which repeat them, against these. They are timed in turns, on a GPU in CUDA graphs, all of them briefly and the
+Candidates are checked before they are timed: the first images against float64 by the rule of `effkernels.ops.parity`,
+the others, which repeat them, against these. They are timed in turns, on a GPU in CUDA graphs, all of them briefly and the
 best at length. The default takes part twice: what the two differ by is the noise, and less than that is no gain.
 """
 
@@ -376,7 +376,7 @@ class _Trial:
 
 
 def _limits(case: OpCase, truth: Sequence[Tensor], job: Job, device: torch.device) -> list[Errors]:
-    """What each result may be off by: twice what PyTorch's is, and one rounding (effkernels.parity)."""
+    """What each result may be off by: twice what PyTorch's is, and one rounding (effkernels.ops.parity)."""
     own = [
         [errors(plain, true)] for plain, true in zip(case.prepare(reference, job.dtype, device)(), truth, strict=True)
     ]

@@ -69,8 +69,8 @@ def export_model(
 ) -> Exported:
     """Write a network to a file that runs without this package, after checking that it computes the same.
 
-    The file is run at several input sizes and held against float64 by the rule of `effkernels.parity` (at most twice
-    PyTorch's own error in that dtype). It appears under its name only if it passes.
+    The file is run at several input sizes and held against float64 by the rule of `effkernels.ops.parity` (at most
+    twice PyTorch's own error in that dtype). It appears under its name only if it passes.
 
     Args:
         model: of `create_model`, or any network of images that torch.export can trace. It is copied and not changed;

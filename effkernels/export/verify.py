@@ -35,7 +35,7 @@ class Parity:
     """How far an exported network is from float64 and how far it may be, where it is nearest to too far.
 
     Attributes:
-        ok: within the rule of `effkernels.parity`.
+        ok: within the rule of `effkernels.ops.parity`.
         error, limit: of the output and the measure that are nearest to breaking it, relative.
         shapes: of the inputs it was run on, (batch, channels, height, width).
     """
@@ -63,7 +63,7 @@ def on_reference(model: nn.Module) -> Iterator[None]:
 
 
 def verify(run: Run, model: nn.Module, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Parity:
-    """Hold `run` against `model` at several sizes by the rule of `effkernels.parity`.
+    """Hold `run` against `model` at several sizes by the rule of `effkernels.ops.parity`.
 
     Args:
         run: the exported network.

@@ -2,7 +2,7 @@
 
 Both models are built by the very lines that the conversion tells its user, take the weights strictly, and see the same
 random images, at the native size and at another one, where frozen padding shows. The rule is that of
-`effkernels.parity`: at most twice the source model's own error against float64, plus one rounding.
+`effkernels.ops.parity`: at most twice the source model's own error against float64, plus one rounding.
 """
 
 from __future__ import annotations

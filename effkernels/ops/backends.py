@@ -12,8 +12,8 @@ and the environment variable EFFKERNELS_BACKEND, which is read once, at import.
 
 A choice depends on device, dtype, channels, kernel size, stride and activation only, never on batch, height or width,
 so that a trace with dynamic sizes stays one graph. Where both kinds of kernels run on a GPU, the compiled ones do,
-unless `effkernels tune` found the Triton kernel faster there (effkernels.tuning). What the `with` blocks ask for is a
-plain module variable, which torch.compile guards; it belongs to the process, not to a thread.
+unless `effkernels tune` found the Triton kernel faster there (effkernels.triton.tuned_plan). What the `with` blocks
+ask for is a plain module variable, which torch.compile guards; it belongs to the process, not to a thread.
 """
 
 from __future__ import annotations

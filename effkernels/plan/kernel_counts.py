@@ -1,7 +1,7 @@
 """Instructions that a warp issues in each part of a CUDA kernel, counted in the disassembly and shipped as a table.
 
 `make kernels-table` counts them (benchmarks/kernel_economy) and writes ``kernel_counts.json``; time estimates
-(`effkernels.plan_time`) read them where there is no disassembler. They are of the code for sm_90.
+(`effkernels.plan.time_estimate`) read them where there is no disassembler. They are of the code for sm_90.
 """
 
 from __future__ import annotations

@@ -116,7 +116,7 @@ class Plan:
 
     Attributes:
         model: name in the registry.
-        gpu: name in `effkernels.gpus`.
+        gpu: name in `effkernels.plan.gpus`.
         batch_size: images.
         img_size: their height and width in pixels.
         precision: dtype of weights and images, one of `PRECISIONS`.

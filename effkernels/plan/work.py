@@ -1,7 +1,7 @@
 """The work of a planned launch, from its cut and the counted instructions: what its blocks issue, and wait for.
 
 How often each part of a kernel runs follows from the plan (csrc/cuda/*_plan.cpp, which `cuda_plan` describes) and from
-the loops of csrc/cuda/*.cuh; what a warp issues in one pass is `effkernels.kernel_counts`.
+the loops of csrc/cuda/*.cuh; what a warp issues in one pass is `effkernels.plan.kernel_counts`.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ def test_is_as_exact_as_pytorchs(case: Case, backend: str) -> None:
     arguments = case.draw(0, "cuda")
     truth = op_cases.truth(case, arguments)
     with torch.inference_mode():
-        theirs = op_cases.run(effkernels.reference, case, arguments)
+        theirs = op_cases.run(effkernels.ops.reference, case, arguments)
         with effkernels.backend(backend):
             ours = op_cases.run(effkernels.ops, case, arguments)
     product = product_error(case)
@@ -76,5 +76,5 @@ def test_can_be_ruled_out_for_one_call() -> None:
     with torch.inference_mode(), effkernels.backend("cuda"):
         exact = effkernels.ops.pointwise_bn_act(**arguments, allow_tf32=False)
     (truth,) = op_cases.truth(case, arguments)
-    cpu = op_cases.run(effkernels.reference, case, op_cases.on_cpu(arguments))[0]
+    cpu = op_cases.run(effkernels.ops.reference, case, op_cases.on_cpu(arguments))[0]
     assert_within(exact, [error(cpu, truth)], truth, str(case))
