@@ -1,8 +1,8 @@
 """Measures how the kernels of one call are best cut, and which backend is faster at it: what `effkernels tune` runs.
 
 Candidates are checked before they are timed: the first images against float64 by the rule of `effkernels.ops.parity`,
-the others, which repeat them, against these. They are timed in turns, on a GPU in CUDA graphs, all of them briefly and the
-best at length. The default takes part twice: what the two differ by is the noise, and less than that is no gain.
+the others, which repeat them, against these. They are timed in turns, on a GPU in CUDA graphs, all of them briefly and
+the best at length. The default takes part twice: what the two differ by is the noise, and less than that is no gain.
 """
 
 from __future__ import annotations
