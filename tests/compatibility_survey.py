@@ -13,7 +13,7 @@ import pickle
 import sys
 
 import torch
-from parity import error, rounding
+from parity import errors, rounding
 from peer_models import images, randomise
 from torch import Tensor, nn
 
@@ -48,7 +48,7 @@ def survey(name: str) -> str:
         exact = copy.deepcopy(model).double()(x.double())
         report = effkernels.optimize_(model, input_size=size)
         found = model(x)
-        ours, own = error(found, exact), max(error(plain, exact).l2, error(other, exact).l2)
+        ours, own = errors(found, exact), max(errors(plain, exact).l2, errors(other, exact).l2)
         holds = {
             "values": ours.l2 <= 2 * own + rounding(found.dtype),
             "deepcopy": torch.equal(copy.deepcopy(model)(x), found),

@@ -24,6 +24,7 @@ from effkernels.bench.contenders import CONTENDERS
 from effkernels.bench.timing import Row, read_rows
 from effkernels.cli import main
 from effkernels.commands import common
+from effkernels.ops import parity
 from effkernels.triton import INTERPRETED, MOST_SCALED_ALONE
 
 
@@ -217,17 +218,22 @@ class TestCheck:
 
     def test_rule_has_no_slack(self) -> None:
         truth = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
-        own = check.Errors(1e-3, 1e-3)
+        own = parity.Errors(1e-3, 1e-3)
         plain = truth.float() * (1 + own.l2)
-        limit = check.limits(plain, truth)
+        limit = parity.limits(plain, truth)
         assert limit.l2 == pytest.approx(2 * own.l2 + 2.0**-24, rel=1e-3)
-        assert check.judge([truth * (1 + 1.99e-3)], [plain], [truth])[0]
-        assert not check.judge([truth * (1 + 2.01e-3)], [plain], [truth])[0]
+        assert parity.judge([truth * (1 + 1.99e-3)], [plain], [truth])[0]
+        assert not parity.judge([truth * (1 + 2.01e-3)], [plain], [truth])[0]
+
+    def test_where_the_truth_is_zero_only_zero_passes(self) -> None:
+        zero = torch.zeros(3)
+        assert parity.judge([zero], [zero], [zero.double()])[0]
+        assert not parity.judge([zero + 1e-30], [zero], [zero.double()])[0]
 
     @pytest.mark.parametrize("bad", [torch.tensor([1.0, float("nan")]), torch.ones(3)])
     def test_not_a_number_and_another_shape_fail(self, bad: torch.Tensor) -> None:
         truth = torch.ones(2, dtype=torch.float64)
-        assert not check.judge([bad], [torch.ones(2)], [truth])[0]
+        assert not parity.judge([bad], [torch.ones(2)], [truth])[0]
 
     def test_a_kernel_that_raises_is_a_finding(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def explode(*arguments: object, **options: object) -> None:

@@ -27,7 +27,7 @@ from op_cases import (
     SQUARE_KERNELS,
     Case,
 )
-from parity import Error, assert_exact_channels_last, assert_within, error, joined
+from parity import Errors, assert_exact_channels_last, assert_within, errors, joined
 from torch import Tensor
 
 import effkernels
@@ -99,13 +99,13 @@ def check(case: Case, backend: Backend) -> None:
         assert_within(mine, own, truth, f"{case}, output {i}")
 
 
-def errors_of_ways(draws: Sequence[Draw], output: int, truth: Tensor) -> list[Error]:
+def errors_of_ways(draws: Sequence[Draw], output: int, truth: Tensor) -> list[Errors]:
     """PyTorch's own error in an output of several draws together, in each of its ways."""
-    return [error(joined(several), truth) for several in zip(*(draw.ways(output) for draw in draws), strict=True)]
+    return [errors(joined(several), truth) for several in zip(*(draw.ways(output) for draw in draws), strict=True)]
 
 
 @lru_cache(maxsize=256)
-def own_errors(case: Case, output: int, together: int, device: str) -> list[Error]:
+def own_errors(case: Case, output: int, together: int, device: str) -> list[Errors]:
     """PyTorch's own error in an output, for several sets of `together` further draws each."""
     sets = max(4, DRAWS // together)
     draws = (drawn.__wrapped__(case, seed, device) for seed in range(together, (sets + 1) * together))

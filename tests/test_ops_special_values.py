@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import Backend, need
 from op_cases import DTYPES, EXPAND_OP, Case
-from parity import Error, assert_within, error, rounding
+from parity import Errors, assert_within, errors, rounding
 from torch import Tensor
 
 import effkernels
@@ -109,7 +109,7 @@ def assert_as_defined(
     for name, group in (("large", arrived.abs() > 128), ("ordinary", arrived.abs() <= 128)):
         group = group & finite
         known = group & torch.isfinite(theirs)
-        own = [error(theirs[known], truth[known]), Error(rounded, rounded)]
+        own = [errors(theirs[known], truth[known]), Errors(rounded, rounded)]
         assert_within(y[group], own, truth[group], f"{what}, {name} inputs")
     if exact:
         vanished = finite & (arrived < -128) & (wanted == 0)

@@ -17,11 +17,11 @@ from torch import Tensor
 import effkernels
 from effkernels import environment, ops
 from effkernels.bench import timing
-from effkernels.bench.check import errors, judge
 from effkernels.bench.op_case import OpCase
 from effkernels.bench.op_timing import as_run, enlarged, first_images, temporary_graphs, triton_launches
 from effkernels.bench.timing import Row, Statistics
 from effkernels.ops import backends, reference
+from effkernels.ops.parity import errors, judge
 
 # Results of this many images are compared with float64: every operator works image by image.
 _PARITY_IMAGES = 2

@@ -9,7 +9,6 @@ import torch
 
 import effkernels
 from effkernels import ops
-from effkernels.bench.check import judge
 from effkernels.bench.op_case import (
     DEPTHWISE_OPS,
     OpCase,
@@ -21,7 +20,7 @@ from effkernels.bench.op_case import (
 )
 from effkernels.ops import reference
 from effkernels.ops.backends import OPERATORS
-from effkernels.ops.parity import full_float32
+from effkernels.ops.parity import full_float32, judge
 
 
 def small_cases() -> Iterator[OpCase]:

@@ -29,10 +29,7 @@ from effkernels.bench.op_case import (
 )
 from effkernels.models import EfficientNet
 from effkernels.ops import backends, reference
-from effkernels.ops.parity import Errors as Errors
-from effkernels.ops.parity import errors as errors
-from effkernels.ops.parity import judge as judge
-from effkernels.ops.parity import limits as limits
+from effkernels.ops.parity import judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -13,11 +13,12 @@ from torch import Tensor
 import effkernels
 from effkernels import environment
 from effkernels.bench import timing
-from effkernels.bench.check import errors, sample_model
+from effkernels.bench.check import sample_model
 from effkernels.bench.contenders import CONTENDERS, Case, Runner, to_tensor
 from effkernels.bench.peak_memory import peak_memory
 from effkernels.bench.timing import Row
 from effkernels.models import model_config
+from effkernels.ops.parity import errors
 
 # Images whose logits are compared; the float64 reference is slow, and a batch repeats the same work.
 _PARITY_IMAGES = 4

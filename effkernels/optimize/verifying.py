@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from effkernels.ops.parity import errors, limits
 from effkernels.optimize.program import Program
 from effkernels.optimize.swapped import is_swapped
 from effkernels.optimize.twins import Twins, double
@@ -17,7 +18,6 @@ from effkernels.optimize.twins import Twins, double
 # Odd on purpose: what a padding or a stride gets wrong shows at the border of an odd image.
 SMALL_SIZES = ((9, 11), (65, 67))
 GUESS_SIZES = ((12, 10), (10, 13), (33, 34))
-_FACTOR = 2.0
 # Large numbers show what differs there alone, a clip at 20: an error of order one. It is enough to tell that from
 # rounding, which a softmax on the way makes large, and a whole network as large as the numbers themselves. A power of
 # two rounds nothing.
@@ -102,7 +102,7 @@ class _Trial:
         if isinstance(ours, str):
             return ours
         for result, wanted in zip(ours, plain, strict=True):
-            distance, _ = _error(result, wanted.double())
+            distance = errors(result, wanted).l2
             if torch.isfinite(wanted).all() and not distance <= _LARGE_DIFFERENCE.get(wanted.dtype, 2**-7):
                 return f"its fused form is off by {distance:.2g} on large numbers"
         return ""
@@ -134,21 +134,11 @@ def _judge(ours: list[Tensor], plain: list[list[Tensor]], truth: list[Tensor]) -
         if not torch.isfinite(exact).all() or not torch.isfinite(first).all():
             continue  # weights that nobody has filled yet say nothing
         judged = ""
-        allowed = [_FACTOR * max(pair) for pair in zip(_error(first, exact), _error(second, exact), strict=True)]
-        rounding = torch.finfo(result.dtype).eps / 2
-        for distance, most in zip(_error(result, exact), allowed, strict=True):
-            if not distance <= most + rounding:
-                return f"its fused form is off by {distance:.2g}, where {most + rounding:.2g} is allowed"
+        found, limit = errors(result, exact), limits((first, second), exact)
+        for distance, most in ((found.l2, limit.l2), (found.largest, limit.largest)):
+            if not distance <= most:
+                return f"its fused form is off by {distance:.2g}, where {most:.2g} is allowed"
     return judged
-
-
-def _error(result: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Relative L2, and the largest difference relative to the largest value."""
-    difference = result.double() - truth
-    norm, peak = float(truth.norm()), float(truth.abs().max()) if truth.numel() else 0.0
-    if peak == 0.0:
-        return (0.0, 0.0) if not difference.any() else (float("inf"), float("inf"))
-    return float(difference.norm()) / norm, float(difference.abs().max()) / peak
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
