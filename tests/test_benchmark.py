@@ -415,7 +415,7 @@ class TestReport:
         assert "No results" in (tmp_path / "README.md").read_text()
 
     def test_missing_marker(self) -> None:
-        with pytest.raises(ValueError, match="must stand there once"):
+        with pytest.raises(ValueError, match="must occur once"):
             report.with_section("no markers", "section")
 
 
