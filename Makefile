@@ -6,6 +6,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
 LIBRARY := effkernels/lib/libeffkernels.so
+# The documentation site is built from the sources alone: its environment holds neither torch nor the package.
+DOCS := build/docs-venv
 TEST_ARGS ?=
 # One process per core, each with one thread: the tests are many and small.
 TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -gt 8 ] && echo 8 || echo $$cores)
@@ -31,7 +33,7 @@ FORMATTED_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build test test-suite test-emulated test-race test-asan test-triton test-gates bench fuzz soak \
-  gpu-check kernels-table lint lint-python lint-native types format clean distclean wheel
+  gpu-check kernels-table lint lint-python lint-native types docs format clean distclean wheel
 
 help: ## list these commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -84,7 +86,7 @@ kernels-table: setup ## write what the compiler made of each kernel into docs/ke
 	cd tests && PYTHONPATH=.. ../$(BIN)/python -m triton_gates.worker 90 ../build/triton-90.pickle
 	cd tests && PYTHONPATH=.. ../$(BIN)/python -m triton_gates.table ../build/triton-90.pickle
 
-lint: lint-python lint-native types ## ruff, clang-format and mypy; changes nothing
+lint: lint-python lint-native types docs ## ruff, clang-format, mypy and the documentation site; changes no source
 
 lint-python: setup
 	$(BIN)/ruff check .
@@ -95,6 +97,10 @@ lint-native: setup
 
 types: setup
 	$(BIN)/mypy
+
+docs: $(DOCS)/.stamp ## build the documentation site into build/site; a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs --quiet build --strict
+	@echo "docs: build/site/index.html"
 
 format: setup ## put every source into the project's format
 	$(BIN)/ruff check --fix .
@@ -152,3 +158,25 @@ $(STAMPS)/dev: setup.py pyproject.toml constraints.txt | $(LIBRARY)
 	@echo "setup 4/4: the package and its dev extra"
 	@$(PIP) install --no-build-isolation -c constraints.txt -e ".[dev]"
 	@touch $@
+
+$(DOCS)/.stamp: pyproject.toml constraints.txt
+	$(require_python)
+	@echo "setup: the packages of the documentation site in $(DOCS)"
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -c "$$DOCS_REQUIREMENTS" > $(DOCS)/requirements.txt
+	@$(DOCS)/bin/pip --disable-pip-version-check install -q -c constraints.txt -r $(DOCS)/requirements.txt || { \
+	  echo "docs: the packages of the documentation site could not be installed (see above); pip needs a package index" \
+	  "for: $$(paste -sd ' ' $(DOCS)/requirements.txt)" >&2; exit 1; }
+	@touch $@
+
+# Prints the extra `docs` of pyproject.toml, one requirement a line. Python 3.10 has no tomllib, but its pip has tomli.
+define DOCS_REQUIREMENTS
+import importlib.util
+if importlib.util.find_spec("tomllib"):
+    import tomllib as toml
+else:
+    from pip._vendor import tomli as toml
+with open("pyproject.toml", "rb") as file:
+    print(*toml.load(file)["project"]["optional-dependencies"]["docs"], sep="\n")
+endef
+export DOCS_REQUIREMENTS

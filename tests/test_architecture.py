@@ -18,9 +18,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cam"}),
     frozenset({"scaling"}),
     frozenset({"bench"}),
-    frozenset(
-        {"__init__", "predict"}
-    ),  # what `import effkernels` gives, and the names for users of `engine/predict.py`
+    # `import effkernels`, and the names for users of files further down.
+    frozenset({"__init__", "peers", "predict"}),
     frozenset({"engine"}),
     frozenset({"export", "optimize"}),
     frozenset({"plan"}),

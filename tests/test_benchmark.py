@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import cases, readme_examples, report
+from benchmarks import cases, console_examples, report
 from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
@@ -415,23 +415,19 @@ class TestReport:
         assert "No results" in (tmp_path / "README.md").read_text()
 
     def test_missing_marker(self) -> None:
-        with pytest.raises(ValueError, match="must stand there once"):
+        with pytest.raises(ValueError, match="must occur once"):
             report.with_section("no markers", "section")
 
 
-class TestReadmeExamples:
+class TestConsoleExamples:
     def test_outputs_are_replaced(self, tmp_path: Path) -> None:
         text = "one\n```console\n$ echo first\nold\nolder\n$ pwd\n```\n```\n$ not run\n```\n"
         expected = f"one\n```console\n$ echo first\nfirst\n$ pwd\n{tmp_path}\n```\n```\n$ not run\n```\n"
-        assert readme_examples.with_outputs(text, tmp_path) == expected
+        assert console_examples.with_outputs(text, tmp_path) == expected
 
     def test_a_command_that_fails_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="exit status 3: no"):
-            readme_examples.with_outputs("```console\n$ (echo no >&2; exit 3) | tail -n 1\n```\n", tmp_path)
-
-    def test_readme_shows_every_command(self) -> None:
-        shown = " ".join(readme_examples.commands(report.README.read_text(encoding="utf-8")))
-        assert all(f"effkernels {name}" in shown for name in ("info", "check", "predict"))
+            console_examples.with_outputs("```console\n$ (echo no >&2; exit 3) | tail -n 1\n```\n", tmp_path)
 
 
 def test_report_of_this_repository_is_up_to_date() -> None:

@@ -161,7 +161,7 @@ class TestCounts:
         assert launches.moved_bytes(call) == (2 * 2 * 8 * 16 + 8) * 4
 
     def test_eager_pytorch_launches_four_times_as_often_and_moves_three_times_the_bytes(self) -> None:
-        """What the README claims of B0 in bfloat16, counted by the same rule over timm's network."""
+        """What docs/gpu.md claims of B0 in bfloat16, counted by the same rule over timm's network."""
         peers.import_timm()
         import timm
 

@@ -182,7 +182,7 @@ class InferenceEngine:
         """Photographs as the model's input, computed on the engine's device.
 
         The shorter side is resized, a central square cut out, mean and standard deviation are taken out per channel: as
-        `effkernels.engine.predict.Preprocessing` does with Pillow, within two of 255 levels.
+        `effkernels.predict.Preprocessing` does with Pillow, within two of 255 levels.
 
         Args:
             images: uint8 (N, H, W, C) as a tensor or array; or a sequence of images of any sizes, each uint8 (H, W, C)

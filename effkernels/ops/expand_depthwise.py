@@ -63,10 +63,10 @@ def expand_depthwise_squeeze(
             channels_last is read as it is, anything else is converted once.
         expand_weight: (C, C_in, 1, 1). This and every parameter below is float32 or of x's dtype.
         weight: (C, 1, KH, KW), KH and KW from 1 to 13.
-        expand_bias, expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var, expand_eps,
-            expand_activation: of the 1x1 convolution, as in `pointwise_bn_act`; vectors of length C.
-        bias, norm_weight, norm_bias, norm_mean, norm_var, eps, stride, padding, dilation, activation: of the depthwise
-            convolution, as in `depthwise_bn_act`.
+        expand_bias, expand_norm_*, expand_eps, expand_activation: of the 1x1 convolution, as in `pointwise_bn_act`;
+            vectors of length C.
+        bias, norm_*, eps, stride, padding, dilation, activation: of the depthwise convolution, as in
+            `depthwise_bn_act`.
         allow_tf32: whether a float32 product may run in TF32 on a GPU; None: as PyTorch is set for convolutions.
         backend: that runs this call, one of `effkernels.ops.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
