@@ -228,6 +228,6 @@ class TestConfigurations:
         assert input_size_of(create_model("efficientnet_b0", device="meta"), given) == wanted
 
     def test_another_crop_is_refused(self) -> None:
-        model = with_attributes(pretrained_cfg={"crop_mode": "squash", "input_size": (3, 32, 32)})
-        with pytest.raises(ValueError, match="crop_mode='squash' of the model's configuration; allowed: center"):
+        model = with_attributes(pretrained_cfg={"crop_mode": "border", "input_size": (3, 32, 32)})
+        with pytest.raises(ValueError, match="crop_mode='border' of the model's configuration; allowed: 'center', 'squash'"):
             preprocessing_of(model, (3, 32, 32))
