@@ -135,8 +135,8 @@ def _model_with_weights(name: str, file: str | None, pretrained: bool) -> tuple[
         return model, model.config.hf_hub_id
     if file is None:
         console.note(
-            f"WARNING: no weights given: the weights of {name} are RANDOM and its predictions mean nothing. --pretrained "
-            "fetches timm's, --weights FILE reads a checkpoint of timm, torchvision or lukemelas"
+            f"WARNING: the weights of {name} are RANDOM and its predictions mean nothing. --pretrained fetches timm's, "
+            "--weights FILE reads a checkpoint of timm, torchvision or lukemelas"
         )
         torch.manual_seed(0)
         model = effkernels.create_model(name)

@@ -87,9 +87,7 @@ def preprocessing_of(model: nn.Module, size: tuple[int, int, int]) -> tuple[Prep
         source = "ImageNet defaults, the model has no configuration of its own"
     crop_mode = timm.get("crop_mode") or "center"
     if crop_mode not in CROP_MODES:
-        raise ValueError(
-            f"crop_mode={crop_mode!r} of the model's configuration; allowed: {', '.join(map(repr, CROP_MODES))}"
-        )
+        raise ValueError(f"crop_mode={crop_mode!r} of the model's configuration; allowed: {', '.join(CROP_MODES)}")
     wanted: dict[str, Any] = {
         key: tuple(timm[key]) if key in ("mean", "std") else timm[key]
         for key in ("crop_pct", "interpolation", "mean", "std")

@@ -7,6 +7,7 @@ pickled comes from the network.
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import replace
 from pathlib import Path
 
@@ -58,9 +59,11 @@ def load_pretrained(
     try:
         checkpoint = read_checkpoint(file)
     except CheckpointError as error:
+        # file is FOLDER/snapshots/COMMIT/model.safetensors, a link into FOLDER/blobs: without the link alone, the
+        # client would link the same blob again.
         raise CheckpointError(
-            f"{error}. The file is from {weights.hf_hub_id}; where the copy is damaged, delete it to have it fetched "
-            "again",
+            f"{error}. It is the cached file of {weights.hf_hub_id}; to have it fetched again, delete "
+            f"{printable(file.parents[2])}",
             file=error.file,
             key=error.key,
         ) from error
@@ -79,6 +82,7 @@ def fetch(weights: ModelConfig) -> Path:
     try:
         import safetensors  # noqa: F401
         from huggingface_hub import constants, hf_hub_download, hf_hub_url
+        from huggingface_hub.errors import LocalEntryNotFoundError
     except ImportError as error:
         raise ImportError(
             f"create_model({name!r}, pretrained=True) needs the package {error.name}: pip install 'effkernels[models]'",
@@ -87,10 +91,10 @@ def fetch(weights: ModelConfig) -> Path:
     try:
         return Path(hf_hub_download(repository, FILE_NAME, library_name="effkernels", library_version=__version__))
     except Exception as error:  # of the client, the HTTP library under it or the file system; it differs by release
+        cause = error.__cause__ if isinstance(error, LocalEntryNotFoundError) and error.__cause__ else error
+        reason = _first_lines(cause)
         if constants.HF_HUB_OFFLINE:
             reason = f"HF_HUB_OFFLINE is set, and the cache {constants.HF_HUB_CACHE} does not have it"
-        else:
-            reason = _reason(error)
         raise HubError(
             f"create_model({name!r}, pretrained=True): {FILE_NAME} of {repository} could not be fetched: "
             f"{printable(reason)}. Without a network, fetch {hf_hub_url(repository, FILE_NAME)} elsewhere and call "
@@ -98,11 +102,10 @@ def fetch(weights: ModelConfig) -> Path:
         ) from error
 
 
-def _reason(error: BaseException) -> str:
-    """Return the first line of an error, and that of the error it comes from."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    text = f"{type(error).__name__}: {' '.join(lines[:2])[:300]}" if lines else type(error).__name__
-    return text if error.__cause__ is None else f"{text} ({_reason(error.__cause__)})"
+def _first_lines(error: BaseException) -> str:
+    """Return the class of an error and the first two lines of its message, which is where the client says it all."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {textwrap.shorten(' '.join(lines[:2]), 300, placeholder=' ...').rstrip('.')}"
 
 
 def _fitted(checkpoint: Checkpoint, model: Model, weights: ModelConfig) -> Checkpoint:
