@@ -125,6 +125,21 @@ class TestTable:
             name: list(tags) for name, tags in TIMM_WEIGHTS.items()
         }
 
+    def test_the_python_of_the_page_runs(
+        self, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        for tag in TIMM_WEIGHTS["efficientnet_b0"]:
+            hub.files[f"timm/efficientnet_b0.{tag}/model.safetensors"] = published("efficientnet_b0")
+        (tmp_path / "model.safetensors").write_bytes(published("efficientnet_b0"))
+        monkeypatch.chdir(tmp_path)
+        blocks = re.findall(r"(?<=```python\n).*?(?=```)", DOCS.read_text(encoding="utf-8"), re.DOTALL)
+        assert len(blocks) == 2
+        session: dict[str, Any] = {}
+        for block in blocks:
+            exec(compile(block, "docs/models.md", "exec"), session)
+        assert session["model"].config.tag == "ra_in1k"
+        assert capsys.readouterr().out == f"{list_models('*_b0', pretrained=True)}\n"
+
     @pytest.mark.parametrize(
         ("name", "options", "message"),
         [
