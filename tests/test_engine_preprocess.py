@@ -47,10 +47,14 @@ class TestTransform:
         assert apart.max() < (1.001 if interpolation != "nearest" else 0.001)
 
     @pytest.mark.parametrize("size", [*SIZES, *PANORAMAS], ids=str)
-    def test_a_squashed_photograph_is_as_pillow_makes_it(self, size: tuple[int, int]) -> None:
+    def test_a_squashed_photograph_is_as_pillow_makes_it_across_and_then_down(self, size: tuple[int, int]) -> None:
+        """In one call Pillow 13 goes down first where that side shrinks more; its two calls here fix the order."""
         how, image = Preprocessing(224, 0.95, crop_mode="squash"), photograph(size)
-        apart = levels_apart(transform(pixels(image)[None], how, integers=False)[0], how(image), how)
-        assert apart.max() < 1.001
+        (side, _), _ = how.placement(*image.size)
+        across = image.resize((side, image.height), PIL.Image.Resampling.BICUBIC)
+        found, wanted = transform(pixels(image)[None], how, integers=False)[0], how(across)
+        assert levels_apart(found, wanted, how).max() < 1.001
+        assert levels_apart(found, how(image), how).mean() < 0.2
 
     @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
     @pytest.mark.parametrize("size", SIZES, ids=str)

@@ -211,7 +211,9 @@ def transform(pixels: Tensor, preprocessing: Preprocessing, *, integers: bool | 
 
     Returns:
         (N, C, img_size, img_size), float32, in channels_last memory; at most one of 255 levels away from Pillow's
-            (two where the image is longer than 16 times its width).
+            (two where the image is longer than 16 times its width). Where crop_mode "squash" shrinks the height more
+            than the width, recent releases of Pillow take the two passes in the other order, and single values are a
+            few levels away.
 
     Raises:
         ValueError: mean and std have another number of channels.
