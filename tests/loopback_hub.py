@@ -102,7 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
         repository, _, file = self.path.removeprefix("/").partition("/resolve/main/")
         content = hub.files.get(f"{repository}/{file}")
         if hub.status != 200:
-            self._answer(hub.status)
+            self._answer(hub.status, X_Error_Message="No entry\x1b[31m")
         elif content is not None:
             digest = hashlib.sha256(content).hexdigest()
             self._answer(
@@ -116,7 +116,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif any(name.startswith(f"{repository}/") for name in hub.files):
             self._answer(404, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
         else:
-            self._answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository\x1b[31m not found")
+            self._answer(401, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
 
     def do_GET(self) -> None:
         hub = self.hub

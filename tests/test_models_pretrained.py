@@ -299,6 +299,11 @@ class TestClient:
         with pytest.raises(HubError, match=r"EntryNotFound.*checkpoint_path=FILE"):
             effkernels.create_model(LITE, pretrained=True)
 
+    def test_what_the_hub_says_reaches_no_terminal_raw(self, hub: Hub) -> None:
+        hub.status = 403
+        with pytest.raises(HubError, match=r"No entry\\x1b\[31m"):
+            effkernels.create_model(LITE, pretrained=True)
+
     def test_a_hub_in_trouble(self, hub: Hub, no_waiting: None) -> None:
         hub.status = 503
         with pytest.raises(HubError, match="503"):
