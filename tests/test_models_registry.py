@@ -98,11 +98,6 @@ def test_a_name_is_given_once() -> None:
         register(RegisteredModel(model_config("efficientnet_b0"), BASELINE))
 
 
-def test_no_weights_are_shipped() -> None:
-    with pytest.raises(NotImplementedError, match=r"no weights are shipped.*checkpoint_path=FILE"):
-        effkernels.create_model("efficientnet_b0", pretrained=True)
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

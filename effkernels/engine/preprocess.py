@@ -16,11 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effkernels.engine.images import as_rgb
-from effkernels.models.preprocessing import LONGEST_RESIZED, Preprocessing
+from effkernels.models.preprocessing import CROP_MODES, LONGEST_RESIZED, Preprocessing
 
 _MODES = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic", "lanczos": "lanczos"}
 _DOWN, _ACROSS = 2, 3  # dimensions of (N, C, H, W)
-_CROP_MODES = (None, "", "center")
 MOST_PIXELS = 178_956_970  # of a photograph: what Pillow, too, takes for an attack beyond
 
 
@@ -86,14 +85,15 @@ def preprocessing_of(model: nn.Module, size: tuple[int, int, int]) -> tuple[Prep
         timm = {"mean": config.image_mean, "std": config.image_std}  # type: ignore[union-attr]
     if not timm:
         source = "ImageNet defaults, the model has no configuration of its own"
-    if timm.get("crop_mode") not in _CROP_MODES:
-        raise ValueError(f"crop_mode={timm['crop_mode']!r} of the model's configuration; allowed: center")
+    crop_mode = timm.get("crop_mode") or "center"
+    if crop_mode not in CROP_MODES:
+        raise ValueError(f"crop_mode={crop_mode!r} of the model's configuration; allowed: {', '.join(CROP_MODES)}")
     wanted: dict[str, Any] = {
         key: tuple(timm[key]) if key in ("mean", "std") else timm[key]
         for key in ("crop_pct", "interpolation", "mean", "std")
         if timm.get(key) is not None
     }
-    return Preprocessing(size[2], **wanted), source
+    return Preprocessing(size[2], **wanted, crop_mode=crop_mode), source
 
 
 def preprocessing_from(given: Any, model: nn.Module, size: tuple[int, int, int]) -> tuple[Preprocessing, str]:
@@ -211,7 +211,9 @@ def transform(pixels: Tensor, preprocessing: Preprocessing, *, integers: bool | 
 
     Returns:
         (N, C, img_size, img_size), float32, in channels_last memory; at most one of 255 levels away from Pillow's
-            (two where the image is longer than 16 times its width).
+            (two where the image is longer than 16 times its width). Where crop_mode "squash" shrinks the height more
+            than the width, recent releases of Pillow take the two passes in the other order, and single values are a
+            few levels away.
 
     Raises:
         ValueError: mean and std have another number of channels.
