@@ -20,7 +20,11 @@ README = ROOT / "README.md"
 DOCS = sorted(ROOT.glob("docs/*.md"))
 PAGES = (README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples/README.md", *DOCS)
 # Pages whose Python needs a test of its own: files that it writes, or processes without the package.
-OTHER_TESTS = {"deployment.md": "test_export_deploy.py", "models.md": "test_models_pretrained.py", "scaling.md": "test_scaling_docs.py"}
+OTHER_TESTS = {
+    "deployment.md": "test_export_deploy.py",
+    "models.md": "test_models_pretrained.py",
+    "scaling.md": "test_scaling_docs.py",
+}
 PYTHON = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
