@@ -21,7 +21,7 @@ from effkernels import _library, gpus
 from effkernels.gpus import Gpu
 from effkernels.models import create_model, model_config
 from effkernels.plan_record import Call, record_calls, tensors_in
-from effkernels.plan_time import MODES, TimeEstimate, estimate
+from effkernels.plan_time import MODES, TimeEstimate, estimate, forward_us
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -141,8 +141,11 @@ class Plan:
 
         Args:
             mode: one of `effkernels.plan_time.MODES`: how the launches follow each other.
+
+        Raises:
+            ValueError: an unknown mode.
         """
-        return sum(launch.time.us_in(mode) for launch in self.launches)
+        return forward_us((launch.time for launch in self.launches), mode)
 
     def by_block(self) -> dict[str, Totals]:
         """Sums per part of the network, in the order of the forward."""
@@ -153,6 +156,8 @@ class Plan:
         """The plan and its sums as strict JSON."""
         blocks = {name: asdict(totals) for name, totals in self.by_block().items()}
         report = {**asdict(self), "blocks": blocks, "totals": asdict(self.totals)}
+        for fields, launch in zip(report["launches"], self.launches, strict=True):
+            fields["time"] |= {"us": launch.time.us, "longest": launch.time.longest}
         report["estimated_us"] = {mode: self.estimated_us(mode) for mode in MODES}
         return json.dumps(report, indent=2, allow_nan=False)
 
@@ -163,8 +168,11 @@ class Plan:
         launches = []
         for fields in report.pop("launches"):
             block = fields.pop("block")
-            time = TimeEstimate(**fields.pop("time"))
-            launches.append(PlannedLaunch(block=None if block is None else tuple(block), time=time, **fields))
+            time = fields.pop("time")
+            del time["us"], time["longest"]
+            launches.append(
+                PlannedLaunch(block=None if block is None else tuple(block), time=TimeEstimate(**time), **fields)
+            )
         del report["blocks"], report["totals"], report["estimated_us"]
         return cls(launches=tuple(launches), **report)
 

@@ -12,14 +12,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
-from benchmarks.kernel_economy import estimate, reading, rules, table
+from benchmarks.kernel_economy import paths, reading, rules, table
+from benchmarks.kernel_economy.counts import count_kernels
 from benchmarks.kernel_economy.loops import Flow, instructions_of, issued_by_strips
 from benchmarks.kernel_economy.reading import Kernel, ToolMissing
 from benchmarks.kernel_economy.rules import Claim, Rule
-from effkernels import _library
-from effkernels.op_case import depthwise_case, pointwise_case
+from effkernels import _library, kernel_counts
+from effkernels.kernel_counts import Counters
 
 TESTS = Path(__file__).parent
 
@@ -103,21 +103,27 @@ def test_claims_hold_for_sm_80(tmp_path: Path) -> None:
     assert rules.broken_claims(kernels) == []
 
 
-class TestTheEstimate:
-    def test_counts_the_bytes_that_the_operator_cannot_avoid(self) -> None:
-        """The same bytes as OpCase counts, but for weights and vectors."""
-        call = estimate.depthwise("depthwise_bn_act_squeeze", 96, 112, 3, 2, 0)
-        case = depthwise_case("depthwise_bn_act", (1, 96, 112, 112), 3, 2)
-        images = case.bytes_moved(torch.bfloat16) - 96 * (9 * 2 + 4 * 4)
-        assert call.moved == estimate._BATCH * images
-        call = estimate.pointwise(144, 56, 24, True, True)
-        pointwise = pointwise_case((1, 144, 56, 56), 24, gate=True, residual=True)
-        images = pointwise.bytes_moved(torch.bfloat16) - 24 * (144 * 2 + 4 * 4) - 144 * 2
-        assert call.moved == estimate._BATCH * images
+class TestTheCounts:
+    def test_file_is_what_the_disassembly_gives(self, shipped: list[Kernel]) -> None:
+        """effkernels/kernel_counts.json, comparable only where the compiler is the same."""
+        need_tools("nvcc")
+        if 90 not in {kernel.arch for kernel in shipped}:
+            pytest.skip("the library was not built for sm_90, which the counts are of")
+        if table.caption(reading.nvcc_version()) not in table.PAGE.read_text(encoding="utf-8"):
+            pytest.skip(f"the counts are of another compiler than nvcc {reading.nvcc_version()}")
+        expected = kernel_counts.to_json(count_kernels(shipped))
+        assert kernel_counts.FILE.read_text(encoding="utf-8") == expected, "run: make kernels-table"
 
-    def test_plans_are_of_one_launch(self, compiled: None) -> None:
-        for call in estimate.CALLS:
-            assert len(estimate.planned(call)) == 1, call.words
+    def test_strips_agree_with_the_instructions_for_each_value(self, shipped: list[Kernel]) -> None:
+        """Two ways to count one strip: part by part, and the whole way around it."""
+        counts = count_kernels(shipped)
+        for size, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
+            name = f"depthwise_strips<bfloat16, {size}, {stride}>"
+            (kernel,) = (one for one in shipped if one.name == name and one.arch == 90)
+            parts = counts[name.replace(" ", "")].parts
+            values = rules.strip_elements(kernel)
+            by_parts = (parts["strip"].issued + size * parts["row"].issued) / values
+            assert by_parts == pytest.approx(rules.issued(kernel).inside, rel=0.05), name
 
 
 def listing(*lines: str) -> str:
@@ -172,6 +178,57 @@ class TestTheLoops:
     def test_code_without_the_loops_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="2 FFMA and 2 LDG"):
             issued_by_strips(instructions_of(listing(*self.LISTING)), kernel=2, stride=1, strip=1, vector=1)
+
+
+class TestThePaths:
+    FLOW = Flow(instructions_of(listing(*TestTheLoops.LISTING)))
+
+    def block(self, address: int) -> int:
+        return next(number for number, block in enumerate(self.FLOW.blocks) if block[0].address == address)
+
+    def test_swish_is_preferred_or_avoided(self) -> None:
+        first, last = self.block(0xB0), self.block(0x120)
+        assert "MUFU.TANH" in [one.opcode for one in paths.way(self.FLOW, first, last, paths.longest)]
+        listing_without = [line.replace("MUFU.TANH", "FADD") for line in TestTheLoops.LISTING]
+        flow = Flow(instructions_of(listing(*listing_without)))
+        assert "MUFU.EX2" not in [one.opcode for one in paths.way(flow, first, last, paths.plain)]
+
+    def test_loops_left_out_count_nothing(self) -> None:
+        loops = paths.loops_of(self.FLOW)
+        rows = [one for one in loops if one.count("FFMA") == 1]
+        strips = next(one for one in loops if all(paths.inside(row, one) for row in rows))
+        path = paths.way(self.FLOW, strips.first, strips.last, paths.longest, rows)
+        assert not [one for one in path if one.name == "FFMA"]
+        assert [one.name for one in path] == ["IADD3", "BRA", "BRX", "MUFU", "BRA", "STG", "BRA"]
+
+    def test_no_way_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="no way from block"):
+            paths.way(self.FLOW, self.block(0x140), self.block(0x20), paths.longest)
+
+    def test_instructions_are_sorted_by_unit(self) -> None:
+        code = instructions_of(
+            listing(
+                "FFMA R1, R2, R3, R4",
+                "HMMA.16816.F32.BF16 R4, R8, R12, R4",
+                "LDS.128 R4, [R8]",
+                "MUFU.TANH R1, R1",
+                "LDSM.16.M88.4 R4, [R8]",
+                "PRMT R1, R2, 0x1, R3",
+                "UIADD3 UR4, UR4, 0x1, URZ",
+                "BAR.SYNC 0x0",
+                "STG.E.64 [R2.64], R4",
+                "EXIT",
+            )
+        )
+        found = paths.counters(code)
+        assert found == Counters(issued=10, fma=1, alu=1, special=1, memory=3, wavefronts=4 + 4 + 2, tensor=1, trips=0)
+
+    def test_loads_before_a_first_use_are_one_trip(self) -> None:
+        code = instructions_of(
+            listing("LDG.E.128 R4, [R2.64]", "LDG.E R8, [R2.64]", "FADD R1, R1, R7", "FADD R1, R1, R8",
+                    "LDG.E R9, [R2.64]", "MOV R1, R2", "EXIT")
+        )  # fmt: skip
+        assert paths.trips(code) == 2  # the third load arrives after the path
 
 
 GOOD = "good<bfloat16, 1>"

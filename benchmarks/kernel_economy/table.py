@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
-from benchmarks.kernel_economy import estimate
+from benchmarks.kernel_economy.counts import count_kernels
 from benchmarks.kernel_economy.reading import ROOT, Kernel, compile_sources, nvcc_version, read_kernels
 from benchmarks.kernel_economy.rules import claim_of, element_bytes, issued
+from effkernels import gpus
+from effkernels.kernel_counts import PIPES
+from effkernels.plan import plan_model
+from effkernels.plan_time import MODES, OVERLAPPING, TERMS
 
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN = "<!-- kernels: written by python -m benchmarks.kernel_economy -->"
@@ -66,6 +72,65 @@ def issued_lines(kernels: Sequence[Kernel]) -> list[str]:
     return lines
 
 
+# Kernels of networks in bfloat16. The parts that depthwise kernels share are told for one of them.
+_HOT = (
+    r"depthwise_strips<bfloat16,[35],[12]>|pointwise<bfloat16,.*|conv\w*<bfloat16.*|norm_act<bfloat16,8>"
+    r"|scale_by_gate<bfloat16,8>"
+)
+_SHARED_PARTS_OF = "depthwise_strips<bfloat16,5,1>"
+_OWN_PARTS = ("row", "row.border", "strip")
+
+
+def part_lines(kernels: Sequence[Kernel]) -> list[str]:
+    """Instructions of a warp in one pass through each part of the hot kernels, by pipe."""
+    lines = [f"| kernel | part | {' | '.join(PIPES)} |", "|---|---|" + "--:|" * len(PIPES)]
+    for name, counts in count_kernels(kernels).items():
+        if not re.fullmatch(_HOT, name):
+            continue
+        for part, counters in counts.parts.items():
+            if name.startswith("depthwise_strips") and name != _SHARED_PARTS_OF and part not in _OWN_PARTS:
+                continue
+            cells = " | ".join(f"{value:.4g}" for value in astuple(counters))
+            lines.append(f"| `{name}` | {part} | {cells} |")
+    return lines
+
+
+def launch_time_lines() -> list[str]:
+    """The estimate of every launch of EfficientNet-B0 at batch 256 in bfloat16 on an H200."""
+    plan = plan_model("efficientnet_b0", gpu="h200", batch_size=256)
+    lines = [
+        f"| layer | kernel | grid | blocks x threads | MB | {' | '.join(TERMS)} | us |",
+        "|---|---|--:|--:|--:|" + "--:|" * (len(TERMS) + 1),
+    ]
+    for launch in plan.launches:
+        time = launch.time
+        cells = [f"{getattr(time, term):.1f}" for term in TERMS]
+        marked = OVERLAPPING.index(time.longest)
+        cells[marked] = f"**{cells[marked]}**"
+        grid = "" if launch.grid is None else str(launch.grid)
+        threads = "" if launch.block is None else f"{time.blocks} x {launch.block[0] * launch.block[1]}"
+        lines.append(
+            f"| {launch.layer} | {launch.variant or launch.kernel} | {grid} | {threads} | {launch.bytes / 1e6:.1f} "
+            f"| {' | '.join(cells)} | {time.us:.1f} |"
+        )
+    return lines
+
+
+def sum_lines() -> list[str]:
+    """The estimated time of a forward in bfloat16, by GPU, model and batch size."""
+    batches = (1, 32, 256)
+    lines = [
+        f"| model | GPU | {' | '.join(f'batch {batch}, {mode}' for batch in batches for mode in MODES)} |",
+        "|---|---|" + "--:|" * (len(batches) * len(MODES)),
+    ]
+    for model in ("efficientnet_b0", "efficientnet_b4"):
+        for gpu in gpus.GPUS:
+            plans = [plan_model(model, gpu=gpu, batch_size=batch) for batch in batches]
+            cells = " | ".join(f"{plan.estimated_us(mode):.0f}" for plan in plans for mode in MODES)
+            lines.append(f"| {model} | {gpu.name} | {cells} |")
+    return lines
+
+
 def activation_lines(folder: Path) -> list[str]:
     """Special-function instructions per element of every activation and type, counted in a probe of its own."""
     (binary,) = compile_sources([_PROBE], 90, folder)
@@ -103,9 +168,17 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "\n".join(issued_lines(shown)),
         "### Special-function instructions per element",
         "\n".join(activation_lines(folder)),
-        "### Estimates for EfficientNet-B0 at batch 256, bfloat16, on an H200\n\nTime of each need alone, in "
-        "microseconds, every unit at its full rate; the longest, in bold, is the floor. Nothing here was measured.",
-        "\n".join(estimate.table(shown)),
+        "### Instructions of a warp in each part of a kernel\n\nIn one pass through the part, counted in the "
+        "disassembly along the way that a network takes; `effkernels/kernel_counts.py` says what the columns are, "
+        "`effkernels/plan_work.py` how often each part runs.",
+        "\n".join(part_lines(shown)),
+        "### Estimated time of each launch: EfficientNet-B0 at batch 256, bfloat16, on an H200\n\nMicroseconds, as "
+        "`effkernels explain --model-time` prints them: the longest of the first nine terms, in bold, and the others "
+        "on top of it. An estimate; nothing here was measured.",
+        "\n".join(launch_time_lines()),
+        "### Estimated time of a forward\n\nMicroseconds in bfloat16, all launches and the gaps between them. An "
+        "estimate; nothing here was measured. Instructions are those of the code for sm_90 on every GPU.",
+        "\n".join(sum_lines()),
     ]
     return "\n\n".join(blocks)
 
