@@ -333,7 +333,7 @@ def _bytes_of_two(call: Call) -> tuple[int, int]:
 
 def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
     """What computes the FLOPs of a kernel."""
-    if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "conv"):
+    if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "conv", "conv_stem"):
         if dtype != torch.float32:
             return "tensor"
         # PyTorch lets convolutions run in TF32 by default, and other matrix products not.

@@ -3,6 +3,7 @@ addresses, and teams of blocks where an image fits on the chip. Shown on the emu
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import op_cases
@@ -244,6 +245,23 @@ def test_elements_past_31_bits(op: str, channels: int, far_apart: str, emulated:
     assert all(torch.equal(a, b) for a, b in zip(near, far, strict=True))
 
 
+@pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["channels_last", "contiguous"])
+@pytest.mark.parametrize("padding", [(1, 1, 1, 1), (0, 1, 0, 1)], ids=str)
+def test_an_infinity_reaches_only_the_windows_that_it_is_in(
+    padding: tuple[int, int, int, int], layout: str, dtype: torch.dtype, emulated: Emulator
+) -> None:
+    """The stem reads pairs of values, some with a neighbour of the window in them."""
+    case = Case("conv_bn_act", dtype, channels=3, stride=2, height=24, width=40, padding=padding, layout=layout)
+    arguments = case.draw()
+    for channel, row, column in ((0, 5, 8), (1, 6, 9), (2, 7, 15), (0, 0, 0), (2, 23, 39), (2, 12, 31), (0, 12, 32)):
+        arguments["x"][0, channel, row, column] = torch.inf
+    (y,) = call(emulated, case.op, arguments)
+    (truth,) = op_cases.truth(case, arguments)
+    assert torch.equal(y.isfinite(), truth.isfinite())
+    assert 0 < int((~y.isfinite()).sum()) < y.numel() // 4
+
+
 # ------------------------------------------------------------------------------------------------- what fits on a chip
 
 
@@ -358,6 +376,29 @@ def test_no_plan_asks_for_more_than_any_gpu_has(call: tuple[str, list[int]], dty
                 assert int(launch["grid"]) <= resident * gpu.multiprocessors, (gpu.name, launch)
 
 
+def stem_shape(batch: int, size: int, out_channels: int) -> list[int]:
+    return [batch, 3, out_channels, size, size, 3, 3, 2, 0, 1, 0, 1]
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("size", "out_channels"), [(224, 32), (240, 32), (260, 32), (300, 40), (380, 48), (456, 48), (528, 56), (600, 64)]
+)
+def test_stems_of_efficientnet_fill_the_gpu(size: int, out_channels: int, dtype: str) -> None:
+    """Read by vectors at every resolution, on 100 multiprocessors for one image; large batches in few, long blocks."""
+    [one] = planned("conv_bn_act", stem_shape(1, size, out_channels), H200, dtype)
+    [many] = planned("conv_bn_act", stem_shape(256, size, out_channels), H200, dtype)
+    assert one["kernel"] == many["kernel"] == "conv_stem"
+    assert int(one["grid"]) >= 100
+    assert many["block"] == "256,1"
+    tiles = 256 * math.ceil(size / 32) ** 2
+    assert tiles // 8 <= int(many["grid"]) <= tiles // 4
+    # A stem of rows that vectors do not divide is read element by element.
+    [odd] = planned("conv_bn_act", stem_shape(1, size + 1, out_channels), H200, dtype)
+    assert odd["kernel"] == "conv"
+
+
 @pytest.mark.usefixtures("compiled")
 def test_a_wrong_request_for_a_plan_is_named() -> None:
     for arguments, message in (
@@ -381,6 +422,8 @@ def cut_cases(dtype: torch.dtype) -> list[Case]:
     cases = [
         Case("squeeze_excite_gate", dtype, channels=672, reduced=28, batch=9, parameters="same"),
         Case("conv_bn_act", dtype, channels=3, out_channels=40, stride=2, height=66, width=40, layout="contiguous"),
+        Case("conv_bn_act", dtype, channels=3, out_channels=32, stride=2, height=130, width=72, batch=3),
+        Case("conv_bn_act", dtype, channels=3, out_channels=72, stride=2, height=130, width=70, batch=3),
     ]
     for op in op_cases.DEPTHWISE_OPS:
         cases += [

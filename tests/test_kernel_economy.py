@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kernel_economy import paths, reading, rules, table
+from benchmarks.kernel_economy.conv_loops import issued_by_stem
 from benchmarks.kernel_economy.counts import count_kernels
 from benchmarks.kernel_economy.loops import Flow, instructions_of, issued_by_strips
 from benchmarks.kernel_economy.reading import Kernel, ToolMissing
@@ -91,7 +92,7 @@ class TestThePage:
 
 # sm_90 is what continuous integration builds. Of sm_80 it compiles the kernels that networks spend their time in; the
 # other types differ in the conversions only.
-COMPILED_HERE = ("depthwise_bfloat16.cu", "pointwise_bfloat16.cu")
+COMPILED_HERE = ("conv.cu", "depthwise_bfloat16.cu", "pointwise_bfloat16.cu")
 
 
 @pytest.mark.slow
@@ -99,7 +100,7 @@ def test_claims_hold_for_sm_80(tmp_path: Path) -> None:
     need_tools("nvcc", "cuobjdump", "nvdisasm")
     binaries = reading.compile_sources([reading.SOURCES / name for name in COMPILED_HERE], 80, tmp_path)
     kernels = [kernel for binary in binaries for kernel in reading.read_kernels(binary)]
-    assert {kernel.family for kernel in kernels} >= {"depthwise_strips", "pointwise"}
+    assert {kernel.family for kernel in kernels} >= {"conv_stem", "depthwise_strips", "pointwise"}
     assert rules.broken_claims(kernels) == []
 
 
@@ -231,6 +232,60 @@ class TestThePaths:
         assert paths.trips(code) == 2  # the third load arrives after the path
 
 
+class TestTheStem:
+    # A block that loads one window, then tiles: put it, multiply, read the next one, norm, activation, store.
+    LISTING = (
+        "LDG.E R0, [R2.64]",  # 10: parameters, in a loop
+        "@P0 BRA 0x10",
+        "LDG.E.128 R4, [R2.64]",  # 30: the first window
+        "@P1 BRA 0x80",  # 40: the loop over tiles: channels_last skips the turn
+        "PRMT R4, R4, 0x5410, R5",
+        "PRMT R5, R4, 0x7632, R5",
+        "PRMT R6, R4, 0x7632, R5",
+        "STS.128 [R9], R4",  # 80
+        "BAR.SYNC.DEFER_BLOCKING 0x0",
+        "LDS R4, [R9]",
+        "HMMA.16816.F32.BF16 R4, R4, R5, RZ",
+        "@P2 BRA 0x120",  # c0: no other tile
+        "@P3 BRA 0x100",
+        "LDG.E.64 R4, [R2.64]",  # e0: narrow
+        "BRA 0x120",
+        "LDG.E.128 R4, [R2.64]",  # 100: wide
+        "IADD3 R1, R1, 0x1, RZ",
+        "FFMA R4, R4, R5, R6",  # 120
+        "BRX R8 -0x130",
+        "FMUL R4, R4, R4",  # 140: not swish, longer
+        "FMUL R4, R4, R4",
+        "FMUL R4, R4, R4",
+        "BRA 0x190",
+        "MUFU.TANH R4, R4",  # 180
+        "@P4 BRA 0x1d0",  # 190: channels that vectors do not divide
+        "STG.E.128 [R2.64], R4",
+        "BRA 0x1e0",
+        "NOP",
+        "STG.E.U16 [R2.64], R4",  # 1d0
+        "@P5 BRA 0x40",  # 1e0
+        "EXIT",
+    )
+
+    @pytest.mark.parametrize(("planes", "turned"), [(False, 0), (True, 3)])
+    def test_parts_of_a_tile_are_told_apart(self, planes: bool, turned: int) -> None:
+        found = issued_by_stem(instructions_of(listing(*self.LISTING)), planes)
+        # Branch, turn; BRA, LDG, IADD3 of the next window; after the stores the branch back.
+        assert found.window == {"ALU": 1 + turned + 2 + 1, "memory": 1}
+        # The put and the barrier are in the block of the product here.
+        assert found.product == {"shared": 2, "tensor": 1, "ALU": 2}
+        assert found.epilogue == {"FMA": 1, "special": 1, "ALU": 3, "memory": 1}
+        assert found.prologue == {"memory": 2, "ALU": 1}
+        assert found.tile.total() == 16 + turned
+        assert found.for_each_value() == (16 + turned) / 32
+        assert found.for_each_value(tiles=2) == (16 + turned + 1.5) / 32
+
+    def test_code_without_the_loop_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="no loop with a barrier and a product"):
+            issued_by_stem(instructions_of(listing("FFMA R4, R4, R5, R6", "@P0 BRA 0x10", "EXIT")), planes=False)
+
+
 GOOD = "good<bfloat16, 1>"
 PRODUCT = "product<bfloat16>"
 
@@ -246,6 +301,7 @@ class TestTheRules:
             (rules.wide_loads(1), GOOD, "scalar_loads<bfloat16>"),
             (rules.images_read_wide, GOOD, "scalar_loads<bfloat16>"),
             (rules.wide_stores, GOOD, "scalar_stores<bfloat16>"),
+            (rules.some_wide_stores(1), GOOD, "scalar_stores<bfloat16>"),
             (rules.launch_bounds_kept, GOOD, "two_special_functions<bfloat16>"),
             (rules.resident_threads(1024), GOOD, "hungry<bfloat16, 128>"),
             (rules.one_tanh_per_element(rules.stored_elements), GOOD, "two_special_functions<bfloat16>"),

@@ -249,6 +249,16 @@ def conv_cases() -> Iterator[Case]:
         for channels in (2, 3, 4):  # the CPU splits whole vectors of a channels_last image of few channels
             yield base.with_(channels=channels, height=5, width=53, out_channels=7, layout="channels_last")
             yield base.with_(channels=channels, height=5, width=53, out_channels=7, layout="sliced_rows", stride=1)
+        # The stem of networks, which CUDA reads by vectors where rows divide by them: all of a row's ends and paddings.
+        stem = base.with_(height=35, width=40, out_channels=48)
+        for layout in LAYOUTS:
+            yield from in_turn(
+                stem.with_(layout=layout),
+                width=[16, 36, 38, 72],
+                padding=[(0, 0, 0, 0), (0, 1, 0, 1), (2, 0, 1, 4), (1, 3, 9, 0)],
+                out_channels=[4, 7, 36],
+                parameters=["same"],
+            )
 
 
 def expand_depthwise_cases() -> Iterator[Case]:

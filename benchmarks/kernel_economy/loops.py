@@ -25,7 +25,17 @@ _PIPES = {
     "STG": "memory",
     "LDS": "shared",
     "STS": "shared",
+    "LDSM": "shared",
+    "HMMA": "tensor",
 }
+
+
+def by_pipe(opcodes: Counter[str]) -> Counter[str]:
+    """Instructions by the pipe that executes them."""
+    found: Counter[str] = Counter()
+    for opcode, times in opcodes.items():
+        found[_PIPES.get(opcode.partition(".")[0], "ALU")] += times
+    return found
 
 
 @dataclass(frozen=True)
@@ -185,9 +195,8 @@ def issued_by_strips(code: Sequence[Instruction], kernel: int, stride: int, stri
         counted.append(flow.longest(strips, [(row, each if row is chosen else Counter()) for row in rows.values()]))
     inside, border = sorted(counted, key=lambda opcodes: sum(opcodes.values()))
     values = strip * vector
-    pipes: Counter[str] = Counter()
-    for opcode, times in inside.items():
-        pipes[_PIPES.get(opcode.partition(".")[0], "ALU")] += times
     return Issued(
-        sum(inside.values()) / values, sum(border.values()) / values, {pipe: n / values for pipe, n in pipes.items()}
+        sum(inside.values()) / values,
+        sum(border.values()) / values,
+        {pipe: n / values for pipe, n in by_pipe(inside).items()},
     )

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from benchmarks.kernel_economy.conv_loops import LANE_VALUES, StemIssued, issued_by_stem
 from benchmarks.kernel_economy.loops import Issued, instructions_of, issued_by_strips
 from benchmarks.kernel_economy.reading import Kernel
 
@@ -49,6 +50,16 @@ def wide_stores(kernel: Kernel) -> str | None:
         return "no store of 16 bytes"
     narrow = stores[1] + stores[2]
     return f"{narrow} stores of 1 or 2 bytes beside the wide ones" if narrow else None
+
+
+def some_wide_stores(at_least: int) -> Rule:
+    """At least so many 16-byte stores stand in the code; narrow ones, for channels that do not divide, may too."""
+
+    def rule(kernel: Kernel) -> str | None:
+        found = kernel.accesses("STG")[16]
+        return None if found >= at_least else f"{found} stores of 16 bytes; the claim is at least {at_least}"
+
+    return rule
 
 
 def images_read_wide(kernel: Kernel) -> str | None:
@@ -174,6 +185,35 @@ def issued(kernel: Kernel) -> Issued:
     return issued_by_strips(code, size, stride, strip(kernel), 16 // element_bytes(kernel))
 
 
+# Instructions issued for each value of the result of conv_stem, of a tile with swish; the prologue of a block.
+STEM_BUDGET, STEM_PROLOGUE = 14, 450
+
+
+def stem_within_budget(kernel: Kernel) -> str | None:
+    """No more instructions than STEM_BUDGET and STEM_PROLOGUE say; they are of sm_90."""
+    if kernel.arch != 90:
+        return None
+    for planes in (False, True):
+        found = stem_issued(kernel, planes)
+        each, before = found.for_each_value(), found.prologue.total()
+        if each > STEM_BUDGET or before > STEM_PROLOGUE:
+            return (
+                f"{each:.1f} instructions for each value, {before} before the first; "
+                f"the claim is {STEM_BUDGET} and {STEM_PROLOGUE}"
+            )
+    return None
+
+
+def stem_issued(kernel: Kernel, planes: bool) -> StemIssued:
+    """Instructions of conv_stem in a 16-bit type, for x in planes (NCHW) or channels_last."""
+    return issued_by_stem(instructions_of(kernel.listing), planes)
+
+
+def lane_values(_: Kernel) -> int:
+    """Values of the result that a lane of conv and conv_stem activates at once."""
+    return LANE_VALUES
+
+
 def strip_stored_wide(kernel: Kernel) -> str | None:
     """Every pixel of a strip is stored by one instruction of 16 bytes."""
     found = kernel.accesses("STG")[16]
@@ -251,9 +291,26 @@ CLAIMS: tuple[Claim, ...] = (
         (exact_products, launch_bounds_kept),
     ),
     Claim(
+        rf"conv_stem<{_TYPE16}>",
+        "16-byte loads and stores, tensor cores, 3 blocks of 256 threads; at most "
+        f"{STEM_BUDGET} instructions for each value, {STEM_PROLOGUE} for each block",
+        (
+            *(wide_loads(3), some_wide_stores(4), tensor_cores, stem_within_budget),
+            *(launch_bounds_kept, resident_threads(768), one_tanh_per_element(lane_values)),
+        ),
+    ),
+    Claim(
+        r"conv_stem<float32>",
+        "16-byte loads and stores, exact multiply-adds, 3 blocks of 256 threads",
+        (wide_loads(3), some_wide_stores(8), exact_products, launch_bounds_kept),
+    ),
+    Claim(
         rf"conv<{_TYPE16}>",
         "tensor cores, 3 blocks of 256 threads, 16-byte stores where the channels divide",
-        (tensor_cores, launch_bounds_kept, resident_threads(768), one_tanh_per_element(stored_elements)),
+        (
+            *(some_wide_stores(4), tensor_cores, launch_bounds_kept, resident_threads(768)),
+            one_tanh_per_element(lane_values),
+        ),
     ),
     Claim(r"conv<float32>", "exact multiply-adds, 3 blocks of 256 threads", (exact_products, launch_bounds_kept)),
     Claim(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from benchmarks.kernel_economy.counts import count_kernels
 from benchmarks.kernel_economy.reading import ROOT, Kernel, compile_sources, nvcc_version, read_kernels
-from benchmarks.kernel_economy.rules import claim_of, element_bytes, issued
+from benchmarks.kernel_economy.rules import claim_of, element_bytes, issued, stem_issued
 from effkernels import gpus
 from effkernels.kernel_counts import PIPES
 from effkernels.plan import plan_model
@@ -131,6 +131,26 @@ def sum_lines() -> list[str]:
     return lines
 
 
+def stem_lines(kernels: Sequence[Kernel]) -> list[str]:
+    """Instructions of the stem's kernel for each value of the result, by part and by pipe."""
+    pipes = ("FMA", "ALU", "special", "memory", "shared", "tensor")
+    lines = [
+        f"| kernel | x | for each value | window | product | epilogue | {' | '.join(pipes)} | for each block |",
+        "|---|---|--:|--:|--:|--:|" + "--:|" * len(pipes) + "--:|",
+    ]
+    for kernel in kernels:
+        if kernel.family != "conv_stem" or element_bytes(kernel) != 2:
+            continue
+        for planes in (False, True):
+            found = stem_issued(kernel, planes)
+            parts = [part.total() / found.values for part in (found.window, found.product, found.epilogue)]
+            figures = [found.for_each_value(), *parts, *(found.tile[pipe] / found.values for pipe in pipes)]
+            each = " | ".join(f"{figure:.1f}" for figure in figures)
+            layout = "contiguous" if planes else "channels_last"
+            lines.append(f"| `{kernel.name}` | {layout} | {each} | {found.prologue.total()} |")
+    return lines
+
+
 def activation_lines(folder: Path) -> list[str]:
     """Special-function instructions per element of every activation and type, counted in a probe of its own."""
     (binary,) = compile_sources([_PROBE], 90, folder)
@@ -166,6 +186,9 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "sums, counted in the disassembly: a strip inside the image, one at its left or right border, and the first of "
         "them by pipe. A multiprocessor issues 4 instructions of 32 lanes in a clock.",
         "\n".join(issued_lines(shown)),
+        "Of the stem with 32 output channels: a whole tile of it with swish, by part and by pipe; and what a warp "
+        "issues for each block, for the parameters and the first window.",
+        "\n".join(stem_lines(shown)),
         "### Special-function instructions per element",
         "\n".join(activation_lines(folder)),
         "### Instructions of a warp in each part of a kernel\n\nIn one pass through the part, counted in the "

@@ -2,6 +2,7 @@
 #include "conv.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace effkernels::cuda {
 namespace {
@@ -15,22 +16,59 @@ constexpr int64_t kMostSharedBytes = 64 * 1024;  // two blocks on any multiproce
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 int64_t round_up(int64_t value, int64_t by) { return divide_up(value, by) * by; }
 
+// Whether conv_stem takes this convolution, and how it reads x.
+void choose_stem(const ConvParams& p, ConvPlan* plan) {
+  const bool size = p.kernel_h == kStemKernel && p.kernel_w == kStemKernel && p.stride == kStemStride;
+  const bool together = p.x_stride_c == 1 && p.x_stride_w == kStemChannels, planes = p.x_stride_w == 1;
+  if (!size || p.in_channels != kStemChannels || !(together || planes)) return;
+  // Offsets within a window fit 32 bits.
+  constexpr int64_t kMostSide = 1 << 26, kMostPadding = 1 << 20, kMostRowStride = 1 << 25;
+  if (p.height > kMostSide || p.width > kMostSide || p.x_stride_h > kMostRowStride) return;
+  if (p.pad_top > kMostPadding || p.pad_left > kMostPadding) return;
+  const int element = p.dtype == DType::kFloat32 ? 4 : 2;
+  for (const int bytes : {8, 16}) {
+    const int64_t vector = bytes / element;
+    const auto divides = [vector](int64_t step, int64_t count) { return step % vector == 0 || count <= 1; };
+    if (reinterpret_cast<uintptr_t>(p.x) % bytes == 0 && p.width % vector == 0 && divides(p.x_stride_h, p.height) &&
+        divides(p.x_stride_n, p.batch) && (together || divides(p.x_stride_c, p.in_channels)))
+      plan->x_vector_bytes = bytes;
+  }
+  if (plan->x_vector_bytes == 0) return;
+  plan->stem = true, plan->planes = !together;
+  plan->lead = static_cast<int>(round_up(p.pad_left, stem_unit(element)));
+}
+
 // The sizes that depend on the number of warps.
 int64_t fill(const ConvParams& p, int warps, ConvPlan* plan) {
   const int element = p.dtype == DType::kFloat32 ? 4 : 2, tile_height = warps * kConvWarpRows;
   const int64_t height = int64_t(tile_height - 1) * p.stride + p.kernel_h;
-  const int64_t width = int64_t(kConvTileWidth - 1) * p.stride + p.kernel_w;
+  const int64_t width =
+      plan->stem ? stem_units(element) * stem_unit(element) : int64_t(kConvTileWidth - 1) * p.stride + p.kernel_w;
   const int64_t window_bytes = round_up(p.in_channels * height * width * element, 16);
-  const int64_t shared = 2 * int64_t(sizeof(float)) * plan->padded_channels + int64_t(sizeof(int)) * plan->padded_taps +
-                         plan->weight_bytes + window_bytes +
-                         int64_t(sizeof(float)) * warps * kConvWarpRows * kConvTileWidth * kConvSumStride;
+  const int64_t offsets = plan->stem ? 0 : int64_t(sizeof(int)) * plan->padded_taps;
+  const int64_t shared = 2 * int64_t(sizeof(float)) * plan->padded_channels + offsets + plan->weight_bytes +
+                         (plan->stem ? 2 : 1) * window_bytes;
   if (shared > kMostSharedBytes) return shared;
   plan->warps = warps;
   plan->window_height = static_cast<int>(height), plan->window_width = static_cast<int>(width);
   plan->window_bytes = static_cast<int>(window_bytes), plan->shared_bytes = static_cast<int>(shared);
-  plan->tiles_y = divide_up(p.out_height, tile_height), plan->tiles_x = divide_up(p.out_width, kConvTileWidth);
-  plan->blocks = p.batch * plan->tiles_y * plan->tiles_x;
+  plan->tiles_y = static_cast<int>(divide_up(p.out_height, tile_height));
+  plan->tiles_x = static_cast<int>(divide_up(p.out_width, kConvTileWidth));
+  plan->tiles = p.batch * plan->tiles_y * plan->tiles_x;
   return shared;
+}
+
+// What a block does before its first tile costs some 4/5 of a tile: as many tiles a block as give the least work to the
+// multiprocessor that has most. More than kMost would leave too few blocks to even out what one of them is late.
+int choose_tiles_per_block(int64_t tiles, int64_t resident) {
+  constexpr int kMost = 8;
+  int best = 1;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  for (int count = 1; count <= kMost; ++count) {
+    const int64_t work = divide_up(divide_up(tiles, count), resident) * (5 * count + 4);
+    if (work < least) best = count, least = work;
+  }
+  return best;
 }
 
 }  // namespace
@@ -71,6 +109,10 @@ ConvPlan plan_conv(const ConvParams& p, const DeviceLimits& limits) {
   const bool tensor = p.dtype != DType::kFloat32;
   const int64_t window = int64_t(p.kernel_h) * p.kernel_w;
   if (window > kMostTaps || p.in_channels > kMostTaps / window) return plan;
+  // Offsets within a tile of y fit 32 bits.
+  constexpr int64_t kMostRow = 1 << 26, kMostRows = 1 << 26;
+  if (p.out_channels > kMostRow || p.out_width > kMostRow / p.out_channels || p.out_height > kMostRows) return plan;
+  choose_stem(p, &plan);
   const int64_t taps = p.in_channels * window, padded_taps = tensor ? round_up(taps, 16) : taps;
   const int64_t padded_channels = round_up(p.out_channels, kConvChannels);
   // Tensor cores read rows of one channel, 16 bytes apart in the banks; multiply-adds read rows of one tap.
@@ -84,14 +126,18 @@ ConvPlan plan_conv(const ConvParams& p, const DeviceLimits& limits) {
   plan.weight_bytes = static_cast<int>(weight_bytes);
   plan.y_vectors = p.out_channels % (tensor ? 8 : 4) == 0 && aligned(p.y);
 
-  // The tallest tile, which reads the fewest border pixels twice, that fits and still leaves two blocks for every
+  // The tallest tile, which reads the fewest border pixels twice, that fits and still leaves a block for every
   // multiprocessor; where none does, the lowest.
   const int64_t most_shared = std::min<int64_t>(kMostSharedBytes, limits.shared_per_block);
   for (int warps = kConvMostWarps; warps >= 1; warps /= 2) {
     if (fill(p, warps, &plan) > most_shared) continue;
-    plan.fused = true;
-    if (plan.blocks >= 2 * int64_t(limits.multiprocessors)) break;
+    plan.fused = plan.tiles <= std::numeric_limits<int32_t>::max();
+    if (!plan.fused || plan.tiles >= limits.multiprocessors) break;
   }
+  if (!plan.fused) return plan;
+  const int64_t resident = int64_t(limits.multiprocessors) * kConvBlocks * (kConvMostWarps / plan.warps);
+  plan.tiles_per_block = choose_tiles_per_block(plan.tiles, resident);
+  plan.blocks = divide_up(plan.tiles, plan.tiles_per_block);
   return plan;
 }
 
@@ -104,7 +150,7 @@ PlannedLaunches planned_launches(const ConvParams& p, const ConvPlan& plan) {
     return planned_launches(result, plan.norm_act);
   }
   PlannedLaunch one;
-  one.kernel = "conv";
+  one.kernel = plan.stem ? "conv_stem" : "conv";
   one.grid = plan.blocks;
   one.block_x = 32 * plan.warps;
   one.shared_bytes = plan.shared_bytes;
