@@ -310,42 +310,58 @@ def _pointwise(cut: Cut, call: Call) -> Work:
     pixels, inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1], weight.shape[0]
     rows, columns, steps, vector = cut["rows"], cut["columns"], cut["steps"], 16 // size
     gated, residual = call.arguments["gate"] is not None, call.arguments["residual"] is not None
-    step = part("step.gated") if gated else part("step")
-    of_vector = _with_activation(cut, "vector", call.arguments["activation"])
-    used = outer / (cut["column_tiles"] * columns)
-    vectors = rows * columns / vector / cut.threads * used
-    norms = _ceil(columns, cut.threads)
-    gates = _ceil(cut["gate_images"] * inner / vector, cut.threads) if gated else 0
-    residuals = rows * columns / vector / cut.threads * used if residual else 0
-    load = total(((part("gate"), gates), (part("residual"), residuals)))
-    block = total(((part("prologue"), 1), (step, steps), (part("sums"), 1), (of_vector, vectors))) + load
-    issued = (block * cut.warps + part("norm") * _ceil(columns, WARP)) * cut.grid
-    prologue = _chain(part("prologue") + load) + _chain(part("norm") * norms, parameters=part("norm").trips * norms)
-    # Three slices are on their way: a step waits for a third of a round trip unless its instructions take longer.
-    body = _chain(step * steps, inputs=1 + max(0, steps - 3) / 3) + _chain(part("sums") + of_vector * vectors)
-    tiles = cut.grid / cut["column_tiles"]
-    l2_bytes = size * (pixels * inner * cut["column_tiles"] + tiles * outer * inner)
-    l2_bytes += call.results[0].numel() * size * (2 if residual else 1)
-    return Work(issued, cut.counts.registers, l2_bytes, prologue, body, Clocks())
+    keeps_weight, shares = cut["keeps_weight"] == 1, cut["parts"] > 1
+    step = part("step.gated" if gated else "step")
+    if not keeps_weight:
+        step = step + part("step.weights")
+    # Values of a tile go through shared memory, four or more to a thread, or leave from the registers with the tile.
+    values = rows * columns
+    of_value = part("value.part") if shares else _with_activation(cut, "value", call.arguments["activation"])
+    of_thread = values / min(cut.threads, values / 4)
+    tile = part("tile") + (part("tile.residual") if residual else Counters())
+    slices = min(3, steps)
+    gates = _ceil(cut["gate_images"] * 4, cut.threads) if gated else 0
+    residuals = rows * columns / vector / cut.threads if residual else 0.0
+    load = total(
+        (
+            (part("prologue"), 1),
+            (part("weights"), slices),
+            (part("fill"), slices),
+            (part("gate"), slices * gates),
+        )
+    )
+    one = total(((step, steps), (part("gate"), steps * gates), (tile, 1), (part("residual"), residuals)))
+    tiles = cut["row_tiles"] * cut["column_tiles"] * cut["parts"]
+    issued = load * (cut.grid * cut.warps) + (one * cut.warps + of_value * (values / WARP)) * tiles
+    prologue = _chain(load, parameters=part("prologue").trips)
+    # Later slices are asked for three steps before they are needed.
+    body = _chain((one + of_value * of_thread) * cut["tiles"], inputs=1)
+    last = Clocks()
+    y_bytes = call.results[0].numel() * size
+    l2_bytes = size * pixels * inner * cut["column_tiles"] + y_bytes * (2 if residual else 1)
+    readers = cut.grid / cut["column_tiles"] if keeps_weight else cut["row_tiles"] * cut["parts"]
+    l2_bytes += size * outer * inner / cut["parts"] * readers
+    if shares:
+        sums = _with_activation(cut, "value", call.arguments["activation"]) + part("value.other") * cut["parts"]
+        issued = issued + sums * (values / WARP * tiles / cut["parts"])
+        last = _chain(sums * of_thread, parameters=_ceil(cut["parts"], 2)) + Clocks(arrivals=1)
+        l2_bytes += 2 * 4 * cut["parts"] * call.results[0].numel()
+    return Work(issued, cut.counts.registers, l2_bytes, prologue, body, last)
 
 
-def _conv(cut: Cut, call: Call) -> Work:
+def _stem(cut: Cut, call: Call) -> Work:
     part, size = cut.counts.part, call.dtype.itemsize
     x, warps, channels = call.arguments["x"], cut["warps"], cut["padded_channels"]
-    window_rows = x.shape[1] * cut["window_height"]
-    windows, weights = _ceil(window_rows, warps), _ceil(cut["weight_bytes"] / size, cut.threads)
-    groups, taps = channels / WARP, _ceil(cut["taps"], 16 if size == 2 else 1)
-    of_vector = _with_activation(cut, "vector", call.arguments["activation"])
-    vectors = WARP * 4 / WARP if size == 2 else WARP * 8 / WARP  # of 32 pixels by 32 channels, a lane
+    groups, of_block = channels // WARP, min(cut["tiles"], cut["tiles_per_block"])
+    weights = _ceil(cut["weight_bytes"] / size, cut.threads)
+    units = _ceil(cut["window_height"] * cut["window_width"] / (16 / size), cut.threads) if size == 4 else 0
     load = total(((part("prologue"), 1), (part("weights"), weights)))
-    sums = total(((part("taps"), taps), (part("sums"), 1), (of_vector, vectors))) * groups
-    issued = (load + part("window") * windows + sums) * (cut.grid * warps)
-    issued = issued + part("norm") * (cut.grid * _ceil(channels, WARP))
-    norms = _ceil(channels, cut.threads)
-    prologue = _chain(load, parameters=weights / 4) + _chain(part("norm"), parameters=part("norm").trips) * norms
-    body = _chain(part("window") * windows, inputs=part("window").trips * windows / 4) + _chain(sums)
+    tile = total(((part("tile"), 1), (part("channels"), groups - 1), (part("unit"), units)))
+    issued = (load * cut.grid + tile * cut["tiles"]) * warps + part("norm") * (cut.grid * groups)
+    prologue = _chain(load, parameters=part("weights").trips) + _chain(part("norm"), parameters=part("norm").trips)
+    body = _chain(tile * of_block, inputs=of_block if size == 4 else 1)
     window = x.shape[1] * cut["window_height"] * cut["window_width"] * size
-    l2_bytes = cut.grid * (window + cut["weight_bytes"]) + call.results[0].numel() * size
+    l2_bytes = cut["tiles"] * window + cut.grid * cut["weight_bytes"] + call.results[0].numel() * size
     return Work(issued, cut.counts.registers, l2_bytes, prologue, body, Clocks())
 
 
@@ -384,7 +400,7 @@ _FAMILIES: Mapping[str, Callable[[Cut, Call], Work]] = {
     "depthwise_strips": _depthwise,
     "depthwise_resident": _depthwise,
     "pointwise": _pointwise,
-    "conv": _conv,
+    "conv_stem": _stem,
     "norm_act": _norm_act,
     "scale_by_gate": _scale,
     "squeeze_excite_gate": _excite,

@@ -326,6 +326,7 @@ def test_plans_stay_within_the_device(device: str, channels: int, plane: int, ba
                     assert int(launch["grid"]) <= limits[1]
 
 
+ACTIVATIONS = strategies.integers(0, 6)
 CHANNELS = strategies.integers(1, 4096) | strategies.sampled_from([1152, 2688, 3840, 8192, 65536])
 SIZES = strategies.integers(1, 600) | strategies.sampled_from([7, 14, 28, 56, 112])
 
@@ -344,14 +345,14 @@ def plannable(draw: strategies.DrawFn) -> tuple[str, list[int]]:
     if op == "squeeze_excite_gate":
         return op, [batch, channels, reduced]
     if op == "pointwise_bn_act":
-        return op, [batch, height, width, channels, out_channels, draw(yes), draw(yes), draw(yes)]
+        return op, [batch, height, width, channels, out_channels, draw(yes), draw(yes), draw(yes), draw(ACTIVATIONS)]
     if op == "conv_bn_act":
         return op, [batch, draw(strategies.integers(1, 64)), out_channels, height, width, *kernel, stride, *padding]
     excites = op in ("depthwise_bn_act_gate", "depthwise_bn_act_se")
     dilation = draw(strategies.integers(1, 2))
     padding = [side * dilation for side in padding]
     shape = [batch, channels, height, width, *kernel, stride, dilation, *padding, reduced if excites else 0]
-    return op, [*shape, draw(CHANNELS), draw(yes)] if op == op_cases.EXPAND_OP else shape
+    return op, [*shape, draw(CHANNELS), draw(yes), draw(ACTIVATIONS)] if op == op_cases.EXPAND_OP else shape
 
 
 @pytest.mark.usefixtures("compiled")
