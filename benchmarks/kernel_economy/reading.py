@@ -172,7 +172,7 @@ def _sections(listing: str) -> Iterator[tuple[int, str]]:
 
 
 # What the mangled name of a kernel whose loops are counted contains.
-_WITH_LISTING = ("depthwise_strips", "depthwise_resident")
+_WITH_LISTING = ("depthwise_strips", "depthwise_resident", "PointwiseTraits")
 
 
 def _instructions(listing: str) -> dict[tuple[int, str], tuple[Counter[str], str]]:
