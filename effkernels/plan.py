@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from effkernels import _library, gpus
 from effkernels.gpus import Gpu
 from effkernels.models import create_model, model_config
+from effkernels.reference import ACTIVATIONS
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -373,11 +374,12 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
     weight = arguments["weight"].shape
     if op == "pointwise_bn_act":
         gated, residual = arguments["gate"] is not None, arguments["residual"] is not None
-        return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32)]
+        sizes = [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32)]
+        return [*sizes, ACTIVATIONS.index(arguments["activation"])]
     stride, padding = arguments["stride"], arguments["padding"]
     if op == "expand_depthwise_squeeze":
         sizes = [batch, weight[0], height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, 0]
-        return [*sizes, channels, int(allow_tf32)]
+        return [*sizes, channels, int(allow_tf32), ACTIVATIONS.index(arguments["expand_activation"])]
     if op == "conv_bn_act":
         return [batch, channels, weight[0], height, width, weight[2], weight[3], stride, *padding]
     reduced = arguments["w_reduce"].shape[0] if "w_reduce" in arguments else 0

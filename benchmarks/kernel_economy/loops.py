@@ -100,7 +100,7 @@ class Flow:
         """A jump through a table goes to the blocks behind it that nothing else goes to."""
         reached = {0, *(to for following in self.next for to in following)}
         tables = [number for number, block in enumerate(self.blocks) if block[-1].name == "BRX"]
-        for number, end in zip(tables, [*tables[1:], len(self.blocks)], strict=True):
+        for number, end in itertools.pairwise([*tables, len(self.blocks)]):
             self.next[number] += [to for to in range(number + 1, end) if to not in reached]
 
     def loops(self) -> Iterator[Loop]:

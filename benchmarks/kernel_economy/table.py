@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.kernel_economy import estimate
+from benchmarks.kernel_economy.pointwise_loops import PIPES, epilogue_of, pointwise_issued, tile_of
 from benchmarks.kernel_economy.reading import ROOT, Kernel, compile_sources, nvcc_version, read_kernels
 from benchmarks.kernel_economy.rules import claim_of, element_bytes, issued
 
@@ -66,6 +67,25 @@ def issued_lines(kernels: Sequence[Kernel]) -> list[str]:
     return lines
 
 
+def pointwise_lines(kernels: Sequence[Kernel]) -> list[str]:
+    """Instructions of a warp of the 16-bit pointwise kernels, by part of the work, and of a step by pipe."""
+    parts = ("prologue", "tile", "step", "weights", "epilogue", "residual")
+    lines = [
+        f"| kernel | tile | activation | {' | '.join(parts)} | {' | '.join(f'step: {pipe}' for pipe in PIPES)} |",
+        "|---|---|---|" + "--:|" * (len(parts) + len(PIPES)),
+    ]
+    for kernel in kernels:
+        if kernel.family != "pointwise" or element_bytes(kernel) != 2 or kernel.arguments[-1] == "true":
+            continue
+        found, tile = pointwise_issued(kernel), tile_of(kernel)
+        counts = [getattr(found, part).total() for part in parts] + [found.step[pipe] for pipe in PIPES]
+        lines.append(
+            f"| `{kernel.name}` | {tile.rows}x{tile.columns}, {tile.threads} threads | {epilogue_of(kernel)} "
+            f"| {' | '.join(map(str, counts))} |"
+        )
+    return lines
+
+
 def activation_lines(folder: Path) -> list[str]:
     """Special-function instructions per element of every activation and type, counted in a probe of its own."""
     (binary,) = compile_sources([_PROBE], 90, folder)
@@ -101,6 +121,11 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "sums, counted in the disassembly: a strip inside the image, one at its left or right border, and the first of "
         "them by pipe. A multiprocessor issues 4 instructions of 32 lanes in a clock.",
         "\n".join(issued_lines(shown)),
+        "### Instructions issued by a warp of the pointwise kernel\n\nCounted in the disassembly, along the way of a "
+        "call of a network: for a block before its first tile, for each tile, for each step of 64 bytes along k (with "
+        "gates where the kernel takes them), more where the weights pass through the ring, to write a tile (one vector "
+        "a thread where any activation is taken), more where a residual is added.",
+        "\n".join(pointwise_lines(shown)),
         "### Special-function instructions per element",
         "\n".join(activation_lines(folder)),
         "### Estimates for EfficientNet-B0 at batch 256, bfloat16, on an H200\n\nTime of each need alone, in "

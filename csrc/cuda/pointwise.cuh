@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
       loader.load_weight(weights + (plan.keeps_weight ? step_to_load : stage) * (Tr::kWarpsK * Tr::kWeightSlice), k);
     if (++step_to_load == plan.steps) step_to_load = 0, ++tile_to_load;
   };
-  if (Tr::kTakesMore && p.residual != nullptr) load_residual(p, plan, row_of(0), first_column, place, residual);
+  if (Tr::kTakesMore && plan.residual_bytes > 0) load_residual(p, plan, row_of(0), first_column, place, residual);
 #pragma unroll 1
   for (unsigned stage = 0; stage < kAhead; ++stage) {
     load(stage, false);
@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
     for (int step = 0; step < plan.steps; ++step) {
       cp_async_wait<kStages - 2>();
       __syncthreads();
-      if (Tr::kTakesMore && p.residual != nullptr && step == 0 && tile > 0)
+      if (Tr::kTakesMore && plan.residual_bytes > 0 && step == 0 && tile > 0)
         load_residual(p, plan, first_row, first_column, place, residual);
       load((in_use + kAhead) % kStages, true);
       cp_async_commit();
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
       }
     }
 
-    if (Tr::kTakesMore && p.residual != nullptr) {  // its copies were committed in the first step of the tile
+    if (Tr::kTakesMore && plan.residual_bytes > 0) {  // its copies were committed in the first step of the tile
       if (plan.steps < kAhead) {
         cp_async_wait<0>();
       } else {

@@ -149,7 +149,7 @@ class PointwiseCopier {
     }
     if (Tr::kTakesMore && plan_.gate_images > 0) {
       const int64_t image = PointwiseImages<Tr>(p_, plan_, first_row).first(), left = p_.batch - 1 - image;
-      gate_ = static_cast<const T*>(p_.gate.data) + image * p_.in_channels;
+      gate_ = bytes_of(static_cast<const T*>(p_.gate.data) + image * p_.in_channels);
       last_gate_ = left < plan_.gate_images ? static_cast<int>(left) : plan_.gate_images;
     }
   }
@@ -157,7 +157,7 @@ class PointwiseCopier {
   // `k`: the first of the stage.
   __device__ __forceinline__ void load_weight(unsigned char* slices, int k) const {
     const SharedAddress to = shared_address(slices + share_.slice() * Tr::kWeightSlice + share_.in_slice);
-    const int at = k + share_.chunk * Tr::kVector, bytes = at < p_.in_channels ? 16 : 0;
+    const int at = k + share_.chunk * Tr::kVector, bytes = at < static_cast<int>(p_.in_channels) ? 16 : 0;
     const unsigned char* const from = weight_ + (bytes > 0 ? at * sizeof(T) : 0);
 #pragma unroll
     for (int j = 0; j < Tr::kOfWeight; ++j)
@@ -167,7 +167,7 @@ class PointwiseCopier {
 
   __device__ __forceinline__ void load_x(unsigned char* stage, int k) const {
     const SharedAddress to = shared_address(stage + share_.slice() * Tr::kXSlice + share_.in_slice);
-    const int at = k + share_.chunk * Tr::kVector, bytes = at < p_.in_channels ? 16 : 0;
+    const int at = k + share_.chunk * Tr::kVector, bytes = at < static_cast<int>(p_.in_channels) ? 16 : 0;
     const unsigned char* const from = x_ + (bytes > 0 ? at * sizeof(T) : 0);
 #pragma unroll
     for (int j = 0; j < Tr::kOfX; ++j)
@@ -177,10 +177,12 @@ class PointwiseCopier {
     const SharedAddress gates =
         shared_address(stage + Tr::kWarpsK * Tr::kXSlice + share_.slice() * plan_.gate_images * kPointwiseGateBytes +
                        share_.chunk % kSliceChunks * 16);
+    const unsigned char* const gate = gate_ + (bytes > 0 ? at * sizeof(T) : 0);
+    const unsigned distance = static_cast<unsigned>(p_.in_channels) * static_cast<unsigned>(sizeof(T));
 #pragma unroll 1
     for (int i = share_.row; i < plan_.gate_images; i += Tr::kRowsAtOnce)
       cp_async_16(gates + i * kPointwiseGateBytes,
-                  gate_ + (i < last_gate_ ? i : last_gate_) * p_.in_channels + (bytes > 0 ? at : 0), bytes);
+                  gate + static_cast<unsigned>(i < last_gate_ ? i : last_gate_) * distance, bytes);
   }
 
  private:
@@ -191,7 +193,7 @@ class PointwiseCopier {
   PointwiseShare<Tr> share_;
   const unsigned char *x_, *weight_;                        // of the tile's first row, of the block's first column
   unsigned x_rows_[Tr::kOfX], weight_rows_[Tr::kOfWeight];  // from there, in bytes: see kMostDistance of the plan
-  const T* gate_ = nullptr;                                 // of the tile's first image
+  const unsigned char* gate_ = nullptr;                     // of the tile's first image
   int last_gate_ = 0;                                       // images behind the first that there are
   const PointwiseParams& p_;
   const PointwisePlan& plan_;

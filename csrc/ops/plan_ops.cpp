@@ -134,8 +134,27 @@ PlannedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& s,
   return cuda::planned_launches(p, cuda::plan_squeeze_excite(p, limits));
 }
 
-PlannedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 8);
+// The activation of params.h that a shape may have behind its first `sizes` numbers; identity where it has none.
+Activation activation_after(const std::string& op, const Shape& s, size_t sizes) {
+  check_count(op, "shape", s, s.size() == sizes + 1 ? sizes + 1 : sizes);
+  if (s.size() == sizes) return Activation::kIdentity;
+  STD_TORCH_CHECK(s[sizes] <= int64_t(Activation::kGeluTanh), "cuda_plan: activation ", s[sizes], " of ", op,
+                  "; allowed: 0 to ", int64_t(Activation::kGeluTanh));
+  return static_cast<Activation>(s[sizes]);
+}
+
+// How the product is cut, as more words of its line.
+std::string words_of(const cuda::PointwisePlan& plan) {
+  std::ostringstream out;
+  out << " tile=" << plan.tile << " epilogue=" << int(plan.epilogue) << " converts=" << plan.converts
+      << " tiles=" << plan.tiles << " steps=" << plan.steps << " parts=" << plan.parts
+      << " keeps_weight=" << plan.keeps_weight;
+  return out.str();
+}
+
+PlannedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits,
+                                  std::string* cut) {
+  const Activation activation = activation_after(op, s, 8);
   check_elements(op, "x", {s[0], s[1], s[2], s[3]});
   check_elements(op, "the result", {s[0], s[1], s[2], s[4]});
   check_elements(op, "weight", {s[3], s[4]});
@@ -146,17 +165,21 @@ PlannedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shap
   STD_TORCH_CHECK(s[3] >= 1 && s[4] >= 1, "cuda_plan: channels ", s[3], " to ", s[4], "; allowed: 1 or more");
   if (s[5]) p.gate = some(dtype);
   if (s[6]) p.residual = somewhere();
-  p.allow_tf32 = s[7] != 0;
+  p.allow_tf32 = s[7] != 0, p.activation = activation;
   p.x_stride_p = p.in_channels, p.x_stride_n = p.pixels * p.in_channels;
   p.residual_stride_p = p.out_channels, p.residual_stride_n = p.pixels * p.out_channels;
-  return cuda::planned_launches(p, cuda::plan_pointwise(p, limits));
+  const cuda::PointwisePlan plan = cuda::plan_pointwise(p, limits);
+  *cut = words_of(plan);
+  return cuda::planned_launches(p, plan);
 }
 
-// The sizes of the depthwise operator, x's channels being the expanded ones, then the input channels and allow_tf32.
-PlannedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 15);
-  PlannedLaunches launches =
-      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14]}, limits);
+// The sizes of the depthwise operator, x's channels being the expanded ones, then the input channels, allow_tf32 and
+// the activation between the two.
+PlannedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits,
+                               std::string* cut) {
+  const int64_t activation = int64_t(activation_after(op, s, 15));
+  PlannedLaunches launches = plan_of_pointwise("pointwise_bn_act", dtype,
+                                               {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14], activation}, limits, cut);
   const Shape depthwise(s.begin(), s.begin() + 13);
   for (const cuda::PlannedLaunch& one : plan_of_depthwise("depthwise_bn_act_squeeze", dtype, depthwise, limits))
     launches.push_back(one);
@@ -192,10 +215,11 @@ std::string cuda_plan(const std::string& op, const std::string& dtype_name, cons
   const DType dtype = dtype_named(dtype_name);
   const DeviceLimits limits = limits_of(op, limit_values);
   PlannedLaunches launches;
+  std::string cut;  // of the first launch
   if (op == "pointwise_bn_act")
-    launches = plan_of_pointwise(op, dtype, shape, limits);
+    launches = plan_of_pointwise(op, dtype, shape, limits, &cut);
   else if (op == "expand_depthwise_squeeze")
-    launches = plan_of_expand(op, dtype, shape, limits);
+    launches = plan_of_expand(op, dtype, shape, limits, &cut);
   else if (op == "conv_bn_act")
     launches = plan_of_conv(op, dtype, shape, limits);
   else if (op == "squeeze_excite_gate")
@@ -209,7 +233,8 @@ std::string cuda_plan(const std::string& op, const std::string& dtype_name, cons
   for (const cuda::PlannedLaunch& one : launches)
     out << "kernel=" << one.kernel << " grid=" << one.grid << " block=" << one.block_x << ',' << one.block_y
         << " shared=" << one.shared_bytes << " cluster=" << one.cluster << " cooperative=" << int(one.cooperative)
-        << " workspace=" << one.workspace_bytes << '\n';
+        << " workspace=" << one.workspace_bytes << cut << '\n',
+        cut.clear();
   return out.str();
 }
 
