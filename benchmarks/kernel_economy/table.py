@@ -8,6 +8,8 @@ from dataclasses import astuple
 from pathlib import Path
 
 from benchmarks.kernel_economy.counts import count_kernels
+from benchmarks.kernel_economy.pointwise_loops import PIPES as POINTWISE_PIPES
+from benchmarks.kernel_economy.pointwise_loops import epilogue_of, pointwise_issued, tile_of
 from benchmarks.kernel_economy.reading import ROOT, Kernel, compile_sources, nvcc_version, read_kernels
 from benchmarks.kernel_economy.rules import claim_of, element_bytes, issued, stem_issued
 from effkernels import gpus
@@ -116,6 +118,26 @@ def launch_time_lines() -> list[str]:
     return lines
 
 
+def pointwise_lines(kernels: Sequence[Kernel]) -> list[str]:
+    """Instructions of a warp of the 16-bit pointwise kernels, by part of the work, and of a step by pipe."""
+    parts = ("prologue", "tile", "step", "weights", "epilogue", "residual")
+    lines = [
+        f"| kernel | tile | activation | {' | '.join(parts)} "
+        f"| {' | '.join(f'step: {pipe}' for pipe in POINTWISE_PIPES)} |",
+        "|---|---|---|" + "--:|" * (len(parts) + len(POINTWISE_PIPES)),
+    ]
+    for kernel in kernels:
+        if kernel.family != "pointwise" or element_bytes(kernel) != 2 or kernel.arguments[-1] == "true":
+            continue
+        found, tile = pointwise_issued(kernel), tile_of(kernel)
+        counts = [getattr(found, part).total() for part in parts] + [found.step[pipe] for pipe in POINTWISE_PIPES]
+        lines.append(
+            f"| `{kernel.name}` | {tile.rows}x{tile.columns}, {tile.threads} threads | {epilogue_of(kernel)} "
+            f"| {' | '.join(map(str, counts))} |"
+        )
+    return lines
+
+
 def sum_lines() -> list[str]:
     """The estimated time of a forward in bfloat16, by GPU, model and batch size."""
     batches = (1, 32, 256)
@@ -189,6 +211,11 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "Of the stem with 32 output channels: a whole tile of it with swish, by part and by pipe; and what a warp "
         "issues for each block, for the parameters and the first window.",
         "\n".join(stem_lines(shown)),
+        "### Instructions issued by a warp of the pointwise kernel\n\nCounted in the disassembly, along the way of a "
+        "call of a network: for a block before its first tile, for each tile, for each step of 64 bytes along k (with "
+        "gates where the kernel takes them), more where the weights pass through the ring, to write a tile (one vector "
+        "a thread where any activation is taken), more where a residual is added.",
+        "\n".join(pointwise_lines(shown)),
         "### Special-function instructions per element",
         "\n".join(activation_lines(folder)),
         "### Instructions of a warp in each part of a kernel\n\nIn one pass through the part, counted in the "

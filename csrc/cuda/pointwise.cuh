@@ -39,7 +39,7 @@ template <class Tr>
 __device__ __forceinline__ void find_images(const PointwiseParams& p, const PointwisePlan& plan, int64_t first_row,
                                             const PointwisePlace<Tr>& place, TileGate<Tr::M>* gate) {
   const PointwiseImages<Tr> images(p, plan, first_row);
-  const int last = rows_of_tile<Tr>(p, first_row) - 1;  // rows after it: any gate that is there
+  const int last = rows_of_tile<Tr>(plan, first_row) - 1;  // rows after it: any gate that is there
   const auto image_of = [&](int row) { return static_cast<unsigned>(images.of(row < last ? row : last)); };
   const unsigned first = image_of(place.row);
   gate->uniform = first == image_of(place.row + Tr::kWarpRows - 1);
@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
       loader.load_weight(weights + (plan.keeps_weight ? step_to_load : stage) * (Tr::kWarpsK * Tr::kWeightSlice), k);
     if (++step_to_load == plan.steps) step_to_load = 0, ++tile_to_load;
   };
-  if (!Tr::kConverts && p.residual != nullptr) load_residual(p, row_of(0), first_column, place, residual);
+  if (Tr::kTakesMore && plan.residual_bytes > 0) load_residual(p, plan, row_of(0), first_column, place, residual);
 #pragma unroll 1
   for (unsigned stage = 0; stage < kAhead; ++stage) {
     load(stage, false);
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
   for (int tile = 0; tile < tiles; ++tile) {
     const int64_t first_row = row_of(tile);
     TileGate<Tr::M> gate;
-    if (!Tr::kConverts && plan.gate_images > 0) find_images(p, plan, first_row, place, &gate);
+    if (Tr::kTakesMore && plan.gate_images > 0) find_images(p, plan, first_row, place, &gate);
     float acc[Tr::M][Tr::N][4] = {};
     constexpr bool kRuns = Tr::kProduct == PointwiseProduct::kMultiplyAdd;
     float total[kRuns ? Tr::M : 1][kRuns ? Tr::N : 1][4] = {};
@@ -132,14 +132,14 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
     for (int step = 0; step < plan.steps; ++step) {
       cp_async_wait<kStages - 2>();
       __syncthreads();
-      if (!Tr::kConverts && p.residual != nullptr && step == 0 && tile > 0)
-        load_residual(p, first_row, first_column, place, residual);
+      if (Tr::kTakesMore && plan.residual_bytes > 0 && step == 0 && tile > 0)
+        load_residual(p, plan, first_row, first_column, place, residual);
       load((in_use + kAhead) % kStages, true);
       cp_async_commit();
       const unsigned char* const stage = ring + in_use * plan.stage_bytes;
       const unsigned char* const weight =
           weights + ((plan.keeps_weight ? step : in_use) * Tr::kWarpsK + place.k) * Tr::kWeightSlice;
-      if (!Tr::kConverts && plan.gate_images > 0)
+      if (Tr::kTakesMore && plan.gate_images > 0)
         gate.slice = stage + Tr::kWarpsK * Tr::kXSlice + place.k * plan.gate_images * kPointwiseGateBytes;
       multiply<Tr>(acc, stage + place.k * Tr::kXSlice + place.row * kPointwiseSliceBytes,
                    weight + place.column * kPointwiseSliceBytes, gate,
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
       }
     }
 
-    if (!Tr::kConverts && p.residual != nullptr) {  // its copies were committed in the first step of the tile
+    if (Tr::kTakesMore && plan.residual_bytes > 0) {  // its copies were committed in the first step of the tile
       if (plan.steps < kAhead) {
         cp_async_wait<0>();
       } else {
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
       }
       if constexpr (kDirect) __syncwarp();
     }
-    const int row_count = rows_of_tile<Tr>(p, first_row);
+    const int row_count = rows_of_tile<Tr>(plan, first_row);
     if constexpr (kDirect) {
       const int row = place.row + place.lane / 4;
       const int64_t left = p.out_channels - (first_column + place.column);

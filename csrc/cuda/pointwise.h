@@ -7,8 +7,9 @@ namespace effkernels::cuda {
 // How the products are formed: 16-bit types and TF32 on tensor cores, float32 by exact multiply-adds.
 enum class PointwiseProduct { kTensor16, kTf32, kMultiplyAdd };
 
-// What happens to the sums. Identity and swish, which networks of MBConv blocks use, are compiled for themselves and
-// leave from the registers; any activation goes through shared memory, so that its code is there once.
+// What happens to the sums. What MBConv blocks use is compiled for itself and leaves from the registers: identity in
+// projections, swish without gate or residual in expansions. Any activation goes through shared memory, so that its
+// code is there once.
 enum class PointwiseEpilogue { kIdentity, kSilu, kAny };
 
 // A block computes tiles of `rows` x `columns` of y with warps_m x warps_n x warps_k warps. Warps along k take turns
@@ -77,6 +78,7 @@ struct PointwisePlan {
   int parts = 1;              // blocks that share a tile along the input channels
   int tiles = 1;              // row tiles of a block, at most
   int gate_images = 0;        // images of a tile, their gates beside the slices of x; 0: no gate, or while converting
+  int64_t rows = 0;           // of all images
   int64_t row_tiles = 0, column_tiles = 0;
   int64_t row_groups = 0;  // blocks along the rows: each takes every row_groups-th tile
   int64_t blocks = 0;

@@ -59,14 +59,14 @@ struct PointwisePlace {
 // The residual under a tile, by cp.async: rows of kColumns in shared memory. A warp loads what it reads itself, or the
 // block loads all of it where warps along k share the tile. Outside of y the last rows and columns are repeated.
 template <class Tr>
-__device__ __forceinline__ void load_residual(const PointwiseParams& p, int64_t first_row, int first_column,
-                                              const PointwisePlace<Tr>& place, unsigned char* to) {
+__device__ __forceinline__ void load_residual(const PointwiseParams& p, const PointwisePlan& plan, int64_t first_row,
+                                              int first_column, const PointwisePlace<Tr>& place, unsigned char* to) {
   using T = typename Tr::T;
   constexpr bool kOwn = Tr::kWarpsK == 1;
   constexpr int kRows = kOwn ? Tr::kWarpRows : Tr::kRows, kLanes = kOwn ? 32 : Tr::kThreads;
   constexpr int kVectors = (kOwn ? Tr::kWarpColumns : Tr::kColumns) / Tr::kVector;
   const int top = kOwn ? place.row : 0, left = kOwn ? place.column : 0;
-  const int last_row = rows_of_tile<Tr>(p, first_row) - 1;
+  const int last_row = rows_of_tile<Tr>(plan, first_row) - 1;
   const int last_column = static_cast<int>(p.out_channels) - Tr::kVector - first_column;
   const T* const residual = static_cast<const T*>(p.residual) + first_row * p.residual_stride_p + first_column;
 #pragma unroll 1
@@ -78,10 +78,17 @@ __device__ __forceinline__ void load_residual(const PointwiseParams& p, int64_t 
   }
 }
 
+// kCount values of a row, read as words: a Vector by itself would be read byte by byte.
 template <class T, int kCount>
 __device__ __forceinline__ void add_residual(const unsigned char* residual, float (&value)[kCount]) {
+  struct alignas(kCount * sizeof(T)) Words {
+    uint32_t at[kCount * sizeof(T) / 4];
+  };
+  const Words words = *reinterpret_cast<const Words*>(residual);
+  Vector<T, kCount> raw;
+  memcpy(&raw, &words, sizeof(raw));
   float added[kCount];
-  unpack(*reinterpret_cast<const Vector<T, kCount>*>(residual), 0, added);
+  unpack(raw, 0, added);
 #pragma unroll
   for (int e = 0; e < kCount; ++e) value[e] += added[e];
 }
@@ -109,8 +116,10 @@ __device__ __forceinline__ void write_direct(const PointwiseParams& p, const flo
 #pragma unroll
         for (int e = 0; e < kCount; ++e) value[e] = fmaf(acc[i][kFirst + e / 2][half * 2 + e % 2], by[e], shift[e]);
         activate<T>(value, Tr::kActivation);
-        if (p.residual != nullptr) add_residual<T>(residual + (row * Tr::kColumns + column) * sizeof(T), value);
-        if (row < rows_here) store_whole(y + row * p.out_channels + column, value);
+        if (Tr::kTakesMore && p.residual != nullptr)
+          add_residual<T>(residual + (row * Tr::kColumns + column) * sizeof(T), value);
+        if (row < rows_here)
+          store_whole(y + (static_cast<unsigned>(row) * static_cast<unsigned>(p.out_channels) + column), value);
       }
     write_direct<Tr, kFirst + kGroup>(p, acc, scale, residual, y, rows, columns);
   }
@@ -199,10 +208,10 @@ __device__ __forceinline__ void write_through_shared(const PointwiseParams& p, c
       if (pass == 0 || !shared) {
         sums.add_up(v, value);
       } else {
-        const int64_t part_floats = p.batch * p.pixels * p.out_channels;
+        const int64_t part_floats = plan.rows * p.out_channels;
 #pragma unroll
         for (int e = 0; e < kWidth; ++e) value[e] = 0.f;
-#pragma unroll 2
+#pragma unroll 4
         for (int other = 0; other < plan.parts; ++other)
 #pragma unroll
           for (int e = 0; e < kWidth; e += 4) {
@@ -211,7 +220,7 @@ __device__ __forceinline__ void write_through_shared(const PointwiseParams& p, c
           }
       }
       if (pass == 0) {
-        float4* const to = reinterpret_cast<float4*>(work.partial + part * (p.batch * p.pixels * p.out_channels) + at);
+        float4* const to = reinterpret_cast<float4*>(work.partial + part * (plan.rows * p.out_channels) + at);
 #pragma unroll
         for (int e = 0; e < kWidth; e += 4)
           __stcg(to + e / 4, make_float4(value[e], value[e + 1], value[e + 2], value[e + 3]));

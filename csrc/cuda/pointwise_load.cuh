@@ -23,6 +23,8 @@ struct PointwiseTraits {
   static constexpr PointwiseTile kShape = kPointwiseTiles[kTile];
   static constexpr int kResident = pointwise_resident(kTile, kProduct);
   static constexpr bool kConverts = kConverts_;
+  // Gate and residual in shared memory: not converted, and not behind an expansion.
+  static constexpr bool kTakesMore = !kConverts && kEpilogue != PointwiseEpilogue::kSilu;
   static constexpr int kRows = kShape.rows, kColumns = kShape.columns, kThreads = kShape.threads();
   static constexpr int kWarpsK = kShape.warps_k;
   static constexpr int kWarpRows = kShape.warp_rows(), kWarpColumns = kShape.warp_columns();
@@ -95,8 +97,8 @@ class PointwiseImages {
 
 // Rows of a tile that there are, of the kRows.
 template <class Tr>
-__device__ __forceinline__ int rows_of_tile(const PointwiseParams& p, int64_t first_row) {
-  const int64_t left = p.batch * p.pixels - first_row;
+__device__ __forceinline__ int rows_of_tile(const PointwisePlan& plan, int64_t first_row) {
+  const int64_t left = plan.rows - first_row;
   return left < Tr::kRows ? static_cast<int>(left) : Tr::kRows;
 }
 
@@ -125,27 +127,29 @@ class PointwiseCopier {
 
   __device__ __forceinline__ PointwiseCopier(const PointwiseParams& p, const PointwisePlan& plan, int first_column)
       : p_(p), plan_(plan) {
-    weight_ = static_cast<const T*>(p.weight.data) + first_column * p.in_channels;
+    weight_ = bytes_of(static_cast<const T*>(p.weight.data) + first_column * p.in_channels);
     const int last = static_cast<int>(p.out_channels) - 1 - first_column;
 #pragma unroll
     for (int j = 0; j < Tr::kOfWeight; ++j) {
       const int column = Tr::column_of(share_.row + j * Tr::kRowsAtOnce);
-      weight_rows_[j] = static_cast<unsigned>(column < last ? column : last) * static_cast<unsigned>(p.in_channels);
+      weight_rows_[j] = static_cast<unsigned>(column < last ? column : last) *
+                        static_cast<unsigned>(p.in_channels * static_cast<int>(sizeof(T)));
     }
   }
 
   // To the tile of rows from `first_row` on.
   __device__ __forceinline__ void move(int64_t first_row) {
-    const int last = rows_of_tile<Tr>(p_, first_row) - 1;
-    x_ = static_cast<const T*>(p_.x) + first_row * p_.x_stride_p;
+    const int last = rows_of_tile<Tr>(plan_, first_row) - 1;
+    x_ = bytes_of(static_cast<const T*>(p_.x) + first_row * p_.x_stride_p);
 #pragma unroll
     for (int j = 0; j < Tr::kOfX; ++j) {
       const int row = share_.row + j * Tr::kRowsAtOnce;
-      x_rows_[j] = static_cast<unsigned>(row < last ? row : last) * static_cast<unsigned>(p_.x_stride_p);
+      x_rows_[j] = static_cast<unsigned>(row < last ? row : last) *
+                   static_cast<unsigned>(p_.x_stride_p * static_cast<int>(sizeof(T)));
     }
-    if (plan_.gate_images > 0) {
+    if (Tr::kTakesMore && plan_.gate_images > 0) {
       const int64_t image = PointwiseImages<Tr>(p_, plan_, first_row).first(), left = p_.batch - 1 - image;
-      gate_ = static_cast<const T*>(p_.gate.data) + image * p_.in_channels;
+      gate_ = bytes_of(static_cast<const T*>(p_.gate.data) + image * p_.in_channels);
       last_gate_ = left < plan_.gate_images ? static_cast<int>(left) : plan_.gate_images;
     }
   }
@@ -153,8 +157,8 @@ class PointwiseCopier {
   // `k`: the first of the stage.
   __device__ __forceinline__ void load_weight(unsigned char* slices, int k) const {
     const SharedAddress to = shared_address(slices + share_.slice() * Tr::kWeightSlice + share_.in_slice);
-    const int at = k + share_.chunk * Tr::kVector, bytes = at < p_.in_channels ? 16 : 0;
-    const T* const from = weight_ + (bytes > 0 ? at : 0);
+    const int at = k + share_.chunk * Tr::kVector, bytes = at < static_cast<int>(p_.in_channels) ? 16 : 0;
+    const unsigned char* const from = weight_ + (bytes > 0 ? at * sizeof(T) : 0);
 #pragma unroll
     for (int j = 0; j < Tr::kOfWeight; ++j)
       if (share_.template has<Tr::kColumns>(j))
@@ -163,26 +167,33 @@ class PointwiseCopier {
 
   __device__ __forceinline__ void load_x(unsigned char* stage, int k) const {
     const SharedAddress to = shared_address(stage + share_.slice() * Tr::kXSlice + share_.in_slice);
-    const int at = k + share_.chunk * Tr::kVector, bytes = at < p_.in_channels ? 16 : 0;
-    const T* const from = x_ + (bytes > 0 ? at : 0);
+    const int at = k + share_.chunk * Tr::kVector, bytes = at < static_cast<int>(p_.in_channels) ? 16 : 0;
+    const unsigned char* const from = x_ + (bytes > 0 ? at * sizeof(T) : 0);
 #pragma unroll
     for (int j = 0; j < Tr::kOfX; ++j)
       if (share_.template has<Tr::kRows>(j))
         cp_async_16(to + j * Tr::kRowsAtOnce * kPointwiseSliceBytes, from + x_rows_[j], bytes);
-    if (plan_.gate_images == 0) return;
+    if (!Tr::kTakesMore || plan_.gate_images == 0) return;
     const SharedAddress gates =
         shared_address(stage + Tr::kWarpsK * Tr::kXSlice + share_.slice() * plan_.gate_images * kPointwiseGateBytes +
                        share_.chunk % kSliceChunks * 16);
+    const unsigned char* const gate = gate_ + (bytes > 0 ? at * sizeof(T) : 0);
+    const unsigned distance = static_cast<unsigned>(p_.in_channels) * static_cast<unsigned>(sizeof(T));
 #pragma unroll 1
     for (int i = share_.row; i < plan_.gate_images; i += Tr::kRowsAtOnce)
       cp_async_16(gates + i * kPointwiseGateBytes,
-                  gate_ + (i < last_gate_ ? i : last_gate_) * p_.in_channels + (bytes > 0 ? at : 0), bytes);
+                  gate + static_cast<unsigned>(i < last_gate_ ? i : last_gate_) * distance, bytes);
   }
 
  private:
+  static __device__ __forceinline__ const unsigned char* bytes_of(const T* at) {
+    return reinterpret_cast<const unsigned char*>(at);
+  }
+
   PointwiseShare<Tr> share_;
-  const T *x_, *weight_, *gate_ = nullptr;  // of the tile's first row, of the block's first column, of its first image
-  unsigned x_rows_[Tr::kOfX], weight_rows_[Tr::kOfWeight];  // from there, in elements
+  const unsigned char *x_, *weight_;                        // of the tile's first row, of the block's first column
+  unsigned x_rows_[Tr::kOfX], weight_rows_[Tr::kOfWeight];  // from there, in bytes: see kMostDistance of the plan
+  const unsigned char* gate_ = nullptr;                     // of the tile's first image
   int last_gate_ = 0;                                       // images behind the first that there are
   const PointwiseParams& p_;
   const PointwisePlan& plan_;
@@ -221,7 +232,7 @@ class PointwiseConverter {
   __device__ __forceinline__ void load_x(unsigned char* stage, int first_k) const {
     const int64_t k = first_k + share_.chunk * Tr::kVector;
     const int count = k + Tr::kVector <= p_.in_channels ? Tr::kVector : static_cast<int>(p_.in_channels - k);
-    const int rows = rows_of_tile<Tr>(p_, first_row_);
+    const int rows = rows_of_tile<Tr>(plan_, first_row_);
     unsigned char* to = stage + share_.slice() * Tr::kXSlice + share_.in_slice;
 #pragma unroll 1
     for (int row = share_.row; row < Tr::kRows; row += Tr::kRowsAtOnce, to += Tr::kRowsAtOnce * kPointwiseSliceBytes) {

@@ -8,7 +8,7 @@
 namespace effkernels::cuda {
 namespace {
 
-constexpr int64_t kMostDistance = 1 << 23;  // of two rows of a tile, in elements
+constexpr int64_t kMostDistance = 1 << 23;  // of two rows of x, y or weight, in elements: 127 of them have 32 bits
 constexpr int kMostTiles = 16;              // of a block
 constexpr int kMostParts = 16;              // of a tile, along k
 constexpr int kReservedShared = 1024;       // of every block, by the system
@@ -94,11 +94,12 @@ class Cost {
     constexpr double kNotOverlapped = 0.25;
     of_tile_ = std::max(busy, loads) + kNotOverlapped * std::min(busy, loads) + epilogue;
 
-    // A part writes its sums, arrives, and the last one reads all: fence, atomic and read wait for L2 one by one.
-    constexpr double kArrival = 1600;
+    // A part writes its sums and arrives: a fence and an atomic, each of which waits for L2. The last one reads those
+    // of all, four at a time.
+    constexpr double kArrival = 1000, kFourParts = 600;
     if (plan.parts > 1) {
       of_tile_ += rows * columns * 4 * 2 / 32;
-      arrival_ = kArrival + rows * columns * 4 * plan.parts / 64;
+      arrival_ = kArrival + kFourParts * double(divide_up(plan.parts, 4));
     }
     queue_ = double(divide_up(plan.blocks, limits.multiprocessors));
     resident_ = std::max(1., std::min(double(resident_blocks(plan, limits)), queue_));
@@ -120,8 +121,25 @@ class Cost {
   double of_tile_, arrival_ = 0, queue_, resident_, steps_, tiles_;
 };
 
-// Cuts the product into tiles of `tile`, shared by `parts` blocks each. False where it does not fit the device.
-bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int parts, PointwisePlan* plan) {
+// Row tiles of a block. More of them share its prologue, fewer leave less for the last blocks: the least of waves *
+// (prologue + tiles), which is a model, not a measurement.
+int tiles_of_block(const PointwisePlan& plan, const DeviceLimits& limits) {
+  constexpr double kPrologue = 0.5;  // of a tile
+  const int64_t slots = int64_t(limits.multiprocessors) * resident_blocks(plan, limits);
+  double least = 0;
+  int best = 1;
+  for (int tiles = 1; tiles <= kMostTiles && tiles <= plan.row_tiles; ++tiles) {
+    const int64_t blocks = divide_up(plan.row_tiles, tiles) * plan.column_tiles;
+    const double cost = double(divide_up(blocks, slots)) * (kPrologue + tiles);
+    if (tiles == 1 || cost < least) best = tiles, least = cost;
+  }
+  return best;
+}
+
+// Cuts the product into tiles of `tile`, shared by `parts` blocks each. False where that does not fit the device, or is
+// another way to say what is tried elsewhere.
+bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int parts, bool keeps_weight,
+         PointwisePlan* plan) {
   const PointwiseTile& shape = kPointwiseTiles[tile];
   const int64_t step = kPointwiseSliceBytes / element_of(p) * shape.warps_k;
   const int64_t steps = std::max<int64_t>(divide_up(p.in_channels, step), 1);
@@ -129,54 +147,37 @@ bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int par
   plan->tile = tile;
   plan->steps = static_cast<int>(divide_up(steps, parts));
   plan->parts = static_cast<int>(divide_up(steps, plan->steps));
-  if (plan->parts != parts) return false;  // fewer do as well
-  plan->tiles = 1;
-  plan->row_tiles = divide_up(p.batch * p.pixels, shape.rows);
-  plan->column_tiles = divide_up(p.out_channels, shape.columns);
-  const auto fits = [&] { return plan->shared_bytes <= limits.shared_per_block; };
-  // As many as there are stages take no more room than the ring would.
-  lay_out(p, plan->steps <= kPointwiseStages, plan);
-  if (!fits()) return false;
+  if (plan->parts != parts) return false;
+  // So few weights take no more room than the ring.
+  const bool fits_ring = plan->steps <= kPointwiseStages;
+  if (fits_ring && keeps_weight) return false;
 
-  // More tiles of a block share its prologue, fewer leave less for the last blocks: the least of waves * (prologue +
-  // tiles), which is a model, not a measurement.
-  const int64_t all = plan->row_tiles * plan->column_tiles;
-  if (parts == 1 && !plan->converts && all > limits.multiprocessors) {
-    PointwisePlan one = *plan;
+  plan->rows = p.batch * p.pixels;
+  plan->row_tiles = divide_up(plan->rows, shape.rows);
+  plan->column_tiles = divide_up(p.out_channels, shape.columns);
+  plan->tiles = 1;
+  if (parts == 1 && !plan->converts && plan->row_tiles * plan->column_tiles > limits.multiprocessors) {
     plan->tiles = kMostTiles;
-    lay_out(p, true, plan);
-    if (!one.keeps_weight && (!fits() || resident_blocks(*plan, limits) < resident_blocks(one, limits)))
-      lay_out(p, one.keeps_weight, plan);
-    if (fits()) {
-      const int64_t slots = int64_t(limits.multiprocessors) * resident_blocks(*plan, limits);
-      constexpr double kPrologue = 0.5;  // of a tile
-      double least = 0;
-      int best = 1;
-      for (int tiles = 1; tiles <= kMostTiles && tiles <= plan->row_tiles; ++tiles) {
-        const int64_t blocks = divide_up(plan->row_tiles, tiles) * plan->column_tiles;
-        const double cost = double(divide_up(blocks, slots)) * (kPrologue + tiles);
-        if (tiles == 1 || cost < least) best = tiles, least = cost;
-      }
-      const bool keeps = plan->keeps_weight;
-      plan->tiles = best;
-      lay_out(p, best > 1 ? keeps : one.keeps_weight, plan);
-    } else {
-      *plan = one;
-    }
+    lay_out(p, keeps_weight || fits_ring, plan);
+    plan->tiles = plan->shared_bytes <= limits.shared_per_block ? tiles_of_block(*plan, limits) : 1;
   }
+  if (keeps_weight && plan->tiles == 1) return false;
   plan->row_groups = divide_up(plan->row_tiles, plan->tiles);
   plan->tiles = static_cast<int>(divide_up(plan->row_tiles, plan->row_groups));
-  lay_out(p, plan->keeps_weight, plan);
+  lay_out(p, keeps_weight || fits_ring, plan);
   plan->blocks = plan->row_groups * plan->parts * plan->column_tiles;
   plan->images_per_row = 1. / double(p.pixels);
   plan->by_columns = divisor(plan->column_tiles), plan->by_parts = divisor(plan->parts);
-  return true;
+  // A single block would leave the multiprocessor idle at each of its barriers.
+  if (keeps_weight && resident_blocks(*plan, limits) < 2) return false;
+  return plan->shared_bytes <= limits.shared_per_block;
 }
 
 PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const PointwisePlan& plan) {
-  const PointwiseEpilogue own = p.activation == Activation::kIdentity ? PointwiseEpilogue::kIdentity
-                                : p.activation == Activation::kSilu   ? PointwiseEpilogue::kSilu
-                                                                      : PointwiseEpilogue::kAny;
+  const bool expands = p.activation == Activation::kSilu && p.gate.data == nullptr && p.residual == nullptr;
+  const PointwiseEpilogue own = expands                                 ? PointwiseEpilogue::kSilu
+                                : p.activation == Activation::kIdentity ? PointwiseEpilogue::kIdentity
+                                                                        : PointwiseEpilogue::kAny;
   return pointwise_tile_built(tile, plan.product, own, plan.converts) ? own : PointwiseEpilogue::kAny;
 }
 
@@ -190,9 +191,10 @@ PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limit
                                             : PointwiseProduct::kMultiplyAdd;
   plan.x_vectors = p.in_channels % vector == 0 && rows_aligned(p, p.x, p.x_stride_n, p.x_stride_p, vector);
   // By way of registers goes what is rare: other types and alignments, and parts of larger images.
-  plan.converts = !plan.x_vectors || !rows_even(p, p.x_stride_n, p.x_stride_p) || p.in_channels > kMostDistance ||
-                  p.weight.dtype != p.dtype || !aligned(p.weight.data) || p.out_channels % vector != 0 ||
-                  !aligned(p.y) || !aligned(p.gate.data) || (p.gate.data != nullptr && p.gate.dtype != p.dtype) ||
+  plan.converts = !plan.x_vectors || !rows_even(p, p.x_stride_n, p.x_stride_p) ||
+                  std::max(p.in_channels, p.out_channels) > kMostDistance || p.weight.dtype != p.dtype ||
+                  !aligned(p.weight.data) || p.out_channels % vector != 0 || !aligned(p.y) || !aligned(p.gate.data) ||
+                  (p.gate.data != nullptr && p.gate.dtype != p.dtype) ||
                   (p.residual != nullptr && !rows_even(p, p.residual_stride_n, p.residual_stride_p)) ||
                   !rows_aligned(p, p.residual, p.residual_stride_n, p.residual_stride_p, vector);
   if (p.batch * p.pixels * p.out_channels == 0) return plan;
@@ -204,13 +206,13 @@ PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limit
       plan.epilogue = epilogue_of(p, tile, plan);
       if (!pointwise_tile_built(tile, plan.product, plan.epilogue, plan.converts)) continue;
       const bool shares = plan.epilogue == PointwiseEpilogue::kAny && !plan.converts;
-      for (int parts = 1; parts <= (shares ? kMostParts : 1); ++parts) {
-        PointwisePlan with = plan;
-        if (!cut(p, limits, tile, parts, &with)) continue;
-        if (parts > 1 && with.blocks > 4 * limits.multiprocessors) break;  // enough without
-        const double cycles = Cost(p, with, limits).cycles();
-        if (!found || cycles < lowest) best = with, lowest = cycles, found = true;
-      }
+      for (int parts = 1; parts <= (shares ? kMostParts : 1); ++parts)
+        for (const bool keeps_weight : {false, true}) {
+          PointwisePlan with = plan;
+          if (!cut(p, limits, tile, parts, keeps_weight, &with)) continue;
+          const double cycles = Cost(p, with, limits).cycles();
+          if (!found || cycles < lowest) best = with, lowest = cycles, found = true;
+        }
     }
     if (found) return best;
     if (plan.converts) break;

@@ -103,7 +103,8 @@ std::string cut_of(const PointwiseParams& p, const cuda::PointwisePlan& plan) {
                  plan.converts)
       << " rows=" << tile.rows << " columns=" << tile.columns << " steps=" << plan.steps << " parts=" << plan.parts
       << " tiles=" << plan.tiles << " row_tiles=" << plan.row_tiles << " column_tiles=" << plan.column_tiles
-      << " gate_images=" << plan.gate_images << " keeps_weight=" << plan.keeps_weight;
+      << " gate_images=" << plan.gate_images << " keeps_weight=" << plan.keeps_weight << " tile=" << plan.tile
+      << " epilogue=" << int(plan.epilogue) << " converts=" << plan.converts;
   return out.str();
 }
 
@@ -128,10 +129,13 @@ Norm some_norm() {
   return norm;
 }
 
-Activation activation_numbered(const std::string& op, int64_t number) {
-  STD_TORCH_CHECK(number <= int64_t(Activation::kGeluTanh), "cuda_plan: activation=", number, " of ", op,
-                  "; allowed: 0 to ", int64_t(Activation::kGeluTanh), ", in the order of the operators' names");
-  return static_cast<Activation>(number);
+// The activation of params.h that a shape may have after its first `sizes` numbers; identity where it has none.
+Activation activation_after(const std::string& op, const Shape& s, size_t sizes) {
+  check_count(op, "shape", s, s.size() == sizes + 1 ? sizes + 1 : sizes);
+  if (s.size() == sizes) return Activation::kIdentity;
+  STD_TORCH_CHECK(s[sizes] <= int64_t(Activation::kGeluTanh), "cuda_plan: activation ", s[sizes], " of ", op,
+                  "; allowed: 0 to ", int64_t(Activation::kGeluTanh));
+  return static_cast<Activation>(s[sizes]);
 }
 
 void check_reduced(int64_t reduced) {
@@ -214,7 +218,7 @@ DescribedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& 
 }
 
 DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 9);
+  const Activation activation = activation_after(op, s, 8);
   check_elements(op, "x", {s[0], s[1], s[2], s[3]});
   check_elements(op, "the result", {s[0], s[1], s[2], s[4]});
   check_elements(op, "weight", {s[3], s[4]});
@@ -225,8 +229,7 @@ DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Sh
   STD_TORCH_CHECK(s[3] >= 1 && s[4] >= 1, "cuda_plan: channels ", s[3], " to ", s[4], "; allowed: 1 or more");
   if (s[5]) p.gate = some(dtype);
   if (s[6]) p.residual = somewhere();
-  p.allow_tf32 = s[7] != 0;
-  p.activation = activation_numbered(op, s[8]);
+  p.allow_tf32 = s[7] != 0, p.activation = activation;
   p.x_stride_p = p.in_channels, p.x_stride_n = p.pixels * p.in_channels;
   p.residual_stride_p = p.out_channels, p.residual_stride_n = p.pixels * p.out_channels;
   const cuda::PointwisePlan plan = cuda::plan_pointwise(p, limits);
@@ -238,9 +241,9 @@ DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Sh
 // The sizes of the depthwise operator, x's channels being the expanded ones, then the input channels, allow_tf32 and
 // the first product's activation.
 DescribedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 16);
+  const int64_t activation = int64_t(activation_after(op, s, 15));
   DescribedLaunches launches =
-      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14], s[15]}, limits);
+      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14], activation}, limits);
   const Shape depthwise(s.begin(), s.begin() + 13);
   for (DescribedLaunch& one : plan_of_depthwise("depthwise_bn_act_squeeze", dtype, depthwise, limits))
     launches.push_back(std::move(one));
