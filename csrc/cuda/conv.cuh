@@ -8,8 +8,8 @@
 //     +--------------+                  (offsets of the taps, base of the pixel) straight into the fragments of
 // mma.sync, 32 pixels by 32 channels by 16 taps at a time. Products of 16-bit values are exact in float32, so tensor
 // cores lose nothing. Float32 takes multiply-adds, four pixels by eight channels per lane.
-// The columns of the second factor are in such an order (conv_weight_row) that the sums of a lane are eight channels
-// beside each other: it stores 16 bytes without a word to another lane.
+// The columns of the second factor are in such an order (conv_weight_row) that a lane has the sums of eight
+// neighbouring channels: it stores 16 bytes, and lanes exchange nothing.
 //
 // Shared memory: scale and shift | offsets of the taps | weights | window.
 // kConvMostWarps warps, at most 85 registers: three blocks per multiprocessor, as many as the shared memory of sm_80
@@ -36,7 +36,7 @@ struct ConvTile {
   }
 };
 
-// How many tiles the block takes from its first on.
+// Tiles of the block whose first tile is `first`.
 __device__ __forceinline__ int tiles_of_block(const ConvPlan& plan, unsigned first) {
   return static_cast<int>(min(int64_t(plan.tiles_per_block), plan.tiles - first));
 }
@@ -50,8 +50,8 @@ __device__ __forceinline__ void load_conv_norm(const ConvParams& p, const ConvPl
   }
 }
 
-// Where the tensor cores' second factor has a channel: lane t of four gets columns 2t and 2t + 1 of four matrices of
-// eight columns, which shall be channels 8t to 8t + 7.
+// The row of a channel in the weights. Of four matrices of eight columns, lane t of four gets the sums of columns 2t
+// and 2t + 1: they are to be channels 8t to 8t + 7.
 __device__ __forceinline__ int conv_weight_row(int channel) {
   const int t = channel / 8 % 4, matrix = channel % 8 / 2;
   return channel / kConvChannels * kConvChannels + matrix * 8 + 2 * t + channel % 2;
@@ -83,7 +83,7 @@ __device__ __forceinline__ void finish_pixels(const ConvParams& p, const ConvPla
 #pragma unroll
     for (int e = 0; e < kLane; ++e) result[pixel][e / kVector].at[e % kVector] = from_float<T>(value[pixel][e]);
 
-  // Offsets within a tile fit 32 bits; the plan sees to it.
+  // Offsets within a tile fit 32 bits: plan_conv takes nothing larger.
   const int width = static_cast<int>(p.out_width), channels = static_cast<int>(p.out_channels);
   const int y = threadIdx.x / 32 * kConvWarpRows, x = lane / 4;
   const int rows = static_cast<int>(p.out_height) - tile.y * plan.warps * kConvWarpRows - y;
@@ -114,7 +114,7 @@ __device__ __forceinline__ void finish_pixels(const ConvParams& p, const ConvPla
   }
 }
 
-// What lies in the shared memory of a block of conv.
+// The shared memory of a block of conv.
 template <class T>
 struct ConvShared {
   float *scale, *shift;

@@ -1,17 +1,21 @@
-// The stem of an EfficientNet: 3x3, stride 2, three input channels; x channels_last or contiguous, at addresses and of
-// widths that vectors of 16 or 8 bytes divide. conv.cuh says how a block's tile is cut and who has which sum.
+// The stem of an EfficientNet: 3x3, stride 2, three input channels; x is channels_last or contiguous, and vectors of 16
+// or 8 bytes divide its address, strides and rows. conv.cuh has the tiles and the lanes' pixels.
 //
-// Reading. A thread reads a unit of the next tile's window, 16 bytes of columns by three channels, into registers while
-// the block computes the present tile, and puts it into the other of two windows afterwards: one barrier a tile. A
-// window is stored as channels_last whatever x is, the nine values under a row of the kernel beside each other.
+// Reading. A unit is 16 bytes of columns by three channels. A thread reads its unit of the next tile's window into
+// registers before it finishes the present tile, and later writes it into the other of two windows in shared memory:
+// one barrier a tile. A window is stored as channels_last whatever x is, so that the nine values under a row of the
+// kernel are neighbours.
 //
-// Products, 16 bits. Tensor cores take 32 values of a pixel, in pairs that are one word of the window: the four whole
-// pairs of each kernel row, then the value of each row that is left, then nothing. Half of the words of those have a
-// neighbour's value in them, which is masked: it may be infinite, and zero times that is not zero. Whether the first or
-// the last of the nine is left depends on the padding: pairs begin at even places. All offsets but two are constants.
+// Products, 16 bits. The tensor cores take 32 values of a pixel. First come twelve pairs that are one word of the
+// window each, four of every kernel row; then the ninth value of every row; then nothing. A ninth value shares its word
+// with a value of another window. That half is masked: it may be infinite, and zero times infinity is not zero. Pairs
+// begin at even places, so that the padding decides whether the ninth value is the first or the last of its row. All
+// offsets but two are constants.
 //
-// Traffic. Memory: x once, y once, the parameters once a block. L2: x 1.3 times (a window has 40 columns for 32, and
-// 4 warps + 1 rows for 4 warps).
+// Products, float32. Multiply-adds, four pixels by eight channels for each lane.
+//
+// Traffic. Memory: x once, y once, the parameters once a block. L2: x 1.3 times, because a window has 40 columns for 32
+// and, with 8 warps, 33 rows for 32.
 #pragma once
 #include "conv.cuh"
 
@@ -24,18 +28,20 @@ struct StemTraits {
   static constexpr int kUnits = stem_units(sizeof(T));             // of a row of the window
   static constexpr int kPitch = kUnits * kUnit * kStemChannels;    // elements
   static constexpr int kRun = kStemKernel * kStemChannels;         // values under a row of the kernel
-  static constexpr int kPairs = kRun / 2;                          // whole ones
+  static constexpr int kPairs = kRun / 2;                          // words of them without the ninth
   static constexpr int kTaps = 32;                                 // of the tensor cores
   static constexpr int kRowStep = kStemStride * kPitch;            // from an output's row to the next
   static constexpr int kColumnStep = kStemStride * kStemChannels;  // and column
-  // Whether a thread reads its unit, one, of the next tile before it finishes the present one. In float32 there would
-  // be two, which take 24 registers.
+  // Whether a thread reads its unit of the next tile before it finishes the present one. In float32 it has two units,
+  // whose 24 registers are not there.
   static constexpr bool kAhead = kTensor;
-  static_assert(!kAhead || kUnits * (kConvWarpRows * kStemStride + 1) <= 32, "no thread has two, whatever the warps");
-  static_assert(kRun % 2 == 1 && 2 * (kPairs + 1) * kStemKernel <= kTaps && kPairs == 4, "one step of pairs a row");
+  static_assert(!kAhead || kUnits * (kConvWarpRows * kStemStride + 1) <= 32,
+                "one unit a thread, for any number of warps");
+  static_assert(kRun % 2 == 1 && 2 * (kPairs + 1) * kStemKernel <= kTaps && kPairs == 4,
+                "eight values of a row are half of an instruction's");
 };
 
-// What lies in the shared memory of a block.
+// The shared memory of a block.
 template <class T>
 struct StemShared {
   float *scale, *shift;
@@ -51,7 +57,7 @@ struct StemShared {
   }
 };
 
-// Where the product takes a tap; ky: row of the kernel, run: the value's place among the nine under that row.
+// The product's place for a tap. ky: row of the kernel; run: the value's place among the nine under that row.
 template <class T>
 __device__ __forceinline__ int stem_place(int ky, int run, int odd) {
   using Traits = StemTraits<T>;
@@ -61,8 +67,8 @@ __device__ __forceinline__ int stem_place(int ky, int run, int odd) {
   return (kStemKernel * Traits::kPairs + ky) * 2 + odd;  // the first value is the upper half of its word
 }
 
-// A thread copies what an output channel has for one input channel. odd: whether the first value under a kernel row is
-// the upper half of a word. Ends without a barrier.
+// A thread copies the weights of one output channel for one input channel. odd: whether the first value under a kernel
+// row is the upper half of a word. No barrier at the end.
 template <class T, class W>
 __device__ __forceinline__ void copy_stem_weights(const ConvParams& p, const ConvPlan& plan, const W* from, int odd,
                                                   T* weights) {
@@ -98,7 +104,7 @@ class StemUnit {
       : row_(unit / Traits::kUnits), column_(unit % Traits::kUnits * Traits::kUnit) {}
   __device__ __forceinline__ bool exists(const ConvPlan& plan) const { return row_ < plan.window_height; }
 
-  // Of a tile; outside of the image it is zero.
+  // Reads the unit of a tile's window; what is outside of the image is zero.
   __device__ __forceinline__ void load(const ConvParams& p, const ConvPlan& plan, const ConvTile& tile) {
     const int row_step = static_cast<int>(p.x_stride_h), column_step = static_cast<int>(p.x_stride_w);
     const int top = tile.y * plan.warps * (kConvWarpRows * kStemStride) - p.pad_top;
@@ -127,7 +133,7 @@ class StemUnit {
     }
   }
 
-  // Into a window, pixel by pixel.
+  // Writes it into a window, as channels_last.
   __device__ __forceinline__ void put(const ConvPlan& plan, T* window) {
     if (plan.planes) {
       Vector<T, Traits::kUnit> pixels[kStemChannels];
@@ -148,11 +154,11 @@ class StemUnit {
   uint4 raw_[kStemChannels];
 };
 
-// Sums of 32 pixels by 32 channels. pairs, left: in the window, the lane's word of the first kernel row's pairs under
-// its first pixel, and of what is left of its kernel row; mask: the half of that which counts.
+// Sums of 32 pixels by 32 channels. pairs: the lane's pair of the first kernel row, under its first pixel. ninth: the
+// word with the ninth value of the lane's kernel row, under its first pixel; mask: that value's half.
 template <class T>
 __device__ __forceinline__ void sum_stem(const ConvPlan& plan, const T* weights, const uint32_t* pairs,
-                                         const uint32_t* left, uint32_t mask, float (&acc)[kConvWarpRows][4][4]) {
+                                         const uint32_t* ninth, uint32_t mask, float (&acc)[kConvWarpRows][4][4]) {
   using Traits = StemTraits<T>;
   const int lane = threadIdx.x % 32;
   const T* const weight_row = weights + (lane % 8 + lane / 16 * 8) * plan.weight_stride + lane / 8 % 2 * 8;
@@ -167,7 +173,7 @@ __device__ __forceinline__ void sum_stem(const ConvPlan& plan, const T* weights,
 #pragma unroll
       for (int r = 0; r < 4; ++r) {
         const int row = k / 8 + r / 2, pixel = (i * Traits::kRowStep + r % 2 * 8 * Traits::kColumnStep) / 2;
-        a[r] = row < kStemKernel ? pairs[pixel + row * Traits::kPitch / 2] : left[pixel] & mask;
+        a[r] = row < kStemKernel ? pairs[pixel + row * Traits::kPitch / 2] : ninth[pixel] & mask;
       }
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -199,7 +205,7 @@ __global__ void __launch_bounds__(32 * kConvMostWarps, kConvBlocks)
     conv_stem(const __grid_constant__ ConvParams p, const __grid_constant__ ConvPlan plan) {
   using Traits = StemTraits<T>;
   const StemShared<T> shared(plan);
-  // Where the first value under the first pixel of a tile is in a row of the window.
+  // Place of the first value under a tile's first pixel, in a row of the window.
   const int first_value = (plan.lead - p.pad_left) * kStemChannels, odd = first_value % 2;
   load_conv_norm(p, plan, shared.scale, shared.shift);
   if (p.weight.dtype == DType::kFloat32)
@@ -210,11 +216,11 @@ __global__ void __launch_bounds__(32 * kConvMostWarps, kConvBlocks)
   const int lane = threadIdx.x % 32, t = lane % 4;
   const int pixel = threadIdx.x / 32 * kConvWarpRows * Traits::kRowStep + lane / 4 * Traits::kColumnStep + first_value;
 
-  // Words of a window: the lane's pair of the first kernel row under its first pixel, and what is left of its row.
-  const bool exists = t < kStemKernel;
+  // Words of a window, as sum_stem takes them. The fourth lane has no kernel row.
+  const bool has_row = t < kStemKernel;
   const int pairs = (pixel + odd) / 2 + t;
-  const int left = (odd ? pixel - 1 : pixel + 2 * Traits::kPairs) / 2 + (exists ? t * (Traits::kPitch / 2) : 0);
-  const uint32_t mask = !exists ? 0u : (odd ? 0xffff0000u : 0xffffu);
+  const int ninth = (odd ? pixel - 1 : pixel + 2 * Traits::kPairs) / 2 + (has_row ? t * (Traits::kPitch / 2) : 0);
+  const uint32_t mask = !has_row ? 0u : (odd ? 0xffff0000u : 0xffffu);
 
   // x is read from here on, parameters before.
   const unsigned first_tile = blockIdx.x * plan.tiles_per_block;
@@ -222,8 +228,8 @@ __global__ void __launch_bounds__(32 * kConvMostWarps, kConvBlocks)
   StemUnit<T> unit(threadIdx.x);
   if (Traits::kAhead && unit.exists(plan)) unit.load(p, plan, tile);
   int window = 0, first_channel = 0, tiles = tiles_of_block(plan, first_tile);
-  // One loop over tiles and groups of channels: of two, the compiler takes the reads of the window out of the inner
-  // one, and registers that hold them through the activation are not there.
+  // One loop over tiles and groups of channels. Out of an inner loop over the groups, the compiler takes the reads of
+  // the window, and there are no registers to hold them through the activation.
 #pragma unroll 1
   for (;;) {
     T* const present = shared.window + window;
@@ -238,17 +244,17 @@ __global__ void __launch_bounds__(32 * kConvMostWarps, kConvBlocks)
           each.put(plan, present);
         }
       }
-      // Whoever is past this barrier has left the window of the tile before, so that one barrier is enough.
+      // A thread that has passed this barrier has finished with the other window, so that one barrier is enough.
       __syncthreads();
     }
     float acc[kConvWarpRows][4][4] = {};
     if constexpr (Traits::kTensor) {
       const uint32_t* const words = reinterpret_cast<const uint32_t*>(present);
-      sum_stem<T>(plan, shared.weights + first_channel * plan.weight_stride, words + pairs, words + left, mask, acc);
+      sum_stem<T>(plan, shared.weights + first_channel * plan.weight_stride, words + pairs, words + ninth, mask, acc);
     } else {
       sum_stem(plan, shared.weights + first_channel + t * 8, present + pixel, acc);
     }
-    // The next tile on its way, now that the factors have left the registers.
+    // The next tile's window, now that the factors of the product have left the registers.
     if (Traits::kAhead && first_channel == 0 && tiles > 1) {
       ConvTile next = tile;
       next.advance(plan);
