@@ -402,6 +402,16 @@ def test_stems_of_efficientnet_fill_the_gpu(size: int, out_channels: int, dtype:
 
 
 @pytest.mark.usefixtures("compiled")
+def test_rows_beyond_32_bits_are_convolved_by_pytorch() -> None:
+    """The fused kernels count in 32 bits within a tile of 16 rows."""
+    kernels = {}
+    for width in (1 << 21, 1 << 22):
+        shape = [1, 3, 64, 2, width, 3, 3, 2, 0, 1, 0, 1]
+        kernels[width] = [launch["kernel"] for launch in planned("conv_bn_act", shape, H200)]
+    assert kernels == {1 << 21: ["conv_stem"], 1 << 22: ["aten::convolution", "norm_act"]}
+
+
+@pytest.mark.usefixtures("compiled")
 def test_a_wrong_request_for_a_plan_is_named() -> None:
     for arguments, message in (
         (("softmax", "bfloat16", [1], list(H200)), "op='softmax'"),

@@ -295,6 +295,7 @@ def small_cases() -> list[OpCase]:
         pointwise_case((2, 24, 30, 31), 48, activation="silu"),
         pointwise_case((1, 2048, 5, 5), 32, activation="hard_swish", gate=True, residual=True),
         conv_case((2, 3, 20, 18), 32),
+        conv_case((2, 3, 20, 24), 32),
         conv_case((1, 40, 9, 9), 24),
         depthwise_case("depthwise_bn_act", (2, 24, 13, 14), 3, 1),
         depthwise_case("depthwise_bn_act", (1, 7, 9, 9), 5, 2),
