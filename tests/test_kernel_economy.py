@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.kernel_economy import estimate, reading, rules, table
 from benchmarks.kernel_economy.loops import Flow, instructions_of, issued_by_strips
+from benchmarks.kernel_economy.pointwise_loops import Tile, issued_by_tiles, tiles
 from benchmarks.kernel_economy.reading import Kernel, ToolMissing
 from benchmarks.kernel_economy.rules import Claim, Rule
 from effkernels import _library
@@ -172,6 +173,67 @@ class TestTheLoops:
     def test_code_without_the_loops_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="2 FFMA and 2 LDG"):
             issued_by_strips(instructions_of(listing(*self.LISTING)), kernel=2, stride=1, strip=1, vector=1)
+
+
+class TestThePointwiseLoops:
+    # One warp, a tile of 16 x 8: two copies of x and one of the weights for a stage, two products a step.
+    TILE = Tile(16, 8, 1, 1, 1)
+    LISTING = (
+        "MOV R0, 0x1",  # 10
+        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 20: the loop over the first stages of the weights
+        "@P0 BRA 0x20",
+        *["LDG.E R4, [R2.64]"] * 4,  # 40: the norm
+        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 80: the loop over the first stages of x
+        "@P0 BRA 0x80",
+        "CS2R R24, SRZ",  # b0: the loop over tiles
+        "BAR.SYNC.DEFER_BLOCKING 0x0",  # c0: the loop over steps
+        "@P1 BRA 0x110",
+        *["VIMNMX R5, R5, R6, PT"] * 2,  # e0: the rows of the next tile
+        "IADD3 R7, R7, 0x1, RZ",
+        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 110
+        "@P2 BRA 0x150",
+        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 140: weights that are not kept
+        "LDSM.16.M88.4 R40, [R12]",  # 150
+        *["HMMA.16816.F32.BF16 R24, R40, R14, R24"] * 2,
+        "@P3 BRA 0xc0",
+        "@P4 BRA 0x1c0",  # 190
+        *["FMUL R4, R4, R4"] * 2,  # 1a0: a longer way to no result
+        "FFMA R4, R4, R5, R6",  # 1c0
+        "MUFU.TANH R4, R4",
+        "STG.E.64 [R2.64], R4",
+        "@P5 BRA 0xb0",
+        "EXIT",
+    )
+
+    def test_each_part_of_the_work_is_counted(self) -> None:
+        found = issued_by_tiles(instructions_of(listing(*self.LISTING)), self.TILE, takes_gate=False)
+        assert found.prologue.total() == 10 + 2 * 2 + 2 * 3, "each loop over the first stages is run three times"
+        assert found.tile == {"ALU": 4}
+        assert found.step == {"ALU": 4, "load/store": 2, "shared": 1, "tensor": 2}
+        assert found.weights == {"load/store": 1}
+        assert found.epilogue == {"ALU": 2, "FMA": 1, "special": 1, "load/store": 1}
+        assert found.residual.total() == 0
+
+    def test_code_without_the_loops_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="0 loops of 4 HMMA and a barrier"):
+            issued_by_tiles(instructions_of(listing(*self.LISTING)), Tile(32, 8, 1, 1, 1), takes_gate=False)
+        with pytest.raises(ValueError, match="copies of a step"):
+            issued_by_tiles(instructions_of(listing(*self.LISTING)), self.TILE, takes_gate=True)
+
+    def test_tiles_are_those_of_the_source(self) -> None:
+        assert len(tiles()) == 12
+        assert Tile(64, 144, 4, 1, 1) in tiles()
+
+    def test_more_instructions_than_budgeted_break_the_claim(
+        self, shipped: list[Kernel], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = next((k for k in shipped if k.name == "pointwise<bfloat16, 0, 7, 0, false>" and k.arch == 90), None)
+        if one is None:
+            pytest.skip("the library was not built for sm_90, which the budget is of")
+        assert rules.within_pointwise_budget(one) is None
+        for budget in ((1, 999, 999), (999, 1, 999), (999, 999, 1)):
+            monkeypatch.setitem(rules._POINTWISE_BUDGET, ("identity", 128, 16), budget)
+            assert rules.within_pointwise_budget(one)
 
 
 GOOD = "good<bfloat16, 1>"
