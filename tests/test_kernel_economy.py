@@ -13,14 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_economy import paths, reading, rules, table
+from benchmarks.kernel_economy import reading, rules, table
 from benchmarks.kernel_economy.conv_loops import issued_by_stem
 from benchmarks.kernel_economy.counts import count_kernels
 from benchmarks.kernel_economy.loops import Flow, instructions_of, issued_by_strips
+from benchmarks.kernel_economy.pointwise_loops import Tile, issued_by_tiles, tiles
 from benchmarks.kernel_economy.reading import Kernel, ToolMissing
 from benchmarks.kernel_economy.rules import Claim, Rule
 from effkernels import _library, kernel_counts
-from effkernels.kernel_counts import Counters
 
 TESTS = Path(__file__).parent
 
@@ -181,57 +181,6 @@ class TestTheLoops:
             issued_by_strips(instructions_of(listing(*self.LISTING)), kernel=2, stride=1, strip=1, vector=1)
 
 
-class TestThePaths:
-    FLOW = Flow(instructions_of(listing(*TestTheLoops.LISTING)))
-
-    def block(self, address: int) -> int:
-        return next(number for number, block in enumerate(self.FLOW.blocks) if block[0].address == address)
-
-    def test_swish_is_preferred_or_avoided(self) -> None:
-        first, last = self.block(0xB0), self.block(0x120)
-        assert "MUFU.TANH" in [one.opcode for one in paths.way(self.FLOW, first, last, paths.longest)]
-        listing_without = [line.replace("MUFU.TANH", "FADD") for line in TestTheLoops.LISTING]
-        flow = Flow(instructions_of(listing(*listing_without)))
-        assert "MUFU.EX2" not in [one.opcode for one in paths.way(flow, first, last, paths.plain)]
-
-    def test_loops_left_out_count_nothing(self) -> None:
-        loops = paths.loops_of(self.FLOW)
-        rows = [one for one in loops if one.count("FFMA") == 1]
-        strips = next(one for one in loops if all(paths.inside(row, one) for row in rows))
-        path = paths.way(self.FLOW, strips.first, strips.last, paths.longest, rows)
-        assert not [one for one in path if one.name == "FFMA"]
-        assert [one.name for one in path] == ["IADD3", "BRA", "BRX", "MUFU", "BRA", "STG", "BRA"]
-
-    def test_no_way_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="no way from block"):
-            paths.way(self.FLOW, self.block(0x140), self.block(0x20), paths.longest)
-
-    def test_instructions_are_sorted_by_unit(self) -> None:
-        code = instructions_of(
-            listing(
-                "FFMA R1, R2, R3, R4",
-                "HMMA.16816.F32.BF16 R4, R8, R12, R4",
-                "LDS.128 R4, [R8]",
-                "MUFU.TANH R1, R1",
-                "LDSM.16.M88.4 R4, [R8]",
-                "PRMT R1, R2, 0x1, R3",
-                "UIADD3 UR4, UR4, 0x1, URZ",
-                "BAR.SYNC 0x0",
-                "STG.E.64 [R2.64], R4",
-                "EXIT",
-            )
-        )
-        found = paths.counters(code)
-        assert found == Counters(issued=10, fma=1, alu=1, special=1, memory=3, wavefronts=4 + 4 + 2, tensor=1, trips=0)
-
-    def test_loads_before_a_first_use_are_one_trip(self) -> None:
-        code = instructions_of(
-            listing("LDG.E.128 R4, [R2.64]", "LDG.E R8, [R2.64]", "FADD R1, R1, R7", "FADD R1, R1, R8",
-                    "LDG.E R9, [R2.64]", "MOV R1, R2", "EXIT")
-        )  # fmt: skip
-        assert paths.trips(code) == 2  # the third load arrives after the path
-
-
 class TestTheStem:
     # A block that loads one window, then tiles: put it, multiply, read the next one, norm, activation, store.
     LISTING = (
@@ -284,6 +233,67 @@ class TestTheStem:
     def test_code_without_the_loop_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="no loop with a barrier and a product"):
             issued_by_stem(instructions_of(listing("FFMA R4, R4, R5, R6", "@P0 BRA 0x10", "EXIT")), planes=False)
+
+
+class TestThePointwiseLoops:
+    # One warp, a tile of 16 x 8: two copies of x and one of the weights for a stage, two products a step.
+    TILE = Tile(16, 8, 1, 1, 1)
+    LISTING = (
+        "MOV R0, 0x1",  # 10
+        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 20: the loop over the first stages of the weights
+        "@P0 BRA 0x20",
+        *["LDG.E R4, [R2.64]"] * 4,  # 40: the norm
+        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 80: the loop over the first stages of x
+        "@P0 BRA 0x80",
+        "CS2R R24, SRZ",  # b0: the loop over tiles
+        "BAR.SYNC.DEFER_BLOCKING 0x0",  # c0: the loop over steps
+        "@P1 BRA 0x110",
+        *["VIMNMX R5, R5, R6, PT"] * 2,  # e0: the rows of the next tile
+        "IADD3 R7, R7, 0x1, RZ",
+        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 110
+        "@P2 BRA 0x150",
+        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 140: weights that are not kept
+        "LDSM.16.M88.4 R40, [R12]",  # 150
+        *["HMMA.16816.F32.BF16 R24, R40, R14, R24"] * 2,
+        "@P3 BRA 0xc0",
+        "@P4 BRA 0x1c0",  # 190
+        *["FMUL R4, R4, R4"] * 2,  # 1a0: a longer way to no result
+        "FFMA R4, R4, R5, R6",  # 1c0
+        "MUFU.TANH R4, R4",
+        "STG.E.64 [R2.64], R4",
+        "@P5 BRA 0xb0",
+        "EXIT",
+    )
+
+    def test_each_part_of_the_work_is_counted(self) -> None:
+        found = issued_by_tiles(instructions_of(listing(*self.LISTING)), self.TILE, takes_gate=False)
+        assert found.prologue.total() == 10 + 2 * 2 + 2 * 3, "each loop over the first stages is run three times"
+        assert found.tile == {"ALU": 4}
+        assert found.step == {"ALU": 4, "load/store": 2, "shared": 1, "tensor": 2}
+        assert found.weights == {"load/store": 1}
+        assert found.epilogue == {"ALU": 2, "FMA": 1, "special": 1, "load/store": 1}
+        assert found.residual.total() == 0
+
+    def test_code_without_the_loops_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="0 loops of 4 HMMA and a barrier"):
+            issued_by_tiles(instructions_of(listing(*self.LISTING)), Tile(32, 8, 1, 1, 1), takes_gate=False)
+        with pytest.raises(ValueError, match="copies of a step"):
+            issued_by_tiles(instructions_of(listing(*self.LISTING)), self.TILE, takes_gate=True)
+
+    def test_tiles_are_those_of_the_source(self) -> None:
+        assert len(tiles()) == 12
+        assert Tile(64, 144, 4, 1, 1) in tiles()
+
+    def test_more_instructions_than_budgeted_break_the_claim(
+        self, shipped: list[Kernel], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = next((k for k in shipped if k.name == "pointwise<bfloat16, 0, 7, 0, false>" and k.arch == 90), None)
+        if one is None:
+            pytest.skip("the library was not built for sm_90, which the budget is of")
+        assert rules.within_pointwise_budget(one) is None
+        for budget in ((1, 999, 999), (999, 1, 999), (999, 999, 1)):
+            monkeypatch.setitem(rules._POINTWISE_BUDGET, ("identity", 128, 16), budget)
+            assert rules.within_pointwise_budget(one)
 
 
 GOOD = "good<bfloat16, 1>"

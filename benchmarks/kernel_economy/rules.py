@@ -242,10 +242,24 @@ def tile_elements(kernel: Kernel) -> int:
     return tile.rows // tile.warps_m * columns // 32 if epilogue_of(kernel) == "silu" else 0
 
 
-# Instructions that a warp issues for a tile of rows at its beginning, for a step along k, and to write the tile, by
-# epilogue and columns of the tile; for a block, before its first tile, at most _POINTWISE_PROLOGUE.
+# Instructions that a warp issues at the beginning of a tile, for a step along k, and to write the tile, by epilogue,
+# rows and columns of the tile; for a block, before its first tile, at most _POINTWISE_PROLOGUE.
 _POINTWISE_PROLOGUE = 680
-_POINTWISE_BUDGET: dict[tuple[str, int, int], tuple[int, int, int]] = {}
+_POINTWISE_BUDGET = {
+    ("identity", 64, 64): (161, 213, 146),
+    ("identity", 128, 16): (155, 204, 119),
+    ("identity", 128, 24): (162, 217, 204),
+    ("identity", 128, 32): (165, 218, 146),
+    ("identity", 128, 40): (175, 209, 237),
+    ("identity", 128, 64): (182, 239, 253),
+    ("identity", 128, 96): (200, 237, 366),
+    ("identity", 128, 128): (178, 231, 255),
+    ("silu", 64, 64): (48, 125, 225),
+    ("silu", 64, 144): (68, 147, 520),
+    ("silu", 128, 64): (68, 157, 435),
+    ("silu", 128, 96): (85, 182, 636),
+    ("silu", 128, 128): (64, 144, 428),
+}
 
 
 def within_pointwise_budget(kernel: Kernel) -> str | None:
