@@ -190,11 +190,11 @@ def pointwise_parts(kernel: Kernel) -> Parts:
     weights, fill = outermost[0], only([one for one in reversed(outermost) if one.count("LDGSTS") > 1], "ring", kernel)
     weights = only([one for one in outermost if one.first < fill.first and one.count("LDGSTS")], "over weights", kernel)
     of_fill = [one for one in before if inside(one, fill)]
-    gates = only(of_fill, "over the gates of a slice", kernel)
     residuals = [one for one in outermost if weights.last < one.first < fill.first and one.count("LDGSTS") == 1]
     of_step = [one for one in loops if inside(one, steps)]
-    after_gates = max((one.last for one in of_step), default=steps.first)
-    weight_loads = {one.address for block in flow.blocks[after_gates + 1 : steps.last + 1] for one in block}
+    # Copies of a step: first those of x, as many as fill a stage of the ring, then those of weights.
+    of_x = len(_copies(fill, of_fill))
+    weight_loads = {one.address for one in _copies(steps, of_step)[of_x:]}
 
     def scored(gate: float, weight: float) -> Score:
         def score(one: Instruction) -> tuple[float, ...]:
@@ -217,11 +217,12 @@ def pointwise_parts(kernel: Kernel) -> Parts:
         "prologue": replace(counters(prologue), trips=narrow * 4 / 5),  # no bias of the convolution among the five
         "weights": around(flow, weights),
         "fill": around(flow, fill, of_fill),
-        "gate": around(flow, gates),
         "step": step,
         "step.gated": around(flow, steps, of_step, scored(1, -1)),
         "step.weights": around(flow, steps, of_step, scored(-1, 1)) - step,
     }
+    if of_fill:
+        parts["gate"] = around(flow, of_fill[0])
     if residuals:
         parts["residual"] = around(flow, residuals[0])
     in_tile = [one for one in loops if inside(one, tiles) and one.first > steps.last]
@@ -248,6 +249,12 @@ def pointwise_parts(kernel: Kernel) -> Parts:
         if of_parts:
             parts["value.other"] = around(flow, of_parts[0]) * (1 / 4 / of_parts[0].count("LDG"))
     return parts
+
+
+def _copies(loop: Loop, inner: Sequence[Loop]) -> list[Instruction]:
+    """The asynchronous copies of a loop that are not in an inner one, in the order of the code."""
+    others = {one.address for other in inner for one in other.instructions}
+    return [one for one in loop.instructions if one.name == "LDGSTS" and one.address not in others]
 
 
 def stem_parts(kernel: Kernel) -> Parts:
