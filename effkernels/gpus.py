@@ -48,6 +48,8 @@ class Gpu:
         bandwidth: of memory, bytes per second.
         memory: gigabytes, as sold.
         l2: bytes of level-2 cache.
+        l2_bytes_per_clock: that it delivers to all multiprocessors. Published for the A100 alone (its architecture
+            whitepaper); Hopper's are assumed to be the same, the others' are assumptions of half or less.
         clock: boost, Hz.
         tensor: bfloat16 and float16 matrix products with float32 sums, dense, floating-point operations per second.
         tf32: the same in TF32.
@@ -63,6 +65,7 @@ class Gpu:
     bandwidth: float
     memory: int
     l2: int
+    l2_bytes_per_clock: int
     clock: float
     tensor: float
     tf32: float
@@ -108,6 +111,7 @@ GPUS: tuple[Gpu, ...] = (
         bandwidth=2039e9,
         memory=80,
         l2=40 * _MIB,
+        l2_bytes_per_clock=5120,
         clock=1410e6,
         tensor=312e12,
         tf32=156e12,
@@ -124,6 +128,7 @@ GPUS: tuple[Gpu, ...] = (
         bandwidth=3350e9,
         memory=80,
         l2=50 * _MIB,
+        l2_bytes_per_clock=5120,
         clock=1980e6,
         tensor=989.4e12,
         tf32=494.7e12,
@@ -140,6 +145,7 @@ GPUS: tuple[Gpu, ...] = (
         bandwidth=4800e9,
         memory=141,
         l2=60 * _MIB,
+        l2_bytes_per_clock=5120,
         clock=1980e6,
         tensor=989.4e12,
         tf32=494.7e12,
@@ -156,6 +162,7 @@ GPUS: tuple[Gpu, ...] = (
         bandwidth=300e9,
         memory=24,
         l2=48 * _MIB,
+        l2_bytes_per_clock=1024,
         clock=2040e6,
         tensor=121e12,
         tf32=60.5e12,
@@ -172,6 +179,7 @@ GPUS: tuple[Gpu, ...] = (
         bandwidth=1008e9,
         memory=24,
         l2=72 * _MIB,
+        l2_bytes_per_clock=2048,
         clock=2520e6,
         tensor=165.2e12,
         tf32=82.6e12,
@@ -187,6 +195,7 @@ GPUS: tuple[Gpu, ...] = (
         bandwidth=1792e9,
         memory=32,
         l2=96 * _MIB,
+        l2_bytes_per_clock=2560,
         clock=2407e6,
         tensor=209.5e12,
         tf32=104.8e12,

@@ -10,27 +10,27 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
+from torch import Tensor
 
 from effkernels import _library, gpus
 from effkernels.gpus import Gpu
 from effkernels.models import create_model, model_config
+from effkernels.plan_record import Call, record_calls, tensors_in
+from effkernels.plan_time import MODES, TimeEstimate, estimate, forward_us
+from effkernels.reference import ACTIVATIONS
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
 }
+
+__all__ = ["PRECISIONS", "Call", "Plan", "PlannedLaunch", "Totals", "plan_call", "plan_model", "record_calls"]
 
 _NAMESPACE, _PYTORCH = "effkernels::", "aten::"
 
@@ -54,6 +54,8 @@ class PlannedLaunch:
         special_functions: operations of the special function units: activations, gates, reciprocal roots of norms.
         floor_us: the longest of what bytes, FLOPs and special functions take at the GPU's published rates.
         limited_by: which of them that is: 'memory', the unit, or 'special'.
+        variant: the kernel with its template arguments; None where PyTorch decides.
+        time: an estimate of how long it takes, which counts instructions and fixed costs too.
     """
 
     layer: str
@@ -71,6 +73,8 @@ class PlannedLaunch:
     special_functions: int
     floor_us: float
     limited_by: str
+    variant: str | None
+    time: TimeEstimate
 
     @property
     def is_own(self) -> bool:
@@ -133,6 +137,17 @@ class Plan:
         """Sums over all launches."""
         return Totals.of(self.launches)
 
+    def estimated_us(self, mode: str = MODES[0]) -> float:
+        """The estimated time of a forward in microseconds.
+
+        Args:
+            mode: one of `effkernels.plan_time.MODES`: how the launches follow each other.
+
+        Raises:
+            ValueError: an unknown mode.
+        """
+        return forward_us((launch.time for launch in self.launches), mode)
+
     def by_block(self) -> dict[str, Totals]:
         """Sums per part of the network, in the order of the forward."""
         names = dict.fromkeys(launch.block_of_network for launch in self.launches)
@@ -142,6 +157,9 @@ class Plan:
         """The plan and its sums as strict JSON."""
         blocks = {name: asdict(totals) for name, totals in self.by_block().items()}
         report = {**asdict(self), "blocks": blocks, "totals": asdict(self.totals)}
+        for fields, launch in zip(report["launches"], self.launches, strict=True):
+            fields["time"] |= {"us": launch.time.us, "longest": launch.time.longest}
+        report["estimated_us"] = {mode: self.estimated_us(mode) for mode in MODES}
         return json.dumps(report, indent=2, allow_nan=False)
 
     @classmethod
@@ -151,8 +169,12 @@ class Plan:
         launches = []
         for fields in report.pop("launches"):
             block = fields.pop("block")
-            launches.append(PlannedLaunch(block=None if block is None else tuple(block), **fields))
-        del report["blocks"], report["totals"]
+            time = fields.pop("time")
+            del time["us"], time["longest"]
+            launches.append(
+                PlannedLaunch(block=None if block is None else tuple(block), time=TimeEstimate(**time), **fields)
+            )
+        del report["blocks"], report["totals"], report["estimated_us"]
         return cls(launches=tuple(launches), **report)
 
 
@@ -203,105 +225,6 @@ def plan_model(
     return Plan(name, gpu.name, batch_size, img_size, precision, allow_tf32, launches)
 
 
-@dataclass(frozen=True)
-class Call:
-    """One call of an operator in a forward on the meta device.
-
-    Attributes:
-        op: its name, 'effkernels::...' or 'aten::...'.
-        layer: as of `PlannedLaunch`.
-        arguments: by name; of the tensors only shape and dtype count.
-        results: the tensors it returned.
-        flops: by its FLOP formula; 0 for an operator that has none.
-    """
-
-    op: str
-    layer: str
-    arguments: Mapping[str, Any]
-    results: Sequence[Tensor]
-    flops: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype it computes on."""
-        return self.results[0].dtype
-
-
-def record_calls(model: nn.Module, images: Tensor) -> list[Call]:
-    """The calls that a forward makes: of this project's operators, and of PyTorch's that would launch something."""
-    recorder = _Recorder(model)
-    # On the meta device the CPU's operators stand for all: only the shape functions run, which all devices share.
-    with torch.no_grad(), recorder.watching_modules(), recorder:
-        model(images)
-    return recorder.calls
-
-
-class _Recorder(TorchDispatchMode):
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Call] = []
-        self._paths = {id(module): path for path, module in model.named_modules()}
-        self._owners = {
-            id(tensor): path for path, module in model.named_modules() for tensor in module.parameters(recurse=False)
-        }
-        self._running: list[str] = []
-
-    @contextmanager
-    def watching_modules(self) -> Iterator[None]:
-        """Keeps track of which module runs, by hooks on all modules at once: those leave a block fusible.
-
-        Modules that other threads run meanwhile do not count.
-        """
-        thread = threading.get_ident()
-
-        def enter(module: nn.Module, *_: Any) -> None:
-            if threading.get_ident() == thread:
-                self._running.append(self._paths[id(module)])
-
-        def leave(*_: Any) -> None:
-            if threading.get_ident() == thread:
-                self._running.pop()
-
-        before = nn.modules.module.register_module_forward_pre_hook(enter)
-        after = nn.modules.module.register_module_forward_hook(leave)
-        try:
-            yield
-        finally:
-            before.remove()
-            after.remove()
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        results = list(_tensors([result]))
-        if _launches(func, results):
-            names = [argument.name for argument in func._schema.arguments]
-            arguments = dict(zip(names, args, strict=False)) | kwargs
-            weight = arguments.get("weight", arguments.get("w_reduce"))
-            layer = self._owners.get(id(weight)) or self._running[-1]
-            formula = flop_registry.get(func.overloadpacket)
-            flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-            self.calls.append(Call(func._schema.name, layer, arguments, results, flops))
-        return result
-
-
-def _launches(func: Any, results: Sequence[Tensor]) -> bool:
-    """Whether an operator runs something on the device: views, allocations and questions about a tensor do not."""
-    if not results or func.is_view or torch.Tag.inplace_view in func.tags:
-        return False
-    return re.match(r"aten::(_unsafe_view|lift_fresh|(new_)?empty)", func._schema.name) is None
-
-
-def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    for value in values:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
-
-
 def plan_call(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
     """The launches of one call.
 
@@ -323,9 +246,10 @@ def plan_call(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
         flops = call.flops if first else 0
         special = special_functions(call) if kernel == activating else 0
         unit = _unit(kernel, call.dtype, allow_tf32)
+        rate = {"tensor": gpu.tensor, "tf32": gpu.tf32, "float32": gpu.float32}[unit]
         times = {
             "memory": moved / gpu.bandwidth,
-            unit: flops / {"tensor": gpu.tensor, "tf32": gpu.tf32, "float32": gpu.float32}[unit],
+            unit: flops / rate,
             "special": special / gpu.special_functions,
         }
         limited_by = max(times, key=lambda name: times[name])
@@ -347,6 +271,8 @@ def plan_call(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
                 special_functions=special,
                 floor_us=1e6 * times[limited_by],
                 limited_by=limited_by,
+                variant=line.get("variant"),
+                time=estimate(line, call, gpu, moved=moved, flops=flops, rate=rate),
             )
         )
     return found
@@ -373,11 +299,12 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
     weight = arguments["weight"].shape
     if op == "pointwise_bn_act":
         gated, residual = arguments["gate"] is not None, arguments["residual"] is not None
-        return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32)]
+        activation = ACTIVATIONS.index(arguments["activation"])
+        return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32), activation]
     stride, padding = arguments["stride"], arguments["padding"]
     if op == "expand_depthwise_squeeze":
         sizes = [batch, weight[0], height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, 0]
-        return [*sizes, channels, int(allow_tf32)]
+        return [*sizes, channels, int(allow_tf32), ACTIVATIONS.index(arguments["expand_activation"])]
     if op == "conv_bn_act":
         return [batch, channels, weight[0], height, width, weight[2], weight[3], stride, *padding]
     reduced = arguments["w_reduce"].shape[0] if "w_reduce" in arguments else 0
@@ -391,7 +318,7 @@ def _stored_bytes(tensor: Tensor) -> int:
 
 def moved_bytes(call: Call) -> int:
     """Bytes that a call cannot avoid: every argument read once, every result written once."""
-    read = {id(tensor): tensor for tensor in _tensors(call.arguments.values())}
+    read = {id(tensor): tensor for tensor in tensors_in(call.arguments.values())}
     return sum(_stored_bytes(tensor) for tensor in (*read.values(), *call.results))
 
 
@@ -402,7 +329,7 @@ def _bytes_of_two(call: Call) -> tuple[int, int]:
         gate = math.prod(call.results[0].shape[:2]) * call.dtype.itemsize
         return moved_bytes(call) + gate, second + gate
     vectors = [call.arguments[name] for name in ("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")]
-    of_norm = sum(_stored_bytes(tensor) for tensor in _tensors(vectors))
+    of_norm = sum(_stored_bytes(tensor) for tensor in tensors_in(vectors))
     return moved_bytes(call) - of_norm, second + of_norm
 
 

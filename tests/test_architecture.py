@@ -20,13 +20,13 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"optimize"}),
     frozenset({"cam"}),
     frozenset({"predict"}),
-    frozenset({"models", "scaling", "plan"}),
+    frozenset({"models", "scaling", "plan", "plan_time", "plan_work", "plan_record"}),
     frozenset({"nn"}),
     frozenset({"ops"}),
     frozenset({"backends"}),
     frozenset({"triton", "tuning", "reference", "parity", "environment", "peers", "gpus", "_library"})
     # The measuring core and the terminal know nothing of networks.
-    | frozenset({"benchmark", "console", "files", "_recorded_tensor"}),
+    | frozenset({"benchmark", "console", "files", "kernel_counts", "_recorded_tensor"}),
     frozenset({"_version"}),
 )
 

@@ -41,12 +41,13 @@ def by_pipe(opcodes: Counter[str]) -> Counter[str]:
 @dataclass(frozen=True)
 class Instruction:
     """One instruction: its address, its opcode with modifiers, the branch's target (None where there is none, or where
-    it is found at run time), and whether it is executed under a predicate."""
+    it is found at run time), whether it is executed under a predicate, and its operands as they stand there."""
 
     address: int
     opcode: str
     target: int | None
     predicated: bool
+    operands: str = ""
 
     @property
     def name(self) -> str:
@@ -67,7 +68,7 @@ def instructions_of(code: str) -> tuple[Instruction, ...]:
             target = int(match[1], 16) if match else None
             # "BRA P6, ..." and "BRA.DIV UR4, ..." are taken under a condition too.
             predicate = predicate or re.match(r"\s*(~?URZ|!?U?P\d|~?UR\d+),", operands) is not None
-        found.append(Instruction(int(address, 16), opcode, target, bool(predicate)))
+        found.append(Instruction(int(address, 16), opcode, target, bool(predicate), operands))
     return tuple(found)
 
 

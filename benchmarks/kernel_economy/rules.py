@@ -6,11 +6,13 @@ A family without an entry in `CLAIMS` is an error of its own: a new kernel says 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.kernel_economy.conv_loops import LANE_VALUES, StemIssued, issued_by_stem
 from benchmarks.kernel_economy.loops import Issued, instructions_of, issued_by_strips
+from benchmarks.kernel_economy.pointwise_loops import epilogue_of, pointwise_issued, tile_of
 from benchmarks.kernel_economy.reading import Kernel
 
 Rule = Callable[[Kernel], str | None]  # what is wrong, or None
@@ -220,6 +222,58 @@ def strip_stored_wide(kernel: Kernel) -> str | None:
     return None if found >= strip(kernel) else f"{found} stores of 16 bytes for {strip(kernel)} pixels of a strip"
 
 
+def tile_stored_wide(kernel: Kernel) -> str | None:
+    """A thread's values of a row are stored by one instruction for each 16 bytes, what is left of a warp's columns by
+    one of 8 or 4 bytes, where there are so few.
+    """
+    tile = tile_of(kernel)
+    fragments, lines = tile.columns // tile.warps_n // 8, 2 * (tile.rows // tile.warps_m // 16)
+    wanted = Counter({16: lines * (fragments // 4), 8: lines * (fragments % 4 // 2), 4: lines * (fragments % 2)})
+    found = kernel.accesses("STG")
+    return None if found == wanted else f"stores by bytes {dict(found)}; a tile takes {dict(wanted)}"
+
+
+def tile_elements(kernel: Kernel) -> int:
+    """Elements that the code of a pointwise kernel activates by swish: all of a thread's, none, or a vector."""
+    tile = tile_of(kernel)
+    columns = tile.columns // tile.warps_n
+    if epilogue_of(kernel) == "any":
+        return min(columns // 4, 8)
+    return tile.rows // tile.warps_m * columns // 32 if epilogue_of(kernel) == "silu" else 0
+
+
+# Instructions that a warp issues at the beginning of a tile, for a step along k, and to write the tile, by epilogue,
+# rows and columns of the tile; for a block, before its first tile, at most _POINTWISE_PROLOGUE.
+_POINTWISE_PROLOGUE = 680
+_POINTWISE_BUDGET = {
+    ("identity", 64, 64): (161, 213, 146),
+    ("identity", 128, 16): (155, 204, 119),
+    ("identity", 128, 24): (162, 217, 204),
+    ("identity", 128, 32): (165, 218, 146),
+    ("identity", 128, 40): (175, 209, 237),
+    ("identity", 128, 64): (182, 239, 253),
+    ("identity", 128, 96): (200, 237, 366),
+    ("identity", 128, 128): (178, 231, 255),
+    ("silu", 64, 64): (48, 125, 225),
+    ("silu", 64, 144): (68, 147, 520),
+    ("silu", 128, 64): (68, 157, 435),
+    ("silu", 128, 96): (85, 182, 636),
+    ("silu", 128, 128): (64, 144, 428),
+}
+
+
+def within_pointwise_budget(kernel: Kernel) -> str | None:
+    """No more instructions for each part of the work than _POINTWISE_BUDGET has; it is of sm_90."""
+    if kernel.arch != 90:
+        return None
+    tile, found = tile_of(kernel), pointwise_issued(kernel)
+    most = (_POINTWISE_PROLOGUE, *_POINTWISE_BUDGET[epilogue_of(kernel), tile.rows, tile.columns])
+    parts = (found.prologue.total(), found.tile.total(), found.step.total(), found.epilogue.total())
+    if all(part <= limit for part, limit in zip(parts, most, strict=True)):
+        return None
+    return f"{parts} instructions for a block, a tile, a step, to write a tile; the claim is {most}"
+
+
 @dataclass(frozen=True)
 class Claim:
     """What the kernels promise whose whole name matches ``pattern``.
@@ -271,22 +325,36 @@ CLAIMS: tuple[Claim, ...] = (
         (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(256), one_tanh_per_element(strip_elements)),
     ),
     Claim(
-        r"pointwise<\w+, [01], \d, false>",
-        "16-byte cp.async, tensor cores, 16-byte stores, the blocks that its tile claims",
-        (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept, one_tanh_per_element(stored_elements)),
+        rf"pointwise<{_TYPE16}, 0, \d+, [01], false>",
+        "16-byte cp.async, tensor cores, a store for each 16 bytes of a thread's columns, the blocks that its tile "
+        "claims; no more instructions of a warp for a block, a tile, a step, and to write a tile than budgeted",
+        (
+            *(copies_asynchronously, tensor_cores, tile_stored_wide, launch_bounds_kept),
+            *(one_tanh_per_element(tile_elements), within_pointwise_budget),
+        ),
     ),
     Claim(
-        r"pointwise<float32, 2, \d, false>",
+        rf"pointwise<{_TYPE16}, 0, \d+, 2, false>",
+        "16-byte cp.async, tensor cores, the blocks that its tile claims, one copy of the activations",
+        (copies_asynchronously, tensor_cores, launch_bounds_kept, one_tanh_per_element(tile_elements)),
+    ),
+    Claim(
+        r"pointwise<float32, 1, \d+, 2, false>",
+        "16-byte cp.async, tensor cores, 16-byte stores, the blocks that its tile claims",
+        (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept),
+    ),
+    Claim(
+        r"pointwise<float32, 2, \d+, 2, false>",
         "16-byte cp.async, exact multiply-adds, 16-byte stores, 3 blocks",
         (copies_asynchronously, exact_products, wide_stores, launch_bounds_kept),
     ),
     Claim(
-        r"pointwise<\w+, [01], \d, true>",
+        r"pointwise<\w+, [01], \d+, 2, true>",
         "any type and alignment: element by element, tensor cores",
         (tensor_cores, launch_bounds_kept),
     ),
     Claim(
-        r"pointwise<float32, 2, \d, true>",
+        r"pointwise<float32, 2, \d+, 2, true>",
         "any type and alignment: element by element, exact multiply-adds",
         (exact_products, launch_bounds_kept),
     ),

@@ -1,6 +1,8 @@
 // What the CUDA operators would launch, told without a GPU: the very plans that they follow.
 #include <algorithm>
 #include <sstream>
+#include <string>
+#include <utility>
 
 #include "../cuda/conv.h"
 #include "../cuda/depthwise.h"
@@ -14,8 +16,18 @@ namespace effkernels::ops {
 namespace {
 
 using cuda::DeviceLimits;
-using cuda::PlannedLaunches;
 using Shape = std::vector<int64_t>;
+
+// A launch, and how its plan cuts the work: `key=value` after a space each, "variant" with the template arguments.
+struct DescribedLaunch {
+  cuda::PlannedLaunch launch;
+  std::string cut;
+};
+using DescribedLaunches = std::vector<DescribedLaunch>;
+
+void append(DescribedLaunches& to, const cuda::PlannedLaunches& launches, const std::string& cut) {
+  for (const cuda::PlannedLaunch& one : launches) to.push_back({one, cut});
+}
 
 constexpr int kLimits = 8;
 
@@ -52,6 +64,60 @@ DType dtype_named(const std::string& name) {
   return DType::kBFloat16;
 }
 
+const char* name_of(DType dtype) {
+  return dtype == DType::kFloat32 ? "float32" : dtype == DType::kFloat16 ? "float16" : "bfloat16";
+}
+
+int vector_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 8; }
+
+// The arguments are the template arguments after the element type.
+template <class... Arguments>
+std::string variant(const char* kernel, DType dtype, Arguments... arguments) {
+  std::ostringstream out;
+  out << std::boolalpha << " variant=" << kernel << '<' << name_of(dtype);
+  ((out << ',' << arguments), ...);
+  out << '>';
+  return out.str();
+}
+
+std::string cut_of(const DepthwiseParams& p, const cuda::DepthwisePlan& plan) {
+  const int kernel = cuda::compiled_kernel(p.kernel_h, p.kernel_w);
+  std::ostringstream out;
+  if (plan.team > 0)
+    out << variant("depthwise_resident", p.dtype, kernel, p.stride, plan.in_cluster);
+  else if (plan.unrolled)
+    out << variant("depthwise_strips", p.dtype, kernel, p.stride);
+  else
+    out << variant("depthwise_any", p.dtype, plan.vector);
+  out << " channel_vectors=" << plan.channel_vectors << " vector=" << plan.vector << " lanes=" << plan.lanes
+      << " strip=" << plan.strip << " rounds=" << plan.rounds << " images=" << plan.images
+      << " channel_groups=" << plan.channel_groups << " tiles=" << plan.tiles << " team=" << plan.team
+      << " row_blocks=" << plan.row_blocks << " slabs=" << plan.slabs;
+  return out.str();
+}
+
+std::string cut_of(const PointwiseParams& p, const cuda::PointwisePlan& plan) {
+  const cuda::PointwiseTile& tile = cuda::kPointwiseTiles[plan.tile];
+  std::ostringstream out;
+  out << variant("pointwise", p.dtype, static_cast<int>(plan.product), plan.tile, static_cast<int>(plan.epilogue),
+                 plan.converts)
+      << " rows=" << tile.rows << " columns=" << tile.columns << " steps=" << plan.steps << " parts=" << plan.parts
+      << " tiles=" << plan.tiles << " row_tiles=" << plan.row_tiles << " column_tiles=" << plan.column_tiles
+      << " gate_images=" << plan.gate_images << " keeps_weight=" << plan.keeps_weight << " tile=" << plan.tile
+      << " epilogue=" << int(plan.epilogue) << " converts=" << plan.converts;
+  return out.str();
+}
+
+std::string cut_of(const ConvParams& p, const cuda::ConvPlan& plan) {
+  if (!plan.fused) return variant("norm_act", p.dtype, plan.norm_act.vectors ? vector_of(p.dtype) : 1);
+  std::ostringstream out;
+  out << variant(plan.stem ? "conv_stem" : "conv", p.dtype) << " warps=" << plan.warps
+      << " padded_channels=" << plan.padded_channels << " weight_bytes=" << plan.weight_bytes
+      << " window_height=" << plan.window_height << " window_width=" << plan.window_width << " tiles=" << plan.tiles
+      << " tiles_per_block=" << plan.tiles_per_block;
+  return out.str();
+}
+
 // A tensor that is there, and aligned: a plan looks at addresses, and reads none.
 void* somewhere() { return reinterpret_cast<void*>(uintptr_t(1) << 12); }
 Param some(DType dtype) { return {somewhere(), dtype}; }
@@ -61,6 +127,15 @@ Norm some_norm() {
   norm.weight = norm.bias = norm.mean = norm.var = some(DType::kFloat32);
   norm.eps = 1e-5f;
   return norm;
+}
+
+// The activation of params.h that a shape may have after its first `sizes` numbers; identity where it has none.
+Activation activation_after(const std::string& op, const Shape& s, size_t sizes) {
+  check_count(op, "shape", s, s.size() == sizes + 1 ? sizes + 1 : sizes);
+  if (s.size() == sizes) return Activation::kIdentity;
+  STD_TORCH_CHECK(s[sizes] <= int64_t(Activation::kGeluTanh), "cuda_plan: activation ", s[sizes], " of ", op,
+                  "; allowed: 0 to ", int64_t(Activation::kGeluTanh));
+  return static_cast<Activation>(s[sizes]);
 }
 
 void check_reduced(int64_t reduced) {
@@ -82,7 +157,7 @@ void check_elements(const std::string& op, const char* name, const Shape& sizes)
                   " has too many elements; allowed: sizes whose product is at most 2^54");
 }
 
-PlannedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+DescribedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   check_count(op, "shape", s, 13);
   DepthwiseParams p;
   p.x = p.y = somewhere();
@@ -109,18 +184,20 @@ PlannedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shap
   const cuda::DepthwiseCall call{&p, excites ? &se : nullptr, op == "depthwise_bn_act_squeeze",
                                  op == "depthwise_bn_act_se"};
   const cuda::DepthwisePlan plan = cuda::plan_depthwise(call, limits);
-  PlannedLaunches launches = cuda::planned_launches(call, plan);
+  DescribedLaunches launches;
+  append(launches, cuda::planned_launches(call, plan), cut_of(p, plan));
   if (call.gated && plan.team == 0) {
     ScaleParams scale;
     scale.y = somewhere(), scale.gate = somewhere(), scale.dtype = dtype;
     scale.batch = p.batch, scale.channels = p.channels, scale.pixels = p.out_height * p.out_width;
-    for (const cuda::PlannedLaunch& one : cuda::planned_launches(scale, cuda::plan_scale(scale, limits)))
-      launches.push_back(one);
+    const cuda::ScalePlan plan_of_scale = cuda::plan_scale(scale, limits);
+    append(launches, cuda::planned_launches(scale, plan_of_scale),
+           variant("scale_by_gate", dtype, plan_of_scale.vectors ? vector_of(dtype) : 1));
   }
   return launches;
 }
 
-PlannedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+DescribedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   check_count(op, "shape", s, 3);
   check_elements(op, "pooled", {s[0], s[1]});
   check_elements(op, "w_reduce", {s[1], s[2]});
@@ -131,11 +208,17 @@ PlannedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& s,
   p.batch = s[0], p.channels = s[1], p.reduced = s[2];
   check_reduced(s[2]);
   STD_TORCH_CHECK(s[1] >= 1 && s[2] >= 1, "cuda_plan: channels=", s[1], ", reduced=", s[2], "; allowed: 1 or more");
-  return cuda::planned_launches(p, cuda::plan_squeeze_excite(p, limits));
+  const cuda::SqueezeExcitePlan plan = cuda::plan_squeeze_excite(p, limits);
+  std::ostringstream cut;
+  cut << variant("squeeze_excite_gate", dtype) << " images=" << plan.images
+      << " split_channels=" << plan.split_channels;
+  DescribedLaunches launches;
+  append(launches, cuda::planned_launches(p, plan), cut.str());
+  return launches;
 }
 
-PlannedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 8);
+DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  const Activation activation = activation_after(op, s, 8);
   check_elements(op, "x", {s[0], s[1], s[2], s[3]});
   check_elements(op, "the result", {s[0], s[1], s[2], s[4]});
   check_elements(op, "weight", {s[3], s[4]});
@@ -146,24 +229,28 @@ PlannedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shap
   STD_TORCH_CHECK(s[3] >= 1 && s[4] >= 1, "cuda_plan: channels ", s[3], " to ", s[4], "; allowed: 1 or more");
   if (s[5]) p.gate = some(dtype);
   if (s[6]) p.residual = somewhere();
-  p.allow_tf32 = s[7] != 0;
+  p.allow_tf32 = s[7] != 0, p.activation = activation;
   p.x_stride_p = p.in_channels, p.x_stride_n = p.pixels * p.in_channels;
   p.residual_stride_p = p.out_channels, p.residual_stride_n = p.pixels * p.out_channels;
-  return cuda::planned_launches(p, cuda::plan_pointwise(p, limits));
-}
-
-// The sizes of the depthwise operator, x's channels being the expanded ones, then the input channels and allow_tf32.
-PlannedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 15);
-  PlannedLaunches launches =
-      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14]}, limits);
-  const Shape depthwise(s.begin(), s.begin() + 13);
-  for (const cuda::PlannedLaunch& one : plan_of_depthwise("depthwise_bn_act_squeeze", dtype, depthwise, limits))
-    launches.push_back(one);
+  const cuda::PointwisePlan plan = cuda::plan_pointwise(p, limits);
+  DescribedLaunches launches;
+  append(launches, cuda::planned_launches(p, plan), cut_of(p, plan));
   return launches;
 }
 
-PlannedLaunches plan_of_conv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+// The sizes of the depthwise operator, x's channels being the expanded ones, then the input channels, allow_tf32 and
+// the first product's activation.
+DescribedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  const int64_t activation = int64_t(activation_after(op, s, 15));
+  DescribedLaunches launches =
+      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14], activation}, limits);
+  const Shape depthwise(s.begin(), s.begin() + 13);
+  for (DescribedLaunch& one : plan_of_depthwise("depthwise_bn_act_squeeze", dtype, depthwise, limits))
+    launches.push_back(std::move(one));
+  return launches;
+}
+
+DescribedLaunches plan_of_conv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   check_count(op, "shape", s, 12);
   ConvParams p;
   p.x = p.y = somewhere();
@@ -178,12 +265,12 @@ PlannedLaunches plan_of_conv(const std::string& op, DType dtype, const Shape& s,
   p.x_stride_c = 1, p.x_stride_w = p.in_channels, p.x_stride_h = p.width * p.in_channels;
   p.x_stride_n = p.height * p.x_stride_h;
   const cuda::ConvPlan plan = cuda::plan_conv(p, limits);
-  PlannedLaunches launches;
+  DescribedLaunches launches;
   if (!plan.fused && p.batch > 0) {
     launches.push_back({});
-    launches.back().kernel = "aten::convolution";
+    launches.back().launch.kernel = "aten::convolution";
   }
-  for (const cuda::PlannedLaunch& one : cuda::planned_launches(p, plan)) launches.push_back(one);
+  append(launches, cuda::planned_launches(p, plan), cut_of(p, plan));
   return launches;
 }
 
@@ -191,7 +278,7 @@ std::string cuda_plan(const std::string& op, const std::string& dtype_name, cons
                       const Shape& limit_values) {
   const DType dtype = dtype_named(dtype_name);
   const DeviceLimits limits = limits_of(op, limit_values);
-  PlannedLaunches launches;
+  DescribedLaunches launches;
   if (op == "pointwise_bn_act")
     launches = plan_of_pointwise(op, dtype, shape, limits);
   else if (op == "expand_depthwise_squeeze")
@@ -206,10 +293,10 @@ std::string cuda_plan(const std::string& op, const std::string& dtype_name, cons
   else
     STD_TORCH_CHECK(false, "cuda_plan: op='", op, "' is not an operator");
   std::ostringstream out;
-  for (const cuda::PlannedLaunch& one : launches)
+  for (const auto& [one, cut] : launches)
     out << "kernel=" << one.kernel << " grid=" << one.grid << " block=" << one.block_x << ',' << one.block_y
         << " shared=" << one.shared_bytes << " cluster=" << one.cluster << " cooperative=" << int(one.cooperative)
-        << " workspace=" << one.workspace_bytes << '\n';
+        << " workspace=" << one.workspace_bytes << cut << '\n';
   return out.str();
 }
 

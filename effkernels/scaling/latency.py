@@ -15,7 +15,8 @@ import torch
 from torch import nn
 
 from effkernels import benchmark, environment, gpus
-from effkernels.plan import PRECISIONS, plan_call, record_calls
+from effkernels.plan import PRECISIONS, plan_call
+from effkernels.plan_record import record_calls
 from effkernels.scaling.candidates import identity, on_grid
 from effkernels.scaling.compound import EFFICIENTNET, CompoundScaling
 from effkernels.scaling.counting import Cost

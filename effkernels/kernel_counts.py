@@ -1,0 +1,110 @@
+"""Instructions that a warp issues in each part of a CUDA kernel, counted in the disassembly and shipped as a table.
+
+`make kernels-table` counts them (benchmarks/kernel_economy) and writes ``kernel_counts.json``; time estimates
+(`effkernels.plan_time`) read them where there is no disassembler. They are of the code for sm_90.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+FILE = Path(__file__).with_name("kernel_counts.json")
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Instructions of one warp, by the unit that executes them.
+
+    Attributes:
+        issued: all of them; each takes an issue slot.
+        fma: float32 multiply-adds, products and sums, packed 16-bit ones, integer multiply-adds.
+        alu: other arithmetic on integers and bits, comparisons, conversions.
+        special: of the special function units.
+        memory: loads and stores, of global and of shared memory, and shuffles.
+        wavefronts: clocks that these take on the 128 bytes a clock between a multiprocessor and its L1 cache and shared
+            memory, without bank conflicts.
+        tensor: matrix products of 4096 16-bit operations, or of 2048 TF32 ones, which take as long.
+        trips: times that the warp waits for loads from global memory.
+    """
+
+    issued: float = 0.0
+    fma: float = 0.0
+    alu: float = 0.0
+    special: float = 0.0
+    memory: float = 0.0
+    wavefronts: float = 0.0
+    tensor: float = 0.0
+    trips: float = 0.0
+
+    def __add__(self, other: Counters) -> Counters:
+        return Counters(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self, other: Counters) -> Counters:
+        return self + other * -1
+
+    def __mul__(self, times: float) -> Counters:
+        return Counters(*(one * times for one in astuple(self)))
+
+
+PIPES = tuple(field.name for field in fields(Counters))
+
+
+@dataclass(frozen=True)
+class KernelCounts:
+    """One compiled kernel.
+
+    Attributes:
+        registers: of a thread.
+        parts: what one warp issues in one pass through a part, by the part's name.
+    """
+
+    registers: int
+    parts: Mapping[str, Counters]
+
+    def part(self, name: str) -> Counters:
+        """Counters of a part; zeros for one that the kernel does not have."""
+        return self.parts.get(name, Counters())
+
+
+def to_json(kernels: Mapping[str, KernelCounts]) -> str:
+    """The table as JSON, sorted, one kernel a line; numbers of a part in the order of `PIPES`."""
+    lines = []
+    for name in sorted(kernels):
+        entry = {
+            "registers": kernels[name].registers,
+            "parts": {part: [_short(value) for value in astuple(kernels[name].parts[part])]
+                      for part in sorted(kernels[name].parts)},
+        }  # fmt: skip
+        lines.append(f"{json.dumps(name)}: {json.dumps(entry, separators=(',', ':'))}")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
+
+
+def _short(value: float) -> float:
+    rounded = round(value, 3)
+    return int(rounded) if rounded == int(rounded) else rounded
+
+
+def from_json(text: str) -> dict[str, KernelCounts]:
+    """The table that `to_json` wrote."""
+    return {
+        name: KernelCounts(entry["registers"], {part: Counters(*values) for part, values in entry["parts"].items()})
+        for name, entry in json.loads(text).items()
+    }
+
+
+@functools.cache
+def shipped() -> Mapping[str, KernelCounts]:
+    """The table that is part of the package, by name with template arguments: "depthwise_strips<bfloat16,3,1>"."""
+    return from_json(FILE.read_text(encoding="utf-8"))
+
+
+def total(parts: Iterable[tuple[Counters, float]]) -> Counters:
+    """The sum of parts, each as often as the number beside it says."""
+    result = Counters()
+    for counters, times in parts:
+        result = result + counters * times
+    return result

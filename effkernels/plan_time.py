@@ -1,0 +1,252 @@
+"""An estimate of the time of each planned launch, its terms apart: computed, never measured.
+
+Every unit of a GPU takes some time for a launch: memory for its bytes, the schedulers for its instructions, and so on.
+The launch takes the longest of these times, or the time that its blocks wait where too few warps hide that; fixed costs
+come on top. A constant that is no published figure is an assumption, and says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, replace
+
+from torch import Tensor
+
+from effkernels import kernel_counts
+from effkernels.gpus import Gpu
+from effkernels.kernel_counts import Counters, KernelCounts
+from effkernels.plan_record import Call, tensors_in
+from effkernels.plan_work import WARP, Clocks, Cut, Work, work_of
+
+# Clocks of a multiprocessor for one instruction of a warp (CUDA C++ Programming Guide, "Throughput of Native Arithmetic
+# Instructions": 4 schedulers, 128 results of float32 multiply-adds a clock, 64 of integer and bit operations and of
+# conversions, 16 special functions; loads and stores: 32 addresses). The rates of 8.0 (64 float32 results) are in
+# `_FMA_RESULTS`.
+_ISSUE_CLOCKS = 1 / 4
+_ALU_CLOCKS = WARP / 64
+_SPECIAL_CLOCKS = WARP / 16
+_MEMORY_CLOCKS = WARP / 32
+_FMA_RESULTS = {80: 64}
+_FMA_RESULTS_ELSEWHERE = 128
+OPERATIONS_OF_PRODUCT = 4096  # of `Counters.tensor`
+
+COPY_SHARE = 0.9
+"""Of the published memory bandwidth that a copy reaches: 4.3 of 4.8 TB/s was measured on an H200, reads and writes."""
+
+MMA_SHARE = {90: 0.63}
+"""Of the published rate that mma.sync reaches: on Hopper 62 % (arXiv 2402.13499, which measures it against wgmma)."""
+
+L2_SHARE_OF_INPUT = 0.5
+"""Assumption: a tensor of at most this share of L2 is still there when the next launch reads it."""
+
+# Clocks of a round trip of a lone warp, rounded from arXiv 2402.13499 (table of memory latencies, H100, A100, RTX 4090:
+# L2 260 to 275, global memory 465 to 540).
+L2_LATENCY, MEMORY_LATENCY = 270.0, 500.0
+
+CLOCKS_PER_INSTRUCTION = 2.0
+"""Assumption: a warp issues an instruction every other clock on average; dependent arithmetic takes 4 clocks."""
+
+ARRIVAL_ROUND_TRIPS = 3.0
+"""Assumption: a fence, an atomic operation and a second fence, each a round trip to L2."""
+
+L2_BYTES_OF_MULTIPROCESSOR = 64
+"""Bytes a clock between L2 and one multiprocessor (A100 architecture whitepaper; an assumption for the others)."""
+
+GRAPH_GAP_US = 1.0
+"""Assumption: from the end of a kernel in a CUDA graph to the first instruction of the next one."""
+
+DEPENDENT_GAP_US = 0.5
+"""Assumption: the same with programmatic dependent launch, which also hides the prologue of the next kernel."""
+
+EAGER_US = 5.0
+"""Assumption: time of the host for one call of an operator in eager mode, which goes on while the GPU works."""
+
+FOREIGN_US = 2.0
+"""Assumption: the least time of a kernel of PyTorch's own, whose blocks are not known."""
+
+MODES = ("graph", "graph with dependent launches", "eager")
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Terms of the time of one launch, in microseconds, without the gap before it.
+
+    The longest of the first nine counts; the others are added to it.
+
+    Attributes:
+        dram: bytes that come from memory or go there.
+        l2: bytes between L2 and the multiprocessors.
+        l1: clocks of the path between a multiprocessor and its L1 cache and shared memory.
+        issue: all instructions, at 4 a clock.
+        fma, alu, special, tensor: instructions of one unit.
+        latency: what a block waits for, times the waves of blocks.
+        prologue: waits of the first blocks for parameters, before their first input is asked for.
+        tail: the last, partial wave of blocks.
+        last: work of the block that arrives last: means and gate of squeeze-and-excitation.
+        hidden: what programmatic dependent launch hides of all this: the prologue, instructions included, where it is
+            not hidden behind other blocks anyway. Not added.
+        blocks: that a multiprocessor holds at a time; 0 where the kernel is PyTorch's.
+        counted: whether instructions were counted; else their terms are 0.
+    """
+
+    dram: float = 0.0
+    l2: float = 0.0
+    l1: float = 0.0
+    issue: float = 0.0
+    fma: float = 0.0
+    alu: float = 0.0
+    special: float = 0.0
+    tensor: float = 0.0
+    latency: float = 0.0
+    prologue: float = 0.0
+    tail: float = 0.0
+    last: float = 0.0
+    hidden: float = 0.0
+    blocks: int = 0
+    counted: bool = False
+
+    @property
+    def longest(self) -> str:
+        """The name of the term that counts."""
+        return max(OVERLAPPING, key=lambda name: float(getattr(self, name)))
+
+    @property
+    def us(self) -> float:
+        """The whole time."""
+        return float(getattr(self, self.longest)) + self.prologue + self.tail + self.last
+
+
+def forward_us(times: Iterable[TimeEstimate], mode: str) -> float:
+    """The time of launches that follow each other, with the gaps between them, in microseconds.
+
+    Args:
+        times: in the order of the launches.
+        mode: one of `MODES`.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode == "graph":
+        return sum(GRAPH_GAP_US + time.us for time in times)
+    if mode == "graph with dependent launches":
+        return sum(DEPENDENT_GAP_US + time.us - time.hidden for time in times)
+    if mode == "eager":
+        end = 0.0
+        for called, time in enumerate(times, start=1):
+            end = max(end + GRAPH_GAP_US, called * EAGER_US) + time.us
+        return end
+    raise ValueError(f"mode={mode!r} is not known; allowed: {', '.join(MODES)}")
+
+
+TERMS = tuple(field.name for field in fields(TimeEstimate) if field.type == "float" and field.name != "hidden")
+OVERLAPPING = TERMS[: TERMS.index("prologue")]
+
+
+def resident_blocks(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
+    """Blocks that a multiprocessor holds at a time, by registers, threads and shared memory.
+
+    Args:
+        registers: of a thread.
+        shared_bytes: dynamic shared memory of a block; the system takes 1 KiB more.
+    """
+    of = gpu.capability
+    warps = -(-threads // WARP)
+    of_warp = -(-registers * WARP // 256) * 256
+    by_registers = of.registers_per_multiprocessor // of_warp // warps if registers else of.blocks_per_multiprocessor
+    by_shared = of.shared_per_multiprocessor // (shared_bytes + 1024)
+    by_threads = of.threads_per_multiprocessor // (WARP * warps)
+    return max(1, min(by_registers, by_shared, by_threads, of.blocks_per_multiprocessor))
+
+
+def estimate(
+    line: Mapping[str, str], call: Call, gpu: Gpu, *, moved: int, flops: int, rate: float,
+    counts: Mapping[str, KernelCounts] | None = None,
+) -> TimeEstimate:  # fmt: skip
+    """The time of a launch.
+
+    Args:
+        line: the launch as `cuda_plan` describes it; of one of PyTorch's own only "kernel".
+        call: that it belongs to.
+        moved: bytes that it reads and writes, each once.
+        flops, rate: floating-point operations, and those a second of the unit that does them.
+        counts: instead of the counts that the package ships.
+    """
+    cached = [tensor for tensor in _images(line["kernel"], call) if tensor.nbytes <= L2_SHARE_OF_INPUT * gpu.l2]
+    from_memory = max(0, moved - sum(tensor.nbytes for tensor in cached))
+    dram = 1e6 * from_memory / (COPY_SHARE * gpu.bandwidth)
+    l2_rate = gpu.l2_bytes_per_clock * gpu.clock
+    product = 1e6 * flops / rate
+    if "grid" not in line:
+        return TimeEstimate(dram=dram, l2=1e6 * moved / l2_rate, tensor=product, latency=FOREIGN_US)
+    counts = kernel_counts.shipped() if counts is None else counts
+    variant = line.get("variant", "")
+    known = counts.get(variant, KernelCounts(0, {}))
+    x, y = (int(number) for number in line["block"].split(","))
+    fixed = ("kernel", "grid", "block", "variant")
+    cut = Cut(
+        line["kernel"], int(line["grid"]), x * y,
+        {name: int(value) for name, value in line.items() if name not in fixed}, known,
+    )  # fmt: skip
+    blocks = resident_blocks(gpu, known.registers, cut.threads, int(line["shared"]))
+    work = work_of(cut, call)
+    if work is None:
+        return TimeEstimate(dram=dram, l2=1e6 * moved / l2_rate, fma=product, blocks=blocks)
+    read = call.arguments.get("x", call.results[0])
+    input_latency = L2_LATENCY if any(tensor is read for tensor in cached) else MEMORY_LATENCY
+    return _terms(work, cut, gpu, blocks, dram, l2_rate, input_latency)
+
+
+def _images(kernel: str, call: Call) -> list[Tensor]:
+    """What a launch reads of another launch's results, and what it writes."""
+    if kernel in ("norm_act", "scale_by_gate"):  # in place
+        return [call.results[0], call.results[0]]
+    return list(tensors_in([call.arguments.get("x"), call.arguments.get("residual"), *call.results]))
+
+
+def _terms(
+    work: Work, cut: Cut, gpu: Gpu, blocks: int, dram: float, l2_rate: float, input_latency: float
+) -> TimeEstimate:
+    clocks_per_us = gpu.clock / 1e6
+
+    def us(chain: Clocks) -> float:
+        waits = chain.inputs * input_latency + chain.parameters * L2_LATENCY
+        waits += chain.arrivals * ARRIVAL_ROUND_TRIPS * L2_LATENCY
+        return (chain.issued * CLOCKS_PER_INSTRUCTION + waits) / clocks_per_us
+
+    active = min(gpu.multiprocessors, cut.grid)
+    own = _units(work.issued, gpu)
+    of_units = {name: clocks / active / clocks_per_us for name, clocks in own.items()}
+    l2 = max(1e6 * work.l2_bytes / l2_rate, work.l2_bytes / (L2_BYTES_OF_MULTIPROCESSOR * active) / clocks_per_us)
+    first, chain = us(work.prologue), us(work.prologue) + us(work.body)
+    prologue = us(replace(work.prologue, issued=0.0))
+    slots = gpu.multiprocessors * blocks
+    waves = max(1.0, cut.grid / slots)
+    latency = waves * chain - prologue
+    longest = max(dram, l2, latency, *of_units.values())
+    if cut.grid <= slots:
+        # The busiest multiprocessor has whole blocks.
+        most = -(-cut.grid // active) * active / cut.grid
+        tail = max(0.0, max(of_units.values()) * most - longest)
+    else:
+        part = waves - int(waves)
+        tail = max(0.0, chain - longest * part / waves) if part > 0 else 0.0
+    hidden = prologue + min(first - prologue, max(0.0, latency - max(dram, l2, *of_units.values())))
+    return TimeEstimate(
+        dram=dram, l2=l2, latency=latency, prologue=prologue, tail=tail, last=us(work.last), hidden=hidden,
+        blocks=blocks, counted=True, **of_units,
+    )  # fmt: skip
+
+
+def _units(issued: Counters, gpu: Gpu) -> dict[str, float]:
+    """Clocks that one multiprocessor would take for all instructions, by unit."""
+    number = gpu.capability.number
+    results = _FMA_RESULTS.get(number, _FMA_RESULTS_ELSEWHERE)
+    operations = gpu.tensor * MMA_SHARE.get(number, 1.0) / (gpu.multiprocessors * gpu.clock)
+    return {
+        "l1": max(issued.memory * _MEMORY_CLOCKS, issued.wavefronts),
+        "issue": issued.issued * _ISSUE_CLOCKS,
+        "fma": issued.fma * WARP / results,
+        "alu": issued.alu * _ALU_CLOCKS,
+        "special": issued.special * _SPECIAL_CLOCKS,
+        "tensor": issued.tensor * OPERATIONS_OF_PRODUCT / operations,
+    }

@@ -1,0 +1,407 @@
+"""The work of a planned launch, from its cut and the counted instructions: what its blocks issue, and wait for.
+
+How often each part of a kernel runs follows from the plan (csrc/cuda/*_plan.cpp, which `cuda_plan` describes) and from
+the loops of csrc/cuda/*.cuh; what a warp issues in one pass is `effkernels.kernel_counts`.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from effkernels.kernel_counts import Counters, KernelCounts, total
+from effkernels.plan_record import Call
+
+WARP = 32
+_FLAT = ("identity", "relu", "relu6", "hard_swish")  # no special functions
+
+
+@dataclass(frozen=True)
+class Clocks:
+    """A chain of instructions and round trips that follow each other within a warp.
+
+    Attributes:
+        issued: instructions.
+        inputs: waits for data that another launch wrote.
+        parameters: waits for parameters, or for what other blocks of this launch wrote: from L2.
+        arrivals: writes made visible and counted, for the block that comes last.
+    """
+
+    issued: float = 0.0
+    inputs: float = 0.0
+    parameters: float = 0.0
+    arrivals: float = 0.0
+
+    def __add__(self, other: Clocks) -> Clocks:
+        return Clocks(
+            self.issued + other.issued,
+            self.inputs + other.inputs,
+            self.parameters + other.parameters,
+            self.arrivals + other.arrivals,
+        )
+
+    def __mul__(self, times: float) -> Clocks:
+        return Clocks(self.issued * times, self.inputs * times, self.parameters * times, self.arrivals * times)
+
+
+@dataclass(frozen=True)
+class Work:
+    """The work of one launch.
+
+    Attributes:
+        issued: by all warps of all blocks.
+        registers: of a thread.
+        l2_bytes: between L2 and the multiprocessors: tiles and borders as often as blocks read them.
+        prologue: chain of a block before its first input.
+        body: chain of a block after that.
+        last: chain of the last block alone, once all others are done: squeeze-and-excitation by last arrival.
+    """
+
+    issued: Counters
+    registers: int
+    l2_bytes: float
+    prologue: Clocks
+    body: Clocks
+    last: Clocks
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How a launch is cut.
+
+    Attributes:
+        kernel: its name without template arguments.
+        grid, threads: blocks, and threads of a block.
+        sizes: further numbers of the plan by name, as `cuda_plan` gives them.
+        counts: the kernel's instructions.
+    """
+
+    kernel: str
+    grid: int
+    threads: int
+    sizes: Mapping[str, int]
+    counts: KernelCounts
+
+    def __getitem__(self, name: str) -> int:
+        return self.sizes[name]
+
+    @property
+    def warps(self) -> int:
+        """Of a block."""
+        return _ceil(self.threads, WARP)
+
+
+def _ceil(value: float, by: float) -> int:
+    return int(-(-value // by))
+
+
+def work_of(cut: Cut, call: Call) -> Work | None:
+    """The work of a launch of a call; None for a kernel whose instructions are not counted."""
+    family = _FAMILIES.get(cut.kernel)
+    if family is None or not cut.counts.parts:
+        return None
+    if call.op.endswith("expand_depthwise_squeeze"):
+        call = _half_of_expand(call, first=cut.kernel == "pointwise")
+    return family(cut, call)
+
+
+def _half_of_expand(call: Call, *, first: bool) -> Call:
+    """The pointwise or the depthwise operator that one of the two launches of `expand_depthwise_squeeze` does."""
+    x, weight = call.arguments["x"], call.arguments["expand_weight"]
+    hidden = x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]), device="meta")
+    if first:
+        arguments = {"x": x, "weight": weight, "gate": None, "residual": None}
+        arguments["activation"] = call.arguments["expand_activation"]
+        return replace(call, op="effkernels::pointwise_bn_act", arguments=arguments, results=[hidden])
+    return replace(call, op="effkernels::depthwise_bn_act_squeeze", arguments={**call.arguments, "x": hidden})
+
+
+def _chain(counters: Counters, *, inputs: float = 0.0, parameters: float = 0.0) -> Clocks:
+    return Clocks(counters.issued, inputs, parameters)
+
+
+def _with_activation(cut: Cut, part: str, activation: str) -> Counters:
+    """A part that activates: its way with special functions, or that without."""
+    return cut.counts.part(f"{part}.plain" if activation in _FLAT else part)
+
+
+def _tensor_bytes(call: Call, name: str) -> int:
+    tensor = call.arguments.get(name)
+    return 0 if tensor is None else int(tensor.numel() * tensor.element_size())
+
+
+@dataclass(frozen=True)
+class _Strips:
+    """Averages over the strips of one image.
+
+    Attributes:
+        rows, border_rows: rows of taps that a warp adds up in a strip inside, and in one at the left or right border.
+    """
+
+    rows: float
+    border_rows: float
+
+
+@functools.cache
+def _strips(
+    sizes: tuple[int, int, int, int], pads: tuple[int, int], kernel: int, stride: int, strip: int, neighbours: int
+) -> _Strips:
+    """Counts the strips of a plane as csrc/cuda/depthwise.cuh walks over them.
+
+    Args:
+        sizes: height and width of x, then of the result.
+        pads: above and on the left.
+        neighbours: strips below each other that one warp has at a time; it runs a row that one of them needs.
+    """
+    height, width, out_height, out_width = sizes
+    columns, inputs = _ceil(out_width, strip), (strip - 1) * stride + kernel
+    rows = border_rows = 0.0
+    lefts = [column * strip * stride - pads[1] for column in range(columns)]
+    inside = sum(left >= 0 and left + inputs <= width for left in lefts)
+    for first in range(0, out_height, neighbours):
+        last = min(first + neighbours, out_height) - 1
+        top, bottom = first * stride - pads[0], last * stride - pads[0]
+        # Row ky of the taps runs when it is inside x for any of the neighbouring strips.
+        run = sum(any(0 <= y + ky < height for y in range(top, bottom + 1, stride)) for ky in range(kernel))
+        weight = last - first + 1
+        rows += weight * inside * run
+        border_rows += weight * (columns - inside) * run
+    strips = columns * out_height
+    return _Strips(rows / strips, border_rows / strips)
+
+
+def _gate_products(cut: Cut, images: int, reduced: int, channels: int, size: int) -> tuple[Counters, Clocks]:
+    """The first product of squeeze-and-excitation by one block, over `channels` channels: by all warps, and its chain.
+
+    16 threads share a row, so that each warp has two at a time.
+    """
+    part, vector = cut.counts.part, 16 // size
+    vectors = _ceil(channels, 16 * vector)
+    one = total(
+        (
+            (part("reduce.row"), 1),
+            (part("reduce.row.image"), images),
+            (part("reduce"), vectors),
+            (part("reduce.image"), vectors * images),
+        )
+    )
+    passes = _ceil(reduced, 2 * cut.warps)
+    chain = _chain(one, parameters=_ceil(vectors, 4)) * passes
+    return one * _ceil(reduced, 2), chain
+
+
+def _expand_product(cut: Cut, images: int, reduced: int, channels: int, size: int) -> tuple[Counters, Clocks]:
+    """The second product by one block, a channel a thread: by all warps, and its chain."""
+    widest = 16 // size
+    width = widest if reduced % widest == 0 else widest // 2 if reduced % (widest // 2) == 0 else 1
+    part, vectors = cut.counts.part, reduced // width
+    one = total(
+        (
+            (part(f"expand.{width}.channel"), 1),
+            (part(f"expand.{width}.channel.image"), images),
+            (part(f"expand.{width}"), vectors),
+            (part(f"expand.{width}.image"), vectors * images),
+        )
+    )
+    passes = _ceil(channels, cut.threads)
+    chain = _chain(one, parameters=_ceil(vectors, 2)) * passes
+    return one * _ceil(channels, WARP), chain
+
+
+def _depthwise(cut: Cut, call: Call) -> Work:
+    part = cut.counts.part
+    batch, channels, height, width = call.arguments["x"].shape
+    out_height, out_width = call.results[0].shape[2:]
+    kernel, stride, padding = call.arguments["weight"].shape[2], call.arguments["stride"], call.arguments["padding"]
+    size, vectors, lanes = call.dtype.itemsize, cut["channel_vectors"], cut["lanes"]
+    block_channels, warps = vectors * cut["vector"], _ceil(vectors * lanes, WARP)
+    resident = cut.kernel == "depthwise_resident"
+    neighbours = max(1, min(lanes, round(WARP / vectors)))
+    plane = (height, width, int(out_height), int(out_width))
+    strips = _strips(plane, (padding[0], padding[2]), kernel, stride, cut["strip"], neighbours)
+    one_strip = _with_activation(cut, "strip", call.arguments["activation"])
+    one = total(((one_strip, 1), (part("row"), strips.rows), (part("row.border"), strips.border_rows)))
+    rows = strips.rows + strips.border_rows
+    strips_of_image = _ceil(int(out_width), cut["strip"]) * int(out_height)
+    # Warps that a strip of one channel group takes: idle threads of the last warp of a block issue along.
+    warps_per_strip = warps / lanes
+    issued = one * (batch * cut["channel_groups"] * strips_of_image * warps_per_strip)
+
+    taps = _ceil(kernel * kernel * _ceil(block_channels, 16) * 4, cut.threads)
+    norms = _ceil(block_channels, cut.threads)
+    slabs = cut["slabs"] if resident else 1
+    load = total(((part("taps"), taps), (part("norm"), norms)))
+    issued = issued + total(
+        (
+            (part("prologue"), cut.grid * cut.warps),
+            (part("taps"), cut.grid * slabs * cut.warps * taps),
+            (part("norm"), cut.grid * slabs * _ceil(block_channels, WARP)),
+            (part("slab"), cut.grid * slabs * cut.warps),
+            (part("image"), cut.grid * cut["images"] * cut.warps),
+            (part("lane"), cut.grid * cut["images"] * slabs * lanes * _ceil(block_channels, WARP)),
+        )
+    )
+    prologue = _chain(part("prologue")) + _chain(load, parameters=load.trips)
+    of_round = _chain(one, inputs=rows * max(part("row").trips, 1))
+    of_image = of_round * cut["rounds"] + _chain(part("image") + part("lane") * lanes)
+    body = of_image * cut["images"]
+    if resident:
+        body = (of_round * cut["rounds"] + _chain(part("slab") + part("lane") * lanes)) * slabs
+        body = body + _chain(load, parameters=load.trips) * (slabs - 1)
+    horizontal = ((cut["strip"] - 1) * stride + kernel) / (cut["strip"] * stride)
+    x_bytes = _tensor_bytes(call, "x") * max(1.0, horizontal)
+    l2_bytes = x_bytes + call.results[0].numel() * size
+    last = Clocks()
+    gated, pooled = "w_reduce" in call.arguments, call.op.endswith("_squeeze")
+    if gated or pooled:
+        reduced = call.arguments["w_reduce"].shape[0] if gated else 0
+        tail = _resident_tail if resident else _arrival_tail
+        more, in_body, last = tail(cut, reduced, int(channels), block_channels, size)
+        issued, body = issued + more, body + in_body
+    if resident:
+        pixels = _ceil(int(out_height), cut["row_blocks"]) * int(out_width)
+        passes = _ceil(pixels, lanes) * slabs
+        issued = issued + part("write") * (cut.grid * passes * warps)
+        body = body + _chain(part("write") * passes)
+    return Work(issued, cut.counts.registers, l2_bytes, prologue, body, last)
+
+
+def _arrival_tail(
+    cut: Cut, reduced: int, channels: int, block_channels: int, size: int
+) -> tuple[Counters, Clocks, Clocks]:
+    """Means and gate by last arrival: issued by all, in the body of each block, and after the last one."""
+    part, images, groups, tiles = cut.counts.part, cut["images"], cut["channel_groups"], cut["tiles"]
+    units = cut.grid // max(1, groups * tiles)
+    issued = part("finish") * (cut.grid * cut.warps)
+    means = Clocks(part("finish").issued)
+    if tiles > 1:
+        # Threads that have no channel of their own share the tiles, four loads at a time.
+        shared = _ceil(tiles, max(1, cut.threads // block_channels))
+        issued = issued + part("tile") * (units * groups * cut.warps * shared)
+        means = means + Clocks(part("tile").issued * shared, 0, _ceil(shared, 4), 1)
+    if not reduced:
+        return issued, Clocks(), means
+    product, chain = _gate_products(cut, images, reduced, min(block_channels, channels), size)
+    expand, gate = _expand_product(cut, images, reduced, channels, size)
+    issued = issued + product * (units * groups) + expand * units
+    sums = _ceil(images * reduced, cut.threads)
+    hidden = Clocks(0, 0, sums * _ceil(groups, 4) + sums, 1)
+    if tiles > 1:
+        return issued, Clocks(), means + chain + hidden + gate
+    return issued, means + chain, hidden + gate
+
+
+def _resident_tail(
+    cut: Cut, reduced: int, channels: int, block_channels: int, size: int
+) -> tuple[Counters, Clocks, Clocks]:
+    """The gate by a team of resident blocks: each of them does its share, and waits twice for the others."""
+    own = min(cut["slabs"] * block_channels, channels)
+    product, chain = _gate_products(cut, 1, reduced, own, size)
+    expand, gate = _expand_product(cut, 1, reduced, own, size)
+    issued = (product + expand) * cut.grid + cut.counts.part("finish") * (cut.grid * cut.warps)
+    exchange = Clocks(cut.counts.part("finish").issued, 0, _ceil(reduced, cut.threads) * cut["team"] / 4 + 1, 2)
+    return issued, chain + exchange + gate, Clocks()
+
+
+def _pointwise(cut: Cut, call: Call) -> Work:
+    part = cut.counts.part
+    x, weight, size = call.arguments["x"], call.arguments["weight"], call.dtype.itemsize
+    pixels, inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1], weight.shape[0]
+    rows, columns, steps, vector = cut["rows"], cut["columns"], cut["steps"], 16 // size
+    gated, residual = call.arguments["gate"] is not None, call.arguments["residual"] is not None
+    keeps_weight, shares = cut["keeps_weight"] == 1, cut["parts"] > 1
+    step = part("step.gated" if gated else "step")
+    if not keeps_weight:
+        step = step + part("step.weights")
+    # Values of a tile go through shared memory, four or more to a thread, or leave from the registers with the tile.
+    values = rows * columns
+    of_value = part("value.part") if shares else _with_activation(cut, "value", call.arguments["activation"])
+    of_thread = values / min(cut.threads, values / 4)
+    tile = part("tile") + (part("tile.residual") if residual else Counters())
+    slices = min(3, steps)
+    gates = _ceil(cut["gate_images"] * 4, cut.threads) if gated else 0
+    residuals = rows * columns / vector / cut.threads if residual else 0.0
+    load = total(
+        (
+            (part("prologue"), 1),
+            (part("weights"), slices),
+            (part("fill"), slices),
+            (part("gate"), slices * gates),
+        )
+    )
+    one = total(((step, steps), (part("gate"), steps * gates), (tile, 1), (part("residual"), residuals)))
+    tiles = cut["row_tiles"] * cut["column_tiles"] * cut["parts"]
+    issued = load * (cut.grid * cut.warps) + (one * cut.warps + of_value * (values / WARP)) * tiles
+    prologue = _chain(load, parameters=part("prologue").trips)
+    # Later slices are asked for three steps before they are needed.
+    body = _chain((one + of_value * of_thread) * cut["tiles"], inputs=1)
+    last = Clocks()
+    y_bytes = call.results[0].numel() * size
+    l2_bytes = size * pixels * inner * cut["column_tiles"] + y_bytes * (2 if residual else 1)
+    readers = cut.grid / cut["column_tiles"] if keeps_weight else cut["row_tiles"] * cut["parts"]
+    l2_bytes += size * outer * inner / cut["parts"] * readers
+    if shares:
+        sums = _with_activation(cut, "value", call.arguments["activation"]) + part("value.other") * cut["parts"]
+        issued = issued + sums * (values / WARP * tiles / cut["parts"])
+        last = _chain(sums * of_thread, parameters=_ceil(cut["parts"], 2)) + Clocks(arrivals=1)
+        l2_bytes += 2 * 4 * cut["parts"] * call.results[0].numel()
+    return Work(issued, cut.counts.registers, l2_bytes, prologue, body, last)
+
+
+def _stem(cut: Cut, call: Call) -> Work:
+    part, size = cut.counts.part, call.dtype.itemsize
+    x, warps, channels = call.arguments["x"], cut["warps"], cut["padded_channels"]
+    groups, of_block = channels // WARP, min(cut["tiles"], cut["tiles_per_block"])
+    weights = _ceil(cut["weight_bytes"] / size, cut.threads)
+    units = _ceil(cut["window_height"] * cut["window_width"] / (16 / size), cut.threads) if size == 4 else 0
+    load = total(((part("prologue"), 1), (part("weights"), weights)))
+    tile = total(((part("tile"), 1), (part("channels"), groups - 1), (part("unit"), units)))
+    issued = (load * cut.grid + tile * cut["tiles"]) * warps + part("norm") * (cut.grid * groups)
+    prologue = _chain(load, parameters=part("weights").trips) + _chain(part("norm"), parameters=part("norm").trips)
+    body = _chain(tile * of_block, inputs=of_block if size == 4 else 1)
+    window = x.shape[1] * cut["window_height"] * cut["window_width"] * size
+    l2_bytes = cut["tiles"] * window + cut.grid * cut["weight_bytes"] + call.results[0].numel() * size
+    return Work(issued, cut.counts.registers, l2_bytes, prologue, body, Clocks())
+
+
+def _vectors(cut: Cut, call: Call, of_vector: Counters, reads: int) -> Work:
+    """A pass over the result."""
+    part, size = cut.counts.part, call.dtype.itemsize
+    elements = call.results[0].numel()
+    passes = elements / (16 // size) / (cut.grid * cut.threads)
+    issued = (part("prologue") + part("norm") + of_vector * passes) * (cut.grid * cut.warps)
+    prologue = _chain(part("prologue")) + _chain(part("norm"), parameters=part("norm").trips)
+    body = _chain(of_vector, inputs=1) * max(1.0, passes)
+    return Work(issued, cut.counts.registers, reads * elements * size, prologue, body, Clocks())
+
+
+def _norm_act(cut: Cut, call: Call) -> Work:
+    return _vectors(cut, call, _with_activation(cut, "vector", call.arguments["activation"]), 2)
+
+
+def _scale(cut: Cut, call: Call) -> Work:
+    return _vectors(cut, call, cut.counts.part("vector"), 2)
+
+
+def _excite(cut: Cut, call: Call) -> Work:
+    part, size = cut.counts.part, call.dtype.itemsize
+    (batch, channels), reduced = call.arguments["pooled"].shape, call.arguments["w_reduce"].shape[0]
+    images = min(cut["images"], batch)
+    product, reduce = _gate_products(cut, images, reduced, channels, size)
+    expand, gate = _expand_product(cut, images, reduced, cut["split_channels"], size)
+    issued = (product + expand + part("finish") * cut.warps) * cut.grid
+    body = replace(reduce, inputs=1.0) + gate + Clocks(0, 0, 1)
+    weights = reduced * (channels + cut["split_channels"]) * size
+    return Work(issued, cut.counts.registers, cut.grid * weights, _chain(part("finish")), body, Clocks())
+
+
+_FAMILIES: Mapping[str, Callable[[Cut, Call], Work]] = {
+    "depthwise_strips": _depthwise,
+    "depthwise_resident": _depthwise,
+    "pointwise": _pointwise,
+    "conv_stem": _stem,
+    "norm_act": _norm_act,
+    "scale_by_gate": _scale,
+    "squeeze_excite_gate": _excite,
+}
