@@ -39,9 +39,9 @@ MMA_SHARE = {90: 0.63}
 L2_SHARE_OF_INPUT = 0.5
 """Assumption: a tensor of at most this share of L2 is still there when the next launch reads it."""
 
-# Clocks of a round trip of a lone warp, rounded from arXiv 2402.13499 (table of memory latencies, H100, A100, RTX 4090:
-# L2 260 to 275, global memory 465 to 540).
-L2_LATENCY, MEMORY_LATENCY = 270.0, 500.0
+L1_LATENCY, L2_LATENCY, MEMORY_LATENCY = 40.0, 270.0, 500.0
+"""Assumption: clocks that a lone warp waits for a read from L1, L2 and memory, about what microbenchmarks of the H100
+report (arXiv 2402.13499)."""
 
 CLOCKS_PER_INSTRUCTION = 2.0
 """Assumption: a warp issues an instruction every other clock on average; dependent arithmetic takes 4 clocks."""
@@ -210,7 +210,7 @@ def _terms(
 
     def us(chain: Clocks) -> float:
         waits = chain.inputs * input_latency + chain.parameters * L2_LATENCY
-        waits += chain.arrivals * ARRIVAL_ROUND_TRIPS * L2_LATENCY
+        waits += chain.arrivals * ARRIVAL_ROUND_TRIPS * L2_LATENCY + chain.cached * L1_LATENCY
         return (chain.issued * CLOCKS_PER_INSTRUCTION + waits) / clocks_per_us
 
     active = min(gpu.multiprocessors, cut.grid)

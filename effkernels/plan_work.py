@@ -8,9 +8,17 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
-from effkernels.kernel_counts import Counters, KernelCounts, total
+from effkernels.kernel_counts import (
+    EXPAND_AHEAD,
+    HIDDEN_AHEAD,
+    TAP_VECTORS,
+    Counters,
+    KernelCounts,
+    reduce_lanes,
+    total,
+)
 from effkernels.plan_record import Call
 
 WARP = 32
@@ -25,6 +33,7 @@ class Clocks:
         issued: instructions.
         inputs: waits for data that another launch wrote.
         parameters: waits for parameters, or for what other blocks of this launch wrote: from L2.
+        cached: waits for data that a neighbour has just read: from L1.
         arrivals: writes made visible and counted, for the block that comes last.
     """
 
@@ -32,17 +41,13 @@ class Clocks:
     inputs: float = 0.0
     parameters: float = 0.0
     arrivals: float = 0.0
+    cached: float = 0.0
 
     def __add__(self, other: Clocks) -> Clocks:
-        return Clocks(
-            self.issued + other.issued,
-            self.inputs + other.inputs,
-            self.parameters + other.parameters,
-            self.arrivals + other.arrivals,
-        )
+        return Clocks(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
 
     def __mul__(self, times: float) -> Clocks:
-        return Clocks(self.issued * times, self.inputs * times, self.parameters * times, self.arrivals * times)
+        return Clocks(*(one * times for one in astuple(self)))
 
 
 @dataclass(frozen=True)
@@ -174,10 +179,10 @@ def _strips(
 def _gate_products(cut: Cut, images: int, reduced: int, channels: int, size: int) -> tuple[Counters, Clocks]:
     """The first product of squeeze-and-excitation by one block, over `channels` channels: by all warps, and its chain.
 
-    16 threads share a row, so that each warp has two at a time.
+    A warp has several rows at a time, and two such in turn.
     """
-    part, vector = cut.counts.part, 16 // size
-    vectors = _ceil(channels, 16 * vector)
+    part, lanes = cut.counts.part, reduce_lanes(cut.kernel)
+    vectors = _ceil(channels, lanes * (16 // size))
     one = total(
         (
             (part("reduce.row"), 1),
@@ -186,15 +191,15 @@ def _gate_products(cut: Cut, images: int, reduced: int, channels: int, size: int
             (part("reduce.image"), vectors * images),
         )
     )
-    passes = _ceil(reduced, 2 * cut.warps)
+    passes = _ceil(reduced, WARP // lanes * cut.warps)
     chain = _chain(one, parameters=_ceil(vectors, 4)) * passes
-    return one * _ceil(reduced, 2), chain
+    return one * _ceil(reduced, WARP // lanes), chain
 
 
 def _expand_product(cut: Cut, images: int, reduced: int, channels: int, size: int) -> tuple[Counters, Clocks]:
     """The second product by one block, a channel a thread: by all warps, and its chain."""
     widest = 16 // size
-    width = widest if reduced % widest == 0 else widest // 2 if reduced % (widest // 2) == 0 else 1
+    width = next(one for one in (widest, 2, 1) if reduced % one == 0)
     part, vectors = cut.counts.part, reduced // width
     one = total(
         (
@@ -205,7 +210,7 @@ def _expand_product(cut: Cut, images: int, reduced: int, channels: int, size: in
         )
     )
     passes = _ceil(channels, cut.threads)
-    chain = _chain(one, parameters=_ceil(vectors, 2)) * passes
+    chain = _chain(one, parameters=_ceil(vectors, EXPAND_AHEAD)) * passes
     return one * _ceil(channels, WARP), chain
 
 
@@ -228,22 +233,25 @@ def _depthwise(cut: Cut, call: Call) -> Work:
     warps_per_strip = warps / lanes
     issued = one * (batch * cut["channel_groups"] * strips_of_image * warps_per_strip)
 
-    taps = _ceil(kernel * kernel * _ceil(block_channels, 16) * 4, cut.threads)
-    norms = _ceil(block_channels, cut.threads)
+    # A pass is TAP_VECTORS of 16 bytes a thread; where there are fewer, all are read, and the others are not written.
+    taps = kernel * kernel * block_channels * size / 16 / (TAP_VECTORS * cut.threads)
     slabs = cut["slabs"] if resident else 1
-    load = total(((part("taps"), taps), (part("norm"), norms)))
+    load = replace(part("taps") * taps, trips=float(_ceil(taps, 1)))
     issued = issued + total(
         (
             (part("prologue"), cut.grid * cut.warps),
             (part("taps"), cut.grid * slabs * cut.warps * taps),
-            (part("norm"), cut.grid * slabs * _ceil(block_channels, WARP)),
             (part("slab"), cut.grid * slabs * cut.warps),
             (part("image"), cut.grid * cut["images"] * cut.warps),
             (part("lane"), cut.grid * cut["images"] * slabs * lanes * _ceil(block_channels, WARP)),
         )
     )
+    # The norm of a channel is asked for before the taps, and waited for after them.
     prologue = _chain(part("prologue")) + _chain(load, parameters=load.trips)
-    of_round = _chain(one, inputs=rows * max(part("row").trips, 1))
+    # The lanes of a block have strips below each other: of the rows of one, all but the first `stride` are the first
+    # rows of a neighbour, and in L1 by then. A short strip reads its whole window at once.
+    waits = Clocks(inputs=min(stride, rows), cached=max(0.0, rows - stride)) if rows else Clocks(inputs=1)
+    of_round = _chain(one) + waits
     of_image = of_round * cut["rounds"] + _chain(part("image") + part("lane") * lanes)
     body = of_image * cut["images"]
     if resident:
@@ -286,7 +294,7 @@ def _arrival_tail(
     expand, gate = _expand_product(cut, images, reduced, channels, size)
     issued = issued + product * (units * groups) + expand * units
     sums = _ceil(images * reduced, cut.threads)
-    hidden = Clocks(0, 0, sums * _ceil(groups, 4) + sums, 1)
+    hidden = Clocks(0, 0, sums * _ceil(groups, HIDDEN_AHEAD) + sums, 1)
     if tiles > 1:
         return issued, Clocks(), means + chain + hidden + gate
     return issued, means + chain, hidden + gate

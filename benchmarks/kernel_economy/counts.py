@@ -14,7 +14,7 @@ from benchmarks.kernel_economy.loops import Flow, Instruction, Loop, instruction
 from benchmarks.kernel_economy.paths import Score, counters, inside, longest, loops_of, plain, way
 from benchmarks.kernel_economy.reading import Kernel
 from benchmarks.kernel_economy.rules import element_bytes, strip
-from effkernels.kernel_counts import Counters, KernelCounts
+from effkernels.kernel_counts import EXPAND_AHEAD, Counters, KernelCounts, reduce_lanes
 
 Parts = dict[str, Counters]
 
@@ -61,7 +61,7 @@ def gate_parts(flow: Flow, kernel: Kernel, loops: Sequence[Loop], images: int = 
     """The two products of squeeze-and-excitation: a pass over one vector of weights ("reduce", "expand.8": 8 at
     a time), without images and for each image, and what is around these loops for a row or channel, likewise.
 
-    The loop of the first product holds 4 vectors of weights, that of the second 2.
+    The loop of the first product holds 4 vectors of weights, that of the second EXPAND_AHEAD.
 
     Args:
         images: whose products stand in the code, one after the other.
@@ -89,16 +89,17 @@ def gate_parts(flow: Flow, kernel: Kernel, loops: Sequence[Loop], images: int = 
     add("reduce", reduce, (), "FFMA", 4)
     rows = only(outer, "over the rows of w_reduce", kernel)
     # Two rows in the code, one after the other, for each of the two loops over them.
-    add("reduce.row", rows, [reduce], "SHFL", rows.count("SHFL") // (2 * 4 * images))
-    for width in (each, each // 2, 1):
+    shuffles = {4: 2, 16: 4}[reduce_lanes(kernel.family)]
+    add("reduce.row", rows, [reduce], "SHFL", max(1, rows.count("SHFL") // (2 * shuffles * images)))
+    for width in (each, 2, 1):
         found = [
             one
             for one in innermost(loops)
-            if _is(one, FFMA=2 * width * images, LDG=2, SHFL=0) and _wide(one, width * size)
+            if _is(one, FFMA=EXPAND_AHEAD * width * images, LDG=EXPAND_AHEAD, SHFL=0) and _wide(one, width * size)
         ]
         expand = only(found, f"over a row of w_expand, {width} at a time", kernel)
         outer = [one for one in loops if inside(expand, one) and one.count("MUFU")]
-        add(f"expand.{width}", expand, (), "FFMA", 2)
+        add(f"expand.{width}", expand, (), "FFMA", EXPAND_AHEAD)
         add(f"expand.{width}.channel", only(outer, "over the channels of w_expand", kernel), [expand], "MUFU.RCP", 1)
     return parts
 
@@ -120,32 +121,30 @@ def depthwise_parts(kernel: Kernel) -> Parts:
     products, inputs = size * strip(kernel) * vector, (strip(kernel) - 1) * stride + size
     by_first = {one.first: one for one in loops if _is(one, FFMA=products, LDG=inputs, MUFU=0)}
     rows = list(by_first.values())
-    if len(rows) != 2:
-        raise PartMissing(f"{kernel.name}: {len(rows)} loops over rows of inputs; wanted: 2")
-    strips = only([one for one in loops if all(inside(row, one) for row in rows)], "over strips", kernel)
+    short = strip(kernel) == 2  # its window is in registers, its rows one after the other in the code of a strip
+    if len(rows) != (0 if short else 2):
+        raise PartMissing(f"{kernel.name}: {len(rows)} loops over rows of inputs; wanted: {0 if short else 2}")
+    around_rows = [one for one in loops if all(inside(row, one) for row in rows)]
+    if short:
+        around_rows = [one for one in loops if one.count("FFMA") >= size * products and not one.count("SHFL")]
+    strips = only(around_rows, "over strips", kernel)
     images = only([one for one in loops if inside(strips, one) and one.count("BAR")], "over images or slabs", kernel)
-    plane, border = sorted((around(flow, row) for row in rows), key=lambda row: row.issued)
-    parts = {
-        "row": plane,
-        "row.border": border,
-        "strip": around(flow, strips, rows),
-        "strip.plain": around(flow, strips, rows, plain),
-    }
+    parts = {"strip": around(flow, strips, rows), "strip.plain": around(flow, strips, rows, plain)}
+    if rows:
+        parts["row"], parts["row.border"] = sorted((around(flow, row) for row in rows), key=lambda row: row.issued)
     resident = kernel.family == "depthwise_resident"
     before = [one for one in loops if (inside(one, images) if resident else True) and one.last < strips.first]
     taps = [one for one in before if one.count("LDG") and not one.count("FFMA") and not one.count("MUFU")]
     last = max(taps, key=lambda one: one.first, default=None)  # of weights in the images' type
     if last is None:
         raise PartMissing(f"{kernel.name}: no loop over taps")
-    parts["taps"] = around(flow, last) * (1 / last.count("STS"))
-    norm = only([one for one in before if one.count("FFMA") == 1], "over scales and shifts", kernel)
-    parts["norm"] = norm_of_channel(flow, norm)
+    parts["taps"] = around(flow, last)  # TAP_VECTORS of 16 bytes; the norm of a channel is in the prologue
     lanes = [one for one in loops if one.first > strips.last and inside(one, images) and one.count("LDS")]
     sums = only(lanes, "over the lanes' sums", kernel)
     parts["lane"] = around(flow, sums) * (1 / sums.count("LDS"))
     hidden = [*before, strips, *lanes]
     if resident:
-        parts["slab"] = around(flow, images, hidden)
+        parts["slab"] = around(flow, images, hidden)  # with the norm of a channel
         parts["prologue"] = counters(way(flow, 0, images.first, longest, ends=False))
     else:
         parts["image"] = around(flow, images, hidden)

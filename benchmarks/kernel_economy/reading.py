@@ -51,7 +51,7 @@ class Kernel:
     """One compiled kernel.
 
     Attributes:
-        name: as in the source, with template arguments: "depthwise_strips<bfloat16, 3, 1>".
+        name: as in the source, with template arguments: "depthwise_strips<bfloat16, 3, 1, 7>".
         arch: the architecture of its machine code, 90 for sm_90.
         registers: of a thread.
         stack, local: bytes of a thread in local memory.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.kernel_economy.conv_loops import LANE_VALUES, StemIssued, issued_by_stem
-from benchmarks.kernel_economy.loops import Issued, instructions_of, issued_by_strips
+from benchmarks.kernel_economy.loops import Flow, Issued, instructions_of, issued_by_strips
 from benchmarks.kernel_economy.pointwise_loops import epilogue_of, pointwise_issued, tile_of
 from benchmarks.kernel_economy.reading import Kernel
 
@@ -149,9 +149,8 @@ def stored_elements(kernel: Kernel) -> int:
 
 
 def strip(kernel: Kernel) -> int:
-    """Output pixels of a depthwise thread: depthwise_strip in depthwise.h."""
-    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
-    return 4 if size == 0 or size >= 7 or stride > 1 else 7
+    """Output pixels of a depthwise thread."""
+    return int(kernel.arguments[3])
 
 
 def row_of_inputs(kernel: Kernel) -> str | None:
@@ -159,6 +158,12 @@ def row_of_inputs(kernel: Kernel) -> str | None:
     size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
     taps = size or 4  # of a row; kTaps of DepthwiseTraits
     return wide_loads((strip(kernel) - 1) * stride + taps)(kernel)
+
+
+def window_of_inputs(kernel: Kernel) -> str | None:
+    """Every input vector under a short strip is read by one 16-byte load, all in the code at once."""
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    return wide_loads(size * ((strip(kernel) - 1) * stride + size))(kernel)
 
 
 def strip_elements(kernel: Kernel) -> int:
@@ -177,6 +182,23 @@ def within_budget(kernel: Kernel) -> str | None:
         return None
     found = issued(kernel).inside
     most = _BUDGET[size, stride]
+    return None if found <= most else f"{found:.1f} instructions for each value; the claim is {most}"
+
+
+# The same of short strips, stride 1 or 2, by size.
+_SHORT_BUDGET = {3: 45, 5: 95}
+
+
+def short_within_budget(kernel: Kernel) -> str | None:
+    """No more instructions for each value of a short strip in 16-bit types than _SHORT_BUDGET has; it is of sm_90."""
+    if kernel.arch != 90 or element_bytes(kernel) != 2:
+        return None
+    size = int(kernel.arguments[1])
+    flow = Flow(instructions_of(kernel.listing))
+    values = strip_elements(kernel)
+    strips = [loop for loop in flow.loops() if loop.count("FFMA") >= size * size * values and not loop.count("SHFL")]
+    found = sum(flow.longest(min(strips, key=lambda loop: len(loop.instructions)), []).values()) / values
+    most = _SHORT_BUDGET[size]
     return None if found <= most else f"{found:.1f} instructions for each value; the claim is {most}"
 
 
@@ -296,7 +318,7 @@ _TYPE16 = "(?:bfloat16|float16)"
 # The first pattern that matches counts: the wide paths before the general ones.
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        rf"depthwise_strips<{_TYPE16}, [03579], [12]>",
+        rf"depthwise_strips<{_TYPE16}, [03579], [12], [47]>",
         "16-byte loads of every input, 16-byte stores, 3 blocks of 128 threads; at most 26, 33, 49, 62 instructions "
         "for each value (3x3 and 5x5, stride 1 and 2)",
         (
@@ -305,9 +327,18 @@ CLAIMS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
-        r"depthwise_strips<float32, [03579], [12]>",
+        r"depthwise_strips<float32, [03579], [12], [47]>",
         "16-byte loads of every input, 16-byte stores, 4 blocks of 128 threads",
         (row_of_inputs, wide_stores, strip_stored_wide, launch_bounds_kept, resident_threads(512)),
+    ),
+    Claim(
+        r"depthwise_strips<\w+, [35], [12], 2>",
+        "16-byte loads of a whole window before its first use, 16-byte stores, 2 blocks of 128 threads; at most 45 and "
+        "95 instructions for each value (3x3 and 5x5, 16-bit types)",
+        (
+            *(window_of_inputs, wide_stores, strip_stored_wide, short_within_budget),
+            *(launch_bounds_kept, resident_threads(256), one_tanh_per_element(strip_elements)),
+        ),
     ),
     Claim(
         rf"depthwise_any<(?:{_TYPE16}, 8|float32, 4)>",
@@ -320,7 +351,7 @@ CLAIMS: tuple[Claim, ...] = (
         (launch_bounds_kept, resident_threads(512)),
     ),
     Claim(
-        r"depthwise_resident<\w+, [35], [12], (?:true|false)>",
+        r"depthwise_resident<\w+, [35], [12], [47], (?:true|false)>",
         "16-byte loads of every input, 16-byte stores, one block of 256 threads beside the result that it holds",
         (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(256), one_tanh_per_element(strip_elements)),
     ),

@@ -76,10 +76,10 @@ def issued_lines(kernels: Sequence[Kernel]) -> list[str]:
 
 # Kernels of networks in bfloat16. The parts that depthwise kernels share are told for one of them.
 _HOT = (
-    r"depthwise_strips<bfloat16,[35],[12]>|pointwise<bfloat16,.*|conv\w*<bfloat16.*|norm_act<bfloat16,8>"
+    r"depthwise_strips<bfloat16,[35],[12],\d>|pointwise<bfloat16,.*|conv\w*<bfloat16.*|norm_act<bfloat16,8>"
     r"|scale_by_gate<bfloat16,8>"
 )
-_SHARED_PARTS_OF = "depthwise_strips<bfloat16,5,1>"
+_SHARED_PARTS_OF = "depthwise_strips<bfloat16,5,1,7>"
 _OWN_PARTS = ("row", "row.border", "strip")
 
 

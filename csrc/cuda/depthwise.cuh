@@ -437,8 +437,8 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
 
   const int reduced = static_cast<int>(se.reduced);
   float* hidden = work.hidden + first_image * plan.channel_groups * reduced;  // (images, groups, R)
-  reduce_product<T>(se, first_channel, channels, shared.sums, block_channels, images, hidden + group * reduced,
-                    int64_t(plan.channel_groups) * reduced);
+  reduce_product<kReduceLanesOfBlock, T>(se, first_channel, channels, shared.sums, block_channels, images,
+                                         hidden + group * reduced, int64_t(plan.channel_groups) * reduced);
   if (!arrive_last(unit_arrivals, plan.channel_groups, shared.flag)) return;
   for (int at = threadIdx.x; at < images * reduced; at += kDepthwiseThreads) {
     const float* from = hidden + (at / reduced * plan.channel_groups) * reduced + at % reduced;

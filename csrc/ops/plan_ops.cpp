@@ -84,9 +84,9 @@ std::string cut_of(const DepthwiseParams& p, const cuda::DepthwisePlan& plan) {
   const int kernel = cuda::compiled_kernel(p.kernel_h, p.kernel_w);
   std::ostringstream out;
   if (plan.team > 0)
-    out << variant("depthwise_resident", p.dtype, kernel, p.stride, plan.in_cluster);
+    out << variant("depthwise_resident", p.dtype, kernel, p.stride, plan.strip, plan.in_cluster);
   else if (plan.unrolled)
-    out << variant("depthwise_strips", p.dtype, kernel, p.stride);
+    out << variant("depthwise_strips", p.dtype, kernel, p.stride, plan.strip);
   else
     out << variant("depthwise_any", p.dtype, plan.vector);
   out << " channel_vectors=" << plan.channel_vectors << " vector=" << plan.vector << " lanes=" << plan.lanes
