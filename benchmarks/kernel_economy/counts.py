@@ -126,7 +126,7 @@ def depthwise_parts(kernel: Kernel) -> Parts:
         raise PartMissing(f"{kernel.name}: {len(rows)} loops over rows of inputs; wanted: {0 if short else 2}")
     around_rows = [one for one in loops if all(inside(row, one) for row in rows)]
     if short:
-        around_rows = [one for one in loops if one.count("FFMA") >= size * products and not one.count("SHFL")]
+        around_rows = [one for one in loops if one.count("FFMA") >= size * products and one.count("STG") == 2]
     strips = only(around_rows, "over strips", kernel)
     images = only([one for one in loops if inside(strips, one) and one.count("BAR")], "over images or slabs", kernel)
     parts = {"strip": around(flow, strips, rows), "strip.plain": around(flow, strips, rows, plain)}

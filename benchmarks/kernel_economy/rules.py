@@ -196,7 +196,7 @@ def short_within_budget(kernel: Kernel) -> str | None:
     size = int(kernel.arguments[1])
     flow = Flow(instructions_of(kernel.listing))
     values = strip_elements(kernel)
-    strips = [loop for loop in flow.loops() if loop.count("FFMA") >= size * size * values and not loop.count("SHFL")]
+    strips = [loop for loop in flow.loops() if loop.count("FFMA") >= size * size * values and loop.count("STG") == 2]
     found = sum(flow.longest(min(strips, key=lambda loop: len(loop.instructions)), []).values()) / values
     most = _SHORT_BUDGET[size]
     return None if found <= most else f"{found:.1f} instructions for each value; the claim is {most}"
