@@ -13,8 +13,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 # How csrc/cuda has it: the vectors of taps that a thread reads at once (copy_taps), those of a row of w_expand
-# (expand_rows), and the hidden values that are summed at once (finish_sums).
-TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD = 4, 6, 12
+# (expand_rows), and the hidden values and the sums of tiles that are added at once (finish_sums).
+TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD, TILES_AHEAD = 4, 6, 12, 8
 
 
 def reduce_lanes(kernel: str) -> int:

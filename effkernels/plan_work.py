@@ -14,6 +14,7 @@ from effkernels.kernel_counts import (
     EXPAND_AHEAD,
     HIDDEN_AHEAD,
     TAP_VECTORS,
+    TILES_AHEAD,
     Counters,
     KernelCounts,
     reduce_lanes,
@@ -284,10 +285,10 @@ def _arrival_tail(
     issued = part("finish") * (cut.grid * cut.warps)
     means = Clocks(part("finish").issued)
     if tiles > 1:
-        # Threads that have no channel of their own share the tiles, four loads at a time.
+        # Threads that have no channel of their own share the tiles.
         shared = _ceil(tiles, max(1, cut.threads // block_channels))
         issued = issued + part("tile") * (units * groups * cut.warps * shared)
-        means = means + Clocks(part("tile").issued * shared, 0, _ceil(shared, 4), 1)
+        means = means + Clocks(part("tile").issued * shared, 0, _ceil(shared, TILES_AHEAD), 1)
     if not reduced:
         return issued, Clocks(), means
     product, chain = _gate_products(cut, images, reduced, min(block_channels, channels), size)

@@ -14,7 +14,7 @@ from benchmarks.kernel_economy.loops import Flow, Instruction, Loop, instruction
 from benchmarks.kernel_economy.paths import Score, counters, inside, longest, loops_of, plain, way
 from benchmarks.kernel_economy.reading import Kernel
 from benchmarks.kernel_economy.rules import element_bytes, strip
-from effkernels.kernel_counts import EXPAND_AHEAD, Counters, KernelCounts, reduce_lanes
+from effkernels.kernel_counts import EXPAND_AHEAD, TILES_AHEAD, Counters, KernelCounts, reduce_lanes
 
 Parts = dict[str, Counters]
 
@@ -153,9 +153,9 @@ def depthwise_parts(kernel: Kernel) -> Parts:
     outermost = [one for one in after if not any(inside(one, other) for other in after)]
     called = _called(flow, images.last, min((one.first for one in after), default=0))
     parts["finish"] = counters(way(flow, called, None, longest, [*hidden, *outermost]))
-    tiles = [one for one in innermost(after) if one.count("LDG") == 4 and not one.count("FFMA")]
+    tiles = [one for one in innermost(after) if one.count("LDG") == TILES_AHEAD and not one.count("FFMA")]
     if tiles:
-        parts["tile"] = around(flow, tiles[0]) * 0.25
+        parts["tile"] = around(flow, tiles[0]) * (1 / TILES_AHEAD)
     stores = [one for one in after if one.count("STG") and one.count("LDS") and one.count("FMUL")]
     if resident and stores:
         inner = innermost(stores)[0]

@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
       float value[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) value[i] = to_float(raw.at[i]) * factors[i];
-      store(to + pixel * p.channels, value);
+      store_global(to + pixel * p.channels, value);
     }
   }
 }

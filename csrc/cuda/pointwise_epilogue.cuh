@@ -11,29 +11,6 @@
 
 namespace effkernels::cuda {
 
-// One store of 4, 8 or 16 bytes. A plain assignment, of a Vector or of a uint4, is taken apart behind the activation's
-// switch and becomes several; stores go to L2 either way.
-template <class T, int kCount>
-__device__ __forceinline__ void store_whole(T* to, const float (&value)[kCount]) {
-  constexpr int kWords = kCount * sizeof(T) / 4, kOfWord = 4 / sizeof(T);
-  uint32_t words[kWords];
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) {
-    Vector<T, kOfWord> word;
-#pragma unroll
-    for (int e = 0; e < kOfWord; ++e) word.at[e] = from_float<T>(value[i * kOfWord + e]);
-    words[i] = *reinterpret_cast<const uint32_t*>(&word);
-  }
-  if constexpr (kWords == 4) {
-    __stcg(reinterpret_cast<uint4*>(to), make_uint4(words[0], words[1], words[2], words[3]));
-  } else if constexpr (kWords == 2) {
-    __stcg(reinterpret_cast<uint2*>(to), make_uint2(words[0], words[1]));
-  } else {
-    static_assert(kWords == 1, "one instruction");
-    __stcg(reinterpret_cast<unsigned*>(to), static_cast<unsigned>(words[0]));
-  }
-}
-
 template <int kCount>
 __device__ __forceinline__ void read_floats(const float* from, float (&to)[kCount]) {
   const Vector<float, kCount> all = *reinterpret_cast<const Vector<float, kCount>*>(from);
@@ -119,7 +96,7 @@ __device__ __forceinline__ void write_direct(const PointwiseParams& p, const flo
         if (Tr::kTakesMore && p.residual != nullptr)
           add_residual<T>(residual + (row * Tr::kColumns + column) * sizeof(T), value);
         if (row < rows_here)
-          store_whole(y + (static_cast<unsigned>(row) * static_cast<unsigned>(p.out_channels) + column), value);
+          store_global(y + (static_cast<unsigned>(row) * static_cast<unsigned>(p.out_channels) + column), value);
       }
     write_direct<Tr, kFirst + kGroup>(p, acc, scale, residual, y, rows, columns);
   }
@@ -233,7 +210,7 @@ __device__ __forceinline__ void write_through_shared(const PointwiseParams& p, c
       for (int e = 0; e < kWidth; ++e) value[e] = fmaf(value[e], by[e], shift[e]);
       activate<T>(value, p.activation);
       if (p.residual != nullptr) add_residual<T>(residual + (row * Tr::kColumns + column) * sizeof(T), value);
-      store_whole(static_cast<T*>(p.y) + at, value);
+      store_global(static_cast<T*>(p.y) + at, value);
     }
   }
 }

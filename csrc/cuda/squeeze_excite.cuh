@@ -209,7 +209,7 @@ __global__ void __launch_bounds__(kScaleThreads, 4) scale_by_gate(const ScalePar
     load(static_cast<const T*>(p.gate) + at / per_image * p.channels + at % per_pixel * V, gate);
 #pragma unroll
     for (int i = 0; i < V; ++i) value[i] = to_float(raw.at[i]) * gate[i];
-    store(y, value);
+    store_global(y, value);
   }
 }
 
