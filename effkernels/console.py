@@ -35,12 +35,16 @@ def say(message: str) -> None:
     print(printable_lines(message))
 
 
-def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Print a table on standard output; the first column and those that hold no number are aligned to the left."""
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, gap: str = "  ") -> None:
+    """Print a table on standard output; the first column and those that hold no number are aligned to the left.
+
+    Args:
+        gap: between two columns.
+    """
     title, columns, rows = printable(title), list(map(printable, columns)), [list(map(printable, row)) for row in rows]
     right = [i > 0 and any(row[i][:1].isdigit() for row in rows) for i in range(len(columns))]
     if HAVE_RICH and sys.stdout.isatty():
-        shown = rich.table.Table(title=title, title_justify="left")
+        shown = rich.table.Table(title=title, title_justify="left", padding=(0, len(gap) - 1))
         for name, is_number in zip(columns, right, strict=True):
             shown.add_column(name, justify="right" if is_number else "left")
         for row in rows:
@@ -56,7 +60,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
             cell.rjust(width) if is_number else cell.ljust(width)
             for cell, width, is_number in zip(row, widths, right, strict=True)
         )
-        print("  ".join(cells).rstrip())
+        print(gap.join(cells).rstrip())
 
 
 @contextmanager

@@ -239,7 +239,8 @@ def test_the_wheel_serves_every_python_and_needs_torch_and_triton(wheel: Path) -
         names = archive.namelist()
         [metadata_name] = [name for name in names if name.endswith("/METADATA")]
         metadata = archive.read(metadata_name).decode()
-    assert {"effkernels/lib/libeffkernels.so", "effkernels/lib/build_info.json"} <= set(names)
+    files = {"lib/libeffkernels.so", "lib/build_info.json", "kernel_counts.json", "py.typed"}
+    assert {f"effkernels/{file}" for file in files} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"effkernels"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     lines = [line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]

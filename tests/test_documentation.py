@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import console_examples
 from effkernels import _library
-from effkernels.peers import import_timm
+from effkernels.models.peers import import_timm
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"

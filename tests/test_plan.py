@@ -294,6 +294,8 @@ def small_cases() -> list[OpCase]:
         pointwise_case((2, 24, 9, 7), 40),
         pointwise_case((2, 24, 9, 7), 40, gate=True, residual=True),
         pointwise_case((1, 7, 5, 5), 11, gate=True),
+        pointwise_case((2, 24, 30, 31), 48, activation="silu"),
+        pointwise_case((1, 2048, 5, 5), 32, activation="hard_swish", gate=True, residual=True),
         conv_case((2, 3, 20, 18), 32),
         conv_case((2, 3, 20, 24), 32),
         conv_case((1, 40, 9, 9), 24),

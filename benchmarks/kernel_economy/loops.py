@@ -200,3 +200,24 @@ def issued_by_strips(code: Sequence[Instruction], kernel: int, stride: int, stri
         sum(border.values()) / values,
         {pipe: n / values for pipe, n in by_pipe(inside).items()},
     )
+
+
+def issued_by_windows(code: Sequence[Instruction], kernel: int, values: int) -> Issued:
+    """Of a short strip, whose window is read at once: inside the image and at its border the code is the same.
+
+    Args:
+        kernel: size of the convolution.
+        values: of the result, of a strip.
+
+    Raises:
+        ValueError: there is no loop over strips.
+    """
+    flow = Flow(code)
+    strips = [
+        loop for loop in flow.loops() if loop.count("FFMA") >= kernel * kernel * values and loop.count("STG") == 2
+    ]
+    if not strips:
+        raise ValueError(f"no loop over strips of {values} values")
+    counted = flow.longest(min(strips, key=lambda loop: len(loop.instructions)), [])
+    total = sum(counted.values()) / values
+    return Issued(total, total, {pipe: times / values for pipe, times in by_pipe(counted).items()})

@@ -51,14 +51,14 @@ class Kernel:
     """One compiled kernel.
 
     Attributes:
-        name: as in the source, with template arguments: "depthwise_strips<bfloat16, 3, 1>".
+        name: as in the source, with template arguments: "depthwise_strips<bfloat16, 3, 1, 7>".
         arch: the architecture of its machine code, 90 for sm_90.
         registers: of a thread.
         stack, local: bytes of a thread in local memory.
         shared: static shared memory of a block in bytes, with what the system reserves (1024 from sm_90 on).
         max_threads, min_blocks: of its __launch_bounds__, 0 where they are not given.
         instructions: how often each instruction stands in the code, by opcode with modifiers ("LDG.E.128.CONSTANT").
-        listing: the disassembly, of the kernels whose loops are counted; "" of the others.
+        listing: the instructions of the disassembly, of the kernels whose loops are counted; "" of the others.
     """
 
     name: str
@@ -171,8 +171,8 @@ def _sections(listing: str) -> Iterator[tuple[int, str]]:
             yield int(match[1]), part
 
 
-# What the mangled name of a kernel whose loops are counted contains.
-_WITH_LISTING = ("depthwise_strips", "depthwise_resident", "conv_stem")
+# What the mangled name of a kernel whose loops are not counted contains.
+_WITHOUT_LISTING = ("depthwise_any",)
 
 
 def _instructions(listing: str) -> dict[tuple[int, str], tuple[Counter[str], str]]:
@@ -182,7 +182,9 @@ def _instructions(listing: str) -> dict[tuple[int, str], tuple[Counter[str], str
         for function in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
             name, _, code = function.partition("\n")
             opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
-            kept = code if any(word in name for word in _WITH_LISTING) else ""
+            kept = ""
+            if not any(word in name for word in _WITHOUT_LISTING):
+                kept = "\n".join(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s.*?;", code, flags=re.MULTILINE))
             found[arch, name.strip()] = Counter(opcode for opcode in opcodes if opcode != "NOP"), kept
     return found
 

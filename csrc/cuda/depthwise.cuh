@@ -410,9 +410,19 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
     const int parts = kDepthwiseThreads / block_channels, part = threadIdx.x / block_channels;
     const int channel = threadIdx.x % block_channels;
     if (part < parts && channel < channels) {
+      constexpr int kAtOnce = 8;  // reads that are under way together
       ExactSum total;
-#pragma unroll 4
-      for (int from = part; from < plan.tiles; from += parts) total.add(__ldcg(partial + from * p.channels + channel));
+#pragma unroll 1
+      for (int first = part; first < plan.tiles; first += kAtOnce * parts) {
+        float of_tile[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int from = first + i * parts;
+          of_tile[i] = from < plan.tiles ? __ldcg(partial + from * p.channels + channel) : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) total.add(of_tile[i]);
+      }
       shared.lane_sums[part * block_channels + channel] = total.result();
     }
     __syncthreads();
@@ -437,8 +447,8 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
 
   const int reduced = static_cast<int>(se.reduced);
   float* hidden = work.hidden + first_image * plan.channel_groups * reduced;  // (images, groups, R)
-  reduce_product<T>(se, first_channel, channels, shared.sums, block_channels, images, hidden + group * reduced,
-                    int64_t(plan.channel_groups) * reduced);
+  reduce_product<kReduceLanesOfBlock, T>(se, first_channel, channels, shared.sums, block_channels, images,
+                                         hidden + group * reduced, int64_t(plan.channel_groups) * reduced);
   if (!arrive_last(unit_arrivals, plan.channel_groups, shared.flag)) return;
   for (int at = threadIdx.x; at < images * reduced; at += kDepthwiseThreads) {
     const float* from = hidden + (at / reduced * plan.channel_groups) * reduced + at % reduced;
@@ -508,7 +518,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
         if (ox >= pixels) break;
 #pragma unroll
         for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
-        store(first + ox * p.channels, acc[ox]);
+        store_global(first + ox * p.channels, acc[ox]);
       }
       if (sums) add_to_lane(sum, my_sums);
     }
@@ -563,7 +573,7 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
         }
       }
       finish_strip<T>(my, tap_count, p.activation, acc);
-      store(to + (int64_t(row) * p.out_width + column) * p.channels, acc[0]);
+      store_global(to + (int64_t(row) * p.out_width + column) * p.channels, acc[0]);
       if (sums) add_to_lane(acc[0], my_sums);
     }
     if (sums) add_lanes(plan, shared.lane_sums, shared.sums + m * block_channels);

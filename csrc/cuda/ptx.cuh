@@ -90,9 +90,11 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 }
 
 // A read of global memory by a plain load. Not through the read-only path (__ldg): a launch may start before the one
-// ahead of it has ended, and what is still being written is not read-only (wait_for_previous).
+// ahead of it has ended, and what is still being written is not read-only (wait_for_previous). The compiler is
+// told that it is global memory, or it makes a generic load where it does not see where a pointer comes from.
 template <class T>
 __device__ __forceinline__ T load_global(const T* from) {
+  __builtin_assume(__isGlobal(from));
   return *from;
 }
 

@@ -45,6 +45,17 @@ const char* run_depthwise(const char* op, const cuda::DepthwiseCall& call, const
   return cuda::launch_depthwise(call, plan, work, stream);
 }
 
+const char* run_pointwise(const char* op, const PointwiseParams& p, const cuda::PointwisePlan& plan, const Tensor& like,
+                          const OnDevice& here, Keep& keep) {
+  const cuda::PointwiseScratch scratch = cuda::pointwise_scratch(p, plan);
+  cuda::PointwiseWork work;
+  work.partial = scratch_floats(like, scratch.partial, keep);
+  void* stream = here.stream();
+  if (scratch.arrivals > 0)
+    check_launch(op, cuda::acquire_counters(here.index(), stream, scratch.arrivals, &work.arrivals));
+  return cuda::launch_pointwise(p, plan, work, stream);
+}
+
 Tensor depthwise_bn_act(DEPTHWISE_PARAMETERS) {
   constexpr const char* op = "depthwise_bn_act";
   Keep keep;
@@ -128,7 +139,7 @@ Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, 
   Pointwise p = make_pointwise(op, x, weight, NORM, gate, residual, activation, allow_tf32, keep);
   const OnDevice here(p.y);
   const cuda::PointwisePlan plan = cuda::plan_pointwise(p.params, limits_of(op, here));
-  check_launch(op, cuda::launch_pointwise(p.params, plan, here.stream()));
+  check_launch(op, run_pointwise(op, p.params, plan, p.y, here, keep));
   return p.y;
 }
 
@@ -143,8 +154,8 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const Tensor& x, EXPAND_PARA
       make_expand_depthwise(op, EXPAND, weight, NORM, stride, padding, dilation, activation, allow_tf32, keep);
   const OnDevice here(e.depthwise.y);
   const cuda::DeviceLimits limits = limits_of(op, here);
-  check_launch(op,
-               cuda::launch_pointwise(e.expand.params, cuda::plan_pointwise(e.expand.params, limits), here.stream()));
+  const cuda::PointwisePlan expand = cuda::plan_pointwise(e.expand.params, limits);
+  check_launch(op, run_pointwise(op, e.expand.params, expand, e.depthwise.y, here, keep));
   const cuda::DepthwiseCall call{&e.depthwise.params, nullptr, true, false};
   check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits), e.depthwise.y, here, keep));
   return {e.depthwise.y, e.pooled};

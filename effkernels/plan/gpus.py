@@ -48,7 +48,8 @@ class Gpu:
         bandwidth: of memory, bytes per second.
         memory: gigabytes, as sold.
         l2: bytes of level-2 cache.
-        l2_bytes_per_clock: that it delivers to all multiprocessors; published for the A100 alone, else an assumption.
+        l2_bytes_per_clock: that it delivers to all multiprocessors. Published for the A100 alone (its architecture
+            whitepaper); Hopper's are assumed to be the same, the others' are assumptions of half or less.
         clock: boost, Hz.
         tensor: bfloat16 and float16 matrix products with float32 sums, dense, floating-point operations per second.
         tf32: the same in TF32.

@@ -12,6 +12,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
+# How csrc/cuda has it: the vectors of taps that a thread reads at once (copy_taps), those of a row of w_expand
+# (expand_rows), and the hidden values and the sums of tiles that are added at once (finish_sums).
+TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD, TILES_AHEAD = 4, 6, 12, 8
+
+
+def reduce_lanes(kernel: str) -> int:
+    """Threads that share a row of w_reduce (reduce_product): few where a block has few channels."""
+    return 4 if kernel == "depthwise_strips" else 16
+
+
 FILE = Path(__file__).with_name("kernel_counts.json")
 
 
@@ -98,7 +108,7 @@ def from_json(text: str) -> dict[str, KernelCounts]:
 
 @functools.cache
 def shipped() -> Mapping[str, KernelCounts]:
-    """The table that is part of the package, by name with template arguments: "depthwise_strips<bfloat16,3,1>"."""
+    """The table that is part of the package, by name with template arguments: "depthwise_strips<bfloat16,3,1,7>"."""
     return from_json(FILE.read_text(encoding="utf-8"))
 
 

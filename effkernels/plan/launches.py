@@ -19,10 +19,11 @@ from torch import Tensor
 
 from effkernels import _library
 from effkernels.models import create_model, model_config
+from effkernels.ops.reference import ACTIVATIONS
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.record import Call, record_calls, tensors_in
-from effkernels.plan.time_estimate import MODES, TimeEstimate, estimate
+from effkernels.plan.time_estimate import MODES, TimeEstimate, estimate, forward_us
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -142,8 +143,11 @@ class Plan:
 
         Args:
             mode: one of `effkernels.plan.time_estimate.MODES`: how the launches follow each other.
+
+        Raises:
+            ValueError: an unknown mode.
         """
-        return sum(launch.time.us_in(mode) for launch in self.launches)
+        return forward_us((launch.time for launch in self.launches), mode)
 
     def by_block(self) -> dict[str, Totals]:
         """Sums per part of the network, in the order of the forward."""
@@ -154,6 +158,8 @@ class Plan:
         """The plan and its sums as strict JSON."""
         blocks = {name: asdict(totals) for name, totals in self.by_block().items()}
         report = {**asdict(self), "blocks": blocks, "totals": asdict(self.totals)}
+        for fields, launch in zip(report["launches"], self.launches, strict=True):
+            fields["time"] |= {"us": launch.time.us, "longest": launch.time.longest}
         report["estimated_us"] = {mode: self.estimated_us(mode) for mode in MODES}
         return json.dumps(report, indent=2, allow_nan=False)
 
@@ -164,8 +170,11 @@ class Plan:
         launches = []
         for fields in report.pop("launches"):
             block = fields.pop("block")
-            time = TimeEstimate(**fields.pop("time"))
-            launches.append(PlannedLaunch(block=None if block is None else tuple(block), time=time, **fields))
+            time = fields.pop("time")
+            del time["us"], time["longest"]
+            launches.append(
+                PlannedLaunch(block=None if block is None else tuple(block), time=TimeEstimate(**time), **fields)
+            )
         del report["blocks"], report["totals"], report["estimated_us"]
         return cls(launches=tuple(launches), **report)
 
@@ -291,11 +300,12 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
     weight = arguments["weight"].shape
     if op == "pointwise_bn_act":
         gated, residual = arguments["gate"] is not None, arguments["residual"] is not None
-        return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32)]
+        activation = ACTIVATIONS.index(arguments["activation"])
+        return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32), activation]
     stride, padding = arguments["stride"], arguments["padding"]
     if op == "expand_depthwise_squeeze":
         sizes = [batch, weight[0], height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, 0]
-        return [*sizes, channels, int(allow_tf32)]
+        return [*sizes, channels, int(allow_tf32), ACTIVATIONS.index(arguments["expand_activation"])]
     if op == "conv_bn_act":
         return [batch, channels, weight[0], height, width, weight[2], weight[3], stride, *padding]
     reduced = arguments["w_reduce"].shape[0] if "w_reduce" in arguments else 0
