@@ -84,7 +84,7 @@ class TimeEstimate:
         tail: the last, partial wave of blocks.
         last: work of the block that arrives last: means and gate of squeeze-and-excitation.
         hidden: what programmatic dependent launch hides of all this: the prologue, instructions included, where it is
-            not hidden behind other blocks anyway. Not added.
+            not hidden by other blocks anyway. Not added.
         blocks: that a multiprocessor holds at a time; 0 where the kernel is PyTorch's.
         counted: whether instructions were counted; else their terms are 0.
     """
@@ -116,7 +116,7 @@ class TimeEstimate:
         return float(getattr(self, self.longest)) + self.prologue + self.tail + self.last
 
     def us_in(self, mode: str) -> float:
-        """The time with the gap before it.
+        """Return the time with the gap before it.
 
         Args:
             mode: one of `MODES`.
@@ -154,7 +154,7 @@ def estimate(
     line: Mapping[str, str], call: Call, gpu: Gpu, *, moved: int, flops: int, rate: float,
     counts: Mapping[str, KernelCounts] | None = None,
 ) -> TimeEstimate:  # fmt: skip
-    """The time of a launch.
+    """Return the time of a launch.
 
     Args:
         line: the launch as `cuda_plan` describes it; of one of PyTorch's own only "kernel".
@@ -188,7 +188,7 @@ def estimate(
 
 
 def _images(call: Call) -> list[Tensor]:
-    """What a call reads of another launch's results, and what it writes."""
+    """Return the tensors that a call reads of another launch's results, and those it writes."""
     read = [call.arguments.get(name) for name in ("x", "residual")]
     return list(tensors_in([*read, *call.results]))
 
