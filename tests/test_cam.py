@@ -407,7 +407,7 @@ class TestCommand:
             (("ALBUM", "--class", "cat"), "--class cat: a name needs --labels FILE"),
             (("ALBUM", "--class", "cat", "--labels", "LABELS"), "--class cat: no such label"),
             (("ALBUM", "--labels", "nowhere.txt"), "--labels nowhere.txt"),
-            (("ALBUM", "--epochs", "3"), "--epochs: allowed with --digits alone"),
+            (("ALBUM", "--epochs", "3"), "--epochs: allowed only with --digits"),
             (("ALBUM", "--output", "map.jpeg2000"), "--output map.jpeg2000: the name must end in one of"),
             (("ALBUM", "--output", "nowhere/map.png"), "there is no folder nowhere"),
             (("ALBUM", "--compare", "--weights", "a.pth"), "1 files for 5 networks, in this order: baseline, deeper"),

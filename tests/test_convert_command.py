@@ -231,7 +231,7 @@ def test_a_model_that_cannot_be_built_is_a_failure(
     arguments = (file, "--to", "torchvision", "--output", out, "--model", "efficientnet_b0", "--verify")
     status, text, err = run(capsys, *arguments)
     assert (status, text) == (1, "")
-    assert "does not build the model as told: module 'torchvision.models' has no attribute" in err
+    assert "does not build the model as shown: module 'torchvision.models' has no attribute" in err
     assert not out.exists()
 
 
@@ -242,5 +242,5 @@ def test_weights_of_unknown_meaning_are_converted_with_a_warning(
     assert status == 0
     assert text.count("not known") == 3
     assert "build the model by" not in text
-    assert "do not tell efficientnet_b0" in err
+    assert "do not distinguish efficientnet_b0" in err
     assert read_checkpoint(tmp_path / "out.pt").layout.name == "torchvision"

@@ -322,7 +322,7 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_files_are_replaced_only_when_asked(tmp_path: Path) -> None:
     file, library = tmp_path / "net.pt2", tmp_path / "libeffkernels.so"
     file.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"net\.pt2' is there already"):
+    with pytest.raises(FileExistsError, match=r"net\.pt2' exists already"):
         export_model(small(), file, "pt2", image_size=64)
     assert file.read_text() == "mine"
     export_model(small(), file, "pt2", image_size=64, overwrite=True)
@@ -331,7 +331,7 @@ def test_files_are_replaced_only_when_asked(tmp_path: Path) -> None:
         export_model(small(), tmp_path / "nowhere" / "net.pt2", "pt2")
     if _library.is_loaded():
         library.write_text("another build")
-        with pytest.raises(FileExistsError, match="is there already and is another build"):
+        with pytest.raises(FileExistsError, match="exists already and is another build"):
             export_model(small(), tmp_path / "other.pt2", "pt2", image_size=64)
         assert library.read_text() == "another build"
         assert left_in(tmp_path) == ["libeffkernels.so", "net.pt2"]

@@ -341,7 +341,10 @@ class TestSemantics:
         _, found = effkernels.convert_state_dict(meta_state("b0"), "timm", "torchvision", variant=variant)
         assert (found.pad_type, found.bn_eps, found.bn_momentum, found.build) == (None, None, None, None)
         assert len(found.warnings) == 1
-        assert "do not tell efficientnet_b0 (symmetric padding, eps 1e-05) from tf_efficientnet_b0" in found.warnings[0]
+        assert (
+            "do not distinguish efficientnet_b0 (symmetric padding, eps 1e-05) from tf_efficientnet_b0"
+            in found.warnings[0]
+        )
 
     @pytest.mark.parametrize(
         ("name", "dst", "wanted"),
@@ -469,9 +472,7 @@ class TestErrors:
 
     def test_a_tf_name_for_weights_that_are_not_of_timm(self) -> None:
         first, _ = effkernels.convert_state_dict(meta_state("b0"), "timm", "torchvision")
-        with pytest.raises(
-            ValueError, match=r"variant='tf_efficientnet_b0' tells how weights of timm .* torchvision's"
-        ):
+        with pytest.raises(ValueError, match=r"variant='tf_efficientnet_b0' says how timm's weights .* torchvision's"):
             effkernels.convert_state_dict(first, None, "timm", variant="tf_efficientnet_b0")
 
     def test_two_spellings_of_one_part(self) -> None:

@@ -356,7 +356,7 @@ class TestTheCommandInterpreted:
         with pytest.raises(SystemExit) as ended, effkernels.backend("auto"):
             main(list(self.ARGUMENTS))
         assert ended.value.code == 2
-        assert f"effkernels tune: {cache} cannot be made: " in capsys.readouterr().err
+        assert f"effkernels tune: {cache} cannot be created: " in capsys.readouterr().err
 
     def test_clear_forgets(self, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
         self.run(capsys)
