@@ -63,7 +63,7 @@ def depthwise(op: str, channels: int, plane: int, kernel: int, stride: int, redu
 
 
 def pointwise(channels: int, plane: int, out: int, gated: bool, residual: bool) -> Representative:
-    """A pointwise operator: the product on the tensor cores, norm, activation and residual per element."""
+    """Return a pointwise operator: the product on the tensor cores, norm, activation and residual per element."""
     pixels = _BATCH * plane * plane
     moved = 2 * pixels * (channels + out * (2 if residual else 1))
     words = f"{channels}x{plane}x{plane} to {out}" + ", gate" * gated + ", residual" * residual
@@ -90,13 +90,13 @@ CALLS = (
 
 
 def planned(call: Representative) -> list[dict[str, str]]:
-    """The launches of a call on an H200, as key and value."""
+    """Return the launches of a call on an H200, as key and value."""
     text = torch.ops.effkernels.cuda_plan(call.op, "bfloat16", list(call.shape), list(_LIMITS))
     return [dict(word.split("=", 1) for word in line.split()) for line in text.splitlines()]
 
 
 def microseconds(call: Representative) -> dict[str, float]:
-    """The time that each of a call's needs takes at an H200's full rate."""
+    """Return the time that each of a call's needs takes at an H200's full rate."""
     clocks = _MULTIPROCESSORS * _CLOCK
     return {
         "memory": call.moved / _COPY_BYTES * 1e6,
@@ -120,12 +120,12 @@ def resident(kernels: Sequence[Kernel], launch: dict[str, str], call: Representa
     if not wanted:
         return ""
     counts = {kernel.resident_blocks(threads, int(launch["shared"])) for kernel in wanted}
-    # Several tiles of one size: the plan does not say which, so all are told.
+    # Several tiles of one size: the plan does not say which, so all are listed.
     return f"{' or '.join(map(str, sorted(counts)))} x {threads}"
 
 
 def table(kernels: Sequence[Kernel]) -> list[str]:
-    """The lines of the estimate's table, in Markdown."""
+    """Return the lines of the estimate's table, in Markdown."""
     columns = ["memory", "FMA", "conversion", "special", "tensor"]
     lines = [
         "| call | kernel | grid | blocks x threads | bytes / element | FMA | special | "

@@ -1,6 +1,6 @@
 """Reads registers, memory and instructions of every kernel from nvcc's output, by cuobjdump and nvdisasm.
 
-Both come with the CUDA toolkit, or from PyPI as nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+Both are part of the CUDA toolkit, or from PyPI as nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ToolMissing(Exception):
 
 
 def find_tool(name: str) -> Path:
-    """A program of the CUDA toolkit: on PATH, under /usr/local/cuda, or in this Python's nvidia packages.
+    """Return a program of the CUDA toolkit: on PATH, under /usr/local/cuda, or in this Python's nvidia packages.
 
     Raises:
         ToolMissing: it is in none of these places; the message says how to get it.
@@ -57,7 +57,7 @@ class Kernel:
         stack, local: bytes of a thread in local memory.
         shared: static shared memory of a block in bytes, with what the system reserves (1024 from sm_90 on).
         max_threads, min_blocks: of its __launch_bounds__, 0 where they are not given.
-        instructions: how often each instruction stands in the code, by opcode with modifiers ("LDG.E.128.CONSTANT").
+        instructions: how often each instruction is in the code, by opcode with modifiers ("LDG.E.128.CONSTANT").
         listing: the disassembly, of the kernels whose loops are counted; "" of the others.
     """
 
@@ -176,7 +176,7 @@ _WITH_LISTING = ("depthwise_strips", "depthwise_resident", "conv_stem")
 
 
 def _instructions(listing: str) -> dict[tuple[int, str], tuple[Counter[str], str]]:
-    """By (architecture, mangled name): how often each opcode stands in the disassembly, and the disassembly."""
+    """By (architecture, mangled name): how often each opcode is in the disassembly, and the disassembly."""
     found = {}
     for arch, text in _sections(listing):
         for function in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
@@ -212,7 +212,7 @@ def _resources(listing: str) -> dict[tuple[int, str], dict[str, int]]:
 
 
 def read_kernels(binary: Path) -> list[Kernel]:
-    """Every kernel in an object file, a library or a program that nvcc built, by name and architecture.
+    """Return every kernel in an object file, a library or a program that nvcc built, by name and architecture.
 
     Raises:
         ToolMissing: cuobjdump, nvdisasm or c++filt is not there.
@@ -274,7 +274,7 @@ def _run_nvcc(command: Sequence[str | Path]) -> None:
 
 
 def nvcc_version() -> str:
-    """The release of nvcc, "13.0.88"."""
+    """Return the release of nvcc, "13.0.88"."""
     match = re.search(r"V(\d+\.\d+\.\d+)", _output_of_nvcc())
     return match[1] if match else "unknown"
 
