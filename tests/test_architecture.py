@@ -37,7 +37,7 @@ def layer_of(room: str) -> int:
 
 
 def imported_rooms(file: Path) -> set[str]:
-    """The parts of the package that a file imports anywhere in it, `ops` for effkernels.ops.depthwise."""
+    """Return the parts of the package that a file imports anywhere in it, `ops` for effkernels.ops.depthwise."""
     known = {path.stem for path in PACKAGE.iterdir()}
     rooms: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -60,7 +60,7 @@ def test_imports_run_downward(file: Path) -> None:
 
 
 def imports() -> set[tuple[str, str]]:
-    """Which room imports which other one: the arrows of the house."""
+    """Return which room imports which other one, as pairs."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
         own = file.relative_to(PACKAGE).with_suffix("").parts[0]

@@ -27,7 +27,7 @@ from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.bench.timing import Row, Statistics
 from effkernels.ops import reference
 
-# The fields that a row must have, in order; p99_us stands beside p95_us.
+# The fields that a row must have, in order; p99_us is beside p95_us.
 FIELDS = [
     "suite", "case", "contender", "device", "dtype", "batch", "median_us", "p95_us", "p99_us", "images_per_s",
     "peak_bytes", "rel_error", "floor_us", "bytes", "launches", "commit", "dirty", "date", "versions",

@@ -130,7 +130,7 @@ def test_a_cuda_kernel_runs_on_the_current_stream(stream: str) -> None:
 
 
 def copied_package(folder: Path) -> Path:
-    """A copy of the package without its compiled part; the folder to put on PYTHONPATH."""
+    """Return a copy of the package without its compiled part; the folder to put on PYTHONPATH."""
     shutil.copytree(ROOT / "effkernels", folder / "effkernels", ignore=shutil.ignore_patterns("lib", "__pycache__"))
     return folder
 
@@ -180,7 +180,7 @@ def configure(folder: Path, *options: str) -> tuple[int, str]:
 
 
 def without_nvcc() -> str:
-    """The option that hides every place where nvcc may be found."""
+    """Return the option that hides every place where nvcc may be found."""
     folders = {Path("/usr/local/cuda/bin"), *(Path(part) for part in os.environ["PATH"].split(os.pathsep) if part)}
     hidden = [str(folder) for folder in folders if (folder / "nvcc").exists()]
     return f"-DCMAKE_IGNORE_PATH={';'.join(hidden)}"

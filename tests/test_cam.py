@@ -249,7 +249,7 @@ def test_maps_for_display() -> None:
 
 
 def coloured(file: Path) -> numpy.ndarray:
-    """Where a picture is neither white nor grey."""
+    """Return where a picture is neither white nor grey."""
     with PIL.Image.open(file) as opened:
         pixels = numpy.asarray(opened.convert("RGB")).astype(int)
     return pixels.max(2) - pixels.min(2) > 24

@@ -1,4 +1,4 @@
-"""The command line as a user sees it: output, JSON, exit status, and what wrong arguments are told."""
+"""The command line as a user sees it: output, JSON, exit status, and the messages for wrong arguments."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def test_what_does_not_verify_is_not_written(capsys: pytest.CaptureFixture[str],
 def test_verified_without_the_library(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: Path, tmp_path: Path
 ) -> None:
-    """Then our own model stands in, which tells wrong tensors in wrong places as well."""
+    """Then our own model replaces theirs, which finds wrong tensors in wrong places as well."""
     for package in ("efficientnet_pytorch", "timm"):
         monkeypatch.setitem(sys.modules, package, None)
     out = tmp_path / "out.pth"

@@ -38,7 +38,7 @@ class Doubling:
 
 
 def occupied(batcher: MicroBatcher, answer: Doubling) -> Future[Any]:
-    """A request that the thread is busy with until `answer.go`."""
+    """Return a request that the thread is busy with until `answer.go`."""
     future = batcher.submit(-1, answer)
     assert answer.started.wait(PATIENCE_S)
     return future

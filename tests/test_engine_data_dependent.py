@@ -27,7 +27,7 @@ def brightest(x: Tensor) -> Tensor:
 
 
 def marked(y: Tensor, mark: Any) -> Tensor:
-    """The features, or zeros where the mark is set."""
+    """Return the features, or zeros where the mark is set."""
     return y * 0 if mark else y
 
 
@@ -221,7 +221,7 @@ def test_state_is_not_recorded(how: str) -> None:
 
 
 def test_shapes_are_compared_at_every_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an operator without the tag returns another shape, the model runs instead, now and from then on."""
+    """If an operator without the tag returns another shape, the model runs instead, now and from then on."""
     library = torch.library.Library("effkernels_tests", "FRAGMENT")
     library.define("above(Tensor x, float limit) -> Tensor")  # like masked_select, and nothing says so
     library.impl("above", lambda x, limit: x[x > limit], "CPU")

@@ -37,7 +37,7 @@ def channels_last(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_repeats(work: Any, x: Tensor, **arguments: Any) -> Recording:
-    """A recording of `work(x)` gives the same bits as the call, for other values in x, again and again."""
+    """Check that a recording of `work(x)` gives the same bits as the call, for other values in x, again and again."""
     recording = Recording(work, x)
     for seed in (5, 6, 5):
         x.copy_(channels_last(*x.shape, seed=seed))
@@ -183,7 +183,7 @@ def test_a_recording_gives_its_memory_back() -> None:
 
 
 def _mapped_bytes() -> int:
-    """The address space of this process."""
+    """Return the address space of this process."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 

@@ -28,7 +28,7 @@ LONG_MS = 600_000.0
 
 
 def full_of(value: float) -> Tensor:
-    """An image whose answer of `Sum` is 12 times the value."""
+    """Return an image whose answer of `Sum` is 12 times the value."""
     return torch.full((3, 2, 2), float(value))
 
 
@@ -106,7 +106,7 @@ def test_photographs_of_every_kind_beside_tensors() -> None:
 
 
 def damaged_image() -> PIL.Image.Image:
-    """An image that Pillow opens, and finds damaged when it decodes it."""
+    """Return an image that Pillow opens, and finds damaged when it decodes it."""
     file = io.BytesIO()
     PIL.Image.fromarray(skimage.data.astronaut()).save(file, "JPEG")
     return PIL.Image.open(io.BytesIO(file.getvalue()[:5000]))
@@ -250,7 +250,7 @@ def test_with_asyncio() -> None:
 
 
 def test_an_open_engine_does_not_keep_the_interpreter() -> None:
-    """What waits when the script ends is cancelled."""
+    """Requests that wait when the script ends are cancelled."""
     script = """
         import torch
         from effkernels import InferenceEngine

@@ -51,7 +51,7 @@ def assert_same_logits(run: Callable[[Tensor], Tensor], model: nn.Module, *shape
 
 
 def left_in(folder: Path) -> list[str]:
-    """All that lies in a folder, hidden or not."""
+    """Return all files in a folder, hidden or not."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -189,7 +189,7 @@ def test_onnx_of_a_network_with_same_padding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("pad_type", "bn_eps"), [("", 1e-5), ("same", 1e-3), ("same_native", 1e-3)])
 def test_weights_read_back_with_their_meaning(b0: EfficientNet, pad_type: str, bn_eps: float, tmp_path: Path) -> None:
-    """A name alone stands for one padding and one eps; the file says which ones its weights have."""
+    """A name alone implies one padding and one eps; the file says which ones its weights have."""
     model = copy.deepcopy(b0)
     model.set_padding(pad_type)
     model.set_norm(eps=bn_eps, momentum=0.02)
@@ -231,7 +231,7 @@ def test_a_damaged_note_is_refused(b0: EfficientNet, tmp_path: Path) -> None:
 
 
 def wrong(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The network, but its first logit 0.1 % off."""
+    """Return the network, but its first logit 0.1 % off."""
     return lambda x: run(x) * torch.tensor([1.001] + [1.0] * 9)
 
 

@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels: every claim of benchmarks/kernel_economy holds in the library that ships.
+"""The compiled code of the kernels: every claim of benchmarks/kernel_economy holds in the library that ships.
 
 Read from machine code, so it needs nvcc's output and a disassembler, but no GPU. Covered: every architecture that the
 library was built for, and the kernels of `COMPILED_HERE` for sm_80 too.
@@ -122,7 +122,7 @@ class TestTheEstimate:
 
 
 def listing(*lines: str) -> str:
-    """A disassembly of these instructions, at 0x10, 0x20 and so on."""
+    """Return a disassembly of these instructions, at 0x10, 0x20 and so on."""
     return "".join(f"        /*{16 * (number + 1):04x}*/  {line} ;  /* 0x0 */\n" for number, line in enumerate(lines))
 
 

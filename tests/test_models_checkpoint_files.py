@@ -1,4 +1,4 @@
-"""What trainers and wrappers put around the weights in a file is taken off, or named; nothing in a file is run."""
+"""Wrappers of trainers around the weights in a file are removed, or named; nothing in a file is run."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ class TestSaverOfTimm:
         return model.eval()
 
     def saved(self, model: nn.Module, folder: Path, args: argparse.Namespace, metric: Any) -> Path:
-        """A file of timm's own saver, after a step of the optimizer, with a gradient scaler."""
+        """Return a file of timm's own saver, after a step of the optimizer, with a gradient scaler."""
         from timm.utils import CheckpointSaver, NativeScaler
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)

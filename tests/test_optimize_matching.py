@@ -1,4 +1,4 @@
-"""What is recognised: activations however written, paddings of any class, chains of every form, and what is refused."""
+"""The matcher takes activations in any spelling, paddings of any class and chains of every form, and refuses others."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class Chain(nn.Module):
 
 
 def _with_stem(chain: nn.Module) -> nn.Module:
-    """The chain behind a convolution that makes its eight channels, randomised together."""
+    """Return the chain after a convolution that makes its eight channels, randomised together."""
     return randomise(nn.Sequential(nn.Conv2d(3, 8, 1), chain))[1]
 
 

@@ -1,4 +1,4 @@
-"""The search for a baseline: the space, the reward, and a study that goes on where it was killed."""
+"""The search for a baseline: the space, the reward, and a study that continues where it was killed."""
 
 from __future__ import annotations
 
