@@ -88,7 +88,7 @@ def test_kernels_never_include_torch(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda file: file.name)
-def test_inline_ptx_stands_in_one_file(file: Path) -> None:
+def test_inline_ptx_is_in_one_file(file: Path) -> None:
     if file.name != "ptx.cuh":
         assert re.findall(r"\basm\b\s*(?:volatile)?\s*\(", file.read_text()) == []
 

@@ -98,7 +98,7 @@ def test_cuda_kernels_are_registered_where_they_were_built(operator: str) -> Non
 
 
 @needs_library
-def test_build_info_tells_what_was_built() -> None:
+def test_build_info_says_what_was_built() -> None:
     info = _library.build_info()
     assert info["version"] == effkernels.__version__
     assert re.match(r"2\.\d+", info["torch"])

@@ -201,7 +201,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="a single position in so small an image"):
             class_activation_map(plain(), images(1, 3, 3))
 
-    def test_another_convolution_behind_the_pooling(self) -> None:
+    def test_another_convolution_after_the_pooling(self) -> None:
         """As in timm's MobileNetV3: the classifier's input is the mean of a map, of a single position."""
         head = nn.Conv2d(6, 6, 1)
         model = Pooled(lambda x: head(mean(x)[:, :, None, None]).flatten(1)).eval()

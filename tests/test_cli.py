@@ -401,7 +401,7 @@ class TestBench:
 
 
 class TestConsole:
-    def test_table_without_a_terminal_is_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_table_without_a_terminal_is_complete(self, capsys: pytest.CaptureFixture[str]) -> None:
         long = "x" * 300
         console.table("title", ["name", "number"], [[long, "1.5"], ["[red]b", "22.5"]])
         lines = capsys.readouterr().out.splitlines()

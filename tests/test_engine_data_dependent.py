@@ -239,7 +239,7 @@ def test_shapes_are_compared_at_every_replay(monkeypatch: pytest.MonkeyPatch) ->
     assert "replay failed: effkernels_tests.above.default returns shapes that depend on values" in reasons.pop()
 
 
-def test_an_operator_that_refuses_values_ends_that_call_alone() -> None:
+def test_an_operator_that_refuses_values_ends_only_that_call() -> None:
     model = Network(lambda x, y: y[:, (brightest(x) > 1e6).long() * 100])  # there are four columns
     served = InferenceEngine(model, batch_sizes=(BATCH,), input_size=SIZE, optimize=False)
     x = torch.ones(BATCH, 3, SIZE, SIZE)

@@ -90,7 +90,7 @@ def test_the_gate_alone() -> None:
     assert torch.equal(recording.output, ops.squeeze_excite_gate(pooled, *weights))
 
 
-def test_results_may_lie_where_results_lay_but_kept_weights_may_not() -> None:
+def test_results_may_reuse_the_memory_of_results_but_not_of_kept_weights() -> None:
     """A chain long enough that memory is used again, with weights laid out on the way."""
     weights = [torch.randn(64, 64, 1, 1, generator=torch.Generator().manual_seed(i)) / 8 for i in range(12)]
     scales = norm(64)

@@ -138,7 +138,7 @@ def damaged_image() -> PIL.Image.Image:
     ],
     ids=lambda value: None if isinstance(value, (Tensor, numpy.ndarray, PIL.Image.Image)) else str(value)[:20],
 )
-def test_a_bad_image_fails_alone(bad: Any, error: type[Exception], message: str) -> None:
+def test_a_bad_image_fails_without_the_others(bad: Any, error: type[Exception], message: str) -> None:
     with sum_engine(max_latency_ms=LONG_MS) as engine:
         futures = [engine.submit(full_of(value)) for value in range(3)]
         failing = engine.submit(bad)
@@ -151,7 +151,7 @@ def test_a_bad_image_fails_alone(bad: Any, error: type[Exception], message: str)
         assert (stats.requests, stats.completed, stats.failed) == (7, 6, 1)
 
 
-def test_an_image_that_cannot_be_prepared_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_cannot_be_prepared_fails_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a batch of images of one size, which are prepared together."""
 
     def faulty(pixels: Tensor, *arguments: Any) -> Tensor:

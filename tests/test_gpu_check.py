@@ -113,7 +113,7 @@ class TestProgress:
             out.write('{"part": "ops", "done": "a"')
         assert progress.of("ops").done == {}
 
-    def test_goes_on_with_the_same_run_alone(self, progress: Progress) -> None:
+    def test_continues_only_the_same_run(self, progress: Progress) -> None:
         progress.note("ops", planned=["a"])
         assert progress.begin("a run")
         assert progress.of("ops").planned == ["a"]

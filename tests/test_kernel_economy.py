@@ -86,7 +86,7 @@ class TestThePage:
         assert page == expected, "run: make kernels-table"
 
     def test_a_page_without_markers_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="must stand there once"):
+        with pytest.raises(ValueError, match="must be there once"):
             table.with_section("# CUDA kernels", "text")
 
 

@@ -63,7 +63,7 @@ class TestPrefixes:
         ["module.", "model.", "net.", "backbone.", "_orig_mod.", "model.module.", "net.model._orig_mod.", "a.b.c.d."],
     )
     @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-    def test_whatever_stands_in_front_of_every_key(self, state: State, tmp_path: Path, layout, prefix: str) -> None:
+    def test_any_prefix_of_every_key(self, state: State, tmp_path: Path, layout, prefix: str) -> None:
         named, _ = effkernels.convert_state_dict(state, "timm", layout.name)
         back, _ = effkernels.convert_state_dict(prefixed(named, prefix), None, "timm")
         assert all(torch.equal(back[key], state[key]) for key in state)

@@ -337,7 +337,7 @@ class TestSemantics:
         assert (found.pad_type, found.bn_eps, found.bn_momentum) == wanted
 
     @pytest.mark.parametrize("variant", [None, "b0"])
-    def test_the_keys_of_timm_do_not_tell(self, variant: str | None) -> None:
+    def test_the_keys_of_timm_do_not_show_the_padding(self, variant: str | None) -> None:
         _, found = effkernels.convert_state_dict(meta_state("b0"), "timm", "torchvision", variant=variant)
         assert (found.pad_type, found.bn_eps, found.bn_momentum, found.build) == (None, None, None, None)
         assert len(found.warnings) == 1

@@ -222,7 +222,7 @@ def test_autocast(where: str, dtype: torch.dtype, op: str) -> None:
         assert torch.equal(a, b), f"{name}: backward inside autocast differs from backward outside"
 
 
-def test_autocast_leaves_float64_alone() -> None:
+def test_autocast_does_not_change_float64() -> None:
     case = case_of("pointwise_bn_act")
     arguments = op_cases.in_float64(case.draw())
     with torch.autocast("cpu", torch.bfloat16):

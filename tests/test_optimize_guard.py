@@ -390,7 +390,7 @@ def test_an_object_among_the_attributes_is_copied_with_its_module() -> None:
         assert is_fused(other, x)
 
 
-def test_restore_leaves_nothing_behind(network: nn.Module) -> None:
+def test_restore_removes_everything(network: nn.Module) -> None:
     effkernels.optimize_(network)
     with torch.no_grad():
         network(images(2, 33, 35))

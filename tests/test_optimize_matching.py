@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "nothing_follows_a_dense_convolution": (
         lambda: Chain(lambda m, x: (lambda y: m.b(y) - y)(m.a(x)), a=nn.Conv2d(8, 8, 3), b=nn.BatchNorm2d(8)),
-        "there is nothing behind it to fuse with",
+        "there is nothing after it to fuse with",
     ),
     "control_flow": (
         lambda: Chain(lambda m, x: m.b(m.a(x)) if x.sum() > 0 else x, a=_depthwise(), b=nn.BatchNorm2d(8)),

@@ -468,7 +468,7 @@ class TestGpus:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         assert gpus.of_this_machine() is None
 
-    def test_plans_depend_on_limits_alone(self) -> None:
+    def test_plans_depend_only_on_limits(self) -> None:
         """Another GPU with the same limits has the same launches, at other floors."""
         h200 = gpus.find("h200")
         slow = replace(h200, name="slow", bandwidth=h200.bandwidth / 2)

@@ -225,7 +225,7 @@ class TestFigures:
             read_accuracies(tmp_path / name, growth)
 
 
-def test_scaled_stages_stand_beside_the_baselines() -> None:
+def test_scaled_stages_are_beside_the_baselines() -> None:
     table = tables.scaled(SMALL, scale(SMALL, depth=2, width=2, rounding=Rounding(divisor=1)))
     assert table is not None
     assert table.shown() == [

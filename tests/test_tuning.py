@@ -63,7 +63,7 @@ class TestTheFile:
         assert len(names) == 5
         assert all("/" not in name and " " not in name for name in names)
 
-    def test_lies_where_the_environment_says(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_the_environment_names_the_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(tuned_plan.VARIABLE, str(tmp_path / "told"))
         assert tuned_plan.folder() == tmp_path / "told"
         monkeypatch.delenv(tuned_plan.VARIABLE)

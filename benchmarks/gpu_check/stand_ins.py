@@ -40,7 +40,7 @@ _TOOLS = {"nvcc": _NVCC, "compute-sanitizer": _SANITIZER, "ncu": _NCU}
 
 
 def stand_in(name: str, folder: Path) -> Path:
-    """Return a program in ``folder`` that stands in for a tool."""
+    """Return a program in ``folder`` that replaces a tool."""
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / f"stand-in-{name}"
     program.write_text(f"#!{sys.executable}\nimport sys\n{_TOOLS[name]}", encoding="utf-8")

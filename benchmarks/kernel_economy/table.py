@@ -141,7 +141,7 @@ def with_section(page: str, text: str) -> str:
     """
     for marker in (BEGIN, END):
         if page.count(marker) != 1:
-            raise ValueError(f"docs/kernels.md: the marker {marker!r} must stand there once")
+            raise ValueError(f"docs/kernels.md: the marker {marker!r} must be there once")
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"

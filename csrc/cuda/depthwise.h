@@ -17,7 +17,7 @@ struct DepthwisePlan {
   int images = 1;           // images per block, one after the other
   bool unrolled = false;    // dilation 1, stride 1 or 2, whole vectors: depthwise_strips
   int strips = 1;           // strips of one image
-  int out_height = 1;       // rows of one image: how many strips lie below each other
+  int out_height = 1;       // rows of one image: number of strips below each other
   int channel_groups = 1;   // blocks along the channels
   int tiles = 1;            // blocks along the strips of one image; 0: the plane is too large for 32-bit indices
   int64_t units = 0;        // blocks along the images

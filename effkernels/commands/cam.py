@@ -113,7 +113,7 @@ class Drawn:
 
 @dataclass
 class _Work:
-    """What to draw, and what to print about each network beside its costs."""
+    """The maps to draw, and the text to print about each network beside its costs."""
 
     subjects: list[Subject]
     pictures: list[tuple[str, PIL.Image.Image]]

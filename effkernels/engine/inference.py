@@ -1,4 +1,4 @@
-"""`InferenceEngine`: a prepared copy of a model behind one call."""
+"""`InferenceEngine`: a prepared copy of a model, with one call."""
 
 from __future__ import annotations
 
@@ -278,7 +278,7 @@ class InferenceEngine:
         check_structure(structure_of(source), self._structure)
         self._prepared.refresh(source)
 
-    # ------------------------------------------------------------------------------------------- what it tells
+    # ------------------------------------------------------------------------------------------- its reports
 
     @property
     def report(self) -> EngineReport:

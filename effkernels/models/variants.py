@@ -50,7 +50,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Match:
-    """How closely a state_dict matches a variant.
+    """The similarity of a state_dict to a variant.
 
     Attributes:
         variant: its name.

@@ -164,7 +164,7 @@ class _Matcher:
         if plain and not self._continues(step):
             step.is_bare = True
         if step.is_bare and (conv.op == "conv_bn_act" or conv.few_channels):
-            reason = "there is nothing behind it to fuse with"
+            reason = "there is nothing after it to fuse with"
             if conv.few_channels:
                 reason += ", and PyTorch's is faster for that few channels"
             user = self._only_user(node)

@@ -67,7 +67,7 @@ def on_grid(constraint: float = 2.0, *, grid: float = 0.05, tolerance: float = 0
 
     Returns:
         In the order of their distance to the constraint, so that of several that round to one network the closest
-        stands first.
+        is first.
 
     Raises:
         ValueError: an argument that is out of its range, or a grid without a point.

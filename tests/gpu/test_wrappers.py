@@ -203,7 +203,7 @@ def test_clusters(wrappers: Wrappers, cluster: int) -> None:
 
 
 class TestLimits:
-    def test_are_those_that_torch_tells(self, wrappers: Wrappers) -> None:
+    def test_are_those_that_torch_reports(self, wrappers: Wrappers) -> None:
         if wrappers.device.type != "cuda":
             pytest.skip("needs a GPU")
         for device in range(torch.cuda.device_count()):
