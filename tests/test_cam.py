@@ -281,7 +281,7 @@ class TestFigure:
     def test_refusals(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"0 rows; allowed: 1 to {MOST_ROWS}"):
             save_grid(tmp_path / "grid.png", ["one"], [])
-        with pytest.raises(ValueError, match="a row of 1 panels under 2 titles"):
+        with pytest.raises(ValueError, match="a row has 1 panels, and there are 2 titles"):
             save_grid(tmp_path / "grid.png", ["one", "two"], [[self.panel()]])
 
 

@@ -267,7 +267,7 @@ def test_triton_operators_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(formats.Job, "operators", property(lambda job: ("effkernels_triton::conv_bn_act",)))
     with pytest.raises(ExportError, match="Triton kernels, which need Python"):
         export_model(small(), tmp_path / "net.pt2", "pt2", image_size=64)
-    with pytest.raises(ExportError, match="is to be plain PyTorch"):
+    with pytest.raises(ExportError, match="should be plain PyTorch"):
         export_model(small(), tmp_path / "net.onnx", "onnx", image_size=64)
 
 
