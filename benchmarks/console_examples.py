@@ -19,7 +19,7 @@ _BLOCK = re.compile(r"(?<=```console\n).*?(?=```)", re.DOTALL)
 
 
 def commands(page: str) -> list[str]:
-    """The commands that the text of a page shows, in order."""
+    """Return the commands that the text of a page shows, in order."""
     lines = [line for block in _BLOCK.findall(page) for line in block.splitlines()]
     return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
 
@@ -40,7 +40,7 @@ def output_of(command: str, folder: Path) -> str:
 
 
 def with_outputs(page: str, folder: Path) -> str:
-    """The text of a page with the output of each command that it shows, run now."""
+    """Return the text of a page with the output of each command that it shows, run now."""
 
     def run(block: re.Match[str]) -> str:
         return "".join(

@@ -68,7 +68,7 @@ def _time(us: float) -> str:
 
 
 def group_table(group: Group) -> list[str]:
-    """A Markdown table of one case."""
+    """Return a Markdown table of one case."""
     base = group.base
     lines = [
         f"| contender | median | p95 | p99 | images/s | peak MB | relative error | time / {base.contender} |",
@@ -86,7 +86,7 @@ def group_table(group: Group) -> list[str]:
 
 
 def origin(rows: Sequence[Row]) -> str:
-    """When, from which commit and with which versions rows were measured, in one line."""
+    """Return when, from which commit and with which versions rows were measured, in one line."""
     sources = []
     for row in rows:
         source = "an installed package" if row.commit is None else f"commit {row.commit[:10]}"

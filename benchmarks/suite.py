@@ -129,7 +129,7 @@ class Suite:
 
 
 class _Compiled:
-    """The reference of one operator behind torch.compile, in the place of a module that holds it."""
+    """The reference of one operator under torch.compile, in place of a module that holds it."""
 
     def __init__(self, op: str) -> None:
         setattr(self, op, torch.compile(getattr(reference, op), dynamic=False))

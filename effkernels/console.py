@@ -1,6 +1,6 @@
 """Tables and progress on a terminal: rich where it is installed, plain text otherwise.
 
-Names come from files and users: everything here is printed by `effkernels.files.printable`.
+Names come from files and users: everything printed here goes through `effkernels.files.printable`.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ Advance = Callable[[str], None]
 
 
 def note(message: str) -> None:
-    """Lines on standard error: standard output stays clean for tables and JSON."""
+    """Print lines on standard error: standard output is for tables and JSON only."""
     print(printable_lines(message), file=sys.stderr, flush=True)
 
 
 def say(message: str) -> None:
-    """Lines on standard output."""
+    """Print lines on standard output."""
     print(printable_lines(message))
 
 
@@ -52,7 +52,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
             shown.add_row(*(rich.text.Text(cell) for cell in row))
         rich.console.Console().print(shown)
         return
-    # Into a file or a pipe goes plain text of the full width: rich would cut it at 80 columns.
+    # A file or a pipe gets plain text of the full width: rich would cut it at 80 columns.
     widths = [max(len(row[i]) for row in [columns, *rows]) for i in range(len(columns))]
     print(title)
     for row in [columns, ["-" * width for width in widths], *rows]:
@@ -65,9 +65,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 
 @contextmanager
 def progress(title: str, total: int) -> Iterator[Advance]:
-    """A progress bar on standard error; the block gets a function that takes the name of the step just done.
+    """Show a progress bar on standard error; the block gets a function that takes the name of the step just done.
 
-    Without a terminal one line is printed for every tenth of the way, so that a log shows life without filling up.
+    Without a terminal one line is printed for every tenth of the way, so that a log shows progress without filling up.
     """
     if HAVE_RICH and sys.stderr.isatty():
         columns = (

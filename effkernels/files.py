@@ -23,7 +23,7 @@ _LARGEST_INTEGER = 2**63
 
 
 def printable(text: object) -> str:
-    r"""A text on one line with everything escaped that a terminal could obey or cannot show.
+    r"""Return a text on one line with everything escaped that a terminal could obey or cannot show.
 
     Control characters (a name may hold "\x1b[2J" or a line break), marks that change the direction of the text, and
     bytes of a file name that are not UTF-8 become "\x1b", "\n", "\u202e", "\xff".
@@ -61,7 +61,7 @@ def check_regular(path: str | Path) -> os.stat_result:
 
 
 def read_text(path: str | Path) -> str:
-    """The UTF-8 text of a file.
+    """Return the UTF-8 text of a file.
 
     Raises:
         OSError: as of `check_regular`.

@@ -99,7 +99,7 @@ class Backend:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
 
     def emulator(self) -> Emulator:
-        """What runs an emulated backend, set to run in its way."""
+        """Return the emulator of an emulated backend, with that backend's settings."""
         assert self.emulated is not None
         how = EMULATIONS[FLAVOUR][self.emulated]
         found = emulator(how.flavour)
@@ -119,7 +119,7 @@ class Backend:
             yield
 
     def runs(self, op: str, dtype: torch.dtype) -> backends.Decision:
-        """Whether this backend has `op` in `dtype`, and why not."""
+        """Return whether this backend has `op` in `dtype`, and why not."""
         if self.emulated is not None:
             has = op in self.emulator().operators()
             return backends.Decision(has, "" if has else f"the library has no CUDA kernel of {op}")
@@ -201,7 +201,7 @@ def _is_of_another_flavour(item: pytest.Item) -> bool:
 
 
 def _shows_more_when_checked(item: pytest.Item) -> bool:
-    """Whether the accesses of a test can differ from those of every other test.
+    """Return whether the accesses of a test can differ from those of every other test.
 
     What the race and the asan flavour check depends on the shapes and on which inputs are given, never on values, and
     float16 and bfloat16 take the same ways. A run that is some ten times as slow need not repeat the rest.
@@ -217,11 +217,11 @@ def _shows_more_when_checked(item: pytest.Item) -> bool:
 
 
 def _shows_more_when_interpreted(item: pytest.Item) -> bool:
-    """Whether an interpreted test can find what every other one does not.
+    """Return whether an interpreted test can find what every other one does not.
 
     Kernels compute in float32 whatever the type, so that values (activations, gates, norms, NaN) are tried in float32
     alone. What a 16-bit type changes, the width of a vector and the rounding, float16 and bfloat16 share: bfloat16
-    meets every shape, float16 those of test_triton_*.py. Of these, test_any_interpreted_shape stands for
+    runs at every shape, float16 those of test_triton_*.py. Of these, test_any_interpreted_shape replaces
     test_any_shape, with fewer examples.
     """
     parameters = getattr(getattr(item, "callspec", None), "params", {})
@@ -247,7 +247,7 @@ def _apart_from_backend(item: pytest.Item) -> tuple[object, ...]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_tuned_plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `effkernels tune` keeps for the user of this machine stays out of the tests, and theirs out of it."""
+    """Keep the tests' tuned plans and those of this machine's user apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFFKERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -264,7 +264,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 def built_emulator() -> Emulator:
-    """The emulator in the flavour of this run; skips the test where this machine cannot build it."""
+    """Return the emulator in the flavour of this run; skips the test where this machine cannot build it."""
     try:
         return emulator(FLAVOUR)
     except CannotBuild as reason:

@@ -73,7 +73,7 @@ class Case:
         return dataclasses.replace(self, **changes)
 
     def draw(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-        """The arguments of the operator by name, as effkernels.ops and effkernels.ops.reference take them."""
+        """Return the arguments of the operator by name, as effkernels.ops and effkernels.ops.reference take them."""
         generator = torch.Generator().manual_seed(seed)
         made = 0
 
@@ -139,8 +139,8 @@ class Case:
 
 
 def laid_out(image: Tensor, layout: str) -> Tensor:
-    """`image` in another memory layout. A sliced one lies inside a larger tensor of NaN, which nothing may read or
-    write: `assert_surroundings_untouched` tells.
+    """`image` in another memory layout. A sliced one is inside a larger tensor of NaN, which nothing may read or
+    write: `assert_surroundings_untouched` checks it.
     """
     if layout == "contiguous":
         return image.contiguous()
@@ -166,7 +166,7 @@ def assert_surroundings_untouched(view: Tensor, image: Tensor) -> None:
 
 
 def run(module: Any, case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The outputs of the operator of `case` in effkernels.ops or effkernels.ops.reference, always as a tuple."""
+    """Return the outputs of the operator of `case` in effkernels.ops or effkernels.ops.reference, always as a tuple."""
     outputs = getattr(module, case.op)(**arguments)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -183,17 +183,17 @@ def one_thread() -> Iterator[None]:
 
 
 def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments with every tensor in float64."""
+    """Return the same arguments with every tensor in float64."""
     return {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
 def on_cpu(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments with every tensor on the CPU."""
+    """Return the same arguments with every tensor on the CPU."""
     return {name: a.cpu() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
 def truth(case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The outputs in float64, by the reference, on the device of the arguments.
+    """Return the outputs in float64, by the reference, on the device of the arguments.
 
     Computed on the CPU: some of cuDNN's kernels multiply what they pad with, or the channels of other groups by zero,
     and make NaN of an infinity or a NaN that has no part in an element.
@@ -204,12 +204,12 @@ def truth(case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
 
 
 def tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among the arguments, with their names."""
+    """Return the tensors among the arguments, with their names."""
     return ((name, a) for name, a in arguments.items() if isinstance(a, Tensor))
 
 
 def overload(op: str) -> Any:
-    """The compiled operator `op`."""
+    """Return the compiled operator `op`."""
     return getattr(torch.ops.effkernels, op).default
 
 

@@ -247,7 +247,7 @@ _OTHERS: dict[tuple[str, str], Callable[[], nn.Module]] = {
 
 @functools.cache
 def is_installed(library: str) -> bool:
-    """Whether the library of a peer can be imported."""
+    """Return whether the library of a peer can be imported."""
     import importlib.util
 
     package = {"lukemelas": "efficientnet_pytorch", "NVIDIA layout": "torch"}.get(library, library)
@@ -255,7 +255,7 @@ def is_installed(library: str) -> bool:
 
 
 def page_table() -> str:
-    """The table of docs/optimize.md, from `PEERS`."""
+    """Return the table of docs/optimize.md, from `PEERS`."""
     lines = ["| library | models (blocks that run fused, stem and head included) |", "|---|---|"]
     for library in dict.fromkeys(peer.library for peer in PEERS):
         models = dict.fromkeys(
@@ -268,7 +268,7 @@ def page_table() -> str:
 
 
 def with_table(page: str) -> str:
-    """The text of docs/optimize.md with the table in its place."""
+    """Return the text of docs/optimize.md with the table in its place."""
     before, _, rest = page.partition(BEGIN)
     _, found, after = rest.partition(END)
     assert found, f"{PAGE} has no lines {BEGIN.strip()} and {END}"

@@ -27,7 +27,7 @@ from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.bench.timing import Row, Statistics
 from effkernels.ops import reference
 
-# The fields that a row must have, in order; p99_us stands beside p95_us.
+# The fields that a row must have, in order; p99_us is beside p95_us.
 FIELDS = [
     "suite", "case", "contender", "device", "dtype", "batch", "median_us", "p95_us", "p99_us", "images_per_s",
     "peak_bytes", "rel_error", "floor_us", "bytes", "launches", "commit", "dirty", "date", "versions",
@@ -191,7 +191,7 @@ def test_precision(name: str, device: str) -> None:
 
 
 class TestSampleModel:
-    def test_is_the_same_each_time_and_leaves_the_generator_alone(self) -> None:
+    def test_is_the_same_each_time_and_does_not_change_the_generator(self) -> None:
         state = torch.random.get_rng_state()
         first = sample_model.__wrapped__("efficientnet_b0", 3)
         assert torch.equal(torch.random.get_rng_state(), state)
@@ -398,7 +398,7 @@ class TestReport:
         assert "| eager (timm) | 2.50 ms |" in readme
         assert "conv_bn_act" not in readme
 
-    def test_check_tells_what_is_out_of_date(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_check_reports_what_is_out_of_date(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.run(folder, "--check") == 1
         assert "out of date" in capsys.readouterr().err
         assert self.run(folder) == 0

@@ -1,4 +1,4 @@
-"""The command line as a user sees it: output, JSON, exit status, and what wrong arguments are told."""
+"""The command line as a user sees it: output, JSON, exit status, and the messages for wrong arguments."""
 
 from __future__ import annotations
 
@@ -401,7 +401,7 @@ class TestBench:
 
 
 class TestConsole:
-    def test_table_without_a_terminal_is_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_table_without_a_terminal_is_complete(self, capsys: pytest.CaptureFixture[str]) -> None:
         long = "x" * 300
         console.table("title", ["name", "number"], [[long, "1.5"], ["[red]b", "22.5"]])
         lines = capsys.readouterr().out.splitlines()

@@ -100,7 +100,7 @@ def test_subnormal_numbers_of_float16_count(op: str, isa: str) -> None:
 
 @pytest.mark.parametrize("flushed", [False, True])
 def test_the_threads_keep_their_mode(flushed: bool) -> None:
-    """What torch.set_flush_denormal chose holds after our kernels on all of PyTorch's threads.
+    """After our kernels, all of PyTorch's threads keep the mode that torch.set_flush_denormal chose.
 
     In a process of its own, whose pool of threads is started by our kernel.
     """

@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def arguments(shape: str, dtype: torch.dtype = torch.float32, batch: int = 2) -> dict[str, Any]:
-    """The arguments of `expand_depthwise_squeeze`."""
+    """Return the arguments of `expand_depthwise_squeeze`."""
     inner, channels, height, width, kernel, stride, padding, dilation = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
 

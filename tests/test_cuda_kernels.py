@@ -1,4 +1,4 @@
-"""What the CUDA kernels promise beside the right numbers: one launch, the same bits always, counters left clean, 64-bit
+"""Promises of the CUDA kernels beside right numbers: one launch, the same bits always, counters left clean, 64-bit
 addresses, and teams of blocks where an image fits on the chip. Shown on the emulated kernels."""
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CASES = {
 
 
 def call(emulator: Emulator, op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The outputs of one emulated CUDA operator."""
+    """Return the outputs of one emulated CUDA operator."""
     outputs = getattr(getattr(torch.ops, emulator.namespace), op)(*op_cases.positional(op, arguments))
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -224,7 +224,7 @@ def spread(image: Tensor, stride_n: int, stride_h: int, stride_w: int) -> Tensor
 
 
 PAST_31_BITS = (1 << 31) + 64
-# Strides of images, rows and columns; what is near lies between what is far apart.
+# Strides of images, rows and columns; near elements are between those that are far apart.
 STRIDES = {
     "images": (PAST_31_BITS, 64 * 7, 64),
     "rows": (16 * 7, PAST_31_BITS // 2, 16),
@@ -334,7 +334,7 @@ SIZES = strategies.integers(1, 600) | strategies.sampled_from([7, 14, 28, 56, 11
 
 @strategies.composite
 def plannable(draw: strategies.DrawFn) -> tuple[str, list[int]]:
-    """An operator and a call of it that a plan is made for."""
+    """Return an operator and a call of it that a plan is made for."""
     op = draw(strategies.sampled_from(op_cases.ALL_OPS))
     batch = draw(strategies.integers(1, 2048))
     channels, out_channels, reduced = draw(CHANNELS), draw(CHANNELS), draw(strategies.integers(1, 8192) | CHANNELS)

@@ -86,7 +86,7 @@ def relative_links() -> Iterator[tuple[Path, str]]:
 
 
 def test_every_relative_link_leads_to_a_file() -> None:
-    """What GitHub follows; `make docs` checks the anchors, too."""
+    """These are the links on GitHub; `make docs` checks the anchors, too."""
     links = list(relative_links())
     assert len(links) > 50
     missing = [f"{page.name}: {target}" for page, target in links if not (page.parent / target).exists()]
@@ -97,7 +97,7 @@ def test_every_relative_link_leads_to_a_file() -> None:
 
 
 def template(node: ast.expr) -> str:
-    """A string of Python with `...` for each value."""
+    """Return a string of Python with `...` for each value."""
     match node:
         case ast.Constant(value=str(text)):
             return text
@@ -110,7 +110,7 @@ def template(node: ast.expr) -> str:
 
 @cache
 def messages() -> str:
-    """Every string of the sources that can be part of a message, a line each, with `...` for each value."""
+    """Return every string of the sources that can be part of a message, a line each, with `...` for each value."""
     lines = []
     for file in [*ROOT.glob("effkernels/**/*.py"), ROOT / "setup.py"]:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
@@ -125,13 +125,13 @@ def messages() -> str:
 
 
 def quoted_messages() -> list[str]:
-    """The first cells of the tables of docs/troubleshooting.md."""
+    """Return the first cells of the tables of docs/troubleshooting.md."""
     page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
     return re.findall(r"^\| `([^`]+)` \|", page, re.MULTILINE)
 
 
 def occurs(quote: str) -> bool:
-    """Whether the parts of a quote around `...` follow each other in one message."""
+    """Return whether the parts of a quote around `...` follow each other in one message."""
     parts = [re.escape(" ".join(part.split())) for part in quote.split("...") if part.strip()]
     return re.search("[^\n]*?".join(parts), messages()) is not None
 

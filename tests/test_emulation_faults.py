@@ -175,7 +175,7 @@ def test_global_memory_out_of_bounds(emulated: Emulator) -> None:
 
 
 def test_global_memory_out_of_bounds_is_left_in_the_canaries(emulated: Emulator) -> None:
-    """What the other flavours leave to tests that lay something around an output."""
+    """The other flavours leave this to tests that put guard values around an output."""
     if emulated.flavour == "asan":
         pytest.skip("the asan flavour reports it: test_global_memory_out_of_bounds")
     around = torch.zeros(64)

@@ -37,7 +37,7 @@ def channels_last(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_repeats(work: Any, x: Tensor, **arguments: Any) -> Recording:
-    """A recording of `work(x)` gives the same bits as the call, for other values in x, again and again."""
+    """Check that a recording of `work(x)` gives the same bits as the call, for other values in x, again and again."""
     recording = Recording(work, x)
     for seed in (5, 6, 5):
         x.copy_(channels_last(*x.shape, seed=seed))
@@ -90,7 +90,7 @@ def test_the_gate_alone() -> None:
     assert torch.equal(recording.output, ops.squeeze_excite_gate(pooled, *weights))
 
 
-def test_results_may_lie_where_results_lay_but_kept_weights_may_not() -> None:
+def test_results_may_reuse_the_memory_of_results_but_not_of_kept_weights() -> None:
     """A chain long enough that memory is used again, with weights laid out on the way."""
     weights = [torch.randn(64, 64, 1, 1, generator=torch.Generator().manual_seed(i)) / 8 for i in range(12)]
     scales = norm(64)
@@ -183,7 +183,7 @@ def test_a_recording_gives_its_memory_back() -> None:
 
 
 def _mapped_bytes() -> int:
-    """The address space of this process."""
+    """Return the address space of this process."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 

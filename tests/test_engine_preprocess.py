@@ -33,7 +33,7 @@ def pixels(image: PIL.Image.Image) -> Tensor:
 
 
 def levels_apart(result: Tensor, wanted: Tensor, how: Preprocessing) -> Tensor:
-    """The differences of two inputs as levels of 255."""
+    """Return the differences of two inputs as levels of 255."""
     return ((result.float() - wanted) * torch.tensor(how.std)[:, None, None]).abs() * 255
 
 

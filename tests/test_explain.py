@@ -1,4 +1,4 @@
-"""``effkernels explain`` as a user sees it: tables, JSON, exit status, and what wrong arguments are told."""
+"""``effkernels explain`` as a user sees it: tables, JSON, exit status, and the messages for wrong arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels: every claim of benchmarks/kernel_economy holds in the library that ships.
+"""The compiled code of the kernels: every claim of benchmarks/kernel_economy holds in the library that ships.
 
 Read from machine code, so it needs nvcc's output and a disassembler, but no GPU. Covered: every architecture that the
 library was built for, and the kernels of `COMPILED_HERE` for sm_80 too.
@@ -87,7 +87,7 @@ class TestThePage:
         assert page == expected, "run: make kernels-table"
 
     def test_a_page_without_markers_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="must stand there once"):
+        with pytest.raises(ValueError, match="must be there once"):
             table.with_section("# CUDA kernels", "text")
 
 
@@ -107,7 +107,7 @@ def test_claims_hold_for_sm_80(tmp_path: Path) -> None:
 
 class TestTheCounts:
     def test_file_is_what_the_disassembly_gives(self, shipped: list[Kernel]) -> None:
-        """effkernels/kernel_counts.json, comparable only where the compiler is the same."""
+        """effkernels/plan/kernel_counts.json, comparable only where the compiler is the same."""
         need_tools("nvcc")
         if 90 not in {kernel.arch for kernel in shipped}:
             pytest.skip("the library was not built for sm_90, which the counts are of")
@@ -129,7 +129,7 @@ class TestTheCounts:
 
 
 def listing(*lines: str) -> str:
-    """A disassembly of these instructions, at 0x10, 0x20 and so on."""
+    """Return a disassembly of these instructions, at 0x10, 0x20 and so on."""
     return "".join(f"        /*{16 * (number + 1):04x}*/  {line} ;  /* 0x0 */\n" for number, line in enumerate(lines))
 
 

@@ -48,7 +48,7 @@ def weights(name: str, **options: Any) -> dict[str, Tensor]:
 
 
 def published(name: str, **options: Any) -> bytes:
-    """A model.safetensors as timm publishes it."""
+    """Return a model.safetensors as timm publishes it."""
     return safetensors.save(weights(name, **options), {"format": "pt"})
 
 
@@ -320,7 +320,7 @@ class TestClient:
         hub.cut_after = 1_000_000
         with pytest.raises(HubError, match=r"could not be fetched: .*checkpoint_path=FILE"):
             effkernels.create_model(LITE, pretrained=True)
-        assert len([method for method, _ in hub.requests if method == "GET"]) > 1  # the client tried to go on
+        assert len([method for method, _ in hub.requests if method == "GET"]) > 1  # the client tried to resume
         assert cached_files(tmp_path / "home") == []
         with hub.client(tmp_path / "home", HF_HUB_OFFLINE="1"), pytest.raises(HubError, match="HF_HUB_OFFLINE is set"):
             effkernels.create_model(LITE, pretrained=True)

@@ -1,4 +1,4 @@
-"""Building models by name: what they cost, what they are told about, what they refuse."""
+"""Building models by name: costs, notices, refusals."""
 
 from __future__ import annotations
 

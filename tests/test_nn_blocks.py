@@ -62,7 +62,7 @@ def build(name: str) -> nn.Module:
 
 
 def plain(block: nn.Module, x: Tensor) -> Tensor:
-    """The block module by module: what it runs when a norm is not what it seems."""
+    """Return the block module by module: what it runs when a norm is not what it seems."""
     block = copy.deepcopy(block)
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -147,7 +147,7 @@ def test_eval_runs_fused_and_training_runs_the_modules(calls: list[str]) -> None
 def test_off_the_cpu_the_gate_belongs_to_the_depthwise_operator(calls: list[str]) -> None:
     with torch.device("meta"):
         block, x = MBConv(24, 24, 5, se_channels=6).eval(), torch.empty(2, 24, 8, 8)
-    with effkernels.backend("cpu"):  # on the meta device the CPU's shape functions stand for all
+    with effkernels.backend("cpu"):  # on the meta device the CPU's shape functions represent all
         assert block(x).shape == x.shape
     assert calls == ELSEWHERE
     calls.clear()

@@ -185,7 +185,7 @@ def test_input_that_is_no_image(way: str, op: str) -> None:
 @pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("way", ["auto", "reference"])
 def test_tensors_on_two_devices(way: str, op: str) -> None:
-    """Tensors on "meta" stand for another device here, which every machine has."""
+    """Tensors on "meta" represent another device here, because every machine has it."""
     arguments = good(op)
     name = "w_reduce" if op == "squeeze_excite_gate" else "weight"
     arguments[name] = arguments[name].to("meta")

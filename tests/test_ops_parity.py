@@ -55,7 +55,7 @@ class Draw:
     truth: tuple[Tensor, ...]
 
     def ways(self, output: int) -> list[Tensor]:
-        """One output in each of PyTorch's ways."""
+        """Return one output in each of PyTorch's ways."""
         return [outputs[output] for outputs in self.same_dtype]
 
 

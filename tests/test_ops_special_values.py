@@ -37,7 +37,7 @@ def special_values(dtype: torch.dtype) -> Tensor:
 
 
 def values(dtype: torch.dtype) -> Tensor:
-    """What activations are tried on: special values, where their formulas change, and ordinary numbers."""
+    """Return inputs for activations: special values, points where their formulas change, and ordinary numbers."""
     turns = torch.tensor([1000.0, 104.0, 90.0, 88.0, 87.5, 87.0, 50.0, 20.0, 14.5, 10.5, 9.0, 6.0, 3.0])
     return torch.cat([special_values(dtype), *(t.to(dtype) for t in (turns, -turns, torch.linspace(-12, 12, 97)))])
 
@@ -50,7 +50,7 @@ def alone(v: Tensor, channels: int) -> Tensor:
 
 
 def centre(channels: int) -> Tensor:
-    """A 3x3 weight (channels, 1, 3, 3) that picks the middle of its window."""
+    """Return a 3x3 weight (channels, 1, 3, 3) that picks the middle of its window."""
     weight = torch.zeros(channels, 1, 3, 3)
     weight[:, :, 1, 1] = 1
     return weight

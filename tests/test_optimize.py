@@ -180,7 +180,7 @@ def test_a_slice_of_an_optimised_sequential_runs(network: nn.Module, x: Tensor) 
         assert torch.equal(network.blocks[:2](features), network.blocks[1](network.blocks[0](features)))
 
 
-def test_modes_and_the_random_state_are_left_alone(network: nn.Module) -> None:
+def test_modes_and_the_random_state_do_not_change(network: nn.Module) -> None:
     network.train()
     network.blocks[1].eval()
     modes = [module.training for module in network.modules()]

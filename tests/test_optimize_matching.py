@@ -1,4 +1,4 @@
-"""What is recognised: activations however written, paddings of any class, chains of every form, and what is refused."""
+"""The matcher takes activations in any spelling, paddings of any class and chains of every form, and refuses others."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ class Chain(nn.Module):
 
 
 def _with_stem(chain: nn.Module) -> nn.Module:
-    """The chain behind a convolution that makes its eight channels, randomised together."""
+    """Return the chain after a convolution that makes its eight channels, randomised together."""
     return randomise(nn.Sequential(nn.Conv2d(3, 8, 1), chain))[1]
 
 
@@ -330,7 +330,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "nothing_follows_a_dense_convolution": (
         lambda: Chain(lambda m, x: (lambda y: m.b(y) - y)(m.a(x)), a=nn.Conv2d(8, 8, 3), b=nn.BatchNorm2d(8)),
-        "there is nothing behind it to fuse with",
+        "there is nothing after it to fuse with",
     ),
     "control_flow": (
         lambda: Chain(lambda m, x: m.b(m.a(x)) if x.sum() > 0 else x, a=_depthwise(), b=nn.BatchNorm2d(8)),

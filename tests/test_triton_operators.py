@@ -27,7 +27,7 @@ OPCHECK_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor",
 
 
 def case_of(op: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
-    """A small case that uses every optional argument of the operator."""
+    """Return a small case that uses every optional argument of the operator."""
     full = {"channels": 8, "out_channels": 7, "reduced": 3, "height": 6, "width": 7}
     return Case(op, dtype, bias=True, gated=True, residual=True, **(full | changes))
 

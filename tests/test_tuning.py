@@ -63,7 +63,7 @@ class TestTheFile:
         assert len(names) == 5
         assert all("/" not in name and " " not in name for name in names)
 
-    def test_lies_where_the_environment_says(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_the_environment_names_the_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(tuned_plan.VARIABLE, str(tmp_path / "told"))
         assert tuned_plan.folder() == tmp_path / "told"
         monkeypatch.delenv(tuned_plan.VARIABLE)
@@ -163,7 +163,7 @@ class TestTheFile:
         assert sorted(path.suffix for path in file.parent.iterdir()) == [".json", ".lock"], "nothing is left behind"
 
     def test_links_are_not_followed(self, tmp_path: Path) -> None:
-        """What a link in the folder leads to is not written to, whether it is the file or the lock."""
+        """The target of a link in the folder is not written to, whether the link is the file or the lock."""
         file = tuned_plan.file_of(GPU)
         file.parent.mkdir(parents=True, exist_ok=True)
         precious = tmp_path / "precious"

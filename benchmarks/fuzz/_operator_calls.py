@@ -72,7 +72,7 @@ class Call:
         return f"{self.op}({shapes}; {options}; {'/'.join(sorted(dtypes))}, {self.layout}, {self.fill}, {self.isa})"
 
     def draw(self, draw_seed: int) -> dict[str, Any]:
-        """The arguments by name."""
+        """Return the arguments by name."""
         generator = torch.Generator().manual_seed(draw_seed)
         arguments: dict[str, Any] = dict(self.options)
         for name, shape in self.shapes.items():
@@ -92,7 +92,7 @@ class Call:
 
 
 def laid_out(image: Tensor, layout: str, generator: torch.Generator) -> Tensor:
-    """The image in another memory layout. Memory around a sliced or strided one is NaN: nothing may read it."""
+    """Return the image in another memory layout. Memory around a sliced or strided one is NaN: nothing may read it."""
     n, c, h, w = image.shape
     if layout == "channels_last":
         return image.contiguous(memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ def laid_out(image: Tensor, layout: str, generator: torch.Generator) -> Tensor:
 
 
 def available_isas() -> list[str]:
-    """The CPU instruction sets of this build on this machine."""
+    """Return the CPU instruction sets of this build on this machine."""
     found = []
     for name in ("avx512", "avx2", "plain"):
         try:
@@ -176,7 +176,7 @@ def _window(
 
 
 def draw_call(seed: int, isas: list[str]) -> Call:
-    """The call of a seed."""
+    """Return the call of a seed."""
     rng = random.Random(seed)
     op, dtype = rng.choice(OPERATORS), rng.choice(DTYPES)
     batch = rng.choice((0, 1, 1, 1, 2, 3, 5, 17))

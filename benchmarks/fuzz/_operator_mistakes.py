@@ -66,7 +66,7 @@ def _huge(t: Tensor) -> Tensor:
 
 
 def check_mistake(seed: int) -> str | None:
-    """Whether a malformed call raises a ValueError or TypeError that names the argument; None, or what is wrong."""
+    """Check that a malformed call raises a ValueError or TypeError that names the argument; None, or what is wrong."""
     rng = random.Random(seed)
     call = _small_call(rng)
     arguments = call.draw(seed)

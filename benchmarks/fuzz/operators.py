@@ -72,7 +72,7 @@ class _Child:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
 
     def check(self, kind: str, seed: int) -> str | None:
-        """What is wrong with a case; None where nothing is."""
+        """Return what is wrong with a case; None if nothing is."""
         process = self._process or self.start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -121,8 +121,8 @@ class _Child:
 
 
 def check_values(seed: int) -> str | None:
-    """Whether a right call gives right values, the same twice and by any number of threads, and leaves its arguments
-    alone; None, or what is wrong.
+    """Check that a valid call gives right values, the same twice and by any number of threads, and does not change
+    its arguments; None, or what is wrong.
     """
     call = draw_call(seed, available_isas())
     torch.ops.effkernels.cpu_isa(call.isa)
@@ -199,7 +199,7 @@ def _further_errors(call: Call, output: int, seed: int, together: int) -> list[E
 
 
 def _judge(mine: Tensor, truth: Tensor, own: list[Errors]) -> str | None:
-    """What breaks the rule: twice PyTorch's own error in the same dtype, plus one rounding (effkernels.ops.parity)."""
+    """Return what exceeds twice PyTorch's own error in the same dtype plus one rounding (effkernels.ops.parity)."""
     found, one = errors(mine, truth), torch.finfo(mine.dtype).eps / 2
     for name, error, most in (
         ("l2", found.l2, max(e.l2 for e in own)),

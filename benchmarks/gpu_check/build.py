@@ -1,4 +1,4 @@
-"""Part `build`: the library is there, loads, and holds code for this GPU; where it does not, it is built in place."""
+"""Part `build`: the library exists, loads, and holds code for this GPU; otherwise it is built in place."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ print(json.dumps([_library.load_error() or "", unfit or "", missing]))
 
 
 def problem() -> str:
-    """What is wrong with the library as it is now, in one line; "" if nothing is."""
+    """Return what is wrong with the library as it is now, in one line; "" if nothing is."""
     done = subprocess.run(python("-c", _ASK), capture_output=True, text=True, env=environment(), cwd=ROOT)
     if done.returncode != 0:
         return (done.stderr.strip().splitlines() or ["the package does not import"])[-1]

@@ -24,7 +24,7 @@ class PartMissing(Exception):
 
 
 def only(loops: Sequence[Loop], words: str, kernel: Kernel) -> Loop:
-    """The first of the loops that were found.
+    """Return the first of the loops that were found.
 
     Raises:
         PartMissing: there is none.
@@ -35,13 +35,13 @@ def only(loops: Sequence[Loop], words: str, kernel: Kernel) -> Loop:
 
 
 def around(flow: Flow, loop: Loop, left_out: Sequence[Loop] = (), score: Score = longest) -> Counters:
-    """One pass through a loop."""
+    """Return one pass through a loop."""
     return counters(way(flow, loop.first, loop.last, score, left_out))
 
 
 def norm_of_channel(flow: Flow, loop: Loop) -> Counters:
     """Scale and shift of a channel. Each parameter of 16 bits is waited for; the convolution of a network has no bias,
-    and the loads of 32-bit parameters stand beside those of 16 bits, one of them under a predicate that does not hold.
+    and the loads of 32-bit parameters are beside those of 16 bits, one of them under a predicate that does not hold.
     """
     path = way(flow, loop.first, loop.last, longest)
     narrow = sum(one.name == "LDG" and "U16" in one.opcode.split(".") for one in path)
@@ -58,13 +58,13 @@ def innermost(loops: Sequence[Loop]) -> list[Loop]:
 
 
 def gate_parts(flow: Flow, kernel: Kernel, loops: Sequence[Loop], images: int = 4) -> Parts:
-    """The two products of squeeze-and-excitation: a pass over one vector of weights ("reduce", "expand.8": 8 at
+    """Return the two products of squeeze-and-excitation: a pass over one vector of weights ("reduce", "expand.8": 8 at
     a time), without images and for each image, and what is around these loops for a row or channel, likewise.
 
     The loop of the first product holds 4 vectors of weights, that of the second EXPAND_AHEAD.
 
     Args:
-        images: whose products stand in the code, one after the other.
+        images: whose products are in the code, one after the other.
     """
     size = element_bytes(kernel)
     parts: Parts = {}
@@ -105,7 +105,7 @@ def gate_parts(flow: Flow, kernel: Kernel, loops: Sequence[Loop], images: int = 
 
 
 def _wide(loop: Loop, width: int) -> bool:
-    """Whether every load of global memory in a loop has this width in bytes."""
+    """Return whether every load of global memory in a loop has this width in bytes."""
     names = {16: {"128"}, 8: {"64"}, 4: set(), 2: {"U16"}}[width]
     others = {"128", "64", "U16", "S16", "U8"} - names
     loads = [set(one.opcode.split(".")) for one in loop.instructions if one.name == "LDG"]
@@ -340,7 +340,7 @@ _PARTS: Mapping[str, Callable[[Kernel], Parts]] = {
 
 
 def counted(kernel: Kernel) -> bool:
-    """Whether the kernel's parts are counted: those of sizes that are read at run time, and element by element, are
+    """Return whether the parts are counted: those of sizes that are read at run time, and element by element, are
     not."""
     if kernel.family == "depthwise_strips":
         return int(kernel.arguments[1]) > 0
@@ -350,7 +350,7 @@ def counted(kernel: Kernel) -> bool:
 
 
 def count_kernels(kernels: Sequence[Kernel]) -> dict[str, KernelCounts]:
-    """The table, of the kernels for sm_90.
+    """Return the table, of the kernels for sm_90.
 
     Raises:
         PartMissing: the code of a kernel does not have a part that is counted.

@@ -1,6 +1,6 @@
 """Reads registers, memory and instructions of every kernel from nvcc's output, by cuobjdump and nvdisasm.
 
-Both come with the CUDA toolkit, or from PyPI as nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+Both are part of the CUDA toolkit, or from PyPI as nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ToolMissing(Exception):
 
 
 def find_tool(name: str) -> Path:
-    """A program of the CUDA toolkit: on PATH, under /usr/local/cuda, or in this Python's nvidia packages.
+    """Return a program of the CUDA toolkit: on PATH, under /usr/local/cuda, or in this Python's nvidia packages.
 
     Raises:
         ToolMissing: it is in none of these places; the message says how to get it.
@@ -176,7 +176,7 @@ _WITHOUT_LISTING = ("depthwise_any",)
 
 
 def _instructions(listing: str) -> dict[tuple[int, str], tuple[Counter[str], str]]:
-    """By (architecture, mangled name): how often each opcode stands in the disassembly, and the disassembly."""
+    """By (architecture, mangled name): how often each opcode is in the disassembly, and the disassembly."""
     found = {}
     for arch, text in _sections(listing):
         for function in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
@@ -214,7 +214,7 @@ def _resources(listing: str) -> dict[tuple[int, str], dict[str, int]]:
 
 
 def read_kernels(binary: Path) -> list[Kernel]:
-    """Every kernel in an object file, a library or a program that nvcc built, by name and architecture.
+    """Return every kernel in an object file, a library or a program that nvcc built, by name and architecture.
 
     Raises:
         ToolMissing: cuobjdump, nvdisasm or c++filt is not there.
@@ -276,7 +276,7 @@ def _run_nvcc(command: Sequence[str | Path]) -> None:
 
 
 def nvcc_version() -> str:
-    """The release of nvcc, "13.0.88"."""
+    """Return the release of nvcc, "13.0.88"."""
     match = re.search(r"V(\d+\.\d+\.\d+)", _output_of_nvcc())
     return match[1] if match else "unknown"
 

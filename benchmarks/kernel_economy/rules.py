@@ -1,4 +1,4 @@
-"""What every kernel family claims, and whether what the compiler made of it keeps the claim.
+"""The claims of every kernel family, and the check that the compiled code keeps them.
 
 A family without an entry in `CLAIMS` is an error of its own: a new kernel says what it promises.
 """
@@ -21,7 +21,7 @@ _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def element_bytes(kernel: Kernel) -> int:
-    """Bytes of an element of the images: of the first type among the template arguments, else 4."""
+    """Return the bytes of an element of the images: of the first type among the template arguments, else 4."""
     return next((_ELEMENT_BYTES[name] for name in kernel.arguments if name in _ELEMENT_BYTES), 4)
 
 
@@ -36,7 +36,7 @@ def in_registers(kernel: Kernel) -> str | None:
 
 
 def wide_loads(at_least: int = 1) -> Rule:
-    """At least so many 16-byte reads of global memory stand in the code, into registers or shared memory."""
+    """At least so many 16-byte reads of global memory are in the code, into registers or shared memory."""
 
     def rule(kernel: Kernel) -> str | None:
         found = kernel.accesses("LDG")[16] + kernel.accesses("LDGSTS")[16]
@@ -55,7 +55,7 @@ def wide_stores(kernel: Kernel) -> str | None:
 
 
 def some_wide_stores(at_least: int) -> Rule:
-    """At least so many 16-byte stores stand in the code; narrow ones, for channels that do not divide, may too."""
+    """At least so many 16-byte stores are in the code; so may be narrow ones, for channels that do not divide."""
 
     def rule(kernel: Kernel) -> str | None:
         found = kernel.accesses("STG")[16]
@@ -295,7 +295,7 @@ def within_pointwise_budget(kernel: Kernel) -> str | None:
 
 @dataclass(frozen=True)
 class Claim:
-    """What the kernels promise whose whole name matches ``pattern``.
+    """The claim of the kernels whose whole name matches ``pattern``.
 
     Attributes:
         says: the claim in words, for docs/kernels.md.
@@ -306,7 +306,7 @@ class Claim:
     rules: tuple[Rule, ...]
 
     def broken(self, kernel: Kernel) -> list[str]:
-        """What of the claim, and of what holds for every kernel, is not so."""
+        """Return which parts of the claim, and of the rules for every kernel, are broken."""
         return [message for rule in (in_registers, overlaps_safely, *self.rules) if (message := rule(kernel))]
 
 
@@ -420,12 +420,12 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def claim_of(kernel: Kernel, claims: Sequence[Claim] = CLAIMS) -> Claim | None:
-    """The first claim whose pattern matches the kernel's whole name."""
+    """Return the first claim whose pattern matches the kernel's whole name."""
     return next((claim for claim in claims if re.fullmatch(claim.pattern, kernel.name)), None)
 
 
 def broken_claims(kernels: Iterable[Kernel], claims: Sequence[Claim] = CLAIMS) -> list[str]:
-    """One line for everything that is not as claimed, and for every kernel without a claim."""
+    """Return one line for everything that is not as claimed, and for every kernel without a claim."""
     lines = []
     for kernel in kernels:
         claim = claim_of(kernel, claims)

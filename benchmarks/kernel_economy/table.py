@@ -25,12 +25,12 @@ _PROBE = Path(__file__).with_name("activations.cu")
 
 
 def caption(version: str) -> str:
-    """The line that tells what the tables were made with; they hold for that compiler only."""
+    """Return the line that names the tools that made the tables, which are valid for that compiler only."""
     return f"Compiled by nvcc {version} for sm_90."
 
 
 def kernel_lines(kernels: Sequence[Kernel]) -> list[str]:
-    """One line per kernel: registers, what fits a multiprocessor by registers, wide accesses, products."""
+    """Return one line per kernel: registers, what fits a multiprocessor by registers, wide accesses, products."""
     lines = [
         "| kernel | registers | blocks x threads | 16-byte loads | cp.async | 16-byte stores | HMMA | FFMA "
         "| MUFU TANH, EX2, RCP |",
@@ -49,7 +49,7 @@ def kernel_lines(kernels: Sequence[Kernel]) -> list[str]:
 
 
 def claim_lines(kernels: Sequence[Kernel]) -> list[str]:
-    """What each family claims; every claim includes that nothing is spilled."""
+    """Return the claims of each family; every claim includes that nothing is spilled."""
     lines = ["| kernels | claim |", "|---|---|"]
     for claim in dict.fromkeys(claim for kernel in kernels if (claim := claim_of(kernel))):
         names = [kernel.name for kernel in kernels if claim_of(kernel) == claim]
@@ -66,7 +66,7 @@ def issued_lines(kernels: Sequence[Kernel]) -> list[str]:
         "|---|--:|--:|" + "--:|" * len(pipes),
     ]
     for kernel in kernels:
-        sixteen_bits = element_bytes(kernel) == 2  # whose swish the way is told by
+        sixteen_bits = element_bytes(kernel) == 2  # whose swish identifies the way
         if kernel.family == "depthwise_strips" and sixteen_bits and int(kernel.arguments[1]) > 0:
             found = issued(kernel)
             each = " | ".join(f"{found.pipes.get(pipe, 0.0):.1f}" for pipe in pipes)
@@ -190,7 +190,7 @@ def activation_lines(folder: Path) -> list[str]:
 
 
 def section(kernels: Sequence[Kernel], folder: Path) -> str:
-    """What stands between the markers.
+    """Return the text between the markers.
 
     Args:
         kernels: of the library; those for sm_90 count.
@@ -234,14 +234,14 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
 
 
 def with_section(page: str, text: str) -> str:
-    """The page with what stands between the markers replaced.
+    """Return the page with the text between the markers replaced.
 
     Raises:
         ValueError: a marker is missing.
     """
     for marker in (BEGIN, END):
         if page.count(marker) != 1:
-            raise ValueError(f"docs/kernels.md: the marker {marker!r} must stand there once")
+            raise ValueError(f"docs/kernels.md: the marker {marker!r} must be there once")
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"

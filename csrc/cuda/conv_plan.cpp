@@ -1,4 +1,4 @@
-// The plans of conv_bn_act: of its own kernel for few input channels, and of the norm and activation behind another's.
+// The plans of conv_bn_act: of its own kernel for few input channels, and of the norm and activation after another's.
 #include "conv.h"
 
 #include <algorithm>
@@ -58,7 +58,7 @@ int64_t fill(const ConvParams& p, int warps, ConvPlan* plan) {
   return shared;
 }
 
-// What a block does before its first tile costs some 4/5 of a tile: as many tiles a block as give the least work to the
+// A block's work before its first tile costs some 4/5 of a tile: as many tiles a block as give the least work to the
 // multiprocessor that has most. More than kMost would leave too few blocks to even out what one of them is late.
 int choose_tiles_per_block(int64_t tiles, int64_t resident) {
   constexpr int kMost = 8;

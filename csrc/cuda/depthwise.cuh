@@ -33,7 +33,7 @@ struct DepthwiseTraits {
   static_assert(kKernel == compiled_kernel(kKernel, kKernel) && kStride >= 1, "no size that a plan asks for");
 };
 
-// What a depthwise kernel is given. Without squeeze-and-excitation se.gate is null.
+// The arguments of a depthwise kernel. Without squeeze-and-excitation se.gate is null.
 struct DepthwiseArguments {
   DepthwiseParams depthwise;
   SqueezeExciteParams se;
@@ -41,7 +41,7 @@ struct DepthwiseArguments {
   DepthwiseWork work;
 };
 
-// Which part of the output a thread works on.
+// The part of the output that a thread computes.
 struct DepthwiseLane {
   int group;    // of channels
   int tile;     // run of strips
@@ -81,9 +81,9 @@ struct StripCursor {
 };
 
 // The block's parameters as float32 in shared memory: a row of block_channels values for each tap, one of scales and
-// one of shifts. Within a row the channels lie in planes: first of every vector its channels 0 to 3, then of every
-// vector its channels 4 to 7. A thread reads 16 bytes of a plane, its neighbours the 16 bytes beside them, without a
-// conflict.
+// one of shifts. Within a row the channels are stored in planes: first of every vector its channels 0 to 3, then of
+// every vector its channels 4 to 7. A thread reads 16 bytes of a plane, its neighbours the 16 bytes beside them,
+// without a conflict.
 template <int V>
 constexpr int kQuad = V < 4 ? V : 4;  // channels of a vector in one plane
 
@@ -94,7 +94,7 @@ __device__ __forceinline__ int place_in_row(int channel, int block_channels) {
   return channel / kQuad<V> % kPlanes * (block_channels / kPlanes) + channel / V * kQuad<V> + channel % kQuad<V>;
 }
 
-// What a thread reads of them.
+// The parameters that a thread reads.
 template <int V>
 class ThreadParameters {
  public:
@@ -325,8 +325,7 @@ __device__ __forceinline__ void finish_strip(const ThreadParameters<V>& paramete
   activate<T>(reinterpret_cast<float (&)[kPixels * V]>(value), activation);
 }
 
-// The channel sums of a thread lie in shared memory, one row per lane: in registers they would be in the way of the
-// convolution.
+// The channel sums of a thread are in shared memory, one row per lane: the convolution needs the registers.
 template <int V>
 __device__ __forceinline__ void add_to_lane(const float (&sum)[V], float* lane_sums) {
 #pragma unroll
@@ -363,7 +362,7 @@ __device__ __forceinline__ void add_lanes(const DepthwisePlan& plan, float* lane
   __syncthreads();
 }
 
-// Shared memory behind the block's parameters, where channel means are asked for.
+// Shared memory after the block's parameters, if channel means are asked for.
 struct SumsInShared {
   float* lane_sums;  // (lanes, block_channels)
   float* sums;       // (images, block_channels)

@@ -3,8 +3,8 @@
 //   gate   = gate_activation(w_expand @ hidden + b_expand)  C values per image
 // and the kernel of squeeze_excite_gate, which is these parts alone.
 //
-// What has to be read are the weights: 2 C R values for each image, from the L2 cache. A block that has several images
-// at hand reads each weight once for all of them (kMostImagesOfGate). Every sum has a fixed order.
+// The reads are mostly weights: 2 C R values for each image, from the L2 cache. A block that has several images
+// reads each weight once for all of them (kMostImagesOfGate). Every sum has a fixed order.
 #pragma once
 #include "arrival.cuh"
 #include "numeric.cuh"
@@ -82,7 +82,7 @@ __device__ void reduce_product(const SqueezeExciteParams& p, int64_t first, int 
                         images, hidden, hidden_stride);
 }
 
-// Bias and activation of the first product, in place on images * R values that lie together; ends with a barrier.
+// Bias and activation of the first product, in place on images * R adjacent values; ends with a barrier.
 __device__ __forceinline__ void activate_hidden(const SqueezeExciteParams& p, int images, float* hidden) {
   const int reduced = static_cast<int>(p.reduced);
   for (int at = threadIdx.x; at < images * reduced; at += blockDim.x) {
@@ -159,7 +159,7 @@ __device__ void expand_product_of(const SqueezeExciteParams& p, int64_t first, i
     expand_rows<W, 1>(p, first, count, hidden, images, write);
 }
 
-// hidden: images * R values that lie together.
+// hidden: images * R adjacent values.
 template <class T, class Write>
 __device__ void expand_product(const SqueezeExciteParams& p, int64_t first, int count, const float* hidden, int images,
                                Write write) {

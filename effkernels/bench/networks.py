@@ -38,7 +38,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure: calls before the first round, rounds, and whether peak memory is wanted too."""
+    """Options of a measurement: calls before the first round, rounds, and whether peak memory is wanted too."""
 
     warmup: int = 3
     rounds: int = 20
@@ -51,12 +51,12 @@ def model_size(model: str) -> int:
 
 
 def case_name(case: Case) -> str:
-    """The case as rows name it: 'efficientnet_b0@224'."""
+    """Return the case as rows name it: 'efficientnet_b0@224'."""
     return f"{case.model}@{case.img_size}"
 
 
 def steps(contenders: Sequence[str], options: Options) -> int:
-    """How often `run_case` calls ``advance``: preparing, turns and memory of each contender."""
+    """Return how often `run_case` calls ``advance``: preparing, turns and memory of each contender."""
     return len(contenders) * (1 + options.rounds + int(options.memory))
 
 
@@ -81,12 +81,12 @@ def _error(runner: Runner, case: Case) -> float:
 
 @functools.lru_cache(maxsize=1)
 def _plain_error(case: Case) -> float:
-    """What plain PyTorch is off in the precision of a case."""
+    """Return the error of plain PyTorch in the precision of a case."""
     return _error(CONTENDERS["eager"].prepare(case), case)
 
 
 def _prepare(name: str, case: Case) -> tuple[Runner, float] | str:
-    """The contender ready to run, and its error against float64; or why it does not run."""
+    """Return the contender ready to run, and its error against float64; or why it does not run."""
     reason = CONTENDERS[name].unavailable(case)
     if reason:
         return reason

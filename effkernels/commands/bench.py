@@ -120,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _results_file(name: str | None) -> Path | None:
-    """The file of ``--results-file``, found fit to be appended to before anything is measured."""
+    """Return the file of ``--results-file``, found fit to be appended to before anything is measured."""
     if name is None:
         return None
     path = Path(name)

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-tf32",
         action="store_true",
-        help="float32 convolutions exact, not in TF32 as PyTorch lets them by default",
+        help="exact float32 convolutions, not in TF32, which is PyTorch's default",
     )
     names = ", ".join(gpu.name for gpu in gpus.GPUS)
     parser.add_argument("--device", default=gpus.DEFAULT_GPU, metavar="GPU", help=f"{names}; default: %(default)s")
@@ -175,7 +175,7 @@ def _meaning(plan: Plan, gpu: Gpu) -> str:
         "floor: computed, not measured. Each launch takes at least the longest of its bytes at "
         f"{gpu.bandwidth / 1e9:.0f} GB/s, its FLOPs at {tensor} TFLOP/s in tensor cores or {gpu.float32 / 1e12:g} "
         f"outside of them, and its special functions at {gpu.special_functions / 1e12:.2f} T/s. These rates are "
-        "published ones and never quite reached; starting the launches comes on top; and data that is still in the "
+        "published ones and never quite reached; the time to start launches is extra; and data that is still in the "
         f"L2 cache ({gpu.l2 / 2**20:.0f} MiB) can arrive sooner than its floor says.",
         "MB: every argument, parameter and result once, scratch memory written and read. grid: blocks, /N in clusters "
         "of N, * all resident at once. aten:: are PyTorch's own kernels, one launch each; their grids are not known "

@@ -122,7 +122,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _model_with_weights(name: str, file: str | None, pretrained: bool) -> tuple[EfficientNet, str | None]:
     """Return the model and where its weights are from: the file, the repository of the hub, or None for random ones.
 
-    The model has the classes of its weights. Random weights come with a warning.
+    The model has the classes of its weights. For random weights a warning is printed.
     """
     if pretrained:
         try:

@@ -25,7 +25,7 @@ IMAGE_FORMATS = (
 
 
 def example_image() -> Path:
-    """The photograph that scikit-image ships as `skimage.data.astronaut()`, as a file.
+    """Return the photograph that scikit-image ships as `skimage.data.astronaut()`, as a file.
 
     Raises:
         ImportError: scikit-image is not installed.
@@ -135,7 +135,7 @@ def decode(
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image as RGB, upright.
+    """Return an image as RGB, upright.
 
     Grey, palette, CMYK and 16-bit images are converted (of 16 bits, and of the 12 bits that some TIFF files have, the
     upper 8 stay), transparency is dropped, and the orientation that a camera noted is applied.

@@ -71,7 +71,7 @@ def _timm_config(model: nn.Module) -> Mapping[str, Any]:
 
 
 def preprocessing_of(model: nn.Module, size: tuple[int, int, int]) -> tuple[Preprocessing, str]:
-    """How a model wants its images, and where that is from: its configuration, or the ImageNet recipe.
+    """Return a model's preprocessing and its source: the model's configuration, or the ImageNet recipe.
 
     Raises:
         ValueError: the configuration asks for what is not there; the message names it.
@@ -97,7 +97,7 @@ def preprocessing_of(model: nn.Module, size: tuple[int, int, int]) -> tuple[Prep
 
 
 def preprocessing_from(given: Any, model: nn.Module, size: tuple[int, int, int]) -> tuple[Preprocessing, str]:
-    """The `preprocessing` argument of an engine, and in a few words where it is from.
+    """Return the `preprocessing` argument of an engine, and in a few words where it is from.
 
     Raises:
         TypeError: it is none.
@@ -122,7 +122,7 @@ def preprocessing_from(given: Any, model: nn.Module, size: tuple[int, int, int])
 
 
 def check_pixels(image: Any, channels: int, dimensions: str) -> Tensor:
-    """A uint8 array or tensor as a tensor (no copy), checked.
+    """Return a uint8 array or tensor as a tensor (no copy), checked.
 
     Args:
         dimensions: "HWC" or "NHWC".
@@ -156,7 +156,7 @@ def check_pixels(image: Any, channels: int, dimensions: str) -> Tensor:
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """Refuse a tensor whose values do not lie in memory one by one.
+    """Refuse a tensor whose values are not stored in memory one by one.
 
     Raises:
         TypeError: it is sparse, packed for a library, quantized or nested, or of a class that computes for itself.
@@ -176,12 +176,12 @@ def _check_pixel_count(height: int, width: int) -> None:
 
 
 def is_pil_image(image: Any) -> bool:
-    """Whether Pillow made it; Pillow itself is not needed to find out."""
+    """Return whether Pillow made it, without an import of Pillow."""
     return any(cls.__module__ == "PIL.Image" and cls.__name__ == "Image" for cls in type(image).__mro__)
 
 
 def to_pixels(image: Any, channels: int) -> Tensor:
-    """One image as uint8, (H, W, C).
+    """Return one image as uint8, (H, W, C).
 
     Args:
         image: a PIL image of any mode, or a uint8 array or tensor (H, W, C).
@@ -248,7 +248,7 @@ def transform(pixels: Tensor, preprocessing: Preprocessing, *, integers: bool | 
 
 
 def _resized(levels: Tensor, dimension: int, length: int, scale: float | None, interpolation: str) -> Tensor:
-    """One pass of Pillow's resize along one dimension: whole levels from 0 to 255, in the dtype of `levels`.
+    """Return one pass of Pillow's resize along one dimension: whole levels from 0 to 255, in the dtype of `levels`.
 
     Args:
         length: what the dimension becomes; it does not count where `scale` gives the ratio.
@@ -268,7 +268,7 @@ def _resized(levels: Tensor, dimension: int, length: int, scale: float | None, i
 
 
 def _window(levels: Tensor, dimension: int, start: int, size: int, scale: float) -> tuple[Tensor, int]:
-    """The part of a long image that a crop needs, and where the crop starts in its resized form.
+    """Return the part of a long image that a crop needs, and where the crop starts in its resized form.
 
     The part begins where a pixel's edge falls on one of the resized image as closely as can be found, so that the
     resize of the part meets the same points.

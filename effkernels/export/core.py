@@ -31,7 +31,7 @@ class Exported:
         file: written.
         format: of `FORMATS`.
         bytes: of the file.
-        library: the operator library beside it, without which it does not load; None where it needs none.
+        library: the operator library beside it, without which it does not load; None if it needs none.
         operators: of that library that it calls.
         input_shape: (batch, channels, height, width), "1:64" for a range.
         dtype: of the input.
@@ -51,7 +51,7 @@ class Exported:
     limit: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes as what JSON has."""
+        """Return the attributes as what JSON has."""
         return {**asdict(self), "file": str(self.file), "library": None if self.library is None else str(self.library)}
 
 
@@ -85,7 +85,7 @@ def export_model(
         dtype: of weights and input: float32, bfloat16 or float16; ONNX files are float32.
         device: "cpu" or "cuda"; packages and programs run on that kind of device only.
         opset: version of the ONNX operators, 18 to 23; None: 20.
-        overwrite: replace files that are there.
+        overwrite: replace existing files.
 
     Returns:
         What was written and how it was checked.
@@ -93,7 +93,7 @@ def export_model(
     Raises:
         ValueError: an argument that is not allowed, or not for this format; the message names it.
         ImportError: a package that the format needs is missing; the message names the extra that brings it.
-        FileExistsError, FileNotFoundError: the file is there already, or its folder is not.
+        FileExistsError, FileNotFoundError: the file exists already, or its folder does not.
         ExportError: the network cannot be exported, or the file does not compute the same. Nothing is left on disk.
     """
     file, device = Path(output), torch.device(device)
@@ -172,7 +172,7 @@ def _check_arguments(
     if file.is_dir():
         raise ValueError(f"output={str(file)!r} is a folder; allowed: a file")
     if file.exists() and not overwrite:
-        raise FileExistsError(f"output={str(file)!r} is there already; overwrite=True (--force) replaces it")
+        raise FileExistsError(f"output={str(file)!r} exists already; overwrite=True (--force) replaces it")
     allowed = (torch.float32,) if name == "onnx" else DTYPES
     if dtype not in allowed:
         raise ValueError(f"dtype={dtype}; allowed for format={name!r}: {', '.join(map(str, allowed))}")
@@ -193,7 +193,7 @@ def _check_arguments(
 def _check_operators(job: Job) -> None:
     """Refuse a graph whose operators would be missing where the file runs."""
     if job.on_reference and job.operators:
-        raise ExportError(f"{job.name}: {', '.join(job.operators)} stayed in a graph that is to be plain PyTorch")
+        raise ExportError(f"{job.name}: {', '.join(job.operators)} are still in a graph that should be plain PyTorch")
     python = [name for name in job.operators if not name.startswith(_COMPILED)]
     if python:
         raise ExportError(
@@ -210,12 +210,12 @@ def _image_channels(model: nn.Module) -> int:
 
 
 def _copy_library(folder: Path, target: Path, overwrite: bool) -> Path:
-    """The operator library in `target`; what is the same is left alone."""
+    """Return the operator library in `target`; what is the same is left alone."""
     library = target / _library.LIBRARY_FILE.name
     if library.exists() and filecmp.cmp(library, _library.LIBRARY_FILE, shallow=False):
         return library
     if library.exists() and not overwrite:
-        raise FileExistsError(f"{library} is there already and is another build; overwrite=True (--force) replaces it")
+        raise FileExistsError(f"{library} exists already and is another build; overwrite=True (--force) replaces it")
     shutil.copy2(_library.LIBRARY_FILE, folder)
     os.replace(folder / library.name, library)
     return library

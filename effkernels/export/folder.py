@@ -33,7 +33,7 @@ def working_folder(parent: Path) -> Iterator[Path]:
 
 
 def _new(parent: Path) -> tuple[Path, int]:
-    """A folder, and the descriptor that holds its lock."""
+    """Return a folder, and the descriptor that holds its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         try:

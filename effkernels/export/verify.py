@@ -32,7 +32,7 @@ Run = Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an exported network is from float64 and how far it may be, where it is nearest to too far.
+    """The error of an exported network against float64 and its limit, where the error is nearest to the limit.
 
     Attributes:
         ok: within the rule of `effkernels.ops.parity`.
@@ -97,7 +97,7 @@ def verify(run: Run, model: nn.Module, sizes: Sizes, dtype: torch.dtype, device:
 
 
 class _Yardstick:
-    """What plain PyTorch makes of images: in the model's dtype with NCHW and with channels_last tensors, in float64.
+    """Plain PyTorch's results for images: in the model's dtype with NCHW and with channels_last tensors, in float64.
 
     A deep network multiplies rounding errors by chance, so PyTorch's own error is that of its worse layout.
     """

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class ScalingCoefficients:
-    """How one network is scaled against the baseline.
+    """The factors by which one network is scaled from the baseline.
 
     Attributes:
         width: factor on the number of channels.

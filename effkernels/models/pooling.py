@@ -39,7 +39,7 @@ class GlobalPool(nn.Module):
         return y
 
     def is_identity(self) -> bool:
-        """Whether nothing is pooled."""
+        """Return whether nothing is pooled."""
         return not self.pool_type
 
     def feat_mult(self) -> int:

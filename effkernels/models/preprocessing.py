@@ -1,4 +1,4 @@
-"""How an image becomes the input of a network.
+"""Turn an image into the input of a network.
 
 The evaluation transform of the ImageNet recipes, and of timm: the shorter side resized to img_size / crop_pct (both
 sides with crop_mode "squash"), a central square of img_size cut out, values to [0, 1], then mean and standard deviation
@@ -29,7 +29,7 @@ CROP_MODES = ("center", "squash")
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the input of a model.
+    """The steps that turn an image into the input of a model.
 
     Attributes:
         img_size: height and width of the input in pixels.
@@ -59,12 +59,12 @@ class Preprocessing:
 
     @classmethod
     def of(cls, config: ModelConfig, img_size: int | None = None) -> Preprocessing:
-        """What a model was designed for (``effkernels.models.model_config(name)``), optionally at another size."""
+        """Return a model's preprocessing (``effkernels.models.model_config(name)``), optionally at another size."""
         size = config.input_size[-1] if img_size is None else img_size
         return cls(size, config.crop_pct, config.interpolation, config.mean, config.std, config.crop_mode)
 
     def placement(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What an image of width x height pixels is resized to, (width, height), and the (left, top) of the crop."""
+        """Return the (width, height) that an image of width x height is resized to, and the (left, top) of the crop."""
         short = math.floor(self.img_size / self.crop_pct)
         if self.crop_mode == "squash":
             width = height = short
@@ -72,7 +72,7 @@ class Preprocessing:
         return resized, (round((resized[0] - self.img_size) / 2), round((resized[1] - self.img_size) / 2))
 
     def __call__(self, image: PIL.Image.Image) -> Tensor:
-        """A decoded RGB image as a tensor, (3, img_size, img_size), float32, normalised."""
+        """Return a decoded RGB image as a tensor, (3, img_size, img_size), float32, normalised."""
         import numpy
         import PIL.Image
 

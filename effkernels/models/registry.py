@@ -23,7 +23,7 @@ from effkernels.models.variants import VARIANTS
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """What a name stands for.
+    """A registered name and what `create_model` builds for it.
 
     Attributes:
         config: the input the model expects; its `name` is the name.
@@ -128,7 +128,7 @@ def create_model(
         out_indices: of a backbone: which maps; None: all.
         feature_cls: of a backbone, for code written for timm: "list" or "getter", which give the same list of maps;
             None: "list".
-        pad_type, bn_eps, bn_momentum: override what the name, or the checkpoint's library, stands for.
+        pad_type, bn_eps, bn_momentum: override what the name, or the checkpoint's library, implies.
         checkpoint_path: a .pth or .safetensors file of timm, torchvision, lukemelas, Hugging Face or NVIDIA; see
             `effkernels.models.load_checkpoint`.
         backend: that runs the operators, one of `effkernels.ops.backends.BACKENDS`; None and "auto": as
@@ -206,7 +206,7 @@ def load_checkpoint(
     Padding, eps and momentum of the model are set to what the file's library uses, so that the logits are that
     library's: torchvision and NVIDIA pad symmetrically; lukemelas and Hugging Face pad SAME as it is at the native
     size, whatever the size of the image (pad_type="same" for lukemelas models built with image_size=None). timm's
-    keys do not tell `tf_efficientnet_*` from `efficientnet_*`: there the model stays as its name says. Weights of
+    keys do not distinguish `tf_efficientnet_*` from `efficientnet_*`: there the model's name decides. Weights of
     lukemelas' fork for the lite variants are TensorFlow's: the model's config then has their mean, std and size. A
     safetensors file of `effkernels export` or `effkernels convert` notes what its weights mean, which is then set.
 
@@ -236,7 +236,7 @@ def load_checkpoint(
 
 
 def _find(name: str) -> tuple[RegisteredModel, ModelConfig]:
-    """Return a registered model and the config that its name, or its tag, stands for."""
+    """Return a registered model and the config of its name, or of its tag."""
     if name in _MODELS:
         return _MODELS[name], _MODELS[name].config
     base, _, tag = name.partition(".")

@@ -1,13 +1,13 @@
-"""When a chain of modules may run as one fused operator, and how their parameters are handed to it.
+"""Decide whether a chain of modules may run as one fused operator, and collect its parameters.
 
 A fused operator computes what the modules would compute one after the other, but it does not call them. So it may only
-stand in for modules of which every effect is known: exactly the expected classes, nothing attached to them. Whatever
+replace modules of which every effect is known: exactly the expected classes, nothing attached to them. Whatever
 else is found (training mode, a hook, a replaced method, a subclass, a parametrization, a norm without running
 statistics, an activation that no operator has) is run as written. The decision reads the modules at every call, because
 any of it may change in between.
 
 The rule for what is looked at: everything that a call of the module would read. Its class decides which methods run, so
-the class has to be one of those below, and no attribute of the instance may stand before a method, a parameter or a
+the class has to be one of those below, and no attribute of the instance may hide a method, a parameter or a
 child (`is_untouched`). Its hooks run, so there has to be none. Its forward reads settings, parameters, buffers and
 children, so each of them is either handed to the operator or compared with what the operator assumes. Where a class is
 added here, its attributes belong into `_ATTRIBUTES` and what its forward reads into one of the functions.
@@ -53,7 +53,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 _GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
-# What an instance of each class has in its __dict__: any other name may stand before a method of the class.
+# What an instance of each class has in its __dict__: any other name may hide a method of the class.
 _ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
     type(module): frozenset(module.__dict__)
     for module in (
@@ -73,14 +73,14 @@ _tracing_state = torch._C._get_tracing_state
 
 
 def calls_modules(x: Tensor) -> bool:
-    """True where the modules are called whatever they are: under torch.jit.trace, and where x is no tensor but a proxy
+    """Return whether modules are always called: under torch.jit.trace, and where x is no tensor but a proxy
     of torch.fx. Both record the calls that they see, and those of the plain modules hold for other users.
     """
     return not isinstance(x, Tensor) or _tracing_state() is not None
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """True where nothing is attached to `module` that a call of it would run: no hook, no method replaced on it."""
+    """Return whether `module` has nothing attached that a call of it would run: no hook, no replaced method."""
     attributes = module.__dict__
     if (
         attributes["_forward_hooks"]
@@ -93,7 +93,7 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def _replaces_nothing(module: nn.Module) -> bool:
-    """True where no attribute of the instance stands before what a call would find in its class or among its parts.
+    """Return whether no attribute of the instance hides what a call would find in its class or among its parts.
 
     Offloading libraries replace `forward` on the instance, others `_conv_forward`; `module.compile()` sets
     `_compiled_call_impl`. Of a class that is not in `_ATTRIBUTES` only the methods of a call are looked at.
@@ -110,7 +110,7 @@ def _replaces_nothing(module: nn.Module) -> bool:
 
 
 def activation_of(module: nn.Module | None) -> str | None:
-    """The activation that `module` is, one of `effkernels.ops.reference.ACTIVATIONS`; None for anything else."""
+    """Return the activation that `module` is, one of `effkernels.ops.reference.ACTIVATIONS`; None for anything else."""
     name = None if module is None else _ACTIVATIONS.get(type(module))
     if module is None or name is None or not is_untouched(module):
         return None
@@ -124,7 +124,7 @@ def activation_of(module: nn.Module | None) -> str | None:
 
 
 def gate_of(module: nn.Module | None) -> str | None:
-    """The gate that `module` is, one of `effkernels.ops.reference.GATES`; None for anything else."""
+    """Return the gate that `module` is, one of `effkernels.ops.reference.GATES`; None for anything else."""
     name = None if module is None else _GATES.get(type(module))
     return name if module is not None and name is not None and is_untouched(module) else None
 
@@ -136,7 +136,7 @@ def norm_arguments(norm: BatchNorm) -> NormArguments:
 
 
 def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
-    """What a norm that normalises by its running statistics hands to an operator; None for anything else.
+    """Return what a norm that uses its running statistics passes to an operator; None for anything else.
 
     Args:
         norm: with its activation (`BatchNormAct2d`), or a batch norm of PyTorch.
@@ -179,7 +179,7 @@ def conv_norm_arguments(conv: nn.Conv2d, norm: NormArguments) -> ConvNormArgumen
 
 
 def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a convolution that does what it seems to do."""
+    """Return True for a convolution that does what it seems to do."""
     if (
         not isinstance(conv, nn.Conv2d)
         or type(conv) not in _CONVOLUTIONS
@@ -192,17 +192,17 @@ def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_square(value: object) -> bool:
-    """Whether a stride or a dilation is one number for both axes, written as PyTorch's constructors write it."""
+    """Return whether a stride or a dilation is one number for both axes, written as PyTorch's constructors write it."""
     return isinstance(value, tuple) and len(value) == 2 and value[0] == value[1]
 
 
 def _pads_explicitly(conv: nn.Conv2d) -> bool:
-    """Whether `explicit_padding` knows the padding."""
+    """Return whether `explicit_padding` knows the padding."""
     return isinstance(conv.padding, str) or (isinstance(conv.padding, tuple) and len(conv.padding) == 2)
 
 
 def is_fusible_pointwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a plain 1x1 convolution: stride 1, no padding, one group."""
+    """Return True for a plain 1x1 convolution: stride 1, no padding, one group."""
     return (
         _is_plain(conv)
         and conv_arguments(conv)[0].shape[2:] == (1, 1)
@@ -213,7 +213,7 @@ def is_fusible_pointwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def is_fusible_depthwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a depthwise convolution that the operators know: one filter a channel, stride 1 or 2."""
+    """Return True for a depthwise convolution that the operators know: one filter a channel, stride 1 or 2."""
     if not _is_plain(conv):
         return False
     channels, depth, height, width = conv_arguments(conv)[0].shape
@@ -228,7 +228,7 @@ def is_fusible_depthwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def is_fusible_dense(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a dense convolution: one group, one stride for both axes, no dilation."""
+    """Return True for a dense convolution: one group, one stride for both axes, no dilation."""
     return (
         _is_plain(conv)
         and conv.groups == 1
@@ -239,8 +239,9 @@ def is_fusible_dense(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """What a module has for `weight` and `bias`, by name. In a replica of `nn.DataParallel` they are plain attributes,
-    except for those that are None.
+    """Return a module's values for `weight` and `bias`, by name.
+
+    In a replica of `nn.DataParallel` they are plain attributes, except for those that are None.
     """
     parameters = module._parameters
     if "weight" in parameters:

@@ -253,7 +253,7 @@ def _is_nothing(module: nn.Module | None) -> bool:
 
 
 def _is_idle(drop_path: nn.Module | None) -> bool:
-    """True where a call of `drop_path` would return its input. Norms may be frozen in eval while it still drops."""
+    """Return whether `drop_path` would return its input. Norms may be frozen in eval while it still drops."""
     if isinstance(drop_path, DropPath) and type(drop_path) is DropPath:
         return (drop_path.rate == 0.0 or not drop_path.training) and is_untouched(drop_path)
     return _is_nothing(drop_path)
@@ -298,7 +298,7 @@ def _project(
 
 
 def _keeps_expanded(x: Tensor, backend: str) -> bool:
-    """Whether the expanded tensor of a block never becomes one.
+    """Return whether the expanded tensor of a block is never written to memory.
 
     The CPU kernel takes the depthwise rows out of the cache where it has just expanded them. On a GPU the two
     convolutions are two launches either way, and the depthwise one computes the gate on its side.

@@ -1,4 +1,4 @@
-"""A batch norm with its activation, and the modules that stand for the activations and gates of the operators.
+"""A batch norm with its activation, and the modules for the activations and gates of the operators.
 
 Norm and activation are one module, with the activation as its child `act`, because that is where timm has them: code
 that cuts a network by its children, or hooks `bn1` or `bn1.act`, finds the same values in both.
@@ -29,7 +29,7 @@ _PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2
 
 
 def not_scriptable(module: nn.Module) -> nn.Module:
-    """What torch.jit.script calls for a module of this package (`__prepare_scriptable__`)."""
+    """Raise RuntimeError: torch.jit.script calls this for a module of this package (`__prepare_scriptable__`)."""
     raise RuntimeError(
         f"{type(module).__name__}: torch.jit.script cannot compile modules that choose between fused operators and "
         f"plain PyTorch; allowed: torch.jit.trace, torch.export.export, effkernels.export_model"
@@ -37,12 +37,12 @@ def not_scriptable(module: nn.Module) -> nn.Module:
 
 
 def activation_module(activation: str) -> nn.Module:
-    """The module of `torch.nn` for one of `effkernels.ops.reference.ACTIVATIONS`."""
+    """Return the module of `torch.nn` for one of `effkernels.ops.reference.ACTIVATIONS`."""
     return _ACTIVATION_MODULES[activation]()
 
 
 def gate_module(gate: str) -> nn.Module:
-    """The module of `torch.nn` for one of `effkernels.ops.reference.GATES`."""
+    """Return the module of `torch.nn` for one of `effkernels.ops.reference.GATES`."""
     return _GATE_MODULES[gate]()
 
 
@@ -89,7 +89,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return not_scriptable(self)
 
     def _recorded(self, input: Tensor) -> Tensor:
-        """The norm of a proxy of torch.fx: without a look at its shape, and without a step of the counter."""
+        """Return the norm of a proxy of torch.fx: without a look at its shape, and without a step of the counter."""
         tracked = not self.training or self.track_running_stats
         return F.batch_norm(
             input,

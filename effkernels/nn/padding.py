@@ -15,7 +15,7 @@ from torch import Tensor, nn
 PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
 
 PAD_TYPES: tuple[str, ...] = ("", "same", "same_native")
-"""`""`: symmetric, as timm spells it; `"same"`: SAME for the size at hand; `"same_native"`: SAME for one fixed size."""
+"""`""`: symmetric, as timm spells it; `"same"`: SAME for each input's size; `"same_native"`: SAME for one size."""
 
 
 def symmetric_padding(kernel_size: int, stride: int = 1, dilation: int = 1) -> int:
@@ -156,7 +156,7 @@ def explicit_padding(conv: nn.Conv2d, height: int, width: int) -> tuple[int, int
 
 
 def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """The padding that a convolution was built with."""
+    """Return the padding that a convolution was built with."""
     if isinstance(conv.padding, str):  # "valid" and PyTorch's "same", which is for stride 1
         left, right, top, bottom = conv._reversed_padding_repeated_twice
         return top, bottom, left, right

@@ -69,7 +69,7 @@ class SqueezeExcite(nn.Module):
 
 
 def fusible_squeeze_excite(module: nn.Module | None) -> SqueezeExciteArguments | None:
-    """What the operators take of a squeeze-and-excitation in place of a call of it; None where it has to be called."""
+    """Return the arguments that replace a call of a squeeze-and-excitation; None if it has to be called."""
     if not isinstance(module, SqueezeExcite) or type(module) is not SqueezeExcite or not is_untouched(module):
         return None
     parts = module._modules

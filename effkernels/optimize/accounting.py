@@ -1,4 +1,4 @@
-"""What a forward launches on a GPU and how many bytes that moves, block by block, as `effkernels.plan` counts them."""
+"""Count the launches of a forward on a GPU and the bytes they move, block by block, with `effkernels.plan`."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def _design_size(model: nn.Module) -> int | tuple[int, ...]:
 
 
 def try_forward(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Forward | None, str]:
-    """One forward of an image of that size on the meta device, whatever device the model is on.
+    """Run one forward of an image of that size on the meta device, whatever device the model is on.
 
     Returns:
         The forward, or None and the reason: the model does not take such an image, or holds tensors of its own.
@@ -111,7 +111,7 @@ def _watching(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iterator[
 
 
 def costs_of(forward: Forward | None, groups: Sequence[frozenset[str]]) -> list[Cost | None]:
-    """The cost of each group of modules (by path, what is below included); None where it is not known."""
+    """Return the cost of each group of modules (by path, what is below included); None if it is not known."""
     if forward is None or not _library.is_loaded() or any(call.dtype not in DTYPES for call in forward.calls):
         return [None] * len(groups)
     gpu = gpus.find(gpus.DEFAULT_GPU)
@@ -127,7 +127,7 @@ def costs_of(forward: Forward | None, groups: Sequence[frozenset[str]]) -> list[
 
 
 def _owner(layer: str, owner: Mapping[str, int]) -> int | None:
-    """The group of the innermost module around a call."""
+    """Return the group of the innermost module around a call."""
     while layer not in owner and layer:
         layer = layer.rpartition(".")[0]
     return owner.get(layer)

@@ -185,7 +185,7 @@ class _Fitter:
         return bool(programs)
 
     def _program(self, unit: Unit, method: Method) -> tuple[Program, bool]:
-        """The program of a method, and whether it is still to be compared with the method.
+        """Return the program of a method, and whether it is still to be compared with the method.
 
         Raises:
             Unknown: it cannot be used; the message says why.
@@ -209,7 +209,7 @@ class _Fitter:
         return program, None in problems
 
     def _backends(self, module: nn.Module, ops: Sequence[str]) -> Iterator[str]:
-        """The backend of each operator, where the module is now."""
+        """Return the backend of each operator, where the module is now."""
         example = next((p for p in module.parameters() if p.is_floating_point()), None)
         if example is None:
             return

@@ -18,7 +18,7 @@ from effkernels.optimize.twins import Twins, double
 # Odd on purpose: what a padding or a stride gets wrong shows at the border of an odd image.
 SMALL_SIZES = ((9, 11), (65, 67))
 GUESS_SIZES = ((12, 10), (10, 13), (33, 34))
-# Large numbers show what differs there alone, a clip at 20: an error of order one. It is enough to tell that from
+# Large numbers show what differs there alone, a clip at 20: an error of order one. It is enough to separate that from
 # rounding, which a softmax on the way makes large, and a whole network as large as the numbers themselves. A power of
 # two rounds nothing.
 _LARGE = 64.0
@@ -26,7 +26,7 @@ _LARGE_DIFFERENCE = {torch.float16: 2**-2, torch.bfloat16: 2**-2}  # 2**-7 in ot
 
 
 def difference(module: nn.Module, method: str, program: Program, shapes: Sequence[tuple[int, ...]]) -> str | None:
-    """Why `program` may not stand in for a method of `module`; "" where it may, None where nothing can be said yet.
+    """Return why `program` may not replace a method of `module`; "" if it may, None if it is not known yet.
 
     The program's error against the original run in float64 may be at most twice that of the original run as it is
     (in the worse of the two memory formats), plus one rounding: what the tests of the operators ask for. A module
@@ -76,7 +76,7 @@ class _Trial:
         self._stood_in_for = [modules[one.path] for one in records if one.attributes is not None]
 
     def problem(self, x: Tensor) -> str | None:
-        """What is wrong with the program's result for `x`; "" if nothing is, None if the numbers say nothing."""
+        """Return what is wrong with the program's result for `x`; "" if nothing is, None if the numbers say nothing."""
         kept = x.clone()
         plain = [self._run_plain(one) for one in (x, x.contiguous(memory_format=torch.channels_last))]
         if not torch.equal(x, kept):
@@ -97,7 +97,7 @@ class _Trial:
         return _judge(ours, plain, exact)
 
     def problem_of_large(self, x: Tensor) -> str:
-        """What is wrong with the program's result for an input of large numbers; "" if nothing is."""
+        """Return what is wrong with the program's result for an input of large numbers; "" if nothing is."""
         plain, ours = self._run_plain(x), self._run_fused(x)
         if isinstance(ours, str):
             return ours
@@ -142,7 +142,7 @@ def _judge(ours: list[Tensor], plain: list[list[Tensor]], truth: list[Tensor]) -
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
-    """The floating tensors in a result."""
+    """Return the floating tensors in a result."""
     leaves = pytree.tree_leaves(dict(result) if isinstance(result, dict) else result)
     return (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
 

@@ -81,7 +81,7 @@ class KernelCounts:
 
 
 def to_json(kernels: Mapping[str, KernelCounts]) -> str:
-    """The table as JSON, sorted, one kernel a line; numbers of a part in the order of `PIPES`."""
+    """Return the table as JSON, sorted, one kernel a line; numbers of a part in the order of `PIPES`."""
     lines = []
     for name in sorted(kernels):
         entry = {
@@ -99,7 +99,7 @@ def _short(value: float) -> float:
 
 
 def from_json(text: str) -> dict[str, KernelCounts]:
-    """The table that `to_json` wrote."""
+    """Return the table that `to_json` wrote."""
     return {
         name: KernelCounts(entry["registers"], {part: Counters(*values) for part, values in entry["parts"].items()})
         for name, entry in json.loads(text).items()
@@ -113,7 +113,7 @@ def shipped() -> Mapping[str, KernelCounts]:
 
 
 def total(parts: Iterable[tuple[Counters, float]]) -> Counters:
-    """The sum of parts, each as often as the number beside it says."""
+    """Return the sum of parts, each as often as the number beside it says."""
     result = Counters()
     for counters, times in parts:
         result = result + counters * times

@@ -44,8 +44,8 @@ class PlannedLaunch:
         layer: path of the module whose weight it reads, or in which it happens.
         op: the operator that launches it, 'effkernels::...' or 'aten::...'.
         kernel: name of the kernel; of a launch of PyTorch's own the operator's name.
-        grid, block: blocks, and threads of a block along x and y; None where PyTorch decides.
-        shared_bytes: dynamic shared memory of a block; None where PyTorch decides.
+        grid, block: blocks, and threads of a block along x and y; None if PyTorch decides.
+        shared_bytes: dynamic shared memory of a block; None if PyTorch decides.
         cluster: blocks of a cluster.
         cooperative: every block is resident at once.
         bytes: each byte of arguments, parameters and results once, of scratch memory twice (written and read back).
@@ -55,7 +55,7 @@ class PlannedLaunch:
         special_functions: operations of the special function units: activations, gates, reciprocal roots of norms.
         floor_us: the longest of what bytes, FLOPs and special functions take at the GPU's published rates.
         limited_by: which of them that is: 'memory', the unit, or 'special'.
-        variant: the kernel with its template arguments; None where PyTorch decides.
+        variant: the kernel with its template arguments; None if PyTorch decides.
         time: an estimate of how long it takes, which counts instructions and fixed costs too.
     """
 
@@ -79,7 +79,7 @@ class PlannedLaunch:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is a kernel of this project, and not one of PyTorch's."""
+        """Return whether it is a kernel of this project, and not one of PyTorch's."""
         return not self.kernel.startswith(_PYTORCH)
 
     @property
@@ -100,7 +100,7 @@ class Totals:
 
     @classmethod
     def of(cls, launches: Iterable[PlannedLaunch]) -> Totals:
-        """The sums over `launches`."""
+        """Return the sums over `launches`."""
         listed = list(launches)
         return cls(
             len(listed),
@@ -113,7 +113,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one forward of a model launches.
+    """The launches of one forward of a model.
 
     Attributes:
         model: name in the registry.
@@ -139,7 +139,7 @@ class Plan:
         return Totals.of(self.launches)
 
     def estimated_us(self, mode: str = MODES[0]) -> float:
-        """The estimated time of a forward in microseconds.
+        """Return the estimated time of a forward in microseconds.
 
         Args:
             mode: one of `effkernels.plan.time_estimate.MODES`: how the launches follow each other.
@@ -155,7 +155,7 @@ class Plan:
         return {name: Totals.of(one for one in self.launches if one.block_of_network == name) for name in names}
 
     def to_json(self) -> str:
-        """The plan and its sums as strict JSON."""
+        """Return the plan and its sums as strict JSON."""
         blocks = {name: asdict(totals) for name, totals in self.by_block().items()}
         report = {**asdict(self), "blocks": blocks, "totals": asdict(self.totals)}
         for fields, launch in zip(report["launches"], self.launches, strict=True):
@@ -165,7 +165,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote."""
+        """Return the plan that `to_json` wrote."""
         report = json.loads(text)
         launches = []
         for fields in report.pop("launches"):
@@ -227,10 +227,10 @@ def plan_model(
 
 
 def plan_call(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
-    """The launches of one call.
+    """Return the launches of one call.
 
     The first one reads the arguments, computes and writes the results; a second one passes over the result once more,
-    reading and writing it: the norm and activation behind a convolution of PyTorch's, or the product with the gate in
+    reading and writing it: the norm and activation after a convolution of PyTorch's, or the product with the gate in
     `depthwise_bn_act_se`, which goes from the first to the second.
     """
     lines = [{"kernel": call.op}]
@@ -285,7 +285,7 @@ def _two(text: str) -> tuple[int, int]:
 
 
 def cuda_plan(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[dict[str, str]]:
-    """The launches of a call of this project's operators as the compiled library plans them, by field."""
+    """Return the launches of a call of this project's operators as the compiled library plans them, by field."""
     name = call.op.removeprefix(_NAMESPACE)
     dtype = str(call.dtype).removeprefix("torch.")
     text: str = torch.ops.effkernels.cuda_plan(name, dtype, _shape(name, call.arguments, allow_tf32), gpu.limits())
@@ -293,7 +293,7 @@ def cuda_plan(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[dict[str, str]]
 
 
 def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]:
-    """The sizes that `cuda_plan` takes for an operator, in its order."""
+    """Return the sizes that `cuda_plan` takes for an operator, in its order."""
     if op == "squeeze_excite_gate":
         return [*arguments["pooled"].shape, arguments["w_reduce"].shape[0]]
     batch, channels, height, width = arguments["x"].shape
@@ -313,18 +313,18 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
 
 
 def _stored_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor occupies: an expanded one is smaller than its shape."""
+    """Return the bytes that a tensor occupies: an expanded one is smaller than its shape."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def moved_bytes(call: Call) -> int:
-    """Bytes that a call cannot avoid: every argument read once, every result written once."""
+    """Return the bytes that a call cannot avoid: every argument read once, every result written once."""
     read = {id(tensor): tensor for tensor in tensors_in(call.arguments.values())}
     return sum(_stored_bytes(tensor) for tensor in (*read.values(), *call.results))
 
 
 def _bytes_of_two(call: Call) -> tuple[int, int]:
-    """The same for a call that takes two launches, each by itself."""
+    """Return the same for a call that takes two launches, each by itself."""
     second = 2 * call.results[0].nbytes
     if "w_reduce" in call.arguments:  # the first one writes a gate, which the second one reads
         gate = math.prod(call.results[0].shape[:2]) * call.dtype.itemsize
@@ -335,7 +335,7 @@ def _bytes_of_two(call: Call) -> tuple[int, int]:
 
 
 def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
-    """What computes the FLOPs of a kernel."""
+    """Return the unit that computes the FLOPs of a kernel."""
     if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "conv", "conv_stem"):
         if dtype != torch.float32:
             return "tensor"

@@ -84,7 +84,7 @@ class TimeEstimate:
         tail: the last, partial wave of blocks.
         last: work of the block that arrives last: means and gate of squeeze-and-excitation.
         hidden: what programmatic dependent launch hides of all this: the prologue, instructions included, where it is
-            not hidden behind other blocks anyway. Not added.
+            not hidden by other blocks anyway. Not added.
         blocks: that a multiprocessor holds at a time; 0 where the kernel is PyTorch's.
         counted: whether instructions were counted; else their terms are 0.
     """
@@ -162,7 +162,7 @@ def estimate(
     line: Mapping[str, str], call: Call, gpu: Gpu, *, moved: int, flops: int, rate: float,
     counts: Mapping[str, KernelCounts] | None = None,
 ) -> TimeEstimate:  # fmt: skip
-    """The time of a launch.
+    """Return the time of a launch.
 
     Args:
         line: the launch as `cuda_plan` describes it; of one of PyTorch's own only "kernel".

@@ -74,7 +74,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a launch is cut.
+    """The division of a launch into blocks.
 
     Attributes:
         kernel: its name without template arguments.
@@ -103,7 +103,7 @@ def _ceil(value: float, by: float) -> int:
 
 
 def work_of(cut: Cut, call: Call) -> Work | None:
-    """The work of a launch of a call; None for a kernel whose instructions are not counted."""
+    """Return the work of a launch of a call; None for a kernel whose instructions are not counted."""
     family = _FAMILIES.get(cut.kernel)
     if family is None or not cut.counts.parts:
         return None
@@ -113,7 +113,7 @@ def work_of(cut: Cut, call: Call) -> Work | None:
 
 
 def _half_of_expand(call: Call, *, first: bool) -> Call:
-    """The pointwise or the depthwise operator that one of the two launches of `expand_depthwise_squeeze` does."""
+    """Return the pointwise or depthwise operator of one of the two launches of `expand_depthwise_squeeze`."""
     x, weight = call.arguments["x"], call.arguments["expand_weight"]
     hidden = x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]), device="meta")
     if first:
@@ -128,7 +128,7 @@ def _chain(counters: Counters, *, inputs: float = 0.0, parameters: float = 0.0) 
 
 
 def _with_activation(cut: Cut, part: str, activation: str) -> Counters:
-    """A part that activates: its way with special functions, or that without."""
+    """Return a part that activates: its way with special functions, or that without."""
     return cut.counts.part(f"{part}.plain" if activation in _FLAT else part)
 
 
@@ -178,7 +178,7 @@ def _strips(
 
 
 def _gate_products(cut: Cut, images: int, reduced: int, channels: int, size: int) -> tuple[Counters, Clocks]:
-    """The first product of squeeze-and-excitation by one block, over `channels` channels: by all warps, and its chain.
+    """Return the first product of squeeze-and-excitation by one block, over `channels`: by all warps, and its chain.
 
     A warp has several rows at a time, and two such in turn.
     """
@@ -198,7 +198,7 @@ def _gate_products(cut: Cut, images: int, reduced: int, channels: int, size: int
 
 
 def _expand_product(cut: Cut, images: int, reduced: int, channels: int, size: int) -> tuple[Counters, Clocks]:
-    """The second product by one block, a channel a thread: by all warps, and its chain."""
+    """Return the second product by one block, a channel a thread: by all warps, and its chain."""
     widest = 16 // size
     width = next(one for one in (widest, 2, 1) if reduced % one == 0)
     part, vectors = cut.counts.part, reduced // width
@@ -304,7 +304,7 @@ def _arrival_tail(
 def _resident_tail(
     cut: Cut, reduced: int, channels: int, block_channels: int, size: int
 ) -> tuple[Counters, Clocks, Clocks]:
-    """The gate by a team of resident blocks: each of them does its share, and waits twice for the others."""
+    """Return the gate by a team of resident blocks: each of them does its share, and waits twice for the others."""
     own = min(cut["slabs"] * block_channels, channels)
     product, chain = _gate_products(cut, 1, reduced, own, size)
     expand, gate = _expand_product(cut, 1, reduced, own, size)
@@ -375,7 +375,7 @@ def _stem(cut: Cut, call: Call) -> Work:
 
 
 def _vectors(cut: Cut, call: Call, of_vector: Counters, reads: int) -> Work:
-    """A pass over the result."""
+    """Return a pass over the result."""
     part, size = cut.counts.part, call.dtype.itemsize
     elements = call.results[0].numel()
     passes = elements / (16 // size) / (cut.grid * cut.threads)

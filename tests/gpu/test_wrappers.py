@@ -52,7 +52,7 @@ class Wrappers:
 
 
 def engine_sources() -> list[Path]:
-    """The emulator without its kernels and operators, as its CMakeLists.txt lists it."""
+    """Return the emulator without its kernels and operators, as its CMakeLists.txt lists it."""
     listed = re.search(r"set\(engine_sources ([^)]*)\)", (EMULATION / "CMakeLists.txt").read_text())
     assert listed is not None
     return [EMULATION / name for name in listed[1].split()]
@@ -60,7 +60,7 @@ def engine_sources() -> list[Path]:
 
 @cache
 def compiled(kind: str, folder: Path) -> ctypes.CDLL | str:
-    """The library, or why it is not there."""
+    """Return the library, or why it is not there."""
     target = folder / f"wrappers_{kind}.so"
     common = ["-std=c++17", "-shared", "-I", str(ROOT / "csrc")]
     if kind == "cuda":
@@ -179,7 +179,7 @@ def test_mma_tf32(wrappers: Wrappers) -> None:
 
 
 def test_release_and_acquire(wrappers: Wrappers) -> None:
-    """What a block wrote before it released is there for a block that acquired."""
+    """A block that acquired reads what another block wrote before it released."""
     blocks = 16
     counter, values, y = (torch.zeros(n, dtype=torch.int32, device=wrappers.device) for n in (1, blocks, blocks))
     wrappers.run("run_acquire", counter, values, y, blocks)
@@ -203,7 +203,7 @@ def test_clusters(wrappers: Wrappers, cluster: int) -> None:
 
 
 class TestLimits:
-    def test_are_those_that_torch_tells(self, wrappers: Wrappers) -> None:
+    def test_are_those_that_torch_reports(self, wrappers: Wrappers) -> None:
         if wrappers.device.type != "cuda":
             pytest.skip("needs a GPU")
         for device in range(torch.cuda.device_count()):

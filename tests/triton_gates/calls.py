@@ -55,17 +55,17 @@ class Call:
 
     @property
     def wide(self) -> bool:
-        """Whether every pixel is a whole number of 16-byte vectors."""
+        """Return whether every pixel is a whole number of 16-byte vectors."""
         vector = 16 // self.dtype.itemsize
         return self.shape[1] % vector == 0 and self.out % vector == 0
 
     @property
     def exact(self) -> bool:
-        """Whether products have to be exact float32."""
+        """Return whether products have to be exact float32."""
         return self.dtype == FLOAT32 and not self.allow_tf32
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the reference by name, the tensors on the meta device."""
+        """Return the arguments of the reference by name, the tensors on the meta device."""
         n, channels = self.shape[:2]
         if self.op == "squeeze_excite_gate":
             return {"pooled": _meta(n, channels), **self._excite(), "activation": self.activation, "gate": "sigmoid"}

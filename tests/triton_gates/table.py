@@ -24,7 +24,7 @@ _COLUMNS = ("call", "kernel", "MB", "registers", "warps", "shared KB", "16-byte 
 
 
 def megabytes(call: Call) -> float:
-    """What a call cannot avoid to move: every argument read once, every result written once."""
+    """Return the least a call can move: every argument read once, every result written once."""
     op = operators()[call.op]
     given = {"eps": 1e-5, "allow_tf32": False, "dilation": 1, **call.arguments()}
     arguments = [given.get(name) for name in op.arguments]
@@ -36,7 +36,7 @@ def megabytes(call: Call) -> float:
 
 
 def section(kernels: Iterable[TritonKernel]) -> str:
-    """The table of all kernels of sm_90, a line each."""
+    """Return the table of all kernels of sm_90, a line each."""
     lines = [
         f"Compiled by Triton {triton.__version__} for sm_90. MB: of the call, every argument read and every result",
         "written once. Counts of instructions in the code, not of executions.\n",
@@ -63,7 +63,7 @@ def section(kernels: Iterable[TritonKernel]) -> str:
 
 
 def with_section(page: str, text: str) -> str:
-    """The page with the table in its place."""
+    """Return the page with the table in its place."""
     before, _, rest = page.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:

@@ -2,7 +2,7 @@
 or gfx942 in place of 90.
 
 A process of its own, because whether Triton compiles or interprets is settled when it is imported. No GPU is needed:
-Triton compiles for whatever its driver names, and the driver here is a stand-in.
+Triton compiles for whatever its driver names, and the driver here only names a GPU.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def processor_seconds() -> float:
 
 
 def read(compiled: Any, name: str, call: Call | None, arch: int, seconds: float) -> TritonKernel:
-    """What became of a kernel, by the disassembler that comes with Triton."""
+    """Return what a kernel became, by the disassembler that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -134,7 +134,7 @@ def compiled_for_amd() -> list[amd.AmdKernel]:
 
 
 def operators() -> dict[str, Operator[Any]]:
-    """Every operator of effkernels.ops by name."""
+    """Return every operator of effkernels.ops by name."""
     modules = [importlib.import_module(f"effkernels.ops.{found.name}") for found in pkgutil.iter_modules(ops.__path__)]
     return {value.name: value for m in modules for value in vars(m).values() if isinstance(value, Operator)}
 
