@@ -45,7 +45,7 @@ def main() -> int:
             name
             for name, old, new in (
                 ("docs/kernels.md", before, after),
-                ("effkernels/kernel_counts.json", counts_before, counts),
+                ("effkernels/plan/kernel_counts.json", counts_before, counts),
             )
             if old != new
         ]
