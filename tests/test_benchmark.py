@@ -441,7 +441,7 @@ def test_overhead_of_a_call(face: str, benchmark: Callable[[Callable[[], object]
     """Reports the time of one call with next to no work; that the call works is all that is asserted."""
     with torch.inference_mode():
         call = cases.overhead_calls(torch.device("cpu"))[face]
-        timing.pedantic(call, rounds=5, iterations=20, warmup_rounds=1)  # type: ignore[attr-defined]
+        benchmark.pedantic(call, rounds=5, iterations=20, warmup_rounds=1)  # type: ignore[attr-defined]
         result = call()
     result = result[0] if isinstance(result, tuple) else result
     assert isinstance(result, torch.Tensor)

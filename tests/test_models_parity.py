@@ -20,7 +20,7 @@ from peer_models import (
 )
 
 from effkernels.models import list_models
-from effkernels.models.checkpoints import load_checkpoint
+from effkernels.models import load_checkpoint
 
 
 @pytest.mark.parametrize("name", list_models())

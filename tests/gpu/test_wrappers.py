@@ -130,6 +130,17 @@ def test_to_tf32(wrappers: Wrappers) -> None:
     assert torch.equal(y & ~0x1FFF, wanted)
 
 
+@pytest.mark.parametrize("blocks", [3, 200])
+def test_launches_that_overlap_wait_for_each_other(wrappers: Wrappers, blocks: int) -> None:
+    """Each of ten launches reads what the one ahead wrote, over what the one before that read."""
+    launches = 10
+    x = torch.arange(blocks * 128 * 4, dtype=torch.int32).to(wrappers.device)
+    y = torch.zeros_like(x)
+    wanted = x.cpu() + launches
+    wrappers.run("run_overlap", x, y, blocks, launches)
+    assert torch.equal(x.cpu(), wanted)
+
+
 def test_cp_async_writes_zeros_beyond_what_is_valid(wrappers: Wrappers) -> None:
     count = 32
     x = torch.randint(1, 255, (count, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
