@@ -12,6 +12,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from listings import STRIPS, listing
 
 from benchmarks.kernel_economy import reading, rules, table
 from benchmarks.kernel_economy.conv_loops import issued_by_stem
@@ -128,38 +129,9 @@ class TestTheCounts:
             assert by_parts == pytest.approx(rules.issued(kernel).inside, rel=0.05), name
 
 
-def listing(*lines: str) -> str:
-    """Return a disassembly of these instructions, at 0x10, 0x20 and so on."""
-    return "".join(f"        /*{16 * (number + 1):04x}*/  {line} ;  /* 0x0 */\n" for number, line in enumerate(lines))
-
-
 class TestTheLoops:
-    # A loop over two strips of 1 pixel by 1 channel, each with a row loop of one load and one product.
-    LISTING = (
-        "MOV R0, 0x1",  # 10: before the loops
-        "IADD3 R1, R1, 0x1, RZ",  # 20: the loop over strips
-        "@P0 BRA 0x60",
-        "LDG.E.128 R4, [R2.64]",  # 40: a row inside
-        "FFMA R4, R4, R5, R6",
-        "@P1 BRA 0x40",  # 60, where a strip at the border comes in as well
-        "ISETP.GE.AND P2, PT, R1, R2, PT",  # 70: a row at the border
-        "LDG.E.128 R4, [R2.64]",
-        "FFMA R4, R4, R5, R6",
-        "@P1 BRA 0x70",
-        "BRX R8 -0x10",  # b0: the switch of the activation
-        "MUFU.EX2 R4, R4",  # c0: not swish, longer
-        "FMUL R4, R4, R4",
-        "FMUL R4, R4, R4",
-        "BRA 0x120",
-        "MUFU.TANH R4, R4",  # 100: swish
-        "BRA 0x120",
-        "STG.E.128 [R2.64], R4",  # 120
-        "@!P3 BRA 0x20",
-        "EXIT",
-    )
-
     def test_blocks_end_at_branches_and_begin_where_they_lead(self) -> None:
-        flow = Flow(instructions_of(listing(*self.LISTING)))
+        flow = Flow(instructions_of(listing(*STRIPS)))
         assert [block[0].address for block in flow.blocks] == [
             *(0x10, 0x20, 0x40, 0x60, 0x70, 0xB0, 0xC0, 0x100, 0x120, 0x140)
         ]
@@ -171,7 +143,7 @@ class TestTheLoops:
         }
 
     def test_the_way_of_swish_is_counted_and_rows_as_often_as_the_kernel_has_them(self) -> None:
-        code = instructions_of(listing(*self.LISTING))
+        code = instructions_of(listing(*STRIPS))
         found = issued_by_strips(code, kernel=1, stride=1, strip=1, vector=1)
         # IADD3, BRA, 3 or 4 of a row, BRX, MUFU, BRA, STG, BRA
         assert (found.inside, found.border) == (10, 11)
@@ -179,7 +151,7 @@ class TestTheLoops:
 
     def test_code_without_the_loops_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="2 FFMA and 2 LDG"):
-            issued_by_strips(instructions_of(listing(*self.LISTING)), kernel=2, stride=1, strip=1, vector=1)
+            issued_by_strips(instructions_of(listing(*STRIPS)), kernel=2, stride=1, strip=1, vector=1)
 
 
 class TestTheStem:

@@ -3,44 +3,15 @@
 from __future__ import annotations
 
 import pytest
+from listings import STRIPS, listing
 
 from benchmarks.kernel_economy import paths
 from benchmarks.kernel_economy.loops import Flow, instructions_of
 from effkernels.plan.kernel_counts import Counters
 
 
-def listing(*lines: str) -> str:
-    """A disassembly of these instructions, at 0x10, 0x20 and so on."""
-    return "".join(f"        /*{16 * (number + 1):04x}*/  {line} ;  /* 0x0 */\n" for number, line in enumerate(lines))
-
-
-# A loop over two strips of 1 pixel by 1 channel, each with a row loop of one load and one product.
-LISTING = (
-    "MOV R0, 0x1",  # 10: before the loops
-    "IADD3 R1, R1, 0x1, RZ",  # 20: the loop over strips
-    "@P0 BRA 0x60",
-    "LDG.E.128 R4, [R2.64]",  # 40: a row inside
-    "FFMA R4, R4, R5, R6",
-    "@P1 BRA 0x40",  # 60, where a strip at the border comes in as well
-    "ISETP.GE.AND P2, PT, R1, R2, PT",  # 70: a row at the border
-    "LDG.E.128 R4, [R2.64]",
-    "FFMA R4, R4, R5, R6",
-    "@P1 BRA 0x70",
-    "BRX R8 -0x10",  # b0: the switch of the activation
-    "MUFU.EX2 R4, R4",  # c0: not swish, longer
-    "FMUL R4, R4, R4",
-    "FMUL R4, R4, R4",
-    "BRA 0x120",
-    "MUFU.TANH R4, R4",  # 100: swish
-    "BRA 0x120",
-    "STG.E.128 [R2.64], R4",  # 120
-    "@!P3 BRA 0x20",
-    "EXIT",
-)
-
-
 class TestThePaths:
-    FLOW = Flow(instructions_of(listing(*LISTING)))
+    FLOW = Flow(instructions_of(listing(*STRIPS)))
 
     def block(self, address: int) -> int:
         return next(number for number, block in enumerate(self.FLOW.blocks) if block[0].address == address)
@@ -48,7 +19,7 @@ class TestThePaths:
     def test_swish_is_preferred_or_avoided(self) -> None:
         first, last = self.block(0xB0), self.block(0x120)
         assert "MUFU.TANH" in [one.opcode for one in paths.way(self.FLOW, first, last, paths.longest)]
-        listing_without = [line.replace("MUFU.TANH", "FADD") for line in LISTING]
+        listing_without = [line.replace("MUFU.TANH", "FADD") for line in STRIPS]
         flow = Flow(instructions_of(listing(*listing_without)))
         assert "MUFU.EX2" not in [one.opcode for one in paths.way(flow, first, last, paths.plain)]
 

@@ -40,12 +40,8 @@ def around(flow: Flow, loop: Loop, left_out: Sequence[Loop] = (), score: Score =
 
 
 def norm_of_channel(flow: Flow, loop: Loop) -> Counters:
-    """Scale and shift of a channel. Each parameter of 16 bits is waited for; the convolution of a network has no bias,
-    and the loads of 32-bit parameters are beside those of 16 bits, one of them under a predicate that does not hold.
-    """
-    path = way(flow, loop.first, loop.last, longest)
-    narrow = sum(one.name == "LDG" and "U16" in one.opcode.split(".") for one in path)
-    return replace(counters(path), trips=float(max(narrow - 1, 1)))
+    """Scale and shift of a channel. Its parameters are asked for together (`stored_norm` in numeric.cuh): one wait."""
+    return replace(around(flow, loop), trips=1.0)
 
 
 def _is(loop: Loop, **wanted: int) -> bool:
@@ -211,9 +207,8 @@ def pointwise_parts(kernel: Kernel) -> Parts:
 
     step = around(flow, steps, of_step, scored(-1, -1))
     prologue = way(flow, 0, tiles.first, longest, before, ends=False)
-    narrow = sum(one.name == "LDG" and "U16" in one.opcode.split(".") for one in prologue)
     parts = {
-        "prologue": replace(counters(prologue), trips=narrow * 4 / 5),  # no bias of the convolution among the five
+        "prologue": replace(counters(prologue), trips=1.0),  # for the norm, as in norm_of_channel
         "weights": around(flow, weights),
         "fill": around(flow, fill, of_fill),
         "step": step,

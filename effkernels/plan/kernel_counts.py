@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
 
 # How csrc/cuda has it: the vectors of taps that a thread reads at once (copy_taps), those of a row of w_expand
 # (expand_rows), and the hidden values and the sums of tiles that are added at once (finish_sums).
@@ -25,8 +26,25 @@ def reduce_lanes(kernel: str) -> int:
 FILE = Path(__file__).with_name("kernel_counts.json")
 
 
+Summed = TypeVar("Summed", bound="Sums")
+
+
 @dataclass(frozen=True)
-class Counters:
+class Sums:
+    """Figures that are added, and multiplied by a number, field by field."""
+
+    def __add__(self: Summed, other: Summed) -> Summed:
+        return type(self)(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self: Summed, other: Summed) -> Summed:
+        return self + other * -1
+
+    def __mul__(self: Summed, times: float) -> Summed:
+        return type(self)(*(one * times for one in astuple(self)))
+
+
+@dataclass(frozen=True)
+class Counters(Sums):
     """Instructions of one warp, by the unit that executes them.
 
     Attributes:
@@ -49,15 +67,6 @@ class Counters:
     wavefronts: float = 0.0
     tensor: float = 0.0
     trips: float = 0.0
-
-    def __add__(self, other: Counters) -> Counters:
-        return Counters(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
-
-    def __sub__(self, other: Counters) -> Counters:
-        return self + other * -1
-
-    def __mul__(self, times: float) -> Counters:
-        return Counters(*(one * times for one in astuple(self)))
 
 
 PIPES = tuple(field.name for field in fields(Counters))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 from effkernels.plan.kernel_counts import (
     EXPAND_AHEAD,
@@ -17,6 +17,7 @@ from effkernels.plan.kernel_counts import (
     TILES_AHEAD,
     Counters,
     KernelCounts,
+    Sums,
     reduce_lanes,
     total,
 )
@@ -27,7 +28,7 @@ _FLAT = ("identity", "relu", "relu6", "hard_swish")  # no special functions
 
 
 @dataclass(frozen=True)
-class Clocks:
+class Clocks(Sums):
     """A chain of instructions and round trips that follow each other within a warp.
 
     Attributes:
@@ -43,12 +44,6 @@ class Clocks:
     parameters: float = 0.0
     arrivals: float = 0.0
     cached: float = 0.0
-
-    def __add__(self, other: Clocks) -> Clocks:
-        return Clocks(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
-
-    def __mul__(self, times: float) -> Clocks:
-        return Clocks(*(one * times for one in astuple(self)))
 
 
 @dataclass(frozen=True)
