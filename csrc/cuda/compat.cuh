@@ -45,7 +45,7 @@ inline Launch launch_of(const PlannedLaunch& planned, void* stream) {
 // device: a limit for one launch would be that of a launch by another thread too, and cost a call of the driver each.
 cudaError_t lift_limits(const void* kernel);
 
-// Whether the current device and its driver let launches overlap (programmatic dependent launch).
+// Return whether the current device and its driver let launches overlap (programmatic dependent launch).
 bool launches_may_overlap();
 
 // The launch, or CUDA's error for a launch that it refuses.

@@ -16,7 +16,7 @@ constexpr int64_t kMostSharedBytes = 64 * 1024;  // two blocks on any multiproce
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 int64_t round_up(int64_t value, int64_t by) { return divide_up(value, by) * by; }
 
-// Whether conv_stem takes this convolution, and how it reads x.
+// Return whether conv_stem takes this convolution, and how it reads x.
 void choose_stem(const ConvParams& p, ConvPlan* plan) {
   const bool size = p.kernel_h == kStemKernel && p.kernel_w == kStemKernel && p.stride == kStemStride;
   const bool together = p.x_stride_c == 1 && p.x_stride_w == kStemChannels, planes = p.x_stride_w == 1;

@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
   const PointwisePlace<Tr> place;
   std::conditional_t<Tr::kConverts, PointwiseConverter<Tr>, PointwiseCopier<Tr>> loader(p, plan, first_column);
 
-  // What no kernel before this one writes: weights and norm.
+  // Weights and norm first: they are the same for all tiles.
 #pragma unroll 1
   for (int stage = 0; stage < kAhead; ++stage)
     if (stage < plan.steps)

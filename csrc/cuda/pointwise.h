@@ -4,10 +4,10 @@
 
 namespace effkernels::cuda {
 
-// How the products are formed: 16-bit types and TF32 on tensor cores, float32 by exact multiply-adds.
+// The instructions of the products: 16-bit types and TF32 on tensor cores, float32 by exact multiply-adds.
 enum class PointwiseProduct { kTensor16, kTf32, kMultiplyAdd };
 
-// What happens to the sums. What MBConv blocks use is compiled for itself and leaves from the registers: identity in
+// The work on the sums. That of MBConv blocks is compiled for itself and leaves from the registers: identity in
 // projections, swish without gate or residual in expansions. Any activation goes through shared memory, so that its
 // code is there once.
 enum class PointwiseEpilogue { kIdentity, kSilu, kAny };
@@ -66,7 +66,7 @@ struct PointwiseDivisor {
   int shift = 31;
 };
 
-// How the product is cut: see pointwise.cuh.
+// The cut of the product: see pointwise.cuh.
 struct PointwisePlan {
   int tile = 0;  // of kPointwiseTiles
   PointwiseProduct product = PointwiseProduct::kTensor16;

@@ -18,7 +18,7 @@ __device__ __forceinline__ void read_floats(const float* from, float (&to)[kCoun
   for (int i = 0; i < kCount; ++i) to[i] = all.at[i];
 }
 
-// What a thread has to know of its warp and itself.
+// The position of a thread in its warp, and of the warp in the tile.
 template <class Tr>
 struct PointwisePlace {
   int lane, k, row, column;  // k: of the warps along k; row, column: the warp's first of the tile

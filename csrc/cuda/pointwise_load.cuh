@@ -1,9 +1,9 @@
-// How the slices of x and weight come into shared memory: by cp.async where types and alignment allow it, else through
+// The slices of x and weight are copied to shared memory by cp.async where types and alignment allow it, else through
 // registers with a conversion. Both fill the same places: input channels outside of x and weight become zero, rows and
 // columns outside repeat the last one, and their sums are not stored.
 //
 // A thread of a warp is to hold sums of neighbouring columns, as many as fill 16 bytes of y: two columns of each of a
-// group of fragments. So the rows of the weight lie in another order in shared memory: see column_of.
+// group of fragments. So the rows of the weight have another order in shared memory: see column_of.
 #pragma once
 #include "pointwise_product.cuh"
 
@@ -23,7 +23,7 @@ struct PointwiseTraits {
   static constexpr PointwiseTile kShape = kPointwiseTiles[kTile];
   static constexpr int kResident = pointwise_resident(kTile, kProduct);
   static constexpr bool kConverts = kConverts_;
-  // Gate and residual in shared memory: not converted, and not behind an expansion.
+  // Gate and residual in shared memory: not converted, and not for an expansion.
   static constexpr bool kTakesMore = !kConverts && kEpilogue != PointwiseEpilogue::kSilu;
   static constexpr int kRows = kShape.rows, kColumns = kShape.columns, kThreads = kShape.threads();
   static constexpr int kWarpsK = kShape.warps_k;
@@ -53,7 +53,7 @@ struct PointwiseTraits {
   static_assert(kRowsAtOnce % 8 == 0, "the swizzle of a thread's rows is the same for all of them");
   static_assert(sizeof(T) == (kProduct == PointwiseProduct::kTensor16 ? 2 : 4), "what the product reads");
 
-  // The column of the tile whose weights lie in row `row` of a slice. With fragment j of a group of G it is, for
+  // The column of the tile whose weights are in row `row` of a slice. With fragment j of a group of G it is, for
   // column n of the fragment, 2G (n / 2) + 2j + n % 2 of the group: see the sums of a thread in pointwise_product.cuh.
   static __device__ __forceinline__ int column_of(int row) {
     const int fragment = row % kWarpColumns / 8, n = row % 8;
@@ -102,7 +102,8 @@ __device__ __forceinline__ int rows_of_tile(const PointwisePlan& plan, int64_t f
   return left < Tr::kRows ? static_cast<int>(left) : Tr::kRows;
 }
 
-// What a thread loads of every stage: chunk `chunk` along k of rows `row`, row + kRowsAtOnce, ... of x and of weight.
+// The share of every stage that a thread loads: chunk `chunk` along k of rows `row`, row + kRowsAtOnce, ... of x and of
+// weight.
 template <class Tr>
 struct PointwiseShare {
   int row, chunk;
@@ -113,7 +114,7 @@ struct PointwiseShare {
     in_slice = chunk_offset(row, chunk % kSliceChunks);
   }
   __device__ __forceinline__ int slice() const { return chunk / kSliceChunks; }
-  // Whether the thread's load `j` of `rows` rows is one; a constant where all threads load as much.
+  // True if the thread has a load `j` of `rows` rows; a constant where all threads load as much.
   template <int kRows>
   __device__ __forceinline__ bool has(int j) const {
     return (j + 1) * Tr::kRowsAtOnce <= kRows || row + j * Tr::kRowsAtOnce < kRows;
@@ -194,7 +195,7 @@ class PointwiseCopier {
   const unsigned char *x_, *weight_;                        // of the tile's first row, of the block's first column
   unsigned x_rows_[Tr::kOfX], weight_rows_[Tr::kOfWeight];  // from there, in bytes: see kMostDistance of the plan
   const unsigned char* gate_ = nullptr;                     // of the tile's first image
-  int last_gate_ = 0;                                       // images behind the first that there are
+  int last_gate_ = 0;                                       // the last image, counted from the first
   const PointwiseParams& p_;
   const PointwisePlan& plan_;
 };

@@ -15,14 +15,14 @@ constexpr int kReservedShared = 1024;       // of every block, by the system
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Whether all rows of an (images, pixels, channels) tensor start at 16 bytes. The stride of a dimension of size 1 is
-// never used, and may be anything.
+// Return whether all rows of an (images, pixels, channels) tensor start at 16 bytes. The stride of a dimension of size
+// 1 is never used, and may be anything.
 bool rows_aligned(const PointwiseParams& p, const void* data, int64_t stride_n, int64_t stride_p, int vector) {
   return aligned(data) && (p.batch == 1 || stride_n % vector == 0) && (p.pixels == 1 || stride_p % vector == 0);
 }
 
-// Whether the rows lie at one distance, from the first of the first image to the last of the last, and the offsets of a
-// tile's rows have 32 bits.
+// Return whether the rows are at one distance, from the first of the first image to the last of the last, and the
+// offsets of a tile's rows have 32 bits.
 bool rows_even(const PointwiseParams& p, int64_t stride_n, int64_t stride_p) {
   return stride_p < kMostDistance && (p.batch == 1 || stride_n == p.pixels * stride_p);
 }
@@ -36,7 +36,7 @@ PointwiseDivisor divisor(int64_t by) {
 
 int element_of(const PointwiseParams& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
 
-// How a tile is laid out in shared memory; the weights of its columns stay there for all k, or pass through the ring.
+// The layout of a tile in shared memory; the weights of its columns stay there for all k, or pass through the ring.
 void lay_out(const PointwiseParams& p, bool keeps_weight, PointwisePlan* plan) {
   const PointwiseTile& shape = kPointwiseTiles[plan->tile];
   const int64_t steps = int64_t(plan->tiles) * plan->steps, element = element_of(p);

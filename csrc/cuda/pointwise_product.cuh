@@ -2,7 +2,7 @@
 // the sums where mma.sync does: with g = lane / 4 and t = lane % 4, acc[i][j] holds of fragment (i, j), 16x8 of y,
 //   row g: columns 2t, 2t+1; row g + 8: columns 2t, 2t+1.
 //
-// In shared memory a row of a slice is 64 bytes, four chunks of 16. Chunk c of row r lies at c ^ (r / 2 % 4), so that
+// In shared memory a row of a slice is 64 bytes, four chunks of 16. Chunk c of row r is at c ^ (r / 2 % 4), so that
 // any eight consecutive rows, and any four rows two apart, hold one chunk number in different banks.
 #pragma once
 #include "numeric.cuh"
@@ -20,7 +20,7 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {  // in bytes
 template <int M>
 struct TileGate {
   const unsigned char* slice = nullptr;  // of the tile's images, at the k of the slice of x; null: no gate
-  bool uniform = true;                   // all rows of the warp lie in one image
+  bool uniform = true;                   // all rows of the warp are of one image
   uint32_t images[(M + 1) / 2] = {};     // of the thread's rows, counted from the tile's first: a byte for each
 
   // The gates of the thread's row i * 16 + half * 8 + g.

@@ -96,7 +96,7 @@ __device__ __forceinline__ void activate_hidden(const SqueezeExciteParams& p, in
 // The second product for `count` channels from `first` on, by threads that each take a channel and read its row of
 // w_expand E values at a time, kAhead such reads before the first is needed; neighbouring rows are neighbours in
 // memory, so that every byte that is fetched is used. write(m, channel, gate) gets each result once. The parameters are
-// copied: behind a reference they would be read anew for each channel.
+// copied: through a reference they would be read anew for each channel.
 template <class W, int E, class Write>
 __device__ void expand_rows(const SqueezeExciteParams& p, int64_t first, int count, const float* hidden, int images,
                             Write write) {
