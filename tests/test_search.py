@@ -310,7 +310,7 @@ class TestCommand:
             (("--network", "nothing"), "network 'nothing' is not known"),
             (("--evaluate", "search_evaluations:nothing"), "has no attribute 'nothing'"),
             (("--evaluate", "search_evaluations:slow", "--data", "digits"), "one of them"),
-            (("--evaluate", "search_evaluations:slow", "--seeds", "2"), "has its own"),
+            (("--evaluate", "search_evaluations:slow", "--seeds", "2"), "not for your own"),
             (("--constraint", "latency"), "budget_ms belong together"),
             (("--what", "baseline", "--evaluate", "none"), "found by its accuracy"),
             (("--constraint", "soon"), "neither a number nor latency"),
