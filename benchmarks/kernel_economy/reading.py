@@ -22,6 +22,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 NVCC_FLAGS = ("-O3", "-std=c++17", "-Wno-deprecated-gpu-targets", "-I", str(ROOT / "csrc"))
 
 _TYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class ToolMissing(Exception):
@@ -81,6 +82,11 @@ class Kernel:
     def arguments(self) -> tuple[str, ...]:
         """The template arguments, those of a traits struct among them in its place."""
         return tuple(re.findall(r"-?\w+", self.name.partition("<")[2]))
+
+    @property
+    def element_bytes(self) -> int:
+        """The bytes of an element of the images: of the first type among the template arguments, else 4."""
+        return next((_ELEMENT_BYTES[name] for name in self.arguments if name in _ELEMENT_BYTES), 4)
 
     def count(self, opcode: str, *modifiers: str) -> int:
         """Instructions with this opcode and all of these modifiers."""
