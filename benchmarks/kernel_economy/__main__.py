@@ -1,4 +1,4 @@
-"""Writes effkernels/kernel_counts.json and the tables of docs/kernels.md from the built library; says which claims do
+"""Write effkernels/plan/kernel_counts.json and the tables of docs/kernels.md from the built library; report which claims do
 not hold."""
 
 from __future__ import annotations
