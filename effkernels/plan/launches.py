@@ -319,7 +319,7 @@ def _bytes_of_two(call: Call) -> tuple[int, int]:
     if "w_reduce" in call.arguments:  # the first one writes a gate, which the second one reads
         gate = math.prod(call.results[0].shape[:2]) * call.dtype.itemsize
         return moved_bytes(call) + gate, second + gate
-    vectors = [call.arguments[name] for name in ("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")]
+    vectors = [call.arguments[name] for name in ("bias", "norm_mean", "norm_var", "norm_weight", "norm_bias")]
     of_norm = sum(_stored_bytes(tensor) for tensor in tensors_in(vectors))
     return moved_bytes(call) - of_norm, second + of_norm
 
@@ -353,13 +353,16 @@ def special_functions(call: Call) -> int:
         return 0
     arguments = call.arguments
     count = 0
-    if "activation" in arguments:
+    inner = "se_activation"
+    if "pooled" in arguments:
+        inner = "activation"
+    elif "activation" in arguments:
         count += call.results[0].numel() * special_functions_of(arguments["activation"], call.dtype)
     if arguments.get("norm_var") is not None:
         count += arguments["norm_var"].numel()
     if "w_reduce" in arguments:  # computed in float32 whatever the dtype
         batch = call.results[0].shape[0]
         reduced, channels = arguments["w_reduce"].shape[:2]
-        count += batch * reduced * special_functions_of(arguments["se_activation"], torch.float32)
-        count += batch * channels * special_functions_of(arguments["gate"], torch.float32)
+        count += batch * reduced * special_functions_of(arguments[inner], torch.float32)
+        count += batch * channels * special_functions_of(arguments["gate_activation"], torch.float32)
     return count
