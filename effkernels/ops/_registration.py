@@ -68,9 +68,9 @@ class Operator(Generic[Result]):
         object.__setattr__(self, "cast_at", tuple(i for i, name in tensors.items() if name in self.cast))
         object.__setattr__(self, "follow_at", tuple(i for i, name in tensors.items() if name not in self.cast))
 
-    def run_reference(self, args: Sequence[Any]) -> Result:
-        """The reference on arguments in the order of `signature.names`."""
-        return self.reference(**dict(zip(self.signature.names, args, strict=True)))
+    def run_reference(self, flat: Sequence[Any]) -> Result:
+        """The reference on flat arguments."""
+        return self.reference(**dict(zip(self.signature.names, self.signature.group(flat), strict=True)))
 
     def results(self, *args: Any) -> Result:
         """The results of a call, yet to be computed; checks the arguments, in the order of `signature.names`."""
@@ -101,7 +101,7 @@ def register(op: Operator[Result]) -> Overloads[Result]:
     return Overloads(op, compiled, _extend(op, TRITON, _TRITON_LIBRARY))
 
 
-def run(overloads: Overloads[Result], backend: str, *given: Any) -> Result:
+def run(overloads: Overloads[Result], backend: str, args: tuple[Any, ...]) -> Result:
     """Run an operator by the backend that `backends.choose` chose.
 
     The Autograd kernel is Python and costs more than a small operator itself, so it is stepped over where no gradient
@@ -109,13 +109,11 @@ def run(overloads: Overloads[Result], backend: str, *given: Any) -> Result:
     through the dispatcher.
 
     Args:
-        given: the arguments, in the order of `signature.names`.
+        args: in the order of the schema.
     """
     if backend == "reference":
-        overloads.op.check(overloads.op.name, *given)
-        return _run_reference(overloads.op, given)
+        return _run_reference(overloads.op, args)
     overload = overloads.triton if backend == "triton" else overloads.compiled
-    args = overloads.op.signature.flatten(given)
     if torch.compiler.is_compiling():
         return overload(*args)
     try:
@@ -153,14 +151,16 @@ def _problem(op: Operator[Any], args: Sequence[Any]) -> ValueError | TypeError |
     return None
 
 
-def _run_reference(op: Operator[Result], given: tuple[Any, ...]) -> Result:
-    """Run the reference under the same autocast rule as the operator."""
-    device = given[0].device.type
+def _run_reference(op: Operator[Result], flat: tuple[Any, ...]) -> Result:
+    """Check the arguments and run the reference, under the same autocast rule as the operator."""
+    args = op.signature.group(flat)
+    op.check(op.name, *args)
+    device = args[0].device.type
     if device in _AUTOCAST_DEVICES.values() and torch.is_autocast_enabled(device):
-        args = _cast_arguments(op, op.signature.flatten(given), torch.get_autocast_dtype(device))
+        flat = _cast_arguments(op, flat, torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return op.run_reference(op.signature.group(args))
-    return op.run_reference(given)
+            return op.run_reference(flat)
+    return op.run_reference(flat)
 
 
 def channels_last_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -249,7 +249,7 @@ def _autograd_kernel(op: Operator[Any], overload: Any) -> Callable[..., Any]:
                         wanted.append(i)
                     else:
                         args[i] = saved.detach()
-                outputs = op.run_reference(op.signature.group(args))
+                outputs = op.run_reference(args)
                 outputs = outputs if isinstance(outputs, tuple) else (outputs,)
                 pairs = [(out, grad) for out, grad in zip(outputs, output_grads, strict=True) if grad is not None]
                 found = torch.autograd.grad(
@@ -269,7 +269,7 @@ def _autograd_kernel(op: Operator[Any], overload: Any) -> Callable[..., Any]:
     def kernel(keyset: Any, *args: Any) -> Any:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             # torch.func and forward mode differentiate plain operators by rules of their own: hand them some.
-            return op.run_reference(op.signature.group(args))
+            return op.run_reference(args)
         if torch.is_grad_enabled() and _any_requires_grad(args):
             return differentiable(keyset, *args)
         with torch._C._AutoDispatchBelowAutograd():

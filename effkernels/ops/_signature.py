@@ -1,7 +1,7 @@
 """The arguments of the operators: their schemas, and how a norm gets through the dispatcher.
 
 The dispatcher takes tensors, numbers and strings one by one. Everything else in Python takes a norm as one value
-(`effkernels.ops.Norm`): `Signature.flatten` takes it apart for the dispatcher, and `Signature.group` puts it together
+(`effkernels.ops.Norm`): `parts` takes it apart where the dispatcher is called, and `Signature.group` puts it together
 where the dispatcher calls back.
 
 The schemas are in `schemas.inc`, a list of strings in Python as in C++: csrc/ops/ops.cpp includes the same file.
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from effkernels._norm import Norm
 from effkernels.ops.reference import canonical_name
@@ -30,6 +31,19 @@ def _read_schemas() -> dict[str, str]:
 
 SCHEMAS: dict[str, str] = _read_schemas()
 """The schema of every operator by its name: `name(arguments) -> results`."""
+
+
+def parts(norm: Norm | None, op: str, name: str = "norm") -> tuple[Tensor | float | None, ...]:
+    """The fields of a norm, one by one; of no norm as well. TypeError where it is neither."""
+    if type(norm) is Norm:
+        return norm
+    if norm is None:
+        return _NO_NORM
+    raise norm_type_error(op, name, norm)
+
+
+def norm_type_error(op: str, name: str, norm: object) -> TypeError:
+    return TypeError(f"{op}: {name} is {type(norm).__name__}; allowed: effkernels.ops.Norm or None")
 
 
 class Signature:
@@ -50,22 +64,9 @@ class Signature:
         others = tuple(f"norm_{field}" for field in Norm._fields[1:])
         names = [name.removesuffix("_mean") for name in self.flat_names if not name.endswith(others)]
         self.names: tuple[str, ...] = tuple(names)
-        self._op = op
         self._norms = tuple(i for i, name in enumerate(names) if name.endswith("norm"))
-        self._norms_from_the_end = self._norms[::-1]
         strings = {argument.name for argument in self.flat if str(argument.type) == "str"}
         self._strings = tuple(i for i, name in enumerate(names) if name in strings)
-
-    def flatten(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Arguments in the order of `names` in the order of the schema."""
-        for i in self._norms_from_the_end:
-            norm = args[i]
-            if norm is None:
-                norm = _NO_NORM
-            elif type(norm) is not Norm:
-                raise norm_type_error(self._op, self.names[i], norm)
-            args = (*args[:i], *norm, *args[i + 1 :])
-        return args
 
     def group(self, flat: Sequence[Any]) -> tuple[Any, ...]:
         """Arguments in the order of the schema in the order of `names`; activations by their canonical names."""
@@ -76,7 +77,3 @@ class Signature:
         for i in self._strings:
             args[i] = canonical_name(args[i])
         return tuple(args)
-
-
-def norm_type_error(op: str, name: str, norm: object) -> TypeError:
-    return TypeError(f"{op}: {name} is {type(norm).__name__}; allowed: effkernels.ops.Norm or None")

@@ -11,8 +11,8 @@ from torch import Tensor
 from effkernels._norm import Norm
 from effkernels.ops import _checks, _tf32, reference
 from effkernels.ops._registration import Operator, channels_last_empty, register, run
+from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
-from effkernels.ops.reference import canonical_name
 
 NAME = "conv_bn_act"
 
@@ -55,9 +55,9 @@ def conv_bn_act(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    activation = canonical_name(activation)
     chosen = choose(NAME, x, weight, stride, activation, backend)
-    return run(_overloads, chosen, x, weight, bias, norm, stride, padding, activation, _tf32.resolve(allow_tf32, x))
+    tf32 = _tf32.resolve(allow_tf32, x)
+    return run(_overloads, chosen, (x, weight, bias, *parts(norm, NAME), stride, padding, activation, tf32))
 
 
 def _allocate(shape: Sequence[int], x: Tensor, *args: Any) -> Tensor:

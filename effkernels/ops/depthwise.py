@@ -12,8 +12,8 @@ from torch import Tensor
 from effkernels._norm import Norm
 from effkernels.ops import _checks, reference
 from effkernels.ops._registration import Operator, channels_last_empty, register, run
+from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
-from effkernels.ops.reference import canonical_name
 
 
 def depthwise_bn_act(
@@ -57,9 +57,9 @@ def depthwise_bn_act(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    activation = canonical_name(activation)
     chosen = choose("depthwise_bn_act", x, weight, stride, activation, backend)
-    return run(_bn_act, chosen, x, weight, bias, norm, stride, padding, dilation, activation)
+    norm_parts = parts(norm, "depthwise_bn_act")
+    return run(_bn_act, chosen, (x, weight, bias, *norm_parts, stride, padding, dilation, activation))
 
 
 def depthwise_bn_act_squeeze(
@@ -85,9 +85,9 @@ def depthwise_bn_act_squeeze(
         y: (N, C, H', W') in x's dtype, with exact channels_last strides.
         pooled: (N, C), float32 (float64 where x is float64).
     """
-    activation = canonical_name(activation)
     chosen = choose("depthwise_bn_act_squeeze", x, weight, stride, activation, backend)
-    return run(_bn_act_squeeze, chosen, x, weight, bias, norm, stride, padding, dilation, activation)
+    norm_parts = parts(norm, "depthwise_bn_act_squeeze")
+    return run(_bn_act_squeeze, chosen, (x, weight, bias, *norm_parts, stride, padding, dilation, activation))
 
 
 def depthwise_flops(y_shape: Sequence[int], weight_shape: Sequence[int]) -> int:

@@ -11,9 +11,9 @@ from torch import Tensor
 from effkernels._norm import Norm
 from effkernels.ops import _checks, _tf32, reference
 from effkernels.ops._registration import Operator, register, run
+from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
 from effkernels.ops.depthwise import allocate_with_means, depthwise_flops
-from effkernels.ops.reference import canonical_name
 
 NAME = "expand_depthwise_squeeze"
 
@@ -65,11 +65,10 @@ def expand_depthwise_squeeze(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    activation = canonical_name(activation)
-    expand = (x, expand_weight, expand_bias, expand_norm, canonical_name(expand_activation))
-    conv = (weight, bias, norm, stride, padding, dilation, activation)
     chosen = choose(NAME, x, weight, stride, activation, backend)
-    return run(_overloads, chosen, *expand, *conv, _tf32.resolve(allow_tf32, x))
+    expand = (x, expand_weight, expand_bias, *parts(expand_norm, NAME, "expand_norm"), expand_activation)
+    conv = (weight, bias, *parts(norm, NAME), stride, padding, dilation, activation)
+    return run(_overloads, chosen, (*expand, *conv, _tf32.resolve(allow_tf32, x)))
 
 
 def _check(

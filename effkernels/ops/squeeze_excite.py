@@ -11,8 +11,8 @@ from torch import Tensor
 from effkernels._norm import Norm
 from effkernels.ops import _checks, depthwise, reference
 from effkernels.ops._registration import Operator, channels_last_empty, register, run
+from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
-from effkernels.ops.reference import canonical_name
 
 
 def squeeze_excite_gate(
@@ -51,9 +51,8 @@ def squeeze_excite_gate(
         ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
-    activation, gate_activation = canonical_name(activation), canonical_name(gate_activation)
     chosen = choose("squeeze_excite_gate", pooled, None, 1, activation, backend)
-    return run(_gate, chosen, pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate_activation)
+    return run(_gate, chosen, (pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate_activation))
 
 
 def depthwise_bn_act_gate(
@@ -86,11 +85,10 @@ def depthwise_bn_act_gate(
         y: (N, C, H', W') in x's dtype, with exact channels_last strides.
         gate: (N, C) in x's dtype.
     """
-    activation = canonical_name(activation)
-    conv = (x, weight, bias, norm, stride, padding, dilation, activation)
-    excite = (w_reduce, b_reduce, w_expand, b_expand, canonical_name(se_activation), canonical_name(gate_activation))
     chosen = choose("depthwise_bn_act_gate", x, weight, stride, activation, backend)
-    return run(_bn_act_gate, chosen, *conv, *excite)
+    conv = (x, weight, bias, *parts(norm, "depthwise_bn_act_gate"), stride, padding, dilation, activation)
+    excite = (w_reduce, b_reduce, w_expand, b_expand, se_activation, gate_activation)
+    return run(_bn_act_gate, chosen, (*conv, *excite))
 
 
 def depthwise_bn_act_se(
@@ -120,11 +118,10 @@ def depthwise_bn_act_se(
     Returns:
         (N, C, H', W') in x's dtype, with exact channels_last strides.
     """
-    activation = canonical_name(activation)
-    conv = (x, weight, bias, norm, stride, padding, dilation, activation)
-    excite = (w_reduce, b_reduce, w_expand, b_expand, canonical_name(se_activation), canonical_name(gate_activation))
     chosen = choose("depthwise_bn_act_se", x, weight, stride, activation, backend)
-    return run(_bn_act_se, chosen, *conv, *excite)
+    conv = (x, weight, bias, *parts(norm, "depthwise_bn_act_se"), stride, padding, dilation, activation)
+    excite = (w_reduce, b_reduce, w_expand, b_expand, se_activation, gate_activation)
+    return run(_bn_act_se, chosen, (*conv, *excite))
 
 
 def _check_gate(op: str, pooled: Tensor, *excite: Any) -> tuple[int, ...]:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from effkernels import _library
 from effkernels.models import create_model, model_config
+from effkernels.ops.reference import canonical_name
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.record import Call, record_calls, tensors_in
@@ -342,6 +343,7 @@ _SPECIAL_FUNCTIONS = {"silu": 2, "gelu": 1, "gelu_tanh": 2, "sigmoid": 2}
 
 def special_functions_of(activation: str, dtype: torch.dtype) -> int:
     """Special-function operations per value of an activation or a gate."""
+    activation = canonical_name(activation)
     if activation == "silu" and dtype != torch.float32:
         return 1  # one tanh.approx
     return _SPECIAL_FUNCTIONS.get(activation, 0)
