@@ -163,11 +163,11 @@ def _run_reference(op: Operator[Result], flat: tuple[Any, ...]) -> Result:
     return op.run_reference(flat)
 
 
-def channels_last_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised (N, C, H, W) tensor of `like`'s dtype and device with exact channels_last strides."""
-    batch, channels, height, width = shape
+def empty_image(shape: Sequence[int], x: Tensor, *others: Any) -> Tensor:
+    """An uninitialised tensor of a shape (N, C, H, W), of x's dtype and device, with exact channels_last strides."""
+    _, channels, height, width = shape
     strides = (height * width * channels, 1, width * channels, channels)
-    return torch.empty_strided((batch, channels, height, width), strides, dtype=like.dtype, device=like.device)
+    return torch.empty_strided(tuple(shape), strides, dtype=x.dtype, device=x.device)
 
 
 def _extend(op: Operator[Result], namespace: str, library: Any) -> Callable[..., Result]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effkernels._norm import Norm
 from effkernels.ops import _checks, _tf32, reference
-from effkernels.ops._registration import Operator, channels_last_empty, register, run
+from effkernels.ops._registration import Operator, empty_image, register, run
 from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
 
@@ -60,10 +60,6 @@ def conv_bn_act(
     return run(_overloads, chosen, (x, weight, bias, *parts(norm, NAME), stride, padding, activation, tf32))
 
 
-def _allocate(shape: Sequence[int], x: Tensor, *args: Any) -> Tensor:
-    return channels_last_empty(x, shape)
-
-
 def _flops(shapes: Mapping[str, Any], results: Any) -> int:
     flops: int = 2 * prod(results) * prod(shapes["weight"][1:])
     return flops
@@ -74,7 +70,7 @@ _overloads = register(
         NAME,
         reference.conv_bn_act,
         _checks.conv,
-        _allocate,
+        empty_image,
         _flops,
         cast=("x", "weight"),
     )

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from effkernels._norm import Norm
 from effkernels.ops import _checks, reference
-from effkernels.ops._registration import Operator, channels_last_empty, register, run
+from effkernels.ops._registration import Operator, empty_image, register, run
 from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
 
@@ -95,13 +95,9 @@ def depthwise_flops(y_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
     return 2 * prod(y_shape) * prod(weight_shape[2:])
 
 
-def _allocate(shape: Sequence[int], x: Tensor, *args: Any) -> Tensor:
-    return channels_last_empty(x, shape)
-
-
 def allocate_with_means(shape: Sequence[int], x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     """The image of a shape (N, C, H, W) and its pooled channels (N, C), yet to be computed."""
-    return channels_last_empty(x, shape), x.new_empty(tuple(shape[:2]), dtype=torch.float32)
+    return empty_image(shape, x), x.new_empty(tuple(shape[:2]), dtype=torch.float32)
 
 
 def _flops(shapes: Mapping[str, Any], results: Any) -> int:
@@ -113,7 +109,7 @@ def _flops_squeeze(shapes: Mapping[str, Any], results: Any) -> int:
 
 
 _bn_act = register(
-    Operator("depthwise_bn_act", reference.depthwise_bn_act, _checks.depthwise, _allocate, _flops, cast=("x",))
+    Operator("depthwise_bn_act", reference.depthwise_bn_act, _checks.depthwise, empty_image, _flops, cast=("x",))
 )
 _bn_act_squeeze = register(
     Operator(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from math import prod
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effkernels._norm import Norm
 from effkernels.ops import _checks, _tf32, reference
-from effkernels.ops._registration import Operator, channels_last_empty, register, run
+from effkernels.ops._registration import Operator, empty_image, register, run
 from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
 
@@ -62,10 +62,6 @@ def pointwise_bn_act(
     return run(_overloads, chosen, (x, weight, bias, *parts(norm, NAME), gate, residual, activation, tf32))
 
 
-def _allocate(shape: Sequence[int], x: Tensor, *args: Any) -> Tensor:
-    return channels_last_empty(x, shape)
-
-
 def _flops(shapes: Mapping[str, Any], results: Any) -> int:
     flops: int = 2 * prod(results) * shapes["weight"][1]
     return flops
@@ -76,7 +72,7 @@ _overloads = register(
         NAME,
         reference.pointwise_bn_act,
         _checks.pointwise,
-        _allocate,
+        empty_image,
         _flops,
         cast=("x", "weight", "residual"),
     )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from effkernels._norm import Norm
 from effkernels.ops import _checks, depthwise, reference
-from effkernels.ops._registration import Operator, channels_last_empty, register, run
+from effkernels.ops._registration import Operator, empty_image, register, run
 from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
 
@@ -146,11 +146,7 @@ def _allocate_gate(shape: Sequence[int], pooled: Tensor, *excite: Any) -> Tensor
 
 
 def _allocate_with_gate(shape: Sequence[int], x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    return channels_last_empty(x, shape), x.new_empty(tuple(shape[:2]))
-
-
-def _allocate(shape: Sequence[int], x: Tensor, *args: Any) -> Tensor:
-    return channels_last_empty(x, shape)
+    return empty_image(shape, x), x.new_empty(tuple(shape[:2]))
 
 
 def _flops_gate(shapes: Mapping[str, Any], results: Any) -> int:
@@ -193,7 +189,7 @@ _bn_act_se = register(
         "depthwise_bn_act_se",
         reference.depthwise_bn_act_se,
         _check,
-        _allocate,
+        empty_image,
         _flops_bn_act_se,
         cast=("x", *_MATRICES),
     )

@@ -12,7 +12,7 @@ more pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -165,20 +165,11 @@ def norm_act_kernel(
     tl.store(y + offset, value.to(y.dtype.element_ty), mask=inside)
 
 
-def conv_bn_act(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm: Norm | None,
-    stride: int,
-    padding: Sequence[int],
-    activation: str,
-    allow_tf32: bool,
-) -> None:
+def conv_bn_act(out: Tensor, *conv: Any) -> None:
     """Fill `out` (N, C_out, H', W'), exact channels_last; arguments as in effkernels.ops.conv_bn_act, checked."""
+    x, weight, bias, norm, stride, padding, activation, _ = conv
     if weight[0].numel() <= MOST_TAPS:
-        _run_direct(out, x, weight, bias, norm, stride, padding, activation, allow_tf32)
+        _run_direct(out, *conv)
         return
     top, bottom, left, right = padding
     # PyTorch's convolution pads both sides alike, so that the rest is padded before; its precision is PyTorch's own.
