@@ -54,7 +54,7 @@ ABOUT_VALUES = (
 )
 ABOUT_ACCESSES = ("test_every_element_is_written", "test_nothing_around_a_sliced_input_is_touched")
 # Fields of a Case that change what is computed with an element and nothing else.
-VALUES = ("activation", "expand_activation", "se_activation", "gate", "norm", "matrix_rank")
+VALUES = ("activation", "expand_activation", "se_activation", "gate_activation", "norm", "matrix_rank")
 
 # By the end of a test's id. Each order and each moment of landing meets both devices: one with clusters, one without.
 EMULATIONS = {

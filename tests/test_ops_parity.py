@@ -184,7 +184,12 @@ def depthwise_with_squeeze_cases() -> Iterator[Case]:
                 padding = (kernel[0] // 2, kernel[0] // 2, kernel[1] - 1, 0)
                 yield base.with_(kernel=kernel, padding=padding, stride=1 + (kernel[0] == 11), channels=72, width=23)
             if op != "depthwise_bn_act_squeeze":
-                choices = {"se_activation": ACTIVATIONS, "gate": GATES, "reduced": [1, 33], "matrix_rank": [2]}
+                choices = {
+                    "se_activation": ACTIVATIONS,
+                    "gate_activation": GATES,
+                    "reduced": [1, 33],
+                    "matrix_rank": [2],
+                }
                 yield from in_turn(base, bias=[False], **choices)
 
 
@@ -196,7 +201,7 @@ def squeeze_excite_cases() -> Iterator[Case]:
             reduced=[1, 8, 33],
             batch=[0, 1, 3],
             se_activation=ACTIVATIONS,
-            gate=GATES,
+            gate_activation=GATES,
             matrix_rank=[2],
             bias=[False],
         )
@@ -350,7 +355,7 @@ def any_case(draw) -> Case:
         activation=draw(st.sampled_from(ACTIVATIONS)),
         expand_activation=draw(st.sampled_from(ACTIVATIONS)),
         se_activation=draw(st.sampled_from(ACTIVATIONS)),
-        gate=draw(st.sampled_from(GATES)),
+        gate_activation=draw(st.sampled_from(GATES)),
         norm=draw(st.sampled_from(("full", "statistics", "none"))),
         bias=draw(st.booleans()),
         gated=draw(st.booleans()),

@@ -31,6 +31,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from effkernels import _library, triton
 from effkernels._recorded_tensor import RecordedTensor
+from effkernels.ops.reference import canonical_name
 from effkernels.triton import tuned_plan
 from effkernels.triton.tuned_plan import BackendKey
 
@@ -236,7 +237,7 @@ def choose(
             faster = _faster_by_triton.get(x.get_device())
             if not faster:  # nothing is tuned on this GPU
                 return "cuda"
-            return faster.get((op, x.dtype, *_sizes_of(x, weight), stride, activation), "cuda")
+            return faster.get((op, x.dtype, *_sizes_of(x, weight), stride, canonical_name(activation)), "cuda")
         candidates = BACKENDS if x.is_cuda else ("cpu", "reference")
     else:
         candidates = (_checked(asked, "backend"),)

@@ -190,7 +190,8 @@ _BASE: dict[str, Any] = {
     "same": same,
     "squeeze": squeeze,
     "takes_bare": takes_bare,
-    **{name: getattr(ops, name) for name in ops.__all__},
+    "Norm": ops.Norm,
+    **{name: getattr(ops, name) for name in backends.OPERATORS},
 }
 
 

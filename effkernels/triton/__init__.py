@@ -37,8 +37,8 @@ MOST_SCALED_ALONE = 1 << 16
 
 @cache
 def implementation(op: str) -> Callable[..., None]:
-    """The function that computes `op`: it takes the result to fill (a tensor or a tuple of them) and the arguments of
-    the schema, already checked, and never an empty batch.
+    """The function that computes `op`: it takes the result to fill (a tensor or a tuple of them) and the arguments in
+    the order of the schema, each norm as one value, already checked, and never an empty batch.
     """
     module = importlib.import_module(f"{__name__}.{FAMILIES[op]}")
     function: Callable[..., None] = module.OPERATORS[op]

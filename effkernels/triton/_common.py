@@ -58,7 +58,7 @@ def apply_gate(x, GATE: tl.constexpr):
 
 
 @triton.jit
-def scale_shift(c, mask, bias, norm_weight, norm_bias, norm_mean, norm_var, eps):
+def scale_shift(c, mask, bias, norm_mean, norm_var, norm_weight, norm_bias, eps):
     """Convolution bias and norm of channels `c` as one multiply-add: norm(z + bias) = z * scale + shift.
 
     Each parameter is a pointer or None, as the module has it.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkernels._norm import Norm
 from effkernels.triton import INTERPRETED, tuned_plan
 
 _FEWEST_COUNTERS = 4096  # of a stream: 16 KB
@@ -96,6 +97,16 @@ def dense(t: Tensor | None) -> Tensor | None:
     return None if t is None else t.contiguous()
 
 
+def dense_norm(norm: Norm | None) -> tuple[Tensor | None, ...]:
+    """Mean, variance, weight and bias of a norm, as the kernels take them."""
+    return (None,) * 4 if norm is None else tuple(map(dense, norm[:-1]))
+
+
+def eps_of(norm: Norm | None) -> float:
+    """The eps that the kernels take beside `dense_norm`."""
+    return 0.0 if norm is None else norm.eps
+
+
 # By device index and stream: never handed back, so that a stream has the same ones for as long as it lives. Those of a
 # captured launch come from the device's store for graphs, which no two captures share a part of.
 _of_stream: dict[tuple[int, int], Tensor] = {}
@@ -147,7 +158,9 @@ __all__ = [
     "channels_last",
     "counters",
     "dense",
+    "dense_norm",
     "divide_up",
+    "eps_of",
     "image_strides",
     "is_wide",
     "next_power_of_2",

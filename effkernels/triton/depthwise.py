@@ -105,10 +105,10 @@ def depthwise_kernel(
     x,
     weight,
     bias,
-    norm_weight,
-    norm_bias,
     norm_mean,
     norm_var,
+    norm_weight,
+    norm_bias,
     eps,
     partial,
     arrivals,
@@ -197,7 +197,7 @@ def depthwise_kernel(
                     added = added + (sums[ox],)
             sums = added
 
-    scale, shift = scale_shift(c, c_inside, bias, norm_weight, norm_bias, norm_mean, norm_var, eps)
+    scale, shift = scale_shift(c, c_inside, bias, norm_mean, norm_var, norm_weight, norm_bias, eps)
     pixels = out_height * out_width
     image_y = y + image * pixels * channels
     total = tl.zeros((LANES, BLOCK), dtype=tl.float32)
@@ -354,7 +354,7 @@ def _run(
     gate: Tensor | None = None,
     gated: bool = False,
 ) -> None:
-    x, weight, bias, norm_weight, norm_bias, norm_mean, norm_var, eps, stride, padding, dilation, activation = conv
+    x, weight, bias, norm, stride, padding, dilation, activation = conv
     x = _launch.channels_last(x)
     batch, channels, out_height, out_width = y.shape
     p = plan(x, y, (weight.shape[2], weight.shape[3]), stride, dilation, op)
@@ -377,8 +377,9 @@ def _run(
         (batch * p.tiles * p.groups,),
         y,
         x,
-        *map(_launch.dense, (weight, bias, norm_weight, norm_bias, norm_mean, norm_var)),
-        eps,
+        *map(_launch.dense, (weight, bias)),
+        *_launch.dense_norm(norm),
+        _launch.eps_of(norm),
         partial,
         arrivals,
         pooled,

@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effkernels._norm import Norm
 from effkernels.triton import _launch, depthwise, pointwise
 from effkernels.triton._common import activate, load_float, scale_shift
 from effkernels.triton.depthwise import added_tiles, arrive_last
@@ -128,17 +129,17 @@ def expand_depthwise_kernel(
     x,
     expand_weight,
     expand_bias,
-    expand_norm_weight,
-    expand_norm_bias,
     expand_norm_mean,
     expand_norm_var,
+    expand_norm_weight,
+    expand_norm_bias,
     expand_eps,
     weight,
     bias,
-    norm_weight,
-    norm_bias,
     norm_mean,
     norm_var,
+    norm_weight,
+    norm_bias,
     eps,
     partial,
     arrivals,
@@ -213,13 +214,13 @@ def expand_depthwise_kernel(
             w = nearest_tf32(w)
         weights = weights + (w,)
     expand_scale, expand_shift = scale_shift(
-        c, c_inside, expand_bias, expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var, expand_eps
+        c, c_inside, expand_bias, expand_norm_mean, expand_norm_var, expand_norm_weight, expand_norm_bias, expand_eps
     )
     if TAPS_HELD:
         held = ()  # the taps that each of STRIDE successive input rows meets
         for s in tl.static_range(STRIDE):
             held = held + (taps_of(weight, c, c_inside, KERNEL, s, STRIDE),)
-    scale, shift = scale_shift(c, c_inside, bias, norm_weight, norm_bias, norm_mean, norm_var, eps)
+    scale, shift = scale_shift(c, c_inside, bias, norm_mean, norm_var, norm_weight, norm_bias, eps)
 
     INPUTS: tl.constexpr = (STRIP - 1) * STRIDE + KERNEL
     PENDING: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
@@ -433,19 +434,11 @@ def expand_depthwise_squeeze(
     x: Tensor,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
-    expand_norm_weight: Tensor | None,
-    expand_norm_bias: Tensor | None,
-    expand_norm_mean: Tensor | None,
-    expand_norm_var: Tensor | None,
-    expand_eps: float,
+    expand_norm: Norm | None,
     expand_activation: str,
     weight: Tensor,
     bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    eps: float,
+    norm: Norm | None,
     stride: int,
     padding: Sequence[int],
     dilation: int,
@@ -462,8 +455,6 @@ def expand_depthwise_squeeze(
     kernel = weight.shape[2] if weight.shape[2] == weight.shape[3] else 0  # of a square one
     exact = x.dtype == torch.float32 and not allow_tf32
     tf32 = x.dtype == torch.float32 and allow_tf32
-    expand_norm = (expand_bias, expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var)
-    norm = (bias, norm_weight, norm_bias, norm_mean, norm_var)
     in_vector = _launch.vector_of(x.dtype) if _launch.vectors_fit(in_channels, x) else 1
     out_vector = _launch.vector_of(y.dtype) if _launch.vectors_fit(channels, y) else 1
     aligned = in_vector > 1 and out_vector > 1
@@ -473,9 +464,9 @@ def expand_depthwise_squeeze(
         expanded = torch.empty(
             (batch, channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
         )
-        expand = (expand_weight, *expand_norm, expand_eps, None, None, expand_activation, allow_tf32)
+        expand = (expand_weight, expand_bias, expand_norm, None, None, expand_activation, allow_tf32)
         pointwise.pointwise_bn_act(expanded, x, *expand)
-        conv = (weight, *norm, eps, stride, padding, dilation, activation)
+        conv = (weight, bias, norm, stride, padding, dilation, activation)
         depthwise.depthwise_bn_act_squeeze(out, expanded, *conv)
         return
 
@@ -494,10 +485,12 @@ def expand_depthwise_squeeze(
         (batch * sweep.tiles * groups,),
         y,
         x,
-        *map(_launch.dense, (expand_weight, *expand_norm)),
-        expand_eps,
-        *map(_launch.dense, (weight, *norm)),
-        eps,
+        *map(_launch.dense, (expand_weight, expand_bias)),
+        *_launch.dense_norm(expand_norm),
+        _launch.eps_of(expand_norm),
+        *map(_launch.dense, (weight, bias)),
+        *_launch.dense_norm(norm),
+        _launch.eps_of(norm),
         partial,
         arrivals,
         pooled,

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effkernels._norm import Norm
 from effkernels.triton import _common, _launch
 
 # One chain of additions over 1152 channels would err twice as much as PyTorch's blocked product: exact float32 sums
@@ -203,10 +204,10 @@ def pointwise_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
     norm_mean_ptr,
     norm_var_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     gate_ptr,
     residual_ptr,
     y_ptr,
@@ -299,7 +300,7 @@ def pointwise_kernel(
         )
 
     scale, shift = _common.scale_shift(
-        column, column_inside, bias_ptr, norm_weight_ptr, norm_bias_ptr, norm_mean_ptr, norm_var_ptr, eps
+        column, column_inside, bias_ptr, norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr, eps
     )
     y = _common.activate(total * scale[None, :] + shift[None, :], ACTIVATION)
     inside = row_inside[:, None] & column_inside[None, :]
@@ -314,11 +315,7 @@ def pointwise_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    eps: float,
+    norm: Norm | None,
     gate: Tensor | None,
     residual: Tensor | None,
     activation: str,
@@ -354,14 +351,11 @@ def pointwise_bn_act(
         x_rows.data,
         _launch.dense(weight),
         _launch.dense(bias),
-        _launch.dense(norm_weight),
-        _launch.dense(norm_bias),
-        _launch.dense(norm_mean),
-        _launch.dense(norm_var),
+        *_launch.dense_norm(norm),
         _launch.dense(gate),
         None if residual_rows is None else residual_rows.data,
         out,
-        eps,
+        _launch.eps_of(norm),
         rows,
         pixels,
         row_tiles,

@@ -148,7 +148,7 @@ def squeeze_excite_gate(
     w_expand: Tensor,
     b_expand: Tensor | None,
     activation: str,
-    gate: str,
+    gate_activation: str,
 ) -> None:
     batch, channels = pooled.shape
     reduced = w_reduce.shape[0]
@@ -171,7 +171,7 @@ def squeeze_excite_gate(
         splits,
         split_channels,
         ACTIVATION=activation,
-        GATE=gate,
+        GATE=gate_activation,
         ROWS=BLOCK_REDUCED,
         BLOCK=BLOCK_CHANNELS,
     )
