@@ -113,6 +113,7 @@ def run_case(
     *,
     date: str,
     advance: Callable[[str], None] = lambda step: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Row], list[Refusal]]:
     """Measure a case with every contender that can run it.
 
@@ -120,6 +121,7 @@ def run_case(
         contenders: names of ``contenders.CONTENDERS``.
         date: the stamp of the run, see ``benchmark.run_date``.
         advance: called after each step, `steps` times in all.
+        report: called with one line for each contender when the times are known; its memory is measured after that.
 
     Returns:
         Rows in the order of ``contenders``, and the contenders that did not run.
@@ -155,6 +157,10 @@ def run_case(
                 rounds=options.rounds,
                 advance=advance,
             )
+        summaries = {name: timing.summarise(times[name]) for name in runners}
+        for name, runner in runners.items():
+            median = summaries[name].median_us / 1e3
+            report(f"{case_name(case)}, batch {case.batch}: {runner.label}: median {median:.2f} ms")
         rows = []
         for name, runner in runners.items():
             peak: int | None = None
@@ -167,7 +173,7 @@ def run_case(
                 advance(f"{name} memory")
             rows.append(
                 timing.make_row(
-                    timing.summarise(times[name]),
+                    summaries[name],
                     suite="model",
                     case=case_name(case),
                     contender=runner.label,
