@@ -295,7 +295,8 @@ def test_the_wheel_becomes_a_manylinux_wheel_without_libtorch(wheel: Path, tmp_p
     [tagged] = tmp_path.glob("*.whl")
     oldest = [int(minor) for minor in re.findall(r"manylinux_2_(\d+)_\w+", tagged.name)]
     glibc = int(os.confstr("CS_GNU_LIBC_VERSION").split(".")[1])  # type: ignore[union-attr]
-    assert oldest and max(oldest) <= glibc
+    assert oldest
+    assert max(oldest) <= glibc
     with zipfile.ZipFile(tagged) as archive:
         libraries = [name for name in archive.namelist() if ".so" in name]
     assert libraries == ["effkernels/lib/libeffkernels.so"]
