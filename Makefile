@@ -60,7 +60,7 @@ test-suite: setup
 	$(PYTEST) $(TEST_ARGS)
 
 test-emulated: setup ## run the CUDA kernels on the CPU: parity in every order of threads, and the emulator's own tests
-	$(PYTEST) -m emulated $(TEST_ARGS)
+	EFFKERNELS_TEST_THOROUGH=1 $(PYTEST) -m emulated $(TEST_ARGS)
 
 test-race: setup ## the same with every load and store checked for races and for memory that nobody wrote
 	$(BIN)/python tests/emulation/build.py race
