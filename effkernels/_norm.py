@@ -28,7 +28,7 @@ class Norm(NamedTuple):
 
     @classmethod
     def of(cls, norm: BatchNorm) -> Norm:
-        """The norm that a batch norm of `torch.nn` computes in eval mode; its tensors are passed on, not copied.
+        """Return the norm that a batch norm of `torch.nn` computes in eval mode; its tensors are passed on, not copied.
 
         Raises:
             TypeError: norm is not a batch norm.
@@ -43,7 +43,7 @@ class Norm(NamedTuple):
 
 
 def gather_norms(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments by their names in a schema, with every norm as one value: `norm_mean`, `norm_var`, ... become `norm`.
+    """Gather each norm of the arguments of a schema in one value: `norm_mean`, `norm_var`, ... become `norm`.
 
     A norm of which no tensor is given is None.
     """

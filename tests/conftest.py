@@ -249,7 +249,7 @@ def _shows_more_when_interpreted(item: pytest.Item) -> bool:
 
 
 def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_cases.Case]]) -> bool:
-    """Whether a test of the same shape in another dtype stands for this one, unless EFFKERNELS_TEST_THOROUGH is set.
+    """Return whether a test of the same shape in another dtype covers this one, unless EFFKERNELS_TEST_THOROUGH is set.
 
     On the emulator, a test with several parameters runs in one of the three thread orders, on both devices and with
     both moments of landing. Neighbouring parameters take the next order, so that the three dtypes of a shape meet all

@@ -64,7 +64,7 @@ def test_a_norm_that_is_none(wrong: object, way: str, op: str) -> None:
 
 @pytest.mark.parametrize("op", ALL_OPS)
 def test_arguments_survive_the_dispatcher(op: str) -> None:
-    """What is handed over in the order of the schema arrives under the name that the reference has for it."""
+    """An argument at its position in the schema arrives under its name in the reference."""
     signature = _signature.Signature(op)
     arguments = op_cases.positional(op, Case(op, bias=True, gated=True, residual=True).draw())
     named = dict(zip(signature.names, signature.group(arguments), strict=True))

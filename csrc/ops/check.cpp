@@ -205,7 +205,7 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, int32_t(dtype), device_type,
                                                            cuda ? like.get_device_index() : 0, &handle));
   } else {
-    // Memory of a recording stays as long as a tensor lies in it.
+    // Memory of a recording stays as long as a tensor uses it.
     auto* const owner = is_recording() ? new std::shared_ptr<cpu::Pool>(recording_memory()) : nullptr;
     const auto release = [](void* pointer, void* context) {
       auto* const recording = static_cast<std::shared_ptr<cpu::Pool>*>(context);
@@ -221,7 +221,7 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
   return Tensor(handle);
 }
 
-// Everything of a depthwise convolution of an (n, c, h, w) tensor but where that lies; of `a.x` only the dtype and the
+// Everything of a depthwise convolution of an (n, c, h, w) tensor but its address; of `a.x` only the dtype and the
 // device count.
 Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
                              Keep& keep) {
@@ -251,7 +251,7 @@ Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_
   return out;
 }
 
-// Everything of a 1x1 convolution but where its result lies.
+// Everything of a 1x1 convolution but the address of its result.
 Pointwise describe_pointwise(const char* op, const PointwiseArguments& a, Keep& keep) {
   const Tensor &x = a.x, &weight = a.weight;
   check_image(op, "x", x);

@@ -34,7 +34,7 @@ DEFAULT_CONTENDERS = ("effkernels", "eager", "eager-channels-last", "compile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help=f"default: {DEFAULT_MODEL}")
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")
@@ -152,7 +152,7 @@ def _results_file(name: str | None) -> Path | None:
 
 
 def _result_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells; the last column is the time relative to the first row's."""
+    """Return columns and cells; the last column is the time relative to the first row's."""
     first = rows[0]
     columns = [
         "contender", "median ms", "p95 ms", "p99 ms", "images/s", "peak MB", "rel. error", f"x {first.contender}",

@@ -179,7 +179,7 @@ class InferenceEngine:
         return self._prepared.work(lambda: self._prepared.device.hand_over(self._prepared.run(images)))
 
     def preprocess(self, images: Any) -> Tensor:
-        """Photographs as the model's input, computed on the engine's device.
+        """Turn photographs into the model's input, computed on the engine's device.
 
         The shorter side is resized, a central square cut out, mean and standard deviation are taken out per channel: as
         `effkernels.predict.Preprocessing` does with Pillow, within two of 255 levels.
@@ -439,7 +439,7 @@ class _Submitted:
 
 
 def _by_size(images: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """Tensors of the same shape, dtype and device stacked to batches, each with their positions in `images`."""
+    """Stack tensors of the same shape, dtype and device to batches, each with their positions in `images`."""
     return [(members, torch.stack([images[index] for index in members])) for members in _of_one_size(images)]
 
 

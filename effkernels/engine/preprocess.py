@@ -202,7 +202,7 @@ def to_pixels(image: Any, channels: int) -> Tensor:
 
 
 def transform(pixels: Tensor, preprocessing: Preprocessing, *, integers: bool | None = None) -> Tensor:
-    """Images of one size as the input of a model, on the device where they are.
+    """Turn images of one size into the input of a model, on the device where they are.
 
     Args:
         pixels: (N, H, W, C), uint8.

@@ -204,7 +204,7 @@ def _check_operators(job: Job) -> None:
 
 
 def _image_channels(model: nn.Module) -> int:
-    """Channels of an image: what the first convolution takes."""
+    """Return the channels of an image: what the first convolution takes."""
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return 3 if first is None else first.in_channels
 

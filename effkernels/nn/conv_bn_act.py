@@ -20,7 +20,7 @@ from effkernels.ops.reference import ACTIVATIONS, canonical_name
 
 
 def check_activation(owner: str, activation: str, argument: str = "activation") -> str:
-    """The name in `ACTIVATIONS`, or ValueError naming the owner, the argument and what is allowed."""
+    """Return the name in `ACTIVATIONS`, or raise ValueError naming the owner, the argument and what is allowed."""
     name: str = canonical_name(activation)
     if name not in ACTIVATIONS:
         raise ValueError(f"{owner}: {argument}={activation!r} is not known; allowed: {', '.join(ACTIVATIONS)}")
@@ -35,7 +35,7 @@ def check_backend(owner: str, backend: str) -> str:
 
 
 def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, backend: str = "auto") -> Tensor:
-    """`norm(conv(x))` with its activation, as one fused operator where the modules allow it.
+    """Compute `norm(conv(x))` with its activation, as one fused operator where the modules allow it.
 
     They allow it in eval mode, when both are what they seem (see `effkernels.nn.fusible`) and the convolution is 1x1,
     depthwise or dense; otherwise the modules are called one after the other.

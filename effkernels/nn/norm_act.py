@@ -116,7 +116,7 @@ class SyncBatchNormAct(nn.SyncBatchNorm):
 
 
 def norm_act(norm: nn.Module, x: Tensor, activation: str) -> Tensor:
-    """`norm(x)`, and what it leaves out: the activation, where `norm` is one of PyTorch's norms.
+    """Compute `norm(x)`, and return what it leaves out: the activation, where `norm` is one of PyTorch's norms.
 
     It is one after a conversion (`SyncBatchNorm.convert_sync_batchnorm` and its like) or where somebody put another
     norm in place. A norm that has children `drop` and `act` gets those, any other one `activation`.

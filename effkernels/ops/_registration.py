@@ -1,4 +1,4 @@
-"""What Python adds to the operators of both namespaces: shape functions, gradients, autocast and FLOP formulas.
+"""Add to the operators of both namespaces what needs Python: shape functions, gradients, autocast, FLOP formulas.
 
 A family file describes each of its operators by one `Operator` and hands it to `register`. The compiled library defines
 the operators of `torch.ops.effkernels`, and `register` adds what needs Python; where the library is not loaded there is
@@ -69,15 +69,15 @@ class Operator(Generic[Result]):
         object.__setattr__(self, "follow_at", tuple(i for i, name in tensors.items() if name not in self.cast))
 
     def run_reference(self, flat: Sequence[Any]) -> Result:
-        """The reference on flat arguments."""
+        """Call the reference with flat arguments."""
         return self.reference(**dict(zip(self.signature.names, self.signature.group(flat), strict=True)))
 
     def results(self, *args: Any) -> Result:
-        """The results of a call, yet to be computed; checks the arguments, in the order of `signature.names`."""
+        """Check the arguments, in the order of `signature.names`, and return uninitialised results."""
         return self.allocate(self.check(self.name, *args), *args)
 
     def fake(self, *flat: Any) -> Result:
-        """The shape function: `results` for flat arguments."""
+        """Return `results` for flat arguments; this is the shape function."""
         return self.results(*self.signature.group(flat))
 
 
@@ -132,7 +132,7 @@ def run(overloads: Overloads[Result], backend: str, args: tuple[Any, ...]) -> Re
 
 
 def _problem(op: Operator[Any], args: Sequence[Any]) -> ValueError | TypeError | None:
-    """What is wrong with the arguments of a call that failed, in Python's types and without a file of C++ in front.
+    """Return the error in the arguments of a call that failed, as a Python exception without the name of a C++ file.
 
     PyTorch names the dispatch key of a sparse, quantized, nested or MKL-DNN tensor, not the argument.
     """
@@ -164,7 +164,7 @@ def _run_reference(op: Operator[Result], flat: tuple[Any, ...]) -> Result:
 
 
 def empty_image(shape: Sequence[int], x: Tensor, *others: Any) -> Tensor:
-    """An uninitialised tensor of a shape (N, C, H, W), of x's dtype and device, with exact channels_last strides."""
+    """Return an uninitialised (N, C, H, W) tensor of x's dtype and device with exact channels_last strides."""
     _, channels, height, width = shape
     strides = (height * width * channels, 1, width * channels, channels)
     return torch.empty_strided(tuple(shape), strides, dtype=x.dtype, device=x.device)
@@ -190,8 +190,10 @@ def _flop_formula(op: Operator[Any]) -> Callable[..., int]:
 
 
 def _triton_kernel(op: Operator[Result]) -> Callable[..., Result]:
-    """`op` by Triton. The shape function checks the arguments and allocates what the kernels fill, so that a trace and
-    a call cannot differ in shapes, strides or what they refuse.
+    """Return `op` by Triton.
+
+    The shape function checks the arguments and allocates what the kernels fill, so that a trace and a call cannot
+    differ in shapes, strides or what they refuse.
     """
 
     def kernel(*flat: Any) -> Result:

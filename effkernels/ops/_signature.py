@@ -34,7 +34,7 @@ SCHEMAS: dict[str, str] = _read_schemas()
 
 
 def parts(norm: Norm | None, op: str, name: str = "norm") -> tuple[Tensor | float | None, ...]:
-    """The fields of a norm, one by one; of no norm as well. TypeError where it is neither."""
+    """Return the fields of a norm one by one, also of None. Raise TypeError if it is neither."""
     if type(norm) is Norm:
         return norm
     if norm is None:
@@ -69,7 +69,7 @@ class Signature:
         self._strings = tuple(i for i, name in enumerate(names) if name in strings)
 
     def group(self, flat: Sequence[Any]) -> tuple[Any, ...]:
-        """Arguments in the order of the schema in the order of `names`; activations by their canonical names."""
+        """Bring arguments from the order of the schema to that of `names`; activations get their canonical names."""
         args = list(flat)
         for i in self._norms:
             norm = Norm(*args[i : i + _FIELDS])

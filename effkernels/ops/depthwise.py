@@ -74,7 +74,7 @@ def depthwise_bn_act_squeeze(
     activation: str = "identity",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`depthwise_bn_act` together with the mean of each channel of its result, taken in the same pass.
+    """Compute `depthwise_bn_act` together with the mean of each channel of its result, taken in the same pass.
 
     Equivalent PyTorch: y = depthwise_bn_act(...); pooled = y.float().mean((2, 3)). A compiled kernel takes the mean
     before y is rounded to its dtype.
@@ -96,7 +96,7 @@ def depthwise_flops(y_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
 
 
 def allocate_with_means(shape: Sequence[int], x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-    """The image of a shape (N, C, H, W) and its pooled channels (N, C), yet to be computed."""
+    """Return an uninitialised image of shape (N, C, H, W), and its pooled channels (N, C)."""
     return empty_image(shape, x), x.new_empty(tuple(shape[:2]), dtype=torch.float32)
 
 

@@ -35,15 +35,17 @@ def expand_depthwise_squeeze(
     allow_tf32: bool | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The first half of an MBConv block: 1x1 convolution, batch norm and activation, then depthwise convolution, batch
-    norm and activation, and the mean of each channel of that.
+    """Compute the first half of an MBConv block.
+
+    It is a 1x1 convolution, batch norm and activation, then a depthwise convolution, batch norm and activation, and the
+    mean of each channel of that.
 
     Equivalent PyTorch:
 
         e = pointwise_bn_act(x, expand_weight, expand_bias, expand_norm, activation=expand_activation)
         y, pooled = depthwise_bn_act_squeeze(e, weight, bias, norm, stride=..., padding=..., activation=activation)
 
-    where the zeros of the padding are zeros of `e`, behind the activation. The Triton and the CPU kernels compute `e`
+    where the zeros of the padding are zeros of `e`, after the activation. The Triton and the CPU kernels compute `e`
     tile by tile and keep it on the chip (Triton in x's dtype, the CPU in float32); the compiled CUDA kernels are two
     launches.
 

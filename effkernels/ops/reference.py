@@ -45,7 +45,7 @@ _GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmo
 
 
 def canonical_name(name: Any) -> Any:
-    """The name in `ACTIVATIONS` or `GATES` for one of `ALIASES`; anything else as it is."""
+    """Return the name in `ACTIVATIONS` or `GATES` for one of `ALIASES`; return anything else unchanged."""
     return ALIASES.get(name, name) if type(name) is str else name
 
 
@@ -100,7 +100,7 @@ def depthwise_bn_act(
 
 
 def depthwise_bn_act_squeeze(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-    """`depthwise_bn_act` together with the mean of each channel over the image.
+    """Compute `depthwise_bn_act` together with the mean of each channel over the image.
 
     Arguments and errors are those of `depthwise_bn_act`.
 
@@ -122,7 +122,7 @@ def squeeze_excite_gate(
     activation: str = "silu",
     gate_activation: str = "sigmoid",
 ) -> Tensor:
-    """The gate of squeeze-and-excitation from pooled channels (Hu et al. 2018, equation 3).
+    """Compute the gate of squeeze-and-excitation from pooled channels (Hu et al. 2018, equation 3).
 
         gate(w_expand @ act(w_reduce @ pooled + b_reduce) + b_expand)
 
@@ -155,7 +155,7 @@ def depthwise_bn_act_gate(
     gate_activation: str = "sigmoid",
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`depthwise_bn_act` together with the squeeze-and-excitation gate of its result, not yet applied.
+    """Compute `depthwise_bn_act` together with the squeeze-and-excitation gate of its result, not yet applied.
 
     Arguments and errors are those of `depthwise_bn_act` and `squeeze_excite_gate`, whose `activation` is here called
     `se_activation`.
@@ -169,7 +169,7 @@ def depthwise_bn_act_gate(
 
 
 def depthwise_bn_act_se(*args: Any, **options: Any) -> Tensor:
-    """`depthwise_bn_act` with squeeze-and-excitation applied: y * gate[:, :, None, None].
+    """Compute `depthwise_bn_act` with squeeze-and-excitation applied: y * gate[:, :, None, None].
 
     Arguments and errors are those of `depthwise_bn_act_gate`.
 
@@ -229,7 +229,7 @@ def expand_depthwise_squeeze(
     allow_tf32: bool | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The first half of an MBConv block: `pointwise_bn_act` with the `expand_` arguments, then
+    """Compute the first half of an MBConv block: `pointwise_bn_act` with the `expand_` arguments, then
     `depthwise_bn_act_squeeze` of its result with the others.
 
     Arguments and errors are those of the two.

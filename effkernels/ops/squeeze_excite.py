@@ -1,4 +1,4 @@
-"""Squeeze-and-excitation: the gate alone, and behind a depthwise convolution, left to the consumer or applied."""
+"""Squeeze-and-excitation: the gate alone, and after a depthwise convolution, returned or applied."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def squeeze_excite_gate(
     gate_activation: str = "sigmoid",
     backend: str = "auto",
 ) -> Tensor:
-    """The gate of squeeze-and-excitation from pooled channels, both products in one launch.
+    """Compute the gate of squeeze-and-excitation from pooled channels, both products in one launch.
 
     Equivalent PyTorch (Hu et al. 2018, equation 3):
 
@@ -73,7 +73,7 @@ def depthwise_bn_act_gate(
     gate_activation: str = "sigmoid",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`depthwise_bn_act` and the squeeze-and-excitation gate of its result, which the consumer multiplies in.
+    """Compute `depthwise_bn_act` and the squeeze-and-excitation gate of its result, which the consumer multiplies in.
 
     Equivalent PyTorch: y, pooled = depthwise_bn_act_squeeze(...); gate = squeeze_excite_gate(pooled, ...).to(x.dtype).
     `pointwise_bn_act(y, ..., gate=gate)` applies the gate as it reads y, so that the gated tensor is never written.
@@ -109,7 +109,7 @@ def depthwise_bn_act_se(
     gate_activation: str = "sigmoid",
     backend: str = "auto",
 ) -> Tensor:
-    """`depthwise_bn_act` with squeeze-and-excitation applied to its result.
+    """Compute `depthwise_bn_act` with squeeze-and-excitation applied to its result.
 
     Equivalent PyTorch: y, gate = depthwise_bn_act_gate(...); y * gate[:, :, None, None].
 

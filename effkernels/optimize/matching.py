@@ -241,7 +241,7 @@ class _Matcher:
             self._take_written_out_activation(step)
 
     def _take_written_out_activation(self, step: Step) -> None:
-        """`x * sigmoid(x)` and `x * hard_sigmoid(x)`, which some libraries write out: silu and hard_swish."""
+        """Recognise `x * sigmoid(x)` and `x * hard_sigmoid(x)`, which some libraries write out: silu and hard_swish."""
         users = list(step.result.users)
         if len(users) != 2:
             return

@@ -218,7 +218,7 @@ class _Fitter:
             yield backends.choose(op, x, backend=self._backend)
 
     def _shapes(self, unit: Unit, method: Method) -> list[tuple[int, ...]]:
-        """Shapes of inputs to try a method on."""
+        """Return shapes of inputs to try a method on."""
         recorded = None if self._forward is None else self._forward.shapes.get(unit.path)
         takes_the_same = method.trace.method != "forward_head"
         channels = recorded[1] if recorded is not None and takes_the_same and len(recorded) == 4 else None
@@ -228,7 +228,7 @@ class _Fitter:
 
 
 def _first_channels(method: Method) -> int:
-    """Channels of the input, as the first convolution or linear layer has them."""
+    """Return the number of input channels, as the first convolution or linear layer has them."""
     for node in method.trace.graph.nodes:
         if node.op == "call_module":
             modules = method.trace.root.get_submodule(str(node.target)).modules()

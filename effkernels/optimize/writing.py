@@ -220,7 +220,7 @@ class _Writer:
         return [self._part(path, "parameter", name) for name in ("weight", "bias")]
 
     def _norm(self, path: str | None) -> str:
-        """A norm as the operators take it."""
+        """Write a norm as the operators take it."""
         if path is None:
             return "None"
         parts = [("buffer", "running_mean"), ("buffer", "running_var"), ("parameter", "weight"), ("parameter", "bias")]
@@ -266,7 +266,7 @@ class _Writer:
             self._lines.append(f"{value} = like({value}, {source}, nchw)")
 
     def _write_expanded(self, expansion: Step, step: Step, source: str, value: str) -> None:
-        """A 1x1 and a depthwise convolution: one operator where that is faster, else two."""
+        """Write a 1x1 and a depthwise convolution: one operator where that is faster, else two."""
         expand, conv = self._conv(expansion.conv.path), self._conv(step.conv.path)
         arguments = [source, expand[0], conv[0], f"expand_bias={expand[1]}", f"bias={conv[1]}"]
         arguments += [f"expand_norm={self._norm(expansion.norm)}", f"norm={self._norm(step.norm)}"]
@@ -328,7 +328,7 @@ class _Writer:
         return f"same({source}, {conv.kernel_size}, {conv.stride}, {conv.dilation})"
 
     def _excite(self, gate: Gate) -> list[str]:
-        """Expressions for w_reduce, b_reduce, w_expand, b_expand."""
+        """Return expressions for w_reduce, b_reduce, w_expand, b_expand."""
         return [*self._conv(gate.reduce), *self._conv(gate.expand)]
 
     def _plain(self, node: fx.Node) -> str:

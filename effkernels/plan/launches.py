@@ -150,7 +150,7 @@ class Plan:
         return forward_us((launch.time for launch in self.launches), mode)
 
     def by_block(self) -> dict[str, Totals]:
-        """Sums per part of the network, in the order of the forward."""
+        """Return the sums per part of the network, in the order of the forward."""
         names = dict.fromkeys(launch.block_of_network for launch in self.launches)
         return {name: Totals.of(one for one in self.launches if one.block_of_network == name) for name in names}
 

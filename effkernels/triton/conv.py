@@ -32,7 +32,7 @@ _WIDEST_BLOCK = 64  # channels of a program that norms and activates
 
 
 class Tile(NamedTuple):
-    """How the kernel of the stem is cut: output pixels and channels of a program, taps of a step, and who computes."""
+    """The tile of the stem's kernel: output pixels and channels of a program, taps of a step, and who computes."""
 
     rows: int
     columns: int
@@ -41,7 +41,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(taps: int, out_channels: int) -> Tile:
-    """The tile for so many products per output: what compiles without a spill, not what was measured fastest."""
+    """Return the tile for so many products per output: what compiles without a spill, not what was measured fastest."""
     return Tile(
         rows=64 if taps <= _STEP else 32,  # a loop over steps takes registers as well
         columns=min(_WIDEST_TILE, max(16, _launch.next_power_of_2(out_channels))),  # 16: the least that tl.dot takes
@@ -51,7 +51,7 @@ def tile_of(taps: int, out_channels: int) -> Tile:
 
 
 def candidates(taps: int, out_channels: int) -> tuple[Tile, ...]:
-    """The tiles that `effkernels tune` may choose from, the one of `tile_of` first.
+    """Return the tiles that `effkernels tune` may choose from, the one of `tile_of` first.
 
     Of the default's columns alone: with fewer, the gather of a thread takes all registers, and with more the sums do.
     """

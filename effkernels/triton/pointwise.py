@@ -6,7 +6,7 @@ weight (N x K) as stored. A program computes one tile of y with all of its k; pr
 neighbours, so that x comes from memory once and from L2 after that.
 
 One kernel serves every shape. What the compiler must know for 16-byte accesses, that rows start at multiples of so many
-elements, is told by passing channels and strides in vectors: 24 channels of 16 bits are 3 vectors of 8, where Triton's
+elements, follows from channels and strides in vectors: 24 channels of 16 bits are 3 vectors of 8, where Triton's
 own test for multiples of 16 would give up.
 """
 
@@ -33,7 +33,7 @@ FEWEST_PIXELS_OF_OWN_TILE = 32
 
 
 class Tile(NamedTuple):
-    """How the product is cut: rows and columns of y per program, channels of x per step, and who computes it."""
+    """The tile of a product: rows and columns of y per program, channels of x per step, and who computes it."""
 
     rows: int
     columns: int
@@ -43,7 +43,7 @@ class Tile(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """An image tensor as a matrix: pixel p of image n lies at n * image + p * pixel, channels next to each other."""
+    """An image tensor as a matrix: pixel p of image n is at n * image + p * pixel, its channels are adjacent."""
 
     data: Tensor
     image: int
@@ -61,7 +61,7 @@ def tile_of(
     spans: bool,
     multiprocessors: int,
 ) -> Tile:
-    """The tile for `images` times `pixels` rows on a GPU with so many multiprocessors.
+    """Return the tile for `images` times `pixels` rows on a GPU with so many multiprocessors.
 
     The largest that gives each of them a tile; small ones read x and weight more often, but from L2. The numbers
     are what compiles without a spill for sm_80 and sm_90 (tests/triton_gates), not what was measured to be fastest.
@@ -112,7 +112,7 @@ def candidates(
     spans: bool,
     multiprocessors: int,
 ) -> tuple[Tile, ...]:
-    """The tiles that `effkernels tune` may choose from, the one of `tile_of` first; arguments as there.
+    """Return the tiles that `effkernels tune` may choose from, the one of `tile_of` first; arguments as there.
 
     Every size of tile at the default's depth, then the default with other steps, warps and stages. All of them fit
     the shared memory and, exact ones, the registers of every GPU from compute capability 8.0 on.
@@ -138,7 +138,10 @@ def _fits(tile: Tile, dtype: torch.dtype) -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 where there is none, which makes every tile the largest: the interpreter's time goes by programs."""
+    """Return the number of multiprocessors of a GPU.
+
+    Without one return 1, which makes every tile the largest: the interpreter's time grows with the programs.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -235,7 +238,7 @@ def pointwise_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of y. `row_tiles` counts those of an image, or of all rows where a tile spans images (SPANS)."""
+    """Compute one tile of y. `row_tiles` counts those of an image, or of all rows where a tile spans images (SPANS)."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     GATED: tl.constexpr = gate_ptr is not None
     in_channels = in_vectors * IN_VECTOR
@@ -388,7 +391,7 @@ OPERATORS = {"pointwise_bn_act": pointwise_bn_act}
 
 
 def _rows(t: Tensor) -> Rows:
-    """`t` as a matrix; a copy where its channels, or its rows of pixels, do not follow each other."""
+    """Return `t` as a matrix; a copy where its channels, or its rows of pixels, do not follow each other."""
     images, _, height, width = t.shape
     t = _launch.channels_last(t)
     image, row, pixel = _launch.image_strides(t)
@@ -405,5 +408,5 @@ def _rows(t: Tensor) -> Rows:
 
 
 def _vector(dtype: torch.dtype, *multiples: int) -> int:
-    """The most elements, of 16 bytes, that all of `multiples` are multiples of."""
+    """Return the largest number of elements within 16 bytes that divides all of `multiples`."""
     return math.gcd(16 // dtype.itemsize, *multiples)

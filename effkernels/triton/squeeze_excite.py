@@ -32,7 +32,7 @@ def hidden_of(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """hidden[r] = activation(sum over c of w_reduce[r, c] * means[c] + b_reduce[r]); returns behind a barrier."""
+    """hidden[r] = activation(sum over c of w_reduce[r, c] * means[c] + b_reduce[r]); returns after a barrier."""
     for first_row in range(0, reduced, ROWS):
         r = first_row + tl.arange(0, ROWS)
         products = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
