@@ -31,13 +31,13 @@ from effkernels.engine.prepared import PreparedModel, engine_device
 from effkernels.engine.preprocess import (
     check_memory,
     check_pixels,
-    input_size_of,
     is_pil_image,
     preprocessing_from,
     to_pixels,
     transform,
 )
 from effkernels.engine.report import EngineReport, EngineStats
+from effkernels.models.model_input import input_size_of
 from effkernels.models.preprocessing import Preprocessing
 
 
@@ -122,7 +122,7 @@ class InferenceEngine:
         own_device, own_dtype = device_and_dtype_of(model)
         dtype = check_dtype(own_dtype if dtype is None else dtype)
         where = engine_device(own_device if device is None else check_device(device))
-        self._input_size = input_size_of(model, input_size)
+        self._input_size = input_size_of(model, input_size, owner="InferenceEngine")
         check_elements(sizes, self._input_size)
         self._preprocessing: Preprocessing | None = None
         try:

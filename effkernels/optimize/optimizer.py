@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from effkernels.models.model_input import input_size_of
 from effkernels.ops import backends
-from effkernels.optimize.accounting import Cost, Forward, costs_of, input_size_of, try_forward
+from effkernels.optimize.accounting import Cost, Forward, costs_of, try_forward
 from effkernels.optimize.program import MOST_ROWS, Program
 from effkernels.optimize.report import BlockReport, NotFusedError, Report
 from effkernels.optimize.survey import FILTERED, Entry, Method, Survey, Unit
@@ -66,7 +67,7 @@ def optimize_(
     allowed = ("auto", *backends.BACKENDS)
     if backend not in allowed:
         raise ValueError(f"backend={backend!r} is not a backend; allowed: {', '.join(allowed)}")
-    size = input_size_of(model, input_size)
+    size = input_size_of(model, input_size, owner="optimize_", default=224)
     with as_it_was_on_failure(model):
         restore_(model)
         with undisturbed(model):
