@@ -72,16 +72,16 @@ def overhead_calls(device: torch.device) -> dict[str, Callable[[], object]]:
     case = depthwise_case("depthwise_bn_act", (1, 8, 1, 1), 3, 1)
     call = case.prepare(ops, torch.float32, device)
     plain = case.prepare(reference, torch.float32, device)
-    x, weight, scale, shift, mean, var = (
+    x, weight, mean, var, scale, shift = (
         case.tensors[name].to(device, torch.float32)
-        for name in ("x", "weight", "norm_weight", "norm_bias", "norm_mean", "norm_var")
+        for name in ("x", "weight", "norm_mean", "norm_var", "norm_weight", "norm_bias")
     )
     compiled = torch.ops.effkernels.depthwise_bn_act.default
     convolution = torch.nn.functional.conv2d
     return {
         "effkernels.ops": call,
         "torch.ops.effkernels": lambda: compiled(
-            x, weight, None, scale, shift, mean, var, 1e-5, 1, (1, 1, 1, 1), 1, "silu"
+            x, weight, None, mean, var, scale, shift, 1e-5, 1, (1, 1, 1, 1), 1, "silu"
         ),
         "eager": plain,
         "conv2d alone": lambda: convolution(x, weight, padding=1, groups=8),

@@ -6,6 +6,7 @@ Names come from files and users: everything printed here goes through `effkernel
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -23,6 +24,9 @@ except ImportError:  # rich is in the bench extra; info, check and predict work 
     HAVE_RICH = False
 
 Advance = Callable[[str], None]
+
+# Without a terminal, a step is printed if nothing was for this long.
+_SECONDS_OF_SILENCE = 5.0
 
 
 def note(message: str) -> None:
@@ -67,7 +71,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], *, 
 def progress(title: str, total: int) -> Iterator[Advance]:
     """Show a progress bar on standard error; the block gets a function that takes the name of the step just done.
 
-    Without a terminal one line is printed for every tenth of the way, so that a log shows progress without filling up.
+    Without a terminal a line is printed for every tenth of the steps, and for a step that ends five seconds or more
+    after the line before, so that a log shows the progress without filling up.
     """
     if HAVE_RICH and sys.stderr.isatty():
         columns = (
@@ -88,11 +93,15 @@ def progress(title: str, total: int) -> Iterator[Advance]:
         return
 
     done = 0
+    printed = time.monotonic()
 
     def advance_plain(step: str) -> None:
-        nonlocal done
+        nonlocal done, printed
         done += 1
-        if done == total or done * 10 // max(total, 1) != (done - 1) * 10 // max(total, 1):
+        is_tenth = done == total or done * 10 // max(total, 1) != (done - 1) * 10 // max(total, 1)
+        now = time.monotonic()
+        if is_tenth or now - printed >= _SECONDS_OF_SILENCE:
+            printed = now
             note(f"{title}: {done}/{total} {step}")
 
     yield advance_plain

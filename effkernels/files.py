@@ -33,7 +33,7 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """`printable` line by line, for a message of several lines."""
+    """Return `printable` line by line, for a message of several lines."""
     return "\n".join(printable(line) for line in str(text).split("\n"))
 
 
@@ -135,7 +135,7 @@ def replacing(path: str | Path, *, follow_links: bool = True) -> Iterator[Path]:
 
 
 def _mode(target: Path) -> int:
-    """Permissions of a file that is written anew: those that it has, or what the process gives new files."""
+    """Return the permissions of a file that is written anew: those that it has, or what the process gives new files."""
     with suppress(OSError):
         return stat.S_IMODE(target.stat().st_mode)
     umask = os.umask(0o077)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import effkernels
+from effkernels._norm import gather_norms
 
 DEPTHWISE_OPS = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "depthwise_bn_act_se")
 EXPAND_OP = "expand_depthwise_squeeze"
@@ -52,7 +53,7 @@ class Case:
     activation: str = "silu"
     expand_activation: str = "silu"
     se_activation: str = "silu"
-    gate: str = "sigmoid"
+    gate_activation: str = "sigmoid"
     norm: str = "full"
     bias: bool = False
     gated: bool = False
@@ -73,7 +74,7 @@ class Case:
         return dataclasses.replace(self, **changes)
 
     def draw(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-        """Return the arguments of the operator by name, as effkernels.ops and effkernels.ops.reference take them."""
+        """Return the arguments of the operator by their names in the schema; `flat` hands them to effkernels.ops."""
         generator = torch.Generator().manual_seed(seed)
         made = 0
 
@@ -102,7 +103,7 @@ class Case:
                 "b_reduce": parameter(self.reduced) if self.bias else None,
                 "w_expand": parameter(self.channels, self.reduced, *tail, scale=self.reduced**-0.5 * 2),
                 "b_expand": parameter(self.channels) if self.bias else None,
-                "gate": self.gate,
+                "gate_activation": self.gate_activation,
             }
 
         if self.op == "squeeze_excite_gate":
@@ -165,9 +166,19 @@ def assert_surroundings_untouched(view: Tensor, image: Tensor) -> None:
     assert finite == view.numel(), f"{finite - view.numel()} elements around an input were written to"
 
 
+class flat:
+    """The operators of effkernels.ops or effkernels.reference, with the parts of a norm as arguments of their own."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        return lambda *args, **arguments: getattr(self._module, op)(*args, **gather_norms(arguments))
+
+
 def run(module: Any, case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return the outputs of the operator of `case` in effkernels.ops or effkernels.ops.reference, always as a tuple."""
-    outputs = getattr(module, case.op)(**arguments)
+    outputs = getattr(flat(module), case.op)(**arguments)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -215,9 +226,7 @@ def overload(op: str) -> Any:
 
 def positional(op: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """`arguments` by name as the positional arguments that the schema of the compiled operator wants."""
-    defaults = {"eps": 1e-5, "expand_eps": 1e-5, "allow_tf32": False}
-    if op == "squeeze_excite_gate":
-        arguments = {("se_activation" if name == "activation" else name): a for name, a in arguments.items()}
+    defaults = {"norm_eps": 1e-5, "expand_norm_eps": 1e-5, "allow_tf32": False}
     names = [argument.name for argument in overload(op)._schema.arguments]
     assert set(arguments) <= set(names)
     return tuple(arguments.get(name, defaults.get(name)) for name in names)

@@ -27,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"nn"}),
     frozenset({"ops"}),
     frozenset({"triton"}),
-    frozenset({"_library", "_recorded_tensor", "console", "environment", "files"}),
+    frozenset({"_library", "_norm", "_recorded_tensor", "console", "environment", "files"}),
     frozenset({"_version"}),
 )
 

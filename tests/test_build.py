@@ -216,6 +216,40 @@ def test_a_wrong_option_is_named_with_what_is_allowed(tmp_path: Path, option: st
     assert allowed in messages
 
 
+# -------------------------------------------------------------------------------------------------------- the Makefile
+
+
+def commands_of(target: str, folder: Path, gpus: str) -> str:
+    """The commands that make would run in a clone without an environment, on a machine with these GPUs."""
+    library = [f"{name}={folder / file}" for name, file in (("LIBRARY", ".built"), ("CPU_LIBRARY", ".built-cpu"))]
+    return run("make", "-n", "-C", ROOT, target, f"VENV={folder / 'venv'}", *library, f"THIS_MACHINE={gpus}")
+
+
+@pytest.mark.parametrize(("gpus", "cpu_part_alone"), [("", True), ("90", False)])
+def test_bench_installs_what_it_compares_with_and_builds_what_can_run(
+    tmp_path: Path, gpus: str, cpu_part_alone: bool
+) -> None:
+    commands = commands_of("bench", tmp_path, gpus)
+    assert "install -c constraints.txt timm rich" in commands
+    assert ".[dev]" not in commands
+    assert commands.count("build_ext") == 1
+    assert ("EFFKERNELS_CUDA=off" in commands) == cpu_part_alone
+
+
+def test_bench_keeps_a_whole_library(tmp_path: Path) -> None:
+    (tmp_path / ".built").touch()
+    assert "EFFKERNELS_CUDA=off" not in commands_of("bench", tmp_path, "")
+
+
+@pytest.mark.parametrize("target", ["setup", "test"])
+def test_setup_and_test_install_and_build_everything(tmp_path: Path, target: str) -> None:
+    (tmp_path / ".built-cpu").touch()
+    commands = commands_of(target, tmp_path, "")
+    assert ".[dev]" in commands
+    assert commands.count("build_ext") == 1
+    assert "EFFKERNELS_CUDA=off" not in commands
+
+
 # ---------------------------------------------------------------------------------------------------------- the wheel
 
 
@@ -247,6 +281,27 @@ def test_the_wheel_serves_every_python_and_needs_torch_and_triton(wheel: Path) -
     required = [Requirement(line) for line in lines]
     runtime = {str(item) for item in required if not (item.marker and "extra" in str(item.marker))}
     assert runtime == {"torch>=2.11", 'triton; platform_system == "Linux"'}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
+def test_the_wheel_becomes_a_manylinux_wheel_without_libtorch(wheel: Path, tmp_path: Path) -> None:
+    """The last two commands of `make wheel`, on the wheel of the present build."""
+    recipe = (ROOT / "Makefile").read_text()
+    excluded = re.findall(r"--exclude '([^']+)'", recipe)
+    assert excluded == ["libtorch*", "libc10*"]
+    flags = [word for pattern in excluded for word in ("--exclude", pattern)]
+    path = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+    run(tool("auditwheel"), "repair", *flags, "--wheel-dir", tmp_path, wheel, env=path)
+    [tagged] = tmp_path.glob("*.whl")
+    oldest = [int(minor) for minor in re.findall(r"manylinux_2_(\d+)_\w+", tagged.name)]
+    glibc = int(os.confstr("CS_GNU_LIBC_VERSION").split(".")[1])  # type: ignore[union-attr]
+    assert oldest
+    assert max(oldest) <= glibc
+    with zipfile.ZipFile(tagged) as archive:
+        libraries = [name for name in archive.namelist() if ".so" in name]
+    assert libraries == ["effkernels/lib/libeffkernels.so"]
+    run(tool("twine"), "check", "--strict", tagged)
 
 
 def runtime_packages(folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -24,7 +26,7 @@ from effkernels.bench.contenders import CONTENDERS
 from effkernels.bench.timing import Row, read_rows
 from effkernels.cli import main
 from effkernels.commands import common
-from effkernels.ops import parity
+from effkernels.ops import backends, parity
 from effkernels.triton import INTERPRETED, MOST_SCALED_ALONE
 
 
@@ -157,7 +159,7 @@ main(sys.argv[1:])
         report = json.loads(info("--json"))
         gpus = [device for device in report["runs"] if device != "cpu"]
         assert gpus
-        for op in effkernels.ops.__all__:
+        for op in backends.OPERATORS:
             assert report["runs"]["cpu"][op] == "reference"
             assert all(report["runs"][gpu][op] == "triton" for gpu in gpus)
         lines = [line.split() for line in info().splitlines()]
@@ -185,7 +187,7 @@ class TestCheck:
     def test_passes_here(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = run(capsys, "check", "--device", "cpu")
         assert status == 0, out
-        for op in effkernels.ops.__all__:
+        for op in backends.OPERATORS:
             for dtype in ("float32", "bfloat16", "float16"):
                 assert any(
                     line.startswith("ok") and f" {op} " in line and f" {dtype} " in line for line in out.splitlines()
@@ -361,9 +363,27 @@ class TestBench:
             assert 0 < row.rel_error < 1e-4
             assert row.peak_bytes is None
 
+    def test_names_contenders_that_are_not_installed(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def some(*arguments: object, **options: object) -> tuple[list[object], list[object]]:
+            return [], []
+
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find_spec(name))
+        monkeypatch.setattr("effkernels.commands.bench.run_case", some)
+        _, _, err = run(capsys, "bench", "--contender", "eager", *self.quick)
+        assert err.splitlines() == [
+            "bench: not compared, because not installed: openvino",
+            f"bench: install them: {sys.executable} -m pip install openvino",
+            "bench: then compare: --contender eager openvino",
+        ]
+
     def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, err = run(capsys, "bench", "--contender", "eager", *self.quick)
         assert status == 0
+        assert "bench: efficientnet_b0@64, batch 1: eager (timm): preliminary, one turn alone: " in err
+        assert "bench: efficientnet_b0@64, batch 1: eager (timm): median " in err
         title, columns, _, row = out.splitlines()
         assert title.startswith("efficientnet_b0@64, batch 1, float32")
         assert (
@@ -420,6 +440,17 @@ class TestConsole:
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 10
         assert lines[-1] == "work: 1000/1000 step 999"
+
+    def test_progress_without_a_terminal_shows_slow_steps(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = 0.0
+        monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
+        with console.progress("work", 1000) as advance:
+            for seconds in (1.0, 5.0, 1.0, 3.0, 1.0):
+                now += seconds
+                advance(f"at {now}")
+        assert capsys.readouterr().err.splitlines() == ["work: 2/1000 at 6.0", "work: 5/1000 at 11.0"]
 
     def test_progress_of_nothing(self) -> None:
         with console.progress("work", 0):

@@ -16,7 +16,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from op_cases import ALL_OPS, Case
+from op_cases import ALL_OPS, Case, flat
 from parity import assert_parity
 from torch import Tensor
 
@@ -126,7 +126,7 @@ def test_recordings_do_the_same(batch: int, isa: str) -> None:
     case = Case("pointwise_bn_act", **LARGE | {"batch": batch}, parameters="same")
     given = with_every_other(case.draw(), PARAMETERS, SMALLEST / 3)
     with torch.inference_mode():
-        recording = Recording(lambda x: ops.pointwise_bn_act(**given | {"x": x}), given["x"])
+        recording = Recording(lambda x: flat(ops).pointwise_bn_act(**given | {"x": x}), given["x"])
         recording.replay()
         assert isinstance(recording.output, Tensor)
-        assert torch.equal(recording.output, ops.pointwise_bn_act(**with_every_other(given, PARAMETERS, 0.0)))
+        assert torch.equal(recording.output, flat(ops).pointwise_bn_act(**with_every_other(given, PARAMETERS, 0.0)))

@@ -1,4 +1,4 @@
-"""Whatever a kernel does wrong is reported by the emulator, by name: one small wrong kernel for each kind of fault
+"""The emulator reports every kind of fault in a kernel by name: one small wrong kernel for each kind of fault
 (tests/emulation/selftest.cu), and beside it, where there is one, the same kernel done right.
 
 A kind that only one flavour sees is tested in its run: make test-race, make test-asan.

@@ -335,13 +335,6 @@ progress.note("fake", begun="b", left=2.0)
         assert common.run_part(part, ["--device", "cpu"]) == status
         assert capsys.readouterr().out.splitlines()[-1] == line
 
-    @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
-    def test_is_a_module_with_a_command_line(self, part: Part) -> None:
-        command = [sys.executable, "-m", f"benchmarks.gpu_check.{part.name}", "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=common.environment())
-        assert done.returncode == 0, done.stderr
-        assert "--seconds" in done.stdout
-
 
 class TestCheck:
     """All parts, with what runs one replaced."""

@@ -8,7 +8,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from op_cases import ALL_OPS, DTYPES, Case
+from op_cases import ALL_OPS, DTYPES, Case, flat
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -188,7 +188,7 @@ def test_gradients_of_each_sample_apart() -> None:
     images, weight = arguments.pop("x"), arguments.pop("weight")
 
     def loss(weight: Tensor, image: Tensor) -> Tensor:
-        return ops.depthwise_bn_act(image[None], weight, **arguments).square().sum()
+        return flat(ops).depthwise_bn_act(image[None], weight, **arguments).square().sum()
 
     found = torch.vmap(torch.func.grad(loss), (None, 0))(weight, images)
     wanted = torch.stack([torch.func.grad(loss)(weight, image) for image in images])

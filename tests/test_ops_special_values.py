@@ -83,7 +83,7 @@ def calls(op: str, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Tensor]
             for gate in GATES:
                 matrices = {"w_reduce": w_reduce, "b_reduce": None, "w_expand": torch.ones(CHANNELS, 1).to(dtype)}
                 matrices["b_expand"] = None
-                yield {"pooled": pooled, **matrices, "activation": activation, "gate": gate}, v.view(-1, 1)
+                yield {"pooled": pooled, **matrices, "activation": activation, "gate_activation": gate}, v.view(-1, 1)
         elif op == "depthwise_bn_act":
             yield {"x": alone(v, CHANNELS), "weight": centre(CHANNELS), "activation": activation, **strided}, v
 
@@ -176,7 +176,7 @@ def test_excitation(op: str, dtype: torch.dtype, backend: Backend) -> None:
     x[:, 3, 1, 3] = v
     for activation in ACTIVATIONS:
         for gate in GATES:
-            chosen = {"activation": activation, "se_activation": activation, "gate": gate}
+            chosen = {"activation": activation, "se_activation": activation, "gate_activation": gate}
             for y, _, truth in outputs(op, on(backend, drawn | chosen)):
                 assert_not_finite_alike(y, truth, f"{op} {chosen}")
 

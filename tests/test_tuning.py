@@ -481,7 +481,7 @@ class TestLaunches:
 
 
 def test_a_user_of_the_operators_never_tunes() -> None:
-    """Whatever runs at the first call, the measuring is not even imported."""
+    """The first call does not import the module that measures."""
     program = """
 import sys
 import torch

@@ -72,7 +72,7 @@ class Call:
         return f"{self.op}({shapes}; {options}; {'/'.join(sorted(dtypes))}, {self.layout}, {self.fill}, {self.isa})"
 
     def draw(self, draw_seed: int) -> dict[str, Any]:
-        """Return the arguments by name."""
+        """Return the arguments by their names in the schema."""
         generator = torch.Generator().manual_seed(draw_seed)
         arguments: dict[str, Any] = dict(self.options)
         for name, shape in self.shapes.items():
@@ -193,7 +193,7 @@ def draw_call(seed: int, isas: list[str]) -> Call:
             shapes[f"{prefix}norm_weight"] = shapes[f"{prefix}norm_bias"] = (channels,)
         if kind != "none":
             shapes[f"{prefix}norm_mean"] = shapes[f"{prefix}norm_var"] = (channels,)
-            options[f"{prefix}eps"] = rng.choice((0.0, 1e-5, 1e-3, 1.0))
+            options[f"{prefix}norm_eps"] = rng.choice((0.0, 1e-5, 1e-3, 1.0))
 
     def excite(channels: int) -> None:
         reduced = _size(rng, max(1, min(300, _MOST_ELEMENTS // channels)))
@@ -205,7 +205,7 @@ def draw_call(seed: int, isas: list[str]) -> Call:
             if rng.random() < 0.5:
                 options.pop(name, None)
                 shapes[name] = (size,)
-        options["gate"] = rng.choice(gates)
+        options["gate_activation"] = rng.choice(gates)
 
     channels = _size(rng, 3000)
     if op == "squeeze_excite_gate":

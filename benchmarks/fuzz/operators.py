@@ -26,6 +26,7 @@ from torch import Tensor
 import effkernels
 from benchmarks.fuzz._operator_calls import Call, available_isas, draw_call
 from benchmarks.fuzz._operator_mistakes import check_mistake
+from effkernels._norm import gather_norms
 from effkernels.ops.parity import Errors, errors
 
 KINDS = ("values", "values", "mistakes")  # in turn
@@ -165,7 +166,7 @@ def check_values(seed: int) -> str | None:
 
 
 def _outputs(module: Any, call: Call, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    outputs = getattr(module, call.op)(**arguments)
+    outputs = getattr(module, call.op)(**gather_norms(arguments))
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 

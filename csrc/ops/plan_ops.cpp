@@ -1,4 +1,4 @@
-// What the CUDA operators would launch, told without a GPU: the very plans that they follow.
+// The launches of the CUDA operators, without a GPU: the same plan functions that the operators use.
 #include <algorithm>
 #include <sstream>
 #include <string>

@@ -95,6 +95,7 @@ class Contender:
     """A name on the command line, a line of description, the devices it is for, and how to get it.
 
     ``missing`` returns why the contender cannot run a case, None if it can; ``prepare`` is called only then.
+    ``needs`` are the packages besides torch without which it cannot run.
     """
 
     name: str
@@ -102,6 +103,11 @@ class Contender:
     devices: tuple[str, ...]
     missing: Callable[[Case], str | None]
     prepare: Callable[[Case], Runner]
+    needs: tuple[str, ...] = ()
+
+    def not_installed(self) -> tuple[str, ...]:
+        """Return the packages of ``needs`` that are not installed."""
+        return tuple(package for package in self.needs if importlib.util.find_spec(package) is None)
 
     def unavailable(self, case: Case) -> str | None:
         """Return why this contender cannot run the case, in one line, or None."""
@@ -327,8 +333,8 @@ def _as_graph(prepare: Callable[[Case], Runner], case: Case) -> Runner:
 # ----------------------------------------------------------------------------------------- ONNX Runtime, OpenVINO
 
 
-def _packages_missing(*packages: str) -> str | None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+def _packages_missing(name: str) -> str | None:
+    missing = CONTENDERS[name].not_installed()
     return f"not available: pip install {' '.join(missing)}" if missing else None
 
 
@@ -347,7 +353,7 @@ def _onnx_model(model: str, img_size: int, batch: int, seed: int) -> tuple[bytes
 def _onnxruntime_missing(case: Case) -> str | None:
     if case.numbers.name != "float32":
         return f"ONNX Runtime's CPU kernels have no {case.numbers.name}"
-    return _packages_missing("onnx", "onnxscript", "onnxruntime")
+    return _packages_missing("onnxruntime")
 
 
 def _onnxruntime(case: Case) -> Runner:
@@ -368,7 +374,7 @@ def _onnxruntime(case: Case) -> Runner:
 
 
 def _openvino_missing(case: Case) -> str | None:
-    missing = _packages_missing("onnx", "onnxscript", "openvino")
+    missing = _packages_missing("openvino")
     if missing or case.numbers.name == "float32":
         return missing
     if case.numbers.name == "bfloat16":
@@ -436,15 +442,25 @@ CONTENDERS: dict[str, Contender] = {
             "compile-max-autotune-graph", "tuned by measurement, with CUDA graphs", ("cuda",), _compiler_missing,
             functools.partial(_compiled, name="compile-max-autotune-graph", mode="max-autotune", graph=True),
         ),
-        Contender("timm", "timm's model, unchanged", ("cpu", "cuda"), _timm_missing, _timm),
-        Contender("optimized", "timm's model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized),
+        Contender("timm", "timm's model, unchanged", ("cpu", "cuda"), _timm_missing, _timm, ("timm",)),
+        Contender(
+            "optimized", "timm's model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized, ("timm",)
+        ),
         Contender(
             "engine", "timm's model in an InferenceEngine, which allocates memory before the calls", ("cpu", "cuda"),
-            _engine_missing, _engine,
+            _engine_missing, _engine, ("timm",),
         ),
-        Contender("torchvision", "torchvision's model, unchanged", ("cpu", "cuda"), _torchvision_missing, _torchvision),
-        Contender("onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime),
-        Contender("openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino),
+        Contender(
+            "torchvision", "torchvision's model, unchanged", ("cpu", "cuda"), _torchvision_missing, _torchvision,
+            ("torchvision",),
+        ),
+        Contender(
+            "onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime,
+            ("onnx", "onnxscript", "onnxruntime"),
+        ),
+        Contender(
+            "openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino, ("onnx", "onnxscript", "openvino"),
+        ),
     )
 }  # fmt: skip
 

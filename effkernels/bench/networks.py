@@ -113,6 +113,7 @@ def run_case(
     *,
     date: str,
     advance: Callable[[str], None] = lambda step: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Row], list[Refusal]]:
     """Measure a case with every contender that can run it.
 
@@ -120,6 +121,8 @@ def run_case(
         contenders: names of ``contenders.CONTENDERS``.
         date: the stamp of the run, see ``benchmark.run_date``.
         advance: called after each step, `steps` times in all.
+        report: called with one line for each contender when it is prepared, which has the time of a first turn, and
+            with one when the times are known; its memory is measured after that.
 
     Returns:
         Rows in the order of ``contenders``, and the contenders that did not run.
@@ -129,9 +132,17 @@ def run_case(
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
+        images = case.images(0)
+        cache = environment.last_level_cache_bytes(case.torch_device)
+        inputs = timing.input_count(images.nbytes, cache)
         runners: dict[str, Runner] = {}
         parity: dict[str, float] = {}
         refusals = []
+
+        def line(name: str, times: Sequence[float], what: str) -> str:
+            median = timing.summarise(times).median_us / 1e3
+            return f"{case_name(case)}, batch {case.batch}: {runners[name].label}: {what} {median:.2f} ms"
+
         for name in contenders:
             prepared = _prepare(name, case)
             if isinstance(prepared, str):
@@ -140,13 +151,15 @@ def run_case(
                     advance(name)
             else:
                 runners[name], parity[name] = prepared
+                # Compiling may take minutes: whoever waits sees what is known so far.
+                alone = {name: _as_run(runners[name], case, inputs)}
+                with torch.inference_mode():
+                    first = timing.time_in_turns(alone, device=case.torch_device, warmup=1, rounds=1)
+                report(line(name, first[name], "preliminary, one turn alone:"))
             advance(f"{name} prepared")
         if not runners:
             return [], refusals
 
-        images = case.images(0)
-        cache = environment.last_level_cache_bytes(case.torch_device)
-        inputs = timing.input_count(images.nbytes, cache)
         with torch.inference_mode():
             times = timing.time_in_turns(
                 {name: _as_run(runner, case, inputs) for name, runner in runners.items()},
@@ -155,6 +168,8 @@ def run_case(
                 rounds=options.rounds,
                 advance=advance,
             )
+        for name in runners:
+            report(line(name, times[name], "median"))
         rows = []
         for name, runner in runners.items():
             peak: int | None = None

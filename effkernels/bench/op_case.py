@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkernels._norm import gather_norms
 from effkernels.ops import reference
 
 DEPTHWISE_OPS = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "depthwise_bn_act_se")
@@ -23,7 +24,7 @@ class OpCase:
         op: its name.
         shape: the shape in words, the batch first.
         batch: images in x.
-        tensors: the tensor arguments by name, float64 on the CPU.
+        tensors: the tensor arguments by their names in the schema, float64 on the CPU.
         options: the other arguments by name.
     """
 
@@ -54,7 +55,7 @@ class OpCase:
         elif "expand_weight" in tensors:
             leading = ("x", "expand_weight", "weight")
         positional = [tensors.pop(name) for name in leading]
-        options = {**tensors, **self.options}
+        options = gather_norms({**tensors, **self.options})
 
         def call() -> tuple[Tensor, ...]:
             result = function(*positional, **options)

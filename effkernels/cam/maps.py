@@ -100,7 +100,7 @@ def class_activation_map(
 
 
 def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, H', W') over an image of `size` (H, W), bilinear between the centres of the positions: (N, H, W)."""
+    """Resize maps (N, H', W') to `size` (H, W), bilinear between the centres of the positions: (N, H, W)."""
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 

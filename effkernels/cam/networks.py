@@ -131,7 +131,7 @@ def scalings(network: Scalable, img_size: int | None = None) -> list[Scalable]:
 def compared_subjects(
     network: Scalable, weights: Sequence[str] | None = None, img_size: int | None = None
 ) -> list[Subject]:
-    """`scalings` with their weights.
+    """Return `scalings` with their weights.
 
     Args:
         network: the baseline.

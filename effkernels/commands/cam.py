@@ -44,7 +44,7 @@ _PICTURES = 6  # of --digits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("image", nargs="*", metavar="IMAGE", help="a file, a folder (searched in depth) or a pattern")
     parser.add_argument("--example", action="store_true", help="also draw the photograph that comes with the package")
     parser.add_argument(
@@ -198,7 +198,7 @@ def _check_output(output: str, force: bool) -> None:
 
 
 def _photographs(arguments: argparse.Namespace) -> _Work:
-    """Networks and photographs that the arguments name."""
+    """Return the networks and photographs that the arguments name."""
     from effkernels.engine.images import ImageError, example_image, find_images, read_image
 
     if arguments.epochs is not None:
@@ -263,7 +263,7 @@ def _subjects(arguments: argparse.Namespace) -> list[Subject]:
 
 
 def _digits(arguments: argparse.Namespace, device: torch.device) -> _Work:
-    """Networks trained here, and pictures that they have not seen."""
+    """Return the networks trained here, and pictures that they have not seen."""
     unused = {"IMAGE": arguments.image, "--example": arguments.example, "--weights": arguments.weights,
               "--labels": arguments.labels, "--img-size": arguments.img_size}  # fmt: skip
     for name, value in unused.items():

@@ -74,7 +74,7 @@ def check_output(flag: str, output: str | Path, *, force: bool, suffixes: Sequen
 
 @contextmanager
 def writing(flag: str, output: object) -> Iterator[None]:
-    """A file that cannot be written, as the disk is full, is an error that names its flag."""
+    """Turn a file that cannot be written, as the disk is full, into an error that names its flag."""
     try:
         yield
     except OSError as error:
@@ -126,10 +126,10 @@ def positive(text: str) -> int:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``, to be read through `device_of`."""
+    """Add ``--device``, to be read through `device_of`."""
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """``--json``."""
+    """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print JSON")

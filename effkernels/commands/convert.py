@@ -24,7 +24,7 @@ SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     names = ", ".join(LIBRARIES)
     parser.add_argument("file", metavar="FILE", help="checkpoint (.pth, .safetensors); nothing in it is run")
     parser.add_argument("--to", required=True, choices=LIBRARIES, metavar="LIBRARY", help=names)

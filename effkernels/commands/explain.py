@@ -25,7 +25,7 @@ WIDTH = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("model", metavar="MODEL", help="such as efficientnet_b0")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: the model's own")

@@ -18,7 +18,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     holds = "; ".join(f"{name}: {kind.holds}" for name, kind in FORMATS.items())
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
     parser.add_argument(

@@ -19,7 +19,7 @@ TEXT = "Show version, build, devices, and which backend can run which operator."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     add_json(parser)
 
 
@@ -54,7 +54,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _decisions() -> list[dict[str, Any]]:
-    """For every operator and backend, on its own kind of device, whether it runs in float32, and why not."""
+    """Return for every operator and backend, on its own kind of device, whether it runs in float32, and why not."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     asked = [("cpu", backends.can_run_cpu, "cpu")]
     for name, can_run in (("cuda", backends.can_run_cuda), ("triton", backends.can_run_triton)):

@@ -29,7 +29,7 @@ TEXT = "Classify photographs."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("image", nargs="*", metavar="IMAGE", help="a file, a folder (searched in depth) or a pattern")
     parser.add_argument("--example", action="store_true", help="also the photograph that comes with the package")
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="NAME or NAME.TAG; default: %(default)s")

@@ -26,7 +26,7 @@ _BUDGETS = ("budget_multiply_adds", "budget_activation_bytes", "budget_parameter
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument(
         "--network",
         "--model",

@@ -35,7 +35,7 @@ _DIGITS_GRID, _DIGITS_TOLERANCE = 0.1, 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument(
         "--what",
         choices=_WHAT,

@@ -31,7 +31,7 @@ TEXT = "Measure which Triton tiles, and which backend, are fastest for the calls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help=f"default: {DEFAULT_MODEL}")
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")

@@ -69,7 +69,7 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_latency(max_latency_ms: Any) -> float:
-    """`max_latency_ms` as a number.
+    """Return `max_latency_ms` as a number.
 
     Raises:
         TypeError: no number.
@@ -99,7 +99,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_iterable(batch_sizes: Any) -> Iterable[Any]:
-    """`batch_sizes` as something to go through.
+    """Return `batch_sizes` as a sequence.
 
     Raises:
         TypeError: a number or another single object, or text.

@@ -75,7 +75,7 @@ class Recording:
 
 
 def trial_images(images: Tensor) -> Iterator[Tensor]:
-    """Values to try a recording on: noise from 0.01 to several thousand, dark and bright, another for each trial."""
+    """Return values to try a recording on: noise from 0.01 to several thousand, dark and bright, new for each trial."""
     rows = torch.arange(len(images))
     for trial in range(_TRIALS):
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(trial))

@@ -53,7 +53,7 @@ class Failure:
 
 
 def find_images(arguments: Iterable[str]) -> tuple[list[Path], list[Failure]]:
-    """Files named by a command line: each argument is a file, a folder (searched in depth) or a glob pattern.
+    """Return the files that a command line names: each argument is a file, a folder (searched in depth) or a pattern.
 
     A file that is named itself is taken whatever its suffix; in a folder those with a suffix of `IMAGE_SUFFIXES`
     count, and hidden ones do not. No file is listed twice.

@@ -31,13 +31,13 @@ from effkernels.engine.prepared import PreparedModel, engine_device
 from effkernels.engine.preprocess import (
     check_memory,
     check_pixels,
-    input_size_of,
     is_pil_image,
     preprocessing_from,
     to_pixels,
     transform,
 )
 from effkernels.engine.report import EngineReport, EngineStats
+from effkernels.models.model_input import input_size_of
 from effkernels.models.preprocessing import Preprocessing
 
 
@@ -122,7 +122,7 @@ class InferenceEngine:
         own_device, own_dtype = device_and_dtype_of(model)
         dtype = check_dtype(own_dtype if dtype is None else dtype)
         where = engine_device(own_device if device is None else check_device(device))
-        self._input_size = input_size_of(model, input_size)
+        self._input_size = input_size_of(model, input_size, owner="InferenceEngine")
         check_elements(sizes, self._input_size)
         self._preprocessing: Preprocessing | None = None
         try:
@@ -179,7 +179,7 @@ class InferenceEngine:
         return self._prepared.work(lambda: self._prepared.device.hand_over(self._prepared.run(images)))
 
     def preprocess(self, images: Any) -> Tensor:
-        """Photographs as the model's input, computed on the engine's device.
+        """Turn photographs into the model's input, computed on the engine's device.
 
         The shorter side is resized, a central square cut out, mean and standard deviation are taken out per channel: as
         `effkernels.predict.Preprocessing` does with Pillow, within two of 255 levels.
@@ -439,7 +439,7 @@ class _Submitted:
 
 
 def _by_size(images: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """Tensors of the same shape, dtype and device stacked to batches, each with their positions in `images`."""
+    """Stack tensors of the same shape, dtype and device to batches, each with their positions in `images`."""
     return [(members, torch.stack([images[index] for index in members])) for members in _of_one_size(images)]
 
 

@@ -43,7 +43,7 @@ def _load(file: Path, preprocessing: Preprocessing) -> Tensor | Failure:
 
 
 def read_labels(file: Path) -> list[str]:
-    """Class labels from a text file, one per line, line i for class i.
+    """Read class labels from a text file, one per line, line i for class i.
 
     Raises:
         OSError: no such file.

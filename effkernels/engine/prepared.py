@@ -95,7 +95,7 @@ class PreparedModel:
                     torch.set_autocast_enabled(device, True)
 
     def new_input(self, count: int) -> Tensor:
-        """Zeros for that many images, (count, C, H, W)."""
+        """Return zeros for that many images, (count, C, H, W)."""
         shape = (count, *self.input_size)
         memory_format = self._how.memory_format
         with torch._C._InferenceMode(False), torch.no_grad():

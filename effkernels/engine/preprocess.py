@@ -7,7 +7,6 @@ floating point would differ from it by up to 7 of 255 levels on a photograph, tw
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,58 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effkernels.engine.images import as_rgb
+from effkernels.models.model_input import pretrained_config
 from effkernels.models.preprocessing import CROP_MODES, LONGEST_RESIZED, Preprocessing
 
 _MODES = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic", "lanczos": "lanczos"}
 _DOWN, _ACROSS = 2, 3  # dimensions of (N, C, H, W)
 MOST_PIXELS = 178_956_970  # of a photograph: what Pillow, too, takes for an attack beyond
-
-
-def input_size_of(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, int, int]:
-    """(channels, height, width) of a model's input.
-
-    Args:
-        input_size: pixels of a square, (height, width) or (channels, height, width); None: as the model's
-            configuration has it (effkernels, timm, Hugging Face, EfficientNet-PyTorch).
-
-    Raises:
-        ValueError: the model does not say and neither does input_size; or it is none of the three forms.
-    """
-    config = getattr(model, "config", None)
-    known: Any = getattr(config, "input_size", None) or _timm_config(model).get("input_size")
-    if known is None and isinstance(getattr(config, "image_size", None), int):
-        known = (getattr(config, "num_channels", 3), config.image_size, config.image_size)  # type: ignore[union-attr]
-    lukemelas = getattr(getattr(model, "_global_params", None), "image_size", None)
-    if known is None and lukemelas is not None:
-        known = (_channels(model), lukemelas, lukemelas)
-    if input_size is None:
-        if known is None:
-            raise ValueError(
-                f"InferenceEngine: {type(model).__name__} does not say what input it takes; give input_size=PIXELS, "
-                "(height, width) or (channels, height, width)"
-            )
-        channels, height, width = known
-        return int(channels), int(height), int(width)
-    sizes = tuple(input_size) if isinstance(input_size, Sequence) else (input_size, input_size)
-    if len(sizes) not in (2, 3) or not all(type(size) is int and size >= 1 for size in sizes):
-        raise ValueError(
-            f"InferenceEngine: input_size={input_size!r}; allowed: PIXELS, (height, width), (channels, height, width)"
-        )
-    channels = sizes[0] if len(sizes) == 3 else int(known[0]) if known is not None else _channels(model)
-    return channels, sizes[-2], sizes[-1]
-
-
-def _channels(model: nn.Module) -> int:
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return 3 if first is None else first.in_channels
-
-
-def _timm_config(model: nn.Module) -> Mapping[str, Any]:
-    for name in ("pretrained_cfg", "default_cfg"):
-        found = getattr(model, name, None)
-        if isinstance(found, Mapping) and found:
-            return found
-    return {}
 
 
 def preprocessing_of(model: nn.Module, size: tuple[int, int, int]) -> tuple[Preprocessing, str]:
@@ -78,7 +31,7 @@ def preprocessing_of(model: nn.Module, size: tuple[int, int, int]) -> tuple[Prep
     """
     if size[1] != size[2]:
         raise ValueError(f"preprocess makes square inputs, and the engine's input is {size[1]} x {size[2]}")
-    timm = dict(_timm_config(model))
+    timm = dict(pretrained_config(model))
     config = getattr(model, "config", None)
     source = "the model's configuration"
     if not timm and getattr(config, "image_mean", None) is not None:
@@ -202,7 +155,7 @@ def to_pixels(image: Any, channels: int) -> Tensor:
 
 
 def transform(pixels: Tensor, preprocessing: Preprocessing, *, integers: bool | None = None) -> Tensor:
-    """Images of one size as the input of a model, on the device where they are.
+    """Turn images of one size into the input of a model, on the device where they are.
 
     Args:
         pixels: (N, H, W, C), uint8.

@@ -18,6 +18,7 @@ from effkernels.export.folder import working_folder
 from effkernels.export.formats import DEFAULT_OPSET, FORMATS, OPSETS, ExportError, Format, Job
 from effkernels.export.sizes import DYNAMIC_IMAGE, Sizes
 from effkernels.export.verify import verify
+from effkernels.models.model_input import input_size_of, pretrained_config
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILED = "effkernels::"  # operators that the library brings; all others of ours are Triton's and need Python
@@ -99,10 +100,15 @@ def export_model(
     file, device = Path(output), torch.device(device)
     kind = _format(format)
     _check_arguments(kind, format, file, dtype, device, opset, overwrite)
-    config = getattr(model, "pretrained_cfg", None)  # as timm's models and those of create_model have it
-    config = config if isinstance(config, dict) else {}
+    config = pretrained_config(model)
+    channels, height, width = input_size_of(model, None, owner="export_model", default=224)
     if image_size is None:
-        image_size = int(config.get("input_size", (3, 224, 224))[-1])
+        if height != width:
+            raise ValueError(
+                f"image_size=None, and the model states {height} x {width}; allowed: a number, (smallest, largest), "
+                "'dynamic'"
+            )
+        image_size = height
     elif isinstance(image_size, str):
         if image_size != "dynamic":
             raise ValueError(f"image_size={image_size!r}; allowed: a number, (smallest, largest), 'dynamic', None")
@@ -118,7 +124,7 @@ def export_model(
         job = Job(
             model=prepared,
             name=str(config.get("name") or config.get("architecture") or type(model).__name__),
-            sizes=Sizes.of(batch_size, image_size, _image_channels(prepared)),
+            sizes=Sizes.of(batch_size, image_size, channels),
             dtype=dtype,
             device=device,
             file=folder / file.name,
@@ -201,12 +207,6 @@ def _check_operators(job: Job) -> None:
             f"compiled library does not run here: {_library.load_error() or 'see effkernels info'}. Under "
             f"effkernels.backend('reference') plain PyTorch is exported"
         )
-
-
-def _image_channels(model: nn.Module) -> int:
-    """Channels of an image: what the first convolution takes."""
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return 3 if first is None else first.in_channels
 
 
 def _copy_library(folder: Path, target: Path, overwrite: bool) -> Path:

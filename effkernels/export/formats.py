@@ -148,7 +148,7 @@ class Format:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silences deprecations inside torch's exporters, nothing that a caller could act on."""
+    """Silence deprecations inside torch's exporters, nothing that a caller could act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -187,7 +187,7 @@ def _write_aoti(job: Job) -> Run:
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable for a while."""
+    """Set an environment variable inside the block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:

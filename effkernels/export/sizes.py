@@ -63,7 +63,7 @@ class Sizes:
 
     @classmethod
     def of(cls, batch_size: int | tuple[int, int], image_size: int | tuple[int, int], channels: int) -> Sizes:
-        """Sizes or ranges as a caller writes them.
+        """Read sizes or ranges as a caller writes them.
 
         Raises:
             ValueError: one of them is out of its range; the message names it.

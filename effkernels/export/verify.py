@@ -48,7 +48,7 @@ class Parity:
 
 @contextmanager
 def on_reference(model: nn.Module) -> Iterator[None]:
-    """Every operator of `model` in plain PyTorch, also where the model names a backend of its own."""
+    """Run every operator of `model` in plain PyTorch, also where the model names a backend of its own."""
     # A model comes before its blocks, so that they have their own again in the end: it sets its choice on them.
     owners = [module for module in model.modules() if isinstance(module, _OWNERS)]
     before = [owner.backend for owner in owners]
@@ -123,7 +123,7 @@ class _Yardstick:
 
 
 def _columns(calls: Sequence[tuple[list[Tensor], ...]]) -> list[list[Tensor]]:
-    """For each way of computing, its outputs, each of all calls as one long tensor."""
+    """Return for each way of computing its outputs, each of all calls as one long tensor."""
     return [
         [torch.cat([part.flatten() for part in parts]) for parts in zip(*outputs, strict=True)]
         for outputs in zip(*calls, strict=True)

@@ -208,7 +208,7 @@ def _choose(prefixes: list[str], where: str | Path, use_ema: bool) -> str:
 
 @functools.cache
 def _harmless_globals() -> tuple[Any, ...]:
-    """Classes and functions beside torch's own that make plain values and run nothing: argparse.Namespace and NumPy's
+    """Return the classes and functions beside torch's own that make plain values only: argparse.Namespace and NumPy's
     numbers, which timm's saver keeps beside the weights (the arguments of the run, its metric).
     """
     found: list[Any] = [argparse.Namespace]

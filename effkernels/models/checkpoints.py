@@ -160,7 +160,7 @@ def load_read(
 def set_native_padding(
     model: EfficientNet | EfficientNetFeatures, pad_type: str, native_size: int | None = None
 ) -> None:
-    """`model.set_padding(pad_type)`; padding that is frozen at a size is frozen at `native_size`.
+    """Call `model.set_padding(pad_type)`; padding that is frozen at a size is frozen at `native_size`.
 
     The model's config then says so too: its input has that size and the crop that goes with it.
 

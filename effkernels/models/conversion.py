@@ -96,7 +96,7 @@ def convert_state_dict(
 
 
 def convert(state_dict: Mapping[str, Tensor], src: str | None, dst: str, *, variant: str | None = None) -> Conversion:
-    """`convert_state_dict`, with everything that was found out on the way."""
+    """Do `convert_state_dict`, and return everything that was found out on the way."""
     target = _layout("dst", dst)
     wanted = None if src is None else _layout("src", src)
     asked = _parse(variant)

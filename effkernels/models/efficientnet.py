@@ -252,7 +252,7 @@ class EfficientNet(_Trunk):
         initialize_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images.
+        """Compute the logits of images.
 
         Args:
             x: (N, in_chans, H, W), floating, NCHW or channels_last.
@@ -476,7 +476,7 @@ def _pooling(global_pool: str, num_classes: int) -> nn.Module:
 
 
 def _positions(indices: int | Sequence[int] | None, count: int) -> list[int]:
-    """Positions among `count` maps: the last so many, those named, or all."""
+    """Return positions among `count` maps: the last so many, those named, or all."""
     if indices is None:
         return list(range(count))
     found = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)

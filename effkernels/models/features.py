@@ -69,7 +69,7 @@ class FeatureInfo(Sequence[Feature]):
         return FeatureInfo([self._features[i] for i in sorted({i % count for i in out_indices})])
 
     def channels(self) -> list[int]:
-        """Channels of each map."""
+        """Return the channels of each map."""
         return [feature["num_chs"] for feature in self]
 
     def reduction(self) -> list[int]:

@@ -43,7 +43,7 @@ class GlobalPool(nn.Module):
         return not self.pool_type
 
     def feat_mult(self) -> int:
-        """Features for each channel: 1."""
+        """Return the number of features for each channel: 1."""
         return 1
 
     def extra_repr(self) -> str:

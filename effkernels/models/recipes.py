@@ -93,7 +93,7 @@ def same_logits(variant: str, needed: str, built: str, size: int) -> bool:
 
 
 def _strided_paddings(variant: str, pad_type: str, size: int) -> list[tuple[int, int]]:
-    """Zeros (before, after) of every convolution with stride 2; with stride 1 all types pad symmetrically."""
+    """Return the zeros (before, after) of a convolution with stride 2; with stride 1 all types pad symmetrically."""
     native = VARIANTS[variant].coefficients.resolution
     kernels = [3] + [row.kernel_size for row in VARIANTS[variant].architecture.stages if row.stride == 2]
     found = []

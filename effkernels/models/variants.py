@@ -85,7 +85,7 @@ def matches(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Match]:
 
 
 def ends(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[int, int]:
-    """Channels of an image and classes, as the first and the last tensor have them."""
+    """Return the numbers of input channels and of classes, as the first and the last tensor have them."""
     stem = tensors.get(f"{layout.outside['stem']}.weight")
     in_chans = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
     classifier = [tensors.get(f"{layout.outside['classifier']}.{name}") for name in ("weight", "bias")]

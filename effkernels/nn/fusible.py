@@ -27,18 +27,14 @@ from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from effkernels._norm import Norm
 from effkernels.nn.drop_path import DropPath
 from effkernels.nn.norm_act import BatchNormAct2d, SyncBatchNormAct
 from effkernels.nn.padding import PaddedConv2d
 from effkernels.ops.backends import depthwise_kernel_problem
 
-NormArguments: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]"
-ConvNormArguments: TypeAlias = (
-    "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]"
-)
-NormAct: TypeAlias = "tuple[NormArguments, str]"
+NormAct: TypeAlias = "tuple[Norm, str]"
 
 _CONVOLUTIONS = (nn.Conv2d, PaddedConv2d)
 _PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -129,12 +125,6 @@ def gate_of(module: nn.Module | None) -> str | None:
     return name if module is not None and name is not None and is_untouched(module) else None
 
 
-def norm_arguments(norm: BatchNorm) -> NormArguments:
-    """(norm_weight, norm_bias, norm_mean, norm_var, eps) of a batch norm, in the order the operators take them."""
-    parameters, buffers = parameters_of(norm), norm._buffers
-    return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"], norm.eps
-
-
 def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
     """Return what a norm that uses its running statistics passes to an operator; None for anything else.
 
@@ -143,7 +133,7 @@ def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
         activation: of the block, which a batch norm of PyTorch without a child `act` gets (see `norm_act`).
 
     Returns:
-        `norm_arguments`, and the activation that follows.
+        The norm, and the activation that follows.
     """
     if norm is None or norm.training or not is_untouched(norm):
         return None
@@ -164,18 +154,13 @@ def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
     if mean is None or var is None or found is None:
         return None
     eps: Any = norm.eps
-    return (parameters["weight"], parameters["bias"], mean, var, eps), found
+    return Norm(mean, var, parameters["weight"], parameters["bias"], eps), found
 
 
 def conv_arguments(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) of a convolution."""
     parameters = parameters_of(conv)
     return parameters["weight"], parameters["bias"]
-
-
-def conv_norm_arguments(conv: nn.Conv2d, norm: NormArguments) -> ConvNormArguments:
-    """(weight, bias, norm_weight, norm_bias, norm_mean, norm_var, eps): what every fused convolution takes after x."""
-    return *conv_arguments(conv), *norm
 
 
 def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:

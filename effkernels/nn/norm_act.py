@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effkernels.ops.reference import activate
+from effkernels.ops.reference import activate, canonical_name
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -38,12 +38,12 @@ def not_scriptable(module: nn.Module) -> nn.Module:
 
 def activation_module(activation: str) -> nn.Module:
     """Return the module of `torch.nn` for one of `effkernels.ops.reference.ACTIVATIONS`."""
-    return _ACTIVATION_MODULES[activation]()
+    return _ACTIVATION_MODULES[canonical_name(activation)]()
 
 
-def gate_module(gate: str) -> nn.Module:
+def gate_module(gate_activation: str) -> nn.Module:
     """Return the module of `torch.nn` for one of `effkernels.ops.reference.GATES`."""
-    return _GATE_MODULES[gate]()
+    return _GATE_MODULES[canonical_name(gate_activation)]()
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -116,7 +116,7 @@ class SyncBatchNormAct(nn.SyncBatchNorm):
 
 
 def norm_act(norm: nn.Module, x: Tensor, activation: str) -> Tensor:
-    """`norm(x)`, and what it leaves out: the activation, where `norm` is one of PyTorch's norms.
+    """Compute `norm(x)`, and return what it leaves out: the activation, where `norm` is one of PyTorch's norms.
 
     It is one after a conversion (`SyncBatchNorm.convert_sync_batchnorm` and its like) or where somebody put another
     norm in place. A norm that has children `drop` and `act` gets those, any other one `activation`.

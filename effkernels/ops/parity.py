@@ -30,7 +30,7 @@ def full_float32() -> None:
 
     By default cuDNN's convolutions may run in TF32, whose error is some thousand times as large, and take it or not by
     the number of channels: a comparison would hold TF32 on one side against float32 on the other. This is done by the
-    older settings, because the newer ones leave a mix behind that the older getters refuse to read.
+    older settings, because the newer ones leave a mix that the older getters refuse to read.
     """
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -58,12 +58,12 @@ def errors(result: Tensor, truth: Tensor) -> Errors:
 
 
 def rounding(dtype: torch.dtype) -> float:
-    """The largest relative error of one rounding to ``dtype``."""
+    """Return the largest relative error of one rounding to ``dtype``."""
     return torch.finfo(dtype).eps / 2
 
 
 def limits(plain: Tensor | Sequence[Tensor], truth: Tensor) -> Errors:
-    """What a result of ``plain``'s dtype may be off by, given PyTorch's own result in that dtype.
+    """Return the largest allowed error of a result in ``plain``'s dtype, given PyTorch's own result in that dtype.
 
     Args:
         plain: PyTorch's result. Where PyTorch has several ways that are equally right (memory formats), the result of
@@ -75,13 +75,13 @@ def limits(plain: Tensor | Sequence[Tensor], truth: Tensor) -> Errors:
 
 
 def allowed(own: Sequence[Errors], dtype: torch.dtype) -> Errors:
-    """What a result of ``dtype`` may be off by, given the errors that PyTorch makes in it; the largest counts."""
+    """Return the largest allowed error of a result in ``dtype``, given PyTorch's errors in it; the largest counts."""
     one = rounding(dtype)
     return Errors(FACTOR * max(errors.l2 for errors in own) + one, FACTOR * max(errors.largest for errors in own) + one)
 
 
 def judge(results: Sequence[Tensor], plain: Sequence[Tensor], truth: Sequence[Tensor]) -> tuple[bool, float, float]:
-    """Whether all results keep to the rule, with error and limit of the one that is nearest to breaking it."""
+    """Return whether all results keep to the rule, with error and limit of the one nearest to breaking it."""
     worst = (-1.0, 0.0, 0.0)
     for one_result, one_plain, one_truth in zip(results, plain, truth, strict=True):
         error, limit = errors(one_result, one_truth), limits(one_plain, one_truth)

@@ -195,7 +195,7 @@ class Guard:
         return ""
 
     def take_traced(self, root: nn.Module) -> tuple[Any, ...] | None:
-        """`take` as torch.compile traces it: every comparison becomes a guard of the graph."""
+        """Do `take` as torch.compile traces it: every comparison becomes a guard of the graph."""
         modules: dict[str, Any] = {"": root}
         for record in self.records:
             if record.path:
@@ -359,7 +359,7 @@ def _is_as(record: Record, module: nn.Module) -> bool:
 
 
 def _is_as_traced(record: Record, module: Any) -> bool:
-    """`_is_as` in terms that torch.compile can trace and guard."""
+    """Do `_is_as` in terms that torch.compile can trace and guard."""
     if record.children is not None and tuple(module._modules.keys()) != record.children:
         return False
     if record.attributes is None:

@@ -30,7 +30,7 @@ class Gate:
         product: the node that multiplies.
         nodes: all but the product.
         reduce, expand: paths of the two products.
-        activation, gate: names.
+        activation, gate_activation: names.
         with_depthwise: whether the depthwise operator in front computes it.
     """
 
@@ -40,7 +40,7 @@ class Gate:
     reduce: str
     expand: str
     activation: str
-    gate: str
+    gate_activation: str
     with_depthwise: bool = False
 
     @property
@@ -241,7 +241,7 @@ class _Matcher:
             self._take_written_out_activation(step)
 
     def _take_written_out_activation(self, step: Step) -> None:
-        """`x * sigmoid(x)` and `x * hard_sigmoid(x)`, which some libraries write out: silu and hard_swish."""
+        """Recognise `x * sigmoid(x)` and `x * hard_sigmoid(x)`, which some libraries write out: silu and hard_swish."""
         users = list(step.result.users)
         if len(users) != 2:
             return
@@ -312,7 +312,7 @@ class _Matcher:
             reduce=str(taken["reduce"].target),
             expand=str(taken["expand"].target),
             activation=activation,
-            gate=self._roles.of(taken["gate"]).value,
+            gate_activation=self._roles.of(taken["gate"]).value,
         )
 
     def _past_reshapes(self, node: fx.Node | None, nodes: set[fx.Node], product: fx.Node) -> fx.Node | None:

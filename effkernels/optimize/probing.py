@@ -44,7 +44,7 @@ class Padding:
     sides: Sides | None
 
     def around(self, sides: Sides) -> Padding | None:
-        """This padding with more zeros around it; None if that has no fixed sides."""
+        """Return this padding with more zeros around it; None if that has no fixed sides."""
         if self.sides is None:
             return self if sides == (0, 0, 0, 0) else None
         return Padding(tuple(a + b for a, b in zip(self.sides, sides, strict=True)))  # type: ignore[arg-type]
@@ -52,12 +52,12 @@ class Padding:
 
 @functools.cache
 def probes() -> tuple[Tensor, ...]:
-    """Images in float64 on the CPU. No dimension but the batch has a size twice, and no size divides another."""
+    """Return images in float64 on the CPU. Only the batch has a size twice, and no size divides another."""
     return tuple(_probe(shape) for shape in ((2, 3, 11, 13), (1, 8, 9, 7), (2, 11, 6, 13), (1, 13, 1, 10)))
 
 
 def _probe(shape: tuple[int, ...]) -> Tensor:
-    """Values from -9 to 9 in an order that no axis follows, and among them powers of ten, infinities and NaN."""
+    """Return values from -9 to 9 in an order that no axis follows, with powers of ten, infinities and NaN."""
     powers = torch.logspace(-45, 38, 84, dtype=torch.float64, device="cpu")
     special = torch.tensor([0.0, -0.0, 20.5, -20.5, 255.5, -255.5, float("inf"), -float("inf"), float("nan")])
     odd = torch.cat([special.double(), powers, -powers])

@@ -48,7 +48,7 @@ def outward(x: Any, convert: bool) -> Any:
 
 
 def like(result: Tensor, source: Tensor, convert: bool) -> Tensor:
-    """`result` in the memory format of `source`, where no end of the program will see to it."""
+    """Return `result` in the memory format of `source`, where no end of the program will see to it."""
     return result if convert or source.stride(1) == 1 else result.contiguous()
 
 
@@ -58,7 +58,7 @@ def squeeze(x: Tensor) -> Tensor:
 
 
 def same(x: Tensor, kernel: tuple[int, int], stride: int, dilation: int) -> tuple[int, int, int, int]:
-    """TensorFlow's SAME at (top, bottom, left, right) for the size of `x`."""
+    """Return the padding of TensorFlow's SAME at (top, bottom, left, right) for the size of `x`."""
     return (
         *same_padding(x.shape[2], kernel[0], stride, dilation),
         *same_padding(x.shape[3], kernel[1], stride, dilation),
@@ -88,7 +88,7 @@ Batch 8, 512 channels: 19.4 / 16.5 at 7x7 (12), 9.6 / 6.3 at 4x4 (36). bfloat16,
 
 
 def convolve(module: Any, x: Any, nchw: bool) -> Any:
-    """`module(x)` for a convolution that stays PyTorch's, in the memory format that is faster for its weights.
+    """Compute `module(x)` for a convolution that stays PyTorch's, in the memory format that is faster for its weights.
 
     Where the program ends in NCHW, so may the result; else it is channels_last as `x`. Compiled, the choice must not
     depend on the size: an NCHW program then gives it NCHW, as the plain forward does.
@@ -102,7 +102,7 @@ def convolve(module: Any, x: Any, nchw: bool) -> Any:
 
 
 def as_written(module: Any, x: Any, nchw: bool) -> Any:
-    """`module(x)` for a module around convolutions that stay PyTorch's: as it would get `x` without any program.
+    """Compute `module(x)` for a module around convolutions that stay PyTorch's, with `x` as without any program.
 
     A program for channels_last may be a part of one for NCHW, as its weights show.
     """
@@ -141,7 +141,7 @@ MOST_ROWS = 4  # of what a linear layer is given, up to which its weights' way f
 
 
 def linear(module: Any, x: Any, backend: str) -> Any:
-    """`module(x)` for an `nn.Linear` with many weights.
+    """Compute `module(x)` for an `nn.Linear` with many weights.
 
     Its weights are read once per batch, 5 MB for B0's classifier. With one image in the batch that is all it does, and
     BLAS does it on one thread, in a tenth of the time of the whole fused network; the fused 1x1 convolution shares the
@@ -190,7 +190,8 @@ _BASE: dict[str, Any] = {
     "same": same,
     "squeeze": squeeze,
     "takes_bare": takes_bare,
-    **{name: getattr(ops, name) for name in ops.__all__},
+    "Norm": ops.Norm,
+    **{name: getattr(ops, name) for name in backends.OPERATORS},
 }
 
 
@@ -227,7 +228,7 @@ class Program:
         self.compute: Callable[[Any, Any, tuple[Any, ...]], Any] = _function(source, self.names)
 
     def run(self, module: Any, x: Any) -> Any:
-        """The result for `x`; None if the guard or the function declines."""
+        """Return the result for `x`; None if the guard or the function declines."""
         parts = self.guard.take(module, BOUND + self.argument)
         return None if parts is None else self.compute(module, x, parts)
 

@@ -263,7 +263,7 @@ class Survey:
     # ---------------------------------------------------------------------------------------------------- the rest
 
     def _report_left(self) -> None:
-        """A line for every module with convolutions that stay as they are."""
+        """Return a line for every module with convolutions that stay as they are."""
         groups: dict[str, list[str]] = {}
         for path, module in self.model.named_modules():
             if _is_convolution(module) and path not in self._covered:

@@ -200,13 +200,13 @@ class _Tracer(fx.proxy.TracerBase):
         return self._attributes[path]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """As of torch.fx, with the module in whose forward it is."""
+        """Make a node as torch.fx does, and note the module in whose forward it is."""
         node = super().create_node(*args, **kwargs)
         node.meta[_OWNER] = self._owner
         return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Represents a node's value; the input's has a size where one is given."""
+        """Represent a node's value; the input's has a size where one is given."""
         if self._size is not None and node.op == "placeholder":
             return _SizedProxy(node, self, self._size)
         return super().proxy(node)

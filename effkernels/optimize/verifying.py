@@ -149,7 +149,7 @@ def _tensors(result: Any) -> Iterator[Tensor]:
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and gradients, autocast, inference mode and the random state out of the way."""
+    """Put the model in eval mode, and gradients, autocast, inference mode and the random state out of the way."""
     modes = [(module, module.training) for module in model.modules()]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

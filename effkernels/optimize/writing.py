@@ -21,7 +21,6 @@ RUNS_NCHW_AS_WRITTEN = "if nchw and x.is_cpu:"
 """The line of a program that declines NCHW images on a CPU."""
 _INDENT = "    "
 _SCALARS = (bool, int, float, str, type(None))
-_NORM_NAMES = ("norm_weight", "norm_bias", "norm_mean", "norm_var", "eps")
 
 
 def write(trace: Trace, match: Match, roles: Roles, backend: str, fused: int) -> Program:
@@ -220,12 +219,12 @@ class _Writer:
         """Weight and bias of a convolution or a linear layer."""
         return [self._part(path, "parameter", name) for name in ("weight", "bias")]
 
-    def _norm(self, path: str | None) -> list[str]:
-        """Weight, bias, mean, variance and eps of a norm, as the operators take them."""
+    def _norm(self, path: str | None) -> str:
+        """Write a norm as the operators take it."""
         if path is None:
-            return ["None", "None", "None", "None", "0.0"]
-        parts = [("parameter", "weight"), ("parameter", "bias"), ("buffer", "running_mean"), ("buffer", "running_var")]
-        return [self._part(path, *part) for part in (*parts, ("attribute", "eps"))]
+            return "None"
+        parts = [("buffer", "running_mean"), ("buffer", "running_var"), ("parameter", "weight"), ("parameter", "bias")]
+        return f"Norm({', '.join(self._part(path, *part) for part in (*parts, ('attribute', 'eps')))})"
 
     # ----------------------------------------------------------------------------------------------------- nodes
 
@@ -267,11 +266,10 @@ class _Writer:
             self._lines.append(f"{value} = like({value}, {source}, nchw)")
 
     def _write_expanded(self, expansion: Step, step: Step, source: str, value: str) -> None:
-        """A 1x1 and a depthwise convolution: one operator where that is faster, else two."""
+        """Write a 1x1 and a depthwise convolution: one operator where that is faster, else two."""
         expand, conv = self._conv(expansion.conv.path), self._conv(step.conv.path)
         arguments = [source, expand[0], conv[0], f"expand_bias={expand[1]}", f"bias={conv[1]}"]
-        for prefix, norm in (("expand_", self._norm(expansion.norm)), ("", self._norm(step.norm))):
-            arguments += [f"{prefix}{name}={part}" for name, part in zip(_NORM_NAMES, norm, strict=True)]
+        arguments += [f"expand_norm={self._norm(expansion.norm)}", f"norm={self._norm(step.norm)}"]
         arguments += [f"expand_activation={expansion.activation!r}", f"activation={step.activation!r}"]
         arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"]
         arguments.append(f"dilation={step.conv.dilation}")
@@ -291,7 +289,7 @@ class _Writer:
             source = f"pad({source}, {(left, right, top, bottom)}, {mode!r})"
         arguments = [source, *self._conv(step.conv.path)]
         if step.norm is not None:
-            arguments += self._norm(step.norm)
+            arguments.append(self._norm(step.norm))
         if step.conv.op != "pointwise_bn_act":
             arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"]
         if step.conv.op == "depthwise_bn_act":
@@ -304,7 +302,7 @@ class _Writer:
         elif step.gate is not None:
             names = ("w_reduce", "b_reduce", "w_expand", "b_expand")
             arguments += [f"{name}={part}" for name, part in zip(names, self._excite(step.gate), strict=True)]
-            arguments += [f"se_activation={step.gate.activation!r}", f"gate={step.gate.gate!r}"]
+            arguments += [f"se_activation={step.gate.activation!r}", f"gate_activation={step.gate.gate_activation!r}"]
             if not step.applies_gate:
                 results = f"{value}, {self._gate_names[step.gate]}"
         if step.residual is not None:
@@ -317,7 +315,8 @@ class _Writer:
 
     def _excite_alone(self, gate: Gate, means: str) -> str:
         """Return the line that computes a gate of means."""
-        arguments = [means, *self._excite(gate), f"activation={gate.activation!r}", f"gate={gate.gate!r}"]
+        arguments = [means, *self._excite(gate), f"activation={gate.activation!r}"]
+        arguments.append(f"gate_activation={gate.gate_activation!r}")
         return f"{self._gate_names[gate]} = squeeze_excite_gate({', '.join((*arguments, *self._forced()))})"
 
     def _padding(self, step: Step, source: str) -> str:
@@ -329,7 +328,7 @@ class _Writer:
         return f"same({source}, {conv.kernel_size}, {conv.stride}, {conv.dilation})"
 
     def _excite(self, gate: Gate) -> list[str]:
-        """Expressions for w_reduce, b_reduce, w_expand, b_expand."""
+        """Return expressions for w_reduce, b_reduce, w_expand, b_expand."""
         return [*self._conv(gate.reduce), *self._conv(gate.expand)]
 
     def _plain(self, node: fx.Node) -> str:

@@ -19,7 +19,7 @@ TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD, TILES_AHEAD = 4, 6, 12, 8
 
 
 def reduce_lanes(kernel: str) -> int:
-    """Threads that share a row of w_reduce (reduce_product): few where a block has few channels."""
+    """Return the number of threads that share a row of w_reduce (reduce_product): few if a block has few channels."""
     return 4 if kernel == "depthwise_strips" else 16
 
 
@@ -85,7 +85,7 @@ class KernelCounts:
     parts: Mapping[str, Counters]
 
     def part(self, name: str) -> Counters:
-        """Counters of a part; zeros for one that the kernel does not have."""
+        """Return the counters of a part; zeros for one that the kernel does not have."""
         return self.parts.get(name, Counters())
 
 
@@ -117,7 +117,7 @@ def from_json(text: str) -> dict[str, KernelCounts]:
 
 @functools.cache
 def shipped() -> Mapping[str, KernelCounts]:
-    """The table that is part of the package, by name with template arguments: "depthwise_strips<bfloat16,3,1,7>"."""
+    """Read the table of the package, by name with template arguments: "depthwise_strips<bfloat16,3,1,7>"."""
     return from_json(FILE.read_text(encoding="utf-8"))
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from effkernels import _library
 from effkernels.models import create_model, model_config
-from effkernels.ops.reference import ACTIVATIONS
+from effkernels.ops.reference import ACTIVATIONS, canonical_name
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.record import Call, record_calls, tensors_in
@@ -150,7 +150,7 @@ class Plan:
         return forward_us((launch.time for launch in self.launches), mode)
 
     def by_block(self) -> dict[str, Totals]:
-        """Sums per part of the network, in the order of the forward."""
+        """Return the sums per part of the network, in the order of the forward."""
         names = dict.fromkeys(launch.block_of_network for launch in self.launches)
         return {name: Totals.of(one for one in self.launches if one.block_of_network == name) for name in names}
 
@@ -300,12 +300,12 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
     weight = arguments["weight"].shape
     if op == "pointwise_bn_act":
         gated, residual = arguments["gate"] is not None, arguments["residual"] is not None
-        activation = ACTIVATIONS.index(arguments["activation"])
+        activation = ACTIVATIONS.index(canonical_name(arguments["activation"]))
         return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32), activation]
     stride, padding = arguments["stride"], arguments["padding"]
     if op == "expand_depthwise_squeeze":
         sizes = [batch, weight[0], height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, 0]
-        return [*sizes, channels, int(allow_tf32), ACTIVATIONS.index(arguments["expand_activation"])]
+        return [*sizes, channels, int(allow_tf32), ACTIVATIONS.index(canonical_name(arguments["expand_activation"]))]
     if op == "conv_bn_act":
         return [batch, channels, weight[0], height, width, weight[2], weight[3], stride, *padding]
     reduced = arguments["w_reduce"].shape[0] if "w_reduce" in arguments else 0
@@ -329,7 +329,7 @@ def _bytes_of_two(call: Call) -> tuple[int, int]:
     if "w_reduce" in call.arguments:  # the first one writes a gate, which the second one reads
         gate = math.prod(call.results[0].shape[:2]) * call.dtype.itemsize
         return moved_bytes(call) + gate, second + gate
-    vectors = [call.arguments[name] for name in ("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")]
+    vectors = [call.arguments[name] for name in ("bias", "norm_mean", "norm_var", "norm_weight", "norm_bias")]
     of_norm = sum(_stored_bytes(tensor) for tensor in tensors_in(vectors))
     return moved_bytes(call) - of_norm, second + of_norm
 
@@ -352,6 +352,7 @@ _SPECIAL_FUNCTIONS = {"silu": 2, "gelu": 1, "gelu_tanh": 2, "sigmoid": 2}
 
 def special_functions_of(activation: str, dtype: torch.dtype) -> int:
     """Special-function operations per value of an activation or a gate."""
+    activation = canonical_name(activation)
     if activation == "silu" and dtype != torch.float32:
         return 1  # one tanh.approx
     return _SPECIAL_FUNCTIONS.get(activation, 0)
@@ -363,13 +364,16 @@ def special_functions(call: Call) -> int:
         return 0
     arguments = call.arguments
     count = 0
-    if "activation" in arguments:
+    inner = "se_activation"
+    if "pooled" in arguments:
+        inner = "activation"
+    elif "activation" in arguments:
         count += call.results[0].numel() * special_functions_of(arguments["activation"], call.dtype)
     if arguments.get("norm_var") is not None:
         count += arguments["norm_var"].numel()
     if "w_reduce" in arguments:  # computed in float32 whatever the dtype
         batch = call.results[0].shape[0]
         reduced, channels = arguments["w_reduce"].shape[:2]
-        count += batch * reduced * special_functions_of(arguments["se_activation"], torch.float32)
-        count += batch * channels * special_functions_of(arguments["gate"], torch.float32)
+        count += batch * reduced * special_functions_of(arguments[inner], torch.float32)
+        count += batch * channels * special_functions_of(arguments["gate_activation"], torch.float32)
     return count

@@ -117,7 +117,7 @@ class TimeEstimate:
 
 
 def forward_us(times: Iterable[TimeEstimate], mode: str) -> float:
-    """The time of launches that follow each other, with the gaps between them, in microseconds.
+    """Return the time of launches that follow each other, with the gaps between them, in microseconds.
 
     Args:
         times: in the order of the launches.
@@ -143,7 +143,7 @@ OVERLAPPING = TERMS[: TERMS.index("prologue")]
 
 
 def resident_blocks(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
-    """Blocks that a multiprocessor holds at a time, by registers, threads and shared memory.
+    """Return the number of blocks that a multiprocessor holds at a time, by registers, threads and shared memory.
 
     Args:
         registers: of a thread.
@@ -197,7 +197,7 @@ def estimate(
 
 
 def _images(kernel: str, call: Call) -> list[Tensor]:
-    """What a launch reads of another launch's results, and what it writes."""
+    """Return the bytes that a launch reads of other launches' results, and the bytes that it writes."""
     if kernel in ("norm_act", "scale_by_gate"):  # in place
         return [call.results[0], call.results[0]]
     return list(tensors_in([call.arguments.get("x"), call.arguments.get("residual"), *call.results]))
@@ -238,7 +238,7 @@ def _terms(
 
 
 def _units(issued: Counters, gpu: Gpu) -> dict[str, float]:
-    """Clocks that one multiprocessor would take for all instructions, by unit."""
+    """Return the number of clocks that one multiprocessor would take for all instructions, by unit."""
     number = gpu.capability.number
     results = _FMA_RESULTS.get(number, _FMA_RESULTS_ELSEWHERE)
     operations = gpu.tensor * MMA_SHARE.get(number, 1.0) / (gpu.multiprocessors * gpu.clock)

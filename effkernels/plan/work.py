@@ -148,7 +148,7 @@ class _Strips:
 def _strips(
     sizes: tuple[int, int, int, int], pads: tuple[int, int], kernel: int, stride: int, strip: int, neighbours: int
 ) -> _Strips:
-    """Counts the strips of a plane as csrc/cuda/depthwise.cuh walks over them.
+    """Count the strips of a plane as csrc/cuda/depthwise.cuh walks over them.
 
     Args:
         sizes: height and width of x, then of the result.

@@ -12,7 +12,7 @@ import op_cases
 import pytest
 import torch
 from conftest import Backend, need
-from op_cases import EXPAND_OP, Case
+from op_cases import EXPAND_OP, Case, flat
 from parity import FACTOR, assert_within, errors
 
 import effkernels
@@ -74,7 +74,7 @@ def test_can_be_ruled_out_for_one_call() -> None:
     case = CASES[0]
     arguments = case.draw(0, "cuda")
     with torch.inference_mode(), effkernels.backend("cuda"):
-        exact = effkernels.ops.pointwise_bn_act(**arguments, allow_tf32=False)
+        exact = flat(effkernels.ops).pointwise_bn_act(**arguments, allow_tf32=False)
     (truth,) = op_cases.truth(case, arguments)
     cpu = op_cases.run(effkernels.ops.reference, case, op_cases.on_cpu(arguments))[0]
     assert_within(exact, [errors(cpu, truth)], truth, str(case))

@@ -14,7 +14,7 @@ from typing import Any
 import triton
 from triton_gates.calls import Call
 from triton_gates.rules import TritonKernel
-from triton_gates.worker import operators
+from triton_gates.worker import operators, results_and_arguments
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 BEGIN = "<!-- Triton's kernels: written by tests/triton_gates/table.py -->\n"
@@ -25,13 +25,9 @@ _COLUMNS = ("call", "kernel", "MB", "registers", "warps", "shared KB", "16-byte 
 
 def megabytes(call: Call) -> float:
     """Return the least a call can move: every argument read once, every result written once."""
-    op = operators()[call.op]
-    given = {"eps": 1e-5, "allow_tf32": False, "dilation": 1, **call.arguments()}
-    arguments = [given.get(name) for name in op.arguments]
-    results = op.fake(*arguments)
-    tensors = [
-        t for t in (*arguments, *(results if isinstance(results, tuple) else (results,))) if hasattr(t, "nbytes")
-    ]
+    results, *arguments = results_and_arguments(operators()[call.op], call)
+    parts: list[Any] = [*arguments, results]
+    tensors = [t for part in parts for t in (part if isinstance(part, tuple) else (part,)) if hasattr(t, "nbytes")]
     return sum(t.nbytes for t in tensors) / 1e6
 
 
