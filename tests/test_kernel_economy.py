@@ -83,12 +83,12 @@ class TestThePage:
             pytest.skip("the library was not built for sm_90, which the tables are of")
         if table.caption(reading.nvcc_version()) not in page:
             pytest.skip(f"the tables are of another compiler than nvcc {reading.nvcc_version()}")
-        expected = table.with_section(page, table.section(shipped, tmp_path))
+        expected = table.SECTION.replaced(page, table.section(shipped, tmp_path))
         assert page == expected, "run: make kernels-table"
 
     def test_a_page_without_markers_is_refused(self) -> None:
         with pytest.raises(ValueError, match="must be there once"):
-            table.with_section("# CUDA kernels", "text")
+            table.SECTION.replaced("# CUDA kernels", "text")
 
 
 # sm_90 is what continuous integration builds. Of sm_80 it compiles the kernels that networks spend their time in; the

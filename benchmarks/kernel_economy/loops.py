@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.kernel_economy.reading import INSTRUCTION
+
 _ENDS = {"EXIT", "RET", "BRX", "JMX"}
 
 
@@ -36,9 +38,8 @@ class Instruction:
 
 def instructions_of(code: str) -> tuple[Instruction, ...]:
     """Return the instructions of one function of a listing of cuobjdump --dump-sass, without NOPs."""
-    pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
     found = []
-    for address, predicate, opcode, operands in re.findall(pattern, code, flags=re.MULTILINE):
+    for address, predicate, opcode, operands in INSTRUCTION.findall(code):
         if opcode == "NOP":
             continue
         target = None

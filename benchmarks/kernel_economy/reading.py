@@ -181,17 +181,25 @@ def _sections(listing: str) -> Iterator[tuple[int, str]]:
 _WITHOUT_LISTING = ("depthwise_any",)
 
 
+# A line of the disassembly that cuobjdump or nvdisasm prints: address, predicate, opcode with modifiers, operands.
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", flags=re.MULTILINE)
+
+
+def opcodes(code: str) -> Counter[str]:
+    """Return how often each opcode is in a disassembly, by its name with modifiers; NOPs are left out."""
+    return Counter(opcode for _, _, opcode, _ in INSTRUCTION.findall(code) if opcode != "NOP")
+
+
 def _instructions(listing: str) -> dict[tuple[int, str], tuple[Counter[str], str]]:
     """By (architecture, mangled name): how often each opcode is in the disassembly, and the disassembly."""
     found = {}
     for arch, text in _sections(listing):
         for function in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
             name, _, code = function.partition("\n")
-            opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
             kept = ""
             if not any(word in name for word in _WITHOUT_LISTING):
                 kept = "\n".join(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s.*?;", code, flags=re.MULTILINE))
-            found[arch, name.strip()] = Counter(opcode for opcode in opcodes if opcode != "NOP"), kept
+            found[arch, name.strip()] = opcodes(code), kept
     return found
 
 

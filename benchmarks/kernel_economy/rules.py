@@ -77,17 +77,17 @@ def copies_asynchronously(kernel: Kernel) -> str | None:
 
 
 def tensor_cores(kernel: Kernel) -> str | None:
-    """Products run on the tensor cores, their factors come by ldmatrix where the type has 16 bits."""
-    if not kernel.count("HMMA"):
-        return "no tensor-core instruction (HMMA)"
-    if kernel.element_bytes == 2 and not kernel.count("LDSM"):
+    """Products run on the tensor cores; HMMA has its factors by ldmatrix where the type has 16 bits."""
+    if not (kernel.count("HMMA") or kernel.count("HGMMA")):
+        return "no tensor-core instruction (HMMA, HGMMA)"
+    if kernel.element_bytes == 2 and kernel.count("HMMA") and not kernel.count("LDSM"):
         return "no ldmatrix (LDSM)"
     return None
 
 
 def exact_products(kernel: Kernel) -> str | None:
     """Float32 products by fused multiply-add, not on the tensor cores."""
-    if kernel.count("HMMA"):
+    if kernel.count("HMMA") or kernel.count("HGMMA"):
         return "tensor-core instructions in a kernel that promises exact float32"
     return None if kernel.count("FFMA") else "no fused multiply-add (FFMA)"
 

@@ -12,14 +12,16 @@ from benchmarks.kernel_economy.limits import issued_by
 from benchmarks.kernel_economy.pointwise import epilogue_of, tile_of
 from benchmarks.kernel_economy.reading import ROOT, Kernel, compile_sources, nvcc_version, read_kernels
 from benchmarks.kernel_economy.rules import claim_of
+from benchmarks.sections import Section
 from effkernels.plan import gpus
 from effkernels.plan.kernel_counts import PIPES
 from effkernels.plan.launches import plan_model
 from effkernels.plan.time_estimate import MODES, OVERLAPPING, TERMS
 
 PAGE = ROOT / "docs" / "kernels.md"
-BEGIN = "<!-- kernels: written by python -m benchmarks.kernel_economy -->"
-END = "<!-- end of kernels -->"
+SECTION = Section(
+    "docs/kernels.md", "<!-- kernels: written by python -m benchmarks.kernel_economy -->", "<!-- end of kernels -->"
+)
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hard_swish", "gelu", "gelu_tanh")  # the order of params.h
 _PROBE = Path(__file__).with_name("activations.cu")
 
@@ -183,17 +185,3 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "\n".join(sum_lines()),
     ]
     return "\n\n".join(blocks)
-
-
-def with_section(page: str, text: str) -> str:
-    """Return the page with the text between the markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    for marker in (BEGIN, END):
-        if page.count(marker) != 1:
-            raise ValueError(f"docs/kernels.md: the marker {marker!r} must be there once")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"
