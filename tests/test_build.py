@@ -241,6 +241,19 @@ def test_bench_keeps_a_whole_library(tmp_path: Path) -> None:
     assert "EFFKERNELS_CUDA=off" not in commands_of("bench", tmp_path, "")
 
 
+def test_every_included_file_outside_csrc_leads_to_a_new_build() -> None:
+    sources = re.search(r"^NATIVE_SOURCES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert sources is not None
+    included = {
+        (source.parent / name).resolve().relative_to(ROOT)
+        for source in (ROOT / "csrc").rglob("*.*")
+        for name in re.findall(r'^#include "(\.\./.*)"', source.read_text(), re.MULTILINE)
+    }
+    outside = {str(file) for file in included if file.parts[0] != "csrc"}
+    assert outside
+    assert outside <= set(sources[1].split())
+
+
 @pytest.mark.parametrize("target", ["setup", "test"])
 def test_setup_and_test_install_and_build_everything(tmp_path: Path, target: str) -> None:
     (tmp_path / ".built-cpu").touch()
