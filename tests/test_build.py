@@ -263,6 +263,21 @@ def test_setup_and_test_install_and_build_everything(tmp_path: Path, target: str
     assert "EFFKERNELS_CUDA=off" not in commands
 
 
+def test_one_worker_runs_all_tests_of_a_group(tmp_path: Path) -> None:
+    """The tests of the wheel, and others, share a folder that only one process at a time may write."""
+    (tmp_path / "pytest.ini").touch()
+    (tmp_path / "test_group.py").write_text(
+        "import os, pathlib, pytest, time\n"
+        "@pytest.mark.parametrize('number', range(4))\n"
+        "@pytest.mark.xdist_group('one')\n"
+        "def test(number):\n"
+        "    time.sleep(0.2)\n"
+        "    pathlib.Path(f'ran_in_{os.getpid()}').touch()\n"
+    )
+    run(sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", tmp_path, cwd=tmp_path)
+    assert len(list(tmp_path.glob("ran_in_*"))) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------- the wheel
 
 
