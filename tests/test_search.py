@@ -170,7 +170,8 @@ class TestWorkers:
     def test_end_with_the_search(self, number: signal.Signals, tmp_path: Path) -> None:
         log = tmp_path / "log"
         code = (
-            "from effkernels.scaling import search; import search_evaluations as e\n"
+            "from effkernels.scaling import search; import search_evaluations as e, signal\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
             "search(e.TINY, e.endless, workers=2)"
         )
         environment = os.environ | {"SEARCH_LOG": str(log)}
@@ -183,7 +184,10 @@ class TestWorkers:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         process.send_signal(number)  # to the search alone; a terminal would send Ctrl-C to its workers, too
-        _, errors = process.communicate(timeout=60)
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
         assert process.returncode == -number
         assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
         workers = [int(line) for line in log.read_text().splitlines()]
