@@ -133,9 +133,8 @@ class Bench:
                 suite, name = "block", one.block.case(one.batch)
                 size, measured, refused = blocks.measure_block(one.block, one.batch, dtype, self.device, modes)
             else:
-                case = one.call.case(one.op, min(one.batch, 2))
-                large, measured, refused = measure.measure(case, one.batch, dtype, self.device, modes)
-                suite, name, size = "op", f"{large.op} {large.shape}", large.bytes_moved(dtype)
+                measured, refused = measure.measure(one.call, dtype, self.device, modes)
+                suite, name, size = "op", str(one.call), one.call.bytes_moved(dtype)
         rows = measure.rows_of(
             measured, suite=suite, case=name, batch=one.batch, size=size, dtype=dtype,
             device_name=self.results.device_name, date=self.results.date, bandwidth=self.bandwidth,
