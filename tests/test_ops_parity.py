@@ -211,7 +211,7 @@ def squeeze_excite_cases() -> Iterator[Case]:
             matrix_rank=[2],
             se_bias=[False],
         )
-        yield Case("squeeze_excite_gate", dtype, parameters="mixed")
+        yield Case("squeeze_excite_gate", dtype, parameters="mixed", se_bias=False)
 
 
 def pointwise_cases() -> Iterator[Case]:
