@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 
 from effkernels import ops
-from effkernels.bench.contenders import Case
+from effkernels.bench.contenders import NetworkCase
 from effkernels.bench.networks import model_size
 from effkernels.ops import reference
 from effkernels.ops.call import OpCall, prepared
@@ -33,10 +33,10 @@ OP_BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
 OP_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
-def model_cases(device: torch.device, threads: int) -> Iterator[Case]:
+def model_cases(device: torch.device, threads: int) -> Iterator[NetworkCase]:
     """Return the networks for a device, each at its own input size."""
     for model, batch, precision in MODELS[device.type]:
-        yield Case(
+        yield NetworkCase(
             model, model_size(model), batch, precision, str(device), threads, channels_last=device.type == "cuda"
         )
 

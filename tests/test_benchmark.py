@@ -19,7 +19,7 @@ from benchmarks import cases, console_examples, report
 from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
-from effkernels.bench.contenders import CONTENDERS, Case, Contender, Runner
+from effkernels.bench.contenders import CONTENDERS, Contender, NetworkCase, ReadyContender
 from effkernels.bench.networks import Options, run_case, steps
 from effkernels.bench.op_timing import copied
 from effkernels.bench.peak_memory import measure_here, peak_memory
@@ -32,7 +32,7 @@ FIELDS = [
     "suite", "case", "contender", "device", "dtype", "batch", "median_us", "p95_us", "p99_us", "images_per_s",
     "peak_bytes", "rel_error", "floor_us", "bytes", "launches", "commit", "dirty", "date", "versions",
 ]  # fmt: skip
-SMALL = Case("efficientnet_b0", 32, 1, threads=1)
+SMALL = NetworkCase("efficientnet_b0", 32, 1, threads=1)
 QUICK = Options(warmup=1, rounds=2, memory=False)
 
 
@@ -266,14 +266,14 @@ class TestContenders:
 
 
 class TestRunCase:
-    def add(self, monkeypatch: pytest.MonkeyPatch, name: str, prepare: Callable[[Case], Runner]) -> None:
+    def add(self, monkeypatch: pytest.MonkeyPatch, name: str, prepare: Callable[[NetworkCase], ReadyContender]) -> None:
         contender = Contender(name, "made up", ("cpu",), lambda case: None, prepare)
         monkeypatch.setitem(CONTENDERS, name, contender)
 
     def test_a_wrong_answer_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = CONTENDERS["eager"].prepare(SMALL)
-        runner = dataclasses.replace(right, run=lambda images: right.run(images) * 1.001)
-        self.add(monkeypatch, "wrong", lambda case: runner)
+        wrong = dataclasses.replace(right, run=lambda images: right.run(images) * 1.001)
+        self.add(monkeypatch, "wrong", lambda case: wrong)
         rows, refusals = run_case(SMALL, ["wrong", "eager"], QUICK, date="now")
         assert [row.contender for row in rows] == [right.label]
         assert refusals[0].contender == "wrong"
@@ -283,13 +283,13 @@ class TestRunCase:
     def test_not_a_number_and_another_shape_are_wrong(
         self, monkeypatch: pytest.MonkeyPatch, output: torch.Tensor
     ) -> None:
-        self.add(monkeypatch, "odd", lambda case: Runner("odd", lambda images: images, lambda images: output))
+        self.add(monkeypatch, "odd", lambda case: ReadyContender("odd", lambda images: images, lambda images: output))
         rows, refusals = run_case(SMALL, ["odd"], QUICK, date="now")
         assert rows == []
         assert refusals[0].reason.startswith("wrong: off by inf")
 
     def test_a_contender_that_fails_does_not_stop_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(case: Case) -> Runner:
+        def fail(case: NetworkCase) -> ReadyContender:
             raise RuntimeError("no\nsuch luck")
 
         self.add(monkeypatch, "failing", fail)
@@ -323,7 +323,11 @@ class TestMemory:
             return torch.ones(100 << 20, dtype=torch.uint8)  # every page is written
 
         contender = Contender(
-            "hungry", "made up", ("cpu",), lambda case: None, lambda case: Runner("hungry", lambda images: images, run)
+            "hungry",
+            "made up",
+            ("cpu",),
+            lambda case: None,
+            lambda case: ReadyContender("hungry", lambda images: images, run),
         )
         monkeypatch.setitem(CONTENDERS, "hungry", contender)
         assert (

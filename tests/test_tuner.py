@@ -28,7 +28,7 @@ from effkernels.cli import main
 from effkernels.ops import backends, reference
 from effkernels.ops.call import OpCall, in_float64, prepared, run
 from effkernels.triton import tuned_plan
-from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, Plan
+from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, TunedPlan
 
 
 def test_noise_is_what_two_runs_of_the_same_differ_by() -> None:
@@ -131,8 +131,10 @@ class Stopwatch:
         return {name: [self.us.get(name, self.default)] * options["rounds"] for name in runs}
 
 
-def tuned(call: OpCall, timer: Stopwatch, plan: Plan | None = None, **options: Any) -> tuple[Plan, autotune.Outcome]:
-    plan = plan or Plan("triton interpreter")
+def tuned(
+    call: OpCall, timer: Stopwatch, plan: TunedPlan | None = None, **options: Any
+) -> tuple[TunedPlan, autotune.Outcome]:
+    plan = plan or TunedPlan("triton interpreter")
     outcome = Tuner(CPU, plan, timer=timer, **options).run(Job(call, torch.float32))
     return plan, outcome
 
@@ -260,7 +262,7 @@ class TestTuning:
 
     def test_backends_that_cannot_run_are_not_compared(self) -> None:
         call = SMALL["squeeze_excite_gate"]
-        reason = Tuner(CPU, Plan("x")).why_no_comparison(Job(call, torch.float32))
+        reason = Tuner(CPU, TunedPlan("x")).why_no_comparison(Job(call, torch.float32))
         assert reason.startswith("cuda cannot run squeeze_excite_gate: ")
         assert tuned(call, Stopwatch({}))[1] == autotune.Outcome()
 
@@ -301,7 +303,7 @@ class TestTuning:
         from effkernels.triton import _launch
 
         run = _launch.run
-        (lookup,) = Tuner(CPU, Plan("x")).lookups(Job(self.call(), torch.float32))
+        (lookup,) = Tuner(CPU, TunedPlan("x")).lookups(Job(self.call(), torch.float32))
         assert lookup.key.op == "pointwise_bn_act"
         assert _launch.run is run
 

@@ -163,7 +163,7 @@ class Tuner:
     def __init__(
         self,
         device: torch.device,
-        plan: tuned_plan.Plan,
+        plan: tuned_plan.TunedPlan,
         *,
         force: bool = False,
         timer: Timer = timing.time_in_turns,
