@@ -223,7 +223,7 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
 
 // Everything of a depthwise convolution of an (n, c, h, w) tensor but its address; of `a.x` only the dtype and the
 // device count.
-Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
+Depthwise describe_depthwise(const char* op, const DepthwiseOpArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
                              Keep& keep) {
   STD_TORCH_CHECK(a.weight.dim() == 4 && a.weight.size(1) == 1, op, ": weight has shape ", shape_of(a.weight),
                   "; allowed: (C, 1, KH, KW)");
@@ -329,7 +329,7 @@ Tensor empty_matrix(const Tensor& like, int64_t n, int64_t c, ScalarType dtype) 
   return empty_strided(like, sizes, strides, 2, dtype);
 }
 
-Depthwise make_depthwise(const char* op, const DepthwiseArguments& a, Keep& keep) {
+Depthwise make_depthwise(const char* op, const DepthwiseOpArguments& a, Keep& keep) {
   check_image(op, "x", a.x);
   Depthwise out = describe_depthwise(op, a, a.x.size(0), a.x.size(1), a.x.size(2), a.x.size(3), keep);
   const Tensor x = to_channels_last(a.x);
@@ -383,7 +383,7 @@ Pointwise make_pointwise(const char* op, const PointwiseArguments& a, Keep& keep
 }
 
 ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArguments& expand,
-                                          const DepthwiseArguments& depthwise, Keep& keep) {
+                                          const DepthwiseOpArguments& depthwise, Keep& keep) {
   const Tensor& x = expand.x;
   ExpandDepthwise out;
   out.expand = describe_pointwise(op, expand, keep);
@@ -404,7 +404,7 @@ void give_expanded(ExpandDepthwise& both, const Tensor& x) {
 }
 
 ExpandDepthwise make_expand_depthwise(const char* op, const PointwiseArguments& expand,
-                                      const DepthwiseArguments& depthwise, Keep& keep) {
+                                      const DepthwiseOpArguments& depthwise, Keep& keep) {
   ExpandDepthwise out = describe_expand_depthwise(op, expand, depthwise, keep);
   give_expanded(out, expand.x);
   return out;

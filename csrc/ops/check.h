@@ -33,7 +33,7 @@ struct SeArguments {
   const char* activation_name;  // in messages
 };
 
-struct DepthwiseArguments {
+struct DepthwiseOpArguments {
   const Tensor &x, &weight;
   NormArguments norm;
   int64_t stride;
@@ -77,7 +77,7 @@ struct Depthwise {
   DepthwiseParams params;
   Tensor y;
 };
-Depthwise make_depthwise(const char* op, const DepthwiseArguments& arguments, Keep& keep);
+Depthwise make_depthwise(const char* op, const DepthwiseOpArguments& arguments, Keep& keep);
 
 struct SqueezeExcite {
   SqueezeExciteParams params;
@@ -104,9 +104,9 @@ struct ExpandDepthwise {
   Tensor pooled;
 };
 ExpandDepthwise make_expand_depthwise(const char* op, const PointwiseArguments& expand,
-                                      const DepthwiseArguments& depthwise, Keep& keep);
+                                      const DepthwiseOpArguments& depthwise, Keep& keep);
 ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArguments& expand,
-                                          const DepthwiseArguments& depthwise, Keep& keep);
+                                          const DepthwiseOpArguments& depthwise, Keep& keep);
 void give_expanded(ExpandDepthwise& both, const Tensor& x);
 
 struct Conv {
