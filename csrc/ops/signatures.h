@@ -1,7 +1,7 @@
-// From the arguments of a schema (effkernels/ops/schemas.inc) to the structs of check.h, once for each list of
+// From the arguments of a schema (effkernels/ops/schemas.inc) to the structs of pack.h, once for each list of
 // arguments: `depthwise<&f>` takes the arguments of a depthwise operator one by one and calls f with them as a struct.
 #pragma once
-#include "check.h"
+#include "pack.h"
 
 namespace effkernels::ops::signature {
 
