@@ -1,0 +1,279 @@
+"""The steps of a fused training block: what its forward and its backward do between two matrix products.
+
+Every function here is plain PyTorch on any device and in any floating dtype, and the compiled CPU kernel of the same
+meaning where there is one. Images are (N, H, W, C) and contiguous, the memory of channels_last. Statistics, sums and
+what is computed per channel are float32 (float64 where the image is), in `wide(dtype)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from effkernels.ops.reference import activate, apply_gate
+
+aten: Any = torch.ops.aten
+
+
+class Norm(NamedTuple):
+    """A norm ready to apply: (t - mean) * scale + bias; each (C,)."""
+
+    mean: Tensor
+    inverse_deviation: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+class Coefficients(NamedTuple):
+    """The gradient of a norm's input: alpha * dy + beta * (t - mean) + delta; each (C,)."""
+
+    alpha: Tensor
+    beta: Tensor
+    delta: Tensor
+
+
+class GradientSums(NamedTuple):
+    """Sums over the pixels of each image and channel, each (N, C), for y = activation(norm(t)) and its gradient g.
+
+    With h = (t - mean) * inverse_deviation and a' the derivative of the activation at norm(t):
+    sum y, sum g y, sum g a', sum a', sum g a' h, sum a' h.
+    """
+
+    y: Tensor
+    gy: Tensor
+    ga: Tensor
+    a: Tensor
+    gah: Tensor
+    ah: Tensor
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def make_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm:
+    """The norm of these statistics, (C,) each, in their dtype."""
+    inverse_deviation = torch.rsqrt(var + eps)
+    scale = inverse_deviation if weight is None else inverse_deviation * weight.to(mean.dtype)
+    return Norm(mean, inverse_deviation, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype))
+
+
+def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of t (N, H, W, C)."""
+    var, mean = torch.var_mean(t.to(wide(t.dtype)), (0, 1, 2), correction=0)
+    return mean, var
+
+
+def norm_act(
+    t: Tensor, norm: Norm, activation: str, factor: Tensor | None = None, residual: Tensor | None = None
+) -> Tensor:
+    """activation(norm(t)) * factor + residual in t's dtype; t, residual: (N, H, W, C), factor: (N, C)."""
+    y = activate(_normalised(t, norm), activation)
+    if factor is not None:
+        y = y * factor.to(y.dtype)[:, None, None, :]
+    if residual is not None:
+        y = y + residual
+    return y.to(t.dtype)
+
+
+def squeeze(t: Tensor, norm: Norm, activation: str) -> Tensor:
+    """The means (N, C) of activation(norm(t)) over the pixels of an image."""
+    return activate(_normalised(t, norm), activation).mean((1, 2))
+
+
+def depthwise(
+    t: Tensor,
+    norm: Norm | None,
+    activation: str,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Depthwise convolution of activation(norm(t)), or of t where there is no norm; (N, H', W', C), mean, variance."""
+    y = _padded(t if norm is None else norm_act(t, norm, activation), padding)
+    z = F.conv2d(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype), stride, 0, dilation, y.shape[1])
+    z = nhwc(z)
+    return z, *statistics(z)
+
+
+def gradient_sums(g: Tensor, t: Tensor, norm: Norm, activation: str, with_y: bool) -> tuple[GradientSums, Tensor]:
+    """The sums of `GradientSums`, and y (N, H, W, C) in t's dtype where it is asked for (else something empty)."""
+    z, g = _normalised(t, norm), g.to(wide(g.dtype))
+    y, slope = activate(z, activation), _activation_backward(torch.ones_like(z), z, activation)
+    h, gs = (t - norm.mean) * norm.inverse_deviation, g * slope
+    sums = GradientSums(*(s.sum((1, 2)) for s in (y, g * y, gs, slope, gs * h, slope * h)))
+    return sums, y.to(t.dtype) if with_y else y.new_empty(0)
+
+
+def depthwise_backward(
+    g: Tensor,
+    z: Tensor,
+    z_norm: Norm,
+    z_activation: str,
+    factor: Tensor | None,
+    offset: Tensor | None,
+    coefficients: Coefficients,
+    t: Tensor,
+    norm: Norm | None,
+    activation: str,
+    weight: Tensor,
+    stride: int,
+    padding: Sequence[int],
+    dilation: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Backward of a depthwise convolution and of the activations on both of its sides.
+
+    Args:
+        g: (N, H', W', C), the gradient of factor * activation(z_norm(z)).
+        z: the result of the convolution, before its norm.
+        factor, offset: (N, C) or None; the gradient of the activation's result is g * factor + offset.
+        coefficients: of the gradient of z_norm's input.
+        t, norm, activation: of the input, as `depthwise` takes them.
+
+    Returns:
+        The gradient of norm(t), or of t where there is no norm, in t's dtype; that of the weight, in the wide dtype;
+        the sums (C,) of the first and of the first times (t - mean) * inverse_deviation.
+    """
+    dy = g.to(wide(g.dtype))
+    if factor is not None:
+        dy = dy * factor[:, None, None, :]
+    if offset is not None:
+        dy = dy + offset[:, None, None, :]
+    dy = _activation_backward(dy, _normalised(z, z_norm), z_activation)
+    dz = (coefficients.alpha * dy + coefficients.beta * (z - z_norm.mean) + coefficients.delta).to(z.dtype)
+    y = _padded(t if norm is None else norm_act(t, norm, activation), padding)
+    dx, dweight, _ = aten.convolution_backward(
+        nchw(dz), y, weight.to(y.dtype), None, [stride] * 2, [0, 0], [dilation] * 2, False, [0, 0], y.shape[1],
+        [True, True, False],
+    )  # fmt: skip
+    top, _, left, _ = padding
+    dx = nhwc(dx[:, :, top : top + t.shape[1], left : left + t.shape[2]])
+    if norm is None:
+        nothing = dx.new_empty(0)
+        return dx, dweight.to(wide(t.dtype)), nothing, nothing
+    dx = _activation_backward(dx.to(wide(t.dtype)), _normalised(t, norm), activation)
+    sums = dx.sum((0, 1, 2)), (dx * ((t - norm.mean) * norm.inverse_deviation)).sum((0, 1, 2))
+    return dx.to(t.dtype), dweight.to(wide(t.dtype)), *sums
+
+
+def coefficients_of(norm: Norm, batch_statistics: bool, count: int, dy: Tensor, dyh: Tensor) -> Coefficients:
+    """Of the gradient of a norm's input, from the sums (C,) of dy and of dy * h over `count` pixels of a batch.
+
+    A norm that uses running statistics does not differentiate through them.
+    """
+    if not batch_statistics:
+        return Coefficients(norm.scale, torch.zeros_like(dy), torch.zeros_like(dy))
+    per_pixel = norm.scale * (-1.0 / count)
+    return Coefficients(norm.scale, per_pixel * norm.inverse_deviation * dyh, per_pixel * dy)
+
+
+def norm_backward(
+    dy: Tensor, t: Tensor, norm: Norm, coefficients: Coefficients, factor: Tensor | None = None
+) -> Tensor:
+    """The gradient of a norm's input t (N, H, W, C), in its dtype, where factor * dy is that of its result."""
+    alpha = coefficients.alpha
+    if factor is not None:
+        alpha = (factor * alpha)[:, None, None, :]
+    return (alpha * dy + coefficients.beta * (t - norm.mean) + coefficients.delta).to(t.dtype)
+
+
+def activation_backward_of(dy: Tensor, t: Tensor, norm: Norm, activation: str) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of norm(t) where dy is that of activation(norm(t)), and its sums as of `depthwise_backward`."""
+    dy = _activation_backward(dy.to(wide(t.dtype)), _normalised(t, norm), activation)
+    h = (t - norm.mean) * norm.inverse_deviation
+    return dy.to(t.dtype), dy.sum((0, 1, 2)), (dy * h).sum((0, 1, 2))
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """1x1 convolution of x (N, H, W, Cin) by weight (Cout, Cin, 1, 1)."""
+    matrix = weight.reshape(weight.shape[:2]).to(x.dtype)
+    return F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+
+
+def pointwise_input_gradient(dz: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
+    """dz (N, H, W, Cout) @ weight (Cout, Cin, 1, 1) + residual."""
+    matrix = weight.reshape(weight.shape[:2]).to(dz.dtype)
+    shape = (*dz.shape[:3], matrix.shape[1])
+    rows = dz.reshape(-1, dz.shape[3])
+    if residual is None:
+        return torch.mm(rows, matrix).reshape(shape)
+    return torch.addmm(residual.reshape(-1, matrix.shape[1]), rows, matrix).reshape(shape)
+
+
+def pointwise_weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
+    """The gradient (Cout, Cin, 1, 1) of the weight of a 1x1 convolution, in x's dtype."""
+    return torch.mm(dz.reshape(-1, dz.shape[3]).t(), x.reshape(-1, x.shape[3]))[:, :, None, None]
+
+
+class Excitation(NamedTuple):
+    """The parameters of squeeze-and-excitation, in the dtype of the pooled values."""
+
+    w_reduce: Tensor
+    b_reduce: Tensor | None
+    w_expand: Tensor
+    b_expand: Tensor | None
+    activation: str
+    gate: str
+
+
+def excite(pooled: Tensor, e: Excitation) -> Tensor:
+    """The gate (N, C) of the means (N, C)."""
+    hidden = activate(F.linear(pooled, e.w_reduce, e.b_reduce), e.activation)
+    return apply_gate(F.linear(hidden, e.w_expand, e.b_expand), e.gate)
+
+
+def excite_backward(
+    dgate: Tensor, pooled: Tensor, e: Excitation
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The gradients of the means, and of w_reduce, b_reduce, w_expand and b_expand."""
+    before = F.linear(pooled, e.w_reduce, e.b_reduce)
+    hidden = activate(before, e.activation)
+    logits = F.linear(hidden, e.w_expand, e.b_expand)
+    if e.gate == "sigmoid":
+        dlogits = aten.sigmoid_backward(dgate, torch.sigmoid(logits))
+    else:
+        dlogits = aten.hardsigmoid_backward(dgate, logits)
+    dbefore = _activation_backward(dlogits @ e.w_expand, before, e.activation)
+    parameters = (dbefore.t() @ pooled, dbefore.sum(0), dlogits.t() @ hidden, dlogits.sum(0))
+    return dbefore @ e.w_reduce, parameters
+
+
+def nhwc(t: Tensor) -> Tensor:
+    """(N, C, H, W) as a contiguous (N, H, W, C); a view where t is channels_last."""
+    return t.permute(0, 2, 3, 1).contiguous()
+
+
+def nchw(t: Tensor) -> Tensor:
+    """A contiguous (N, H, W, C) as (N, C, H, W) with channels_last strides."""
+    return t.permute(0, 3, 1, 2)
+
+
+def _padded(t: Tensor, padding: Sequence[int]) -> Tensor:
+    top, bottom, left, right = padding
+    return F.pad(nchw(t), (left, right, top, bottom))
+
+
+def _normalised(t: Tensor, norm: Norm) -> Tensor:
+    return (t - norm.mean) * norm.scale + norm.bias
+
+
+def _activation_backward(g: Tensor, z: Tensor, activation: str) -> Tensor:
+    """The gradient of z where g is that of activate(z, activation)."""
+    if activation == "identity":
+        return g
+    if activation == "relu":
+        return aten.threshold_backward(g, z, 0)  # type: ignore[no-any-return]
+    if activation == "relu6":
+        return aten.hardtanh_backward(g, z, 0.0, 6.0)  # type: ignore[no-any-return]
+    if activation == "silu":
+        return aten.silu_backward(g, z)  # type: ignore[no-any-return]
+    if activation == "hard_swish":
+        return aten.hardswish_backward(g, z)  # type: ignore[no-any-return]
+    return aten.gelu_backward(g, z, approximate="tanh" if activation == "gelu_tanh" else "none")  # type: ignore[no-any-return]
