@@ -32,6 +32,24 @@
      ", int stride, SymInt[4] padding, str activation, bool allow_tf32",                                              \
      "Tensor")
 
+// The steps of a training block on the CPU: training_ops.cpp.
+#define EFFKERNELS_TRAINING_NORM "Tensor? mean, Tensor? inverse_deviation, Tensor? scale, Tensor? bias"
+#define EFFKERNELS_TRAINING_SCHEMAS(OP)                                                                                \
+  OP("training_statistics(Tensor t) -> (Tensor, Tensor)")                                                             \
+  OP("training_norm_act(Tensor t, " EFFKERNELS_TRAINING_NORM                                                          \
+     ", str activation, Tensor? factor, Tensor? residual) -> Tensor")                                                 \
+  OP("training_squeeze(Tensor t, " EFFKERNELS_TRAINING_NORM ", str activation) -> Tensor")                            \
+  OP("training_gradient_sums(Tensor g, Tensor t, " EFFKERNELS_TRAINING_NORM                                           \
+     ", str activation, bool with_y) -> (Tensor, Tensor)")                                                            \
+  OP("training_norm_backward(Tensor dy, Tensor t, " EFFKERNELS_TRAINING_NORM                                          \
+     ", str activation, Tensor alpha, Tensor beta, Tensor delta, Tensor? factor) -> Tensor")                          \
+  OP("training_depthwise(Tensor t, " EFFKERNELS_TRAINING_NORM                                                         \
+     ", str activation, Tensor weight, Tensor? conv_bias, int stride, int[] padding) -> (Tensor, Tensor, Tensor)")    \
+  OP("training_depthwise_backward(Tensor g, Tensor z, Tensor z_mean, Tensor z_inverse_deviation, Tensor z_scale, "    \
+     "Tensor z_bias, str z_activation, Tensor? factor, Tensor? offset, Tensor alpha, Tensor beta, Tensor delta, "     \
+     "Tensor t, " EFFKERNELS_TRAINING_NORM                                                                            \
+     ", str activation, Tensor weight, int stride, int[] padding) -> (Tensor, Tensor, Tensor)")
+
 #define EFFKERNELS_SCHEMAS(OP)                                                                                        \
   /* The CPU kernels' instruction set: sets it (name not empty) and tells it. */                                       \
   OP("cpu_isa(str name) -> str")                                                                                      \

@@ -56,7 +56,7 @@ class BlockParts:
         self.drop_path: Any = parts["drop_path"]
 
 
-def training_problem(block: nn.Module) -> str | None:
+def training_problem(block: Any) -> str | None:
     """Why a block cannot train fused, for people to read; None where it can.
 
     Args:
@@ -108,6 +108,7 @@ def set_recompute(model: nn.Module, recompute: str | None) -> None:
     """
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute={recompute!r} is not known; allowed: None, 'expand'")
+    module: Any
     for module in model.modules():
         if _is_block(module):
             module.recompute = recompute

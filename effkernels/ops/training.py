@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from effkernels.ops import training_kernels  # noqa: F401  registers shape functions
 from effkernels.ops import training_steps as steps
 from effkernels.ops.training_steps import Excitation, Norm, nchw, nhwc, wide
 
@@ -139,9 +140,9 @@ def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         found.append(_frozen(constants, 1, x) or (mean, var))
         norm2 = _norm(found[-1], parameters, 2, settings)
         gate = None
-        excitation = _excitation(parameters, settings, x)
+        excitation = _excitation(parameters, settings)
         if excitation is not None:
-            gate = steps.excite(steps.squeeze(convolved, norm2, settings.activation2), excitation)
+            gate = steps.excite(steps.squeeze(convolved, norm2, settings.activation2), excitation).to(wide(x.dtype))
         gated = steps.norm_act(convolved, norm2, settings.activation2, gate)
         projected = steps.pointwise(gated, parameters["project_weight"], parameters["project_bias"])
         found.append(_frozen(constants, 2, x) or steps.statistics(projected))
@@ -221,7 +222,7 @@ def _block_gradients(
     del y, dprojected
     offset = None
     total, total_h = sums.ga, sums.gah
-    excitation = _excitation(parameters, settings, image)
+    excitation = _excitation(parameters, settings)
     if gate is not None and excitation is not None:
         per_pixel = 1.0 / (convolved.shape[1] * convolved.shape[2])
         dpooled, of_parameters = steps.excite_backward(sums.gy, sums.y * per_pixel, excitation)
@@ -248,7 +249,7 @@ def _block_gradients(
         norm2,
         settings.activation2,
         gate,
-        offset,
+        None if offset is None else offset.to(norm2.scale.dtype),
         coefficients,
         expanded,
         norm1,
@@ -291,12 +292,11 @@ def _norm(pair: tuple[Tensor, Tensor], parameters: dict[str, Any], which: int, s
     return steps.make_norm(*pair, weight, bias, settings.eps[which - 1])
 
 
-def _excitation(parameters: dict[str, Any], settings: BlockSettings, x: Tensor) -> Excitation | None:
+def _excitation(parameters: dict[str, Any], settings: BlockSettings) -> Excitation | None:
     if parameters["w_reduce"] is None:
         return None
-    dtype = wide(x.dtype)
-    reduce, expand = (parameters[name].flatten(1).to(dtype) for name in ("w_reduce", "w_expand"))
-    b_reduce, b_expand = (None if parameters[n] is None else parameters[n].to(dtype) for n in ("b_reduce", "b_expand"))
+    reduce, expand = (parameters[name].flatten(1).double() for name in ("w_reduce", "w_expand"))
+    b_reduce, b_expand = (None if parameters[n] is None else parameters[n].double() for n in ("b_reduce", "b_expand"))
     return Excitation(reduce, b_reduce, expand, b_expand, settings.se_activation, settings.gate_activation)
 
 
@@ -365,11 +365,13 @@ def _norm_act_backward(
     with torch._C._DisableAutocast():
         image = nhwc(t)
         norm = steps.make_norm(statistics[0], statistics[1], weight, bias, eps)
-        dnorm, total, total_h = steps.activation_backward_of(nhwc(dy), image, norm, activation)
+        gradient = nhwc(dy)
+        sums, _ = steps.gradient_sums(gradient, image, norm, activation, False)
+        total, total_h = sums.ga.sum(0), sums.gah.sum(0)
         results = [t.new_empty(0)] * 3
         if wanted[0]:
             coefficients = steps.coefficients_of(norm, not frozen, _pixels(image), total, total_h)
-            results[0] = nchw(steps.norm_backward(dnorm, image, norm, coefficients))
+            results[0] = nchw(steps.norm_backward(gradient, image, norm, coefficients, None, activation))
         if wanted[1]:
             results[1] = total_h.to(weight.dtype)
         if wanted[2]:

@@ -1,8 +1,9 @@
 """The steps of a fused training block: what its forward and its backward do between two matrix products.
 
 Every function here is plain PyTorch on any device and in any floating dtype, and the compiled CPU kernel of the same
-meaning where there is one. Images are (N, H, W, C) and contiguous, the memory of channels_last. Statistics, sums and
-what is computed per channel are float32 (float64 where the image is), in `wide(dtype)`.
+meaning where there is one. Images are (N, H, W, C) and contiguous, the memory of channels_last. What is applied to
+every element is computed in float32 (float64 where the image is), `wide(dtype)`; sums over pixels, and what is computed
+from them per channel, in float64, as PyTorch's batch norm does on a CPU: a gradient is what differences of them leave.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effkernels import _library
+from effkernels.ops import backends
 from effkernels.ops.reference import activate, apply_gate
 
 aten: Any = torch.ops.aten
@@ -51,6 +54,10 @@ class GradientSums(NamedTuple):
     ah: Tensor
 
 
+def _has_kernel(t: Tensor) -> bool:
+    return t.is_cpu and t.dtype in backends.DTYPES and _library.is_loaded() and backends.selected() in ("auto", "cpu")
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -65,6 +72,8 @@ def make_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | N
 
 def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of t (N, H, W, C)."""
+    if _has_kernel(t):
+        return torch.ops.effkernels.training_statistics(t)  # type: ignore[no-any-return]
     var, mean = torch.var_mean(t.to(wide(t.dtype)), (0, 1, 2), correction=0)
     return mean, var
 
@@ -73,6 +82,8 @@ def norm_act(
     t: Tensor, norm: Norm, activation: str, factor: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """activation(norm(t)) * factor + residual in t's dtype; t, residual: (N, H, W, C), factor: (N, C)."""
+    if _has_kernel(t):
+        return torch.ops.effkernels.training_norm_act(t, *norm, activation, factor, residual)  # type: ignore[no-any-return]
     y = activate(_normalised(t, norm), activation)
     if factor is not None:
         y = y * factor.to(y.dtype)[:, None, None, :]
@@ -83,7 +94,9 @@ def norm_act(
 
 def squeeze(t: Tensor, norm: Norm, activation: str) -> Tensor:
     """The means (N, C) of activation(norm(t)) over the pixels of an image."""
-    return activate(_normalised(t, norm), activation).mean((1, 2))
+    if _has_kernel(t):
+        return torch.ops.effkernels.training_squeeze(t, *norm, activation)  # type: ignore[no-any-return]
+    return activate(_normalised(t, norm), activation).mean((1, 2), dtype=torch.float64)
 
 
 def depthwise(
@@ -97,6 +110,12 @@ def depthwise(
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Depthwise convolution of activation(norm(t)), or of t where there is no norm; (N, H', W', C), mean, variance."""
+    if _has_kernel(t) and _is_plain_depthwise(t, weight, padding, dilation):
+        arguments = (None,) * 4 if norm is None else norm
+        bias = None if bias is None else bias.float()
+        return torch.ops.effkernels.training_depthwise(  # type: ignore[no-any-return]
+            t, *arguments, activation, weight.contiguous(), bias, stride, padding
+        )
     y = _padded(t if norm is None else norm_act(t, norm, activation), padding)
     z = F.conv2d(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype), stride, 0, dilation, y.shape[1])
     z = nhwc(z)
@@ -105,10 +124,13 @@ def depthwise(
 
 def gradient_sums(g: Tensor, t: Tensor, norm: Norm, activation: str, with_y: bool) -> tuple[GradientSums, Tensor]:
     """The sums of `GradientSums`, and y (N, H, W, C) in t's dtype where it is asked for (else something empty)."""
+    if _has_kernel(t):
+        found, y = torch.ops.effkernels.training_gradient_sums(g, t, *norm, activation, with_y)
+        return GradientSums(*found), y
     z, g = _normalised(t, norm), g.to(wide(g.dtype))
     y, slope = activate(z, activation), _activation_backward(torch.ones_like(z), z, activation)
     h, gs = (t - norm.mean) * norm.inverse_deviation, g * slope
-    sums = GradientSums(*(s.sum((1, 2)) for s in (y, g * y, gs, slope, gs * h, slope * h)))
+    sums = GradientSums(*(s.sum((1, 2), dtype=torch.float64) for s in (y, g * y, gs, slope, gs * h, slope * h)))
     return sums, y.to(t.dtype) if with_y else y.new_empty(0)
 
 
@@ -141,6 +163,14 @@ def depthwise_backward(
         The gradient of norm(t), or of t where there is no norm, in t's dtype; that of the weight, in the wide dtype;
         the sums (C,) of the first and of the first times (t - mean) * inverse_deviation.
     """
+    one_activation = norm is None or activation == z_activation
+    if _has_kernel(t) and one_activation and _is_plain_depthwise(t, weight, padding, dilation):
+        arguments = (None,) * 4 if norm is None else norm
+        dx, dweight, sums = torch.ops.effkernels.training_depthwise_backward(
+            g, z, *z_norm, z_activation, factor, offset, *coefficients, t, *arguments, activation,
+            weight.contiguous(), stride, padding,
+        )  # fmt: skip
+        return (dx, dweight, *sums) if norm is not None else (dx, dweight, sums, sums)
     dy = g.to(wide(g.dtype))
     if factor is not None:
         dy = dy * factor[:, None, None, :]
@@ -159,8 +189,7 @@ def depthwise_backward(
         nothing = dx.new_empty(0)
         return dx, dweight.to(wide(t.dtype)), nothing, nothing
     dx = _activation_backward(dx.to(wide(t.dtype)), _normalised(t, norm), activation)
-    sums = dx.sum((0, 1, 2)), (dx * ((t - norm.mean) * norm.inverse_deviation)).sum((0, 1, 2))
-    return dx.to(t.dtype), dweight.to(wide(t.dtype)), *sums
+    return dx.to(t.dtype), dweight.to(wide(t.dtype)), *_sums(dx, t, norm)
 
 
 def coefficients_of(norm: Norm, batch_statistics: bool, count: int, dy: Tensor, dyh: Tensor) -> Coefficients:
@@ -168,37 +197,47 @@ def coefficients_of(norm: Norm, batch_statistics: bool, count: int, dy: Tensor, 
 
     A norm that uses running statistics does not differentiate through them.
     """
+    dtype = norm.scale.dtype
     if not batch_statistics:
-        return Coefficients(norm.scale, torch.zeros_like(dy), torch.zeros_like(dy))
-    per_pixel = norm.scale * (-1.0 / count)
-    return Coefficients(norm.scale, per_pixel * norm.inverse_deviation * dyh, per_pixel * dy)
+        zeros = torch.zeros_like(norm.scale)
+        return Coefficients(norm.scale, zeros, zeros)
+    per_pixel = norm.scale.double() * (-1.0 / count)
+    return Coefficients(norm.scale, (per_pixel * norm.inverse_deviation * dyh).to(dtype), (per_pixel * dy).to(dtype))
 
 
 def norm_backward(
-    dy: Tensor, t: Tensor, norm: Norm, coefficients: Coefficients, factor: Tensor | None = None
+    dy: Tensor,
+    t: Tensor,
+    norm: Norm,
+    coefficients: Coefficients,
+    factor: Tensor | None = None,
+    activation: str = "identity",
 ) -> Tensor:
-    """The gradient of a norm's input t (N, H, W, C), in its dtype, where factor * dy is that of its result."""
+    """The gradient of a norm's input t (N, H, W, C), in its dtype, where dy is that of factor * activation(norm(t))."""
+    if _has_kernel(t):
+        return torch.ops.effkernels.training_norm_backward(  # type: ignore[no-any-return]
+            dy, t, *norm, activation, *coefficients, factor
+        )
     alpha = coefficients.alpha
     if factor is not None:
-        alpha = (factor * alpha)[:, None, None, :]
-    return (alpha * dy + coefficients.beta * (t - norm.mean) + coefficients.delta).to(t.dtype)
-
-
-def activation_backward_of(dy: Tensor, t: Tensor, norm: Norm, activation: str) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradient of norm(t) where dy is that of activation(norm(t)), and its sums as of `depthwise_backward`."""
+        alpha = (factor.to(alpha.dtype) * alpha)[:, None, None, :]
     dy = _activation_backward(dy.to(wide(t.dtype)), _normalised(t, norm), activation)
-    h = (t - norm.mean) * norm.inverse_deviation
-    return dy.to(t.dtype), dy.sum((0, 1, 2)), (dy * h).sum((0, 1, 2))
+    return (alpha * dy + coefficients.beta * (t - norm.mean) + coefficients.delta).to(t.dtype)
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """1x1 convolution of x (N, H, W, Cin) by weight (Cout, Cin, 1, 1)."""
+    if _has_kernel(x):
+        return nhwc(_product(nchw(x), weight.to(x.dtype), bias, None))
     matrix = weight.reshape(weight.shape[:2]).to(x.dtype)
     return F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
 
 
 def pointwise_input_gradient(dz: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """dz (N, H, W, Cout) @ weight (Cout, Cin, 1, 1) + residual."""
+    if _has_kernel(dz):
+        turned = weight.to(dz.dtype).transpose(0, 1).contiguous()
+        return nhwc(_product(nchw(dz), turned, None, None if residual is None else nchw(residual)))
     matrix = weight.reshape(weight.shape[:2]).to(dz.dtype)
     shape = (*dz.shape[:3], matrix.shape[1])
     rows = dz.reshape(-1, dz.shape[3])
@@ -209,11 +248,21 @@ def pointwise_input_gradient(dz: Tensor, weight: Tensor, residual: Tensor | None
 
 def pointwise_weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
     """The gradient (Cout, Cin, 1, 1) of the weight of a 1x1 convolution, in x's dtype."""
-    return torch.mm(dz.reshape(-1, dz.shape[3]).t(), x.reshape(-1, x.shape[3]))[:, :, None, None]
+    like = x.new_empty(dz.shape[3], x.shape[3], 1, 1)
+    nothing = [0, 0]
+    return aten.convolution_backward(  # type: ignore[no-any-return]
+        nchw(dz), nchw(x), like, None, [1, 1], nothing, [1, 1], False, nothing, 1, [False, True, False]
+    )[1]
+
+
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    return torch.ops.effkernels.pointwise_bn_act(  # type: ignore[no-any-return]
+        x, weight, bias, None, None, None, None, 0.0, None, residual, "identity", False
+    )
 
 
 class Excitation(NamedTuple):
-    """The parameters of squeeze-and-excitation, in the dtype of the pooled values."""
+    """The parameters of squeeze-and-excitation, in float64, as the means are: they are few."""
 
     w_reduce: Tensor
     b_reduce: Tensor | None
@@ -253,6 +302,18 @@ def nhwc(t: Tensor) -> Tensor:
 def nchw(t: Tensor) -> Tensor:
     """A contiguous (N, H, W, C) as (N, C, H, W) with channels_last strides."""
     return t.permute(0, 3, 1, 2)
+
+
+def _sums(dy: Tensor, t: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+    h = (t - norm.mean) * norm.inverse_deviation
+    return dy.sum((0, 1, 2), dtype=torch.float64), (dy * h).sum((0, 1, 2), dtype=torch.float64)
+
+
+def _is_plain_depthwise(t: Tensor, weight: Tensor, padding: Sequence[int], dilation: int) -> bool:
+    """Whether the CPU's kernels compute it: they hold rows of the image in a cache."""
+    height, width = weight.shape[2:]
+    pads = max(padding[:2]) < height and max(padding[2:]) < width
+    return dilation == 1 and pads and max(height, width) <= 13 and t.shape[2] <= 4096
 
 
 def _padded(t: Tensor, padding: Sequence[int]) -> Tensor:
