@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from parity import assert_parity
+from parity import assert_parity, joined
 from peer_models import images, small
 from torch import Tensor, nn
 
@@ -62,18 +62,29 @@ def step(block: nn.Module, x: Tensor, seed: int = 1) -> dict[str, Tensor]:
     return found | {name: b.clone() for name, b in block.named_buffers()}
 
 
-def assert_step(block: nn.Module, x: Tensor) -> None:
-    """The fused step keeps to the tolerance rule: against the plain one in the same dtype and in float64."""
+def assert_step(block: nn.Module, x: Tensor, draws: int = 3) -> None:
+    """The fused step keeps to the tolerance rule: against the plain one in the same dtype and in float64.
+
+    Several draws of x are judged together: the gradient of a norm is what sums of both signs leave, and for the few
+    numbers of one draw PyTorch's own error is a matter of luck.
+    """
     assert training_problem(block) is None
-    plain = plainly(block)
-    truth = step(copy.deepcopy(plain).double(), x.double())
-    own, found = step(plain, x), step(block, x)
-    assert found.keys() == own.keys() == truth.keys()
-    for name, wanted in truth.items():
-        if name.endswith("num_batches_tracked"):
-            assert int(found[name]) == int(own[name])
-        else:
-            assert_parity(found[name], own[name], wanted, name)
+    results: dict[str, list[list[Tensor]]] = {}
+    for draw in range(draws):
+        image = (x.double() + images(*x.shape[:1], *x.shape[2:], x.shape[1], seed=draw).double() * (draw > 0)).to(
+            x.dtype
+        )
+        plain = plainly(block)
+        truth = step(copy.deepcopy(plain).double(), image.double())
+        own, found = step(plain, image), step(copy.deepcopy(block), image)
+        assert found.keys() == own.keys() == truth.keys()
+        for name, wanted in truth.items():
+            if name.endswith("num_batches_tracked"):
+                assert int(found[name]) == int(own[name])
+            else:
+                results.setdefault(name, []).append([found[name], own[name], wanted])
+    for name, found_own_truth in results.items():
+        assert_parity(*map(joined, zip(*found_own_truth, strict=True)), name)
 
 
 def image(block: nn.Module, batch: int = 5, height: int = 13, width: int = 11) -> Tensor:

@@ -61,7 +61,7 @@ def test_the_kernels_keep_their_contracts() -> None:
         (ops.training_statistics, (t,)),
         (ops.training_norm_act, (t, *norm, "silu", factor, g)),
         (ops.training_squeeze, (t, *norm, "relu6")),
-        (ops.training_gradient_sums, (g, t, *norm, "gelu", True)),
+        (ops.training_gradient_sums, (g, t, *norm, "gelu", factor, True)),
         (ops.training_norm_backward, (g, t, *norm, "silu", vector, vector, vector, factor)),
         (ops.training_depthwise, (t, *norm, "silu", weight, vector, 1, pads)),
         (

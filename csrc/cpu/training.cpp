@@ -113,6 +113,7 @@ void gradient_sums(const GradientSumsParams& p, const Parallel& parallel) {
                   const NormLanes norm = lanes_of(p.norm, c, n);
                   const T *g = static_cast<const T*>(p.g) + offset + c, *t = static_cast<const T*>(p.t) + offset + c;
                   T* to = p.y ? static_cast<T*>(p.y) + offset + c : nullptr;
+                  const Vec factor = p.factor ? load_up_to(p.factor + image * p.channels + c, n) : splat(1.f);
                   Vec y = {}, gy = {}, ga = {}, a = {}, gah = {}, ah = {};
                   for (int64_t k = i; k < stop; k++) {
                     const Vec centred = load_up_to(t + k * p.channels, n) - norm.mean;
@@ -120,7 +121,7 @@ void gradient_sums(const GradientSumsParams& p, const Parallel& parallel) {
                     const Sloped s = with_slope<decltype(activation)::value>(centred * norm.scale + norm.bias);
                     const Vec gs = dy * s.slope;
                     y += s.value, gy += dy * s.value, ga += gs, a += s.slope, gah += gs * h, ah += s.slope * h;
-                    if (to) store_up_to(to + k * p.channels, s.value, n);
+                    if (to) store_up_to(to + k * p.channels, s.value * factor, n);
                   }
                   DoubleSum* total = totals[v - v0];
                   total[0].add(y), total[1].add(gy), total[2].add(ga);

@@ -29,9 +29,10 @@ struct NormActParams {
 };
 
 // For y = activation(norm(t)), its gradient g and its slope a', h = (t - mean) * inverse_deviation, per image and
-// channel: the sums of y, g y, g a', a', g a' h, a' h; and y itself where it is asked for.
+// channel: the sums of y, g y, g a', a', g a' h, a' h; and y * factor where it is asked for.
 struct GradientSumsParams {
   const void *g = nullptr, *t = nullptr;
+  const float* factor = nullptr;  // (N, C)
   void* y = nullptr;
   double* sums = nullptr;  // (6, N, C)
   NormVectors norm;

@@ -40,7 +40,7 @@
      ", str activation, Tensor? factor, Tensor? residual) -> Tensor")                                                 \
   OP("training_squeeze(Tensor t, " EFFKERNELS_TRAINING_NORM ", str activation) -> Tensor")                            \
   OP("training_gradient_sums(Tensor g, Tensor t, " EFFKERNELS_TRAINING_NORM                                           \
-     ", str activation, bool with_y) -> (Tensor, Tensor)")                                                            \
+     ", str activation, Tensor? factor, bool with_y) -> (Tensor, Tensor)")                                            \
   OP("training_norm_backward(Tensor dy, Tensor t, " EFFKERNELS_TRAINING_NORM                                          \
      ", str activation, Tensor alpha, Tensor beta, Tensor delta, Tensor? factor) -> Tensor")                          \
   OP("training_depthwise(Tensor t, " EFFKERNELS_TRAINING_NORM                                                         \

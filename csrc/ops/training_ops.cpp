@@ -62,7 +62,8 @@ Activation activation_named(const char* op, const std::string& name) {
                   "' is not known; allowed: identity, relu, relu6, silu, hard_swish, gelu, gelu_tanh");
 }
 
-Tensor empty_as(const Tensor& like) { return torch::stable::empty_like(like); }
+// From the pool of results: fresh pages cost more than the work on them.
+Tensor empty_as(const Tensor& like) { return empty_nhwc(like, like.size(0), like.size(1), like.size(2), like.size(3)); }
 Tensor empty_vector(const Tensor& like, int64_t c) { return torch::stable::new_empty(like, {c}, ScalarType::Float); }
 
 template <class T>
@@ -119,7 +120,8 @@ Tensor training_squeeze(const Tensor& t, NORM_TENSORS, const std::string& activa
 }
 
 std::tuple<Tensor, Tensor> training_gradient_sums(const Tensor& g, const Tensor& t, NORM_TENSORS,
-                                                  const std::string& activation, bool with_y) {
+                                                  const std::string& activation, const OptionalTensor& factor,
+                                                  bool with_y) {
   constexpr const char* op = "training_gradient_sums";
   check_nhwc(op, "t", t);
   check_like(op, "g", g, t);
@@ -129,6 +131,7 @@ std::tuple<Tensor, Tensor> training_gradient_sums(const Tensor& g, const Tensor&
   p.activation = activation_named(op, activation), p.norm = NORM_OF(op, p.channels);
   Tensor sums = torch::stable::new_empty(t, {6, p.batch, p.channels}, ScalarType::Double);
   Tensor y = with_y ? empty_as(t) : torch::stable::new_empty(t, {0});
+  p.factor = floats(op, "factor", factor, p.batch * p.channels);
   p.sums = data_of<double>(sums), p.y = with_y ? y.mutable_data_ptr() : nullptr;
   cpu::kernels().training.gradient_sums(p, torch_threads());
   return {sums, y};
@@ -187,7 +190,7 @@ std::tuple<Tensor, Tensor, Tensor> training_depthwise(const Tensor& t, NORM_TENS
   const cpu::DepthwiseShape& s = p.shape;
   p.t = t.const_data_ptr(), p.norm = NORM_OF(op, s.channels), p.activation = activation_named(op, activation);
   if (conv_bias) p.conv_bias = {floats(op, "conv_bias", *conv_bias, s.channels), DType::kFloat32};
-  Tensor z = torch::stable::new_empty(t, {s.batch, s.out_height, s.out_width, s.channels});
+  Tensor z = empty_nhwc(t, s.batch, s.out_height, s.out_width, s.channels);
   Tensor z_mean = empty_vector(t, s.channels), z_var = empty_vector(t, s.channels);
   p.z = z.mutable_data_ptr(), p.mean = data_of<float>(z_mean), p.var = data_of<float>(z_var);
   cpu::kernels().training.depthwise_train(p, torch_threads());

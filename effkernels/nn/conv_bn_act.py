@@ -15,7 +15,7 @@ from effkernels.nn.fusible import (
 )
 from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
-from effkernels.nn.training_norm import train_norm_act
+from effkernels.nn.training_norm import in_training_format, train_norm_act
 from effkernels.ops import backends
 from effkernels.ops.reference import ACTIVATIONS
 
@@ -55,7 +55,7 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
     """
     fusible = fusible_norm(norm, activation)
     if fusible is None or calls_modules(x):
-        z = conv(x)
+        z = conv(in_training_format(x, norm, backend))
         trained = train_norm_act(norm, z, activation, backend)
         return norm_act(norm, z, activation) if trained is None else trained
     running, follows = fusible

@@ -45,6 +45,13 @@ def train_norm_act(norm: Any, t: Tensor, activation: str, backend: str) -> Tenso
     return y
 
 
+def in_training_format(x: Tensor, norm: Any, backend: str) -> Tensor:
+    """x in channels_last where the norm after its convolution trains fused, which then converts nothing; else x."""
+    if calls_modules(x) or x.dim() != 4 or not is_batch_norm(norm) or asked_backend(backend) == "reference":
+        return x
+    return x if needs_modules(x) else x.contiguous(memory_format=torch.channels_last)
+
+
 def asked_backend(backend: str) -> str:
     return backends.selected() if backend == "auto" else backend
 

@@ -201,7 +201,7 @@ def _block_gradients(
 
     # The project's norm, and its product.
     norm3 = _norm(pairs[-1], parameters, 3, settings)
-    sums, _ = steps.gradient_sums(dy, projected, norm3, "identity", False)
+    sums, _ = steps.gradient_sums(dy, projected, norm3, "identity")
     factor = _factor(constants, projected)
     ga, gah = (sums.ga, sums.gah) if factor is None else (factor * sums.ga, factor * sums.gah)
     total, total_h = ga.sum(0), gah.sum(0)
@@ -214,12 +214,10 @@ def _block_gradients(
     gate = None if parameters["w_reduce"] is None else saved.gate
 
     # Squeeze-and-excitation, and the sums of the depthwise norm's gradient, from one pass.
-    sums, y = steps.gradient_sums(dgated, convolved, norm2, settings.activation2, needs["project_weight"])
+    sums, gated = steps.gradient_sums(dgated, convolved, norm2, settings.activation2, gate, needs["project_weight"])
     if needs["project_weight"]:
-        gated = y if gate is None else y.mul_(gate.to(y.dtype)[:, None, None, :])
         gradients["project_weight"] = steps.pointwise_weight_gradient(dprojected, gated)
-        del gated
-    del y, dprojected
+    del gated, dprojected
     offset = None
     total, total_h = sums.ga, sums.gah
     excitation = _excitation(parameters, settings)
@@ -366,7 +364,7 @@ def _norm_act_backward(
         image = nhwc(t)
         norm = steps.make_norm(statistics[0], statistics[1], weight, bias, eps)
         gradient = nhwc(dy)
-        sums, _ = steps.gradient_sums(gradient, image, norm, activation, False)
+        sums, _ = steps.gradient_sums(gradient, image, norm, activation)
         total, total_h = sums.ga.sum(0), sums.gah.sum(0)
         results = [t.new_empty(0)] * 3
         if wanted[0]:

@@ -122,15 +122,19 @@ def depthwise(
     return z, *statistics(z)
 
 
-def gradient_sums(g: Tensor, t: Tensor, norm: Norm, activation: str, with_y: bool) -> tuple[GradientSums, Tensor]:
-    """The sums of `GradientSums`, and y (N, H, W, C) in t's dtype where it is asked for (else something empty)."""
+def gradient_sums(
+    g: Tensor, t: Tensor, norm: Norm, activation: str, factor: Tensor | None = None, with_y: bool = False
+) -> tuple[GradientSums, Tensor]:
+    """The sums of `GradientSums`, and y * factor (N, H, W, C) in t's dtype where it is asked for (else nothing)."""
     if _has_kernel(t):
-        found, y = torch.ops.effkernels.training_gradient_sums(g, t, *norm, activation, with_y)
+        found, y = torch.ops.effkernels.training_gradient_sums(g, t, *norm, activation, factor, with_y)
         return GradientSums(*found), y
     z, g = _normalised(t, norm), g.to(wide(g.dtype))
     y, slope = activate(z, activation), _activation_backward(torch.ones_like(z), z, activation)
     h, gs = (t - norm.mean) * norm.inverse_deviation, g * slope
     sums = GradientSums(*(s.sum((1, 2), dtype=torch.float64) for s in (y, g * y, gs, slope, gs * h, slope * h)))
+    if factor is not None:
+        y = y * factor.to(y.dtype)[:, None, None, :]
     return sums, y.to(t.dtype) if with_y else y.new_empty(0)
 
 
