@@ -10,6 +10,7 @@ namespace {
 
 constexpr int64_t kPart = 512;  // pixels whose statistics are taken together: in the second-level cache
 constexpr int64_t kRunPixels = 64;
+constexpr int64_t kSumPixels = 16;  // added in float before they are added in double
 constexpr int64_t kBlockVecs = 4;
 
 }  // namespace
@@ -48,8 +49,8 @@ void norm_act(const NormActParams& p, const Parallel& parallel) {
             const NormLanes norm = lanes_of(p.norm, c, n);
             const T* t = static_cast<const T*>(p.t) + image * p.pixels * p.channels + c;
             DoubleSum total;
-            for (int64_t i = 0; i < p.pixels; i += kRunPixels) {
-              const int64_t stop = min_of(i + kRunPixels, p.pixels);
+            for (int64_t i = 0; i < p.pixels; i += kSumPixels) {
+              const int64_t stop = min_of(i + kSumPixels, p.pixels);
               Vec sum = {};
               for (int64_t k = i; k < stop; k++)
                 sum += activate<decltype(activation)::value>(apply(norm, load_up_to(t + k * p.channels, n)));
@@ -107,9 +108,9 @@ void gradient_sums(const GradientSumsParams& p, const Parallel& parallel) {
               const int64_t image = task / blocks, v0 = task % blocks * kBlockVecs;
               const int64_t v1 = min_of(vecs, v0 + kBlockVecs), offset = image * p.pixels * p.channels;
               DoubleSum totals[kBlockVecs][6];
-              for (int64_t i = 0; i < p.pixels; i += kRunPixels)
+              for (int64_t i = 0; i < p.pixels; i += kSumPixels)
                 for (int64_t v = v0; v < v1; v++) {
-                  const int64_t c = v * kLanes, n = p.channels - c, stop = min_of(i + kRunPixels, p.pixels);
+                  const int64_t c = v * kLanes, n = p.channels - c, stop = min_of(i + kSumPixels, p.pixels);
                   const NormLanes norm = lanes_of(p.norm, c, n);
                   const T *g = static_cast<const T*>(p.g) + offset + c, *t = static_cast<const T*>(p.t) + offset + c;
                   T* to = p.y ? static_cast<T*>(p.y) + offset + c : nullptr;

@@ -61,18 +61,23 @@ EFFKERNELS_INLINE void partial_statistics(const T* t, int64_t stride, int64_t pi
   }
   if (i < pixels) a += load_up_to(t + i * stride, n);
   const Vec middle = (a + b) * (1.f / float(pixels));
-  a = Vec{}, b = Vec{};
   Vec rest = {};  // what rounding left of the mean
-  for (i = 0; i + 1 < pixels; i += 2) {
-    const Vec d = load_up_to(t + i * stride, n) - middle, e = load_up_to(t + (i + 1) * stride, n) - middle;
-    a += d * d, b += e * e, rest += d + e;
+  DoubleSum total;
+  for (i = 0; i < pixels;) {
+    const int64_t end = min_of<int64_t>(i + 32, pixels);
+    a = Vec{};
+    for (; i < end; i++) {
+      const Vec d = load_up_to(t + i * stride, n) - middle;
+      a += d * d, rest += d;
+    }
+    total.add(a);
   }
-  if (i < pixels) {
-    const Vec d = load_up_to(t + i * stride, n) - middle;
-    a += d * d, rest += d;
-  }
+  double lanes[kLanes];
+  float sums[kLanes];
+  store(lanes, total.low), store(lanes + kLanes / 2, total.high);
+  for (int k = 0; k < kLanes; k++) sums[k] = float(lanes[k]);
   store_up_to(mean, middle, n);
-  store_up_to(squares, a + b, n);
+  store_up_to(squares, load(sums), n);
   store_up_to(mean + kLanes, rest * (1.f / float(pixels)), n);
 }
 

@@ -1,0 +1,85 @@
+"""The CPU's training kernels: right by PyTorch, on every instruction set, the same bits for any number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from conftest import CPU_INSTRUCTION_SETS
+from torch import Tensor
+
+import effkernels
+from effkernels import _library
+from effkernels.ops import training_steps as steps
+
+pytestmark = pytest.mark.skipif(not _library.is_loaded(), reason="the compiled operators are not there")
+
+
+@pytest.fixture(params=CPU_INSTRUCTION_SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    try:
+        torch.ops.effkernels.cpu_isa(request.param)
+    except RuntimeError:
+        pytest.skip(f"{request.param} is not built or not on this machine")
+    yield request.param
+    torch.ops.effkernels.cpu_isa("auto")
+
+
+def results(dtype: torch.dtype, kernel: int, stride: int, activation: str, channels: int = 37) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    def norm() -> steps.Norm:
+        return steps.make_norm(draw(channels), draw(channels).abs() + 0.5, draw(channels) + 1, draw(channels), 1e-3)
+
+    t, weight, first, second = draw(3, 31, 14, channels).to(dtype), draw(channels, 1, kernel, kernel), norm(), norm()
+    padding = (kernel // 2, kernel // 2 - 1, kernel // 2, kernel // 2)
+    found: dict[str, Tensor] = {}
+    found["z"], found["mean"], found["var"] = steps.depthwise(
+        t, first, activation, weight, draw(channels), stride, padding, 1
+    )
+    z = found["z"].float().div(4).to(dtype)
+    g, factor, offset = torch.randn(z.shape, generator=generator).to(dtype), draw(3, channels), draw(3, channels)
+    coefficients = steps.Coefficients(draw(channels), draw(channels), draw(channels))
+    sums, found["y"] = steps.gradient_sums(g, z, second, activation, factor, True)
+    found |= sums._asdict() | {"y_sum": sums.y, "y": found["y"]}
+    found["squeeze"] = steps.squeeze(z, second, activation)
+    found["norm_act"] = steps.norm_act(z, second, activation, factor, g)
+    found["norm_backward"] = steps.norm_backward(g, z, second, coefficients, factor, activation)
+    for name, of in (("with norm", first), ("without norm", None)):
+        found |= zip(
+            (f"dx {name}", f"dweight {name}", f"sum {name}", f"sum h {name}"),
+            steps.depthwise_backward(
+                g, z, second, activation, factor, offset, coefficients, t, of, activation, weight, stride, padding, 1
+            ),
+            strict=True,
+        )
+    return found
+
+
+@pytest.mark.parametrize("activation", ["silu", "relu", "hard_swish", "gelu", "gelu_tanh", "identity"])
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1)])
+def test_kernels_equal_plain_pytorch(isa: str, kernel: int, stride: int, activation: str) -> None:
+    found = results(torch.float32, kernel, stride, activation)
+    with effkernels.backend("reference"):
+        wanted = results(torch.float32, kernel, stride, activation)
+    for name, value in wanted.items():
+        scale = float(value.abs().max()) if value.numel() else 1.0
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=2e-5 * scale, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_the_same_bits_for_any_number_of_threads(dtype: torch.dtype) -> None:
+    before = torch.get_num_threads()
+    try:
+        every = []
+        for threads in (1, 2, 3, 2):
+            torch.set_num_threads(threads)
+            every.append(results(dtype, 5, 1, "silu", 100))
+    finally:
+        torch.set_num_threads(before)
+    for other in every[1:]:
+        assert all(torch.equal(other[name], value) for name, value in every[0].items())
