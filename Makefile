@@ -1,11 +1,19 @@
-# `make bench` and `make test` work on a fresh clone: both go through `make setup`, which every later call skips.
+# `make bench` and `make test` work on a fresh clone: each installs what it needs, and every later call skips that.
+# `make bench` needs torch, timm and the library; `make test` and the other targets need `make setup`, the whole dev extra.
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 STAMPS := $(VENV)/.stamps
-LIBRARY := effkernels/lib/libeffkernels.so
+# The library is built; with every part that this machine can build, or with the part for the CPU alone. The stamps are
+# beside the library, so that they are removed with it.
+LIBRARY := effkernels/lib/.built
+CPU_LIBRARY := effkernels/lib/.built-cpu
+# What pip and the compiler print during the setup.
+LOG := build/setup.log
+# The documentation site is built from the sources alone: its environment holds neither torch nor the package.
+DOCS := build/docs-venv
 TEST_ARGS ?=
 # One process per core, each with one thread: the tests are many and small.
 TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -gt 8 ] && echo 8 || echo $$cores)
@@ -16,6 +24,9 @@ BENCH_ARGS ?=
 THIS_MACHINE := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | tr -d ". " | \
   awk '$$1 ~ /^[0-9]+$$/ && $$1 >= 80' | sort -nu | paste -sd ";" -)
 export EFFKERNELS_CUDA_ARCHS ?= $(or $(THIS_MACHINE),90)
+# The library that `make bench` needs. Without a GPU nothing can run the CUDA kernels, and they take longer to compile than
+# all the rest: a clone without a library then gets the CPU part alone. A whole library is kept whole.
+BENCH_LIBRARY := $(if $(THIS_MACHINE)$(wildcard $(LIBRARY)),$(LIBRARY),$(CPU_LIBRARY))
 # Of an environment with another release of torch and triton; empty: that of .venv.
 GATES_PYTHON ?=
 PARTS ?=
@@ -31,7 +42,7 @@ FORMATTED_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help setup build test test-suite test-emulated test-race test-asan test-triton test-gates bench fuzz soak \
-  gpu-check kernels-table lint lint-python lint-native types format clean distclean wheel
+  gpu-check kernels-table lint lint-python lint-native types docs format clean distclean wheel
 
 help: ## list these commands
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -40,7 +51,7 @@ setup: $(LIBRARY) $(STAMPS)/dev ## create .venv with the pinned torch and the de
 
 build: $(STAMPS)/torch ## compile what changed in csrc into effkernels/lib
 	@$(BIN)/python setup.py -q build_ext --inplace
-	@touch $(LIBRARY)
+	@touch $(LIBRARY) $(CPU_LIBRARY)
 
 # A part of the suite (TEST_ARGS) is a part of its first run alone.
 test: test-suite $(if $(TEST_ARGS),,test-triton test-race test-asan) ## run the whole test suite (TEST_ARGS="-k name" for a part)
@@ -49,7 +60,7 @@ test-suite: setup
 	$(PYTEST) $(TEST_ARGS)
 
 test-emulated: setup ## run the CUDA kernels on the CPU: parity in every order of threads, and the emulator's own tests
-	$(PYTEST) -m emulated $(TEST_ARGS)
+	EFFKERNELS_TEST_THOROUGH=1 $(PYTEST) -m emulated $(TEST_ARGS)
 
 test-race: setup ## the same with every load and store checked for races and for memory that nobody wrote
 	$(BIN)/python tests/emulation/build.py race
@@ -66,8 +77,8 @@ test-triton: setup ## run the Triton kernels on the CPU, by Triton's interpreter
 test-gates: setup ## check what Triton compiles for GPUs, that of another environment too (GATES_PYTHON=/path/to/python)
 	EFFKERNELS_TEST_GATES_PYTHON="$(GATES_PYTHON)" $(PYTEST) tests/test_triton_gates.py $(TEST_ARGS)
 
-bench: setup ## time EfficientNet-B0, ours and timm's made fast, against eager PyTorch and torch.compile (BENCH_ARGS adds flags)
-	$(BIN)/effkernels bench --model efficientnet_b0 --batch-size 1 16 \
+bench: $(BENCH_LIBRARY) $(STAMPS)/bench ## time EfficientNet-B0, ours and timm's made fast, against eager PyTorch and torch.compile (BENCH_ARGS adds flags)
+	$(BIN)/python -m effkernels bench --model efficientnet_b0 --batch-size 1 16 \
 	  --contender effkernels optimized engine eager eager-channels-last compile $(BENCH_ARGS)
 
 fuzz: setup ## throw random calls and hostile files at the library (FUZZ_SECONDS, SEED)
@@ -84,7 +95,7 @@ kernels-table: setup ## write what the compiler made of each kernel into docs/ke
 	cd tests && PYTHONPATH=.. ../$(BIN)/python -m triton_gates.worker 90 ../build/triton-90.pickle
 	cd tests && PYTHONPATH=.. ../$(BIN)/python -m triton_gates.table ../build/triton-90.pickle
 
-lint: lint-python lint-native types ## ruff, clang-format and mypy; changes nothing
+lint: lint-python lint-native types docs ## ruff, clang-format, mypy and the documentation site; changes no source
 
 lint-python: setup
 	$(BIN)/ruff check .
@@ -96,13 +107,23 @@ lint-native: setup
 types: setup
 	$(BIN)/mypy
 
+docs: $(DOCS)/.stamp ## build the documentation site into build/site; a link that leads nowhere is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs --quiet build --strict
+	@echo "docs: build/site/index.html"
+
 format: setup ## put every source into the project's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED_SOURCES)
 
-wheel: setup ## pack the wheel for this platform into dist/
-	env -u EFFKERNELS_CUDA_ARCHS $(PIP) wheel . --no-build-isolation --no-deps --wheel-dir dist
+# auditwheel reads the oldest glibc that the library needs, and writes it into the wheel's name. LibTorch stays out of the
+# wheel: it comes with the user's torch.
+wheel: $(STAMPS)/release ## pack the wheel for every architecture into dist/, with its manylinux tag, and check it
+	rm -rf build/wheel && mkdir -p build/wheel dist
+	env -u EFFKERNELS_CUDA_ARCHS $(PIP) wheel . --no-build-isolation --no-deps --wheel-dir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	  --wheel-dir dist build/wheel/effkernels-*.whl
+	$(BIN)/twine check --strict dist/*.whl
 
 clean: ## remove what the build made, keep .venv
 	rm -rf build dist effkernels/lib effkernels.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
@@ -128,27 +149,72 @@ define require_compiler
 	  "or name it: CXX=/path/to/compiler make setup" >&2; exit 1; }
 endef
 
+# $(call step,what,command): run the command, print how long it took, and keep its output in the log. If it fails, print
+# the end of the log.
+COMMA := ,
+define step
+	@mkdir -p $(dir $(LOG)) && echo 'setup $(1) (log: $(LOG))'
+	@begin=$$(date +%s); echo '== setup $(1)' >> $(LOG); { $(2); } >> $(LOG) 2>&1 || { tail -n 40 $(LOG) >&2; \
+	  echo "setup: this step failed; all of its output is in $(LOG)" >&2; exit 1; }; \
+	  echo "setup: done in $$(($$(date +%s) - begin)) s"
+endef
+
 $(STAMPS)/venv:
 	$(require_python)
 	$(require_compiler)
-	@echo "setup 1/4: virtual environment in $(VENV)"
-	@$(PYTHON) -m venv $(VENV)
+	$(call step,1/4: a virtual environment in $(VENV),$(PYTHON) -m venv $(VENV))
 	@mkdir -p $(STAMPS) && touch $@
 
 # torch goes first and alone: everything after it then finds its requirement met and brings in no second torch.
 $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
-	@echo "setup 2/4: the pinned torch and the build tools"
-	@$(PIP) install -c constraints.txt torch
-	@$(PIP) install -c constraints.txt setuptools wheel cmake ninja
+	$(call step,2/4: the pinned torch and the build tools,$(PIP) install -c constraints.txt torch && \
+	  $(PIP) install -c constraints.txt setuptools wheel cmake ninja)
 	@touch $@
 
 $(LIBRARY): $(STAMPS)/torch $(NATIVE_SOURCES)
 	$(require_compiler)
-	@echo "setup 3/4: the compiled library"
-	@$(BIN)/python setup.py -q build_ext --inplace
+	$(call step,3/4: the compiled library,$(BIN)/python setup.py -q build_ext --inplace)
+	@touch $@ $(CPU_LIBRARY)
+
+$(CPU_LIBRARY): $(STAMPS)/torch $(NATIVE_SOURCES)
+	$(require_compiler)
+	$(call step,3/4: the CPU part of the compiled library$(COMMA) because this machine has no GPU; `make setup` builds all parts,\
+	  EFFKERNELS_CUDA=off $(BIN)/python setup.py -q build_ext --inplace)
+	@touch $@
+
+# The packages of the contenders that `make bench` names, and rich for its tables. The package runs from the sources.
+$(STAMPS)/bench: constraints.txt | $(STAMPS)/torch
+	$(call step,4/4: timm$(COMMA) to compare with,$(PIP) install -c constraints.txt timm rich)
+	@touch $@
+
+$(STAMPS)/release: pyproject.toml constraints.txt | $(STAMPS)/torch
+	$(call step,the tools that pack and check a wheel,$(BIN)/python -c "$$REQUIREMENTS" release > build/release.txt && \
+	  $(PIP) install -c constraints.txt -r build/release.txt)
 	@touch $@
 
 $(STAMPS)/dev: setup.py pyproject.toml constraints.txt | $(LIBRARY)
-	@echo "setup 4/4: the package and its dev extra"
-	@$(PIP) install --no-build-isolation -c constraints.txt -e ".[dev]"
+	$(call step,4/4: the package and its dev extra,$(PIP) install --no-build-isolation -c constraints.txt -e ".[dev]")
+	@touch $@ $(STAMPS)/bench $(STAMPS)/release
+
+$(DOCS)/.stamp: pyproject.toml constraints.txt
+	$(require_python)
+	@echo "setup: the packages of the documentation site in $(DOCS)"
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -c "$$REQUIREMENTS" docs > $(DOCS)/requirements.txt
+	@$(DOCS)/bin/pip --disable-pip-version-check install -q -c constraints.txt -r $(DOCS)/requirements.txt || { \
+	  echo "docs: the packages of the documentation site could not be installed (see above); pip needs a package index" \
+	  "for: $$(paste -sd ' ' $(DOCS)/requirements.txt)" >&2; exit 1; }
 	@touch $@
+
+# Prints an extra of pyproject.toml, one requirement a line. Python 3.10 has no tomllib, but its pip has tomli.
+define REQUIREMENTS
+import importlib.util
+import sys
+if importlib.util.find_spec("tomllib"):
+    import tomllib as toml
+else:
+    from pip._vendor import tomli as toml
+with open("pyproject.toml", "rb") as file:
+    print(*toml.load(file)["project"]["optional-dependencies"][sys.argv[1]], sep="\n")
+endef
+export REQUIREMENTS

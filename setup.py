@@ -1,4 +1,4 @@
-"""Hands the compiled part over to CMake; everything else about the package stands in pyproject.toml.
+"""Let CMake build the compiled part; everything else about the package is in pyproject.toml.
 
 ``EFFKERNELS_CUDA`` and ``EFFKERNELS_CUDA_ARCHS`` in the environment become the CMake options of the same names.
 The CMake tree is kept in ``build/cmake``, so a repeated build compiles only what changed.
@@ -55,7 +55,7 @@ class CMakeBuild(build_ext):
             raise SystemExit(f"effkernels: this step of the build failed, see the lines above: {' '.join(command)}")
 
     def library_folder(self) -> Path:
-        """The source tree for an editable or in-place build, else the tree that the wheel is packed from."""
+        """Return the source tree for an editable or in-place build, else the tree that the wheel is packed from."""
         in_place = self.inplace or getattr(self, "editable_mode", False)
         return (ROOT if in_place else Path(self.build_lib).resolve()) / "effkernels" / "lib"
 

@@ -1,4 +1,4 @@
-"""What the suite measures: networks, the operators at the shapes of EfficientNet-B0, and the cost of a call."""
+"""The cases of the suite: networks, the operators at the shapes of EfficientNet-B0, and the cost of a call."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ OP_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
 def model_cases(device: torch.device, threads: int) -> Iterator[Case]:
-    """The networks for a device, each at its own input size."""
+    """Return the networks for a device, each at its own input size."""
     for model, batch, precision in MODELS[device.type]:
         yield Case(
             model, model_size(model), batch, precision, str(device), threads, channels_last=device.type == "cuda"
@@ -42,7 +42,7 @@ def model_cases(device: torch.device, threads: int) -> Iterator[Case]:
 
 
 def op_cases(batch: int) -> Iterator[OpCase]:
-    """Every operator at the shapes where EfficientNet-B0 at 224 spends its time, early, middle and late."""
+    """Return every operator at the shapes where EfficientNet-B0 at 224 spends its time, early, middle and late."""
     yield conv_case((batch, 3, 224, 224), 32)
     # (channels, plane, kernel, stride, squeeze-and-excitation width)
     for channels, plane, kernel, stride, reduced in (
@@ -64,24 +64,24 @@ def op_cases(batch: int) -> Iterator[OpCase]:
 
 
 def overhead_calls(device: torch.device) -> dict[str, Callable[[], object]]:
-    """The same depthwise operator with next to no work (eight values), through each of its faces.
+    """Return the same depthwise operator with next to no work (eight values), through each of its faces.
 
     What is left is the cost of the call itself: argument checks and choice of backend in Python, the dispatcher, the
-    adaptor. One bare convolution of PyTorch stands beside it for scale.
+    adaptor. One bare convolution of PyTorch is measured for comparison.
     """
     case = depthwise_case("depthwise_bn_act", (1, 8, 1, 1), 3, 1)
     call = case.prepare(ops, torch.float32, device)
     plain = case.prepare(reference, torch.float32, device)
-    x, weight, scale, shift, mean, var = (
+    x, weight, mean, var, scale, shift = (
         case.tensors[name].to(device, torch.float32)
-        for name in ("x", "weight", "norm_weight", "norm_bias", "norm_mean", "norm_var")
+        for name in ("x", "weight", "norm_mean", "norm_var", "norm_weight", "norm_bias")
     )
     compiled = torch.ops.effkernels.depthwise_bn_act.default
     convolution = torch.nn.functional.conv2d
     return {
         "effkernels.ops": call,
         "torch.ops.effkernels": lambda: compiled(
-            x, weight, None, scale, shift, mean, var, 1e-5, 1, (1, 1, 1, 1), 1, "silu"
+            x, weight, None, mean, var, scale, shift, 1e-5, 1, (1, 1, 1, 1), 1, "silu"
         ),
         "eager": plain,
         "conv2d alone": lambda: convolution(x, weight, padding=1, groups=8),

@@ -20,6 +20,7 @@ from effkernels.bench.timing import Row, read_rows
 README = RESULTS.parent.parent / "README.md"
 BEGIN = "<!-- results: written by benchmarks/report.py -->"
 END = "<!-- end of results -->"
+_FAMILY = "efficientnet_"
 _SUITE_TITLES = {
     "model": "Networks",
     "block": "Blocks",
@@ -67,7 +68,7 @@ def _time(us: float) -> str:
 
 
 def group_table(group: Group) -> list[str]:
-    """A Markdown table of one case."""
+    """Return a Markdown table of one case."""
     base = group.base
     lines = [
         f"| contender | median | p95 | p99 | images/s | peak MB | relative error | time / {base.contender} |",
@@ -85,7 +86,7 @@ def group_table(group: Group) -> list[str]:
 
 
 def origin(rows: Sequence[Row]) -> str:
-    """When, from which commit and with which versions rows were measured, in one line."""
+    """Return when, from which commit and with which versions rows were measured, in one line."""
     sources = []
     for row in rows:
         source = "an installed package" if row.commit is None else f"commit {row.commit[:10]}"
@@ -154,15 +155,22 @@ def plot(groups: Sequence[Group], file: Path) -> None:
     plt.close(figure)
 
 
+def _short(case: str) -> str:
+    """'B0 at 224' for 'efficientnet_b0@224': with the long names the table is wider than a page on GitHub."""
+    name, _, size = case.partition("@")
+    return f"{name.removeprefix(_FAMILY).upper()} at {size}" if name.startswith(_FAMILY) else case
+
+
 def readme_section(groups: Sequence[Group]) -> str:
-    """What stands between the markers of README.md: the networks, one line per contender and a column per case."""
+    """Return the table between the markers of README.md: the networks, a line per contender and a column per case."""
     blocks = []
     models = [group for group in groups if group.suite == "model"]
     for device in dict.fromkeys(group.device for group in models):
         members = [group for group in models if group.device == device]
         contenders = list(dict.fromkeys(row.contender for group in members for row in group.rows))
-        titles = [f"{group.case} {group.dtype}, batch {group.batch}" for group in members]
-        lines = [f"{device}, median time of a call:", "", "| | " + " | ".join(titles) + " |"]
+        titles = [f"{_short(group.case)}, {group.dtype}, batch {group.batch}" for group in members]
+        what = "EfficientNet on " if any(_short(group.case) != group.case for group in members) else ""
+        lines = [f"{what}{device}, median time of a call:", "", "| | " + " | ".join(titles) + " |"]
         lines.append("|---|" + "--:|" * len(members))
         for contender in contenders:
             cells = []
@@ -176,14 +184,14 @@ def readme_section(groups: Sequence[Group]) -> str:
 
 
 def with_section(readme: str, section: str) -> str:
-    """README.md's text with what stands between the markers replaced.
+    """Return README.md's text with the part between the markers replaced.
 
     Raises:
         ValueError: a marker is missing.
     """
     for marker in (BEGIN, END):
         if readme.count(marker) != 1:
-            raise ValueError(f"README.md: the marker {marker!r} must stand there once")
+            raise ValueError(f"README.md: the marker {marker!r} must occur once")
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"

@@ -94,7 +94,7 @@ def network(seed: int) -> nn.Module:
 
 
 def changed(model: nn.Module) -> nn.Module:
-    """The same network with other weights."""
+    """Return the same network with other weights."""
     other = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in other.parameters():
@@ -119,7 +119,7 @@ def broken_sources(model: nn.Module) -> list[nn.Module]:
 
 
 def bad_requests() -> list[Any]:
-    """What `submit` must refuse, each for itself."""
+    """Return what `submit` must refuse, each on its own."""
     import PIL.Image
 
     encoded = io.BytesIO()
@@ -213,7 +213,7 @@ class Traffic:
                 raise AssertionError("another result than the plain model's")
 
     def submit_bad(self, chance: random.Random) -> None:
-        """What is no image: it fails, with an exception of its own."""
+        """Submit what is no image: it fails, with its own exception."""
         futures = [self._submitted(chance.choice(self.bad)) for _ in range(2)]
         with self.tally.attempt("malformed request"):
             errors = [future.exception(PATIENCE_S) for future in futures]
@@ -279,7 +279,7 @@ class Small(nn.Module):
 
 
 def interrupted(seconds: float, seed: int, tally: Tally) -> None:
-    """What the child process does: work under interrupts, then look at what is left of it."""
+    """Run the child process: work under interrupts, then check the state that is left."""
     chance = random.Random(seed)
     model = Small().eval()
     x = torch.randn(5, 16, 24, 24, generator=torch.Generator().manual_seed(seed))

@@ -17,13 +17,13 @@ import torch
 from benchmarks import cases
 from effkernels import console, environment, ops
 from effkernels.bench import timing
-from effkernels.bench.check import errors
 from effkernels.bench.contenders import CONTENDERS
 from effkernels.bench.networks import Options, case_name, run_case, steps
 from effkernels.bench.op_case import OpCase
 from effkernels.bench.timing import Row
 from effkernels.commands.common import UsageError, device_of, positive
 from effkernels.ops import backends, reference
+from effkernels.ops.parity import errors
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUITES = ("overhead", "op", "model")
@@ -129,7 +129,7 @@ class Suite:
 
 
 class _Compiled:
-    """The reference of one operator behind torch.compile, in the place of a module that holds it."""
+    """The reference of one operator under torch.compile, in place of a module that holds it."""
 
     def __init__(self, op: str) -> None:
         setattr(self, op, torch.compile(getattr(reference, op), dynamic=False))

@@ -1,5 +1,5 @@
-// What a kernel is given: one plain struct per kernel family. No torch, no CUDA, so that the CPU kernels, the CUDA
-// kernels and the emulator of the tests share it. Sizes and strides count elements. Activations lie channels_last:
+// The arguments of a kernel: one plain struct per kernel family. No torch, no CUDA, so that the CPU kernels, the CUDA
+// kernels and the emulator of the tests share it. Sizes and strides count elements. Activations are channels_last:
 // the channel stride is 1 unless a struct names it.
 #pragma once
 #include <cstdint>
@@ -65,7 +65,7 @@ struct PointwiseParams {
   const void* x = nullptr;  // row p of image n at n * x_stride_n + p * x_stride_p
   void* y = nullptr;        // (N, P, Cout), contiguous
   Param weight;             // (Cout, Cin)
-  // The weight as the CPU's kernels lay it out (`pack` in csrc/cpu/kernels.h), where somebody keeps it; else null.
+  // The weight packed for the CPU's kernels (`pack` in csrc/cpu/kernels.h), if somebody keeps it; else null.
   const float* packed = nullptr;
   Norm norm;
   Param gate;                      // (N, Cin), not given: 1

@@ -1,4 +1,4 @@
-"""Finds and loads the compiled library, which registers ``torch.ops.effkernels``.
+"""Find and load the compiled library, which registers ``torch.ops.effkernels``.
 
 Loading never raises: without the library every operator still runs, through Triton or the reference, and
 `load_error` says in one line why the library is missing.
@@ -33,12 +33,12 @@ def _torch_release() -> tuple[int, ...]:
 
 
 def _load(info: dict[str, Any]) -> str | None:
-    """Load the library; the reason why not, in one line, or None."""
+    """Load the library. Return None, or the reason in one line why it cannot be loaded."""
     if not LIBRARY_FILE.is_file():
-        return f"the compiled library is not there ({LIBRARY_FILE}); build it with `make build`"
+        return f"the compiled library is missing ({LIBRARY_FILE}); build it with `make build`"
     if info.get("version") != __version__:
         built = info.get("version", "unknown")
-        return f"the compiled library is of version {built} and the package of {__version__}; run `make build`"
+        return f"the compiled library has version {built} and the package {__version__}; run `make build`"
     if _torch_release() < OLDEST_TORCH:
         return f"torch {torch.__version__} is older than {'.'.join(map(str, OLDEST_TORCH))}, which the library needs"
     try:
@@ -53,17 +53,17 @@ _load_error = _load(_build_info)
 
 
 def is_loaded() -> bool:
-    """Whether the operators of the compiled library are registered in this process."""
+    """Return whether the operators of the compiled library are registered in this process."""
     return _load_error is None
 
 
 def load_error() -> str | None:
-    """One line that says why the compiled library is not in use; None where it is."""
+    """Return one line that says why the compiled library is not in use; None if it is."""
     return _load_error
 
 
 def build_info() -> dict[str, Any]:
-    """How the library was built; an empty dictionary where there is none.
+    """Return how the library was built; an empty dictionary without a library.
 
     Keys: ``version``, ``cuda`` (bool), ``cuda_version`` (str or None), ``cuda_archs`` (list), ``cuda_reason``
     (why CUDA was built or not), ``compiler``, ``build_type``, ``torch`` (whose headers were used),
@@ -73,14 +73,14 @@ def build_info() -> dict[str, Any]:
 
 
 def cuda_problem(capability: tuple[int, int], driver: int) -> str:
-    """Why the CUDA kernels of the library run on no GPU of a capability; "" where they do.
+    """Return why the library's CUDA kernels cannot run on a GPU of a capability; "" if they can.
 
     Machine code runs on every later minor version of its major one; PTX, which the driver compiles, on everything
-    later, by a driver that is not older than the compiler that wrote it.
+    later, if the driver is not older than the compiler that wrote it.
 
     Args:
         capability: (9, 0) for sm_90.
-        driver: the newest CUDA that the driver knows, as it says so: 13000 for 13.0.
+        driver: the newest CUDA version that the driver supports, as it reports it: 13000 for 13.0.
     """
     number = 10 * capability[0] + capability[1]
     built = str(_build_info.get("cuda_version") or "")
@@ -102,7 +102,7 @@ def cuda_problem(capability: tuple[int, int], driver: int) -> str:
     if by_driver and known < newest:
         return (
             f"the library has no machine code for sm_{number}, and the driver, which knows CUDA up to "
-            f"{known[0]}.{known[1]}, cannot compile what CUDA {built} wrote; "
+            f"{known[0]}.{known[1]}, cannot compile the PTX of CUDA {built}; "
             f"build it for this GPU: EFFKERNELS_CUDA_ARCHS={number} make build"
         )
     if by_driver:

@@ -15,7 +15,7 @@ class NotRecordableError(RuntimeError):
 
 
 class RecordedTensor(Tensor):
-    """Stands for a tensor while a forward is recorded.
+    """Represents a tensor while a forward is recorded.
 
     Shape, strides, dtype and device are those of the tensor; its memory cannot be reached, so nothing that Python does
     (a branch, a shape, an edit through numpy, work in another thread) can depend on values that differ at a replay.
@@ -29,7 +29,7 @@ class RecordedTensor(Tensor):
 
     @staticmethod
     def __new__(cls, value: Tensor, recorder: Any) -> RecordedTensor:
-        """A stand-in for `value`, whose operators `recorder` has to see."""
+        """Return a tensor that represents `value` and reports its operators to `recorder`."""
         with torch._C._InferenceMode(value.is_inference()):  # a view of a weight is none of inference mode
             made: RecordedTensor = Tensor._make_wrapper_subclass(
                 cls,
@@ -55,10 +55,10 @@ class RecordedTensor(Tensor):
         """An operator that the recorder did not see, of another thread or after the recording."""
         for leaf in pytree.tree_leaves((args, kwargs)):
             if isinstance(leaf, RecordedTensor) and leaf._recorder() is not None:
-                raise NotRecordableError(f"{func} is called where it cannot be recorded, as in another thread")
+                raise NotRecordableError(f"{func} is called where it cannot be recorded, such as in another thread")
         return func(*values_of(args), **values_of(kwargs or {}))
 
 
 def values_of(tree: Any) -> Any:
-    """The same structure with the tensors themselves in place of their stand-ins."""
+    """Return the same structure with the tensors themselves in place of those that represent them."""
     return pytree.tree_map_only(RecordedTensor, lambda leaf: leaf._value, tree)

@@ -21,7 +21,7 @@ from effkernels.files import printable_lines
 
 
 class Command(Protocol):
-    """What a module of ``effkernels.commands`` offers."""
+    """The interface of a module of ``effkernels.commands``."""
 
     TEXT: str
 
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _discard_output()
         return 1
     except OSError as error:
-        # What the commands open has a name in its errors; what has none is standard output.
+        # Errors of files that the commands open have a file name; an error without one is of standard output.
         where = error.filename or "standard output"
         _discard_output()
         console.note(f"effkernels {parsed.command}: {f'{where}: {error.strerror}' if error.strerror else error}")
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _discard_output() -> None:
-    """Give standard output up if it takes nothing more: Python would try again at its exit, and print a traceback."""
+    """Give up standard output if it accepts nothing more: at exit Python would try again and print a traceback."""
     try:
         sys.stdout.flush()
     except OSError:

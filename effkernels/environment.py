@@ -1,4 +1,4 @@
-"""What a measurement ran on: processor, caches, GPU, library versions, commit. Reads only, configures nothing."""
+"""Describe the machine of a measurement: processor, caches, GPU, library versions, commit. Reads only."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _FEATURES_SHOWN = (
 
 @cache
 def _cpuinfo() -> dict[str, str]:
-    """The first processor's entry of /proc/cpuinfo (empty where there is no such file)."""
+    """Return the first processor's entry of /proc/cpuinfo (empty without such a file)."""
     try:
         text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -35,19 +35,19 @@ def _cpuinfo() -> dict[str, str]:
 
 
 def cpu_model() -> str:
-    """The processor's name as its maker gives it, or the architecture where the system does not tell."""
+    """Return the processor's name as its maker gives it, or the architecture if the system does not report it."""
     return _cpuinfo().get("model name") or platform.processor() or platform.machine() or "unknown CPU"
 
 
 def cpu_features() -> list[str]:
-    """The instruction sets of this processor that matter to the kernels, in a fixed order."""
+    """Return the instruction sets of this processor that matter to the kernels, in a fixed order."""
     info = _cpuinfo()
     flags = set((info.get("flags") or info.get("Features") or "").split())
     return [feature for feature in _FEATURES_SHOWN if feature in flags]
 
 
 def last_level_cache_bytes(device: torch.device) -> int:
-    """Size of the largest cache that a repeated input could stay in; 32 MiB where the system does not tell."""
+    """Return the size of the largest cache, where a repeated input could stay; 32 MiB if it is not reported."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [0]
@@ -59,19 +59,19 @@ def last_level_cache_bytes(device: torch.device) -> int:
 
 
 def device_name(device: torch.device, threads: int) -> str:
-    """The name that stands in a result row: a GPU's, or the processor's with the number of threads it was given."""
+    """Return the name for a result row: a GPU's, or the processor's with the number of threads used."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return f"{cpu_model()}, {threads} thread{'s' if threads != 1 else ''}"
 
 
 def file_stem(name: str) -> str:
-    """A device name as a file name: 'AMD EPYC, 2 threads' becomes 'amd-epyc-2-threads'."""
+    """Return a device name as a file name: 'AMD EPYC, 2 threads' becomes 'amd-epyc-2-threads'."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, or None."""
+    """Return the version of an installed distribution, or None."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -91,7 +91,7 @@ def _driver_version() -> str | None:
 
 
 def versions(*packages: str) -> dict[str, str | None]:
-    """Versions of what decides a measurement; ``packages`` are added where they are installed."""
+    """Return the versions that affect a measurement; ``packages`` are added if they are installed."""
     found: dict[str, str | None] = {
         "effkernels": __version__,
         "torch": torch.__version__,
@@ -106,9 +106,9 @@ def versions(*packages: str) -> dict[str, str | None]:
 
 @cache
 def commit() -> tuple[str | None, bool | None]:
-    """The commit of the source tree this package is imported from and whether the tree differs from it.
+    """Return the commit of the source tree this package is imported from, and whether the tree differs from it.
 
-    A copy of the tree without git's own folder is told by EFFKERNELS_COMMIT where it came from, in the form of
+    For a copy of the tree without git's own folder, EFFKERNELS_COMMIT names its commit, in the form of
     ``git describe --always --abbrev=40 --dirty``.
 
     (None, None) for an installed wheel: a git repository that merely contains the environment is not ours, so the
@@ -125,7 +125,7 @@ def commit() -> tuple[str | None, bool | None]:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
             return _told_commit(told)
         git("ls-files", "--error-unmatch", "effkernels/environment.py")
-        # Result files are appended by the very run that asks, and must not make it look like changed source.
+        # The run that asks appends to result files, which must not count as changed source.
         changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
         return git("rev-parse", "HEAD"), bool(changed)
     except (OSError, subprocess.SubprocessError):
@@ -133,12 +133,12 @@ def commit() -> tuple[str | None, bool | None]:
 
 
 def _told_commit(told: str) -> tuple[str | None, bool | None]:
-    """("<hash>-dirty") as commit and whether the tree differs from it; (None, None) for what is no commit's hash."""
+    """Split "<hash>-dirty" into the commit and whether the tree differs from it; (None, None) without a hash."""
     if not re.fullmatch(r"[0-9a-f]{40}(-dirty)?", told):
         return None, None
     return told[:40], told.endswith("-dirty")
 
 
 def python_version() -> str:
-    """The interpreter in one line."""
+    """Return the interpreter in one line."""
     return f"{platform.python_implementation()} {platform.python_version()} on {sys.platform} {platform.machine()}"

@@ -23,7 +23,7 @@ _LARGEST_INTEGER = 2**63
 
 
 def printable(text: object) -> str:
-    r"""A text on one line with everything escaped that a terminal could obey or cannot show.
+    r"""Return a text on one line with everything escaped that a terminal could obey or cannot show.
 
     Control characters (a name may hold "\x1b[2J" or a line break), marks that change the direction of the text, and
     bytes of a file name that are not UTF-8 become "\x1b", "\n", "\u202e", "\xff".
@@ -33,7 +33,7 @@ def printable(text: object) -> str:
 
 
 def printable_lines(text: object) -> str:
-    """`printable` line by line, for a message of several lines."""
+    """Return `printable` line by line, for a message of several lines."""
     return "\n".join(printable(line) for line in str(text).split("\n"))
 
 
@@ -61,7 +61,7 @@ def check_regular(path: str | Path) -> os.stat_result:
 
 
 def read_text(path: str | Path) -> str:
-    """The UTF-8 text of a file.
+    """Return the UTF-8 text of a file.
 
     Raises:
         OSError: as of `check_regular`.
@@ -135,7 +135,7 @@ def replacing(path: str | Path, *, follow_links: bool = True) -> Iterator[Path]:
 
 
 def _mode(target: Path) -> int:
-    """Permissions of a file that is written anew: those that it has, or what the process gives new files."""
+    """Return the permissions of a file that is written anew: those that it has, or what the process gives new files."""
     with suppress(OSError):
         return stat.S_IMODE(target.stat().st_mode)
     umask = os.umask(0o077)

@@ -96,12 +96,12 @@ class Classifier:
 
 
 def shown(path: bytes) -> str:
-    """A path as the results have it, whose names need not be UTF-8."""
+    """Return a path as the results have it, whose names need not be UTF-8."""
     return path.decode(errors="backslashreplace")
 
 
 def to_table(batch: dict[str, np.ndarray], labels: list[str] | None, settings: bytes) -> pa.Table:
-    """A part: the rows of the actors with labels, and null in place of the results of what failed."""
+    """Return a part: the rows of the actors with labels, and null in place of the results of what failed."""
     failed = batch["error"] != ""
     index = [None if bad else row.tolist() for bad, row in zip(failed, batch["index"], strict=True)]
     probability = [None if bad else row.tolist() for bad, row in zip(failed, batch["probability"], strict=True)]
@@ -121,7 +121,7 @@ def to_table(batch: dict[str, np.ndarray], labels: list[str] | None, settings: b
 
 
 def finished_paths(out: Path, settings: bytes) -> set[str]:
-    """Paths in the parts that are there already; refuses parts that were computed with other settings."""
+    """Return the paths in existing parts; refuse parts that were computed with other settings."""
     done: set[str] = set()
     for part in sorted(out.glob("part-*.parquet")):
         try:
@@ -153,14 +153,14 @@ def kept(out: Path) -> Iterator[None]:
 
 
 def positive(text: str) -> int:
-    """A count of the command line."""
+    """Return a count of the command line."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value}; at least 1 is needed")
     return value
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("images", nargs="+", help="folders (searched in depth), files or patterns")

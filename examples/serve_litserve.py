@@ -19,7 +19,7 @@ A file of some kilobytes can hold gigabytes of pixels. The size in its header de
 a worker decodes --decoders photographs at a time, each in some ten bytes a pixel.
 
 `GET /health` answers 200 once every worker has warmed up its engine, and 503 or nothing before. After SIGTERM the
-server goes on for --drain-seconds, so that whoever has connected by then is answered, in the queue of the system too;
+server continues for --drain-seconds, so that whoever has connected by then is answered, in the queue of the system too;
 then, and at once after Ctrl-C or a second SIGTERM, it lets the requests that it took finish and ends every process.
 Take it out of the load balancer first. `pip install 'effkernels[serving]'` brings what it needs.
 """
@@ -57,7 +57,7 @@ FORMATS = ("AVIF", "BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
 
 
 def load_model(options: argparse.Namespace) -> EfficientNet:
-    """The model of the command line, in eval mode."""
+    """Return the model of the command line, in eval mode."""
     torch.manual_seed(0)  # every worker has the same random weights
     model = effkernels.create_model(options.model)
     if options.weights is not None:
@@ -66,7 +66,7 @@ def load_model(options: argparse.Namespace) -> EfficientNet:
 
 
 class Classifier(litserve.LitAPI):
-    """What a worker does with a request; LitServe makes a copy in every worker process."""
+    """The handling of a request by a worker; LitServe makes a copy in every worker process."""
 
     def __init__(self, options: argparse.Namespace, labels: list[str] | None) -> None:
         super().__init__(enable_async=True)  # many requests are under way at once, which is what fills the batches
@@ -92,7 +92,7 @@ class Classifier(litserve.LitAPI):
         )
 
     def decode(self, file: bytes) -> torch.Tensor:
-        """A photograph as the model's input, (3, S, S); HTTPException 400 for what is none."""
+        """Return a photograph as the model's input, (3, S, S); HTTPException 400 for what is none."""
         try:
             most = self.options.max_megapixels * 1_000_000
             return self.preprocessing(decode(io.BytesIO(file), formats=FORMATS, most_pixels=most))
@@ -113,7 +113,7 @@ class Classifier(litserve.LitAPI):
         return torch.softmax(logits.float(), 0).cpu()
 
     async def encode_response(self, probabilities: torch.Tensor) -> dict[str, list[dict[str, Any]]]:
-        """The most probable classes, the best first."""
+        """Return the most probable classes, the best first."""
         values, indices = probabilities.topk(self.topk)
         if not bool(torch.isfinite(values).all()):
             raise HTTPException(500, "the model's output is not finite")
@@ -126,14 +126,14 @@ class Classifier(litserve.LitAPI):
 
 
 def positive(text: str) -> int:
-    """A count of the command line."""
+    """Return a count of the command line."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value}; at least 1 is needed")
     return value
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line."""
+    """Return the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--model", default="efficientnet_b0", metavar="NAME", help="default: %(default)s")
@@ -179,7 +179,7 @@ def main() -> None:
     serving = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
-        # LitServe ends itself in order after Ctrl-C alone: SIGTERM would kill this process and leave the others behind.
+        # LitServe ends itself in order after Ctrl-C alone: SIGTERM would kill this process and not the others.
         # Those that it forks inherit this; they have ends of their own.
         if os.getpid() != serving:
             return

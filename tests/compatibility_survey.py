@@ -1,4 +1,4 @@
-"""What `optimize_` makes of a list of models: values by the parity rule, copies, pickles and restore_.
+"""Run `optimize_` on a list of models and check: values by the parity rule, copies, pickles and restore_.
 
     PYTHONPATH=tests python tests/compatibility_survey.py timm/resnet18 torchvision/mobilenet_v2
 
@@ -13,7 +13,7 @@ import pickle
 import sys
 
 import torch
-from parity import error, rounding
+from parity import errors, rounding
 from peer_models import images, randomise
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from effkernels.models.peers import import_timm, import_torchvision
 
 
 def build(name: str) -> nn.Module:
-    """The model of a name like "timm/resnet18", randomised, in eval mode."""
+    """Return the model of a name like "timm/resnet18", randomised, in eval mode."""
     library, _, model = name.partition("/")
     if library == "timm":
         made = import_timm().create_model(model)
@@ -35,7 +35,7 @@ def build(name: str) -> nn.Module:
 
 
 def survey(name: str) -> str:
-    """The line of a model."""
+    """Return the line of a model."""
     model = build(name)
     config = getattr(model, "default_cfg", {})
     size = config["input_size"][-1] if config.get("fixed_input_size") else 64
@@ -48,7 +48,7 @@ def survey(name: str) -> str:
         exact = copy.deepcopy(model).double()(x.double())
         report = effkernels.optimize_(model, input_size=size)
         found = model(x)
-        ours, own = error(found, exact), max(error(plain, exact).l2, error(other, exact).l2)
+        ours, own = errors(found, exact), max(errors(plain, exact).l2, errors(other, exact).l2)
         holds = {
             "values": ours.l2 <= 2 * own + rounding(found.dtype),
             "deepcopy": torch.equal(copy.deepcopy(model)(x), found),

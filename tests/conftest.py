@@ -9,7 +9,8 @@ import triton_interpreter  # first: it decides what the import of effkernels fin
 
 # isort: split
 import os
-from collections.abc import Iterator
+import zlib
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -43,6 +44,9 @@ CPU_INSTRUCTION_SETS = ("avx512", "avx2", "plain")
 # "triton": they run on interpreted Triton kernels alone (make test-triton).
 FLAVOUR = os.environ.get("EFFKERNELS_TEST_FLAVOUR") or "plain"
 
+# Runs what the default run leaves to chance: see _is_left_to_another.
+THOROUGH = os.environ.get("EFFKERNELS_TEST_THOROUGH", "") not in ("", "0")
+
 ABOUT_VALUES = (
     "test_nan_spreads_as_in_pytorch",
     "test_infinity_spreads_as_in_pytorch",
@@ -54,9 +58,10 @@ ABOUT_VALUES = (
 )
 ABOUT_ACCESSES = ("test_every_element_is_written", "test_nothing_around_a_sliced_input_is_touched")
 # Fields of a Case that change what is computed with an element and nothing else.
-VALUES = ("activation", "expand_activation", "se_activation", "gate", "norm", "matrix_rank")
+VALUES = ("activation", "expand_activation", "se_activation", "gate_activation", "norm", "matrix_rank")
 
 # By the end of a test's id. Each order and each moment of landing meets both devices: one with clusters, one without.
+# The two of each order differ in both, see _is_left_to_another.
 EMULATIONS = {
     "plain": {
         "forward-early": Emulation("forward", "early", H200),
@@ -99,7 +104,7 @@ class Backend:
         return self.name if self.isa is None else f"{self.name}-{self.isa}"
 
     def emulator(self) -> Emulator:
-        """What runs an emulated backend, set to run in its way."""
+        """Return the emulator of an emulated backend, with that backend's settings."""
         assert self.emulated is not None
         how = EMULATIONS[FLAVOUR][self.emulated]
         found = emulator(how.flavour)
@@ -119,7 +124,7 @@ class Backend:
             yield
 
     def runs(self, op: str, dtype: torch.dtype) -> backends.Decision:
-        """Whether this backend has `op` in `dtype`, and why not."""
+        """Return whether this backend has `op` in `dtype`, and why not."""
         if self.emulated is not None:
             has = op in self.emulator().operators()
             return backends.Decision(has, "" if has else f"the library has no CUDA kernel of {op}")
@@ -168,7 +173,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("emulated")
         if _is_interpreted(item):
             item.add_marker("interpreted")
-    left_out = [item for item in items if _is_of_another_flavour(item)]
+    all_cases = {
+        (item.location[0], case)
+        for item in items
+        if isinstance(case := getattr(getattr(item, "callspec", None), "params", {}).get("case"), op_cases.Case)
+    }
+    left_out = [
+        item
+        for item in items
+        if _is_of_another_flavour(item) or (not THOROUGH and _is_left_to_another(item, all_cases))
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
@@ -201,7 +215,7 @@ def _is_of_another_flavour(item: pytest.Item) -> bool:
 
 
 def _shows_more_when_checked(item: pytest.Item) -> bool:
-    """Whether the accesses of a test can differ from those of every other test.
+    """Return whether the accesses of a test can differ from those of every other test.
 
     What the race and the asan flavour check depends on the shapes and on which inputs are given, never on values, and
     float16 and bfloat16 take the same ways. A run that is some ten times as slow need not repeat the rest.
@@ -212,16 +226,15 @@ def _shows_more_when_checked(item: pytest.Item) -> bool:
     case = parameters.get("case")
     if not isinstance(case, op_cases.Case):
         return True
-    usual = op_cases.Case(case.op)
-    return case.dtype is not torch.bfloat16 and all(getattr(case, name) == getattr(usual, name) for name in VALUES)
+    return case.dtype is not torch.bfloat16 and not _is_about_values(case)
 
 
 def _shows_more_when_interpreted(item: pytest.Item) -> bool:
-    """Whether an interpreted test can find what every other one does not.
+    """Return whether an interpreted test can find what every other one does not.
 
     Kernels compute in float32 whatever the type, so that values (activations, gates, norms, NaN) are tried in float32
     alone. What a 16-bit type changes, the width of a vector and the rounding, float16 and bfloat16 share: bfloat16
-    meets every shape, float16 those of test_triton_*.py. Of these, test_any_interpreted_shape stands for
+    runs at every shape, float16 those of test_triton_*.py. Of these, test_any_interpreted_shape replaces
     test_any_shape, with fewer examples.
     """
     parameters = getattr(getattr(item, "callspec", None), "params", {})
@@ -229,12 +242,46 @@ def _shows_more_when_interpreted(item: pytest.Item) -> bool:
     if name == "test_any_shape":
         return False
     if isinstance(case, op_cases.Case):
-        usual = op_cases.Case(case.op)
-        about_values = any(getattr(case, field) != getattr(usual, field) for field in VALUES)
-        return case.dtype is torch.float32 or (case.dtype is torch.bfloat16 and not about_values)
+        return case.dtype is torch.float32 or (case.dtype is torch.bfloat16 and not _is_about_values(case))
     if name in ABOUT_VALUES:
         return dtype is torch.float32
     return dtype is not torch.float16 or name not in ABOUT_ACCESSES
+
+
+def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_cases.Case]]) -> bool:
+    """Return whether a test of the same shape in another dtype covers this one, unless EFFKERNELS_TEST_THOROUGH is set.
+
+    On the emulator, a test with several parameters runs in one of the three thread orders, on both devices and with
+    both moments of landing. Neighbouring parameters take the next order, so that the three dtypes of a shape meet all
+    three, and each order meets every kernel. The race flavour finds a missing barrier in any order.
+
+    Interpreted, a case of an operator that is about a shape runs in float32 or in bfloat16.
+    """
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return False
+    chosen, case = callspec.params.get("backend"), callspec.params.get("case")
+    others = [index for name, index in callspec.indices.items() if name != "backend"]
+    if not isinstance(chosen, Backend) or not others:
+        return False
+    if FLAVOUR == "plain" and chosen.emulated is not None:
+        is_case = isinstance(case, op_cases.Case)
+        turn = _number_of(case) + op_cases.DTYPES.index(case.dtype) if is_case else sum(others)
+        return list(EMULATIONS["plain"]).index(chosen.emulated) // 2 != turn % 3
+    if FLAVOUR == "triton" and isinstance(case, op_cases.Case) and not _is_about_values(case):
+        wanted = (torch.float32, torch.bfloat16)[_number_of(case) % 2]
+        return case.dtype is not wanted and (item.location[0], case.with_(dtype=wanted)) in all_cases
+    return False
+
+
+def _number_of(case: op_cases.Case) -> int:
+    """A number of a case that is the same in every dtype, in every process."""
+    return zlib.crc32(repr(case.with_(dtype=torch.float32)).encode())
+
+
+def _is_about_values(case: op_cases.Case) -> bool:
+    usual = op_cases.Case(case.op)
+    return any(getattr(case, field) != getattr(usual, field) for field in VALUES)
 
 
 def _apart_from_backend(item: pytest.Item) -> tuple[object, ...]:
@@ -247,7 +294,7 @@ def _apart_from_backend(item: pytest.Item) -> tuple[object, ...]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _no_tuned_plan(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What `effkernels tune` keeps for the user of this machine stays out of the tests, and theirs out of it."""
+    """Keep the tests' tuned plans and those of this machine's user apart."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("EFFKERNELS_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -264,7 +311,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
 
 
 def built_emulator() -> Emulator:
-    """The emulator in the flavour of this run; skips the test where this machine cannot build it."""
+    """Return the emulator in the flavour of this run; skips the test where this machine cannot build it."""
     try:
         return emulator(FLAVOUR)
     except CannotBuild as reason:

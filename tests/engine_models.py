@@ -30,7 +30,7 @@ def small_network(classes: int = 1000) -> nn.Module:
 
 
 def first_stages() -> nn.Module:
-    """The start of EfficientNet-B0 as a backbone that returns two feature maps."""
+    """Return the start of EfficientNet-B0 as a backbone that returns two feature maps."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return effkernels.create_model("efficientnet_b0", features_only=True, out_indices=(0, 1)).eval()
@@ -42,7 +42,7 @@ def images(count: int, seed: int = 0, channels: int = 3, size: int = SIZE) -> Te
 
 
 class Sum(nn.Module):
-    """An answer that tells which image it belongs to: weight times the sum of its values, exact for whole numbers."""
+    """An output that identifies its image: weight times the sum of its values, exact for whole numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,13 +66,13 @@ class Returning(nn.Module):
 
 
 def sum_engine(model: nn.Module | None = None, **arguments: Any) -> InferenceEngine:
-    """An engine of a tiny model for images of 2 x 2 pixels."""
+    """Return an engine of a tiny model for images of 2 x 2 pixels."""
     options: dict[str, Any] = {"batch_sizes": (1, 4), "input_size": 2, "optimize": False, **arguments}
     return InferenceEngine(Sum() if model is None else model, **options)
 
 
 class RecordedGraph(TorchDispatchMode):
-    """What a CUDA graph does: the operators of one call, run again on the very same memory, without its Python."""
+    """Does what a CUDA graph does: the operators of one call, run again on the very same memory, without its Python."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class RecordedGraph(TorchDispatchMode):
         if func in (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.item.default):
             raise RuntimeError("operation not permitted\nwhen the stream is capturing")
         result = func(*args, **(kwargs or {}))
-        # Like a pointer: a tensor that gets other memory later does not take the recording along.
+        # Like a pointer: a tensor that gets other memory later does not change the recording.
         args, kwargs = pytree.tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}))
         self._calls.append((func, args, kwargs, result))
         return result
@@ -128,7 +128,7 @@ class NotedEvent:
 
 
 class NotedCuda:
-    """Stands in for `torch.cuda` on the CPU: graphs are recorded, streams and events only noted.
+    """Replaces `torch.cuda` on the CPU: graphs are recorded, streams and events only noted.
 
     The first stream made is the engine's, the second that of its copies.
     """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import effkernels
+from effkernels._norm import gather_norms
 
 DEPTHWISE_OPS = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "depthwise_bn_act_se")
 EXPAND_OP = "expand_depthwise_squeeze"
@@ -52,7 +53,7 @@ class Case:
     activation: str = "silu"
     expand_activation: str = "silu"
     se_activation: str = "silu"
-    gate: str = "sigmoid"
+    gate_activation: str = "sigmoid"
     norm: str = "full"
     bias: bool = False
     gated: bool = False
@@ -73,7 +74,7 @@ class Case:
         return dataclasses.replace(self, **changes)
 
     def draw(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
-        """The arguments of the operator by name, as effkernels.ops and effkernels.reference take them."""
+        """Return the arguments of the operator by their names in the schema; `flat` hands them to effkernels.ops."""
         generator = torch.Generator().manual_seed(seed)
         made = 0
 
@@ -102,7 +103,7 @@ class Case:
                 "b_reduce": parameter(self.reduced) if self.bias else None,
                 "w_expand": parameter(self.channels, self.reduced, *tail, scale=self.reduced**-0.5 * 2),
                 "b_expand": parameter(self.channels) if self.bias else None,
-                "gate": self.gate,
+                "gate_activation": self.gate_activation,
             }
 
         if self.op == "squeeze_excite_gate":
@@ -139,8 +140,8 @@ class Case:
 
 
 def laid_out(image: Tensor, layout: str) -> Tensor:
-    """`image` in another memory layout. A sliced one lies inside a larger tensor of NaN, which nothing may read or
-    write: `assert_surroundings_untouched` tells.
+    """`image` in another memory layout. A sliced one is inside a larger tensor of NaN, which nothing may read or
+    write: `assert_surroundings_untouched` checks it.
     """
     if layout == "contiguous":
         return image.contiguous()
@@ -165,9 +166,19 @@ def assert_surroundings_untouched(view: Tensor, image: Tensor) -> None:
     assert finite == view.numel(), f"{finite - view.numel()} elements around an input were written to"
 
 
+class flat:
+    """The operators of effkernels.ops or effkernels.reference, with the parts of a norm as arguments of their own."""
+
+    def __init__(self, module: Any) -> None:
+        self._module = module
+
+    def __getattr__(self, op: str) -> Callable[..., Any]:
+        return lambda *args, **arguments: getattr(self._module, op)(*args, **gather_norms(arguments))
+
+
 def run(module: Any, case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The outputs of the operator of `case` in effkernels.ops or effkernels.reference, always as a tuple."""
-    outputs = getattr(module, case.op)(**arguments)
+    """Return the outputs of the operator of `case` in effkernels.ops or effkernels.ops.reference, always as a tuple."""
+    outputs = getattr(flat(module), case.op)(**arguments)
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
@@ -183,41 +194,39 @@ def one_thread() -> Iterator[None]:
 
 
 def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments with every tensor in float64."""
+    """Return the same arguments with every tensor in float64."""
     return {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
 def on_cpu(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """The same arguments with every tensor on the CPU."""
+    """Return the same arguments with every tensor on the CPU."""
     return {name: a.cpu() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
 def truth(case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
-    """The outputs in float64, by the reference, on the device of the arguments.
+    """Return the outputs in float64, by the reference, on the device of the arguments.
 
     Computed on the CPU: some of cuDNN's kernels multiply what they pad with, or the channels of other groups by zero,
     and make NaN of an infinity or a NaN that has no part in an element.
     """
     (device,) = {a.device for _, a in tensors(arguments)}
-    outputs = run(effkernels.reference, case, in_float64(on_cpu(arguments)))
+    outputs = run(effkernels.ops.reference, case, in_float64(on_cpu(arguments)))
     return tuple(y.to(device) for y in outputs)
 
 
 def tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors among the arguments, with their names."""
+    """Return the tensors among the arguments, with their names."""
     return ((name, a) for name, a in arguments.items() if isinstance(a, Tensor))
 
 
 def overload(op: str) -> Any:
-    """The compiled operator `op`."""
+    """Return the compiled operator `op`."""
     return getattr(torch.ops.effkernels, op).default
 
 
 def positional(op: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """`arguments` by name as the positional arguments that the schema of the compiled operator wants."""
-    defaults = {"eps": 1e-5, "expand_eps": 1e-5, "allow_tf32": False}
-    if op == "squeeze_excite_gate":
-        arguments = {("se_activation" if name == "activation" else name): a for name, a in arguments.items()}
+    defaults = {"norm_eps": 1e-5, "expand_norm_eps": 1e-5, "allow_tf32": False}
     names = [argument.name for argument in overload(op)._schema.arguments]
     assert set(arguments) <= set(names)
     return tuple(arguments.get(name, defaults.get(name)) for name in names)

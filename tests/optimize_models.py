@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from effkernels.models.peers import import_lukemelas, import_timm, import_torchvision
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "optimize.md"
 BEGIN = "<!-- optimized models: written by tests/optimize_models.py -->\n"
 END = "<!-- end of optimized models -->"
 
@@ -247,15 +247,15 @@ _OTHERS: dict[tuple[str, str], Callable[[], nn.Module]] = {
 
 @functools.cache
 def is_installed(library: str) -> bool:
-    """Whether the library of a peer can be imported."""
+    """Return whether the library of a peer can be imported."""
     import importlib.util
 
     package = {"lukemelas": "efficientnet_pytorch", "NVIDIA layout": "torch"}.get(library, library)
     return importlib.util.find_spec(package) is not None
 
 
-def readme_table() -> str:
-    """The README's table of what runs fused, from `PEERS`."""
+def page_table() -> str:
+    """Return the table of docs/optimize.md, from `PEERS`."""
     lines = ["| library | models (blocks that run fused, stem and head included) |", "|---|---|"]
     for library in dict.fromkeys(peer.library for peer in PEERS):
         models = dict.fromkeys(
@@ -267,13 +267,13 @@ def readme_table() -> str:
     return "\n".join(lines)
 
 
-def with_readme_table(readme: str) -> str:
-    """README.md's text with the table in its place."""
-    before, _, rest = readme.partition(BEGIN)
+def with_table(page: str) -> str:
+    """Return the text of docs/optimize.md with the table in its place."""
+    before, _, rest = page.partition(BEGIN)
     _, found, after = rest.partition(END)
-    assert found, f"README.md has no lines {BEGIN.strip()} and {END}"
-    return f"{before}{BEGIN}\n{readme_table()}\n\n{END}{after}"
+    assert found, f"{PAGE} has no lines {BEGIN.strip()} and {END}"
+    return f"{before}{BEGIN}\n{page_table()}\n\n{END}{after}"
 
 
 if __name__ == "__main__":
-    README.write_text(with_readme_table(README.read_text(encoding="utf-8")), encoding="utf-8")
+    PAGE.write_text(with_table(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

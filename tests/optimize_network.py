@@ -57,7 +57,7 @@ def programs(module: nn.Module) -> list[nn.Module]:
 
 
 def is_fused(module: nn.Module, x: Tensor) -> bool:
-    """Whether a call of an optimised module with `x` would run its program."""
+    """Return whether a call of an optimised module with `x` would run its program."""
     (program,) = module._effkernels_programs.values()
     return not module.training and program.run(module, x) is not None
 

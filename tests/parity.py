@@ -1,47 +1,19 @@
 """The tolerance rule: as exact as PyTorch itself, within a factor of two.
 
-A result is held against the float64 reference on the very same (already rounded) inputs. Its error, as relative L2 and
-as max|d| / max|ref|, may be at most twice the error that PyTorch makes in the same dtype, plus one rounding of the
-output type. Nothing is tuned: a kernel that is less exact than that is wrong.
+The rule is `effkernels.ops.parity`; here are the assertions of it. A result is held against the float64 reference on
+the very same (already rounded) inputs. Nothing is tuned: a kernel that is less exact than that is wrong.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-FACTOR = 2.0
+from effkernels.ops.parity import FACTOR, Errors, allowed, errors, rounding
 
-
-@dataclass(frozen=True)
-class Error:
-    """Distance from the truth, both figures relative."""
-
-    l2: float
-    largest: float
-
-
-def error(result: Tensor, truth: Tensor) -> Error:
-    """The error of `result` against a float64 `truth` of the same shape; (0, 0) where there are no elements."""
-    assert result.shape == truth.shape, f"shape {tuple(result.shape)}, expected {tuple(truth.shape)}"
-    if truth.numel() == 0:
-        return Error(0.0, 0.0)
-    wanted = truth.detach().double().cpu()
-    difference = result.detach().double().cpu() - wanted
-    norm, peak = float(wanted.norm()), float(wanted.abs().max())
-    l2, largest = float(difference.norm()), float(difference.abs().max())
-    if norm == 0.0:  # all zero, as behind a relu: then every result that is not exactly zero is infinitely wrong
-        return Error(0.0, 0.0) if largest == 0.0 else Error(math.inf, math.inf)
-    return Error(l2 / norm, largest / peak)
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """The largest relative error of one rounding to `dtype`."""
-    return torch.finfo(dtype).eps / 2
+__all__ = ["FACTOR", "Errors", "errors", "rounding"]  # and what is below
 
 
 def assert_parity(result: Tensor, same_dtype: Tensor | Sequence[Tensor], truth: Tensor, what: str = "result") -> None:
@@ -56,21 +28,19 @@ def assert_parity(result: Tensor, same_dtype: Tensor | Sequence[Tensor], truth: 
     """
     plain = [same_dtype] if isinstance(same_dtype, Tensor) else same_dtype
     assert result.dtype == plain[0].dtype, f"{what}: dtype {result.dtype}, expected {plain[0].dtype}"
-    assert_within(result, [error(one_way, truth) for one_way in plain], truth, what)
+    assert_within(result, [errors(one_way, truth) for one_way in plain], truth, what)
 
 
-def assert_within(result: Tensor, own: Sequence[Error], truth: Tensor, what: str = "result") -> None:
+def assert_within(result: Tensor, own: Sequence[Errors], truth: Tensor, what: str = "result") -> None:
     """Assert the tolerance rule against errors that PyTorch makes; the largest of them is its own error."""
+    assert result.shape == truth.shape, f"{what}: shape {tuple(result.shape)}, expected {tuple(truth.shape)}"
     assert torch.isfinite(truth).all(), f"{what}: the inputs of a parity test must have a finite result"
     assert torch.isfinite(result).all(), f"{what}: not finite where the reference is"
-    ours = error(result, truth)
-    theirs = Error(max(e.l2 for e in own), max(e.largest for e in own))
-    one = rounding(result.dtype)
+    ours, limit = errors(result, truth), allowed(own, result.dtype)
     for figure in ("l2", "largest"):
-        found, allowed = getattr(ours, figure), FACTOR * getattr(theirs, figure) + one
-        assert found <= allowed, (
-            f"{what}: {figure} error {found:.3g}, allowed {allowed:.3g} "
-            f"(twice PyTorch's own {getattr(theirs, figure):.3g} plus one rounding {one:.3g})"
+        found, most = getattr(ours, figure), getattr(limit, figure)
+        assert found <= most, (
+            f"{what}: {figure} error {found:.3g}, allowed {most:.3g} (twice PyTorch's own plus one rounding)"
         )
 
 

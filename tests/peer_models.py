@@ -51,7 +51,7 @@ def randomise(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:
             norm.eval()
             norm.momentum = momentum
             norm.num_batches_tracked.zero_()
-            # One size for all channels: two images are too few to tell the channels of the last layers apart.
+            # One size for all channels: two images are too few for statistics of each channel in the last layers.
             size = float((norm.running_var + norm.running_mean.square()).mean())
             norm.running_var.uniform_(0.7 * size, 1.4 * size, generator=generator)
             norm.running_mean.normal_(0.0, 0.2 * math.sqrt(size), generator=generator)
@@ -59,7 +59,7 @@ def randomise(model: nn.Module, seed: int = 0, channels: int = 3) -> nn.Module:
 
 
 def _norms_of_skipped_blocks(model: nn.Module) -> list[nn.BatchNorm2d]:
-    """The last norm of every block that adds its input: the one behind a 1x1 convolution that narrows to as many
+    """Return the last norm of every block that adds its input: the one after a 1x1 convolution that narrows to as many
     channels as the block before gave. With small branches a deep network of random weights is no longer chaotic.
     """
     found = []
@@ -83,7 +83,7 @@ SMALL = Architecture(
 
 
 def small(**options: Any) -> EfficientNet:
-    """A network of five blocks, randomised, in eval mode."""
+    """Return a network of five blocks, randomised, in eval mode."""
     return randomise(EfficientNet(SMALL, num_classes=10, **options))
 
 
@@ -112,7 +112,7 @@ def lukemelas_model(variant: str, seed: int = 0, **options: Any) -> nn.Module:
 
 
 def lukemelas_lite_model(variant: str, image_size: int | None, seed: int = 0) -> nn.Module:
-    """A lite variant ("lite0") under lukemelas' names, randomised, in eval mode.
+    """Return a lite variant ("lite0") under lukemelas' names, randomised, in eval mode.
 
     Its fork efficientnet_lite_pytorch is lukemelas' own network built of other rows; here they come from timm's model.
 
@@ -180,7 +180,7 @@ def in_both_layouts(model: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def in_float64(model: nn.Module, x: Tensor) -> Any:
-    """The model's answer in float64, the truth of a parity test; the model itself keeps its dtype."""
+    """Return the model's answer in float64, the truth of a parity test; the model itself keeps its dtype."""
     return copy.deepcopy(model).double()(x.double())
 
 

@@ -43,7 +43,7 @@ def with_gates(candidate: Candidate) -> float:
 
 
 def slowly_with_gates(candidate: Candidate) -> float:
-    """The same, long enough to be killed within."""
+    """Return the same, long enough to be killed within."""
     accuracy = with_gates(candidate)
     time.sleep(0.3)
     return accuracy
@@ -58,7 +58,7 @@ def gates_fail(candidate: Candidate) -> float:
 
 
 def noisy(candidate: Candidate) -> dict[str, float]:
-    """Two seeds whose spread is larger than what tells candidates apart."""
+    """Return two seeds whose spread is larger than the difference between candidates."""
     return {"accuracy": 0.9 + candidate.scaling.beta / 1e4, "spread": 0.01, "seeds": 2, "loss": 0.5}
 
 

@@ -18,9 +18,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cam"}),
     frozenset({"scaling"}),
     frozenset({"bench"}),
-    frozenset(
-        {"__init__", "predict"}
-    ),  # what `import effkernels` gives, and the names for users of `engine/predict.py`
+    # `import effkernels`, and the names for users of files further down.
+    frozenset({"__init__", "peers", "predict"}),
     frozenset({"engine"}),
     frozenset({"export", "optimize"}),
     frozenset({"plan"}),
@@ -28,7 +27,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"nn"}),
     frozenset({"ops"}),
     frozenset({"triton"}),
-    frozenset({"_library", "_recorded_tensor", "console", "environment", "files"}),
+    frozenset({"_library", "_norm", "_recorded_tensor", "console", "environment", "files"}),
     frozenset({"_version"}),
 )
 
@@ -38,7 +37,7 @@ def layer_of(room: str) -> int:
 
 
 def imported_rooms(file: Path) -> set[str]:
-    """The parts of the package that a file imports anywhere in it, `ops` for effkernels.ops.depthwise."""
+    """Return the parts of the package that a file imports anywhere in it, `ops` for effkernels.ops.depthwise."""
     known = {path.stem for path in PACKAGE.iterdir()}
     rooms: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -61,7 +60,7 @@ def test_imports_run_downward(file: Path) -> None:
 
 
 def imports() -> set[tuple[str, str]]:
-    """Which room imports which other one: the arrows of the house."""
+    """Return which room imports which other one, as pairs."""
     found = set()
     for file in PACKAGE.rglob("*.py"):
         own = file.relative_to(PACKAGE).with_suffix("").parts[0]
@@ -89,7 +88,7 @@ def test_kernels_never_include_torch(file: Path) -> None:
 
 
 @pytest.mark.parametrize("file", KERNEL_FILES, ids=lambda file: file.name)
-def test_inline_ptx_stands_in_one_file(file: Path) -> None:
+def test_inline_ptx_is_in_one_file(file: Path) -> None:
     if file.name != "ptx.cuh":
         assert re.findall(r"\basm\b\s*(?:volatile)?\s*\(", file.read_text()) == []
 

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import cases, readme_examples, report
+from benchmarks import cases, console_examples, report
 from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
@@ -27,7 +27,7 @@ from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.bench.timing import Row, Statistics
 from effkernels.ops import reference
 
-# The fields that a row must have, in order; p99_us stands beside p95_us.
+# The fields that a row must have, in order; p99_us is beside p95_us.
 FIELDS = [
     "suite", "case", "contender", "device", "dtype", "batch", "median_us", "p95_us", "p99_us", "images_per_s",
     "peak_bytes", "rel_error", "floor_us", "bytes", "launches", "commit", "dirty", "date", "versions",
@@ -191,7 +191,7 @@ def test_precision(name: str, device: str) -> None:
 
 
 class TestSampleModel:
-    def test_is_the_same_each_time_and_leaves_the_generator_alone(self) -> None:
+    def test_is_the_same_each_time_and_does_not_change_the_generator(self) -> None:
         state = torch.random.get_rng_state()
         first = sample_model.__wrapped__("efficientnet_b0", 3)
         assert torch.equal(torch.random.get_rng_state(), state)
@@ -398,7 +398,7 @@ class TestReport:
         assert "| eager (timm) | 2.50 ms |" in readme
         assert "conv_bn_act" not in readme
 
-    def test_check_tells_what_is_out_of_date(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_check_reports_what_is_out_of_date(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert self.run(folder, "--check") == 1
         assert "out of date" in capsys.readouterr().err
         assert self.run(folder) == 0
@@ -415,23 +415,19 @@ class TestReport:
         assert "No results" in (tmp_path / "README.md").read_text()
 
     def test_missing_marker(self) -> None:
-        with pytest.raises(ValueError, match="must stand there once"):
+        with pytest.raises(ValueError, match="must occur once"):
             report.with_section("no markers", "section")
 
 
-class TestReadmeExamples:
+class TestConsoleExamples:
     def test_outputs_are_replaced(self, tmp_path: Path) -> None:
         text = "one\n```console\n$ echo first\nold\nolder\n$ pwd\n```\n```\n$ not run\n```\n"
         expected = f"one\n```console\n$ echo first\nfirst\n$ pwd\n{tmp_path}\n```\n```\n$ not run\n```\n"
-        assert readme_examples.with_outputs(text, tmp_path) == expected
+        assert console_examples.with_outputs(text, tmp_path) == expected
 
     def test_a_command_that_fails_is_an_error(self, tmp_path: Path) -> None:
         with pytest.raises(RuntimeError, match="exit status 3: no"):
-            readme_examples.with_outputs("```console\n$ (echo no >&2; exit 3) | tail -n 1\n```\n", tmp_path)
-
-    def test_readme_shows_every_command(self) -> None:
-        shown = " ".join(readme_examples.commands(report.README.read_text(encoding="utf-8")))
-        assert all(f"effkernels {name}" in shown for name in ("info", "check", "predict"))
+            console_examples.with_outputs("```console\n$ (echo no >&2; exit 3) | tail -n 1\n```\n", tmp_path)
 
 
 def test_report_of_this_repository_is_up_to_date() -> None:
@@ -445,7 +441,7 @@ def test_overhead_of_a_call(face: str, benchmark: Callable[[Callable[[], object]
     """Reports the time of one call with next to no work; that the call works is all that is asserted."""
     with torch.inference_mode():
         call = cases.overhead_calls(torch.device("cpu"))[face]
-        timing.pedantic(call, rounds=5, iterations=20, warmup_rounds=1)  # type: ignore[attr-defined]
+        benchmark.pedantic(call, rounds=5, iterations=20, warmup_rounds=1)  # type: ignore[attr-defined]
         result = call()
     result = result[0] if isinstance(result, tuple) else result
     assert isinstance(result, torch.Tensor)

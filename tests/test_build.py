@@ -98,7 +98,7 @@ def test_cuda_kernels_are_registered_where_they_were_built(operator: str) -> Non
 
 
 @needs_library
-def test_build_info_tells_what_was_built() -> None:
+def test_build_info_says_what_was_built() -> None:
     info = _library.build_info()
     assert info["version"] == effkernels.__version__
     assert re.match(r"2\.\d+", info["torch"])
@@ -130,7 +130,7 @@ def test_a_cuda_kernel_runs_on_the_current_stream(stream: str) -> None:
 
 
 def copied_package(folder: Path) -> Path:
-    """A copy of the package without its compiled part; the folder to put on PYTHONPATH."""
+    """Return a copy of the package without its compiled part; the folder to put on PYTHONPATH."""
     shutil.copytree(ROOT / "effkernels", folder / "effkernels", ignore=shutil.ignore_patterns("lib", "__pycache__"))
     return folder
 
@@ -150,7 +150,7 @@ def import_copy(folder: Path) -> list[str]:
 def test_without_the_library_the_reference_answers(tmp_path: Path) -> None:
     loaded, reason, total = import_copy(copied_package(tmp_path))
     assert loaded == "False"
-    assert "is not there" in reason
+    assert "is missing" in reason
     assert "make build" in reason
     assert float(total) == 9 * 9 * 8
 
@@ -163,7 +163,7 @@ def test_a_library_that_does_not_fit_is_refused_with_the_reason(tmp_path: Path, 
     (library / "build_info.json").write_text(json.dumps({"version": version}))
     loaded, reason, total = import_copy(tmp_path)
     assert loaded == "False"
-    assert ("could not load" if version == effkernels.__version__ else f"of version {version}") in reason
+    assert ("could not load" if version == effkernels.__version__ else f"has version {version} and") in reason
     assert float(total) == 9 * 9 * 8
 
 
@@ -180,7 +180,7 @@ def configure(folder: Path, *options: str) -> tuple[int, str]:
 
 
 def without_nvcc() -> str:
-    """The option that hides every place where nvcc may be found."""
+    """Return the option that hides every place where nvcc may be found."""
     folders = {Path("/usr/local/cuda/bin"), *(Path(part) for part in os.environ["PATH"].split(os.pathsep) if part)}
     hidden = [str(folder) for folder in folders if (folder / "nvcc").exists()]
     return f"-DCMAKE_IGNORE_PATH={';'.join(hidden)}"
@@ -216,6 +216,40 @@ def test_a_wrong_option_is_named_with_what_is_allowed(tmp_path: Path, option: st
     assert allowed in messages
 
 
+# -------------------------------------------------------------------------------------------------------- the Makefile
+
+
+def commands_of(target: str, folder: Path, gpus: str) -> str:
+    """The commands that make would run in a clone without an environment, on a machine with these GPUs."""
+    library = [f"{name}={folder / file}" for name, file in (("LIBRARY", ".built"), ("CPU_LIBRARY", ".built-cpu"))]
+    return run("make", "-n", "-C", ROOT, target, f"VENV={folder / 'venv'}", *library, f"THIS_MACHINE={gpus}")
+
+
+@pytest.mark.parametrize(("gpus", "cpu_part_alone"), [("", True), ("90", False)])
+def test_bench_installs_what_it_compares_with_and_builds_what_can_run(
+    tmp_path: Path, gpus: str, cpu_part_alone: bool
+) -> None:
+    commands = commands_of("bench", tmp_path, gpus)
+    assert "install -c constraints.txt timm rich" in commands
+    assert ".[dev]" not in commands
+    assert commands.count("build_ext") == 1
+    assert ("EFFKERNELS_CUDA=off" in commands) == cpu_part_alone
+
+
+def test_bench_keeps_a_whole_library(tmp_path: Path) -> None:
+    (tmp_path / ".built").touch()
+    assert "EFFKERNELS_CUDA=off" not in commands_of("bench", tmp_path, "")
+
+
+@pytest.mark.parametrize("target", ["setup", "test"])
+def test_setup_and_test_install_and_build_everything(tmp_path: Path, target: str) -> None:
+    (tmp_path / ".built-cpu").touch()
+    commands = commands_of(target, tmp_path, "")
+    assert ".[dev]" in commands
+    assert commands.count("build_ext") == 1
+    assert "EFFKERNELS_CUDA=off" not in commands
+
+
 # ---------------------------------------------------------------------------------------------------------- the wheel
 
 
@@ -239,13 +273,35 @@ def test_the_wheel_serves_every_python_and_needs_torch_and_triton(wheel: Path) -
         names = archive.namelist()
         [metadata_name] = [name for name in names if name.endswith("/METADATA")]
         metadata = archive.read(metadata_name).decode()
-    assert {"effkernels/lib/libeffkernels.so", "effkernels/lib/build_info.json"} <= set(names)
+    files = {"lib/libeffkernels.so", "lib/build_info.json", "plan/kernel_counts.json", "py.typed"}
+    assert {f"effkernels/{file}" for file in files} <= set(names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"effkernels"}
     assert any(name.endswith("licenses/LICENSE") for name in names)
     lines = [line.partition(": ")[2] for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
     required = [Requirement(line) for line in lines]
     runtime = {str(item) for item in required if not (item.marker and "extra" in str(item.marker))}
     assert runtime == {"torch>=2.11", 'triton; platform_system == "Linux"'}
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("wheel")
+def test_the_wheel_becomes_a_manylinux_wheel_without_libtorch(wheel: Path, tmp_path: Path) -> None:
+    """The last two commands of `make wheel`, on the wheel of the present build."""
+    recipe = (ROOT / "Makefile").read_text()
+    excluded = re.findall(r"--exclude '([^']+)'", recipe)
+    assert excluded == ["libtorch*", "libc10*"]
+    flags = [word for pattern in excluded for word in ("--exclude", pattern)]
+    path = {**os.environ, "PATH": f"{sysconfig.get_path('scripts')}:{os.environ['PATH']}"}
+    run(tool("auditwheel"), "repair", *flags, "--wheel-dir", tmp_path, wheel, env=path)
+    [tagged] = tmp_path.glob("*.whl")
+    oldest = [int(minor) for minor in re.findall(r"manylinux_2_(\d+)_\w+", tagged.name)]
+    glibc = int(os.confstr("CS_GNU_LIBC_VERSION").split(".")[1])  # type: ignore[union-attr]
+    assert oldest
+    assert max(oldest) <= glibc
+    with zipfile.ZipFile(tagged) as archive:
+        libraries = [name for name in archive.namelist() if ".so" in name]
+    assert libraries == ["effkernels/lib/libeffkernels.so"]
+    run(tool("twine"), "check", "--strict", tagged)
 
 
 def runtime_packages(folder: Path) -> Path:

@@ -201,7 +201,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match="a single position in so small an image"):
             class_activation_map(plain(), images(1, 3, 3))
 
-    def test_another_convolution_behind_the_pooling(self) -> None:
+    def test_another_convolution_after_the_pooling(self) -> None:
         """As in timm's MobileNetV3: the classifier's input is the mean of a map, of a single position."""
         head = nn.Conv2d(6, 6, 1)
         model = Pooled(lambda x: head(mean(x)[:, :, None, None]).flatten(1)).eval()
@@ -249,7 +249,7 @@ def test_maps_for_display() -> None:
 
 
 def coloured(file: Path) -> numpy.ndarray:
-    """Where a picture is neither white nor grey."""
+    """Return where a picture is neither white nor grey."""
     with PIL.Image.open(file) as opened:
         pixels = numpy.asarray(opened.convert("RGB")).astype(int)
     return pixels.max(2) - pixels.min(2) > 24
@@ -281,7 +281,7 @@ class TestFigure:
     def test_refusals(self, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"0 rows; allowed: 1 to {MOST_ROWS}"):
             save_grid(tmp_path / "grid.png", ["one"], [])
-        with pytest.raises(ValueError, match="a row of 1 panels under 2 titles"):
+        with pytest.raises(ValueError, match="a row has 1 panels, and there are 2 titles"):
             save_grid(tmp_path / "grid.png", ["one", "two"], [[self.panel()]])
 
 
@@ -407,7 +407,7 @@ class TestCommand:
             (("ALBUM", "--class", "cat"), "--class cat: a name needs --labels FILE"),
             (("ALBUM", "--class", "cat", "--labels", "LABELS"), "--class cat: no such label"),
             (("ALBUM", "--labels", "nowhere.txt"), "--labels nowhere.txt"),
-            (("ALBUM", "--epochs", "3"), "--epochs: allowed with --digits alone"),
+            (("ALBUM", "--epochs", "3"), "--epochs: allowed only with --digits"),
             (("ALBUM", "--output", "map.jpeg2000"), "--output map.jpeg2000: the name must end in one of"),
             (("ALBUM", "--output", "nowhere/map.png"), "there is no folder nowhere"),
             (("ALBUM", "--compare", "--weights", "a.pth"), "1 files for 5 networks, in this order: baseline, deeper"),

@@ -1,7 +1,8 @@
-"""The command line as a user sees it: output, JSON, exit status, and what wrong arguments are told."""
+"""The command line as a user sees it: output, JSON, exit status, and the messages for wrong arguments."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import PIL.Image
@@ -24,6 +26,7 @@ from effkernels.bench.contenders import CONTENDERS
 from effkernels.bench.timing import Row, read_rows
 from effkernels.cli import main
 from effkernels.commands import common
+from effkernels.ops import backends, parity
 from effkernels.triton import INTERPRETED, MOST_SCALED_ALONE
 
 
@@ -156,7 +159,7 @@ main(sys.argv[1:])
         report = json.loads(info("--json"))
         gpus = [device for device in report["runs"] if device != "cpu"]
         assert gpus
-        for op in effkernels.ops.__all__:
+        for op in backends.OPERATORS:
             assert report["runs"]["cpu"][op] == "reference"
             assert all(report["runs"][gpu][op] == "triton" for gpu in gpus)
         lines = [line.split() for line in info().splitlines()]
@@ -184,7 +187,7 @@ class TestCheck:
     def test_passes_here(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, _ = run(capsys, "check", "--device", "cpu")
         assert status == 0, out
-        for op in effkernels.ops.__all__:
+        for op in backends.OPERATORS:
             for dtype in ("float32", "bfloat16", "float16"):
                 assert any(
                     line.startswith("ok") and f" {op} " in line and f" {dtype} " in line for line in out.splitlines()
@@ -217,17 +220,22 @@ class TestCheck:
 
     def test_rule_has_no_slack(self) -> None:
         truth = torch.tensor([1.0, -2.0, 4.0], dtype=torch.float64)
-        own = check.Errors(1e-3, 1e-3)
+        own = parity.Errors(1e-3, 1e-3)
         plain = truth.float() * (1 + own.l2)
-        limit = check.limits(plain, truth)
+        limit = parity.limits(plain, truth)
         assert limit.l2 == pytest.approx(2 * own.l2 + 2.0**-24, rel=1e-3)
-        assert check.judge([truth * (1 + 1.99e-3)], [plain], [truth])[0]
-        assert not check.judge([truth * (1 + 2.01e-3)], [plain], [truth])[0]
+        assert parity.judge([truth * (1 + 1.99e-3)], [plain], [truth])[0]
+        assert not parity.judge([truth * (1 + 2.01e-3)], [plain], [truth])[0]
+
+    def test_where_the_truth_is_zero_only_zero_passes(self) -> None:
+        zero = torch.zeros(3)
+        assert parity.judge([zero], [zero], [zero.double()])[0]
+        assert not parity.judge([zero + 1e-30], [zero], [zero.double()])[0]
 
     @pytest.mark.parametrize("bad", [torch.tensor([1.0, float("nan")]), torch.ones(3)])
     def test_not_a_number_and_another_shape_fail(self, bad: torch.Tensor) -> None:
         truth = torch.ones(2, dtype=torch.float64)
-        assert not check.judge([bad], [torch.ones(2)], [truth])[0]
+        assert not parity.judge([bad], [torch.ones(2)], [truth])[0]
 
     def test_a_kernel_that_raises_is_a_finding(self, monkeypatch: pytest.MonkeyPatch) -> None:
         def explode(*arguments: object, **options: object) -> None:
@@ -355,9 +363,27 @@ class TestBench:
             assert 0 < row.rel_error < 1e-4
             assert row.peak_bytes is None
 
+    def test_names_contenders_that_are_not_installed(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def some(*arguments: object, **options: object) -> tuple[list[object], list[object]]:
+            return [], []
+
+        find_spec = importlib.util.find_spec
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "openvino" else find_spec(name))
+        monkeypatch.setattr("effkernels.commands.bench.run_case", some)
+        _, _, err = run(capsys, "bench", "--contender", "eager", *self.quick)
+        assert err.splitlines() == [
+            "bench: not compared, because not installed: openvino",
+            f"bench: install them: {sys.executable} -m pip install openvino",
+            "bench: then compare: --contender eager openvino",
+        ]
+
     def test_table(self, capsys: pytest.CaptureFixture[str]) -> None:
         status, out, err = run(capsys, "bench", "--contender", "eager", *self.quick)
         assert status == 0
+        assert "bench: efficientnet_b0@64, batch 1: eager (timm): preliminary, one turn alone: " in err
+        assert "bench: efficientnet_b0@64, batch 1: eager (timm): median " in err
         title, columns, _, row = out.splitlines()
         assert title.startswith("efficientnet_b0@64, batch 1, float32")
         assert (
@@ -395,7 +421,7 @@ class TestBench:
 
 
 class TestConsole:
-    def test_table_without_a_terminal_is_whole(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_table_without_a_terminal_is_complete(self, capsys: pytest.CaptureFixture[str]) -> None:
         long = "x" * 300
         console.table("title", ["name", "number"], [[long, "1.5"], ["[red]b", "22.5"]])
         lines = capsys.readouterr().out.splitlines()
@@ -414,6 +440,17 @@ class TestConsole:
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == 10
         assert lines[-1] == "work: 1000/1000 step 999"
+
+    def test_progress_without_a_terminal_shows_slow_steps(
+        self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        now = 0.0
+        monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now))
+        with console.progress("work", 1000) as advance:
+            for seconds in (1.0, 5.0, 1.0, 3.0, 1.0):
+                now += seconds
+                advance(f"at {now}")
+        assert capsys.readouterr().err.splitlines() == ["work: 2/1000 at 6.0", "work: 5/1000 at 11.0"]
 
     def test_progress_of_nothing(self) -> None:
         with console.progress("work", 0):

@@ -191,7 +191,7 @@ def test_what_does_not_verify_is_not_written(capsys: pytest.CaptureFixture[str],
 def test_verified_without_the_library(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, file: Path, tmp_path: Path
 ) -> None:
-    """Then our own model stands in, which tells wrong tensors in wrong places as well."""
+    """Then our own model replaces theirs, which finds wrong tensors in wrong places as well."""
     for package in ("efficientnet_pytorch", "timm"):
         monkeypatch.setitem(sys.modules, package, None)
     out = tmp_path / "out.pth"
@@ -231,7 +231,7 @@ def test_a_model_that_cannot_be_built_is_a_failure(
     arguments = (file, "--to", "torchvision", "--output", out, "--model", "efficientnet_b0", "--verify")
     status, text, err = run(capsys, *arguments)
     assert (status, text) == (1, "")
-    assert "does not build the model as told: module 'torchvision.models' has no attribute" in err
+    assert "does not build the model as shown: module 'torchvision.models' has no attribute" in err
     assert not out.exists()
 
 
@@ -242,5 +242,5 @@ def test_weights_of_unknown_meaning_are_converted_with_a_warning(
     assert status == 0
     assert text.count("not known") == 3
     assert "build the model by" not in text
-    assert "do not tell efficientnet_b0" in err
+    assert "do not distinguish efficientnet_b0" in err
     assert read_checkpoint(tmp_path / "out.pt").layout.name == "torchvision"

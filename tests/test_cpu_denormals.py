@@ -16,7 +16,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from op_cases import ALL_OPS, Case
+from op_cases import ALL_OPS, Case, flat
 from parity import assert_parity
 from torch import Tensor
 
@@ -100,7 +100,7 @@ def test_subnormal_numbers_of_float16_count(op: str, isa: str) -> None:
 
 @pytest.mark.parametrize("flushed", [False, True])
 def test_the_threads_keep_their_mode(flushed: bool) -> None:
-    """What torch.set_flush_denormal chose holds after our kernels on all of PyTorch's threads.
+    """After our kernels, all of PyTorch's threads keep the mode that torch.set_flush_denormal chose.
 
     In a process of its own, whose pool of threads is started by our kernel.
     """
@@ -126,7 +126,7 @@ def test_recordings_do_the_same(batch: int, isa: str) -> None:
     case = Case("pointwise_bn_act", **LARGE | {"batch": batch}, parameters="same")
     given = with_every_other(case.draw(), PARAMETERS, SMALLEST / 3)
     with torch.inference_mode():
-        recording = Recording(lambda x: ops.pointwise_bn_act(**given | {"x": x}), given["x"])
+        recording = Recording(lambda x: flat(ops).pointwise_bn_act(**given | {"x": x}), given["x"])
         recording.replay()
         assert isinstance(recording.output, Tensor)
-        assert torch.equal(recording.output, ops.pointwise_bn_act(**with_every_other(given, PARAMETERS, 0.0)))
+        assert torch.equal(recording.output, flat(ops).pointwise_bn_act(**with_every_other(given, PARAMETERS, 0.0)))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_cases import laid_out
+from op_cases import flat, laid_out
 from torch import Tensor
 
 from effkernels import _library, ops
@@ -29,7 +29,7 @@ SHAPES = {
 
 
 def arguments(shape: str, dtype: torch.dtype = torch.float32, batch: int = 2) -> dict[str, Any]:
-    """The arguments of `expand_depthwise_squeeze`."""
+    """Return the arguments of `expand_depthwise_squeeze`."""
     inner, channels, height, width, kernel, stride, padding, dilation = SHAPES[shape]
     generator = torch.Generator().manual_seed(0)
 
@@ -61,13 +61,13 @@ def arguments(shape: str, dtype: torch.dtype = torch.float32, batch: int = 2) ->
 def one_after_the_other(given: dict[str, Any]) -> tuple[Tensor, Tensor]:
     first = {name.removeprefix("expand_"): value for name, value in given.items() if name.startswith("expand_")}
     second = {name: value for name, value in given.items() if not name.startswith("expand_") and name != "x"}
-    return ops.depthwise_bn_act_squeeze(ops.pointwise_bn_act(given["x"], **first), **second)
+    return flat(ops).depthwise_bn_act_squeeze(flat(ops).pointwise_bn_act(given["x"], **first), **second)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_results_are_the_bits_of_the_two_operators(shape: str, isa: str) -> None:
     given = arguments(shape)
-    y, pooled = ops.expand_depthwise_squeeze(**given)
+    y, pooled = flat(ops).expand_depthwise_squeeze(**given)
     wanted, wanted_pooled = one_after_the_other(given)
     assert torch.equal(y, wanted)
     assert torch.equal(pooled, wanted_pooled)
@@ -84,7 +84,7 @@ def test_threads_do_not_change_the_result(shape: str, dtype: torch.dtype) -> Non
         try:
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                results.append(ops.expand_depthwise_squeeze(**given))
+                results.append(flat(ops).expand_depthwise_squeeze(**given))
         finally:
             torch.set_num_threads(threads)
         for other in results[1:]:
@@ -99,7 +99,7 @@ def test_the_expanded_tensor_is_never_allocated() -> None:
     torch.ops.effkernels.cpu_memory(0)
     torch.ops.effkernels.cpu_memory(1 << 30)
     before = torch.ops.effkernels.cpu_memory(-1)
-    y, _ = ops.expand_depthwise_squeeze(**given)
+    y, _ = flat(ops).expand_depthwise_squeeze(**given)
     assert torch.ops.effkernels.cpu_memory(-1) - before < 2 * y.numel() * 4 + (1 << 21)
     two, _ = one_after_the_other(given)
     assert torch.ops.effkernels.cpu_memory(-1) - before > 4 * y.numel() * 4

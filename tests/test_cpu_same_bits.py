@@ -1,4 +1,4 @@
-"""The CPU kernels give the same bits for any number of threads, and for an image whatever stands beside it."""
+"""The CPU kernels give the same bits for any number of threads, and for an image in any batch."""
 
 from __future__ import annotations
 

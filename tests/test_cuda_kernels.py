@@ -1,4 +1,4 @@
-"""What the CUDA kernels promise beside the right numbers: one launch, the same bits always, counters left clean, 64-bit
+"""Promises of the CUDA kernels beside right numbers: one launch, the same bits always, counters left clean, 64-bit
 addresses, and teams of blocks where an image fits on the chip. Shown on the emulated kernels."""
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 import effkernels
 from effkernels.plan.gpus import GPUS, Gpu
+from effkernels.plan.launches import plan_model
 
 DEVICES = {"H200": H200, "A100": A100}
 # One multiprocessor: nothing fits a grid that is resident as a whole, and there are no clusters.
@@ -36,7 +37,7 @@ CASES = {
 
 
 def call(emulator: Emulator, op: str, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    """The outputs of one emulated CUDA operator."""
+    """Return the outputs of one emulated CUDA operator."""
     outputs = getattr(getattr(torch.ops, emulator.namespace), op)(*op_cases.positional(op, arguments))
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
@@ -79,7 +80,7 @@ def test_a_team_that_the_gpu_has_no_room_for_is_two_launches(emulated: Emulator)
     finally:
         emulated.module.refuse_cooperative(False)
     assert launches(emulated) - before == 2
-    (truth,), (plain,) = op_cases.truth(case, arguments), op_cases.run(effkernels.reference, case, arguments)
+    (truth,), (plain,) = op_cases.truth(case, arguments), op_cases.run(effkernels.ops.reference, case, arguments)
     assert_parity(found, plain, truth)
     assert_parity(expected, plain, truth)
 
@@ -94,7 +95,7 @@ def test_hidden_values_are_aligned_whatever_the_channels(op: str, dtype: torch.d
                 op=op, dtype=dtype, channels=channels, reduced=reduced, height=5, width=6
             )
             arguments = case.draw()
-            plain = op_cases.run(effkernels.reference, case, arguments)
+            plain = op_cases.run(effkernels.ops.reference, case, arguments)
             for ours, theirs in zip(call(emulated, op, arguments), plain, strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=1e-2)  # parity is held in test_ops_parity
 
@@ -194,7 +195,7 @@ def test_a_failed_allocation_is_an_error_and_no_more(emulated: Emulator) -> None
     with pytest.raises(RuntimeError, match="depthwise_bn_act_gate: the CUDA kernel could not be launched"):
         call(emulated, case.op, arguments)
     result = call(emulated, case.op, arguments)
-    truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.reference, case, arguments)
+    truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.ops.reference, case, arguments)
     for ours, theirs, exact in zip(result, plain, truth, strict=True):
         assert_parity(ours, theirs, exact)
 
@@ -223,7 +224,7 @@ def spread(image: Tensor, stride_n: int, stride_h: int, stride_w: int) -> Tensor
 
 
 PAST_31_BITS = (1 << 31) + 64
-# Strides of images, rows and columns; what is near lies between what is far apart.
+# Strides of images, rows and columns; near elements are between those that are far apart.
 STRIDES = {
     "images": (PAST_31_BITS, 64 * 7, 64),
     "rows": (16 * 7, PAST_31_BITS // 2, 16),
@@ -326,13 +327,14 @@ def test_plans_stay_within_the_device(device: str, channels: int, plane: int, ba
                     assert int(launch["grid"]) <= limits[1]
 
 
+ACTIVATIONS = strategies.integers(0, 6)
 CHANNELS = strategies.integers(1, 4096) | strategies.sampled_from([1152, 2688, 3840, 8192, 65536])
 SIZES = strategies.integers(1, 600) | strategies.sampled_from([7, 14, 28, 56, 112])
 
 
 @strategies.composite
 def plannable(draw: strategies.DrawFn) -> tuple[str, list[int]]:
-    """An operator and a call of it that a plan is made for."""
+    """Return an operator and a call of it that a plan is made for."""
     op = draw(strategies.sampled_from(op_cases.ALL_OPS))
     batch = draw(strategies.integers(1, 2048))
     channels, out_channels, reduced = draw(CHANNELS), draw(CHANNELS), draw(strategies.integers(1, 8192) | CHANNELS)
@@ -344,14 +346,14 @@ def plannable(draw: strategies.DrawFn) -> tuple[str, list[int]]:
     if op == "squeeze_excite_gate":
         return op, [batch, channels, reduced]
     if op == "pointwise_bn_act":
-        return op, [batch, height, width, channels, out_channels, draw(yes), draw(yes), draw(yes)]
+        return op, [batch, height, width, channels, out_channels, draw(yes), draw(yes), draw(yes), draw(ACTIVATIONS)]
     if op == "conv_bn_act":
         return op, [batch, draw(strategies.integers(1, 64)), out_channels, height, width, *kernel, stride, *padding]
     excites = op in ("depthwise_bn_act_gate", "depthwise_bn_act_se")
     dilation = draw(strategies.integers(1, 2))
     padding = [side * dilation for side in padding]
     shape = [batch, channels, height, width, *kernel, stride, dilation, *padding, reduced if excites else 0]
-    return op, [*shape, draw(CHANNELS), draw(yes)] if op == op_cases.EXPAND_OP else shape
+    return op, [*shape, draw(CHANNELS), draw(yes), draw(ACTIVATIONS)] if op == op_cases.EXPAND_OP else shape
 
 
 @pytest.mark.usefixtures("compiled")
@@ -444,20 +446,20 @@ def cut_cases(dtype: torch.dtype) -> list[Case]:
             Case(op, dtype, channels=136, height=29, width=30, kernel=(1, 11), padding=(0, 0, 5, 5), reduced=6),
             Case(op, dtype, channels=136, height=14, width=14, kernel=(13, 13), padding=(6, 6, 6, 6), stride=2),
         ]
-    for out_channels in (16, 40, 64, 96, 128, 320):
-        gated = out_channels in (40, 320)
-        shape: dict[str, Any] = {"channels": 144, "height": 14, "width": 14, "batch": 3}
-        cases.append(
-            Case(
-                "pointwise_bn_act",
-                dtype,
-                out_channels=out_channels,
-                gated=gated,
-                residual=gated,
-                parameters="same",
-                **shape,
-            )
-        )
+    # An expansion, a projection, and any activation behind a gate: 1 image of many pixels, images that share a tile.
+    product = Case("pointwise_bn_act", dtype, channels=144, height=14, width=14, batch=3, parameters="same")
+    cases += [product.with_(out_channels=out_channels) for out_channels in (16, 64, 96, 128, 144)]
+    for gated in (
+        product.with_(gated=True, residual=True, activation="identity"),
+        product.with_(gated=True, residual=True, activation="hard_swish", height=40, width=37, batch=1),
+        product.with_(gated=True, residual=True, activation="identity", height=3, width=3, batch=41),
+    ):
+        cases += [gated.with_(out_channels=out_channels) for out_channels in (16, 24, 40, 48, 80, 320)]
+    # More slices than there are stages in the ring, and weights that are not kept.
+    cases += [
+        product.with_(channels=1160, out_channels=64, height=9, gated=True),
+        product.with_(channels=32, out_channels=8, height=30, residual=True),
+    ]
     return cases
 
 
@@ -471,19 +473,97 @@ def test_parity_on_few_multiprocessors(case: Case, device: str, order: str, emul
     arguments = case.draw()
     result = call(emulated, case.op, arguments)
     with op_cases.one_thread():
-        truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.reference, case, arguments)
+        truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.ops.reference, case, arguments)
     for ours, theirs, exact in zip(result, plain, truth, strict=True):
         assert_parity(ours, theirs, exact, str(case))
 
 
+def cut_of(case: Case, limits: tuple[int, ...]) -> dict[str, str]:
+    """The plan of a pointwise operator."""
+    shape = [case.batch, case.height, case.width, case.channels, case.out_channels, case.gated, case.residual, False]
+    activation = effkernels.ops.reference.ACTIVATIONS.index(case.activation)
+    dtype = str(case.dtype).removeprefix("torch.")
+    [launch] = planned("pointwise_bn_act", [*map(int, shape), activation], limits, dtype)
+    return launch
+
+
 @pytest.mark.usefixtures("compiled")
-def test_few_multiprocessors_meet_every_tile_of_the_product() -> None:
+def test_few_multiprocessors_meet_every_way_of_the_product() -> None:
     """The cases above would be worth little if they all took the same way."""
-    shared = set()
+    cases = [case for dtype in op_cases.DTYPES for case in cut_cases(dtype) if case.op == "pointwise_bn_act"]
+    found = [(case, cut_of(case, limits)) for case in cases for limits in FEW.values()]
+    sixteen = {(one["tile"], one["epilogue"]) for case, one in found if case.dtype != torch.float32}
+    assert len(sixteen) >= 12, sorted(sixteen)
+    assert len({one["tile"] for case, one in found if case.dtype == torch.float32}) >= 2
+    assert {int(one["tiles"]) for _, one in found} >= {1, 2, 3}
+    assert {(one["keeps_weight"], int(one["steps"]) > 4) for _, one in found} >= {("0", True), ("1", True)}
+
+
+# ------------------------------------------------------------------------------------- blocks that share input channels
+
+SHARED = Case(
+    "pointwise_bn_act",
+    torch.bfloat16,
+    channels=4096,
+    out_channels=64,
+    height=7,
+    width=7,
+    batch=1,
+    gated=True,
+    residual=True,
+    parameters="same",
+)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
+def test_parity_of_blocks_that_share_input_channels(
+    dtype: torch.dtype, batch: int, device: str, emulated: Emulator
+) -> None:
+    emulated.configure(Emulation("random", "late", DEVICES[device], emulated.flavour))
+    for activation in ("identity", "hard_swish"):
+        case = SHARED.with_(dtype=dtype, batch=batch, activation=activation, channels=4096 - 8)
+        assert int(cut_of(case, DEVICES[device])["parts"]) > 1
+        arguments = case.draw()
+        truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.ops.reference, case, arguments)
+        for _ in range(2):  # the first launch leaves the counters as it found them
+            (found,) = call(emulated, case.op, arguments)
+            assert_parity(found, plain[0], truth[0], str(case))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_same_bits_whichever_part_comes_last(device: str, emulated: Emulator) -> None:
+    arguments = SHARED.draw()
+    results = []
+    for order, copies, seed in (("forward", "early", 1), ("reverse", "late", 1), ("random", "late", 2)):
+        emulated.configure(Emulation(order, copies, DEVICES[device], emulated.flavour, seed))
+        before = launches(emulated)
+        results += call(emulated, SHARED.op, arguments)
+        assert launches(emulated) - before <= 2, "one launch, and the first on a device may fill memory for counters"
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.usefixtures("compiled")
+def test_scratch_memory_of_parts_is_planned() -> None:
     for dtype in op_cases.DTYPES:
-        for case in cut_cases(dtype):
-            if case.op == "pointwise_bn_act":
-                shape = [case.batch, 14, 14, case.channels, case.out_channels, 0, 0, 0]
-                [launch] = planned(case.op, shape, FEW["clusters"], str(dtype).removeprefix("torch."))
-                shared.add((str(dtype), launch["grid"], launch["block"], launch["shared"]))
-    assert len(shared) >= 9
+        case = SHARED.with_(dtype=dtype)
+        launch = cut_of(case, H200)
+        parts = int(launch["parts"])
+        tiles = int(launch["grid"]) // parts
+        assert parts > 1
+        assert int(launch["workspace"]) == 4 * (parts * 49 * case.out_channels + tiles)
+        assert cut_of(case.with_(batch=2048), H200)["parts"] == "1", "enough tiles"
+
+
+@pytest.mark.usefixtures("compiled")
+def test_no_product_of_b0_at_batch_1_leaves_most_of_the_gpu_idle() -> None:
+    """At least 100 blocks, or a tile of 16 x 16 for each: fewer channels for a block would cost more than they save."""
+    for launch in plan_model("efficientnet_b0", gpu="h200", batch_size=1).launches:
+        if launch.kernel == "pointwise":
+            assert launch.grid is not None
+            assert launch.grid >= 48, launch
+    for channels, out_channels, plane in ((240, 80, 14), (480, 80, 14), (672, 112, 14), (672, 192, 7), (1152, 192, 7)):
+        case = SHARED.with_(channels=channels, out_channels=out_channels, height=plane, width=plane, residual=False)
+        smallest = -(-plane * plane // 16) * -(-out_channels // 16)
+        assert int(cut_of(case.with_(activation="identity"), H200)["grid"]) >= min(100, smallest)

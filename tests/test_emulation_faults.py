@@ -1,4 +1,4 @@
-"""Whatever a kernel does wrong is reported by the emulator, by name: one small wrong kernel for each kind of fault
+"""The emulator reports every kind of fault in a kernel by name: one small wrong kernel for each kind of fault
 (tests/emulation/selftest.cu), and beside it, where there is one, the same kernel done right.
 
 A kind that only one flavour sees is tested in its run: make test-race, make test-asan.
@@ -175,7 +175,7 @@ def test_global_memory_out_of_bounds(emulated: Emulator) -> None:
 
 
 def test_global_memory_out_of_bounds_is_left_in_the_canaries(emulated: Emulator) -> None:
-    """What the other flavours leave to tests that lay something around an output."""
+    """The other flavours leave this to tests that put guard values around an output."""
     if emulated.flavour == "asan":
         pytest.skip("the asan flavour reports it: test_global_memory_out_of_bounds")
     around = torch.zeros(64)

@@ -109,7 +109,7 @@ def test_counters_of_streams_and_captures(emulated: Emulator) -> None:
 
 
 def compiler(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """The compiler on a kernel file, as the emulator's build calls it."""
+    """Run the compiler on a kernel file, as the emulator's build calls it."""
     command = os.environ.get("CXX", "c++")
     if shutil.which(command) is None:
         pytest.skip(f"the C++ compiler {command} was not found")

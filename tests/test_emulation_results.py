@@ -1,4 +1,4 @@
-"""What the emulator computes is what CUDA defines: conversions to the bit, warp and matrix instructions against their
+"""The emulator computes what CUDA defines: conversions to the bit, warp and matrix instructions against their
 definitions, atomics, barriers, and the errors of the approximate instructions within their documented bounds.
 """
 
@@ -217,7 +217,7 @@ def test_grid_barrier(in_order: Emulator, copies: str) -> None:
 
 
 def test_orders_differ_and_seeds_repeat(emulated: Emulator) -> None:
-    """Which of 64 blocks runs last tells forward, reverse and each seed apart."""
+    """The block of 64 that runs last differs between forward, reverse and each seed."""
 
     def last_written(order: str, seed: int) -> float:
         emulated.configure(Emulation(order, seed=seed, flavour=emulated.flavour))

@@ -277,7 +277,7 @@ class TestPreparation:
             assert all(reader.result(60) > 0 for reader in readers)
         assert {bucket.runner for bucket in served.report.buckets} == {"recorded"}
 
-    def test_the_report_tells_everything(self, engine: InferenceEngine) -> None:
+    def test_the_report_says_everything(self, engine: InferenceEngine) -> None:
         report = engine.report
         assert "own" in report.optimized
         assert [bucket.batch for bucket in report.buckets] == list(SIZES)
@@ -427,7 +427,7 @@ class TestEnd:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert served.submit(torch.ones(3, 2, 2)).result(60).item() == 12.0
 
-    def test_an_engine_nobody_holds_ends(self) -> None:
+    def test_an_engine_without_references_ends(self) -> None:
         served = sum_engine()
         future = served.submit(torch.ones(3, 2, 2))
         worker = served._batcher._worker

@@ -38,7 +38,7 @@ class Doubling:
 
 
 def occupied(batcher: MicroBatcher, answer: Doubling) -> Future[Any]:
-    """A request that the thread is busy with until `answer.go`."""
+    """Return a request that the thread is busy with until `answer.go`."""
     future = batcher.submit(-1, answer)
     assert answer.started.wait(PATIENCE_S)
     return future
@@ -86,7 +86,7 @@ def test_requests_that_arrive_meanwhile_go_together() -> None:
     batcher.close()
 
 
-def test_a_failing_batch_fails_alone() -> None:
+def test_a_failing_batch_fails_only_its_own_requests() -> None:
     def answer(contents: Sequence[int]) -> list[Any]:
         if 13 in contents:
             raise ZeroDivisionError("unlucky")

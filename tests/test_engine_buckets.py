@@ -1,4 +1,4 @@
-"""How an engine cuts a batch: `buckets_for` against every other way of cutting it."""
+"""The division of a batch: `buckets_for` against every other division."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def cost(buckets: tuple[int, ...], overhead: float) -> float:
 
 
 def every_cut(count: int, sizes: list[int]) -> list[tuple[int, ...]]:
-    """All multisets of sizes that hold count images and none of whose members could be left out."""
+    """Return all multisets of sizes that hold count images and none of whose members could be left out."""
     found = []
     for length in range(count // min(sizes) + 2):
         for cut in itertools.combinations_with_replacement(sorted(sizes, reverse=True), length):
@@ -47,7 +47,7 @@ def test_the_cheapest_cut(count: int, overhead: float, wanted: tuple[int, ...]) 
 
 
 def test_smaller_buckets_may_fit_better_than_the_largest() -> None:
-    """Where no size divides the next, filling the largest first would pad."""
+    """If no size divides the next, filling the largest first would pad."""
     assert buckets_for(12, (4, 5), 0) == (4, 4, 4)
     assert buckets_for(24, (6, 7), 0) == (6, 6, 6, 6)
 

@@ -27,7 +27,7 @@ def brightest(x: Tensor) -> Tensor:
 
 
 def marked(y: Tensor, mark: Any) -> Tensor:
-    """The features, or zeros where the mark is set."""
+    """Return the features, or zeros where the mark is set."""
     return y * 0 if mark else y
 
 
@@ -221,7 +221,7 @@ def test_state_is_not_recorded(how: str) -> None:
 
 
 def test_shapes_are_compared_at_every_replay(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an operator without the tag returns another shape, the model runs instead, now and from then on."""
+    """If an operator without the tag returns another shape, the model runs instead, now and from then on."""
     library = torch.library.Library("effkernels_tests", "FRAGMENT")
     library.define("above(Tensor x, float limit) -> Tensor")  # like masked_select, and nothing says so
     library.impl("above", lambda x, limit: x[x > limit], "CPU")
@@ -239,7 +239,7 @@ def test_shapes_are_compared_at_every_replay(monkeypatch: pytest.MonkeyPatch) ->
     assert "replay failed: effkernels_tests.above.default returns shapes that depend on values" in reasons.pop()
 
 
-def test_an_operator_that_refuses_values_ends_that_call_alone() -> None:
+def test_an_operator_that_refuses_values_ends_only_that_call() -> None:
     model = Network(lambda x, y: y[:, (brightest(x) > 1e6).long() * 100])  # there are four columns
     served = InferenceEngine(model, batch_sizes=(BATCH,), input_size=SIZE, optimize=False)
     x = torch.ones(BATCH, 3, SIZE, SIZE)

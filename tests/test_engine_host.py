@@ -37,7 +37,7 @@ def channels_last(*shape: int, seed: int = 0) -> Tensor:
 
 
 def assert_repeats(work: Any, x: Tensor, **arguments: Any) -> Recording:
-    """A recording of `work(x)` gives the same bits as the call, for other values in x, again and again."""
+    """Check that a recording of `work(x)` gives the same bits as the call, for other values in x, again and again."""
     recording = Recording(work, x)
     for seed in (5, 6, 5):
         x.copy_(channels_last(*x.shape, seed=seed))
@@ -51,11 +51,10 @@ def assert_repeats(work: Any, x: Tensor, **arguments: Any) -> Recording:
 
 # ------------------------------------------------------------------------------------------------------- operators
 
-NORM = dict(zip(("norm_weight", "norm_bias", "norm_mean", "norm_var"), (0.9, 0.1, 0.2, 1.3), strict=True))
 
-
-def norm(channels: int, prefix: str = "") -> dict[str, Tensor]:
-    return {prefix + name: torch.full((channels,), value) for name, value in NORM.items()}
+def norm(channels: int) -> ops.Norm:
+    mean, var, weight, bias = (torch.full((channels,), value) for value in (0.2, 1.3, 0.9, 0.1))
+    return ops.Norm(mean, var, weight, bias)
 
 
 def excite(channels: int) -> dict[str, Any]:
@@ -69,10 +68,10 @@ def test_every_operator(batch: int, dtype: torch.dtype) -> None:
     x = channels_last(batch, 40, 9, 11).to(dtype)
     wide, depthwise, larger = torch.randn(72, 40, 1, 1), torch.randn(40, 1, 3, 3), torch.randn(72, 1, 5, 5)
     dense = torch.randn(8, 40, 3, 3)
-    first: dict[str, Any] = {**norm(40), "padding": (1, 1, 1, 1), "activation": "silu"}
+    first: dict[str, Any] = {"norm": norm(40), "padding": (1, 1, 1, 1), "activation": "silu"}
     gated = {**first, **excite(40)}
-    stem = {**norm(8), "padding": (1, 1, 1, 1)}
-    both = {**norm(72, "expand_"), **norm(72), "padding": (2, 2, 2, 2)}
+    stem = {"norm": norm(8), "padding": (1, 1, 1, 1)}
+    both = {"expand_norm": norm(72), "norm": norm(72), "padding": (2, 2, 2, 2)}
     assert_repeats(lambda x: ops.depthwise_bn_act(x, depthwise, **first), x)
     assert_repeats(lambda x: ops.depthwise_bn_act_squeeze(x, depthwise, **first), x)
     assert_repeats(lambda x: ops.depthwise_bn_act_gate(x, depthwise, **gated), x)
@@ -90,14 +89,14 @@ def test_the_gate_alone() -> None:
     assert torch.equal(recording.output, ops.squeeze_excite_gate(pooled, *weights))
 
 
-def test_results_may_lie_where_results_lay_but_kept_weights_may_not() -> None:
+def test_results_may_reuse_the_memory_of_results_but_not_of_kept_weights() -> None:
     """A chain long enough that memory is used again, with weights laid out on the way."""
     weights = [torch.randn(64, 64, 1, 1, generator=torch.Generator().manual_seed(i)) / 8 for i in range(12)]
-    scales = norm(64)
+    same = norm(64)
 
     def chain(x: Tensor) -> Tensor:
         for weight in weights:
-            x = ops.pointwise_bn_act(x, weight, **scales, activation="relu6")
+            x = ops.pointwise_bn_act(x, weight, norm=same, activation="relu6")
         return x
 
     recording = assert_repeats(chain, channels_last(1, 64, 8, 8))
@@ -183,7 +182,7 @@ def test_a_recording_gives_its_memory_back() -> None:
 
 
 def _mapped_bytes() -> int:
-    """The address space of this process."""
+    """Return the address space of this process."""
     return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 

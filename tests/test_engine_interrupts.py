@@ -1,4 +1,4 @@
-"""What KeyboardInterrupt leaves of an engine: no lock, no mode, no recording, no mixture of weights."""
+"""A KeyboardInterrupt leaves no lock held, no mode set, no recording open and no mixture of weights in an engine."""
 
 from __future__ import annotations
 

@@ -117,5 +117,5 @@ def test_the_model_is_not_kept_alive() -> None:
     served = sum_engine(model)
     del model
     gc.collect()
-    with pytest.raises(RuntimeError, match=r"is gone; give one: refresh\(model\)"):
+    with pytest.raises(RuntimeError, match=r"no longer exists; give one: refresh\(model\)"):
         served.refresh()

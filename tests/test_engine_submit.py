@@ -28,7 +28,7 @@ LONG_MS = 600_000.0
 
 
 def full_of(value: float) -> Tensor:
-    """An image whose answer of `Sum` is 12 times the value."""
+    """Return an image whose answer of `Sum` is 12 times the value."""
     return torch.full((3, 2, 2), float(value))
 
 
@@ -106,7 +106,7 @@ def test_photographs_of_every_kind_beside_tensors() -> None:
 
 
 def damaged_image() -> PIL.Image.Image:
-    """An image that Pillow opens, and finds damaged when it decodes it."""
+    """Return an image that Pillow opens, and finds damaged when it decodes it."""
     file = io.BytesIO()
     PIL.Image.fromarray(skimage.data.astronaut()).save(file, "JPEG")
     return PIL.Image.open(io.BytesIO(file.getvalue()[:5000]))
@@ -138,7 +138,7 @@ def damaged_image() -> PIL.Image.Image:
     ],
     ids=lambda value: None if isinstance(value, (Tensor, numpy.ndarray, PIL.Image.Image)) else str(value)[:20],
 )
-def test_a_bad_image_fails_alone(bad: Any, error: type[Exception], message: str) -> None:
+def test_a_bad_image_fails_without_the_others(bad: Any, error: type[Exception], message: str) -> None:
     with sum_engine(max_latency_ms=LONG_MS) as engine:
         futures = [engine.submit(full_of(value)) for value in range(3)]
         failing = engine.submit(bad)
@@ -151,7 +151,7 @@ def test_a_bad_image_fails_alone(bad: Any, error: type[Exception], message: str)
         assert (stats.requests, stats.completed, stats.failed) == (7, 6, 1)
 
 
-def test_an_image_that_cannot_be_prepared_fails_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_cannot_be_prepared_fails_without_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a batch of images of one size, which are prepared together."""
 
     def faulty(pixels: Tensor, *arguments: Any) -> Tensor:
@@ -250,7 +250,7 @@ def test_with_asyncio() -> None:
 
 
 def test_an_open_engine_does_not_keep_the_interpreter() -> None:
-    """What waits when the script ends is cancelled."""
+    """Requests that wait when the script ends are cancelled."""
     script = """
         import torch
         from effkernels import InferenceEngine

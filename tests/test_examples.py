@@ -67,7 +67,7 @@ class Case:
     truth: torch.Tensor
 
     def path(self, name: str) -> Path:
-        """Where a photograph is."""
+        """Return the path of a photograph."""
         return next(self.folder.rglob(name))
 
     def check(self, found: dict[str, torch.Tensor]) -> None:
@@ -93,7 +93,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     broken[1].write_text("no photograph")
 
     # Random weights alone would give every photograph nearly the same answer: norms that fit the photographs and a
-    # steeper classifier tell them apart.
+    # steeper classifier give different answers.
     torch.manual_seed(5)
     files = [next(folder.rglob(name)) for name in PHOTOGRAPHS]
     model = effkernels.create_model("efficientnet_b0", num_classes=CLASSES)
@@ -127,7 +127,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """For the processes: no GPU, one thread, nothing written to the user's home."""
-    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as short:  # sockets lie below, whose paths are short
+    with tempfile.TemporaryDirectory(prefix="ray", dir="/tmp") as short:  # for sockets, whose paths must be short
         yield {
             **os.environ,
             "HOME": str(tmp_path_factory.mktemp("home")),
@@ -138,7 +138,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 
 
 def loaded(name: str) -> ModuleType:
-    """An example as a module."""
+    """Return an example as a module."""
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -286,7 +286,7 @@ def write_part(case: Case, out: Path, paths: list[Path], settings: bytes) -> Non
 
 
 def settings_of(message: str) -> bytes:
-    """What this run is, as the refusal of another run's parts says it."""
+    """Return the settings of this run, as in the refusal of another run's parts."""
     return message.partition("this run is ")[2].partition("; ")[0].encode()
 
 
@@ -403,7 +403,7 @@ def multipart(content: bytes, field: str) -> tuple[str, bytes]:
 
 
 def probabilities_of(answer: dict[str, Any]) -> torch.Tensor:
-    """All classes of an answer, (CLASSES,); checks that they are in order and labelled."""
+    """Return all classes of an answer, (CLASSES,); checks that they are in order and labelled."""
     predictions = answer["predictions"]
     values = [prediction["probability"] for prediction in predictions]
     assert values == sorted(values, reverse=True)
@@ -523,7 +523,7 @@ def test_litserve_answers_what_it_took_before_sigterm_ends_it(case: Case, server
 
 
 def a_bomb() -> bytes:
-    """A PNG of 12 kB with 100 million pixels, one bit each."""
+    """Return a PNG of 12 kB with 100 million pixels, one bit each."""
     rows = zlib.compressobj(9)
     content = b"".join([*(rows.compress(bytes(1251 * 1000)) for _ in range(10)), rows.flush()])
     chunks = ((b"IHDR", struct.pack(">IIBBBBB", 10_000, 10_000, 1, 0, 0, 0, 0)), (b"IDAT", content), (b"IEND", b""))

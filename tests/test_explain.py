@@ -1,4 +1,4 @@
-"""``effkernels explain`` as a user sees it: tables, JSON, exit status, and what wrong arguments are told."""
+"""``effkernels explain`` as a user sees it: tables, JSON, exit status, and the messages for wrong arguments."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from effkernels.cli import main
 from effkernels.commands import explain
 from effkernels.plan.gpus import GPUS
 from effkernels.plan.launches import PRECISIONS, Plan, plan_model
+from effkernels.plan.time_estimate import MODES, TERMS
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -74,6 +75,52 @@ class TestTable:
         allowed, exact = (" ".join(run(capsys, *flags, *more)[1].split()) for more in ((), ("--no-tf32",)))
         assert "494.7 (TF32) TFLOP/s in tensor cores" in allowed
         assert "TF32" not in exact
+
+
+class TestModelTime:
+    def test_every_launch_has_a_row_with_its_longest_term_marked(self, capsys: pytest.CaptureFixture[str]) -> None:
+        status, out, err = run(capsys, "efficientnet_b0", "--batch-size", "256", "--device", "h100", "--model-time")
+        assert (status, err) == (0, "")
+        planned = plan_model("efficientnet_b0", batch_size=256, gpu="h100")
+        title, columns, _, *rows = out.splitlines()
+        assert title == "efficientnet_b0@224, batch 256, bfloat16 on NVIDIA H100 SXM5 80GB: an estimate, microseconds"
+        names = columns.split()
+        for launch, row in zip(planned.launches, rows, strict=False):
+            cells = row.split()
+            assert cells[:2] == [launch.layer, launch.kernel]
+            terms = dict(zip(TERMS, cells[5:-1], strict=True))
+            assert [term for term, cell in terms.items() if cell.endswith("*")] == [launch.time.longest]
+            assert float(cells[-1]) == pytest.approx(launch.time.us, abs=0.5)
+        assert len(names) == 5 + len(TERMS) + 1
+        name, megabytes, *_, whole = rows[len(planned.launches)].split()
+        assert name == "sum"
+        assert float(megabytes) == pytest.approx(planned.totals.bytes / 1e6, abs=0.5)
+        assert float(whole) == pytest.approx(sum(launch.time.us for launch in planned.launches), abs=0.5)
+
+    def test_last_lines_are_sums_in_every_mode(self, capsys: pytest.CaptureFixture[str]) -> None:
+        _, out, _ = run(capsys, "efficientnet_b0", "--model-time")
+        planned = plan_model("efficientnet_b0")
+        expected = [f"estimated, {mode}: {planned.estimated_us(mode):.1f} us" for mode in MODES]
+        assert out.splitlines()[-len(MODES) :] == expected
+
+    def test_is_called_an_estimate(self, capsys: pytest.CaptureFixture[str]) -> None:
+        _, out, _ = run(capsys, "efficientnet_b0", "--model-time")
+        assert "An estimate: computed" in out
+        assert "not measured" in out
+
+    @pytest.mark.parametrize("batch", ["1", "256"])
+    def test_fits_into_120_columns(self, capsys: pytest.CaptureFixture[str], batch: str) -> None:
+        _, out, _ = run(capsys, "efficientnet_b0", "--batch-size", batch, "--model-time")
+        assert max(map(len, out.splitlines())) <= explain.WIDTH
+
+    def test_json_holds_it_with_and_without_the_flag(self, capsys: pytest.CaptureFixture[str]) -> None:
+        flags = ("efficientnet_b0", "--json")
+        plain, timed = (run(capsys, *flags, *more)[1] for more in ((), ("--model-time",)))
+        assert plain == timed
+        report = json.loads(timed)
+        assert report["estimated_us"].keys() == set(MODES)
+        for launch in report["launches"]:
+            assert launch["time"].keys() >= {*TERMS, "us", "longest", "blocks", "counted"}
 
 
 class TestJson:

@@ -51,7 +51,7 @@ def assert_same_logits(run: Callable[[Tensor], Tensor], model: nn.Module, *shape
 
 
 def left_in(folder: Path) -> list[str]:
-    """All that lies in a folder, hidden or not."""
+    """Return all files in a folder, hidden or not."""
     return sorted(path.name for path in folder.iterdir())
 
 
@@ -189,7 +189,7 @@ def test_onnx_of_a_network_with_same_padding(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("pad_type", "bn_eps"), [("", 1e-5), ("same", 1e-3), ("same_native", 1e-3)])
 def test_weights_read_back_with_their_meaning(b0: EfficientNet, pad_type: str, bn_eps: float, tmp_path: Path) -> None:
-    """A name alone stands for one padding and one eps; the file says which ones its weights have."""
+    """A name alone implies one padding and one eps; the file says which ones its weights have."""
     model = copy.deepcopy(b0)
     model.set_padding(pad_type)
     model.set_norm(eps=bn_eps, momentum=0.02)
@@ -231,7 +231,7 @@ def test_a_damaged_note_is_refused(b0: EfficientNet, tmp_path: Path) -> None:
 
 
 def wrong(run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The network, but its first logit 0.1 % off."""
+    """Return the network, but its first logit 0.1 % off."""
     return lambda x: run(x) * torch.tensor([1.001] + [1.0] * 9)
 
 
@@ -267,7 +267,7 @@ def test_triton_operators_are_refused(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(formats.Job, "operators", property(lambda job: ("effkernels_triton::conv_bn_act",)))
     with pytest.raises(ExportError, match="Triton kernels, which need Python"):
         export_model(small(), tmp_path / "net.pt2", "pt2", image_size=64)
-    with pytest.raises(ExportError, match="is to be plain PyTorch"):
+    with pytest.raises(ExportError, match="should be plain PyTorch"):
         export_model(small(), tmp_path / "net.onnx", "onnx", image_size=64)
 
 
@@ -322,7 +322,7 @@ def test_a_missing_package_is_named_with_its_extra(
 def test_files_are_replaced_only_when_asked(tmp_path: Path) -> None:
     file, library = tmp_path / "net.pt2", tmp_path / "libeffkernels.so"
     file.write_text("mine")
-    with pytest.raises(FileExistsError, match=r"net\.pt2' is there already"):
+    with pytest.raises(FileExistsError, match=r"net\.pt2' exists already"):
         export_model(small(), file, "pt2", image_size=64)
     assert file.read_text() == "mine"
     export_model(small(), file, "pt2", image_size=64, overwrite=True)
@@ -331,7 +331,7 @@ def test_files_are_replaced_only_when_asked(tmp_path: Path) -> None:
         export_model(small(), tmp_path / "nowhere" / "net.pt2", "pt2")
     if _library.is_loaded():
         library.write_text("another build")
-        with pytest.raises(FileExistsError, match="is there already and is another build"):
+        with pytest.raises(FileExistsError, match="exists already and is another build"):
             export_model(small(), tmp_path / "other.pt2", "pt2", image_size=64)
         assert library.read_text() == "another build"
         assert left_in(tmp_path) == ["libeffkernels.so", "net.pt2"]

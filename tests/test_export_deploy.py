@@ -1,4 +1,4 @@
-"""docs/deployment.md, run as it stands: packages, programs and the C++ program, in processes without effkernels."""
+"""docs/deployment.md, run as written: packages, programs and the C++ program, in processes without effkernels."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TORCH = Path(torch.__path__[0])
 
 
 def reason_not_to_run() -> str:
-    """What is missing on this machine to build an AOTInductor package and a program; "" where nothing is."""
+    """Return what this machine lacks to build an AOTInductor package and a program; "" for nothing."""
     if not _library.is_loaded():
         return f"no operator library: {_library.load_error()}"
     tools = [name for name in (os.environ.get("CXX") or "g++", "cmake", "make", "ldd") if not shutil.which(name)]
@@ -47,7 +47,7 @@ pytestmark = [
 
 
 def blocks(language: str) -> list[str]:
-    """The page's code in a language, block by block."""
+    """Return the page's code in a language, block by block."""
     return re.findall(rf"^```{language}\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL)
 
 

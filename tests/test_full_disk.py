@@ -109,7 +109,7 @@ def test_outputs_are_checked_before_the_work(
 
 
 @pytest.mark.parametrize("command", [["info"], ["explain", "efficientnet_b0"], ["scale", "--table", "variants"]])
-def test_standard_output_that_is_full_is_said(command: list[str]) -> None:
+def test_full_standard_output_is_reported(command: list[str]) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-m", "effkernels", *command], stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 1

@@ -46,7 +46,7 @@ def test_a_failure_names_the_command_that_repeats_it() -> None:
 
 
 def test_a_lost_process_is_a_failure_and_the_next_case_runs() -> None:
-    """What is no seed ends the worker, as a crash would."""
+    """A case that is no seed ends the worker, as a crash would."""
     found = inputs.tally([1, [], 2])  # type: ignore[list-item]
     assert sum(found.attempts.values()) == 3
     (line,) = found.failures

@@ -113,7 +113,7 @@ class TestProgress:
             out.write('{"part": "ops", "done": "a"')
         assert progress.of("ops").done == {}
 
-    def test_goes_on_with_the_same_run_alone(self, progress: Progress) -> None:
+    def test_continues_only_the_same_run(self, progress: Progress) -> None:
         progress.note("ops", planned=["a"])
         assert progress.begin("a run")
         assert progress.of("ops").planned == ["a"]
@@ -284,7 +284,7 @@ class TestOnePart:
         outcome = self.run(tmp_path, monkeypatch, "import os\nos.kill(os.getpid(), 11)")
         assert (outcome.result, outcome.note) == ("failed", "died by signal 11 at 0 of 2 steps, next a")
 
-    # Neither an exception nor a signal helps against the second one, and the third has left a process behind.
+    # Neither an exception nor a signal helps against the second one, and the third has left a process running.
     @pytest.mark.parametrize(
         "body",
         [
@@ -327,20 +327,13 @@ progress.note("fake", begun="b", left=2.0)
         self, capsys: pytest.CaptureFixture[str], raised: Exception | None, status: int, line: str
     ) -> None:
         def part(options: Options) -> str:
-            """A part."""
+            """Return a part."""
             if raised:
                 raise raised
             return "all well"
 
         assert common.run_part(part, ["--device", "cpu"]) == status
         assert capsys.readouterr().out.splitlines()[-1] == line
-
-    @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
-    def test_is_a_module_with_a_command_line(self, part: Part) -> None:
-        command = [sys.executable, "-m", f"benchmarks.gpu_check.{part.name}", "--help"]
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=common.environment())
-        assert done.returncode == 0, done.stderr
-        assert "--seconds" in done.stdout
 
 
 class TestCheck:

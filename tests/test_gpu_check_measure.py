@@ -1,4 +1,4 @@
-"""What `make gpu-check` measures, and how: calls, blocks and networks, contenders, rows, tables."""
+"""The measurements of `make gpu-check`: calls, blocks and networks, contenders, rows, tables."""
 
 from __future__ import annotations
 

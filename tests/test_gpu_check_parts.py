@@ -120,7 +120,7 @@ class TestSanitizer:
         assert sanitizer.read_verdict(output).errors == errors
 
     def fake(self, tmp_path: Path, planted: str, calls: str, status: int = 0) -> Path:
-        """A compute-sanitizer that prints one text for the planted mistake and another for the operators."""
+        """Return a compute-sanitizer that prints one text for the planted mistake and another for the operators."""
         tool = tmp_path / "compute-sanitizer"
         tool.write_text(f"""#!{sys.executable}
 import sys
@@ -246,7 +246,7 @@ def test_dry_run(part: Part, tmp_path: Path) -> None:
 def test_the_commit_of_a_copy_without_git(
     monkeypatch: pytest.MonkeyPatch, told: str, commit: str | None, dirty: bool | None
 ) -> None:
-    """EFFKERNELS_COMMIT tells it; where git answers, git is believed."""
+    """EFFKERNELS_COMMIT names it; if git answers, git's answer is used."""
 
     def no_git(*arguments: object, **options: object) -> None:
         raise FileNotFoundError("git")

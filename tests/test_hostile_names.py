@@ -32,7 +32,7 @@ def album(tmp_path: Path) -> Path:
 
 
 def run(*arguments: object, encoding: str = "utf-8") -> tuple[int, str, str]:
-    """A command in a process of its own, whose output is read as a terminal of that encoding would."""
+    """Return a command in a process of its own, whose output is read as a terminal of that encoding would."""
     command = [sys.executable, "-m", "effkernels", *map(str, arguments)]
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, env=environment, timeout=300)

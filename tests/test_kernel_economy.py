@@ -1,4 +1,4 @@
-"""What the compiler made of the kernels: every claim of benchmarks/kernel_economy holds in the library that ships.
+"""The compiled code of the kernels: every claim of benchmarks/kernel_economy holds in the library that ships.
 
 Read from machine code, so it needs nvcc's output and a disassembler, but no GPU. Covered: every architecture that the
 library was built for, and the kernels of `COMPILED_HERE` for sm_80 too.
@@ -12,15 +12,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
+from listings import STRIPS, listing
 
-from benchmarks.kernel_economy import estimate, reading, rules, table
+from benchmarks.kernel_economy import reading, rules, table
 from benchmarks.kernel_economy.conv_loops import issued_by_stem
+from benchmarks.kernel_economy.counts import count_kernels
 from benchmarks.kernel_economy.loops import Flow, instructions_of, issued_by_strips
+from benchmarks.kernel_economy.pointwise_loops import Tile, issued_by_tiles, tiles
 from benchmarks.kernel_economy.reading import Kernel, ToolMissing
 from benchmarks.kernel_economy.rules import Claim, Rule
 from effkernels import _library
-from effkernels.bench.op_case import depthwise_case, pointwise_case
+from effkernels.plan import kernel_counts
 
 TESTS = Path(__file__).parent
 
@@ -86,7 +88,7 @@ class TestThePage:
         assert page == expected, "run: make kernels-table"
 
     def test_a_page_without_markers_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="must stand there once"):
+        with pytest.raises(ValueError, match="must be there once"):
             table.with_section("# CUDA kernels", "text")
 
 
@@ -104,55 +106,32 @@ def test_claims_hold_for_sm_80(tmp_path: Path) -> None:
     assert rules.broken_claims(kernels) == []
 
 
-class TestTheEstimate:
-    def test_counts_the_bytes_that_the_operator_cannot_avoid(self) -> None:
-        """The same bytes as OpCase counts, but for weights and vectors."""
-        call = estimate.depthwise("depthwise_bn_act_squeeze", 96, 112, 3, 2, 0)
-        case = depthwise_case("depthwise_bn_act", (1, 96, 112, 112), 3, 2)
-        images = case.bytes_moved(torch.bfloat16) - 96 * (9 * 2 + 4 * 4)
-        assert call.moved == estimate._BATCH * images
-        call = estimate.pointwise(144, 56, 24, True, True)
-        pointwise = pointwise_case((1, 144, 56, 56), 24, gate=True, residual=True)
-        images = pointwise.bytes_moved(torch.bfloat16) - 24 * (144 * 2 + 4 * 4) - 144 * 2
-        assert call.moved == estimate._BATCH * images
+class TestTheCounts:
+    def test_file_is_what_the_disassembly_gives(self, shipped: list[Kernel]) -> None:
+        """effkernels/plan/kernel_counts.json, comparable only where the compiler is the same."""
+        need_tools("nvcc")
+        if 90 not in {kernel.arch for kernel in shipped}:
+            pytest.skip("the library was not built for sm_90, which the counts are of")
+        if table.caption(reading.nvcc_version()) not in table.PAGE.read_text(encoding="utf-8"):
+            pytest.skip(f"the counts are of another compiler than nvcc {reading.nvcc_version()}")
+        expected = kernel_counts.to_json(count_kernels(shipped))
+        assert kernel_counts.FILE.read_text(encoding="utf-8") == expected, "run: make kernels-table"
 
-    def test_plans_are_of_one_launch(self, compiled: None) -> None:
-        for call in estimate.CALLS:
-            assert len(estimate.planned(call)) == 1, call.words
-
-
-def listing(*lines: str) -> str:
-    """A disassembly of these instructions, at 0x10, 0x20 and so on."""
-    return "".join(f"        /*{16 * (number + 1):04x}*/  {line} ;  /* 0x0 */\n" for number, line in enumerate(lines))
+    def test_strips_agree_with_the_instructions_for_each_value(self, shipped: list[Kernel]) -> None:
+        """Two ways to count one strip: part by part, and the whole way around it."""
+        counts = count_kernels(shipped)
+        for size, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
+            name = f"depthwise_strips<bfloat16, {size}, {stride}, {7 if stride == 1 else 4}>"
+            (kernel,) = (one for one in shipped if one.name == name and one.arch == 90)
+            parts = counts[name.replace(" ", "")].parts
+            values = rules.strip_elements(kernel)
+            by_parts = (parts["strip"].issued + size * parts["row"].issued) / values
+            assert by_parts == pytest.approx(rules.issued(kernel).inside, rel=0.05), name
 
 
 class TestTheLoops:
-    # A loop over two strips of 1 pixel by 1 channel, each with a row loop of one load and one product.
-    LISTING = (
-        "MOV R0, 0x1",  # 10: before the loops
-        "IADD3 R1, R1, 0x1, RZ",  # 20: the loop over strips
-        "@P0 BRA 0x60",
-        "LDG.E.128 R4, [R2.64]",  # 40: a row inside
-        "FFMA R4, R4, R5, R6",
-        "@P1 BRA 0x40",  # 60, where a strip at the border comes in as well
-        "ISETP.GE.AND P2, PT, R1, R2, PT",  # 70: a row at the border
-        "LDG.E.128 R4, [R2.64]",
-        "FFMA R4, R4, R5, R6",
-        "@P1 BRA 0x70",
-        "BRX R8 -0x10",  # b0: the switch of the activation
-        "MUFU.EX2 R4, R4",  # c0: not swish, longer
-        "FMUL R4, R4, R4",
-        "FMUL R4, R4, R4",
-        "BRA 0x120",
-        "MUFU.TANH R4, R4",  # 100: swish
-        "BRA 0x120",
-        "STG.E.128 [R2.64], R4",  # 120
-        "@!P3 BRA 0x20",
-        "EXIT",
-    )
-
     def test_blocks_end_at_branches_and_begin_where_they_lead(self) -> None:
-        flow = Flow(instructions_of(listing(*self.LISTING)))
+        flow = Flow(instructions_of(listing(*STRIPS)))
         assert [block[0].address for block in flow.blocks] == [
             *(0x10, 0x20, 0x40, 0x60, 0x70, 0xB0, 0xC0, 0x100, 0x120, 0x140)
         ]
@@ -164,7 +143,7 @@ class TestTheLoops:
         }
 
     def test_the_way_of_swish_is_counted_and_rows_as_often_as_the_kernel_has_them(self) -> None:
-        code = instructions_of(listing(*self.LISTING))
+        code = instructions_of(listing(*STRIPS))
         found = issued_by_strips(code, kernel=1, stride=1, strip=1, vector=1)
         # IADD3, BRA, 3 or 4 of a row, BRX, MUFU, BRA, STG, BRA
         assert (found.inside, found.border) == (10, 11)
@@ -172,7 +151,7 @@ class TestTheLoops:
 
     def test_code_without_the_loops_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="2 FFMA and 2 LDG"):
-            issued_by_strips(instructions_of(listing(*self.LISTING)), kernel=2, stride=1, strip=1, vector=1)
+            issued_by_strips(instructions_of(listing(*STRIPS)), kernel=2, stride=1, strip=1, vector=1)
 
 
 class TestTheStem:
@@ -227,6 +206,67 @@ class TestTheStem:
     def test_code_without_the_loop_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="no loop with a barrier and a product"):
             issued_by_stem(instructions_of(listing("FFMA R4, R4, R5, R6", "@P0 BRA 0x10", "EXIT")), planes=False)
+
+
+class TestThePointwiseLoops:
+    # One warp, a tile of 16 x 8: two copies of x and one of the weights for a stage, two products a step.
+    TILE = Tile(16, 8, 1, 1, 1)
+    LISTING = (
+        "MOV R0, 0x1",  # 10
+        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 20: the loop over the first stages of the weights
+        "@P0 BRA 0x20",
+        *["LDG.E R4, [R2.64]"] * 4,  # 40: the norm
+        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 80: the loop over the first stages of x
+        "@P0 BRA 0x80",
+        "CS2R R24, SRZ",  # b0: the loop over tiles
+        "BAR.SYNC.DEFER_BLOCKING 0x0",  # c0: the loop over steps
+        "@P1 BRA 0x110",
+        *["VIMNMX R5, R5, R6, PT"] * 2,  # e0: the rows of the next tile
+        "IADD3 R7, R7, 0x1, RZ",
+        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 110
+        "@P2 BRA 0x150",
+        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 140: weights that are not kept
+        "LDSM.16.M88.4 R40, [R12]",  # 150
+        *["HMMA.16816.F32.BF16 R24, R40, R14, R24"] * 2,
+        "@P3 BRA 0xc0",
+        "@P4 BRA 0x1c0",  # 190
+        *["FMUL R4, R4, R4"] * 2,  # 1a0: a longer way to no result
+        "FFMA R4, R4, R5, R6",  # 1c0
+        "MUFU.TANH R4, R4",
+        "STG.E.64 [R2.64], R4",
+        "@P5 BRA 0xb0",
+        "EXIT",
+    )
+
+    def test_each_part_of_the_work_is_counted(self) -> None:
+        found = issued_by_tiles(instructions_of(listing(*self.LISTING)), self.TILE, takes_gate=False)
+        assert found.prologue.total() == 10 + 2 * 2 + 2 * 3, "each loop over the first stages is run three times"
+        assert found.tile == {"ALU": 4}
+        assert found.step == {"ALU": 4, "load/store": 2, "shared": 1, "tensor": 2}
+        assert found.weights == {"load/store": 1}
+        assert found.epilogue == {"ALU": 2, "FMA": 1, "special": 1, "load/store": 1}
+        assert found.residual.total() == 0
+
+    def test_code_without_the_loops_is_an_error(self) -> None:
+        with pytest.raises(ValueError, match="0 loops of 4 HMMA and a barrier"):
+            issued_by_tiles(instructions_of(listing(*self.LISTING)), Tile(32, 8, 1, 1, 1), takes_gate=False)
+        with pytest.raises(ValueError, match="copies of a step"):
+            issued_by_tiles(instructions_of(listing(*self.LISTING)), self.TILE, takes_gate=True)
+
+    def test_tiles_are_those_of_the_source(self) -> None:
+        assert len(tiles()) == 12
+        assert Tile(64, 144, 4, 1, 1) in tiles()
+
+    def test_more_instructions_than_budgeted_break_the_claim(
+        self, shipped: list[Kernel], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        one = next((k for k in shipped if k.name == "pointwise<bfloat16, 0, 7, 0, false>" and k.arch == 90), None)
+        if one is None:
+            pytest.skip("the library was not built for sm_90, which the budget is of")
+        assert rules.within_pointwise_budget(one) is None
+        for budget in ((1, 999, 999), (999, 1, 999), (999, 999, 1)):
+            monkeypatch.setitem(rules._POINTWISE_BUDGET, ("identity", 128, 16), budget)
+            assert rules.within_pointwise_budget(one)
 
 
 GOOD = "good<bfloat16, 1>"

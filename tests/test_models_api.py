@@ -168,7 +168,7 @@ def test_the_model_runs_on_the_backend_it_was_given() -> None:
 
 
 def fused_operators(forward: Callable[[torch.Tensor], Any], x: torch.Tensor) -> int:
-    """How many fused operators a call of `forward` runs."""
+    """Return how many fused operators a call of `forward` runs."""
 
     class Counter(TorchDispatchMode):
         count = 0
@@ -254,7 +254,7 @@ def test_export_with_dynamic_sizes(pad_type: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("pad_type", ["", "same"])
 def test_traced_by_torch_jit(pad_type: str) -> None:
-    """The trace is plain PyTorch and holds for other sizes too."""
+    """The trace is plain PyTorch and is valid for other sizes too."""
     model = small(pad_type=pad_type)
     with torch.no_grad():
         traced = torch.jit.trace(model, images(2, 65, 97))

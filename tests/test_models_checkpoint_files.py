@@ -1,4 +1,4 @@
-"""What trainers and wrappers put around the weights in a file is taken off, or named; nothing in a file is run."""
+"""Wrappers of trainers around the weights in a file are removed, or named; nothing in a file is run."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class TestPrefixes:
         ["module.", "model.", "net.", "backbone.", "_orig_mod.", "model.module.", "net.model._orig_mod.", "a.b.c.d."],
     )
     @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-    def test_whatever_stands_in_front_of_every_key(self, state: State, tmp_path: Path, layout, prefix: str) -> None:
+    def test_any_prefix_of_every_key(self, state: State, tmp_path: Path, layout, prefix: str) -> None:
         named, _ = effkernels.convert_state_dict(state, "timm", layout.name)
         back, _ = effkernels.convert_state_dict(prefixed(named, prefix), None, "timm")
         assert all(torch.equal(back[key], state[key]) for key in state)
@@ -152,7 +152,7 @@ class TestSaverOfTimm:
         return model.eval()
 
     def saved(self, model: nn.Module, folder: Path, args: argparse.Namespace, metric: Any) -> Path:
-        """A file of timm's own saver, after a step of the optimizer, with a gradient scaler."""
+        """Return a file of timm's own saver, after a step of the optimizer, with a gradient scaler."""
         from timm.utils import CheckpointSaver, NativeScaler
 
         optimizer = torch.optim.SGD(model.parameters(), lr=0.0, momentum=0.9)

@@ -74,7 +74,7 @@ def test_torchvision(tmp_path: Path, variant: str, eps: float, momentum: float) 
 
 @pytest.mark.parametrize("variant", ["b0", "b1"])
 def test_lukemelas(tmp_path: Path, variant: str) -> None:
-    """Its padding is frozen at the native size, so that other sizes tell it from SAME padding."""
+    """Its padding is frozen at the native size, so that other sizes distinguish it from SAME padding."""
     peer = lukemelas_model(variant)
     file = save(peer.state_dict(), tmp_path)
     model = load_checkpoint(f"efficientnet_{variant}", file)

@@ -39,7 +39,7 @@ def hugging_face() -> Any:
 
 
 def built(semantics: Semantics) -> nn.Module:
-    """The model that the semantics tell to build, by running what they tell, on the meta device."""
+    """Return the model of the semantics, by running their code, on the meta device."""
     if "transformers" in semantics.build:
         hugging_face()
     namespace: dict[str, Any] = {}
@@ -86,7 +86,7 @@ def state() -> State:
 
 @functools.cache
 def meta_state(variant: str, in_chans: int = 3, num_classes: int = 1000) -> State:
-    """timm's names without memory behind them."""
+    """Return timm's names, with tensors without memory."""
     model = effkernels.create_model(
         f"efficientnet_{variant}", device="meta", in_chans=in_chans, num_classes=num_classes
     )
@@ -200,7 +200,7 @@ class TestSpellings:
 
 
 class TestTheLibrarysOwnModel:
-    """What is told to be built takes the weights strictly, in their order, and has the norms that they need."""
+    """The model of the shown code takes the weights strictly, in order, and has the norms that they need."""
 
     @pytest.mark.parametrize("dst", ["timm", "torchvision", "lukemelas", "huggingface"])
     @pytest.mark.parametrize(("variant", "in_chans", "num_classes"), [("b0", 3, 1000), ("b1", 1, 7), ("b5", 4, 0)])
@@ -296,7 +296,7 @@ class TestLogits:
 
     @pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnet_b0"])
     def test_nvidia_comes_back_with_its_meaning(self, name: str, tmp_path: Path) -> None:
-        """NVIDIA's code is in no package: its names, its linear gates and its padding in our model stand for it."""
+        """NVIDIA's code is in no package: our model with its names, linear gates and padding replaces it."""
         model = peer(name)
         state, semantics = effkernels.convert_state_dict(model.state_dict(), "timm", "nvidia", variant=name)
         torch.save(state, tmp_path / "nvidia.pth")
@@ -337,11 +337,14 @@ class TestSemantics:
         assert (found.pad_type, found.bn_eps, found.bn_momentum) == wanted
 
     @pytest.mark.parametrize("variant", [None, "b0"])
-    def test_the_keys_of_timm_do_not_tell(self, variant: str | None) -> None:
+    def test_the_keys_of_timm_do_not_show_the_padding(self, variant: str | None) -> None:
         _, found = effkernels.convert_state_dict(meta_state("b0"), "timm", "torchvision", variant=variant)
         assert (found.pad_type, found.bn_eps, found.bn_momentum, found.build) == (None, None, None, None)
         assert len(found.warnings) == 1
-        assert "do not tell efficientnet_b0 (symmetric padding, eps 1e-05) from tf_efficientnet_b0" in found.warnings[0]
+        assert (
+            "do not distinguish efficientnet_b0 (symmetric padding, eps 1e-05) from tf_efficientnet_b0"
+            in found.warnings[0]
+        )
 
     @pytest.mark.parametrize(
         ("name", "dst", "wanted"),
@@ -469,9 +472,7 @@ class TestErrors:
 
     def test_a_tf_name_for_weights_that_are_not_of_timm(self) -> None:
         first, _ = effkernels.convert_state_dict(meta_state("b0"), "timm", "torchvision")
-        with pytest.raises(
-            ValueError, match=r"variant='tf_efficientnet_b0' tells how weights of timm .* torchvision's"
-        ):
+        with pytest.raises(ValueError, match=r"variant='tf_efficientnet_b0' says how timm's weights .* torchvision's"):
             effkernels.convert_state_dict(first, None, "timm", variant="tf_efficientnet_b0")
 
     def test_two_spellings_of_one_part(self) -> None:

@@ -31,7 +31,7 @@ State = dict[str, Tensor]
 
 @functools.cache
 def fork(variant: str, image_size: int | None) -> nn.Module:
-    """A model under lukemelas' names, shared by tests that do not change it."""
+    """Return a model under lukemelas' names, shared by tests that do not change it."""
     return lukemelas_lite_model(variant, image_size)
 
 
@@ -83,7 +83,7 @@ class TestLukemelas:
         assert_same_logits(model, fork("lite1", None), 169)
 
     def test_frozen_padding_survives_an_export(self, tmp_path: Path) -> None:
-        """The file notes the size at which it is frozen, which the name of the model does not tell."""
+        """The file notes the size at which it is frozen, which the name of the model does not say."""
         model = load_checkpoint("efficientnet_lite3", save(fork("lite3", 280).state_dict(), tmp_path))
         effkernels.export_model(model, tmp_path / "lite3.safetensors", "safetensors", batch_size=1, image_size=97)
         again = load_checkpoint("efficientnet_lite3", tmp_path / "lite3.safetensors")

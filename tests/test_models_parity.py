@@ -19,8 +19,7 @@ from peer_models import (
     twin,
 )
 
-from effkernels.models import list_models
-from effkernels.models.checkpoints import load_checkpoint
+from effkernels.models import list_models, load_checkpoint
 
 
 @pytest.mark.parametrize("name", list_models())

@@ -32,5 +32,6 @@ def test_importing_effkernels_imports_none_of_them() -> None:
 def test_torchvision_comes_first_or_second() -> None:
     """timm imports torchvision, so either order has to declare what torchvision misses beside a CPU-only torch."""
     for first, second in (("timm", "torchvision"), ("torchvision", "timm")):
-        code = f"from effkernels import peers; peers.import_{first}(); peers.import_{second}(); import torchvision.ops"
+        code = f"from effkernels.models import peers; peers.import_{first}(); peers.import_{second}()"
+        code += "; import torchvision.ops"
         subprocess.run([sys.executable, "-c", code], check=True)

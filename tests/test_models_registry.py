@@ -1,4 +1,4 @@
-"""Building models by name: what they cost, what they are told about, what they refuse."""
+"""Building models by name: costs, notices, refusals."""
 
 from __future__ import annotations
 
@@ -96,11 +96,6 @@ def test_an_unknown_name_offers_the_nearest() -> None:
 def test_a_name_is_given_once() -> None:
     with pytest.raises(ValueError, match="'efficientnet_b0' is taken"):
         register(RegisteredModel(model_config("efficientnet_b0"), BASELINE))
-
-
-def test_no_weights_are_shipped() -> None:
-    with pytest.raises(NotImplementedError, match=r"no weights are shipped.*checkpoint_path=FILE"):
-        effkernels.create_model("efficientnet_b0", pretrained=True)
 
 
 @pytest.mark.parametrize(

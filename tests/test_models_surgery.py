@@ -1,4 +1,4 @@
-"""What people do to a model's modules: cut, hook, replace, rebuild. Own models answer as timm's do."""
+"""Common changes to a model's modules: cut, hook, replace, rebuild. Own models answer as timm's do."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_hooks_see_timms_values(path: str, own_b0: EfficientNet, timm_b0: nn.Mod
 
 
 def test_maps_and_their_gradients_at_a_norm_are_timms(own_b0: EfficientNet, timm_b0: nn.Module) -> None:
-    """What Grad-CAM reads at `bn2`: the activated map, and the gradient of a logit by it."""
+    """Grad-CAM reads at `bn2` what timm gives: the activated map, and the gradient of a logit by it."""
     found = []
     for model in (own_b0, timm_b0):
         maps: list[Tensor] = []

@@ -15,7 +15,7 @@ from effkernels.models import EfficientNet
 
 
 def backward(model: nn.Module, x: Tensor) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
-    """The logits of one training step, the gradients and the buffers after it."""
+    """Return the logits of one training step, the gradients and the buffers after it."""
     model.train().zero_grad()
     logits = model(x)
     logits.square().mean().backward()

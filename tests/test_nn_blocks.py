@@ -34,7 +34,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "mbconv-stride2-same": lambda: MBConv(24, 40, 3, 2, se_channels=6, pad_type="same"),
     "mobilenet-v2": lambda: MBConv(24, 24, 3, activation="relu6"),
     "mobilenet-v3": lambda: MBConv(
-        24, 24, 5, se_channels=8, activation="hard_swish", se_activation="relu", gate="hard_sigmoid"
+        24, 24, 5, se_channels=8, activation="hard_swish", se_activation="relu", gate_activation="hard_sigmoid"
     ),
     "mbconv-dilated": lambda: MBConv(24, 24, 3, dilation=2, se_channels=6, expansion=1),
     "separable": lambda: DepthwiseSeparable(24, 16, se_channels=6),
@@ -62,7 +62,7 @@ def build(name: str) -> nn.Module:
 
 
 def plain(block: nn.Module, x: Tensor) -> Tensor:
-    """The block module by module: what it runs when a norm is not what it seems."""
+    """Return the block module by module: what it runs when a norm is not what it seems."""
     block = copy.deepcopy(block)
     for module in block.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -147,7 +147,7 @@ def test_eval_runs_fused_and_training_runs_the_modules(calls: list[str]) -> None
 def test_off_the_cpu_the_gate_belongs_to_the_depthwise_operator(calls: list[str]) -> None:
     with torch.device("meta"):
         block, x = MBConv(24, 24, 5, se_channels=6).eval(), torch.empty(2, 24, 8, 8)
-    with effkernels.backend("cpu"):  # on the meta device the CPU's shape functions stand for all
+    with effkernels.backend("cpu"):  # on the meta device the CPU's shape functions represent all
         assert block(x).shape == x.shape
     assert calls == ELSEWHERE
     calls.clear()
@@ -306,7 +306,7 @@ def test_depthwise_kernels_of_any_shape_run_fused(calls: list[str], kernel: tupl
 
 def test_squeeze_excite_is_its_formula() -> None:
     x = images(2, 5, 7, 12)
-    module = SqueezeExcite(12, 3, activation="relu", gate="hard_sigmoid").eval()
+    module = SqueezeExcite(12, 3, activation="relu", gate_activation="hard_sigmoid").eval()
     hidden = torch.relu(module.conv_reduce(x.mean((2, 3), keepdim=True)))
     torch.testing.assert_close(module(x), x * nn.functional.hardsigmoid(module.conv_expand(hidden)))
 
@@ -326,12 +326,15 @@ def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: MBConv(8, 8, activation="swish"), "MBConv: activation='swish' is not known; allowed: identity, relu"),
+        (lambda: MBConv(8, 8, activation="mish"), "MBConv: activation='mish' is not known; allowed: identity, relu"),
         (lambda: DepthwiseSeparable(8, 8, activation="x"), "DepthwiseSeparable: activation='x'"),
         (lambda: ConvBnAct(8, 8, 1, activation="x"), "ConvBnAct: activation='x'"),
         (lambda: MBConv(8, 8, expansion=0), "expansion=0 must be at least 1"),
         (lambda: SqueezeExcite(8, 0), "reduced_channels=0 must be at least 1"),
-        (lambda: SqueezeExcite(8, 2, gate="tanh"), "gate='tanh' is not known; allowed: sigmoid, hard_sigmoid"),
+        (
+            lambda: SqueezeExcite(8, 2, gate_activation="tanh"),
+            "gate_activation='tanh' is not known; allowed: sigmoid, hard_sigmoid",
+        ),
         (lambda: DropPath(1.0), "rate=1.0 is not a probability"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import effkernels
 from effkernels import ops
+from effkernels._norm import gather_norms
 from effkernels.ops import backends
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,8 +46,7 @@ class Network(nn.Module):
         self.reduce, self.expand = nn.Parameter(torch.randn(r, c, 1, 1)), nn.Parameter(torch.randn(c, r, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        n = self.norm
-        norm = (None, n.weight, n.bias, n.running_mean, n.running_var, n.eps)
+        norm = (None, ops.Norm.of(self.norm))
         excite = {"w_reduce": self.reduce, "w_expand": self.expand}
         y = ops.conv_bn_act(x, self.stem, *norm, stride=2, padding=same_padding(x, 3, 2), activation="silu")
         y = ops.depthwise_bn_act(y, self.small, *norm, padding=same_padding(y, 3, 1), activation="relu6")
@@ -55,10 +55,13 @@ class Network(nn.Module):
         )
         y = ops.pointwise_bn_act(kept, self.project, *norm, gate=gate, residual=kept)
         y, pooled = ops.depthwise_bn_act_squeeze(y, self.small, *norm, padding=same_padding(y, 3, 1))
-        expand_norm = {"expand_norm_weight": n.weight, "expand_norm_bias": n.bias}
-        expand_norm |= {"expand_norm_mean": n.running_mean, "expand_norm_var": n.running_var}
         half, means = ops.expand_depthwise_squeeze(
-            y, self.project, self.small, **expand_norm, expand_activation="silu", padding=same_padding(y, 3, 1)
+            y,
+            self.project,
+            self.small,
+            expand_norm=norm[1],
+            expand_activation="silu",
+            padding=same_padding(y, 3, 1),
         )
         y = y + half * means[:, :, None, None]
         y = y * ops.squeeze_excite_gate(pooled, self.reduce, None, self.expand, None)[:, :, None, None]
@@ -166,7 +169,7 @@ def test_each_operator_alone_is_one_graph(op: str, way: str) -> None:
         for batch, height, width in ((2, 9, 11), (3, 12, 10), (5, 21, 20)):
             case = Case(op, batch=batch, height=height, width=width, gated=True, residual=True, layout="contiguous")
             arguments = case.draw()
-            outputs = function(**arguments)
+            outputs = function(**gather_norms(arguments))
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             for y, wanted in zip(outputs, op_cases.run(effkernels.ops, case, arguments), strict=True):
                 torch.testing.assert_close(y, wanted)

@@ -11,7 +11,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from op_cases import ALL_OPS, DEPTHWISE_OPS, EXPAND_OP, IMAGE_OPS, Case
+from op_cases import ALL_OPS, DEPTHWISE_OPS, EXPAND_OP, IMAGE_OPS, Case, flat
 
 import effkernels
 from effkernels import ops
@@ -68,7 +68,7 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     # the operator with two convolutions says which one it means
     ((EXPAND_OP,), {"x": T(2, 9, 6, 7)}, r"expand_weight has shape \(5, 8, 1, 1\); allowed: .*9"),
     ((EXPAND_OP,), {"expand_weight": T(5, 8)}, r"expand_weight has shape \(5, 8\); allowed: \(Cout, Cin, 1, 1\)"),
-    ((EXPAND_OP,), {"expand_weight": T(6, 8, 1, 1), "expand_bias": T(6)}, r"expand_norm_weight has shape \(5\,?\)"),
+    ((EXPAND_OP,), {"expand_weight": T(6, 8, 1, 1), "expand_bias": T(6)}, r"expand_norm_mean has shape \(5\,?\)"),
     ((EXPAND_OP,), {"weight": T(6, 1, 3, 3)}, r"weight has shape \(6, 1, 3, 3\); allowed: \(5, 1, 3, 3\)"),
     ((EXPAND_OP,), {"weight": T(5, 1, 4, 15)}, "weight is a depthwise kernel of 4x15; allowed: 1 to 13 for its height"),
     ((EXPAND_OP,), {"expand_bias": T(8)}, r"expand_bias has shape \(8\,?\); allowed: \(5\,?\)"),
@@ -78,7 +78,7 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
         {"expand_norm_mean": None, "expand_norm_var": None},
         "expand_norm_mean and expand_norm_var.*or none",
     ),
-    ((EXPAND_OP,), {"expand_eps": -1.0}, "expand_eps=-1.*; allowed: finite and not negative"),
+    ((EXPAND_OP,), {"expand_norm_eps": -1.0}, "expand_norm_eps=-1.*; allowed: finite and not negative"),
     ((EXPAND_OP,), {"expand_activation": "tanh"}, "expand_activation='tanh' is not known; allowed: identity, relu"),
     ((EXPAND_OP,), {"stride": 3}, "stride=3; allowed: 1, 2"),
     ((EXPAND_OP,), {"dilation": 5}, "allowed: at least one output"),
@@ -86,14 +86,18 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     (IMAGE_OPS, {"norm_mean": None}, "norm_mean and norm_var belong together.*allowed: both or neither"),
     (IMAGE_OPS, {"norm_var": None}, "norm_mean and norm_var belong together.*allowed: both or neither"),
     (IMAGE_OPS, {"norm_mean": None, "norm_var": None}, "norm_mean and norm_var.*allowed: all of the norm or none"),
-    (IMAGE_OPS, {"eps": NAN}, "eps=nan; allowed: finite and not negative"),
-    (IMAGE_OPS, {"eps": math.inf}, "eps=inf; allowed: finite and not negative"),
-    (IMAGE_OPS, {"eps": -1.0}, "eps=-1.*; allowed: finite and not negative"),
+    (IMAGE_OPS, {"norm_eps": NAN}, "norm_eps=nan; allowed: finite and not negative"),
+    (IMAGE_OPS, {"norm_eps": math.inf}, "norm_eps=inf; allowed: finite and not negative"),
+    (IMAGE_OPS, {"norm_eps": -1.0}, "norm_eps=-1.*; allowed: finite and not negative"),
     # names
     (IMAGE_OPS, {"activation": "swish6"}, "activation='swish6' is not known; allowed: identity, relu, relu6, silu"),
     (SE_OPS, {"se_activation": ""}, "se_activation='' is not known; allowed: identity, relu"),
     (("squeeze_excite_gate",), {"activation": "tanh"}, "activation='tanh' is not known; allowed: identity, relu"),
-    ((*SE_OPS, "squeeze_excite_gate"), {"gate": "softmax"}, "gate='softmax' is not known; allowed: sigmoid, hard_sig"),
+    (
+        (*SE_OPS, "squeeze_excite_gate"),
+        {"gate_activation": "softmax"},
+        "gate_activation='softmax' is not known; allowed: sigmoid, hard_sig",
+    ),
     # geometry
     (DEPTHWISE_OPS, {"stride": 0}, "stride=0; allowed: 1, 2"),
     (DEPTHWISE_OPS, {"stride": 3}, "stride=3; allowed: 1, 2"),
@@ -144,7 +148,7 @@ def each(table: list[tuple[tuple[str, ...], dict[str, Any], str]]) -> list[Any]:
 def test_reference_way(op: str, changes: dict[str, Any], message: str) -> None:
     arguments = good(op) | changes
     with backends.backend("reference"), pytest.raises(ValueError, match=f"^{op}: .*{message}"):
-        getattr(ops, op)(**arguments)
+        getattr(flat(ops), op)(**arguments)
 
 
 @pytest.mark.usefixtures("compiled")
@@ -152,11 +156,11 @@ def test_reference_way(op: str, changes: dict[str, Any], message: str) -> None:
 def test_compiled_way(op: str, changes: dict[str, Any], message: str) -> None:
     arguments = good(op) | changes
     with pytest.raises(ValueError, match=f"^{op}: .*{message}"):
-        getattr(ops, op)(**arguments)
+        getattr(flat(ops), op)(**arguments)
     with pytest.raises(RuntimeError, match=f"{op}: .*{message}"):  # the operator itself, without `effkernels.ops`
         op_cases.overload(op)(*op_cases.positional(op, arguments))
     with pytest.raises(ValueError, match=f"^{op}: .*{message}"):  # the shape function says the same
-        getattr(ops, op)(**{k: a.to("meta") if isinstance(a, torch.Tensor) else a for k, a in arguments.items()})
+        getattr(flat(ops), op)(**{k: a.to("meta") if isinstance(a, torch.Tensor) else a for k, a in arguments.items()})
 
 
 @pytest.mark.parametrize(("op", "changes", "message"), each(WRONG_DTYPES))
@@ -164,10 +168,10 @@ def test_wrong_dtypes(op: str, changes: dict[str, Any], message: str) -> None:
     arguments = good(op)
     arguments |= {name: arguments[name].to(t.dtype) for name, t in changes.items()}
     with backends.backend("reference"), pytest.raises(TypeError, match=f"^{op}: {message}"):
-        getattr(ops, op)(**arguments)
+        getattr(flat(ops), op)(**arguments)
     if backends.choose(op, arguments.get("x", torch.zeros(1, 1))) != "reference":
         with pytest.raises(TypeError, match=f"^{op}: {message}"):
-            getattr(ops, op)(**arguments)
+            getattr(flat(ops), op)(**arguments)
 
 
 @pytest.mark.parametrize("op", ALL_OPS)
@@ -176,16 +180,16 @@ def test_input_that_is_no_image(way: str, op: str) -> None:
     name = "pooled" if op == "squeeze_excite_gate" else "x"
     with backends.backend(way):
         with pytest.raises(TypeError, match=f"^{op}: the input is list; allowed: Tensor"):
-            getattr(ops, op)(**good(op) | {name: [1.0]})
+            getattr(flat(ops), op)(**good(op) | {name: [1.0]})
         integers = good(op)[name].long()
         with pytest.raises(TypeError, match=f"^{op}: {name} has dtype int64; allowed: float"):
-            getattr(ops, op)(**good(op) | {name: integers})
+            getattr(flat(ops), op)(**good(op) | {name: integers})
 
 
 @pytest.mark.parametrize("op", ALL_OPS)
 @pytest.mark.parametrize("way", ["auto", "reference"])
 def test_tensors_on_two_devices(way: str, op: str) -> None:
-    """Tensors on "meta" stand for another device here, which every machine has."""
+    """Tensors on "meta" represent another device here, because every machine has it."""
     arguments = good(op)
     name = "w_reduce" if op == "squeeze_excite_gate" else "weight"
     arguments[name] = arguments[name].to("meta")
@@ -193,7 +197,7 @@ def test_tensors_on_two_devices(way: str, op: str) -> None:
         backends.backend(way),
         pytest.raises(ValueError, match=f"^{op}: {name} is on meta, the input on"),
     ):
-        getattr(ops, op)(**arguments)
+        getattr(flat(ops), op)(**arguments)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -203,15 +207,15 @@ def test_tensors_on_cpu_and_gpu(op: str) -> None:
     name = "w_reduce" if op == "squeeze_excite_gate" else "weight"
     arguments[name] = arguments[name].cuda()
     with pytest.raises(ValueError, match=f"^{op}: {name} is on"):
-        getattr(ops, op)(**arguments)
+        getattr(flat(ops), op)(**arguments)
 
 
 @pytest.mark.parametrize("op", WINDOW_OPS)
 def test_padding_of_two_numbers(op: str) -> None:
     with backends.backend("reference"), pytest.raises(ValueError, match=f"^{op}: padding has 2 numbers; allowed: four"):
-        getattr(ops, op)(**good(op) | {"padding": (1, 1)})
+        getattr(flat(ops), op)(**good(op) | {"padding": (1, 1)})
     with pytest.raises(ValueError, match=f"^{op}: padding has 2 numbers; allowed: four"):
-        getattr(ops, op)(**good(op) | {"padding": (1, 1)})
+        getattr(flat(ops), op)(**good(op) | {"padding": (1, 1)})
 
 
 @pytest.mark.parametrize("op", ALL_OPS)

@@ -1,6 +1,6 @@
-"""Guards behind every tensor: a kernel that writes past its output or reads past its inputs is found.
+"""Guards after every tensor: a kernel that writes past its output or reads past its inputs is found.
 
-Outputs: the GNU C library's checking allocator (MALLOC_CHECK_=3) puts a guard byte behind each block and aborts the
+Outputs: the GNU C library's checking allocator (MALLOC_CHECK_=3) puts a guard byte after each block and aborts the
 process that frees a block with a changed one. Inputs: each ends where a page ends, and the next page may not be read.
 Both stop a process, so the operators run in processes of their own.
 """

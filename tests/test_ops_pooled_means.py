@@ -6,7 +6,7 @@ import op_cases
 import pytest
 import torch
 from conftest import Backend, need
-from parity import assert_within, error
+from parity import assert_within, errors
 
 from effkernels import ops
 from effkernels.ops import reference
@@ -44,7 +44,7 @@ def test_means_of_any_image(op: str, plane: tuple[int, int], backend: Backend) -
             continue  # interpreted, a sum along an axis is NumPy's, one row after the other; on a GPU it is a tree
         x = image.contiguous(memory_format=torch.channels_last)
         _, truth = getattr(reference, op)(**call(op, x.double()))
-        own = [error(getattr(reference, op)(**call(op, one))[1], truth) for one in (x, x.contiguous())]
+        own = [errors(getattr(reference, op)(**call(op, one))[1], truth) for one in (x, x.contiguous())]
         arguments = {key: t.to(backend.device) for key, t in call(op, x).items()}
         _, pooled = getattr(ops, op)(**arguments)
         assert_within(pooled, own, truth, f"{name}: means of {op}")

@@ -6,7 +6,7 @@ import op_cases
 import pytest
 import torch
 import torch.nn.functional as F
-from op_cases import ALL_OPS, DTYPES, LAYOUTS, ODD_CHANNELS, ODD_PLANES, Case
+from op_cases import ALL_OPS, DTYPES, LAYOUTS, ODD_CHANNELS, ODD_PLANES, Case, flat
 from parity import assert_exact_channels_last
 from torch import Tensor, nn
 
@@ -15,7 +15,7 @@ from effkernels.ops import reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-EXCITE = ("w_reduce", "b_reduce", "w_expand", "b_expand", "se_activation", "gate")
+EXCITE = ("w_reduce", "b_reduce", "w_expand", "b_expand", "se_activation", "gate_activation")
 ACTIVATION_MODULES = {
     "identity": nn.Identity(),
     "relu": nn.ReLU(),
@@ -57,10 +57,10 @@ def padded(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
 def test_depthwise_is_convolution_norm_and_activation(padding: tuple[int, int, int, int], activation: str) -> None:
     case = Case("depthwise_bn_act", kernel=(5, 5), stride=2, dilation=2, padding=padding, activation=activation)
     arguments = op_cases.in_float64(case.draw())
-    y = reference.depthwise_bn_act(**arguments)
+    y = flat(reference).depthwise_bn_act(**arguments)
     z = F.conv2d(padded(arguments["x"], padding), arguments["weight"], None, 2, 0, 2, groups=case.channels)
     torch.testing.assert_close(y, ACTIVATION_MODULES[activation](batch_norm(arguments, case.channels)(z)))
-    again, pooled = reference.depthwise_bn_act_squeeze(**arguments)
+    again, pooled = flat(reference).depthwise_bn_act_squeeze(**arguments)
     assert torch.equal(again, y)
     torch.testing.assert_close(pooled, y.mean((2, 3)))
 
@@ -68,15 +68,15 @@ def test_depthwise_is_convolution_norm_and_activation(padding: tuple[int, int, i
 @pytest.mark.parametrize("gate", reference.GATES)
 @pytest.mark.parametrize("activation", reference.ACTIVATIONS)
 def test_squeeze_and_excitation_is_two_convolutions(activation: str, gate: str) -> None:
-    case = Case("depthwise_bn_act_se", bias=True, se_activation=activation, gate=gate)
+    case = Case("depthwise_bn_act_se", bias=True, se_activation=activation, gate_activation=gate)
     arguments = op_cases.in_float64(case.draw())
     shared = {k: v for k, v in arguments.items() if k not in EXCITE}
-    y = reference.depthwise_bn_act(**shared)
+    y = flat(reference).depthwise_bn_act(**shared)
     hidden = F.conv2d(y.mean((2, 3), keepdim=True), arguments["w_reduce"], arguments["b_reduce"])
     logits = F.conv2d(ACTIVATION_MODULES[activation](hidden), arguments["w_expand"], arguments["b_expand"])
     factor = GATE_MODULES[gate](logits)
-    torch.testing.assert_close(reference.depthwise_bn_act_se(**arguments), y * factor)
-    kept, found = reference.depthwise_bn_act_gate(**arguments)
+    torch.testing.assert_close(flat(reference).depthwise_bn_act_se(**arguments), y * factor)
+    kept, found = flat(reference).depthwise_bn_act_gate(**arguments)
     assert torch.equal(kept, y)
     torch.testing.assert_close(found, factor[:, :, 0, 0])
 
@@ -87,7 +87,7 @@ def test_pointwise_multiplies_before_and_adds_after() -> None:
     gated = arguments["x"] * arguments["gate"][:, :, None, None]
     z = batch_norm(arguments, case.out_channels)(F.conv2d(gated, arguments["weight"], arguments["bias"]))
     wanted = F.silu(z) + arguments["residual"]
-    torch.testing.assert_close(reference.pointwise_bn_act(**arguments), wanted)
+    torch.testing.assert_close(flat(reference).pointwise_bn_act(**arguments), wanted)
 
 
 def test_conv_is_convolution_norm_and_activation() -> None:
@@ -95,7 +95,7 @@ def test_conv_is_convolution_norm_and_activation() -> None:
     arguments = op_cases.in_float64(case.draw())
     z = F.conv2d(padded(arguments["x"], case.padding), arguments["weight"], arguments["bias"], 2)
     wanted = F.silu(batch_norm(arguments, case.out_channels)(z))
-    torch.testing.assert_close(reference.conv_bn_act(**arguments), wanted)
+    torch.testing.assert_close(flat(reference).conv_bn_act(**arguments), wanted)
 
 
 @pytest.mark.parametrize("given", [("norm_weight",), ("norm_bias",), ()])
@@ -103,9 +103,9 @@ def test_a_missing_norm_parameter_counts_as_one_or_zero(given: tuple[str, ...]) 
     case = Case("depthwise_bn_act", norm="statistics")
     arguments = op_cases.in_float64(case.draw())
     ones, zeros = torch.ones(case.channels).double(), torch.zeros(case.channels).double()
-    wanted = reference.depthwise_bn_act(**arguments, norm_weight=ones, norm_bias=zeros)
+    wanted = flat(reference).depthwise_bn_act(**arguments, norm_weight=ones, norm_bias=zeros)
     some = {"norm_weight": ones, "norm_bias": zeros}
-    found = reference.depthwise_bn_act(**arguments, **{name: some[name] for name in given})
+    found = flat(reference).depthwise_bn_act(**arguments, **{name: some[name] for name in given})
     torch.testing.assert_close(found, wanted)
 
 
@@ -115,7 +115,7 @@ def test_running_statistics_have_gradients_where_asked_for() -> None:
     mean, var = arguments.pop("norm_mean").requires_grad_(), arguments.pop("norm_var").requires_grad_()
 
     def function(norm_mean: Tensor, norm_var: Tensor) -> Tensor:
-        return reference.depthwise_bn_act(**arguments, norm_mean=norm_mean, norm_var=norm_var)
+        return flat(reference).depthwise_bn_act(**arguments, norm_mean=norm_mean, norm_var=norm_var)
 
     assert torch.autograd.gradcheck(function, (mean, var))
 
@@ -152,5 +152,5 @@ def test_float64_runs_the_reference(op: str) -> None:
 def test_unknown_names() -> None:
     with pytest.raises(ValueError, match="activation='swish6' is not known; allowed: identity, relu"):
         reference.activate(torch.zeros(1), "swish6")
-    with pytest.raises(ValueError, match="gate='tanh' is not known; allowed: sigmoid, hard_sigmoid"):
+    with pytest.raises(ValueError, match="gate_activation='tanh' is not known; allowed: sigmoid, hard_sigmoid"):
         reference.apply_gate(torch.zeros(1), "tanh")

@@ -1,4 +1,4 @@
-"""What torch knows about the compiled operators: shapes, gradients, autocast, FLOPs, compile and export."""
+"""The registrations of the compiled operators in torch: shapes, gradients, autocast, FLOPs, compile and export."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from op_cases import ALL_OPS, DTYPES, Case
+from op_cases import ALL_OPS, DTYPES, Case, flat
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -22,7 +22,7 @@ OPCHECK_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor",
 
 
 def case_of(op: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
-    """A small case that uses every optional argument of the operator."""
+    """Return a small case that uses every optional argument of the operator."""
     full = {"channels": 8, "out_channels": 7, "reduced": 3, "height": 6, "width": 7}
     return Case(op, dtype, bias=True, gated=True, residual=True, **(full | changes))
 
@@ -59,7 +59,7 @@ def test_fakes_have_the_shapes_strides_and_dtypes_of_the_results(op: str, dtype:
 
 
 def gradients(module: Any, case: Case, arguments: dict[str, Any]) -> dict[str, Tensor | None]:
-    """The gradient of a fixed weighting of all outputs with respect to every tensor argument."""
+    """Return the gradient of a fixed weighting of all outputs with respect to every tensor argument."""
     arguments = with_gradients(arguments)
     outputs = op_cases.run(module, case, arguments)
     generator = torch.Generator().manual_seed(1)
@@ -188,7 +188,7 @@ def test_gradients_of_each_sample_apart() -> None:
     images, weight = arguments.pop("x"), arguments.pop("weight")
 
     def loss(weight: Tensor, image: Tensor) -> Tensor:
-        return ops.depthwise_bn_act(image[None], weight, **arguments).square().sum()
+        return flat(ops).depthwise_bn_act(image[None], weight, **arguments).square().sum()
 
     found = torch.vmap(torch.func.grad(loss), (None, 0))(weight, images)
     wanted = torch.stack([torch.func.grad(loss)(weight, image) for image in images])
@@ -222,7 +222,7 @@ def test_autocast(where: str, dtype: torch.dtype, op: str) -> None:
         assert torch.equal(a, b), f"{name}: backward inside autocast differs from backward outside"
 
 
-def test_autocast_leaves_float64_alone() -> None:
+def test_autocast_does_not_change_float64() -> None:
     case = case_of("pointwise_bn_act")
     arguments = op_cases.in_float64(case.draw())
     with torch.autocast("cpu", torch.bfloat16):

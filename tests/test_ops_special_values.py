@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import Backend, need
 from op_cases import DTYPES, EXPAND_OP, Case
-from parity import Error, assert_within, error, rounding
+from parity import Errors, assert_within, errors, rounding
 from torch import Tensor
 
 import effkernels
@@ -37,7 +37,7 @@ def special_values(dtype: torch.dtype) -> Tensor:
 
 
 def values(dtype: torch.dtype) -> Tensor:
-    """What activations are tried on: special values, where their formulas change, and ordinary numbers."""
+    """Return inputs for activations: special values, points where their formulas change, and ordinary numbers."""
     turns = torch.tensor([1000.0, 104.0, 90.0, 88.0, 87.5, 87.0, 50.0, 20.0, 14.5, 10.5, 9.0, 6.0, 3.0])
     return torch.cat([special_values(dtype), *(t.to(dtype) for t in (turns, -turns, torch.linspace(-12, 12, 97)))])
 
@@ -50,7 +50,7 @@ def alone(v: Tensor, channels: int) -> Tensor:
 
 
 def centre(channels: int) -> Tensor:
-    """A 3x3 weight (channels, 1, 3, 3) that picks the middle of its window."""
+    """Return a 3x3 weight (channels, 1, 3, 3) that picks the middle of its window."""
     weight = torch.zeros(channels, 1, 3, 3)
     weight[:, :, 1, 1] = 1
     return weight
@@ -83,7 +83,7 @@ def calls(op: str, dtype: torch.dtype) -> Iterator[tuple[dict[str, Any], Tensor]
             for gate in GATES:
                 matrices = {"w_reduce": w_reduce, "b_reduce": None, "w_expand": torch.ones(CHANNELS, 1).to(dtype)}
                 matrices["b_expand"] = None
-                yield {"pooled": pooled, **matrices, "activation": activation, "gate": gate}, v.view(-1, 1)
+                yield {"pooled": pooled, **matrices, "activation": activation, "gate_activation": gate}, v.view(-1, 1)
         elif op == "depthwise_bn_act":
             yield {"x": alone(v, CHANNELS), "weight": centre(CHANNELS), "activation": activation, **strided}, v
 
@@ -109,7 +109,7 @@ def assert_as_defined(
     for name, group in (("large", arrived.abs() > 128), ("ordinary", arrived.abs() <= 128)):
         group = group & finite
         known = group & torch.isfinite(theirs)
-        own = [error(theirs[known], truth[known]), Error(rounded, rounded)]
+        own = [errors(theirs[known], truth[known]), Errors(rounded, rounded)]
         assert_within(y[group], own, truth[group], f"{what}, {name} inputs")
     if exact:
         vanished = finite & (arrived < -128) & (wanted == 0)
@@ -176,7 +176,7 @@ def test_excitation(op: str, dtype: torch.dtype, backend: Backend) -> None:
     x[:, 3, 1, 3] = v
     for activation in ACTIVATIONS:
         for gate in GATES:
-            chosen = {"activation": activation, "se_activation": activation, "gate": gate}
+            chosen = {"activation": activation, "se_activation": activation, "gate_activation": gate}
             for y, _, truth in outputs(op, on(backend, drawn | chosen)):
                 assert_not_finite_alike(y, truth, f"{op} {chosen}")
 
@@ -246,7 +246,7 @@ def outputs(op: str, arguments: dict[str, Any]) -> list[tuple[Tensor, Tensor, Te
     ours = op_cases.run(effkernels.ops, case, arguments)
     with op_cases.one_thread():
         # On the CPU, as the truth and for its reason.
-        theirs = op_cases.run(effkernels.reference, case, op_cases.on_cpu(arguments))
+        theirs = op_cases.run(effkernels.ops.reference, case, op_cases.on_cpu(arguments))
         truth = op_cases.truth(case, arguments)
     return [(y, own.to(y.device), exact) for y, own, exact in zip(ours, theirs, truth, strict=True)]
 

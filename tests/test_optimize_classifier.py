@@ -1,4 +1,4 @@
-"""The large linear layer behind the blocks: few rows of it go through an operator, and it stays what it is."""
+"""The large linear layer after the blocks: few rows of it go through an operator, and the module is not replaced."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ class Formats(TorchDispatchMode):
 
 
 def formats(model: nn.Module, x: Tensor) -> list[bool]:
-    """Whether the convolutions that stay PyTorch's get channels_last images, in the order of their calls."""
+    """Return whether the convolutions that stay PyTorch's get channels_last images, in the order of their calls."""
     with torch.no_grad(), Formats() as record:
         model(x)
     return [channels_last for _, channels_last in record.seen]

@@ -1,4 +1,4 @@
-"""What a fused program sees of its modules: everything that the plain forward would read, at every call."""
+"""A fused program reads at every call everything of its modules that the plain forward would read."""
 
 from __future__ import annotations
 
@@ -272,7 +272,7 @@ def _swap_children(blocks: nn.Sequential) -> None:
 
 
 class SameWidth(Network):
-    """Blocks that may stand in any order."""
+    """Blocks that may be in any order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -362,7 +362,7 @@ def test_a_copy_compares_its_own_modules(network: nn.Module, duplicate: Callable
 
 
 def _replica(module: nn.Module) -> nn.Module:
-    """What nn.DataParallel makes of a module for another device."""
+    """Return nn.DataParallel's replica of a module for another device."""
     replica = module._replicate_for_data_parallel()
     for name, child in module._modules.items():
         replica._modules[name] = _replica(child)
@@ -390,7 +390,7 @@ def test_an_object_among_the_attributes_is_copied_with_its_module() -> None:
         assert is_fused(other, x)
 
 
-def test_restore_leaves_nothing_behind(network: nn.Module) -> None:
+def test_restore_removes_everything(network: nn.Module) -> None:
     effkernels.optimize_(network)
     with torch.no_grad():
         network(images(2, 33, 35))

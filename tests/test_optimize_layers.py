@@ -1,4 +1,4 @@
-"""What a drop-in for slow depthwise layers has to take: bare convolutions, every kernel size, every padding."""
+"""A drop-in for slow depthwise layers has to accept bare convolutions, every kernel size, every padding."""
 
 from __future__ import annotations
 

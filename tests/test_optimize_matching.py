@@ -1,4 +1,4 @@
-"""What is recognised: activations however written, paddings of any class, chains of every form, and what is refused."""
+"""The matcher takes activations in any spelling, paddings of any class and chains of every form, and refuses others."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import effkernels
 from effkernels.models.peers import import_lukemelas, import_timm
 from effkernels.nn import PaddedConv2d
+from effkernels.ops import backends
 from effkernels.optimize.probing import Unknown, activation_of, gate_of, is_mean_over_image, padding_of
 
 
@@ -149,7 +150,7 @@ class Chain(nn.Module):
 
 
 def _with_stem(chain: nn.Module) -> nn.Module:
-    """The chain behind a convolution that makes its eight channels, randomised together."""
+    """Return the chain after a convolution that makes its eight channels, randomised together."""
     return randomise(nn.Sequential(nn.Conv2d(3, 8, 1), chain))[1]
 
 
@@ -275,7 +276,7 @@ def test_chains_of_every_form(name: str) -> None:
         return
     assert report.fused == 1, str(report)
     (program,) = chain._effkernels_programs.values()
-    called = {op for op in (*effkernels.ops.__all__,) if f"{op}(" in program.source}
+    called = {op for op in backends.OPERATORS if f"{op}(" in program.source}
     assert called == set(ops.split())
     for size in ((9, 11), (12, 7)):
         x = images(2, *size, channels=8)
@@ -330,7 +331,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "nothing_follows_a_dense_convolution": (
         lambda: Chain(lambda m, x: (lambda y: m.b(y) - y)(m.a(x)), a=nn.Conv2d(8, 8, 3), b=nn.BatchNorm2d(8)),
-        "there is nothing behind it to fuse with",
+        "there is nothing after it to fuse with",
     ),
     "control_flow": (
         lambda: Chain(lambda m, x: m.b(m.a(x)) if x.sum() > 0 else x, a=_depthwise(), b=nn.BatchNorm2d(8)),

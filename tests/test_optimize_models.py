@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from optimize_models import PEERS, README, Peer, build, is_installed, with_readme_table
+from optimize_models import PAGE, PEERS, Peer, build, is_installed, with_table
 from parity import assert_parity
 from peer_models import images, in_both_layouts, in_float64
 from torch import nn
@@ -110,6 +110,6 @@ def test_timm_features_come_out_as_before() -> None:
             assert_parity(found, [wanted, other], truth)
 
 
-def test_the_readme_lists_these_models() -> None:
-    page = README.read_text(encoding="utf-8")
-    assert with_readme_table(page) == page, "python tests/optimize_models.py"
+def test_the_page_on_drop_in_use_lists_these_models() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert with_table(text) == text, "python tests/optimize_models.py"

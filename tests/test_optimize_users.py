@@ -1,4 +1,4 @@
-"""What users do to a model around `optimize_`: modules with state, tools that look inside, failures, other threads."""
+"""Users' changes to a model around `optimize_`: modules with state, tools that look inside, failures, other threads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Counter:
 
 
 class Stateful(nn.Module):
-    """Keeps, counts and caches in every way there is, behind a convolution that could be fused."""
+    """Keeps, counts and caches in every way there is, after a convolution that could be fused."""
 
     def __init__(self, kind: str) -> None:
         super().__init__()
@@ -394,7 +394,7 @@ def test_a_class_derived_from_an_optimised_one_stays(network: nn.Module) -> None
 
 
 class Half(Tensor):
-    """A tensor subclass that stands for a quantised tensor: no operator of ours knows how to read it."""
+    """A tensor subclass that represents a quantised tensor: no operator of ours knows how to read it."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> Half:

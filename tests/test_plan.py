@@ -35,14 +35,14 @@ CLASSES = 1000
 
 @dataclass
 class Count:
-    """What one part of the network moves and computes, added up by hand."""
+    """The bytes and FLOPs of one part of the network, added up by hand."""
 
     bytes: int
     special_functions: int
 
 
 def counted_by_hand(architecture: Architecture, batch: int, size: int, dtype: torch.dtype) -> dict[str, Count]:
-    """Bytes and special functions per part of an EfficientNet, from nothing but the table of its stages.
+    """Return the bytes and special functions per part of an EfficientNet, from nothing but the table of its stages.
 
     Bytes: what each operator reads and writes, with nothing left on the chip in between. Special functions: one for a
     swish in 16-bit types and two in float32, two for a sigmoid, one per channel of a norm.
@@ -97,7 +97,7 @@ def model_on_meta(name: str) -> EfficientNet:
 
 
 def without_workspace(launches: tuple[PlannedLaunch, ...], part: str) -> int:
-    """Bytes of a part of the network but for scratch memory, which is the kernel's own business."""
+    """Return the bytes of a part of the network but for scratch memory, which is the kernel's own business."""
     return sum(one.bytes - 2 * one.workspace_bytes for one in launches if one.block_of_network == part)
 
 
@@ -161,7 +161,7 @@ class TestCounts:
         assert launches.moved_bytes(call) == (2 * 2 * 8 * 16 + 8) * 4
 
     def test_eager_pytorch_launches_four_times_as_often_and_moves_three_times_the_bytes(self) -> None:
-        """What the README claims of B0 in bfloat16, counted by the same rule over timm's network."""
+        """The claim of docs/gpu.md about B0 in bfloat16, counted by the same rule over timm's network."""
         peers.import_timm()
         import timm
 
@@ -184,7 +184,7 @@ class CallsAnOperator(nn.Module):
 
 
 def recorded(case: OpCase, dtype: torch.dtype) -> list[Call]:
-    """What one call of an operator makes."""
+    """Return the calls that one call of an operator records."""
     return record_calls(CallsAnOperator(case, dtype), torch.empty(0, device="meta"))
 
 
@@ -294,6 +294,8 @@ def small_cases() -> list[OpCase]:
         pointwise_case((2, 24, 9, 7), 40),
         pointwise_case((2, 24, 9, 7), 40, gate=True, residual=True),
         pointwise_case((1, 7, 5, 5), 11, gate=True),
+        pointwise_case((2, 24, 30, 31), 48, activation="silu"),
+        pointwise_case((1, 2048, 5, 5), 32, activation="hard_swish", gate=True, residual=True),
         conv_case((2, 3, 20, 18), 32),
         conv_case((2, 3, 20, 24), 32),
         conv_case((1, 40, 9, 9), 24),
@@ -468,7 +470,7 @@ class TestGpus:
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         assert gpus.of_this_machine() is None
 
-    def test_plans_depend_on_limits_alone(self) -> None:
+    def test_plans_depend_only_on_limits(self) -> None:
         """Another GPU with the same limits has the same launches, at other floors."""
         h200 = gpus.find("h200")
         slow = replace(h200, name="slow", bandwidth=h200.bandwidth / 2)

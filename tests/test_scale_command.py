@@ -122,14 +122,14 @@ def test_equation_3_with_other_coefficients(capsys: pytest.CaptureFixture[str]) 
     [
         (("--network", "resnet"), "network 'resnet' is not known; allowed: efficientnet_b0, mobilenet_v1"),
         (("--phi", "1", "--depth", "2"), "phi alone, or factors alone"),
-        (("--phi", "1", "--budget-multiply-adds", "1e9"), "a budget goes without --phi"),
+        (("--phi", "1", "--budget-multiply-adds", "1e9"), "a budget is not allowed with --phi"),
         (("--budget-multiply-adds", "-1"), "multiply_adds=-1.0; allowed: above 0"),
         (("--alpha", "0.5"), "alpha=0.5 must be finite and at least 1"),
         (("--divisor", "0"), "divisor=0; allowed: 1 or more"),
         (("--table", "pie"), "invalid choice: 'pie'"),
         (("--png",), "--png needs --output DIR"),
-        (("--accuracy", "x.csv"), "--accuracy goes with --table growth --png"),
-        (("--table", "stages", "--save", "x.json"), "--save goes with a scaled network"),
+        (("--accuracy", "x.csv"), "--accuracy needs --table growth --png"),
+        (("--table", "stages", "--save", "x.json"), "--save needs a scaled network"),
         (("--network", "torchvision:resnet18", "--save", "x.json"), "is built by another library"),
     ],
 )

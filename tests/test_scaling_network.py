@@ -83,7 +83,7 @@ class TestCost:
         assert network.cost(num_classes=7).multiply_adds == counter.get_total_flops() // 4
         assert network.cost(num_classes=7).parameters == sum(p.numel() for p in module.parameters())
 
-    def test_nothing_is_left_behind(self) -> None:
+    def test_no_file_is_left(self) -> None:
         """An activation saves its own result; the graph must not live on as a cycle through it."""
 
         class Mark:
@@ -137,7 +137,7 @@ class TestStages:
             assert copied == TINY
             assert copied.stages[1].options == TINY.stages[1].options
 
-    def test_names_do_not_tell_networks_apart(self) -> None:
+    def test_names_do_not_distinguish_networks(self) -> None:
         assert scale(TINY, depth=1.5) == scale(TINY, depth=1.4, name="another")
         assert scale(TINY, depth=1.5) != scale(TINY, depth=2.1)
 
@@ -181,7 +181,7 @@ class TestStages:
 
 
 class TestScale:
-    def test_each_factor_scales_its_dimension_alone(self) -> None:
+    def test_each_factor_scales_only_its_dimension(self) -> None:
         def seen(network: StagedNetwork) -> tuple[int, list[int], list[int]]:
             return network.resolution, [s.layers for s in network.stages], [s.channels for s in network.stages]
 

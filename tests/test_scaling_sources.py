@@ -28,7 +28,7 @@ def cost(network: Network) -> tuple[int, int]:
 
 
 def chain(depth: float, width: float, rounding: Rounding) -> nn.Module:
-    """A user's network: three convolutions at depth 1, ten classes, images of one channel."""
+    """Return a user's network: three convolutions at depth 1, ten classes, images of one channel."""
     channels = round_filters(16, width, rounding.divisor)
     layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, 2, 1), nn.ReLU()]
     for _ in range(rounding.layers(2 * depth)):

@@ -111,7 +111,7 @@ class TestFamilies:
         assert any("`ours`" in note for note in families.notes)
 
     def test_resnets_two_lines_fit_each_others_number(self, families: Table) -> None:
-        """What the note says of them: counted, d=4 is the paper's w=2 and the other way round."""
+        """The note says of them: as counted, d=4 is the paper's w=2, and vice versa."""
         counted = {row["way"]: float(row["gflops"] or 0) for row in families.rows if row["network"] == "ResNet-50"}
         assert counted["depth"] == pytest.approx(14.7, rel=0.01)
         assert counted["width"] == pytest.approx(16.2, rel=0.01)
@@ -133,7 +133,7 @@ class TestGrowth:
             assert row["activation_mb"] == counted.activation_bytes / 1e6
 
     def test_regular_convolutions_grow_as_predicted(self) -> None:
-        """Where channels and pixels need no rounding, width and resolution miss it by stem and classifier alone."""
+        """If channels and pixels need no rounding, width and resolution differ from it only by stem and classifier."""
         plain = StagedNetwork(
             "plain", 64, (Stage("conv", 4, 64, options={"activation": "relu"}),), build_sequential
         )  # fmt: skip
@@ -225,7 +225,7 @@ class TestFigures:
             read_accuracies(tmp_path / name, growth)
 
 
-def test_scaled_stages_stand_beside_the_baselines() -> None:
+def test_scaled_stages_are_beside_the_baselines() -> None:
     table = tables.scaled(SMALL, scale(SMALL, depth=2, width=2, rounding=Rounding(divisor=1)))
     assert table is not None
     assert table.shown() == [

@@ -133,7 +133,7 @@ class TestFailures:
         assert result.best is None
         assert all("finite" in str(trial.error) for trial in result.trials)
 
-    def test_a_worker_that_dies_fails_its_candidate_alone(self) -> None:
+    def test_a_worker_that_dies_fails_only_its_candidate(self) -> None:
         result = search(TINY, evaluations.deep_dies, workers=2, **COARSE)
         dead = [trial for trial in result.trials if trial.error]
         assert [t.candidate.scaling.alpha for t in dead] == [2.25]
@@ -201,7 +201,7 @@ class TestJournal:
             search(MOBILENET_V2, evaluations.wide_is_good, journal=journal, **COARSE)
         assert journal.read_bytes() == before
 
-    def test_a_file_of_something_else_is_left_alone(self, tmp_path: Path) -> None:
+    def test_a_file_of_something_else_is_not_changed(self, tmp_path: Path) -> None:
         for content in ("precious\n", '{"no": "journal"}\n', "without an end"):
             file = tmp_path / "file"
             file.write_text(content)
@@ -310,7 +310,7 @@ class TestCommand:
             (("--network", "nothing"), "network 'nothing' is not known"),
             (("--evaluate", "search_evaluations:nothing"), "has no attribute 'nothing'"),
             (("--evaluate", "search_evaluations:slow", "--data", "digits"), "one of them"),
-            (("--evaluate", "search_evaluations:slow", "--seeds", "2"), "has its own"),
+            (("--evaluate", "search_evaluations:slow", "--seeds", "2"), "not for your own"),
             (("--constraint", "latency"), "budget_ms belong together"),
             (("--what", "baseline", "--evaluate", "none"), "found by its accuracy"),
             (("--constraint", "soon"), "neither a number nor latency"),

@@ -1,4 +1,4 @@
-"""The search for a baseline: the space, the reward, and a study that goes on where it was killed."""
+"""The search for a baseline: the space, the reward, and a study that continues where it was killed."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ class TestStudy:
         wanted = {"space": SPACE, "study": study, "report": lines.append}
         result = search_baseline(evaluations.slowly_with_gates, trials=10, **wanted)
         assert len(result.trials) == 10
-        assert lines[0] in (f"{before - 1} networks stand in the study", f"{before} networks stand in the study")
+        assert lines[0] in (f"{before - 1} networks are in the study", f"{before} networks are in the study")
         calls = Counter(log.read_text().split("\n")[:-1])
         assert sum(calls.values()) <= 11  # the one that was under way
         more = search_baseline(evaluations.slowly_with_gates, trials=11, **wanted)

@@ -20,7 +20,7 @@ BLOCKS: dict[str, Callable[[], nn.Module]] = {
     "stride2-same": lambda: MBConv(24, 40, 3, 2, se_channels=6, pad_type="same"),
     "mobilenet-v2": lambda: MBConv(24, 24, 3, activation="relu6"),
     "mobilenet-v3": lambda: MBConv(
-        8, 8, 5, se_channels=6, activation="hard_swish", se_activation="relu", gate="hard_sigmoid"
+        8, 8, 5, se_channels=6, activation="hard_swish", se_activation="relu", gate_activation="hard_sigmoid"
     ),
     "dilated": lambda: MBConv(24, 24, 3, dilation=2, se_channels=6, expansion=1),
     "separable": lambda: DepthwiseSeparable(24, 16, se_channels=6),

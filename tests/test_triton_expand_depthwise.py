@@ -16,7 +16,7 @@ from torch import Tensor
 from effkernels import ops
 
 H200 = 132  # multiprocessors
-CAPABILITIES = (0, 8, 9, 12)  # the first numbers of those that the cut tells apart, and 0 of AMD's GPUs
+CAPABILITIES = (0, 8, 9, 12)  # the first numbers of those that the cut distinguishes, and 0 of AMD's GPUs
 
 # (input channels, height, width, kernel, stride) of layers.
 EARLY = ((16, 112, 112, 3, 2), (24, 56, 56, 3, 1), (24, 56, 56, 5, 2), (40, 28, 28, 3, 2), (80, 14, 14, 3, 1))
@@ -41,7 +41,7 @@ def on_chip_always(monkeypatch: pytest.MonkeyPatch, interpreted: None) -> None:
 
 
 def launched(case: Case, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
-    """The kernels of one call, each with its number of programs."""
+    """Return the kernels of one call, each with its number of programs."""
     from effkernels.triton import _launch
 
     found: list[tuple[str, int]] = []

@@ -1,4 +1,4 @@
-"""What Triton makes of its kernels for GPUs that are not there: no spills, wide accesses, tensor cores, short code.
+"""Triton's compiled kernels for GPUs that this machine lacks: no spills, wide accesses, tensor cores, short code.
 
 Each architecture is compiled by a process of its own (tests/triton_gates), at the shapes of EfficientNet and at
 odd ones. The interpreter's tests say that a kernel is right, and accept code that does not compile; these are the other
@@ -34,7 +34,7 @@ COMPILED_BY = os.environ.get("EFFKERNELS_TEST_GATES_PYTHON") or sys.executable
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What triton_gates.worker read; compiled once for all processes of a test run."""
+    """Return what triton_gates.worker read; compiled once for all processes of a test run."""
     need_triton()
     return readings(request.param, tmp_path_factory.getbasetemp().parent)
 

@@ -1,4 +1,4 @@
-"""How the Triton product cuts its work: tiles as a GPU with many multiprocessors gets them, here interpreted."""
+"""The tiles of the Triton product, as for a GPU with many multiprocessors, here interpreted."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def test_equal_images_with_other_results_are_found() -> None:
 
 
 class Stopwatch:
-    """A timer that says what it was told by name, having run every contender once unless told otherwise."""
+    """Return a timer with given times by name, which runs every contender once unless asked not to."""
 
     def __init__(self, us: Mapping[str, float], default: float = 10.0, runs: bool = True) -> None:
         self.us, self.default, self.runs = us, default, runs
@@ -356,7 +356,7 @@ class TestTheCommandInterpreted:
         with pytest.raises(SystemExit) as ended, effkernels.backend("auto"):
             main(list(self.ARGUMENTS))
         assert ended.value.code == 2
-        assert f"effkernels tune: {cache} cannot be made: " in capsys.readouterr().err
+        assert f"effkernels tune: {cache} cannot be created: " in capsys.readouterr().err
 
     def test_clear_forgets(self, capsys: pytest.CaptureFixture[str], cache: Path) -> None:
         self.run(capsys)
@@ -368,7 +368,7 @@ class TestTheCommandInterpreted:
 
 @pytest.mark.slow
 def test_every_candidate_compiles_and_spills_nothing(tmp_path: Path) -> None:
-    """For sm_80, whose shared memory is the smallest; by the compiler and the disassembler that come with Triton."""
+    """For sm_80, whose shared memory is the smallest; by the compiler and the disassembler that Triton ships."""
     pytest.importorskip("triton")
     tests = Path(__file__).parent
     environment = {

@@ -63,7 +63,7 @@ class TestTheFile:
         assert len(names) == 5
         assert all("/" not in name and " " not in name for name in names)
 
-    def test_lies_where_the_environment_says(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def test_the_environment_names_the_folder(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.setenv(tuned_plan.VARIABLE, str(tmp_path / "told"))
         assert tuned_plan.folder() == tmp_path / "told"
         monkeypatch.delenv(tuned_plan.VARIABLE)
@@ -163,7 +163,7 @@ class TestTheFile:
         assert sorted(path.suffix for path in file.parent.iterdir()) == [".json", ".lock"], "nothing is left behind"
 
     def test_links_are_not_followed(self, tmp_path: Path) -> None:
-        """What a link in the folder leads to is not written to, whether it is the file or the lock."""
+        """The target of a link in the folder is not written to, whether the link is the file or the lock."""
         file = tuned_plan.file_of(GPU)
         file.parent.mkdir(parents=True, exist_ok=True)
         precious = tmp_path / "precious"
@@ -201,7 +201,7 @@ class TestTheFile:
     def test_processes_at_once_lose_nothing_and_show_nothing_half_written(self) -> None:
         program = """
 import sys
-from effkernels.tuning import Configuration, ConfigurationKey, Plan, record
+from effkernels.triton.tuned_plan import Configuration, ConfigurationKey, Plan, record
 for number in range(12):
     plan = Plan("NVIDIA H200")
     plan.configurations[ConfigurationKey(sys.argv[1], "float32", (number,))] = Configuration((number,), 2.0, 1.0)
@@ -481,13 +481,14 @@ class TestLaunches:
 
 
 def test_a_user_of_the_operators_never_tunes() -> None:
-    """Whatever runs at the first call, the measuring is not even imported."""
+    """The first call does not import the module that measures."""
     program = """
 import sys
 import torch
 import effkernels
 effkernels.create_model("efficientnet_b0").eval()(torch.randn(1, 3, 32, 32))
-print([name for name in ("effkernels.tuner", "effkernels.benchmark", "effkernels.op_timing") if name in sys.modules])
+measuring = ("effkernels.bench.autotune", "effkernels.bench.timing", "effkernels.bench.op_timing")
+print([name for name in measuring if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=dict(os.environ))
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -1,6 +1,6 @@
 """Sets up the process of `EFFKERNELS_TEST_FLAVOUR=triton`: Triton interprets its kernels, and bfloat16 is right.
 
-TRITON_INTERPRET has to stand before effkernels is imported, hence a process, and a test run, of its own.
+TRITON_INTERPRET has to be set before effkernels is imported, hence a process, and a test run, of its own.
 
 Triton's interpreter keeps a bfloat16 as its 16 bits. It converts by truncation instead of rounding, and computes with
 the bits as if they were numbers. The conversions are replaced here, and arithmetic in bfloat16 is refused: the kernels
@@ -89,7 +89,7 @@ def _repair() -> None:
         return handle((value.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def rounded(data: Any) -> Any:
-        """The bits of the nearest bfloat16, ties to even."""
+        """Return the bits of the nearest bfloat16, ties to even."""
         data = np.ascontiguousarray(data, dtype=np.float32)
         bits = data.view(np.uint32).astype(np.uint64)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16

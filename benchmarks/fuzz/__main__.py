@@ -15,7 +15,7 @@ Run = Callable[[float, int], list[str]]
 
 
 def parts() -> dict[str, Run]:
-    """Every module of the package that has `run`, by its name."""
+    """Return every module of the package that has `run`, by its name."""
     found = {}
     for module in pkgutil.iter_modules(benchmarks.fuzz.__path__):
         if not module.name.startswith("_"):

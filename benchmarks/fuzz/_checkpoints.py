@@ -38,7 +38,7 @@ def _template() -> EfficientNet:
 
 
 def _state() -> State:
-    """The weights of a small network, a copy of its own for each case."""
+    """Return the weights of a small network, a copy of its own for each case."""
     return {key: value.clone() for key, value in _template().state_dict().items()}
 
 
@@ -59,7 +59,7 @@ Change = Callable[[Tensor], Any]
 
 
 class _Hiding:
-    """What is unpickled as a tensor or a dict whose attributes, which a file may set, hide its methods."""
+    """Unpickled as a tensor or a dict whose attributes, which a file may set, hide its methods."""
 
     def __init__(self, *reduced: Any) -> None:
         self.reduced = reduced
@@ -199,7 +199,7 @@ def content_case(draw: random.Random, folder: Path) -> tuple[str, Path, State | 
 
 
 def damage(draw: random.Random, raw: bytes) -> bytes:
-    """A few bits flipped, or a piece cut off, zeroed, doubled, swapped with another or replaced."""
+    """Return the bytes with a few bits flipped, or a piece cut off, zeroed, doubled, swapped or replaced."""
     data = bytearray(raw)
     for _ in range(draw.choice((1, 1, 2, 4))):
         at, length = draw.randrange(len(data)), draw.choice((1, 2, 4, 8, 64, 1000))
@@ -239,7 +239,7 @@ def _files() -> dict[str, bytes]:
 
 
 def _repack(raw: bytes, draw: random.Random) -> bytes:
-    """An archive with its pickle damaged and its checksums right."""
+    """Return an archive with its pickle damaged and its checksums right."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(out, "w") as new:
         for entry in old.infolist():
@@ -249,7 +249,7 @@ def _repack(raw: bytes, draw: random.Random) -> bytes:
 
 
 def damaged_case(draw: random.Random, folder: Path) -> tuple[str, Path, None]:
-    """A file with damaged bytes, which is refused or loads what PyTorch or safetensors reads in it."""
+    """Return a file with damaged bytes, which is refused or loads what PyTorch or safetensors reads in it."""
     form = draw.choice(("zip", "pickle", "pickle", "old", "safetensors", "safetensors"))
     raw = _files()["zip" if form == "pickle" else form]
     if form == "safetensors" and draw.random() < 0.7:  # most of the file is numbers: aim at its header
@@ -284,7 +284,7 @@ _NOTES = ("", "null", "[]", "3", "{", '"text"', "[" * 100_000, '{"bn_eps":' * 50
 
 
 def note_case(draw: random.Random, folder: Path) -> tuple[str, Path, State | str]:
-    """A safetensors file that notes what its weights mean, rightly or not."""
+    """Return a safetensors file that notes what its weights mean, rightly or not."""
     from safetensors.torch import save_file
 
     path = folder / "noted.safetensors"
@@ -311,7 +311,7 @@ def note_case(draw: random.Random, folder: Path) -> tuple[str, Path, State | str
 
 
 def check(path: Path, expected: State | str | None) -> str | None:
-    """Load a file; None where the outcome is right: it loads and equals, or it is refused by the one error.
+    """Load a file; None if the outcome is right: it loads and equals, or it is refused by the one error.
 
     Args:
         path: of the file.

@@ -169,7 +169,7 @@ def values_case(draw: random.Random, folder: Path) -> tuple[str, str | None]:
 
 
 def damaged_case(draw: random.Random, folder: Path) -> tuple[str, str | None]:
-    """An image with damaged bytes is RGB, or refused by the one error."""
+    """Check that an image with damaged bytes is RGB, or refused by the one error."""
     make = draw.choice(_MAKERS[:6])
     path = folder / "damaged"
     path.write_bytes(damage(draw, make(draw)[0]))
@@ -209,7 +209,7 @@ _LETTERS = (
 
 
 def name_case(draw: random.Random, folder: Path) -> tuple[str, str | None]:
-    """A file of a hostile name is found, read, and printed on one line."""
+    """Check that a file of a hostile name is found, read, and printed on one line."""
     name = "".join(draw.choice(_LETTERS) for _ in range(draw.randint(1, 12)))
     if draw.random() < 0.2:
         name = draw.choice(("a" * 300, "b/" * 3000, "a\0b", "", "**", "\udcff" * 200))

@@ -45,7 +45,7 @@ class Call:
     """A call but for its values: `draw` makes those, others for each `draw_seed`.
 
     Attributes:
-        op: name in effkernels.ops and effkernels.reference.
+        op: name in effkernels.ops and effkernels.ops.reference.
         dtype: of the images.
         shapes: of every tensor argument, by name; the order in which values are drawn.
         dtypes: of every tensor argument.
@@ -72,7 +72,7 @@ class Call:
         return f"{self.op}({shapes}; {options}; {'/'.join(sorted(dtypes))}, {self.layout}, {self.fill}, {self.isa})"
 
     def draw(self, draw_seed: int) -> dict[str, Any]:
-        """The arguments by name."""
+        """Return the arguments by their names in the schema."""
         generator = torch.Generator().manual_seed(draw_seed)
         arguments: dict[str, Any] = dict(self.options)
         for name, shape in self.shapes.items():
@@ -92,7 +92,7 @@ class Call:
 
 
 def laid_out(image: Tensor, layout: str, generator: torch.Generator) -> Tensor:
-    """The image in another memory layout. Memory around a sliced or strided one is NaN: nothing may read it."""
+    """Return the image in another memory layout. Memory around a sliced or strided one is NaN: nothing may read it."""
     n, c, h, w = image.shape
     if layout == "channels_last":
         return image.contiguous(memory_format=torch.channels_last)
@@ -113,7 +113,7 @@ def laid_out(image: Tensor, layout: str, generator: torch.Generator) -> Tensor:
 
 
 def available_isas() -> list[str]:
-    """The CPU instruction sets of this build on this machine."""
+    """Return the CPU instruction sets of this build on this machine."""
     found = []
     for name in ("avx512", "avx2", "plain"):
         try:
@@ -176,7 +176,7 @@ def _window(
 
 
 def draw_call(seed: int, isas: list[str]) -> Call:
-    """The call of a seed."""
+    """Return the call of a seed."""
     rng = random.Random(seed)
     op, dtype = rng.choice(OPERATORS), rng.choice(DTYPES)
     batch = rng.choice((0, 1, 1, 1, 2, 3, 5, 17))
@@ -193,7 +193,7 @@ def draw_call(seed: int, isas: list[str]) -> Call:
             shapes[f"{prefix}norm_weight"] = shapes[f"{prefix}norm_bias"] = (channels,)
         if kind != "none":
             shapes[f"{prefix}norm_mean"] = shapes[f"{prefix}norm_var"] = (channels,)
-            options[f"{prefix}eps"] = rng.choice((0.0, 1e-5, 1e-3, 1.0))
+            options[f"{prefix}norm_eps"] = rng.choice((0.0, 1e-5, 1e-3, 1.0))
 
     def excite(channels: int) -> None:
         reduced = _size(rng, max(1, min(300, _MOST_ELEMENTS // channels)))
@@ -205,7 +205,7 @@ def draw_call(seed: int, isas: list[str]) -> Call:
             if rng.random() < 0.5:
                 options.pop(name, None)
                 shapes[name] = (size,)
-        options["gate"] = rng.choice(gates)
+        options["gate_activation"] = rng.choice(gates)
 
     channels = _size(rng, 3000)
     if op == "squeeze_excite_gate":

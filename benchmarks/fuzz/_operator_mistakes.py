@@ -14,6 +14,7 @@ from torch import Tensor
 
 import effkernels
 from benchmarks.fuzz._operator_calls import Call, available_isas, draw_call
+from effkernels._norm import gather_norms
 
 _ALLOWED = (ValueError, TypeError)
 _ABSURD = (0, -1, -(2**31), 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**63 - 1, 2**63, -(2**63), 10**30)
@@ -66,7 +67,7 @@ def _huge(t: Tensor) -> Tensor:
 
 
 def check_mistake(seed: int) -> str | None:
-    """Whether a malformed call raises a ValueError or TypeError that names the argument; None, or what is wrong."""
+    """Check that a malformed call raises a ValueError or TypeError that names the argument; None, or what is wrong."""
     rng = random.Random(seed)
     call = _small_call(rng)
     arguments = call.draw(seed)
@@ -121,7 +122,7 @@ def _replaced(rng: random.Random, call: Call, name: str, value: Any) -> tuple[An
 def _judge(call: Call, arguments: dict[str, Any], name: str, what: str, may_pass: bool) -> str | None:
     told = f"{call}: {name} replaced by {what}"
     try:
-        result = getattr(effkernels.ops, call.op)(**arguments)
+        result = getattr(effkernels.ops, call.op)(**gather_norms(arguments))
     except MemoryError:
         return None  # a result that is right, but larger than the memory
     except _ALLOWED as error:

@@ -29,7 +29,7 @@ _MOST_MEMORY = 2**20  # kilobytes that a case may add to the largest ever used
 
 @dataclass
 class Tally:
-    """What was tried.
+    """The counts of tried cases.
 
     Attributes:
         attempts, failed: by class of case.

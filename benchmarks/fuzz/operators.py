@@ -26,6 +26,7 @@ from torch import Tensor
 import effkernels
 from benchmarks.fuzz._operator_calls import Call, available_isas, draw_call
 from benchmarks.fuzz._operator_mistakes import check_mistake
+from effkernels._norm import gather_norms
 from effkernels.ops.parity import Errors, errors
 
 KINDS = ("values", "values", "mistakes")  # in turn
@@ -72,7 +73,7 @@ class _Child:
         self._errors = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
 
     def check(self, kind: str, seed: int) -> str | None:
-        """What is wrong with a case; None where nothing is."""
+        """Return what is wrong with a case; None if nothing is."""
         process = self._process or self.start()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -121,8 +122,8 @@ class _Child:
 
 
 def check_values(seed: int) -> str | None:
-    """Whether a right call gives right values, the same twice and by any number of threads, and leaves its arguments
-    alone; None, or what is wrong.
+    """Check that a valid call gives right values, the same twice and by any number of threads, and does not change
+    its arguments; None, or what is wrong.
     """
     call = draw_call(seed, available_isas())
     torch.ops.effkernels.cpu_isa(call.isa)
@@ -165,14 +166,14 @@ def check_values(seed: int) -> str | None:
 
 
 def _outputs(module: Any, call: Call, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    outputs = getattr(module, call.op)(**arguments)
+    outputs = getattr(module, call.op)(**gather_norms(arguments))
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
 def _plain(call: Call, arguments: dict[str, Any]) -> list[tuple[Tensor, ...]]:
     """PyTorch's results in the same dtypes, which differ with the memory format of the images."""
     return [
-        _outputs(effkernels.reference, call, {name: _in_format(a, f) for name, a in arguments.items()})
+        _outputs(effkernels.ops.reference, call, {name: _in_format(a, f) for name, a in arguments.items()})
         for f in (torch.channels_last, torch.contiguous_format)
     ]
 
@@ -184,7 +185,7 @@ def _in_format(argument: Any, memory_format: torch.memory_format) -> Any:
 
 def _truth(call: Call, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
     wide = {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
-    return _outputs(effkernels.reference, call, wide)
+    return _outputs(effkernels.ops.reference, call, wide)
 
 
 def _further_errors(call: Call, output: int, seed: int, together: int) -> list[Errors]:
@@ -199,7 +200,7 @@ def _further_errors(call: Call, output: int, seed: int, together: int) -> list[E
 
 
 def _judge(mine: Tensor, truth: Tensor, own: list[Errors]) -> str | None:
-    """What breaks the rule: twice PyTorch's own error in the same dtype, plus one rounding (effkernels.parity)."""
+    """Return what exceeds twice PyTorch's own error in the same dtype plus one rounding (effkernels.ops.parity)."""
     found, one = errors(mine, truth), torch.finfo(mine.dtype).eps / 2
     for name, error, most in (
         ("l2", found.l2, max(e.l2 for e in own)),

@@ -43,7 +43,7 @@ class Block:
         return copy.deepcopy(sample_model(self.model).get_submodule(self.path))
 
     def case(self, batch: int) -> str:
-        """The case as rows name it."""
+        """Return the case as rows name it."""
         words = ["x".join(map(str, shape)) for shape in ((batch, *self.shape), self.out)]
         return f"{self.model} {self.path} {words[0]} to {words[1]}"
 
@@ -53,7 +53,7 @@ class Block:
         return drawn.contiguous(memory_format=torch.channels_last)
 
     def bytes_moved(self, batch: int, dtype: torch.dtype) -> int:
-        """What its operator calls cannot avoid to move: every argument read once, every result written once.
+        """Return the least bytes that its operator calls move: every argument read once, every result written once.
 
         The tensor between two calls is a result of one and an argument of the other.
         """
@@ -65,7 +65,7 @@ class Block:
 
 @cache
 def blocks_of(model: str) -> tuple[Block, ...]:
-    """The blocks of a network at its own input size that differ in shapes, in the order of the forward."""
+    """Return the blocks of a network at its own input size that differ in shapes, in the order of the forward."""
     network = create_model(model, device="meta").eval()
     found: dict[tuple[object, ...], Block] = {}
 
@@ -88,7 +88,7 @@ def blocks_of(model: str) -> tuple[Block, ...]:
 def contenders(
     block: Block, images: Tensor, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None]
 ) -> dict[str, Contender]:
-    """The contenders of a block, by name.
+    """Return the contenders of a block, by name.
 
     Args:
         images: the batch, on the device.

@@ -1,4 +1,4 @@
-"""Part `build`: the library is there, loads, and holds code for this GPU; where it does not, it is built in place."""
+"""Part `build`: the library exists, loads, and holds code for this GPU; otherwise it is built in place."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from benchmarks.kernel_economy.reading import ToolMissing, find_tool
 # In a process of its own: a library that was loaded before it was built anew stays the old one.
 _ASK = """
 import json, sys, torch
-from effkernels import _library, backends
+from effkernels import _library
+from effkernels.ops import backends
 missing = [op for op in backends.OPERATORS if not backends.can_run_cuda(op, device="meta", dtype=torch.float32).ok]
 there = torch.cuda.is_available()
 unfit = there and _library.cuda_problem(torch.cuda.get_device_capability(), torch._C._cuda_getDriverVersion())
@@ -22,7 +23,7 @@ print(json.dumps([_library.load_error() or "", unfit or "", missing]))
 
 
 def problem() -> str:
-    """What is wrong with the library as it is now, in one line; "" if nothing is."""
+    """Return what is wrong with the library as it is now, in one line; "" if nothing is."""
     done = subprocess.run(python("-c", _ASK), capture_output=True, text=True, env=environment(), cwd=ROOT)
     if done.returncode != 0:
         return (done.stderr.strip().splitlines() or ["the package does not import"])[-1]

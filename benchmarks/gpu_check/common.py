@@ -1,4 +1,4 @@
-"""What the parts of the GPU check share: how a part ends, its options, its steps and its time, foreign tools."""
+"""Shared by the parts of the GPU check: how a part ends, its options, its steps and its time, foreign tools."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Work:
         return self._started + self.seconds - time.monotonic()
 
     def steps(self, steps: Mapping[str, Step], seconds: Callable[[Step], float]) -> Iterator[tuple[str, Step]]:
-        """Each step that is to do now, with its name. A step is done when the next one is asked for.
+        """Return each step that is to do now, with its name. A step is done when the next one is asked for.
 
         Args:
             steps: by their names, in the order of what is most worth knowing.
@@ -78,12 +78,12 @@ class Work:
             self.progress.note(self.part, done=name, wrong=state.done[name])
 
     def wrong(self, step: str, what: str) -> None:
-        """Note that a step under way found something wrong, in one line. The part goes on and fails at its end."""
+        """Note that a step under way found something wrong, in one line. The part continues and fails at its end."""
         if step not in self._wrong:
             self._wrong[step] = what
 
     def end(self, note: str) -> str:
-        """The note of a part that came to its end.
+        """Return the note of a part that came to its end.
 
         Raises:
             AssertionError: a step found something wrong, in this call or in an earlier one.
@@ -103,7 +103,7 @@ def _still_answers() -> None:
     """Raise where a kernel has failed in a way that no later call of this process survives.
 
     Without it every step after an illegal access would count as wrong. With it the process ends, the step counts as
-    begun, and the next process goes on with it or, after its last try, with the one after it.
+    begun, and the next process continues with it or, after its last try, with the one after it.
     """
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
@@ -140,21 +140,21 @@ class Options:
         return self.started + self.seconds - time.monotonic()
 
     def work(self, part: str) -> Work:
-        """The steps of a part."""
+        """Return the steps of a part."""
         return Work(part, self.seconds, self.progress, self.started)
 
     @property
     def dry(self) -> bool:
-        """Whether tools that need a GPU have stand-ins."""
+        """Return whether tools that need a GPU have stand-ins."""
         return self.smoke and self.device == "cpu"
 
     def needs_gpu(self) -> None:
-        """Raise NotAvailable where there is no GPU and no stand-in for it."""
+        """Raise NotAvailable without a GPU or a stand-in for it."""
         if self.device != "cuda" and not self.dry:
             raise NotAvailable("needs a GPU")
 
     def tool(self, name: str) -> Path:
-        """A tool of the CUDA toolkit, or its stand-in.
+        """Return a tool of the CUDA toolkit, or its stand-in.
 
         Raises:
             NotAvailable: there is none.
@@ -171,7 +171,7 @@ class Options:
 
 
 def parser(description: str) -> argparse.ArgumentParser:
-    """The arguments that every part takes."""
+    """Return the arguments that every part takes."""
     made = argparse.ArgumentParser(description=description)
     made.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="default: cuda")
     made.add_argument("--smoke", action="store_true", help="tiny sizes, to try the code")
@@ -185,7 +185,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def passed_on(parsed: argparse.Namespace) -> list[str]:
-    """The arguments of `parser` as a command line."""
+    """Return the arguments of `parser` as a command line."""
     words = ["--device", parsed.device, "--results", str(parsed.results), "--dtypes", *parsed.dtypes]
     return words + ["--smoke"] * parsed.smoke + ["--max-autotune"] * parsed.max_autotune
 
@@ -221,13 +221,13 @@ def run_part(part: Callable[[Options], str], arguments: Sequence[str] | None = N
 
 
 def environment() -> dict[str, str]:
-    """The environment for a process of this repository: its packages come from the work tree."""
+    """Return the environment for a process of this repository: its packages come from the work tree."""
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     return {**os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
 
 
 def python(*arguments: str) -> list[str]:
-    """The command that runs this Python."""
+    """Return the command that runs this Python."""
     return [sys.executable, *arguments]
 
 

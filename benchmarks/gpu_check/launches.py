@@ -35,7 +35,7 @@ ONE_LAUNCH = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_
 
 
 def cases() -> list[OpCase]:
-    """Each operator at an early and at a late shape of EfficientNet-B0."""
+    """Return each operator at an early and at a late shape of EfficientNet-B0."""
     found = []
     for channels, plane, kernel, stride, reduced in ((96, 112, 3, 2, 4), (672, 14, 5, 1, 28)):
         for op in DEPTHWISE_OPS:
@@ -49,7 +49,7 @@ def cases() -> list[OpCase]:
 
 
 def device_events(events: Sequence[Any]) -> list[str]:
-    """Names of the kernels, fills and copies among a profile's events."""
+    """Return names of the kernels, fills and copies among a profile's events."""
     return [
         event.name
         for event in events
@@ -63,7 +63,7 @@ def operator_events(events: Sequence[Any]) -> list[str]:
 
 
 def profiled(call: Callable[[], object], device: torch.device) -> list[str]:
-    """What one call puts on the GPU, by the profiler."""
+    """Return what one call launches on the GPU, by the profiler."""
     from torch.profiler import ProfilerActivity, profile
 
     on_gpu = device.type == "cuda"
@@ -78,7 +78,7 @@ def profiled(call: Callable[[], object], device: torch.device) -> list[str]:
 
 
 def complaint(op: str, seen: Sequence[str], counted: int | None) -> str | None:
-    """What is wrong with the launches of one call, in one line; None if nothing is."""
+    """Return what is wrong with the launches of one call, in one line; None if nothing is."""
     if counted is not None and counted != len(seen):
         return f"the profiler sees {len(seen)} launches, {counted} were counted: {', '.join(seen)}"
     if op in ONE_LAUNCH and len(seen) != 1:

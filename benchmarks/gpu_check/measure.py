@@ -17,11 +17,11 @@ from torch import Tensor
 import effkernels
 from effkernels import environment, ops
 from effkernels.bench import timing
-from effkernels.bench.check import errors, judge
 from effkernels.bench.op_case import OpCase
 from effkernels.bench.op_timing import as_run, enlarged, first_images, temporary_graphs, triton_launches
 from effkernels.bench.timing import Row, Statistics
 from effkernels.ops import backends, reference
+from effkernels.ops.parity import errors, judge
 
 # Results of this many images are compared with float64: every operator works image by image.
 _PARITY_IMAGES = 2
@@ -33,7 +33,7 @@ class Measured:
     """One contender of one case.
 
     Attributes:
-        error: relative L2 to float64; None where it computes only a part of the operator.
+        error: relative L2 to float64; None if it computes only a part of the operator.
         launches: of one call, where they are counted.
     """
 
@@ -61,7 +61,7 @@ def copy_bandwidth(device: torch.device, megabytes: int) -> float:
 
 
 def launch_count() -> int | None:
-    """Launches of this library in this process so far; None where there is no counter or no CUDA."""
+    """Launches of this library in this process so far; None if there is no counter or no CUDA."""
     if not torch.cuda.is_available() or not hasattr(torch.ops.effkernels, "cuda_launches"):
         return None
     return int(torch.ops.effkernels.cuda_launches())
@@ -111,7 +111,7 @@ def bare(case: OpCase, device: torch.device) -> tuple[str, Any] | None:
 
 
 def ours(op: str, dtype: torch.dtype, device: torch.device, kernel_size: int | None = None) -> list[str]:
-    """Every backend of this project that runs a call, the compiled ones first."""
+    """Return every backend of this project that runs a call, the compiled ones first."""
     can_run = {"cuda": backends.can_run_cuda, "cpu": backends.can_run_cpu, "triton": backends.can_run_triton}
     found = [
         name for name, decide in can_run.items() if decide(op, device=device, dtype=dtype, kernel_size=kernel_size).ok
@@ -120,7 +120,7 @@ def ours(op: str, dtype: torch.dtype, device: torch.device, kernel_size: int | N
 
 
 def on_backend(call: Callable[..., Any], backend: str) -> Callable[..., Any]:
-    """A function that runs on one backend, whatever the one in force."""
+    """Return a function that runs on one backend, whatever the one in force."""
 
     def forced(*args: Any, **options: Any) -> Any:
         with effkernels.backend(backend):
@@ -132,7 +132,7 @@ def on_backend(call: Callable[..., Any], backend: str) -> Callable[..., Any]:
 def contenders(
     case: OpCase, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None]
 ) -> dict[str, Contender]:
-    """The contenders of an operator call, by name.
+    """Return the contenders of an operator call, by name.
 
     Args:
         modes: of torch.compile, None for its default.
@@ -159,7 +159,7 @@ def contenders(
 
 
 def compiled_name(mode: str | None) -> str:
-    """The contender's name of a mode of torch.compile."""
+    """Return the contender's name of a mode of torch.compile."""
     return "compile" if mode is None else "compile-max-autotune"
 
 
@@ -235,7 +235,7 @@ def compare(
 
 
 def _counted(call: Call, backend: str) -> tuple[tuple[Tensor, ...], int | None]:
-    """What a call returns, and its launches by the counter of its backend; None where there is none."""
+    """Return the results of a call, and its launches by the counter of its backend; None without a counter."""
     before = launch_count()
     with triton_launches() as names:
         outputs = call()

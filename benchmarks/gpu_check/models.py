@@ -50,7 +50,7 @@ class Step:
 
 
 def plan(device: str, models: Sequence[str] = MODELS, batches: Sequence[int] = BATCHES) -> dict[str, Step]:
-    """Every step by name, in the order of what is most worth knowing."""
+    """Return every step by name, in the order of what is most worth knowing."""
     steps: dict[str, Step] = {}
     wanted: set[str] = set()
     for title, (added, seconds) in ROUNDS.items():
@@ -113,7 +113,7 @@ def models(options: Options) -> str:
 
 
 def _is_ours(refusal: Refusal) -> bool:
-    """Whether a refusal is a mistake of this package, and not a package of others that is missing."""
+    """Return whether a refusal is a mistake of this package, and not a package of others that is missing."""
     if refusal.contender in ("engine", "optimized"):
         return not refusal.reason.startswith(("not available", "timm"))
     return refusal.contender.startswith("effkernels")

@@ -36,7 +36,7 @@ _COLUMNS = {"triton": "effkernels-triton", "eager": "eager-channels-last", "comp
 
 
 def table(groups: Sequence[Sequence[Row]]) -> str:
-    """One line for each case: our time, its share of the copy bandwidth, and the others' times over ours.
+    """Return one line for each case: our time, its share of the copy bandwidth, and the others' times over ours.
 
     Ours is the compiled kernel; where there is none, Triton's, and then its own column is empty.
     """
@@ -115,13 +115,13 @@ class Bench:
         self.guess, self.compile_guess = _GUESS, _COMPILE_GUESS
 
     def modes(self, one: Case) -> list[str | None]:
-        """The modes of torch.compile that a case is compared with."""
+        """Return the modes of torch.compile that a case is compared with."""
         if self.options.smoke or not one.compiled:
             return []
         return [None, "max-autotune-no-cudagraphs"] if self.options.max_autotune else [None]
 
     def seconds(self, one: Case) -> float:
-        """What a case takes."""
+        """Return the seconds that a case takes."""
         return 0.0 if self.options.smoke else self.guess + len(self.modes(one)) * self.compile_guess
 
     def run(self, one: Case, dtype: torch.dtype) -> tuple[list[Row], list[Refused]]:

@@ -11,7 +11,7 @@ PROCESSES = 8  # the yardsticks are float64 on the CPU in part, and each test's 
 
 
 def parity(options: Options) -> str:
-    """Every operator, block and network on the device against float64; on a CPU by its own kernels."""
+    """Check every operator, block and network on the device against float64; on a CPU by its own kernels."""
     if options.device == "cuda":
         return run_tests(options, "parity", *FILES, "-k", "cuda and not emulated", processes=PROCESSES)
     wanted = "test_squeeze_excite and cpu and bfloat16 and plain" if options.smoke else "cpu"

@@ -63,7 +63,7 @@ def read_report(text: str) -> list[dict[str, str]]:
 
 
 def run_main_kernels(device: torch.device) -> None:
-    """What ncu watches: the first calls of the operator benchmark, once each, inputs drawn on the CPU."""
+    """Run what ncu profiles: the first calls of the operator benchmark, once each, inputs drawn on the CPU."""
     batch, most = (256, 16) if device.type == "cuda" else (1, 2)
     with torch.inference_mode(), effkernels.backend(device.type):
         done: set[tuple[object, ...]] = set()

@@ -1,4 +1,4 @@
-"""What has been done so far: a file of one JSON object a line, from which a later call goes on.
+"""The progress so far: a file of one JSON object a line, from which a later call continues.
 
 A part writes each step as it begins and ends, the runner writes how each part ended. Nothing is kept in memory alone,
 so that a part that is killed has said how far it came.
@@ -52,7 +52,7 @@ class PartProgress:
 
     @property
     def wrong(self) -> list[str]:
-        """What is wrong, a line for each step."""
+        """Return what is wrong, a line for each step."""
         found = [self.done[name] for name in self.planned if self.done.get(name)]
         return found + [f"{name}: began {MOST_TRIES} times and never came to its end" for name in self.given_up]
 
@@ -64,13 +64,13 @@ class PartProgress:
 
     @property
     def finished(self) -> bool:
-        """Whether another turn would find nothing to do."""
+        """Return whether another turn would find nothing to do."""
         if self.result == "failed":
             return bool(self.planned) and not self.left
         return self.result in ("passed", "not available")
 
     def how_far(self) -> str:
-        """How far the part came, in words."""
+        """Return how far the part came, in words."""
         if not self.planned:
             return "before its first step"
         done = sum(name in self.done for name in self.planned)
@@ -88,7 +88,7 @@ class Progress:
         self._copied = 0.0
 
     def begin(self, run: str) -> bool:
-        """Start a run, or go on with it: True where the file is of the same run.
+        """Start a run, or continue it: True if the file is of the same run.
 
         Args:
             run: what must be equal for steps to count: source, device, sizes.
@@ -116,7 +116,7 @@ class Progress:
             self._copied = time.monotonic()
 
     def of(self, part: str) -> PartProgress:
-        """What is known about a part."""
+        """Return what is known about a part."""
         found = PartProgress()
         had = 0.0
         for line in self._lines():

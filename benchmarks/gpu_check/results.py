@@ -1,4 +1,4 @@
-"""Where the rows of a run go."""
+"""The files for the rows of a run."""
 
 from __future__ import annotations
 

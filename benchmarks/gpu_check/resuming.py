@@ -15,7 +15,7 @@ from benchmarks.gpu_check.progress import Progress
 
 
 def options(progress: Path, part: str, skip: Path) -> list[str]:
-    """What pytest's command line needs for it.
+    """Return the options of pytest's command line for it.
 
     Args:
         skip: a file with the ids of tests to leave out, a line each, which does not change during the run: workers

@@ -25,7 +25,7 @@ INTERRUPTED = 128 + signal.SIGINT
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a part ended: one of `KINDS`, or "running"."""
+    """The end of a part: one of `KINDS`, or "running"."""
 
     part: str
     result: str
@@ -39,7 +39,7 @@ def run_one(
     """Run one part, show and log what it prints, and stop it where it does not keep to its time.
 
     Args:
-        seconds: what the part is told to keep to. It is gone soon after, see `schedule.allowance`.
+        seconds: the limit given to the part. It ends soon after, see `schedule.allowance`.
         dry: without a GPU, at sizes for which one thread is quicker than several.
     """
     print(f"\n== {part.name}, {seconds:.0f} s: {part.says}", flush=True)
@@ -63,7 +63,7 @@ def run_one(
                 copy.flush()
                 last[0] = line.strip() or last[0]
 
-    # Not this thread: a process that the part left behind can hold its output open for longer than the part has time.
+    # Not this thread: a process that the part did not end can hold its output open for longer than the part has time.
     reader = threading.Thread(target=show, daemon=True)
     reader.start()
     late = False
@@ -101,7 +101,7 @@ def _signal_group(group: int, number: int) -> None:
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
-    """The table that comes last."""
+    """Return the table that comes last."""
     rows = [("part", "result", "seconds", "note")]
     rows += [(o.part, o.result, f"{o.seconds:.0f}" if o.seconds else "", o.note[:140]) for o in outcomes]
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
@@ -115,7 +115,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
 
 
 def why_not_here(device: str) -> str | None:
-    """Why the check cannot run on this machine, in one line, or None."""
+    """Return why the check cannot run on this machine, in one line, or None."""
     try:
         import torch
     except ImportError:
@@ -157,7 +157,7 @@ class Check:
         self.outcomes = {part.name: self._earlier(part.name) for part in parts}
 
     def _earlier(self, name: str) -> Outcome:
-        """How a part ended in an earlier call."""
+        """Return how a part ended in an earlier call."""
         known = self.progress.of(name)
         if not known.result:
             return Outcome(name, "not reached", 0.0, "")

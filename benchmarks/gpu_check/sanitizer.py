@@ -18,7 +18,7 @@ PLANTED = ROOT / "tests" / "gpu" / "planted.cu"
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a run of a tool says: the errors it counted, or None where it gave no account of the whole run."""
+    """The result of a run of a tool: the errors it counted, or None if it gave no account of the whole run."""
 
     errors: int | None
     line: str
@@ -43,7 +43,7 @@ def read_verdict(output: str) -> Verdict:
 
 
 def build_planted(nvcc: Path) -> Path:
-    """The program with mistakes on purpose.
+    """Return the program with mistakes on purpose.
 
     Raises:
         NotAvailable: it cannot be built here.

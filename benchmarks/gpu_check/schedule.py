@@ -1,7 +1,7 @@
-"""Which parts the GPU check has, in which order, and how long each may take: pure functions of the time there is.
+"""Plan the parts of the GPU check, their order, and the time of each: pure functions of the available time.
 
 The order is that of what is most worth knowing after a few minutes on a GPU. A part that needs less than its share
-leaves the rest to those after it; when all have had their turn, those that were cut go on in what is left.
+leaves the rest to those after it; when all have had their turn, those that were cut continue in the remaining time.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ PARTS: tuple[Part, ...] = (
 
 
 def chosen(names: Sequence[str]) -> list[Part]:
-    """The parts asked for, in their fixed order; all of them for no name.
+    """Return the parts asked for, in their fixed order; all of them for no name.
 
     Raises:
         ValueError: a name is not a part's.
@@ -65,7 +65,7 @@ def chosen(names: Sequence[str]) -> list[Part]:
 
 
 def cap(part: Part, parts: Sequence[Part], total: float) -> float:
-    """The most seconds that a part may take in its first turn, its end included.
+    """Return the most seconds that a part may take in its first turn, its end included.
 
     Args:
         parts: those of this call; fewer parts have more time each, and one alone has all of it.
@@ -75,7 +75,7 @@ def cap(part: Part, parts: Sequence[Part], total: float) -> float:
 
 
 def allowance(part: Part, most: float, left: float) -> float | None:
-    """Seconds that a part is told to keep to, so that it is gone in time even if it hangs; None: it is not worth it.
+    """Return the seconds given to a part, so that it ends in time even if it hangs; None: too short to be useful.
 
     Args:
         most: seconds that it may take, its end included.
@@ -86,7 +86,7 @@ def allowance(part: Part, most: float, left: float) -> float | None:
 
 
 def order(parts: Sequence[Part], finished: Collection[str], failed: Collection[str]) -> list[Part]:
-    """What a call has to do, given what earlier calls on the same source and device did.
+    """Return the parts that a call has to run, given what earlier calls on the same source and device did.
 
     Args:
         finished: names of parts that have nothing left to do.

@@ -12,9 +12,9 @@ from effkernels.bench.op_calls import Call
 
 
 def calls_of(model: str) -> tuple[Call, ...]:
-    """The distinct operator calls of a network at its own input size, in the order of the forward.
+    """Return the distinct operator calls of a network at its own input size, in the order of the forward.
 
-    Behind them come calls that stand for others: the squeeze_excite_gate of each width, and the expansions with the
+    After them come calls that represent others: the squeeze_excite_gate of each width, and the expansions with the
     depthwise convolution that follows.
     """
     found = op_calls.calls_of(model)
@@ -27,7 +27,7 @@ def calls_of(model: str) -> tuple[Call, ...]:
 
 
 def _expansions(calls: Sequence[Call]) -> Iterator[Call]:
-    """The expand_depthwise_squeeze of every 1x1 convolution and depthwise convolution that fit each other."""
+    """Return the expand_depthwise_squeeze of every 1x1 convolution and depthwise convolution that fit each other."""
     for expand in calls:
         for depthwise in calls:
             follows = (expand.out, expand.plane) == (depthwise.channels, depthwise.plane)
@@ -74,7 +74,7 @@ def _values(call: Call) -> int:
 
 
 def of_family(model: str, op: str, batch: int) -> list[Measurement]:
-    """The calls of a network by one operator, those that move most first."""
+    """Return the calls of a network by one operator, those that move most first."""
     found = [
         Measurement(model, call, op, batch, op in _COMPILED)
         for call in calls_of(model)
@@ -84,7 +84,7 @@ def of_family(model: str, op: str, batch: int) -> list[Measurement]:
 
 
 def in_turn(lists: Sequence[Sequence[Item]]) -> Iterator[Item]:
-    """The first of each list, then the second of each, to the end of the longest."""
+    """Return the first of each list, then the second of each, to the end of the longest."""
     for position in range(max(map(len, lists), default=0)):
         for one in lists:
             yield from one[position : position + 1]

@@ -9,7 +9,6 @@ import torch
 
 import effkernels
 from effkernels import ops
-from effkernels.bench.check import judge
 from effkernels.bench.op_case import (
     DEPTHWISE_OPS,
     OpCase,
@@ -21,11 +20,11 @@ from effkernels.bench.op_case import (
 )
 from effkernels.ops import reference
 from effkernels.ops.backends import OPERATORS
-from effkernels.ops.parity import full_float32
+from effkernels.ops.parity import full_float32, judge
 
 
 def small_cases() -> Iterator[OpCase]:
-    """Every operator at shapes with full vectors and at odd ones: both ways of every plan, few thread blocks."""
+    """Return every operator at shapes with full vectors and at odd ones: both ways of every plan, few thread blocks."""
     for channels, height, width, kernel, stride in ((32, 9, 10, 3, 1), (40, 7, 9, 5, 2), (7, 5, 6, 3, 2)):
         for op in DEPTHWISE_OPS:
             yield depthwise_case(op, (2, channels, height, width), kernel, stride)

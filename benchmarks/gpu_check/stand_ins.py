@@ -1,4 +1,4 @@
-"""Stand-ins for the tools of the CUDA toolkit in a dry run: they print what the tools print, and see nothing."""
+"""Stand-ins for the tools of the CUDA toolkit in a dry run: they print what the tools print, and check nothing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TOOLS = {"nvcc": _NVCC, "compute-sanitizer": _SANITIZER, "ncu": _NCU}
 
 
 def stand_in(name: str, folder: Path) -> Path:
-    """A program in ``folder`` that stands in for a tool."""
+    """Return a program in ``folder`` that replaces a tool."""
     folder.mkdir(parents=True, exist_ok=True)
     program = folder / f"stand-in-{name}"
     program.write_text(f"#!{sys.executable}\nimport sys\n{_TOOLS[name]}", encoding="utf-8")

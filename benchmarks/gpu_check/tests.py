@@ -31,7 +31,7 @@ _NO_TESTS_LEFT = 5  # pytest's exit status
 
 
 def pytest_command(*arguments: str, processes: int) -> list[str]:
-    """The command that runs pytest here, in ``processes`` processes where the machine has pytest-xdist.
+    """Return the command that runs pytest here, in ``processes`` processes where the machine has pytest-xdist.
 
     Raises:
         NotAvailable: this Python has no pytest or no hypothesis.
@@ -98,7 +98,7 @@ def _run(command: list[str], seconds: float, variables: Mapping[str, str]) -> tu
 
 
 def verdict(counted: str, status: int, stopped: bool, state: PartProgress) -> str:
-    """The note on a run of pytest.
+    """Return the note on a run of pytest.
 
     Args:
         counted: its last line.

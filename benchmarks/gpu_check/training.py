@@ -29,19 +29,19 @@ _ROUNDS = 5
 
 
 def network(dtype: torch.dtype, device: torch.device, layout: torch.memory_format = torch.channels_last) -> nn.Module:
-    """The network in eval mode, so that its norms are frozen."""
+    """Return the network in eval mode, so that its norms are frozen."""
     made: nn.Module = copy.deepcopy(sample_model(MODEL)).to(torch.bfloat16).to(device, dtype)
     return made.to(memory_format=layout)  # type: ignore[call-overload, no-any-return]
 
 
 def noise(batch: int, size: int, device: torch.device) -> Tensor:
-    """A batch in bfloat16, channels_last."""
+    """Return a batch in bfloat16, channels_last."""
     drawn = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     return drawn.to(device, torch.bfloat16, memory_format=torch.channels_last)
 
 
 def step_of(model: nn.Module, images: Tensor, backend: str) -> Callable[[], None]:
-    """A forward and a backward on one backend."""
+    """Return a forward and a backward on one backend."""
 
     def step() -> None:
         model.zero_grad(set_to_none=True)
@@ -52,13 +52,13 @@ def step_of(model: nn.Module, images: Tensor, backend: str) -> Callable[[], None
 
 
 def gradients(model: nn.Module, images: Tensor, backend: str) -> dict[str, Tensor]:
-    """The gradients of all parameters after one step."""
+    """Return the gradients of all parameters after one step."""
     step_of(model, images.to(next(model.parameters()).dtype), backend)()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
 def error_of(backend: str, device: torch.device, size: int) -> tuple[bool, float, float]:
-    """Whether the gradients of a backend in bfloat16 keep to the rule of parity, their error and its limit.
+    """Return whether the gradients of a backend in bfloat16 keep to the rule of parity, their error and its limit.
 
     All parameters count as one long vector with each at its own scale: a norm of eight channels has too few numbers to
     be judged alone. PyTorch's own error is that of the worse of its two layouts, because a deep network multiplies

@@ -1,7 +1,7 @@
-"""Part `tune`: how Triton kernels are best cut on this GPU, and which backend is faster: `effkernels tune`.
+"""Part `tune`: the fastest Triton tiles on this GPU, and the faster backend, by `effkernels tune`.
 
 Answers are kept as they come, in the work folder of the check and not among those of this machine's user, so that
-another turn goes on where this one was cut and no other measurement is changed by them.
+another turn continues where this one was cut and no other measurement is changed by them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _CLOSING_SECONDS = 2.0
 
 
 def tune(options: Options) -> str:
-    """The calls of EfficientNet-B0 at batch 1 and 256; in a dry run one call by Triton's interpreter."""
+    """Return the calls of EfficientNet-B0 at batch 1 and 256; in a dry run one call by Triton's interpreter."""
     options.needs_gpu()
     command = python("-m", "effkernels", "tune", "--model", "efficientnet_b0")
     variables = {tuned_plan.VARIABLE: str(FOLDER)}
@@ -44,7 +44,7 @@ def tune(options: Options) -> str:
 
 
 def known() -> int:
-    """How many files hold answers."""
+    """Return how many files hold answers."""
     return len([name for _, _, names in os.walk(FOLDER) for name in names if name.endswith(".json")])
 
 

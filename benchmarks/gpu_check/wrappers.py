@@ -9,7 +9,7 @@ from benchmarks.gpu_check.tests import run_tests
 
 
 def wrappers(options: Options) -> str:
-    """The tests that only a GPU can run; in a dry run a wrapper on the emulator."""
+    """Return the tests that only a GPU can run; in a dry run a wrapper on the emulator."""
     options.needs_gpu()
     only = ["-k", "test_tanh_approx and emulated"] if options.dry else []
     return run_tests(options, "wrappers", "tests/gpu", *only)

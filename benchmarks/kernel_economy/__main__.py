@@ -1,4 +1,5 @@
-"""Writes the tables of docs/kernels.md from the built library; says which claims do not hold."""
+"""Writes effkernels/kernel_counts.json and the tables of docs/kernels.md from the built library; says which claims do
+not hold."""
 
 from __future__ import annotations
 
@@ -8,9 +9,11 @@ import tempfile
 from pathlib import Path
 
 from benchmarks.kernel_economy import table
+from benchmarks.kernel_economy.counts import count_kernels
 from benchmarks.kernel_economy.reading import ToolMissing, read_kernels
 from benchmarks.kernel_economy.rules import broken_claims
 from effkernels import _library
+from effkernels.plan import kernel_counts
 
 
 def main() -> int:
@@ -23,6 +26,10 @@ def main() -> int:
         return 2
     try:
         kernels = read_kernels(_library.LIBRARY_FILE)
+        counts = kernel_counts.to_json(count_kernels(kernels))
+        counts_before = kernel_counts.FILE.read_text(encoding="utf-8") if kernel_counts.FILE.exists() else ""
+        if not check:
+            kernel_counts.FILE.write_text(counts, encoding="utf-8")  # the page's estimates read it
         with tempfile.TemporaryDirectory() as folder:
             text = table.section(kernels, Path(folder))
     except ToolMissing as missing:
@@ -34,9 +41,17 @@ def main() -> int:
     before = table.PAGE.read_text(encoding="utf-8")
     after = table.with_section(before, text)
     if check:
-        if before != after:
-            print("docs/kernels.md is out of date: make kernels-table", file=sys.stderr)
-        return 1 if broken or before != after else 0
+        stale = [
+            name
+            for name, old, new in (
+                ("docs/kernels.md", before, after),
+                ("effkernels/plan/kernel_counts.json", counts_before, counts),
+            )
+            if old != new
+        ]
+        for name in stale:
+            print(f"{name} is out of date: make kernels-table", file=sys.stderr)
+        return 1 if broken or stale else 0
     table.PAGE.write_text(after, encoding="utf-8")
     return 1 if broken else 0
 

@@ -52,7 +52,7 @@ class StemIssued:
 
 
 def issued_by_stem(code: Sequence[Instruction], planes: bool) -> StemIssued:
-    """What conv_stem issues in a 16-bit type.
+    """Count what conv_stem issues in a 16-bit type.
 
     Args:
         code: the instructions of the kernel.
@@ -100,7 +100,7 @@ def issued_by_stem(code: Sequence[Instruction], planes: bool) -> StemIssued:
 def _best_way(
     flow: Flow, first: int, last: int, wanted: Callable[[Sequence[Instruction]], tuple[int, ...]]
 ) -> list[int]:
-    """The blocks from `first` to `last`, no branch backwards, for which the sum of `wanted` is largest."""
+    """Return the blocks from `first` to `last`, no branch backwards, for which the sum of `wanted` is largest."""
 
     @functools.cache
     def best(number: int) -> tuple[tuple[int, ...], tuple[int, ...]] | None:

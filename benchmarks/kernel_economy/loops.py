@@ -40,8 +40,8 @@ def by_pipe(opcodes: Counter[str]) -> Counter[str]:
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: its address, its opcode with modifiers, the branch's target (None where there is none, or where
-    it is found at run time), whether it is executed under a predicate, and its operands as they stand there."""
+    """One instruction: its address, its opcode with modifiers, the branch's target (None if there is none, or where
+    it is found at run time), whether it is executed under a predicate, and its operands as written."""
 
     address: int
     opcode: str
@@ -56,7 +56,7 @@ class Instruction:
 
 
 def instructions_of(code: str) -> tuple[Instruction, ...]:
-    """The instructions of one function of a listing of cuobjdump --dump-sass, without NOPs."""
+    """Return the instructions of one function of a listing of cuobjdump --dump-sass, without NOPs."""
     pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
     found = []
     for address, predicate, opcode, operands in re.findall(pattern, code, flags=re.MULTILINE):
@@ -86,7 +86,7 @@ class Loop:
 
 
 class Flow:
-    """The blocks of a function, in the order of the code, and where each of them can go on."""
+    """The blocks of a function, in the order of the code, and the blocks that can follow each of them."""
 
     def __init__(self, code: Sequence[Instruction]) -> None:
         starts = {code[0].address} | {one.target for one in code if one.target is not None}
@@ -108,14 +108,14 @@ class Flow:
         self._add_jump_tables()
 
     def _add_jump_tables(self) -> None:
-        """A jump through a table goes to the blocks behind it that nothing else goes to."""
+        """A jump through a table goes to the blocks after it that nothing else goes to."""
         reached = {0, *(to for following in self.next for to in following)}
         tables = [number for number, block in enumerate(self.blocks) if block[-1].name == "BRX"]
         for number, end in itertools.pairwise([*tables, len(self.blocks)]):
             self.next[number] += [to for to in range(number + 1, end) if to not in reached]
 
     def loops(self) -> Iterator[Loop]:
-        """Every loop, by its backward branch."""
+        """Return every loop, by its backward branch."""
         for number, following in enumerate(self.next):
             for to in following:
                 if to <= number:
@@ -200,3 +200,24 @@ def issued_by_strips(code: Sequence[Instruction], kernel: int, stride: int, stri
         sum(border.values()) / values,
         {pipe: n / values for pipe, n in by_pipe(inside).items()},
     )
+
+
+def issued_by_windows(code: Sequence[Instruction], kernel: int, values: int) -> Issued:
+    """Of a short strip, whose window is read at once: inside the image and at its border the code is the same.
+
+    Args:
+        kernel: size of the convolution.
+        values: of the result, of a strip.
+
+    Raises:
+        ValueError: there is no loop over strips.
+    """
+    flow = Flow(code)
+    strips = [
+        loop for loop in flow.loops() if loop.count("FFMA") >= kernel * kernel * values and loop.count("STG") == 2
+    ]
+    if not strips:
+        raise ValueError(f"no loop over strips of {values} values")
+    counted = flow.longest(min(strips, key=lambda loop: len(loop.instructions)), [])
+    total = sum(counted.values()) / values
+    return Issued(total, total, {pipe: times / values for pipe, times in by_pipe(counted).items()})

@@ -42,7 +42,7 @@ def wavefronts(one: Instruction) -> float:
 
 
 def counters(path: Sequence[Instruction]) -> Counters:
-    """What stands on a path, by unit."""
+    """Count the instructions on a path, by unit."""
     fma = alu = special = memory = fronts = tensor = 0.0
     for one in path:
         if one.name in _OF_MATRIX:
@@ -60,7 +60,7 @@ def counters(path: Sequence[Instruction]) -> Counters:
 
 
 def trips(path: Sequence[Instruction]) -> float:
-    """How often the path waits for global memory: at the first use of a loaded register all loads before it arrive."""
+    """Count the waits of a path for global memory: at the first use of a loaded register all loads before it arrive."""
     waiting: set[int] = set()
     found = 0
     for one in path:
@@ -82,7 +82,7 @@ def _registers(one: Instruction) -> set[int]:
 def way(
     flow: Flow, first: int, last: int | None, score: Score, left_out: Sequence[Loop] = (), ends: bool = True
 ) -> list[Instruction]:
-    """The best-scoring forward path.
+    """Return the best-scoring forward path.
 
     Args:
         first, last: blocks at which it begins and ends; last=None: where the function ends.
@@ -141,7 +141,7 @@ def plain(one: Instruction) -> tuple[float, ...]:
 
 
 def loops_of(flow: Flow) -> list[Loop]:
-    """The loops of a function, one for each first block and last block, the shortest first.
+    """Return the loops of a function, one for each first block and last block, the shortest first.
 
     Not the ways back from code after the function's end, to which a warp goes whose lanes disagree.
     """
@@ -154,5 +154,5 @@ def loops_of(flow: Flow) -> list[Loop]:
 
 
 def inside(inner: Loop, outer: Loop) -> bool:
-    """Whether a loop lies in another one."""
+    """Return whether a loop is in another one."""
     return outer.first <= inner.first and inner.last <= outer.last and inner != outer

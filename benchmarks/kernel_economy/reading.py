@@ -1,6 +1,6 @@
 """Reads registers, memory and instructions of every kernel from nvcc's output, by cuobjdump and nvdisasm.
 
-Both come with the CUDA toolkit, or from PyPI as nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
+Both are part of the CUDA toolkit, or from PyPI as nvidia-cuda-cuobjdump and nvidia-cuda-nvdisasm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class ToolMissing(Exception):
 
 
 def find_tool(name: str) -> Path:
-    """A program of the CUDA toolkit: on PATH, under /usr/local/cuda, or in this Python's nvidia packages.
+    """Return a program of the CUDA toolkit: on PATH, under /usr/local/cuda, or in this Python's nvidia packages.
 
     Raises:
         ToolMissing: it is in none of these places; the message says how to get it.
@@ -51,14 +51,14 @@ class Kernel:
     """One compiled kernel.
 
     Attributes:
-        name: as in the source, with template arguments: "depthwise_strips<bfloat16, 3, 1>".
+        name: as in the source, with template arguments: "depthwise_strips<bfloat16, 3, 1, 7>".
         arch: the architecture of its machine code, 90 for sm_90.
         registers: of a thread.
         stack, local: bytes of a thread in local memory.
         shared: static shared memory of a block in bytes, with what the system reserves (1024 from sm_90 on).
         max_threads, min_blocks: of its __launch_bounds__, 0 where they are not given.
         instructions: how often each instruction stands in the code, by opcode with modifiers ("LDG.E.128.CONSTANT").
-        listing: the disassembly, of the kernels whose loops are counted; "" of the others.
+        listing: the instructions of the disassembly, of the kernels whose loops are counted; "" of the others.
     """
 
     name: str
@@ -171,18 +171,20 @@ def _sections(listing: str) -> Iterator[tuple[int, str]]:
             yield int(match[1]), part
 
 
-# What the mangled name of a kernel whose loops are counted contains.
-_WITH_LISTING = ("depthwise_strips", "depthwise_resident", "conv_stem")
+# What the mangled name of a kernel whose loops are not counted contains.
+_WITHOUT_LISTING = ("depthwise_any",)
 
 
 def _instructions(listing: str) -> dict[tuple[int, str], tuple[Counter[str], str]]:
-    """By (architecture, mangled name): how often each opcode stands in the disassembly, and the disassembly."""
+    """By (architecture, mangled name): how often each opcode is in the disassembly, and the disassembly."""
     found = {}
     for arch, text in _sections(listing):
         for function in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
             name, _, code = function.partition("\n")
             opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
-            kept = code if any(word in name for word in _WITH_LISTING) else ""
+            kept = ""
+            if not any(word in name for word in _WITHOUT_LISTING):
+                kept = "\n".join(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s.*?;", code, flags=re.MULTILINE))
             found[arch, name.strip()] = Counter(opcode for opcode in opcodes if opcode != "NOP"), kept
     return found
 
@@ -212,7 +214,7 @@ def _resources(listing: str) -> dict[tuple[int, str], dict[str, int]]:
 
 
 def read_kernels(binary: Path) -> list[Kernel]:
-    """Every kernel in an object file, a library or a program that nvcc built, by name and architecture.
+    """Return every kernel in an object file, a library or a program that nvcc built, by name and architecture.
 
     Raises:
         ToolMissing: cuobjdump, nvdisasm or c++filt is not there.
@@ -274,7 +276,7 @@ def _run_nvcc(command: Sequence[str | Path]) -> None:
 
 
 def nvcc_version() -> str:
-    """The release of nvcc, "13.0.88"."""
+    """Return the release of nvcc, "13.0.88"."""
     match = re.search(r"V(\d+\.\d+\.\d+)", _output_of_nvcc())
     return match[1] if match else "unknown"
 

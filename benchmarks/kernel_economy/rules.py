@@ -1,4 +1,4 @@
-"""What every kernel family claims, and whether what the compiler made of it keeps the claim.
+"""The claims of every kernel family, and the check that the compiled code keeps them.
 
 A family without an entry in `CLAIMS` is an error of its own: a new kernel says what it promises.
 """
@@ -6,11 +6,13 @@ A family without an entry in `CLAIMS` is an error of its own: a new kernel says 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.kernel_economy.conv_loops import LANE_VALUES, StemIssued, issued_by_stem
-from benchmarks.kernel_economy.loops import Issued, instructions_of, issued_by_strips
+from benchmarks.kernel_economy.loops import Issued, instructions_of, issued_by_strips, issued_by_windows
+from benchmarks.kernel_economy.pointwise_loops import epilogue_of, pointwise_issued, tile_of
 from benchmarks.kernel_economy.reading import Kernel
 
 Rule = Callable[[Kernel], str | None]  # what is wrong, or None
@@ -19,7 +21,7 @@ _ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 def element_bytes(kernel: Kernel) -> int:
-    """Bytes of an element of the images: of the first type among the template arguments, else 4."""
+    """Return the bytes of an element of the images: of the first type among the template arguments, else 4."""
     return next((_ELEMENT_BYTES[name] for name in kernel.arguments if name in _ELEMENT_BYTES), 4)
 
 
@@ -34,7 +36,7 @@ def in_registers(kernel: Kernel) -> str | None:
 
 
 def wide_loads(at_least: int = 1) -> Rule:
-    """At least so many 16-byte reads of global memory stand in the code, into registers or shared memory."""
+    """At least so many 16-byte reads of global memory are in the code, into registers or shared memory."""
 
     def rule(kernel: Kernel) -> str | None:
         found = kernel.accesses("LDG")[16] + kernel.accesses("LDGSTS")[16]
@@ -53,7 +55,7 @@ def wide_stores(kernel: Kernel) -> str | None:
 
 
 def some_wide_stores(at_least: int) -> Rule:
-    """At least so many 16-byte stores stand in the code; narrow ones, for channels that do not divide, may too."""
+    """At least so many 16-byte stores are in the code; so may be narrow ones, for channels that do not divide."""
 
     def rule(kernel: Kernel) -> str | None:
         found = kernel.accesses("STG")[16]
@@ -147,9 +149,8 @@ def stored_elements(kernel: Kernel) -> int:
 
 
 def strip(kernel: Kernel) -> int:
-    """Output pixels of a depthwise thread: depthwise_strip in depthwise.h."""
-    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
-    return 4 if size == 0 or size >= 7 or stride > 1 else 7
+    """Output pixels of a depthwise thread."""
+    return int(kernel.arguments[3])
 
 
 def row_of_inputs(kernel: Kernel) -> str | None:
@@ -159,13 +160,19 @@ def row_of_inputs(kernel: Kernel) -> str | None:
     return wide_loads((strip(kernel) - 1) * stride + taps)(kernel)
 
 
+def window_of_inputs(kernel: Kernel) -> str | None:
+    """Every input vector under a short strip is read by one 16-byte load, all in the code at once."""
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    return wide_loads(size * ((strip(kernel) - 1) * stride + size))(kernel)
+
+
 def strip_elements(kernel: Kernel) -> int:
     """Elements of the result of a depthwise thread's strip."""
     return strip(kernel) * 16 // element_bytes(kernel)
 
 
 # Instructions issued for each value of the result, of a strip inside the image with swish, by size and stride.
-_BUDGET = {(3, 1): 26, (3, 2): 33, (5, 1): 49, (5, 2): 62}
+_BUDGET = {(3, 1): 26, (3, 2): 33, (5, 1): 50, (5, 2): 62}
 
 
 def within_budget(kernel: Kernel) -> str | None:
@@ -178,15 +185,29 @@ def within_budget(kernel: Kernel) -> str | None:
     return None if found <= most else f"{found:.1f} instructions for each value; the claim is {most}"
 
 
+# The same of short strips, stride 1 or 2, by size.
+_SHORT_BUDGET = {3: 55, 5: 112}
+
+
+def short_within_budget(kernel: Kernel) -> str | None:
+    """No more instructions for each value of a short strip in 16-bit types than _SHORT_BUDGET has; it is of sm_90."""
+    if kernel.arch != 90 or element_bytes(kernel) != 2:
+        return None
+    found, most = issued(kernel).inside, _SHORT_BUDGET[int(kernel.arguments[1])]
+    return None if found <= most else f"{found:.1f} instructions for each value; the claim is {most}"
+
+
 def issued(kernel: Kernel) -> Issued:
     """Instructions for each value of a depthwise kernel."""
     size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
     code = instructions_of(kernel.listing)
+    if strip(kernel) == 2:
+        return issued_by_windows(code, size, strip_elements(kernel))
     return issued_by_strips(code, size, stride, strip(kernel), 16 // element_bytes(kernel))
 
 
 # Instructions issued for each value of the result of conv_stem, of a tile with swish; the prologue of a block.
-STEM_BUDGET, STEM_PROLOGUE = 14, 450
+STEM_BUDGET, STEM_PROLOGUE = 14, 480
 
 
 def stem_within_budget(kernel: Kernel) -> str | None:
@@ -220,9 +241,61 @@ def strip_stored_wide(kernel: Kernel) -> str | None:
     return None if found >= strip(kernel) else f"{found} stores of 16 bytes for {strip(kernel)} pixels of a strip"
 
 
+def tile_stored_wide(kernel: Kernel) -> str | None:
+    """A thread's values of a row are stored by one instruction for each 16 bytes, what is left of a warp's columns by
+    one of 8 or 4 bytes, where there are so few.
+    """
+    tile = tile_of(kernel)
+    fragments, lines = tile.columns // tile.warps_n // 8, 2 * (tile.rows // tile.warps_m // 16)
+    wanted = Counter({16: lines * (fragments // 4), 8: lines * (fragments % 4 // 2), 4: lines * (fragments % 2)})
+    found = kernel.accesses("STG")
+    return None if found == wanted else f"stores by bytes {dict(found)}; a tile takes {dict(wanted)}"
+
+
+def tile_elements(kernel: Kernel) -> int:
+    """Elements that the code of a pointwise kernel activates by swish: all of a thread's, none, or a vector."""
+    tile = tile_of(kernel)
+    columns = tile.columns // tile.warps_n
+    if epilogue_of(kernel) == "any":
+        return min(columns // 4, 8)
+    return tile.rows // tile.warps_m * columns // 32 if epilogue_of(kernel) == "silu" else 0
+
+
+# Instructions that a warp issues at the beginning of a tile, for a step along k, and to write the tile, by epilogue,
+# rows and columns of the tile; for a block, before its first tile, at most _POINTWISE_PROLOGUE.
+_POINTWISE_PROLOGUE = 680
+_POINTWISE_BUDGET = {
+    ("identity", 64, 64): (161, 213, 146),
+    ("identity", 128, 16): (155, 204, 119),
+    ("identity", 128, 24): (162, 217, 204),
+    ("identity", 128, 32): (165, 218, 146),
+    ("identity", 128, 40): (175, 209, 237),
+    ("identity", 128, 64): (182, 239, 253),
+    ("identity", 128, 96): (200, 237, 366),
+    ("identity", 128, 128): (178, 231, 255),
+    ("silu", 64, 64): (48, 125, 225),
+    ("silu", 64, 144): (68, 147, 520),
+    ("silu", 128, 64): (68, 157, 435),
+    ("silu", 128, 96): (85, 182, 636),
+    ("silu", 128, 128): (64, 144, 428),
+}
+
+
+def within_pointwise_budget(kernel: Kernel) -> str | None:
+    """No more instructions for each part of the work than _POINTWISE_BUDGET has; it is of sm_90."""
+    if kernel.arch != 90:
+        return None
+    tile, found = tile_of(kernel), pointwise_issued(kernel)
+    most = (_POINTWISE_PROLOGUE, *_POINTWISE_BUDGET[epilogue_of(kernel), tile.rows, tile.columns])
+    parts = (found.prologue.total(), found.tile.total(), found.step.total(), found.epilogue.total())
+    if all(part <= limit for part, limit in zip(parts, most, strict=True)):
+        return None
+    return f"{parts} instructions for a block, a tile, a step, to write a tile; the claim is {most}"
+
+
 @dataclass(frozen=True)
 class Claim:
-    """What the kernels promise whose whole name matches ``pattern``.
+    """The claim of the kernels whose whole name matches ``pattern``.
 
     Attributes:
         says: the claim in words, for docs/kernels.md.
@@ -233,7 +306,7 @@ class Claim:
     rules: tuple[Rule, ...]
 
     def broken(self, kernel: Kernel) -> list[str]:
-        """What of the claim, and of what holds for every kernel, is not so."""
+        """Return which parts of the claim, and of the rules for every kernel, are broken."""
         return [message for rule in (in_registers, overlaps_safely, *self.rules) if (message := rule(kernel))]
 
 
@@ -242,8 +315,8 @@ _TYPE16 = "(?:bfloat16|float16)"
 # The first pattern that matches counts: the wide paths before the general ones.
 CLAIMS: tuple[Claim, ...] = (
     Claim(
-        rf"depthwise_strips<{_TYPE16}, [03579], [12]>",
-        "16-byte loads of every input, 16-byte stores, 3 blocks of 128 threads; at most 26, 33, 49, 62 instructions "
+        rf"depthwise_strips<{_TYPE16}, [03579], [12], [47]>",
+        "16-byte loads of every input, 16-byte stores, 3 blocks of 128 threads; at most 26, 33, 50, 62 instructions "
         "for each value (3x3 and 5x5, stride 1 and 2)",
         (
             *(row_of_inputs, wide_stores, strip_stored_wide, within_budget),
@@ -251,9 +324,18 @@ CLAIMS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
-        r"depthwise_strips<float32, [03579], [12]>",
+        r"depthwise_strips<float32, [03579], [12], [47]>",
         "16-byte loads of every input, 16-byte stores, 4 blocks of 128 threads",
         (row_of_inputs, wide_stores, strip_stored_wide, launch_bounds_kept, resident_threads(512)),
+    ),
+    Claim(
+        r"depthwise_strips<\w+, [35], [12], 2>",
+        "16-byte loads of a whole window before its first use, 16-byte stores, 2 blocks of 128 threads; at most 55 and "
+        "112 instructions for each value (3x3 and 5x5, 16-bit types)",
+        (
+            *(window_of_inputs, wide_stores, strip_stored_wide, short_within_budget),
+            *(launch_bounds_kept, resident_threads(256), one_tanh_per_element(strip_elements)),
+        ),
     ),
     Claim(
         rf"depthwise_any<(?:{_TYPE16}, 8|float32, 4)>",
@@ -266,27 +348,41 @@ CLAIMS: tuple[Claim, ...] = (
         (launch_bounds_kept, resident_threads(512)),
     ),
     Claim(
-        r"depthwise_resident<\w+, [35], [12], (?:true|false)>",
+        r"depthwise_resident<\w+, [35], [12], [47], (?:true|false)>",
         "16-byte loads of every input, 16-byte stores, one block of 256 threads beside the result that it holds",
         (row_of_inputs, wide_stores, launch_bounds_kept, resident_threads(256), one_tanh_per_element(strip_elements)),
     ),
     Claim(
-        r"pointwise<\w+, [01], \d, false>",
-        "16-byte cp.async, tensor cores, 16-byte stores, the blocks that its tile claims",
-        (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept, one_tanh_per_element(stored_elements)),
+        rf"pointwise<{_TYPE16}, 0, \d+, [01], false>",
+        "16-byte cp.async, tensor cores, a store for each 16 bytes of a thread's columns, the blocks that its tile "
+        "claims; no more instructions of a warp for a block, a tile, a step, and to write a tile than budgeted",
+        (
+            *(copies_asynchronously, tensor_cores, tile_stored_wide, launch_bounds_kept),
+            *(one_tanh_per_element(tile_elements), within_pointwise_budget),
+        ),
     ),
     Claim(
-        r"pointwise<float32, 2, \d, false>",
+        rf"pointwise<{_TYPE16}, 0, \d+, 2, false>",
+        "16-byte cp.async, tensor cores, the blocks that its tile claims, one copy of the activations",
+        (copies_asynchronously, tensor_cores, launch_bounds_kept, one_tanh_per_element(tile_elements)),
+    ),
+    Claim(
+        r"pointwise<float32, 1, \d+, 2, false>",
+        "16-byte cp.async, tensor cores, 16-byte stores, the blocks that its tile claims",
+        (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept),
+    ),
+    Claim(
+        r"pointwise<float32, 2, \d+, 2, false>",
         "16-byte cp.async, exact multiply-adds, 16-byte stores, 3 blocks",
         (copies_asynchronously, exact_products, wide_stores, launch_bounds_kept),
     ),
     Claim(
-        r"pointwise<\w+, [01], \d, true>",
+        r"pointwise<\w+, [01], \d+, 2, true>",
         "any type and alignment: element by element, tensor cores",
         (tensor_cores, launch_bounds_kept),
     ),
     Claim(
-        r"pointwise<float32, 2, \d, true>",
+        r"pointwise<float32, 2, \d+, 2, true>",
         "any type and alignment: element by element, exact multiply-adds",
         (exact_products, launch_bounds_kept),
     ),
@@ -324,12 +420,12 @@ CLAIMS: tuple[Claim, ...] = (
 
 
 def claim_of(kernel: Kernel, claims: Sequence[Claim] = CLAIMS) -> Claim | None:
-    """The first claim whose pattern matches the kernel's whole name."""
+    """Return the first claim whose pattern matches the kernel's whole name."""
     return next((claim for claim in claims if re.fullmatch(claim.pattern, kernel.name)), None)
 
 
 def broken_claims(kernels: Iterable[Kernel], claims: Sequence[Claim] = CLAIMS) -> list[str]:
-    """One line for everything that is not as claimed, and for every kernel without a claim."""
+    """Return one line for everything that is not as claimed, and for every kernel without a claim."""
     lines = []
     for kernel in kernels:
         claim = claim_of(kernel, claims)

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from dataclasses import astuple
 from pathlib import Path
 
-from benchmarks.kernel_economy import estimate
+from benchmarks.kernel_economy.counts import count_kernels
+from benchmarks.kernel_economy.pointwise_loops import PIPES as POINTWISE_PIPES
+from benchmarks.kernel_economy.pointwise_loops import epilogue_of, pointwise_issued, tile_of
 from benchmarks.kernel_economy.reading import ROOT, Kernel, compile_sources, nvcc_version, read_kernels
 from benchmarks.kernel_economy.rules import claim_of, element_bytes, issued, stem_issued
+from effkernels.plan import gpus
+from effkernels.plan.kernel_counts import PIPES
+from effkernels.plan.launches import plan_model
+from effkernels.plan.time_estimate import MODES, OVERLAPPING, TERMS
 
 PAGE = ROOT / "docs" / "kernels.md"
 BEGIN = "<!-- kernels: written by python -m benchmarks.kernel_economy -->"
@@ -17,12 +25,12 @@ _PROBE = Path(__file__).with_name("activations.cu")
 
 
 def caption(version: str) -> str:
-    """The line that tells what the tables were made with; they hold for that compiler only."""
+    """Return the line that names the tools that made the tables, which are valid for that compiler only."""
     return f"Compiled by nvcc {version} for sm_90."
 
 
 def kernel_lines(kernels: Sequence[Kernel]) -> list[str]:
-    """One line per kernel: registers, what fits a multiprocessor by registers, wide accesses, products."""
+    """Return one line per kernel: registers, what fits a multiprocessor by registers, wide accesses, products."""
     lines = [
         "| kernel | registers | blocks x threads | 16-byte loads | cp.async | 16-byte stores | HMMA | FFMA "
         "| MUFU TANH, EX2, RCP |",
@@ -41,7 +49,7 @@ def kernel_lines(kernels: Sequence[Kernel]) -> list[str]:
 
 
 def claim_lines(kernels: Sequence[Kernel]) -> list[str]:
-    """What each family claims; every claim includes that nothing is spilled."""
+    """Return the claims of each family; every claim includes that nothing is spilled."""
     lines = ["| kernels | claim |", "|---|---|"]
     for claim in dict.fromkeys(claim for kernel in kernels if (claim := claim_of(kernel))):
         names = [kernel.name for kernel in kernels if claim_of(kernel) == claim]
@@ -58,11 +66,90 @@ def issued_lines(kernels: Sequence[Kernel]) -> list[str]:
         "|---|--:|--:|" + "--:|" * len(pipes),
     ]
     for kernel in kernels:
-        sixteen_bits = element_bytes(kernel) == 2  # whose swish the way is told by
+        sixteen_bits = element_bytes(kernel) == 2  # whose swish identifies the way
         if kernel.family == "depthwise_strips" and sixteen_bits and int(kernel.arguments[1]) > 0:
             found = issued(kernel)
             each = " | ".join(f"{found.pipes.get(pipe, 0.0):.1f}" for pipe in pipes)
             lines.append(f"| `{kernel.name}` | {found.inside:.1f} | {found.border:.1f} | {each} |")
+    return lines
+
+
+# Kernels of networks in bfloat16. The parts that depthwise kernels share are told for one of them.
+_HOT = (
+    r"depthwise_strips<bfloat16,[35],[12],\d>|pointwise<bfloat16,.*|conv\w*<bfloat16.*|norm_act<bfloat16,8>"
+    r"|scale_by_gate<bfloat16,8>"
+)
+_SHARED_PARTS_OF = "depthwise_strips<bfloat16,5,1,7>"
+_OWN_PARTS = ("row", "row.border", "strip")
+
+
+def part_lines(kernels: Sequence[Kernel]) -> list[str]:
+    """Instructions of a warp in one pass through each part of the hot kernels, by pipe."""
+    lines = [f"| kernel | part | {' | '.join(PIPES)} |", "|---|---|" + "--:|" * len(PIPES)]
+    for name, counts in count_kernels(kernels).items():
+        if not re.fullmatch(_HOT, name):
+            continue
+        for part, counters in counts.parts.items():
+            if name.startswith("depthwise_strips") and name != _SHARED_PARTS_OF and part not in _OWN_PARTS:
+                continue
+            cells = " | ".join(f"{value:.4g}" for value in astuple(counters))
+            lines.append(f"| `{name}` | {part} | {cells} |")
+    return lines
+
+
+def launch_time_lines() -> list[str]:
+    """The estimate of every launch of EfficientNet-B0 at batch 256 in bfloat16 on an H200."""
+    plan = plan_model("efficientnet_b0", gpu="h200", batch_size=256)
+    lines = [
+        f"| layer | kernel | grid | blocks x threads | MB | {' | '.join(TERMS)} | us |",
+        "|---|---|--:|--:|--:|" + "--:|" * (len(TERMS) + 1),
+    ]
+    for launch in plan.launches:
+        time = launch.time
+        cells = [f"{getattr(time, term):.1f}" for term in TERMS]
+        marked = OVERLAPPING.index(time.longest)
+        cells[marked] = f"**{cells[marked]}**"
+        grid = "" if launch.grid is None else str(launch.grid)
+        threads = "" if launch.block is None else f"{time.blocks} x {launch.block[0] * launch.block[1]}"
+        lines.append(
+            f"| {launch.layer} | {launch.variant or launch.kernel} | {grid} | {threads} | {launch.bytes / 1e6:.1f} "
+            f"| {' | '.join(cells)} | {time.us:.1f} |"
+        )
+    return lines
+
+
+def pointwise_lines(kernels: Sequence[Kernel]) -> list[str]:
+    """Instructions of a warp of the 16-bit pointwise kernels, by part of the work, and of a step by pipe."""
+    parts = ("prologue", "tile", "step", "weights", "epilogue", "residual")
+    lines = [
+        f"| kernel | tile | activation | {' | '.join(parts)} "
+        f"| {' | '.join(f'step: {pipe}' for pipe in POINTWISE_PIPES)} |",
+        "|---|---|---|" + "--:|" * (len(parts) + len(POINTWISE_PIPES)),
+    ]
+    for kernel in kernels:
+        if kernel.family != "pointwise" or element_bytes(kernel) != 2 or kernel.arguments[-1] == "true":
+            continue
+        found, tile = pointwise_issued(kernel), tile_of(kernel)
+        counts = [getattr(found, part).total() for part in parts] + [found.step[pipe] for pipe in POINTWISE_PIPES]
+        lines.append(
+            f"| `{kernel.name}` | {tile.rows}x{tile.columns}, {tile.threads} threads | {epilogue_of(kernel)} "
+            f"| {' | '.join(map(str, counts))} |"
+        )
+    return lines
+
+
+def sum_lines() -> list[str]:
+    """The estimated time of a forward in bfloat16, by GPU, model and batch size."""
+    batches = (1, 32, 256)
+    lines = [
+        f"| model | GPU | {' | '.join(f'batch {batch}, {mode}' for batch in batches for mode in MODES)} |",
+        "|---|---|" + "--:|" * (len(batches) * len(MODES)),
+    ]
+    for model in ("efficientnet_b0", "efficientnet_b4"):
+        for gpu in gpus.GPUS:
+            plans = [plan_model(model, gpu=gpu, batch_size=batch) for batch in batches]
+            cells = " | ".join(f"{plan.estimated_us(mode):.0f}" for plan in plans for mode in MODES)
+            lines.append(f"| {model} | {gpu.name} | {cells} |")
     return lines
 
 
@@ -103,7 +190,7 @@ def activation_lines(folder: Path) -> list[str]:
 
 
 def section(kernels: Sequence[Kernel], folder: Path) -> str:
-    """What stands between the markers.
+    """Return the text between the markers.
 
     Args:
         kernels: of the library; those for sm_90 count.
@@ -124,24 +211,37 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "Of the stem with 32 output channels: a whole tile of it with swish, by part and by pipe; and what a warp "
         "issues for each block, for the parameters and the first window.",
         "\n".join(stem_lines(shown)),
+        "### Instructions issued by a warp of the pointwise kernel\n\nCounted in the disassembly, along the way of a "
+        "call of a network: for a block before its first tile, for each tile, for each step of 64 bytes along k (with "
+        "gates where the kernel takes them), more where the weights pass through the ring, to write a tile (one vector "
+        "a thread where any activation is taken), more where a residual is added.",
+        "\n".join(pointwise_lines(shown)),
         "### Special-function instructions per element",
         "\n".join(activation_lines(folder)),
-        "### Estimates for EfficientNet-B0 at batch 256, bfloat16, on an H200\n\nTime of each need alone, in "
-        "microseconds, every unit at its full rate; the longest, in bold, is the floor. Nothing here was measured.",
-        "\n".join(estimate.table(shown)),
+        "### Instructions of a warp in each part of a kernel\n\nIn one pass through the part, counted in the "
+        "disassembly along the way that a network takes; `effkernels/kernel_counts.py` says what the columns are, "
+        "`effkernels/plan_work.py` how often each part runs.",
+        "\n".join(part_lines(shown)),
+        "### Estimated time of each launch: EfficientNet-B0 at batch 256, bfloat16, on an H200\n\nMicroseconds, as "
+        "`effkernels explain --model-time` prints them: the longest of the first nine terms, in bold, and the others "
+        "on top of it. An estimate; nothing here was measured.",
+        "\n".join(launch_time_lines()),
+        "### Estimated time of a forward\n\nMicroseconds in bfloat16, all launches and the gaps between them. An "
+        "estimate; nothing here was measured. Instructions are those of the code for sm_90 on every GPU.",
+        "\n".join(sum_lines()),
     ]
     return "\n\n".join(blocks)
 
 
 def with_section(page: str, text: str) -> str:
-    """The page with what stands between the markers replaced.
+    """Return the page with the text between the markers replaced.
 
     Raises:
         ValueError: a marker is missing.
     """
     for marker in (BEGIN, END):
         if page.count(marker) != 1:
-            raise ValueError(f"docs/kernels.md: the marker {marker!r} must stand there once")
+            raise ValueError(f"docs/kernels.md: the marker {marker!r} must be there once")
     before, rest = page.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"

@@ -1,9 +1,9 @@
 // Dense convolution without an unfolded copy of its input.
 //
-// The input rows of an output row lie in float32 as planes, [channel][ring of KH rows][column], with zero columns for
-// the padding, whatever layout x has: a contiguous NCHW image needs no conversion of its own. Then the window of tap
-// (channel, ky, kx) for neighbouring outputs is a run of constant stride, and a tile of output columns by a panel of
-// output channels is summed tap by tap in registers, as in pointwise.cpp.
+// The input rows of an output row are stored in float32 as planes, [channel][ring of KH rows][column], with zero
+// columns for the padding, whatever layout x has: a contiguous NCHW image needs no conversion of its own. Then the
+// window of tap (channel, ky, kx) for neighbouring outputs is a run of constant stride, and a tile of output columns by
+// a panel of output channels is summed tap by tap in registers, as in pointwise.cpp.
 #include "../sizes.h"
 #include "product.h"
 
@@ -61,7 +61,7 @@ Tile pick_tile(int64_t out_width) {
 // Pixels of Channels interleaved values, 2 to 4, to planes, in whole vectors. Returns how many pixels that were.
 template <int Channels, class T>
 int64_t split_channels(const T* x, int64_t filled, float* row, int64_t plane) {
-  __m512i lane[Channels];  // where a vector's lanes of one channel lie among the vectors loaded
+  __m512i lane[Channels];  // positions of a vector's lanes of one channel among the vectors loaded
   for (int c = 0; c < Channels; c++)
     lane[c] =
         _mm512_add_epi32(_mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),

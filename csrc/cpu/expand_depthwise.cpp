@@ -4,9 +4,9 @@
 // The work is cut into bands of output rows of an image (as in depthwise.cpp) by expanded channels in
 // panels of kPanel (Cut, in tile.h). A task packs the weights of its panels until they fill kPackedBytes, then takes
 // its bands one by one: the input rows of the band become tiles once for all panels (prepare; where they do not fit,
-// again for each panel), and for each panel the rows are multiplied, normalised, activated and laid into the ring
+// again for each panel), and for each panel the rows are multiplied, normalised, activated and written to the ring
 // (expand) as the depthwise rows need them. The padding is zero because the ring's padding columns and the rows outside
-// the image are, behind the activation.
+// the image are zero after the activation.
 //
 // Sums, of products and of pooled values, run in the order of the two kernels apart: in float32 the results are the
 // same bits, but for images of one pixel, which pointwise.cpp sums in another order. In the 16-bit types the expanded
@@ -22,7 +22,7 @@ void depthwise(const DepthwiseParams&, const Parallel&);
 
 namespace {
 
-// Tiles kept for all panels of a band. They may well lie in the third-level cache; made again for each panel, the
+// Tiles kept for all panels of a band. They may be in the third-level cache; computed again for each panel, the
 // blocks of B4 at 48x48 and 24x24 take 10 to 25 % longer (one thread).
 constexpr int64_t kPreparedBytes = 2 * 1024 * 1024;
 
@@ -73,7 +73,7 @@ void expand(const float* acc, int count, const float* scale, const float* shift,
 using Expand = void (*)(const float*, int, const float*, const float*, const Geometry&, int64_t, float*, int64_t&,
                         int64_t&);
 
-// What every task shares.
+// Shared by all tasks.
 struct Work {
   ExpandDepthwiseParams params;
   Strip strip;

@@ -15,7 +15,7 @@ struct Parallel {
   void (*run)(int64_t tasks, void (*body)(void* context, int64_t begin, int64_t end), void* context) = nullptr;
 };
 
-// A 1x1 convolution and the depthwise one behind it, for a kernel of both: what lies between them has no place in
+// A 1x1 convolution and the depthwise one after it, for a kernel of both: the tensor between them is never in
 // memory, so `expand.y` and `depthwise.x` are null. Two launches on CUDA, hence not in params.h.
 struct ExpandDepthwiseParams {
   PointwiseParams expand;
@@ -34,7 +34,7 @@ struct Kernels {
   void (*pointwise)(const PointwiseParams&, const Parallel&);
   void (*expand_depthwise)(const ExpandDepthwiseParams&, const Parallel&);
   void (*conv)(const ConvParams&, const Parallel&);
-  // A weight (rows, k) as `pointwise` and `expand_depthwise` lay it out, into packed_size floats.
+  // Packs a weight (rows, k) for `pointwise` and `expand_depthwise` into packed_size floats.
   void (*pack)(const Param& weight, int64_t rows, int64_t k, float* packed);
   const TrainingKernels& training;
 };

@@ -39,7 +39,7 @@ class Pool {
   void set_limit(size_t bytes);  // what may stay mapped while nobody uses it; starts at 1 GiB
   size_t mapped();               // bytes mapped now, in use or not
   size_t peak();                 // the most bytes that were in use at once
-  bool owns(const void* data);   // whether it lies in what is mapped
+  bool owns(const void* data);   // whether it is in the mapped memory
   std::mutex& mutex() { return mutex_; }
 
  private:

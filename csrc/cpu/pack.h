@@ -6,8 +6,8 @@ namespace effkernels::cpu::EFFKERNELS_ISA {
 
 constexpr int kAhead = 2 * kLanes;  // rows from a weight to the one to prefetch
 
-// panel[v][k][lane] = W[n0 + v * kLanes + lane][k], zero beyond the columns: row n of any panel lies n * k floats
-// behind row 0, for n a multiple of kLanes.
+// panel[v][k][lane] = W[n0 + v * kLanes + lane][k], zero beyond the columns: row n of any panel is n * k floats
+// after row 0, for n a multiple of kLanes.
 template <class T>
 inline void pack_panel(const T* weight, int64_t n0, int columns, int64_t k, float* panel) {
   for (int group = 0; group < columns; group += kLanes, panel += kLanes * k) {

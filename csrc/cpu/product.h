@@ -1,5 +1,5 @@
-// What the two matrix products of this folder (pointwise.cpp, conv.cpp) share: the size of a tile and how a finished
-// tile is written.
+// Shared by the two matrix products of this folder (pointwise.cpp, conv.cpp): the size of a tile and the code that
+// writes a finished tile.
 #pragma once
 #include "activation.h"
 #include "pack.h"
@@ -15,7 +15,7 @@ inline constexpr int64_t kPackedBytes = 384 * 1024;  // of the second-level cach
 
 inline constexpr int64_t kBlock = 128;  // products summed in one chain
 
-// The sums of a block into acc[Rows][Vecs * kLanes], the first over what stood there.
+// The sums of a block into acc[Rows][Vecs * kLanes], the first overwrites what was there.
 template <int Rows, int Vecs>
 EFFKERNELS_INLINE void add_block(const Vec (&sum)[Rows][Vecs], bool first, float* acc) {
   for (int r = 0; r < Rows; r++)

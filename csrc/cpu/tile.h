@@ -31,7 +31,7 @@ inline void multiply(const float* __restrict tile, const float* __restrict panel
   }
 }
 
-// W[n0 .. n0 + channels) as panels of kPanel, one behind the other.
+// W[n0 .. n0 + channels) as panels of kPanel, one after the other.
 inline void pack_panels(const Param& weight, int64_t n0, int64_t channels, int64_t k, float* packed) {
   for (int64_t c = 0; c < channels; c += kPanel)
     pack_panel(weight, n0 + c, int(min_of<int64_t>(kPanel, channels - c)), k, packed + c * k);
@@ -53,9 +53,10 @@ inline Multiply pick_multiply(int rows) {  // the smallest that covers the rows:
   return rows > 1 ? multiply<2, Vecs> : multiply<1, Vecs>;
 }
 
-// How `items` of some tiles each and N channels are cut into tasks. Channels are cut in units of a cache line of the
-// result, so that two threads never write the same line: with AVX-512 and float32 half a panel, which is the difference
-// between 10.5 and 11 panels of 672 channels for each of two threads. Only the last panel of a task is narrower.
+// The division of `items` of some tiles each and N channels into tasks. Channels are cut in units of a cache line of
+// the result, so that two threads never write the same line: with AVX-512 and float32 half a panel, which is the
+// difference between 10.5 and 11 panels of 672 channels for each of two threads. Only the last panel of a task is
+// narrower.
 struct Cut {
   int64_t row_tasks, channel_tasks;
   int64_t items, channels, unit;

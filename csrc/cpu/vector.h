@@ -1,5 +1,5 @@
 // One SIMD vector of floats, as wide as the instruction set that this file is compiled for, and how the three data
-// types reach it. Everything lies in the namespace of the instruction set: the linker must never mix two of them.
+// types reach it. Everything is in the namespace of the instruction set: the linker must never mix two of them.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -314,7 +314,7 @@ inline Parallel threads_for(const Parallel& parallel, double work) {  // a doubl
   return work < double(kSerialWork) ? Parallel{} : parallel;
 }
 
-// What holds while a body runs.
+// Invariants while a body runs.
 struct BodyScope {
   DenormalsAreZero mode;
   ~BodyScope() { release_scratch(); }

@@ -1,12 +1,12 @@
-// How blocks of one launch hand results to each other without waiting: they write, arrive at a counter, and the last
-// one reads what all of them wrote. Nobody spins, so it works at any size on any GPU.
+// Blocks of one launch pass results to each other without waiting: they write, arrive at a counter, and the last
+// one reads what all of them wrote. No block spins, so it works at any size on any GPU.
 #pragma once
 #include "compat.cuh"
 
 namespace effkernels::cuda {
 
 // Called by all threads of a block, and true for all of them in the block that comes last of `expected` at `counter`,
-// which is zero again then. What the blocks wrote before they arrived is there for the last one to read, by __ldcg:
+// which is zero again then. The last block can read what the blocks wrote before they arrived, by __ldcg:
 // the cache of its own multiprocessor may hold older values. `flag`: one word of shared memory.
 __device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned expected, unsigned* flag) {
   __threadfence();

@@ -1,6 +1,6 @@
 // The one header through which kernels reach CUDA: its types, and launch(). Kernels are plain CUDA C++ otherwise, so
 // that tests/emulation, which has the same names for a CPU, runs the very same sources. No other file of csrc/cuda
-// knows of the emulator. Kernels keep to dynamic shared memory: what lies there is checked to the byte.
+// knows of the emulator. Kernels keep to dynamic shared memory: accesses to it are checked to the byte.
 #pragma once
 #ifdef EFFKERNELS_EMULATED
 #include "emulated_ptx.cuh"
@@ -45,10 +45,10 @@ inline Launch launch_of(const PlannedLaunch& planned, void* stream) {
 // device: a limit for one launch would be that of a launch by another thread too, and cost a call of the driver each.
 cudaError_t lift_limits(const void* kernel);
 
-// Whether the current device and its driver let launches overlap (programmatic dependent launch).
+// Return whether the current device and its driver let launches overlap (programmatic dependent launch).
 bool launches_may_overlap();
 
-// What CUDA says to a launch that it refuses, and the launch where it does not.
+// The launch, or CUDA's error for a launch that it refuses.
 template <class... Parameters, class... Arguments>
 cudaError_t launch_uncounted(void (*kernel)(Parameters...), const Launch& at, const Arguments&... arguments) {
   constexpr size_t kSharedWithoutAsking = 48 * 1024;

@@ -1,7 +1,7 @@
 // Dense convolution for few input channels, the stem: y = activation(norm(convolution of x)), x by any strides.
 //
 //        window of x                    A block computes tiles of output pixels, 16 wide and two rows per warp, with
-//     +--------------+                  all of their channels. The part of x that a tile needs lies in shared memory,
+//     +--------------+                  all of their channels. The part of x that a tile needs is in shared memory,
 //     |  +---------+ |   c times        one plane per input channel, padding as zeros, beside all of the weights.
 //     |  | tile    | |                  The products of an output pixel, tap (c, ky, kx) after tap, form a row of a
 //     |  +---------+ |                  matrix that is never written: each lane gathers its elements from the window

@@ -30,7 +30,7 @@ const char* launch_norm_act(const NormActParams& params, const DeviceLimits& lim
 constexpr int kConvTileWidth = 16, kConvWarpRows = 2, kConvChannels = 32, kConvMostWarps = 8;
 constexpr int kConvBlocks = 3;  // of kConvMostWarps warps on a multiprocessor, as the registers allow
 
-// What conv_stem is compiled for. It reads x in units: the columns of 16 bytes of a plane, of all channels.
+// The variants of conv_stem. It reads x in units: the columns of 16 bytes of a plane, of all channels.
 constexpr int kStemKernel = 3, kStemStride = 2, kStemChannels = 3;
 constexpr int stem_unit(int element_bytes) { return 16 / element_bytes; }
 // Units of a window's row, wherever in a unit the first output pixel begins.
@@ -44,7 +44,7 @@ struct ConvPlan {
   NormActPlan norm_act;  // where not fused, for a result that is aligned
 
   bool stem = false;       // conv_stem, which reads x by vectors; else conv
-  bool planes = false;     // conv_stem: x is stored plane by plane (NCHW); else the channels of a pixel lie together
+  bool planes = false;     // conv_stem: x is stored plane by plane (NCHW); else the channels of a pixel are adjacent
   int x_vector_bytes = 0;  // conv_stem: of x in one load, 16 or 8
   int lead = 0;            // conv_stem: columns from the beginning of a tile's window to its first output pixel
 

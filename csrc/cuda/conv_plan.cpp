@@ -1,4 +1,4 @@
-// The plans of conv_bn_act: of its own kernel for few input channels, and of the norm and activation behind another's.
+// The plans of conv_bn_act: of its own kernel for few input channels, and of the norm and activation after another's.
 #include "conv.h"
 
 #include <algorithm>
@@ -16,7 +16,7 @@ constexpr int64_t kMostSharedBytes = 64 * 1024;  // two blocks on any multiproce
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 int64_t round_up(int64_t value, int64_t by) { return divide_up(value, by) * by; }
 
-// Whether conv_stem takes this convolution, and how it reads x.
+// Return whether conv_stem takes this convolution, and how it reads x.
 void choose_stem(const ConvParams& p, ConvPlan* plan) {
   const bool size = p.kernel_h == kStemKernel && p.kernel_w == kStemKernel && p.stride == kStemStride;
   const bool together = p.x_stride_c == 1 && p.x_stride_w == kStemChannels, planes = p.x_stride_w == 1;
@@ -58,7 +58,7 @@ int64_t fill(const ConvParams& p, int warps, ConvPlan* plan) {
   return shared;
 }
 
-// What a block does before its first tile costs some 4/5 of a tile: as many tiles a block as give the least work to the
+// A block's work before its first tile costs some 4/5 of a tile: as many tiles a block as give the least work to the
 // multiprocessor that has most. More than kMost would leave too few blocks to even out what one of them is late.
 int choose_tiles_per_block(int64_t tiles, int64_t resident) {
   constexpr int kMost = 8;

@@ -33,7 +33,7 @@ struct StemTraits {
   static constexpr int kRowStep = kStemStride * kPitch;            // from an output's row to the next
   static constexpr int kColumnStep = kStemStride * kStemChannels;  // and column
   // Whether a thread reads its unit of the next tile before it finishes the present one. In float32 it has two units,
-  // whose 24 registers are not there.
+  // for whose 24 registers there is no room.
   static constexpr bool kAhead = kTensor;
   static_assert(!kAhead || kUnits * (kConvWarpRows * kStemStride + 1) <= 32,
                 "one unit a thread, for any number of warps");

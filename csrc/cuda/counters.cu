@@ -148,7 +148,7 @@ const char* acquire_counters(int device, void* handle, int64_t count, unsigned**
   *counters = given->loan.at;
   cudaUserObject_t object = nullptr;
   error = cudaUserObjectCreate(&object, given, give_back_of_graph, 1, cudaUserObjectNoDestructorSync);
-  // If the graph cannot be told, the counters stay lent: better lost than used twice.
+  // If the graph cannot be identified, the counters stay lent: better lost than used twice.
   if (error == cudaSuccess) error = cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }

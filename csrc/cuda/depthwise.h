@@ -7,7 +7,7 @@ namespace effkernels::cuda {
 constexpr int kDepthwiseThreads = 128;
 constexpr int kResidentThreads = 256;
 
-// How a depthwise operator cuts its work: see depthwise.cuh and depthwise_resident.cuh for what the words mean.
+// The division of a depthwise operator's work; depthwise.cuh and depthwise_resident.cuh explain the terms.
 struct DepthwisePlan {
   int vector = 1;           // channels per thread
   int channel_vectors = 1;  // threads along the channels
@@ -17,7 +17,7 @@ struct DepthwisePlan {
   int images = 1;           // images per block, one after the other
   bool unrolled = false;    // dilation 1, stride 1 or 2, whole vectors: depthwise_strips
   int strips = 1;           // strips of one image
-  int out_height = 1;       // rows of one image: how many strips lie below each other
+  int out_height = 1;       // rows of one image: number of strips below each other
   int channel_groups = 1;   // blocks along the channels
   int tiles = 1;            // blocks along the strips of one image; 0: the plane is too large for 32-bit indices
   int64_t units = 0;        // blocks along the images
@@ -33,7 +33,7 @@ struct DepthwisePlan {
   int64_t blocks() const { return units * tiles * channel_groups; }
 };
 
-// What the launch computes beside y, and the scratch memory it needs: sizes are functions of the plan.
+// The results of the launch beside y, and the scratch memory it needs: sizes are functions of the plan.
 struct DepthwiseWork {
   float* partial = nullptr;      // (batch * tiles, channels): the channel sums of every block, where tiles > 1
   float* hidden = nullptr;       // (batch * hidden_rows, R): w_reduce times the means of every channel group
@@ -43,7 +43,8 @@ struct DepthwiseScratch {
   int64_t partial = 0, hidden = 0, arrivals = 0;  // elements
 };
 
-// Which operator: `se` is null without squeeze-and-excitation; `gated` asks for the result multiplied by the gate.
+// Selects the operator: `se` is null without squeeze-and-excitation; `gated` asks for the result multiplied by the
+// gate.
 struct DepthwiseCall {
   const DepthwiseParams* depthwise = nullptr;
   const SqueezeExciteParams* se = nullptr;
@@ -62,12 +63,12 @@ constexpr int compiled_kernel(int height, int width) {
 // left, as many as a kernel of unknown size takes.
 constexpr int depthwise_strip(int compiled, int stride) { return compiled == 0 || compiled >= 7 || stride > 1 ? 4 : 7; }
 
-// Where a launch would leave multiprocessors without work: 2 pixels per thread, of the small square kernels. A thread
-// then has the whole window of its strip in registers, so that its reads wait for each other no longer.
+// For launches that would leave multiprocessors without work: 2 pixels per thread, of the small square kernels. A
+// thread then has the whole window of its strip in registers, so that its reads wait for each other no longer.
 constexpr int kShortStrip = 2;
 constexpr bool has_short_strips(int compiled) { return compiled == 3 || compiled == 5; }
 
-// Blocks that a multiprocessor holds: strip * vector sums and the inputs of a row, or of a window, per thread lie in
+// Blocks that a multiprocessor holds: strip * vector sums and the inputs of a row, or of a window, per thread are in
 // registers.
 constexpr int depthwise_resident_blocks(DType dtype, int strip) {
   return strip == kShortStrip ? 2 : dtype == DType::kFloat32 ? 4 : 3;
@@ -78,7 +79,7 @@ DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limi
 DepthwiseScratch depthwise_scratch(const DepthwiseCall& call, const DepthwisePlan& plan);
 PlannedLaunches planned_launches(const DepthwiseCall& call, const DepthwisePlan& plan);
 
-// What launch_depthwise returns where the GPU refuses a team as large as the plan's: it has no room for such a cluster,
+// The result of launch_depthwise if the GPU refuses a team as large as the plan's: it has no room for such a cluster,
 // or not for the whole grid at once (multiprocessors that are disabled, or kept for others by MPS or a green context).
 // Nothing was launched.
 extern const char* const kTeamRefused;

@@ -150,10 +150,10 @@ DepthwisePlan plan_depthwise(const DepthwiseCall& call, const DeviceLimits& limi
   if (plan.unrolled && has_short_strips(compiled) &&
       p.batch * plan.channel_groups * divide_up(plan.strips, plan.lanes) < limits.multiprocessors) {
     plan.strip = kShortStrip;
-    cut_for_all(p, limits, widest_block, plan);
+    cut(p, kFewestChannelVectors, kDepthwiseThreads, plan);  // the last block has fewer sums of others to add
   }
   plan_rounds(p, limits, plan);
-  // What a block keeps grows with its images (their hidden values) and its channels (their taps).
+  // A block's shared memory grows with its images (their hidden values) and its channels (their taps).
   const auto shared_bytes = [&] { return shared_floats(call, plan) * int64_t(sizeof(float)); };
   while (shared_bytes() > limits.shared_per_block) {
     if (plan.images > 1) {

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
   for (int i = threadIdx.x; i < channels; i += kResidentThreads) shared.sums[i] /= image_pixels;
   __syncthreads();
   float* own = kCluster ? shared.partial : a.work.hidden + (int64_t(image) * plan.team + rank) * reduced;
-  reduce_product<T>(a.se, first_channel, channels, shared.sums, channels, 1, own, reduced);
+  reduce_product<kReduceLanes, T>(a.se, first_channel, channels, shared.sums, channels, 1, own, reduced);
   if constexpr (kCluster)
     cluster_sync();
   else
@@ -137,7 +137,7 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
       float value[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) value[i] = to_float(raw.at[i]) * factors[i];
-      store(to + pixel * p.channels, value);
+      store_global(to + pixel * p.channels, value);
     }
   }
 }

@@ -1,5 +1,5 @@
-// What plans and launches know of the device. Plain C++: the plans are built, and tell their launches, without CUDA.
-// A function that talks to CUDA returns null, or says what CUDA refused.
+// The properties of the device for plans and launches. Plain C++: plans are built, and list launches, without CUDA.
+// A function that calls CUDA returns null, or the text of CUDA's error.
 #pragma once
 #include <atomic>
 #include <cstdint>

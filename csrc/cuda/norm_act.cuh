@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kNormActThreads, 4) norm_act(const NormActPara
 #pragma unroll
     for (int e = 0; e < kCount; ++e) value[e] = fmaf(to_float(raw.at[e]), by.at[e], plus.at[e]);
     activate<T>(value, p.activation);
-    store(static_cast<T*>(p.y) + row * p.channels + channel, value);
+    store_global(static_cast<T*>(p.y) + row * p.channels + channel, value);
   }
 }
 

@@ -92,6 +92,32 @@ __device__ __forceinline__ void store(T* to, const float (&from)[kCount]) {
   *reinterpret_cast<Vector<T, kCount>*>(to) = raw;
 }
 
+// The same to global memory. A plain assignment is taken apart by the compiler where the code before it has a switch,
+// and becomes several stores; stores go to L2 either way.
+template <class T, int kCount>
+__device__ __forceinline__ void store_global(T* to, const float (&from)[kCount]) {
+  constexpr int kBytes = sizeof(T) * kCount;
+  Vector<T, kCount> raw;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) raw.at[i] = from_float<T>(from[i]);
+  if constexpr (kBytes == 16) {
+    uint4 words;
+    memcpy(&words, &raw, kBytes);
+    __stcg(reinterpret_cast<uint4*>(to), words);
+  } else if constexpr (kBytes == 8) {
+    uint2 words;
+    memcpy(&words, &raw, kBytes);
+    __stcg(reinterpret_cast<uint2*>(to), words);
+  } else if constexpr (kBytes == 4) {
+    unsigned word;
+    memcpy(&word, &raw, kBytes);
+    __stcg(reinterpret_cast<unsigned*>(to), word);
+  } else {
+    static_assert(kCount == 1, "one instruction");
+    *to = raw.at[0];
+  }
+}
+
 // Element `index` of a parameter in whichever type its module keeps it, as it is stored, and its value; `missing` where
 // it is not given. Who needs several reads them all before the value of the first: then their reads do not wait for
 // each other.

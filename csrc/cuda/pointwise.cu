@@ -5,7 +5,8 @@
 
 namespace effkernels::cuda {
 
-const char* launch_pointwise(const PointwiseParams& p, const PointwisePlan& plan, void* stream) {
+const char* launch_pointwise(const PointwiseParams& p, const PointwisePlan& plan, const PointwiseWork& work,
+                             void* stream) {
   if (p.batch * p.pixels * p.out_channels == 0) return nullptr;
   constexpr int64_t kMostChannels = 1 << 30;  // indices of channels, and a stage beyond them, have 32 bits
   if (p.in_channels > kMostChannels || p.out_channels > kMostChannels) return "more channels than 32 bits index";
@@ -14,13 +15,13 @@ const char* launch_pointwise(const PointwiseParams& p, const PointwisePlan& plan
   cudaError_t error = cudaErrorInvalidValue;
   switch (p.dtype) {
     case DType::kFloat32:
-      error = run_pointwise<float>(p, plan, at);
+      error = run_pointwise<float>(p, plan, work, at);
       break;
     case DType::kFloat16:
-      error = run_pointwise<__half>(p, plan, at);
+      error = run_pointwise<__half>(p, plan, work, at);
       break;
     case DType::kBFloat16:
-      error = run_pointwise<__nv_bfloat16>(p, plan, at);
+      error = run_pointwise<__nv_bfloat16>(p, plan, work, at);
       break;
   }
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);

@@ -4,22 +4,32 @@
 
 namespace effkernels::cuda {
 
-// How the products are formed: 16-bit types and TF32 on tensor cores, float32 by exact multiply-adds.
+// The instructions of the products: 16-bit types and TF32 on tensor cores, float32 by exact multiply-adds.
 enum class PointwiseProduct { kTensor16, kTf32, kMultiplyAdd };
 
-// A block computes `rows` x `columns` of y with warps_m x warps_n x warps_k warps. Warps along k take turns over the
-// slices of k and add their sums up at the end: for few rows and many input channels, where there are too few tiles.
+// The work on the sums. That of MBConv blocks is compiled for itself and leaves from the registers: identity in
+// projections, swish without gate or residual in expansions. Any activation goes through shared memory, so that its
+// code is there once.
+enum class PointwiseEpilogue { kIdentity, kSilu, kAny };
+
+// A block computes tiles of `rows` x `columns` of y with warps_m x warps_n x warps_k warps. Warps along k take turns
+// over the slices of k and add their sums up at the end: for few rows and many input channels, where there are too few
+// tiles.
 struct PointwiseTile {
   int rows, columns, warps_m, warps_n, warps_k;
   int resident;  // blocks per multiprocessor: the kernel's __launch_bounds__, as many as fit without a spill
 
   constexpr int threads() const { return 32 * warps_m * warps_n * warps_k; }
+  constexpr int warp_rows() const { return rows / warps_m; }
+  constexpr int warp_columns() const { return columns / warps_n; }
 };
-// 64x48 or 64x32 of y per warp where there is enough work: 16 multiply instructions for 6 reads of shared memory. 32x32
-// elsewhere. 128 rows by 32 columns is for the project convolutions, which have few columns and read x only once then.
+// 32x64 or 32x96 of y per warp where there is enough work: 16 multiply instructions for 6 reads of shared memory, and
+// two fragments of x for the gate. Few columns are for the project convolutions, which read x only once then; 144 for
+// the expansion of 24 channels. The last three are for single images.
 constexpr PointwiseTile kPointwiseTiles[] = {
-    {128, 128, 2, 4, 1, 2}, {128, 96, 2, 2, 1, 3}, {128, 64, 2, 2, 1, 4},
-    {128, 32, 4, 1, 1, 5},  {64, 64, 2, 2, 1, 5},  {32, 32, 1, 1, 4, 4},
+    {128, 128, 4, 2, 1, 2}, {128, 96, 4, 1, 1, 3}, {64, 144, 4, 1, 1, 4}, {128, 64, 4, 1, 1, 4},
+    {128, 40, 4, 1, 1, 5},  {128, 32, 4, 1, 1, 5}, {128, 24, 4, 1, 1, 6}, {128, 16, 4, 1, 1, 6},
+    {64, 64, 2, 2, 1, 5},   {32, 32, 1, 1, 4, 4},  {16, 32, 1, 1, 4, 4},  {16, 16, 1, 1, 8, 3},
 };
 constexpr int kPointwiseTileCount = sizeof(kPointwiseTiles) / sizeof(kPointwiseTiles[0]);
 
@@ -31,33 +41,67 @@ constexpr int pointwise_resident(int tile, PointwiseProduct product) {
   return product == PointwiseProduct::kMultiplyAdd && resident > kMultiplyAdd ? kMultiplyAdd : resident;
 }
 
-// The tiles that are compiled: all for 16-bit types. A float32 thread holds two accumulators per output, so its warps
-// keep to 32x32; conversion while loading is for rare inputs, two sizes are enough.
-constexpr bool pointwise_tile_built(int tile, PointwiseProduct product, bool converts) {
+// The kernels that are compiled: each costs code and a second of nvcc.
+constexpr bool pointwise_tile_built(int tile, PointwiseProduct product, PointwiseEpilogue epilogue, bool converts) {
   const PointwiseTile t = kPointwiseTiles[tile];
-  const bool small_warps = t.rows / t.warps_m <= 32 && t.columns / t.warps_n <= 32;
-  return converts ? t.rows == t.columns && t.rows <= 64 : product == PointwiseProduct::kTensor16 || small_warps;
+  const bool any = epilogue == PointwiseEpilogue::kAny;
+  // Conversion while loading is for rare inputs: two sizes are enough.
+  if (converts) return any && t.rows == t.columns && t.rows <= 64 && t.rows >= 32;
+  // A float32 thread holds two accumulators per output, so its warps keep to 32x32; its vectors have 4 columns.
+  if (product != PointwiseProduct::kTensor16) return any && t.warp_columns() == 32 && t.rows >= 32;
+  if (t.warps_k > 1) return any;
+  // Through shared memory go vectors of 8 columns.
+  if (any) return t.warp_columns() % 32 == 0 && t.columns <= 64;
+  // No network is known that expands to so few channels, or projects to so many at once.
+  return epilogue == PointwiseEpilogue::kSilu ? t.columns >= 64 : t.columns != 144;
 }
 
-constexpr int kPointwiseStages = 4;       // tiles of x and weight on their way or in use
+constexpr int kPointwiseStages = 4;       // slices of x on their way or in use
 constexpr int kPointwiseSliceBytes = 64;  // of a row of x or weight, per stage and warp along k
+constexpr int kPointwiseGateBytes = 80;   // of an image's gates beside a slice: images in different banks
 
-// How the product is cut: see pointwise.cuh.
+// n / divisor for 0 <= n < 2^31 by a multiply: (n * multiplier) >> shift.
+struct PointwiseDivisor {
+  uint32_t multiplier = 1u << 31;
+  int shift = 31;
+};
+
+// The cut of the product: see pointwise.cuh.
 struct PointwisePlan {
   int tile = 0;  // of kPointwiseTiles
   PointwiseProduct product = PointwiseProduct::kTensor16;
-  bool converts = false;   // x and weight go through registers, element by element where they are not aligned
-  bool x_vectors = false;  // 16-byte reads of x
-  int steps = 0;           // along the input channels
-  int gate_images = 0;     // images whose gates lie in shared memory; 0: no gate, or one applied while converting
-  int gate_stride = 0;     // elements from one image's gates to the next
-  int64_t column_tiles = 0, blocks = 0;
-  int gate_bytes = 0, ring_bytes = 0, shared_bytes = 0;
+  PointwiseEpilogue epilogue = PointwiseEpilogue::kAny;
+  bool converts = false;      // x and weight go through registers, element by element where they are not aligned
+  bool x_vectors = false;     // 16-byte reads of x
+  bool keeps_weight = false;  // the weights of a block's columns are loaded once, for all k
+  int steps = 0;              // along the input channels, of each part
+  int parts = 1;              // blocks that share a tile along the input channels
+  int tiles = 1;              // row tiles of a block, at most
+  int gate_images = 0;        // images of a tile, their gates beside the slices of x; 0: no gate, or while converting
+  int64_t rows = 0;           // of all images
+  int64_t row_tiles = 0, column_tiles = 0;
+  int64_t row_groups = 0;  // blocks along the rows: each takes every row_groups-th tile
+  int64_t blocks = 0;
+  double images_per_row = 0;              // 1 / pixels
+  PointwiseDivisor by_columns, by_parts;  // block index to group, part, column
+  int stage_bytes = 0;                    // slices of x and their gates
+  int ring_bytes = 0, weight_bytes = 0, residual_bytes = 0, sum_bytes = 0, shared_bytes = 0;
+};
+
+// Scratch memory of a launch whose tiles are shared by several blocks; sizes are functions of the plan.
+struct PointwiseWork {
+  float* partial = nullptr;      // (parts, batch * pixels, out_channels): sums over each part of the input channels
+  unsigned* arrivals = nullptr;  // of every tile, zero before and after
+};
+struct PointwiseScratch {
+  int64_t partial = 0, arrivals = 0;  // elements
 };
 
 // A pure function of params (sizes, strides, types, alignment of the pointers) and limits.
 PointwisePlan plan_pointwise(const PointwiseParams& params, const DeviceLimits& limits);
+PointwiseScratch pointwise_scratch(const PointwiseParams& params, const PointwisePlan& plan);
 PlannedLaunches planned_launches(const PointwiseParams& params, const PointwisePlan& plan);
-const char* launch_pointwise(const PointwiseParams& params, const PointwisePlan& plan, void* stream);
+const char* launch_pointwise(const PointwiseParams& params, const PointwisePlan& plan, const PointwiseWork& work,
+                             void* stream);
 
 }  // namespace effkernels::cuda

@@ -1,63 +1,123 @@
-// How the slices of x and weight come into shared memory: by cp.async where types and alignment allow it, else through
-// registers with a conversion. Both fill the same places: what lies outside of x or weight becomes zero.
+// The slices of x and weight are copied to shared memory by cp.async where types and alignment allow it, else through
+// registers with a conversion. Both fill the same places: input channels outside of x and weight become zero, rows and
+// columns outside repeat the last one, and their sums are not stored.
+//
+// A thread of a warp is to hold sums of neighbouring columns, as many as fill 16 bytes of y: two columns of each of a
+// group of fragments. So the rows of the weight have another order in shared memory: see column_of.
 #pragma once
 #include "pointwise_product.cuh"
 
 namespace effkernels::cuda {
 
-template <class T_, PointwiseProduct kProduct_, int kTile, bool kConverts_>
+constexpr int pointwise_group(int first, int fragments, int most) {
+  int size = most;
+  while (size > 1 && size > fragments - first) size /= 2;
+  return size;
+}
+
+template <class T_, PointwiseProduct kProduct_, int kTile, PointwiseEpilogue kEpilogue_, bool kConverts_>
 struct PointwiseTraits {
   using T = T_;
   static constexpr PointwiseProduct kProduct = kProduct_;
+  static constexpr PointwiseEpilogue kEpilogue = kEpilogue_;
   static constexpr PointwiseTile kShape = kPointwiseTiles[kTile];
   static constexpr int kResident = pointwise_resident(kTile, kProduct);
   static constexpr bool kConverts = kConverts_;
+  // Gate and residual in shared memory: not converted, and not for an expansion.
+  static constexpr bool kTakesMore = !kConverts && kEpilogue != PointwiseEpilogue::kSilu;
   static constexpr int kRows = kShape.rows, kColumns = kShape.columns, kThreads = kShape.threads();
-  static constexpr int kWarpRows = kRows / kShape.warps_m, kWarpColumns = kColumns / kShape.warps_n;
+  static constexpr int kWarpsK = kShape.warps_k;
+  static constexpr int kWarpRows = kShape.warp_rows(), kWarpColumns = kShape.warp_columns();
   static constexpr int M = kWarpRows / 16, N = kWarpColumns / 8;  // fragments of a warp
   static constexpr int kVector = kVectorOf<T>;
-  static constexpr int kSlice = kSliceChunks * kVector;                         // k of a slice
-  static constexpr int kStep = kSlice * kShape.warps_k;                         // k of a stage
-  static constexpr int kSliceSpan = (kRows + kColumns) * kPointwiseSliceBytes;  // x, then weight
-  static constexpr int kStageBytes = kSliceSpan * kShape.warps_k;
-  static constexpr int kChunks = kSliceChunks * kShape.warps_k;  // of 16 bytes, along k, in a stage
-  static constexpr int kRowsAtOnce = kThreads / kChunks;         // rows that the block loads with one instruction
-  static constexpr int kSumStride = kColumns + 8;                // floats: the next row is 8 banks further
+  static constexpr int kSlice = kSliceChunks * kVector;                 // k of a slice
+  static constexpr int kStep = kSlice * kWarpsK;                        // k of a stage
+  static constexpr int kXSlice = kRows * kPointwiseSliceBytes;          // bytes
+  static constexpr int kWeightSlice = kColumns * kPointwiseSliceBytes;  // bytes
+  static constexpr int kChunks = kSliceChunks * kWarpsK;                // of 16 bytes, along k, in a stage
+  static constexpr int kRowsAtOnce = kThreads / kChunks;                // rows that the block loads at once
+  static constexpr int kOfX = (kRows + kRowsAtOnce - 1) / kRowsAtOnce;  // loads of a thread
+  static constexpr int kOfWeight = (kColumns + kRowsAtOnce - 1) / kRowsAtOnce;
   static constexpr int kRunSteps = 4;
 
-  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 16 == 0, "ldmatrix reads 16 rows and 16 columns");
+  // Fragments of the group that begins with fragment kFirst: a power of two, 16 bytes of y for a thread or less.
+  template <int kFirst>
+  static constexpr int kGroup = pointwise_group(kFirst, N, kVector / 2);
+  static constexpr int kWidth = 2 * pointwise_group(0, N, kVector / 2);  // columns of a thread in the first group
+  static constexpr int kFull = N / (kWidth / 2) * (kWidth / 2);          // fragments in groups as large as the first
+  static constexpr int kRest = pointwise_group(kFull, N, kVector / 2);
+  static constexpr Activation kActivation =
+      kEpilogue == PointwiseEpilogue::kSilu ? Activation::kSilu : Activation::kIdentity;
+
+  static_assert(kWarpRows % 16 == 0 && kWarpColumns % 8 == 0, "fragments of 16 rows and 8 columns");
   static_assert(kRowsAtOnce % 8 == 0, "the swizzle of a thread's rows is the same for all of them");
-  static_assert(kRows % kRowsAtOnce == 0 && kColumns % kRowsAtOnce == 0, "no thread loads less than another");
   static_assert(sizeof(T) == (kProduct == PointwiseProduct::kTensor16 ? 2 : 4), "what the product reads");
-};
 
-// Where the rows of a tile lie.
-struct PointwiseRows {
-  int64_t first_image, first_pixel, pixels;
-
-  __device__ __forceinline__ PointwiseRows(int64_t first_row, int64_t pixels_of_image)
-      : first_image(first_row / pixels_of_image), first_pixel(first_row % pixels_of_image), pixels(pixels_of_image) {}
-
-  // The image of row `row` of the tile, counted from the tile's first, and the pixel in it.
-  __device__ __forceinline__ int locate(int row, int64_t* pixel) const {
-    *pixel = first_pixel + row;
-    if (*pixel < pixels) return 0;
-    *pixel -= pixels;
-    if (*pixel < pixels) return 1;
-    const unsigned small = static_cast<unsigned>(pixels), rest = static_cast<unsigned>(*pixel);  // both below `row`
-    *pixel = rest % small;
-    return 1 + static_cast<int>(rest / small);
+  // The column of the tile whose weights are in row `row` of a slice. With fragment j of a group of G it is, for
+  // column n of the fragment, 2G (n / 2) + 2j + n % 2 of the group: see the sums of a thread in pointwise_product.cuh.
+  static __device__ __forceinline__ int column_of(int row) {
+    const int fragment = row % kWarpColumns / 8, n = row % 8;
+    int first = 0, size = kWidth / 2;
+    if (kFull < N && fragment >= kFull) {
+      first = kFull, size = kRest;
+      if (fragment >= first + size) first += size, size = 1;
+    }
+    const int j = (fragment - first) % size;
+    return row / kWarpColumns * kWarpColumns + 8 * (fragment - j) + 2 * size * (n / 2) + 2 * j + n % 2;
   }
 };
 
-// What a thread loads of every stage: chunk `chunk` along k of rows `row`, row + kRowsAtOnce, ... of x, then of weight.
+// The images that the rows of a tile belong to. Without a 64-bit division, which takes some hundred instructions.
+template <class Tr>
+class PointwiseImages {
+ public:
+  __device__ __forceinline__ PointwiseImages(const PointwiseParams& p, const PointwisePlan& plan, int64_t first_row)
+      : images_per_row_(static_cast<float>(plan.images_per_row)) {
+    first_ = static_cast<int64_t>(static_cast<double>(first_row) * plan.images_per_row);  // at most one off
+    int64_t left = (first_ + 1) * p.pixels - first_row;
+    if (left <= 0) left += p.pixels, ++first_;
+    if (left > p.pixels) left -= p.pixels, --first_;
+    left_ = left < Tr::kRows ? static_cast<int>(left) : Tr::kRows;
+    pixels_ = p.pixels < Tr::kRows ? static_cast<int>(p.pixels) : Tr::kRows;
+  }
+
+  __device__ __forceinline__ int64_t first() const { return first_; }
+  // Of row `row` of the tile, counted from the tile's first. Half a row more keeps the quotient's rounding off the
+  // whole numbers.
+  __device__ __forceinline__ int of(int row) const {
+    if (row < left_) return 0;
+    return pixels_ == Tr::kRows ? 1 : 1 + static_cast<int>((static_cast<float>(row - left_) + 0.5f) * images_per_row_);
+  }
+
+ private:
+  int64_t first_;
+  int left_, pixels_;  // rows of the first image in the tile; of every image; as many as the tile has, or fewer
+  float images_per_row_;
+};
+
+// Rows of a tile that there are, of the kRows.
+template <class Tr>
+__device__ __forceinline__ int rows_of_tile(const PointwisePlan& plan, int64_t first_row) {
+  const int64_t left = plan.rows - first_row;
+  return left < Tr::kRows ? static_cast<int>(left) : Tr::kRows;
+}
+
+// The share of every stage that a thread loads: chunk `chunk` along k of rows `row`, row + kRowsAtOnce, ... of x and of
+// weight.
 template <class Tr>
 struct PointwiseShare {
-  int row, chunk, offset;  // offset: of the first one in the stage, in bytes
+  int row, chunk;
+  int in_slice;  // offset of the first one in a slice, in bytes
 
   __device__ __forceinline__ PointwiseShare()
       : row(static_cast<int>(threadIdx.x) / Tr::kChunks), chunk(static_cast<int>(threadIdx.x) % Tr::kChunks) {
-    offset = chunk / kSliceChunks * Tr::kSliceSpan + chunk_offset(row, chunk % kSliceChunks);
+    in_slice = chunk_offset(row, chunk % kSliceChunks);
+  }
+  __device__ __forceinline__ int slice() const { return chunk / kSliceChunks; }
+  // True if the thread has a load `j` of `rows` rows; a constant where all threads load as much.
+  template <int kRows>
+  __device__ __forceinline__ bool has(int j) const {
+    return (j + 1) * Tr::kRowsAtOnce <= kRows || row + j * Tr::kRowsAtOnce < kRows;
   }
 };
 
@@ -66,100 +126,140 @@ class PointwiseCopier {
  public:
   using T = typename Tr::T;
 
-  __device__ __forceinline__ PointwiseCopier(const PointwiseParams& p, const PointwisePlan&, const PointwiseRows& rows,
-                                             int64_t rows_left, int first_column)
-      : p_(p) {
+  __device__ __forceinline__ PointwiseCopier(const PointwiseParams& p, const PointwisePlan& plan, int first_column)
+      : p_(p), plan_(plan) {
+    weight_ = bytes_of(static_cast<const T*>(p.weight.data) + first_column * p.in_channels);
+    const int last = static_cast<int>(p.out_channels) - 1 - first_column;
 #pragma unroll
-    for (int j = 0; j < kOfX; ++j) {
-      const int row = share_.row + j * Tr::kRowsAtOnce;
-      x_[j] = static_cast<const T*>(p.x);
-      if (row >= rows_left) continue;
-      inside_ |= 1u << j;
-      int64_t pixel;
-      const int64_t image = rows.first_image + rows.locate(row, &pixel);
-      x_[j] += image * p.x_stride_n + pixel * p.x_stride_p + share_.chunk * Tr::kVector;
+    for (int j = 0; j < Tr::kOfWeight; ++j) {
+      const int column = Tr::column_of(share_.row + j * Tr::kRowsAtOnce);
+      weight_rows_[j] = static_cast<unsigned>(column < last ? column : last) *
+                        static_cast<unsigned>(p.in_channels * static_cast<int>(sizeof(T)));
     }
-    const int column = first_column + share_.row;
-    weight_ = static_cast<const T*>(p.weight.data) + column * p.in_channels + share_.chunk * Tr::kVector;
-#pragma unroll
-    for (int j = 0; j < kOfWeight; ++j)
-      if (column + j * Tr::kRowsAtOnce < p.out_channels) inside_ |= 1u << (kOfX + j);
   }
 
-  __device__ __forceinline__ void load(unsigned char* stage, int first_k) const {
-    const SharedAddress to = shared_address(stage + share_.offset);
-    const unsigned inside = first_k + share_.chunk * Tr::kVector < p_.in_channels ? inside_ : 0;
+  // To the tile of rows from `first_row` on.
+  __device__ __forceinline__ void move(int64_t first_row) {
+    const int last = rows_of_tile<Tr>(plan_, first_row) - 1;
+    x_ = bytes_of(static_cast<const T*>(p_.x) + first_row * p_.x_stride_p);
 #pragma unroll
-    for (int j = 0; j < kOfX + kOfWeight; ++j) {
-      const bool copied = inside >> j & 1;
-      const T* from = static_cast<const T*>(p_.weight.data);  // somewhere, where nothing is read
-      if (copied) {
-        if (j < kOfX) {
-          from = x_[j < kOfX ? j : 0] + first_k;
-        } else {
-          from = weight_ + (j - kOfX) * Tr::kRowsAtOnce * p_.in_channels + first_k;
-        }
-      }
-      cp_async_16(to + j * Tr::kRowsAtOnce * kPointwiseSliceBytes, from, copied ? 16 : 0);
+    for (int j = 0; j < Tr::kOfX; ++j) {
+      const int row = share_.row + j * Tr::kRowsAtOnce;
+      x_rows_[j] = static_cast<unsigned>(row < last ? row : last) *
+                   static_cast<unsigned>(p_.x_stride_p * static_cast<int>(sizeof(T)));
     }
+    if (Tr::kTakesMore && plan_.gate_images > 0) {
+      const int64_t image = PointwiseImages<Tr>(p_, plan_, first_row).first(), left = p_.batch - 1 - image;
+      gate_ = bytes_of(static_cast<const T*>(p_.gate.data) + image * p_.in_channels);
+      last_gate_ = left < plan_.gate_images ? static_cast<int>(left) : plan_.gate_images;
+    }
+  }
+
+  // `k`: the first of the stage.
+  __device__ __forceinline__ void load_weight(unsigned char* slices, int k) const {
+    const SharedAddress to = shared_address(slices + share_.slice() * Tr::kWeightSlice + share_.in_slice);
+    const int at = k + share_.chunk * Tr::kVector, bytes = at < static_cast<int>(p_.in_channels) ? 16 : 0;
+    const unsigned char* const from = weight_ + (bytes > 0 ? at * sizeof(T) : 0);
+#pragma unroll
+    for (int j = 0; j < Tr::kOfWeight; ++j)
+      if (share_.template has<Tr::kColumns>(j))
+        cp_async_16(to + j * Tr::kRowsAtOnce * kPointwiseSliceBytes, from + weight_rows_[j], bytes);
+  }
+
+  __device__ __forceinline__ void load_x(unsigned char* stage, int k) const {
+    const SharedAddress to = shared_address(stage + share_.slice() * Tr::kXSlice + share_.in_slice);
+    const int at = k + share_.chunk * Tr::kVector, bytes = at < static_cast<int>(p_.in_channels) ? 16 : 0;
+    const unsigned char* const from = x_ + (bytes > 0 ? at * sizeof(T) : 0);
+#pragma unroll
+    for (int j = 0; j < Tr::kOfX; ++j)
+      if (share_.template has<Tr::kRows>(j))
+        cp_async_16(to + j * Tr::kRowsAtOnce * kPointwiseSliceBytes, from + x_rows_[j], bytes);
+    if (!Tr::kTakesMore || plan_.gate_images == 0) return;
+    const SharedAddress gates =
+        shared_address(stage + Tr::kWarpsK * Tr::kXSlice + share_.slice() * plan_.gate_images * kPointwiseGateBytes +
+                       share_.chunk % kSliceChunks * 16);
+    const unsigned char* const gate = gate_ + (bytes > 0 ? at * sizeof(T) : 0);
+    const unsigned distance = static_cast<unsigned>(p_.in_channels) * static_cast<unsigned>(sizeof(T));
+#pragma unroll 1
+    for (int i = share_.row; i < plan_.gate_images; i += Tr::kRowsAtOnce)
+      cp_async_16(gates + i * kPointwiseGateBytes,
+                  gate + static_cast<unsigned>(i < last_gate_ ? i : last_gate_) * distance, bytes);
   }
 
  private:
-  static constexpr int kOfX = Tr::kRows / Tr::kRowsAtOnce, kOfWeight = Tr::kColumns / Tr::kRowsAtOnce;
-  static_assert(kOfX + kOfWeight <= 32, "a bit for each");
+  static __device__ __forceinline__ const unsigned char* bytes_of(const T* at) {
+    return reinterpret_cast<const unsigned char*>(at);
+  }
 
   PointwiseShare<Tr> share_;
-  const T* x_[kOfX];
-  const T* weight_;
-  unsigned inside_ = 0;
+  const unsigned char *x_, *weight_;                        // of the tile's first row, of the block's first column
+  unsigned x_rows_[Tr::kOfX], weight_rows_[Tr::kOfWeight];  // from there, in bytes: see kMostDistance of the plan
+  const unsigned char* gate_ = nullptr;                     // of the tile's first image
+  int last_gate_ = 0;                                       // the last image, counted from the first
   const PointwiseParams& p_;
+  const PointwisePlan& plan_;
 };
 
-// Also multiplies the gate in. Finds its rows anew at every stage: pointers in an array would need a loop unrolled
-// around all the conversions.
+// Any strides, types and alignment. Also multiplies the gate in.
 template <class Tr>
 class PointwiseConverter {
  public:
   using T = typename Tr::T;
+  using Chunk = Vector<T, Tr::kVector>;
 
-  __device__ __forceinline__ PointwiseConverter(const PointwiseParams& p, const PointwisePlan& plan,
-                                                const PointwiseRows& rows, int64_t rows_left, int first_column)
-      : p_(p), rows_(rows), rows_left_(rows_left), first_column_(first_column), x_vectors_(plan.x_vectors) {}
+  __device__ __forceinline__ PointwiseConverter(const PointwiseParams& p, const PointwisePlan& plan, int first_column)
+      : p_(p), plan_(plan), first_column_(first_column) {}
 
-  __device__ __forceinline__ void load(unsigned char* stage, int first_k) const {
+  __device__ __forceinline__ void move(int64_t first_row) { first_row_ = first_row; }
+
+  __device__ __forceinline__ void load_weight(unsigned char* slices, int first_k) const {
+    const int64_t k = first_k + share_.chunk * Tr::kVector;
+    unsigned char* to = slices + share_.slice() * Tr::kWeightSlice + share_.in_slice;
+#pragma unroll 1
+    for (int row = share_.row; row < Tr::kColumns;
+         row += Tr::kRowsAtOnce, to += Tr::kRowsAtOnce * kPointwiseSliceBytes) {
+      Chunk chunk = zeros();
+      const int64_t column = first_column_ + Tr::column_of(row);
+      if (column < p_.out_channels) {
+#pragma unroll
+        for (int e = 0; e < Tr::kVector; ++e)
+          if (k + e < p_.in_channels)
+            chunk.at[e] = from_float<T>(parameter(p_.weight, column * p_.in_channels + k + e, 0.f));
+      }
+      *reinterpret_cast<Chunk*>(to) = chunk;
+    }
+  }
+
+  __device__ __forceinline__ void load_x(unsigned char* stage, int first_k) const {
     const int64_t k = first_k + share_.chunk * Tr::kVector;
     const int count = k + Tr::kVector <= p_.in_channels ? Tr::kVector : static_cast<int>(p_.in_channels - k);
+    const int rows = rows_of_tile<Tr>(plan_, first_row_);
+    unsigned char* to = stage + share_.slice() * Tr::kXSlice + share_.in_slice;
 #pragma unroll 1
-    for (int row = share_.row, to = share_.offset; row < Tr::kRows + Tr::kColumns;
-         row += Tr::kRowsAtOnce, to += Tr::kRowsAtOnce * kPointwiseSliceBytes) {
-      Vector<T, Tr::kVector> chunk;
-#pragma unroll
-      for (int e = 0; e < Tr::kVector; ++e) chunk.at[e] = from_float<T>(0.f);
-      if (row < Tr::kRows) {
-        if (row < rows_left_ && count > 0) x_chunk(row, k, count, &chunk);
-      } else {
-        const int64_t column = first_column_ + row - Tr::kRows;
-        if (column < p_.out_channels) {
-#pragma unroll
-          for (int e = 0; e < Tr::kVector; ++e)
-            if (e < count) chunk.at[e] = from_float<T>(parameter(p_.weight, column * p_.in_channels + k + e, 0.f));
-        }
-      }
-      *reinterpret_cast<Vector<T, Tr::kVector>*>(stage + to) = chunk;
+    for (int row = share_.row; row < Tr::kRows; row += Tr::kRowsAtOnce, to += Tr::kRowsAtOnce * kPointwiseSliceBytes) {
+      Chunk chunk = zeros();
+      if (row < rows && count > 0) x_chunk(first_row_ + row, k, count, &chunk);
+      *reinterpret_cast<Chunk*>(to) = chunk;
     }
   }
 
  private:
-  __device__ __forceinline__ void x_chunk(int row, int64_t k, int count, Vector<T, Tr::kVector>* chunk) const {
-    int64_t pixel;
-    const int64_t image = rows_.first_image + rows_.locate(row, &pixel);
-    const T* from = static_cast<const T*>(p_.x) + image * p_.x_stride_n + pixel * p_.x_stride_p + k;
-    if (x_vectors_) {
-      *chunk = load_raw<T, Tr::kVector>(from);
+  static __device__ __forceinline__ Chunk zeros() {
+    Chunk chunk;
+#pragma unroll
+    for (int e = 0; e < Tr::kVector; ++e) chunk.at[e] = from_float<T>(0.f);
+    return chunk;
+  }
+
+  __device__ __forceinline__ void x_chunk(int64_t row, int64_t k, int count, Chunk* chunk) const {
+    const int64_t image = row / p_.pixels;
+    const T* from = static_cast<const T*>(p_.x) + image * p_.x_stride_n + (row - image * p_.pixels) * p_.x_stride_p + k;
+    if (plan_.x_vectors) {
+      *chunk = *reinterpret_cast<const Chunk*>(from);
     } else {
 #pragma unroll
       for (int e = 0; e < Tr::kVector; ++e)
-        if (e < count) chunk->at[e] = load_global(from + e);
+        if (e < count) chunk->at[e] = from[e];
     }
     if (p_.gate.data == nullptr) return;
 #pragma unroll
@@ -172,10 +272,9 @@ class PointwiseConverter {
 
   PointwiseShare<Tr> share_;
   const PointwiseParams& p_;
-  const PointwiseRows& rows_;
-  int64_t rows_left_;
+  const PointwisePlan& plan_;
   int first_column_;
-  bool x_vectors_;
+  int64_t first_row_ = 0;
 };
 
 }  // namespace effkernels::cuda

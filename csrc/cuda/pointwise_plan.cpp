@@ -1,75 +1,184 @@
-// The plan of pointwise_bn_act: which tile, and by which product and loads.
+// The plan of pointwise_bn_act: which tile, how many of them for a block, by which product and loads.
 #include "pointwise.h"
 
 #include <algorithm>
 
+#include "../sizes.h"
+
 namespace effkernels::cuda {
 namespace {
 
-constexpr int kMostGateBytes = 32 * 1024;  // beyond: far more images than pixels, and the gate is applied while loading
+constexpr int64_t kMostDistance = 1 << 23;  // of two rows of x, y or weight, in elements: 127 of them have 32 bits
+constexpr int kMostTiles = 16;              // of a block
+constexpr int kMostParts = 16;              // of a tile, along k
+constexpr int kReservedShared = 1024;       // of every block, by the system
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Whether all rows of an (images, pixels, channels) tensor start at 16 bytes. The stride of a dimension of size 1 is
-// never used, and may be anything.
+// Return whether all rows of an (images, pixels, channels) tensor start at 16 bytes. The stride of a dimension of size
+// 1 is never used, and may be anything.
 bool rows_aligned(const PointwiseParams& p, const void* data, int64_t stride_n, int64_t stride_p, int vector) {
   return aligned(data) && (p.batch == 1 || stride_n % vector == 0) && (p.pixels == 1 || stride_p % vector == 0);
 }
 
-void fill(const PointwiseParams& p, int tile, PointwisePlan* plan) {
-  const PointwiseTile& shape = kPointwiseTiles[tile];
-  const int element = p.dtype == DType::kFloat32 ? 4 : 2, slice = kPointwiseSliceBytes / element;
-  const int step = slice * shape.warps_k;
-  plan->tile = tile;
-  plan->steps = static_cast<int>(divide_up(p.in_channels, step));
-  plan->column_tiles = divide_up(p.out_channels, shape.columns);
-  plan->blocks = divide_up(p.batch * p.pixels, shape.rows) * plan->column_tiles;
-  const int stages = std::clamp(plan->steps, 1, kPointwiseStages);  // no more than there are steps
-  const int stage_bytes = (shape.rows + shape.columns) * kPointwiseSliceBytes * shape.warps_k;
-  const int sum_bytes = shape.rows * (shape.columns + 8) * int(sizeof(float));
-  plan->ring_bytes = std::max(stages * stage_bytes, sum_bytes);
-  plan->gate_images = plan->gate_stride = plan->gate_bytes = 0;
-  if (p.gate.data != nullptr && !plan->converts) {
-    const int64_t images = std::min(p.batch, divide_up(shape.rows - 1, p.pixels) + 1);
-    const int64_t stride = int64_t(plan->steps) * step + 16 / element;  // images in different banks
-    plan->gate_bytes = static_cast<int>(std::min<int64_t>(divide_up(images * stride * element, 128) * 128, 1 << 30));
-    plan->gate_images = static_cast<int>(images);
-    plan->gate_stride = static_cast<int>(std::min<int64_t>(stride, 1 << 30));  // so large a one is not chosen
-  }
-  const int residual_bytes = p.residual != nullptr && !plan->converts ? shape.rows * shape.columns * element : 0;
-  const int head_bytes = 2 * shape.columns * int(sizeof(float)) + shape.rows * int(sizeof(int));
-  plan->shared_bytes = head_bytes + plan->gate_bytes + plan->ring_bytes + residual_bytes;
+// Return whether the rows are at one distance, from the first of the first image to the last of the last, and the
+// offsets of a tile's rows have 32 bits.
+bool rows_even(const PointwiseParams& p, int64_t stride_n, int64_t stride_p) {
+  return stride_p < kMostDistance && (p.batch == 1 || stride_n == p.pixels * stride_p);
 }
 
-// Cycles of the busiest multiprocessor, from figures of sm_80 to sm_90 to a digit: to rank the tiles, not to predict.
+PointwiseDivisor divisor(int64_t by) {
+  PointwiseDivisor d;
+  while ((int64_t(1) << (d.shift - 31)) < by) ++d.shift;
+  d.multiplier = static_cast<uint32_t>(((uint64_t(1) << d.shift) + uint64_t(by) - 1) / uint64_t(by));
+  return d;
+}
+
+int element_of(const PointwiseParams& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
+
+// The layout of a tile in shared memory; the weights of its columns stay there for all k, or pass through the ring.
+void lay_out(const PointwiseParams& p, bool keeps_weight, PointwisePlan* plan) {
+  const PointwiseTile& shape = kPointwiseTiles[plan->tile];
+  const int64_t steps = int64_t(plan->tiles) * plan->steps, element = element_of(p);
+  const int stages = static_cast<int>(std::min<int64_t>(steps, kPointwiseStages));
+  plan->keeps_weight = keeps_weight;
+  plan->gate_images = 0;
+  if (p.gate.data != nullptr && !plan->converts)
+    plan->gate_images = static_cast<int>(std::min(p.batch, divide_up(shape.rows - 1, p.pixels) + 1));
+  const int gate_bytes =
+      static_cast<int>(divide_up(plan->gate_images * shape.warps_k * kPointwiseGateBytes, 128) * 128);
+  plan->stage_bytes = shape.rows * kPointwiseSliceBytes * shape.warps_k + gate_bytes;
+  plan->ring_bytes = stages * plan->stage_bytes;
+  const int64_t slots = keeps_weight ? plan->steps : stages;
+  const int64_t weight_bytes = slots * shape.columns * kPointwiseSliceBytes * shape.warps_k;
+  plan->weight_bytes = static_cast<int>(std::min<int64_t>(weight_bytes, 1 << 29));  // so much is not chosen
+  plan->residual_bytes =
+      p.residual != nullptr && !plan->converts ? static_cast<int>(shape.rows * shape.columns * element) : 0;
+  plan->sum_bytes = plan->epilogue == PointwiseEpilogue::kAny
+                        ? shape.rows * shape.columns * shape.warps_k * static_cast<int>(sizeof(float))
+                        : 0;
+  const int head_bytes = 2 * shape.columns * static_cast<int>(sizeof(float)) + 16;
+  plan->shared_bytes = head_bytes + plan->ring_bytes + plan->weight_bytes + plan->residual_bytes + plan->sum_bytes;
+}
+
+int resident_blocks(const PointwisePlan& plan, const DeviceLimits& limits) {
+  const int fitting = limits.shared_per_multiprocessor / (plan.shared_bytes + kReservedShared);
+  return std::max(1, std::min(pointwise_resident(plan.tile, plan.product), fitting));
+}
+
+// Cycles of the busiest multiprocessor, from figures of sm_80 to sm_90 to a digit: to rank the plans, not to predict.
 // Either its blocks keep one of its units busy, or there are so few that each one's latency counts.
-double cost(const PointwiseParams& p, const PointwisePlan& plan, const DeviceLimits& limits) {
-  const PointwiseTile& t = kPointwiseTiles[plan.tile];
-  const double element = p.dtype == DType::kFloat32 ? 4 : 2, k = double(p.in_channels);
-  const double rows = double(std::min<int64_t>(t.rows, p.batch * p.pixels));
-  const double columns = double(p.out_channels) / double(plan.column_tiles);
-  const double warps = t.warps_m * t.warps_n, m = double(t.rows) / t.warps_m, n = double(t.columns) / t.warps_n;
+class Cost {
+ public:
+  Cost(const PointwiseParams& p, const PointwisePlan& plan, const DeviceLimits& limits) {
+    const PointwiseTile& t = kPointwiseTiles[plan.tile];
+    const double element = element_of(p);
+    const double k = std::min(double(p.in_channels), double(plan.steps) * kPointwiseSliceBytes / element * t.warps_k);
+    const double rows = double(std::min<int64_t>(t.rows, p.batch * p.pixels));
+    const double columns = double(p.out_channels) / double(plan.column_tiles);
+    const double warps = t.warps_m * t.warps_n, m = t.warp_rows(), n = t.warp_columns();
 
-  // 16 k of 16-bit values, 8 of float32: 32 bytes of every row, 128 bytes of shared memory a cycle
-  const double shared = warps * (m + n) * 32 / 128 + (t.rows + t.columns) * 32 / 128;
-  const double products_per_cycle = plan.product == PointwiseProduct::kTensor16 ? 1024
-                                    : plan.product == PointwiseProduct::kTf32   ? 512
-                                                                                : 96;
-  const double products = double(t.rows) * t.columns * (32 / element) / products_per_cycle;
-  const double busy = k * element / 32 * std::max(shared, products);
-  const double loads = (rows + columns) * k * element / 32;  // from L2, when every multiprocessor reads
-  const double epilogue = double(t.rows) * t.columns / 16 + rows * columns * (0.06 + element / 32);
-  constexpr double kNotOverlapped = 0.25;
-  const double of_block = std::max(busy, loads) + kNotOverlapped * std::min(busy, loads) + epilogue;
+    // 16 k of 16-bit values, 8 of float32: 32 bytes of every row, 128 bytes of shared memory a cycle
+    const double shared = warps * (m + n) * 32 / 128 + (t.rows + t.columns) * 32 / 128;
+    const double products_per_cycle = plan.product == PointwiseProduct::kTensor16 ? 1024
+                                      : plan.product == PointwiseProduct::kTf32   ? 512
+                                                                                  : 96;
+    const double products = double(t.rows) * t.columns * (32 / element) / products_per_cycle;
+    const double busy = k * element / 32 * std::max(shared, products);
+    // From L2, when every multiprocessor reads; the weights only once where they are kept.
+    const double of_weight = columns * (plan.keeps_weight ? 1. / plan.tiles : 1.);
+    const double loads = (rows + of_weight) * k * element / 32;
+    const double through_shared = plan.epilogue == PointwiseEpilogue::kAny ? 8. / 128 * t.warps_k : 0.;
+    const double epilogue =
+        double(t.rows) * t.columns * (1. / 32 + through_shared) + rows * columns * (0.06 + element / 32);
+    constexpr double kNotOverlapped = 0.25;
+    of_tile_ = std::max(busy, loads) + kNotOverlapped * std::min(busy, loads) + epilogue;
 
-  const double queue = double(divide_up(plan.blocks, limits.multiprocessors));
-  constexpr int kReservedShared = 1024;  // of every block, by the system
-  const double fitting = double(limits.shared_per_multiprocessor / (plan.shared_bytes + kReservedShared));
-  const double resident = std::max(1., std::min({double(pointwise_resident(plan.tile, plan.product)), fitting, queue}));
-  constexpr double kFixedLatency = 2000, kStepLatency = 250;  // a third of a read's: three stages are on their way
-  const double latency = kFixedLatency + plan.steps * kStepLatency + of_block / 2;
-  const double waves = double(divide_up(int64_t(queue), int64_t(resident)));
-  return std::max(queue * of_block, waves * latency);
+    // A part writes its sums and arrives: a fence and an atomic, each of which waits for L2. The last one reads those
+    // of all, four at a time.
+    constexpr double kArrival = 1000, kFourParts = 600;
+    if (plan.parts > 1) {
+      of_tile_ += rows * columns * 4 * 2 / 32;
+      arrival_ = kArrival + kFourParts * double(divide_up(plan.parts, 4));
+    }
+    queue_ = double(divide_up(plan.blocks, limits.multiprocessors));
+    resident_ = std::max(1., std::min(double(resident_blocks(plan, limits)), queue_));
+    steps_ = plan.steps;
+    tiles_ = plan.tiles;
+  }
+
+  double cycles() const {
+    constexpr double kPrologue = 150;  // of instruction issue: some 150 instructions of 4 warps
+    constexpr double kFixedLatency = 2000, kStepLatency = 250;  // a third of a read's: three stages are on their way
+    constexpr double kNextTile = 100;                           // its first slices are there
+    const double latency =
+        kFixedLatency + steps_ * kStepLatency + of_tile_ / 2 + (tiles_ - 1) * (kNextTile + of_tile_) + arrival_;
+    const double waves = double(divide_up(int64_t(queue_), int64_t(resident_)));
+    return std::max(queue_ * (tiles_ * of_tile_ + kPrologue), waves * latency);
+  }
+
+ private:
+  double of_tile_, arrival_ = 0, queue_, resident_, steps_, tiles_;
+};
+
+// Row tiles of a block. More of them share its prologue, fewer leave less for the last blocks: the least of waves *
+// (prologue + tiles), which is a model, not a measurement.
+int tiles_of_block(const PointwisePlan& plan, const DeviceLimits& limits) {
+  constexpr double kPrologue = 0.5;  // of a tile
+  const int64_t slots = int64_t(limits.multiprocessors) * resident_blocks(plan, limits);
+  double least = 0;
+  int best = 1;
+  for (int tiles = 1; tiles <= kMostTiles && tiles <= plan.row_tiles; ++tiles) {
+    const int64_t blocks = divide_up(plan.row_tiles, tiles) * plan.column_tiles;
+    const double cost = double(divide_up(blocks, slots)) * (kPrologue + tiles);
+    if (tiles == 1 || cost < least) best = tiles, least = cost;
+  }
+  return best;
+}
+
+// Cuts the product into tiles of `tile`, shared by `parts` blocks each. False where that does not fit the device, or is
+// another way to say what is tried elsewhere.
+bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int parts, bool keeps_weight,
+         PointwisePlan* plan) {
+  const PointwiseTile& shape = kPointwiseTiles[tile];
+  const int64_t step = kPointwiseSliceBytes / element_of(p) * shape.warps_k;
+  const int64_t steps = std::max<int64_t>(divide_up(p.in_channels, step), 1);
+  if (parts > steps) return false;
+  plan->tile = tile;
+  plan->steps = static_cast<int>(divide_up(steps, parts));
+  plan->parts = static_cast<int>(divide_up(steps, plan->steps));
+  if (plan->parts != parts) return false;
+  // So few weights take no more room than the ring.
+  const bool fits_ring = plan->steps <= kPointwiseStages;
+  if (fits_ring && keeps_weight) return false;
+
+  plan->rows = p.batch * p.pixels;
+  plan->row_tiles = divide_up(plan->rows, shape.rows);
+  plan->column_tiles = divide_up(p.out_channels, shape.columns);
+  plan->tiles = 1;
+  if (parts == 1 && !plan->converts && plan->row_tiles * plan->column_tiles > limits.multiprocessors) {
+    plan->tiles = kMostTiles;
+    lay_out(p, keeps_weight || fits_ring, plan);
+    plan->tiles = plan->shared_bytes <= limits.shared_per_block ? tiles_of_block(*plan, limits) : 1;
+  }
+  if (keeps_weight && plan->tiles == 1) return false;
+  plan->row_groups = divide_up(plan->row_tiles, plan->tiles);
+  plan->tiles = static_cast<int>(divide_up(plan->row_tiles, plan->row_groups));
+  lay_out(p, keeps_weight || fits_ring, plan);
+  plan->blocks = plan->row_groups * plan->parts * plan->column_tiles;
+  plan->images_per_row = 1. / double(p.pixels);
+  plan->by_columns = divisor(plan->column_tiles), plan->by_parts = divisor(plan->parts);
+  // A single block would leave the multiprocessor idle at each of its barriers.
+  if (keeps_weight && resident_blocks(*plan, limits) < 2) return false;
+  return plan->shared_bytes <= limits.shared_per_block;
+}
+
+PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const PointwisePlan& plan) {
+  const bool expands = p.activation == Activation::kSilu && p.gate.data == nullptr && p.residual == nullptr;
+  const PointwiseEpilogue own = expands                                 ? PointwiseEpilogue::kSilu
+                                : p.activation == Activation::kIdentity ? PointwiseEpilogue::kIdentity
+                                                                        : PointwiseEpilogue::kAny;
+  return pointwise_tile_built(tile, plan.product, own, plan.converts) ? own : PointwiseEpilogue::kAny;
 }
 
 }  // namespace
@@ -81,8 +190,12 @@ PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limit
                  : p.allow_tf32             ? PointwiseProduct::kTf32
                                             : PointwiseProduct::kMultiplyAdd;
   plan.x_vectors = p.in_channels % vector == 0 && rows_aligned(p, p.x, p.x_stride_n, p.x_stride_p, vector);
-  plan.converts = !plan.x_vectors || p.weight.dtype != p.dtype || !aligned(p.weight.data) ||
-                  p.out_channels % vector != 0 || !aligned(p.y) || !aligned(p.gate.data) ||
+  // By way of registers goes what is rare: other types and alignments, and parts of larger images.
+  plan.converts = !plan.x_vectors || !rows_even(p, p.x_stride_n, p.x_stride_p) ||
+                  std::max(p.in_channels, p.out_channels) > kMostDistance || p.weight.dtype != p.dtype ||
+                  !aligned(p.weight.data) || p.out_channels % vector != 0 || !aligned(p.y) || !aligned(p.gate.data) ||
+                  (p.gate.data != nullptr && p.gate.dtype != p.dtype) ||
+                  (p.residual != nullptr && !rows_even(p, p.residual_stride_n, p.residual_stride_p)) ||
                   !rows_aligned(p, p.residual, p.residual_stride_n, p.residual_stride_p, vector);
   if (p.batch * p.pixels * p.out_channels == 0) return plan;
 
@@ -90,25 +203,40 @@ PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limit
     PointwisePlan best;
     double lowest = 0;
     for (int tile = 0; tile < kPointwiseTileCount; ++tile) {
-      if (!pointwise_tile_built(tile, plan.product, plan.converts)) continue;
-      PointwisePlan with = plan;
-      fill(p, tile, &with);
-      if (with.gate_bytes > kMostGateBytes || with.shared_bytes > limits.shared_per_block) continue;
-      const double cycles = cost(p, with, limits);
-      if (!found || cycles < lowest) best = with, lowest = cycles, found = true;
+      plan.epilogue = epilogue_of(p, tile, plan);
+      if (!pointwise_tile_built(tile, plan.product, plan.epilogue, plan.converts)) continue;
+      const bool shares = plan.epilogue == PointwiseEpilogue::kAny && !plan.converts;
+      for (int parts = 1; parts <= (shares ? kMostParts : 1); ++parts)
+        for (const bool keeps_weight : {false, true}) {
+          PointwisePlan with = plan;
+          if (!cut(p, limits, tile, parts, keeps_weight, &with)) continue;
+          const double cycles = Cost(p, with, limits).cycles();
+          if (!found || cycles < lowest) best = with, lowest = cycles, found = true;
+        }
     }
     if (found) return best;
+    if (plan.converts) break;
   }
   return plan;
 }
 
+PointwiseScratch pointwise_scratch(const PointwiseParams& p, const PointwisePlan& plan) {
+  PointwiseScratch scratch;
+  if (plan.parts == 1) return scratch;
+  scratch.partial = product({plan.parts, p.batch, p.pixels, p.out_channels});
+  scratch.arrivals = plan.row_tiles * plan.column_tiles;
+  return scratch;
+}
+
 PlannedLaunches planned_launches(const PointwiseParams& p, const PointwisePlan& plan) {
   if (p.batch * p.pixels * p.out_channels == 0) return {};
+  const PointwiseScratch scratch = pointwise_scratch(p, plan);
   PlannedLaunch one;
   one.kernel = "pointwise";
   one.grid = plan.blocks;
   one.block_x = kPointwiseTiles[plan.tile].threads();
   one.shared_bytes = plan.shared_bytes;
+  one.workspace_bytes = (scratch.partial + scratch.arrivals) * int64_t(sizeof(float));
   return {one};
 }
 

@@ -2,7 +2,7 @@
 // the sums where mma.sync does: with g = lane / 4 and t = lane % 4, acc[i][j] holds of fragment (i, j), 16x8 of y,
 //   row g: columns 2t, 2t+1; row g + 8: columns 2t, 2t+1.
 //
-// In shared memory a row of a slice is 64 bytes, four chunks of 16. Chunk c of row r lies at c ^ (r / 2 % 4), so that
+// In shared memory a row of a slice is 64 bytes, four chunks of 16. Chunk c of row r is at c ^ (r / 2 % 4), so that
 // any eight consecutive rows, and any four rows two apart, hold one chunk number in different banks.
 #pragma once
 #include "numeric.cuh"
@@ -16,13 +16,18 @@ __device__ __forceinline__ int chunk_offset(int row, int chunk) {  // in bytes
   return row * kPointwiseSliceBytes + ((chunk ^ ((row >> 1) & (kSliceChunks - 1))) << 4);
 }
 
-// The gates that apply to the rows of a warp, in shared memory as elements of x's type.
-template <class T>
+// The gates that apply to the M * 16 rows of a warp, in shared memory as elements of x's type.
+template <int M>
 struct TileGate {
-  const T* gates = nullptr;      // of the first image of the tile, at the first k of the slice; null: no gate
-  const int* offsets = nullptr;  // of each of the warp's rows, in elements
-  bool uniform = true;           // all rows of the warp lie in one image
-  int offset = 0;                // of the warp's first row
+  const unsigned char* slice = nullptr;  // of the tile's images, at the k of the slice of x; null: no gate
+  bool uniform = true;                   // all rows of the warp are of one image
+  uint32_t images[(M + 1) / 2] = {};     // of the thread's rows, counted from the tile's first: a byte for each
+
+  // The gates of the thread's row i * 16 + half * 8 + g.
+  __device__ __forceinline__ const unsigned char* of(int i, int half) const {
+    const int image = static_cast<int>(images[i / 2] >> (i % 2 * 2 + half) * 8 & 255u);
+    return slice + image * kPointwiseGateBytes;
+  }
 };
 
 __device__ __forceinline__ uint32_t multiply_pair(uint32_t value, const __half* gate) {
@@ -36,47 +41,59 @@ __device__ __forceinline__ uint32_t multiply_pair(uint32_t value, const __nv_bfl
 }
 
 // x, weight: the warp's first row and first column of the slice. left: how many of its k there are.
-template <int M, int N, class T>
+template <class T, int M, int N>
 __device__ __forceinline__ void multiply_tensor16(float (&acc)[M][N][4], const unsigned char* x,
-                                                  const unsigned char* weight, const TileGate<T>& gate, int left) {
+                                                  const unsigned char* weight, const TileGate<M>& gate, int left) {
   const int lane = threadIdx.x % 32;
   const SharedAddress x_rows = shared_address(x), weight_rows = shared_address(weight);
   const int x_row = lane % 16, x_chunk = lane / 16;
   const int weight_row = lane % 8 + lane / 16 * 8, weight_chunk = lane / 8 % 2;
+  uint32_t odd[4];  // the last of an odd number of fragments, for both halves of the slice
+  if constexpr (N % 2 == 1) ldmatrix_x4(odd, weight_rows + chunk_offset((N - 1) * 8 + lane % 8, lane / 8));
 #pragma unroll
   for (int k = 0; k < 2; ++k) {
     if (k * 16 >= left) break;
-    uint32_t a[M][4], b[N / 2][4];
+    uint32_t a[M][4];
 #pragma unroll
     for (int i = 0; i < M; ++i) ldmatrix_x4(a[i], x_rows + chunk_offset(i * 16 + x_row, 2 * k + x_chunk));
+    if (gate.slice != nullptr) {
+      const int at = k * 32 + lane % 4 * 4;  // bytes
+      if (gate.uniform) {
+        const T* const gates = reinterpret_cast<const T*>(gate.of(0, 0) + at);
 #pragma unroll
-    for (int j = 0; j < N / 2; ++j)
-      ldmatrix_x4(b[j], weight_rows + chunk_offset(j * 16 + weight_row, 2 * k + weight_chunk));
-    if (gate.gates != nullptr) {
-      const T* gates = gate.gates + k * 16 + lane % 4 * 2;
+        for (int i = 0; i < M; ++i)
 #pragma unroll
-      for (int i = 0; i < M; ++i) {
-        const T* low = gates + (gate.uniform ? gate.offset : gate.offsets[i * 16 + lane / 4]);
-        const T* high = gate.uniform ? low : gates + gate.offsets[i * 16 + lane / 4 + 8];
-        a[i][0] = multiply_pair(a[i][0], low);
-        a[i][1] = multiply_pair(a[i][1], high);
-        a[i][2] = multiply_pair(a[i][2], low + 8);
-        a[i][3] = multiply_pair(a[i][3], high + 8);
+          for (int e = 0; e < 4; ++e) a[i][e] = multiply_pair(a[i][e], gates + e / 2 * 8);
+      } else {
+#pragma unroll
+        for (int i = 0; i < M; ++i)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            a[i][e] = multiply_pair(a[i][e], reinterpret_cast<const T*>(gate.of(i, e % 2) + at) + e / 2 * 8);
       }
     }
 #pragma unroll
-    for (int i = 0; i < M; ++i)
-#pragma unroll
-      for (int j = 0; j < N; ++j) {
-        const uint32_t pair[2] = {b[j / 2][j % 2 * 2], b[j / 2][j % 2 * 2 + 1]};
-        mma_m16n8k16<T>(acc[i][j], a[i], pair);
+    for (int j = 0; j < N; j += 2) {
+      uint32_t b[4];
+      if (j + 1 < N) {
+        ldmatrix_x4(b, weight_rows + chunk_offset(j * 8 + weight_row, 2 * k + weight_chunk));
+      } else {
+        b[0] = odd[2 * k], b[1] = odd[2 * k + 1];
       }
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        if (j + e >= N) break;
+        const uint32_t pair[2] = {b[2 * e], b[2 * e + 1]};
+#pragma unroll
+        for (int i = 0; i < M; ++i) mma_m16n8k16<T>(acc[i][j + e], a[i], pair);
+      }
+    }
   }
 }
 
 template <int M, int N>
 __device__ __forceinline__ void multiply_tf32(float (&acc)[M][N][4], const unsigned char* x,
-                                              const unsigned char* weight, const TileGate<float>& gate, int left) {
+                                              const unsigned char* weight, const TileGate<M>& gate, int left) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const auto at = [t](const unsigned char* rows, int row, int chunk) {
     return reinterpret_cast<const float*>(rows + chunk_offset(row, chunk))[t];
@@ -96,8 +113,7 @@ __device__ __forceinline__ void multiply_tf32(float (&acc)[M][N][4], const unsig
       for (int h = 0; h < 4; ++h) {
         const int row = i * 16 + g + h % 2 * 8;
         float value = at(x, row, 2 * k + h / 2);
-        if (gate.gates != nullptr)
-          value *= gate.gates[(gate.uniform ? gate.offset : gate.offsets[row]) + k * 8 + h / 2 * 4 + t];
+        if (gate.slice != nullptr) value *= reinterpret_cast<const float*>(gate.of(i, h % 2))[k * 8 + h / 2 * 4 + t];
         a[h] = to_tf32(value);
       }
 #pragma unroll
@@ -108,7 +124,7 @@ __device__ __forceinline__ void multiply_tf32(float (&acc)[M][N][4], const unsig
 
 template <int M, int N>
 __device__ __forceinline__ void multiply_add(float (&acc)[M][N][4], const unsigned char* x, const unsigned char* weight,
-                                             const TileGate<float>& gate, int left) {
+                                             const TileGate<M>& gate, int left) {
   const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const auto at = [](const unsigned char* rows, int row, int chunk) {
     return *reinterpret_cast<const float4*>(rows + chunk_offset(row, chunk));
@@ -127,9 +143,8 @@ __device__ __forceinline__ void multiply_add(float (&acc)[M][N][4], const unsign
       for (int half = 0; half < 2; ++half) {
         const int row = i * 16 + half * 8 + g;
         float4 a = at(x, row, chunk);
-        if (gate.gates != nullptr) {
-          const float4 by = *reinterpret_cast<const float4*>(
-              gate.gates + (gate.uniform ? gate.offset : gate.offsets[row]) + chunk * 4);
+        if (gate.slice != nullptr) {
+          const float4 by = reinterpret_cast<const float4*>(gate.of(i, half))[chunk];
           a.x *= by.x, a.y *= by.y, a.z *= by.z, a.w *= by.w;
         }
 #pragma unroll

@@ -24,7 +24,7 @@ __device__ __forceinline__ SharedAddress shared_address(const void* pointer) {
   return static_cast<SharedAddress>(__cvta_generic_to_shared(pointer));
 }
 
-// 16 bytes from global to shared memory, behind the thread's back; bytes from `valid` on are written as zero and not
+// 16 bytes from global to shared memory, asynchronously; bytes from `valid` on are written as zero and not
 // read. Both addresses are multiples of 16. `from` must be a valid pointer even where valid is 0.
 __device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from, int valid = 16) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
@@ -90,9 +90,11 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
 }
 
 // A read of global memory by a plain load. Not through the read-only path (__ldg): a launch may start before the one
-// ahead of it has ended, and what is still being written is not read-only (wait_for_previous).
+// ahead of it has ended, and what is still being written is not read-only (wait_for_previous). The compiler is
+// told that it is global memory, or it makes a generic load where it does not see where a pointer comes from.
 template <class T>
 __device__ __forceinline__ T load_global(const T* from) {
+  __builtin_assume(__isGlobal(from));
   return *from;
 }
 

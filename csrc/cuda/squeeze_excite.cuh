@@ -3,14 +3,17 @@
 //   gate   = gate_activation(w_expand @ hidden + b_expand)  C values per image
 // and the kernel of squeeze_excite_gate, which is these parts alone.
 //
-// What has to be read are the weights: 2 C R values for each image, from the L2 cache. A block that has several images
-// at hand reads each weight once for all of them (kMostImagesOfGate). Every sum has a fixed order.
+// The reads are mostly weights: 2 C R values for each image, from the L2 cache. A block that has several images
+// reads each weight once for all of them (kMostImagesOfGate). Every sum has a fixed order.
 #pragma once
 #include "arrival.cuh"
 #include "numeric.cuh"
 #include "squeeze_excite.h"
 
 namespace effkernels::cuda {
+
+// Threads that share one row of w_reduce: of all channels of an image, and of those of one block.
+constexpr int kReduceLanes = 16, kReduceLanesOfBlock = 4;
 
 // The first product over `count` channels from `first` on, without bias and activation. kLanes threads share a row, and
 // a warp takes several rows, all of its threads as long as any: their shuffles need no mask that is worked out at run
@@ -67,29 +70,19 @@ __device__ void reduce_rows(const W* weight, int64_t channels, int reduced, int6
   }
 }
 
-// Few channels are read by few threads of a row, so that more rows are under way.
-template <class W>
-__device__ void reduce_product_of(const SqueezeExciteParams& p, int64_t first, int count, const float* means,
-                                  int means_stride, int images, float* hidden, int64_t hidden_stride) {
-  constexpr int kFew = 4, kMany = 16;
-  const W* const weight = static_cast<const W*>(p.w_reduce.data);
-  const int reduced = static_cast<int>(p.reduced);
-  if (count <= kFew * kVectorOf<W>)
-    reduce_rows<kFew>(weight, p.channels, reduced, first, count, means, means_stride, images, hidden, hidden_stride);
-  else
-    reduce_rows<kMany>(weight, p.channels, reduced, first, count, means, means_stride, images, hidden, hidden_stride);
-}
-
-template <class T>
+template <int kLanes, class T>
 __device__ void reduce_product(const SqueezeExciteParams& p, int64_t first, int count, const float* means,
                                int means_stride, int images, float* hidden, int64_t hidden_stride) {
+  const int reduced = static_cast<int>(p.reduced);
   if (p.w_reduce.dtype == DType::kFloat32)
-    reduce_product_of<float>(p, first, count, means, means_stride, images, hidden, hidden_stride);
+    reduce_rows<kLanes>(static_cast<const float*>(p.w_reduce.data), p.channels, reduced, first, count, means,
+                        means_stride, images, hidden, hidden_stride);
   else
-    reduce_product_of<T>(p, first, count, means, means_stride, images, hidden, hidden_stride);
+    reduce_rows<kLanes>(static_cast<const T*>(p.w_reduce.data), p.channels, reduced, first, count, means, means_stride,
+                        images, hidden, hidden_stride);
 }
 
-// Bias and activation of the first product, in place on images * R values that lie together; ends with a barrier.
+// Bias and activation of the first product, in place on images * R adjacent values; ends with a barrier.
 __device__ __forceinline__ void activate_hidden(const SqueezeExciteParams& p, int images, float* hidden) {
   const int reduced = static_cast<int>(p.reduced);
   for (int at = threadIdx.x; at < images * reduced; at += blockDim.x) {
@@ -100,44 +93,36 @@ __device__ __forceinline__ void activate_hidden(const SqueezeExciteParams& p, in
   __syncthreads();
 }
 
-// The second product for `count` channels from `first` on, by threads that each take kChannels of them and read their
-// rows of w_expand E values at a time, kAhead such reads of each row before the first is needed; neighbouring rows are
-// neighbours in memory, so that every byte that is fetched is used. write(m, channel, gate) gets each result once. The
-// parameters are copied: behind a reference they would be read anew for each channel.
+// The second product for `count` channels from `first` on, by threads that each take a channel and read its row of
+// w_expand E values at a time, kAhead such reads before the first is needed; neighbouring rows are neighbours in
+// memory, so that every byte that is fetched is used. write(m, channel, gate) gets each result once. The parameters are
+// copied: through a reference they would be read anew for each channel.
 template <class W, int E, class Write>
 __device__ void expand_rows(const SqueezeExciteParams& p, int64_t first, int count, const float* hidden, int images,
                             Write write) {
   constexpr int kSums = E < 4 ? E : 4;  // added at last: short sums err less, and need not wait for each other
-  constexpr int kChannels = 2, kAhead = 6;
+  constexpr int kAhead = 6;
   const int reduced = static_cast<int>(p.reduced);
   const W* const weight = static_cast<const W*>(p.w_expand.data);
   const Param bias = p.b_expand;
   const Gate gate = p.gate_activation;
-  for (int at = threadIdx.x; at < count; at += kChannels * blockDim.x) {
-    float sum[kChannels][kMostImagesOfGate][kSums] = {};
-    unsigned stored_bias[kChannels] = {};
-#pragma unroll
-    for (int c = 0; c < kChannels; ++c)
-      if (at + c * blockDim.x < count) stored_bias[c] = stored_parameter(bias, first + at + c * blockDim.x);
+  for (int at = threadIdx.x; at < count; at += blockDim.x) {
+    const int64_t channel = first + at;
+    const unsigned own_bias = stored_parameter(bias, channel);
+    float sum[kMostImagesOfGate][kSums] = {};
 #pragma unroll 1
     for (int start = 0; start < reduced; start += kAhead * E) {
-      Vector<W, E> raw[kChannels][kAhead];
+      Vector<W, E> raw[kAhead];
 #pragma unroll
-      for (int c = 0; c < kChannels; ++c) {
-        const bool present = at + c * blockDim.x < count;
-        const W* const row = weight + (first + at + c * blockDim.x) * reduced + start;
-#pragma unroll
-        for (int j = 0; j < kAhead; ++j) {
-          raw[c][j] = {};
-          if (present && start + j * E < reduced) raw[c][j] = load_raw<W, E>(row + j * E);
-        }
+      for (int j = 0; j < kAhead; ++j) {
+        raw[j] = {};
+        if (start + j * E < reduced) raw[j] = load_raw<W, E>(weight + channel * reduced + start + j * E);
       }
 #pragma unroll
       for (int j = 0; j < kAhead; ++j) {
         if (start + j * E >= reduced) break;
-        float w[kChannels][E];
-#pragma unroll
-        for (int c = 0; c < kChannels; ++c) unpack(raw[c][j], 0, w[c]);
+        float w[E];
+        unpack(raw[j], 0, w);
 #pragma unroll
         for (int m = 0; m < kMostImagesOfGate; ++m) {
           if (m >= images) break;
@@ -145,24 +130,18 @@ __device__ void expand_rows(const SqueezeExciteParams& p, int64_t first, int cou
           for (int e = 0; e < E; e += kSums) {
             const auto value = *reinterpret_cast<const Vector<float, kSums>*>(hidden + m * reduced + start + j * E + e);
 #pragma unroll
-            for (int c = 0; c < kChannels; ++c)
-#pragma unroll
-              for (int i = 0; i < kSums; ++i) sum[c][m][i] = fmaf(w[c][e + i], value.at[i], sum[c][m][i]);
+            for (int i = 0; i < kSums; ++i) sum[m][i] = fmaf(w[e + i], value.at[i], sum[m][i]);
           }
         }
       }
     }
 #pragma unroll
-    for (int c = 0; c < kChannels; ++c) {
-      if (at + c * blockDim.x >= count) break;
+    for (int m = 0; m < kMostImagesOfGate; ++m) {
+      if (m >= images) break;
+      float total = sum[m][0];
 #pragma unroll
-      for (int m = 0; m < kMostImagesOfGate; ++m) {
-        if (m >= images) break;
-        float total = sum[c][m][0];
-#pragma unroll
-        for (int i = 1; i < kSums; ++i) total += sum[c][m][i];
-        write(m, first + at + c * blockDim.x, apply_gate(total + parameter_value(bias, stored_bias[c], 0.f), gate));
-      }
+      for (int i = 1; i < kSums; ++i) total += sum[m][i];
+      write(m, channel, apply_gate(total + parameter_value(bias, own_bias, 0.f), gate));
     }
   }
 }
@@ -174,15 +153,13 @@ __device__ void expand_product_of(const SqueezeExciteParams& p, int64_t first, i
   const bool aligned = reinterpret_cast<uintptr_t>(p.w_expand.data) % 16 == 0;
   if (aligned && p.reduced % kWidest == 0)
     expand_rows<W, kWidest>(p, first, count, hidden, images, write);
-  else if (aligned && p.reduced % (kWidest / 2) == 0)
-    expand_rows<W, kWidest / 2>(p, first, count, hidden, images, write);
   else if (aligned && p.reduced % 2 == 0)
     expand_rows<W, 2>(p, first, count, hidden, images, write);
   else
     expand_rows<W, 1>(p, first, count, hidden, images, write);
 }
 
-// hidden: images * R values that lie together.
+// hidden: images * R adjacent values.
 template <class T, class Write>
 __device__ void expand_product(const SqueezeExciteParams& p, int64_t first, int count, const float* hidden, int images,
                                Write write) {
@@ -207,7 +184,8 @@ __global__ void __launch_bounds__(kSqueezeExciteThreads, 2)
   const int count = static_cast<int>(min(int64_t(plan.split_channels), p.channels - first_channel));
 
   const float* means = p.pooled + first_image * p.channels;
-  reduce_product<T>(p, 0, static_cast<int>(p.channels), means, static_cast<int>(p.channels), images, hidden, p.reduced);
+  reduce_product<kReduceLanes, T>(p, 0, static_cast<int>(p.channels), means, static_cast<int>(p.channels), images,
+                                  hidden, p.reduced);
   __syncthreads();
   activate_hidden(p, images, hidden);
   T* gate = static_cast<T*>(p.gate) + first_image * p.channels;
@@ -231,7 +209,7 @@ __global__ void __launch_bounds__(kScaleThreads, 4) scale_by_gate(const ScalePar
     load(static_cast<const T*>(p.gate) + at / per_image * p.channels + at % per_pixel * V, gate);
 #pragma unroll
     for (int i = 0; i < V; ++i) value[i] = to_float(raw.at[i]) * gate[i];
-    store(y, value);
+    store_global(y, value);
   }
 }
 

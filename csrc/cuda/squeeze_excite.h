@@ -9,7 +9,7 @@ constexpr int kMostImagesOfGate = 4;    // images whose gates one block computes
 constexpr int kSqueezeExciteThreads = 256;
 constexpr int kScaleThreads = 256;
 
-// How squeeze_excite_gate is cut: see squeeze_excite.cuh.
+// The division of squeeze_excite_gate into blocks: see squeeze_excite.cuh.
 struct SqueezeExcitePlan {
   int images = 1;  // per block
   int splits = 1;  // blocks along the channels of the gate

@@ -62,13 +62,20 @@ void check_device(const char* op, const char* name, const Tensor& t, const Tenso
                   x.is_cuda() ? "CUDA" : "the CPU", "; allowed: one device for all");
 }
 
+// A value by its name, or by a second name that messages do not list.
 template <class Value>
-Value pick(const char* op, const char* name, const std::string& given,
-           std::initializer_list<std::pair<const char*, Value>> known) {
+struct Named {
+  const char* name;
+  Value value;
+  const char* alias = "";
+};
+
+template <class Value>
+Value pick(const char* op, const char* name, const std::string& given, std::initializer_list<Named<Value>> known) {
   std::string allowed;
-  for (const auto& [word, value] : known) {
-    if (given == word) return value;
-    allowed += (allowed.empty() ? "" : ", ") + std::string(word);
+  for (const Named<Value>& one : known) {
+    if (given == one.name || (*one.alias && given == one.alias)) return one.value;
+    allowed += (allowed.empty() ? "" : ", ") + std::string(one.name);
   }
   STD_TORCH_CHECK(false, op, ": ", name, "='", given, "' is not known; allowed: ", allowed);
 }
@@ -78,8 +85,8 @@ Activation activation_of(const char* op, const char* name, const std::string& gi
                           {{"identity", Activation::kIdentity},
                            {"relu", Activation::kRelu},
                            {"relu6", Activation::kRelu6},
-                           {"silu", Activation::kSilu},
-                           {"hard_swish", Activation::kHardSwish},
+                           {"silu", Activation::kSilu, "swish"},
+                           {"hard_swish", Activation::kHardSwish, "hardswish"},
                            {"gelu", Activation::kGelu},
                            {"gelu_tanh", Activation::kGeluTanh}});
 }
@@ -121,16 +128,18 @@ Param matrix_of(const char* op, const char* name, const Tensor& t, const Tensor&
 Norm norm_of(const char* op, const NormArguments& a, const Tensor& x, int64_t channels, Keep& keep) {
   STD_TORCH_CHECK(a.mean.has_value() == a.var.has_value(), op, ": ", a.prefix, "norm_mean and ", a.prefix,
                   "norm_var belong together; allowed: both or neither");
-  STD_TORCH_CHECK(a.mean.has_value() || !(a.weight || a.norm_bias), op, ": ", a.prefix, "norm_weight and ", a.prefix,
+  STD_TORCH_CHECK(a.mean.has_value() || !(a.weight || a.bias), op, ": ", a.prefix, "norm_weight and ", a.prefix,
                   "norm_bias need ", a.prefix, "norm_mean and ", a.prefix,
                   "norm_var; allowed: all of the norm or none");
-  STD_TORCH_CHECK(std::isfinite(a.eps) && a.eps >= 0, op, ": ", a.prefix, "eps=", a.eps,
+  STD_TORCH_CHECK(!a.mean.has_value() || (std::isfinite(a.eps) && a.eps >= 0), op, ": ", a.prefix, "norm_eps=", a.eps,
                   "; allowed: finite and not negative");
   const auto vector = [&](const char* name, const OptionalTensor& t) {
     return t ? param_of(op, (a.prefix + std::string(name)).c_str(), *t, x, {channels}, keep) : Param{};
   };
-  return {vector("bias", a.bias),      vector("norm_weight", a.weight), vector("norm_bias", a.norm_bias),
-          vector("norm_mean", a.mean), vector("norm_var", a.var),       float(a.eps)};
+  const Param conv_bias = vector("bias", a.conv_bias);
+  const Param mean = vector("norm_mean", a.mean), var = vector("norm_var", a.var);
+  const Param weight = vector("norm_weight", a.weight), bias = vector("norm_bias", a.bias);
+  return {conv_bias, weight, bias, mean, var, float(a.eps)};
 }
 
 void check_image(const char* op, const char* name, const Tensor& x) {
@@ -196,7 +205,7 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, int32_t(dtype), device_type,
                                                            cuda ? like.get_device_index() : 0, &handle));
   } else {
-    // Memory of a recording stays as long as a tensor lies in it.
+    // Memory of a recording stays as long as a tensor uses it.
     auto* const owner = is_recording() ? new std::shared_ptr<cpu::Pool>(recording_memory()) : nullptr;
     const auto release = [](void* pointer, void* context) {
       auto* const recording = static_cast<std::shared_ptr<cpu::Pool>*>(context);
@@ -212,7 +221,7 @@ Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* st
   return Tensor(handle);
 }
 
-// Everything of a depthwise convolution of an (n, c, h, w) tensor but where that lies; of `a.x` only the dtype and the
+// Everything of a depthwise convolution of an (n, c, h, w) tensor but its address; of `a.x` only the dtype and the
 // device count.
 Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
                              Keep& keep) {
@@ -242,13 +251,12 @@ Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_
   return out;
 }
 
-// Everything of a 1x1 convolution but where its result lies.
-Pointwise describe_pointwise(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm,
-                             const OptionalTensor& gate, const OptionalTensor& residual, const std::string& activation,
-                             bool allow_tf32, Keep& keep) {
+// Everything of a 1x1 convolution but the address of its result.
+Pointwise describe_pointwise(const char* op, const PointwiseArguments& a, Keep& keep) {
+  const Tensor &x = a.x, &weight = a.weight;
   check_image(op, "x", x);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  const std::string prefix = norm.prefix;
+  const std::string prefix = a.norm.prefix;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) == 1 && weight.size(3) == 1, op, ": ",
                   prefix, "weight has shape ", shape_of(weight), "; allowed: (Cout, Cin, 1, 1)");
   const int64_t out_channels = weight.size(0);
@@ -257,20 +265,20 @@ Pointwise describe_pointwise(const char* op, const Tensor& x, const Tensor& weig
   Pointwise out;
   PointwiseParams& p = out.params;
   p.dtype = dtype_of(op, "x", x);
-  p.activation = activation_of(op, (prefix + "activation").c_str(), activation);
+  p.activation = activation_of(op, (prefix + "activation").c_str(), a.activation);
   p.weight = param_of(op, (prefix + "weight").c_str(), weight, x, {out_channels, c, 1, 1}, keep);
-  p.norm = norm_of(op, norm, x, out_channels, keep);
-  if (gate) {
-    if (!gate->is_contiguous()) refuse_copy("gate");
-    p.gate = param_of(op, "gate", *gate, x, {n, c}, keep);
+  p.norm = norm_of(op, a.norm, x, out_channels, keep);
+  if (a.gate) {
+    if (!a.gate->is_contiguous()) refuse_copy("gate");
+    p.gate = param_of(op, "gate", *a.gate, x, {n, c}, keep);
   }
-  p.allow_tf32 = allow_tf32;
+  p.allow_tf32 = a.allow_tf32;
   p.batch = n, p.pixels = h * w, p.in_channels = c, p.out_channels = out_channels;
   const Tensor rows = to_rows(x, p.x_stride_p);
   keep.push_back(rows);
   p.x = rows.const_data_ptr(), p.x_stride_n = rows.stride(0);
-  if (residual) {
-    const Tensor& r = *residual;
+  if (a.residual) {
+    const Tensor& r = *a.residual;
     STD_TORCH_CHECK(r.dim() == 4 && r.size(0) == n && r.size(1) == out_channels && r.size(2) == h && r.size(3) == w, op,
                     ": residual has shape ", shape_of(r), "; allowed: the output's (", n, ", ", out_channels, ", ", h,
                     ", ", w, ")");
@@ -363,9 +371,9 @@ SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t ba
   p.w_expand = matrix_of(op, "w_expand", a.w_expand, typed, channels, reduced, keep);
   p.b_reduce = param_of(op, "b_reduce", a.b_reduce, typed, reduced, keep);
   p.b_expand = param_of(op, "b_expand", a.b_expand, typed, channels, keep);
-  p.activation = activation_of(op, "se_activation", a.activation);
-  p.gate_activation =
-      pick<Gate>(op, "gate", a.gate, {{"sigmoid", Gate::kSigmoid}, {"hard_sigmoid", Gate::kHardSigmoid}});
+  p.activation = activation_of(op, a.activation_name, a.activation);
+  p.gate_activation = pick<Gate>(op, "gate_activation", a.gate_activation,
+                                 {{"sigmoid", Gate::kSigmoid}, {"hard_sigmoid", Gate::kHardSigmoid, "hardsigmoid"}});
   p.batch = batch, p.channels = channels, p.reduced = reduced;
   out.gate = empty_matrix(like, batch, channels, gate_dtype);
   p.gate = out.gate.mutable_data_ptr();
@@ -373,24 +381,19 @@ SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t ba
   return out;
 }
 
-Pointwise make_pointwise(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm,
-                         const OptionalTensor& gate, const OptionalTensor& residual, const std::string& activation,
-                         bool allow_tf32, Keep& keep) {
-  Pointwise out = describe_pointwise(op, x, weight, norm, gate, residual, activation, allow_tf32, keep);
-  give_result(out, x);
+Pointwise make_pointwise(const char* op, const PointwiseArguments& a, Keep& keep) {
+  Pointwise out = describe_pointwise(op, a, keep);
+  give_result(out, a.x);
   return out;
 }
 
-ExpandDepthwise describe_expand_depthwise(const char* op, const ExpandArguments& expand, const Tensor& weight,
-                                          const NormArguments& norm, int64_t stride,
-                                          const std::vector<int64_t>& padding, int64_t dilation,
-                                          const std::string& activation, bool allow_tf32, Keep& keep) {
+ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArguments& expand,
+                                          const DepthwiseArguments& depthwise, Keep& keep) {
   const Tensor& x = expand.x;
   ExpandDepthwise out;
-  out.expand = describe_pointwise(op, x, expand.weight, expand.norm, std::nullopt, std::nullopt, expand.activation,
-                                  allow_tf32, keep);
-  out.depthwise = describe_depthwise(op, {x, weight, norm, stride, padding, dilation, activation}, x.size(0),
-                                     out.expand.params.out_channels, x.size(2), x.size(3), keep);
+  out.expand = describe_pointwise(op, expand, keep);
+  out.depthwise =
+      describe_depthwise(op, depthwise, x.size(0), out.expand.params.out_channels, x.size(2), x.size(3), keep);
   DepthwiseParams& d = out.depthwise.params;
   out.pooled = empty_matrix(x, d.batch, d.channels, ScalarType::Float);
   d.pooled = static_cast<float*>(out.pooled.mutable_data_ptr());
@@ -405,17 +408,15 @@ void give_expanded(ExpandDepthwise& both, const Tensor& x) {
   d.x_stride_n = expanded.stride(0), d.x_stride_h = expanded.stride(2), d.x_stride_w = expanded.stride(3);
 }
 
-ExpandDepthwise make_expand_depthwise(const char* op, const ExpandArguments& expand, const Tensor& weight,
-                                      const NormArguments& norm, int64_t stride, const std::vector<int64_t>& padding,
-                                      int64_t dilation, const std::string& activation, bool allow_tf32, Keep& keep) {
-  ExpandDepthwise out =
-      describe_expand_depthwise(op, expand, weight, norm, stride, padding, dilation, activation, allow_tf32, keep);
+ExpandDepthwise make_expand_depthwise(const char* op, const PointwiseArguments& expand,
+                                      const DepthwiseArguments& depthwise, Keep& keep) {
+  ExpandDepthwise out = describe_expand_depthwise(op, expand, depthwise, keep);
   give_expanded(out, expand.x);
   return out;
 }
 
-Conv make_conv(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm, int64_t stride,
-               const std::vector<int64_t>& padding, const std::string& activation, bool allow_tf32, Keep& keep) {
+Conv make_conv(const char* op, const ConvArguments& a, Keep& keep) {
+  const Tensor &x = a.x, &weight = a.weight;
   check_image(op, "x", x);
   const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) > 0 && weight.size(3) > 0, op,
@@ -424,21 +425,21 @@ Conv make_conv(const char* op, const Tensor& x, const Tensor& weight, const Norm
     STD_TORCH_CHECK(weight.size(i) < kLargest, op, ": weight has shape ", shape_of(weight),
                     "; allowed: sizes below 2^31");
   check_elements(op, "weight", {weight.size(0), weight.size(1), weight.size(2), weight.size(3)});
-  STD_TORCH_CHECK(stride >= 1 && stride < kLargest, op, ": stride=", stride, "; allowed: 1 to 2^31 - 1");
-  check_padding(op, padding);
+  STD_TORCH_CHECK(a.stride >= 1 && a.stride < kLargest, op, ": stride=", a.stride, "; allowed: 1 to 2^31 - 1");
+  check_padding(op, a.padding);
   const int64_t out_channels = weight.size(0), kh = weight.size(2), kw = weight.size(3);
   Conv out;
   ConvParams& p = out.params;
   p.dtype = dtype_of(op, "x", x);
-  p.activation = activation_of(op, "activation", activation);
+  p.activation = activation_of(op, "activation", a.activation);
   p.weight = param_of(op, "weight", weight, x, {out_channels, c, kh, kw}, keep);
-  p.norm = norm_of(op, norm, x, out_channels, keep);
-  p.allow_tf32 = allow_tf32;
+  p.norm = norm_of(op, a.norm, x, out_channels, keep);
+  p.allow_tf32 = a.allow_tf32;
   p.batch = n, p.in_channels = c, p.out_channels = out_channels, p.height = h, p.width = w;
-  p.kernel_h = int32_t(kh), p.kernel_w = int32_t(kw), p.stride = int32_t(stride);
-  p.pad_top = int32_t(padding[0]), p.pad_left = int32_t(padding[2]);
-  p.out_height = out_size(op, "height", h, padding[0], padding[1], kh, stride);
-  p.out_width = out_size(op, "width", w, padding[2], padding[3], kw, stride);
+  p.kernel_h = int32_t(kh), p.kernel_w = int32_t(kw), p.stride = int32_t(a.stride);
+  p.pad_top = int32_t(a.padding[0]), p.pad_left = int32_t(a.padding[2]);
+  p.out_height = out_size(op, "height", h, a.padding[0], a.padding[1], kh, a.stride);
+  p.out_width = out_size(op, "width", w, a.padding[2], a.padding[3], kw, a.stride);
   check_elements(op, "the result", {n, out_channels, p.out_height, p.out_width});
   p.x = x.const_data_ptr();
   p.x_stride_n = x.stride(0), p.x_stride_c = x.stride(1), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);

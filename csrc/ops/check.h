@@ -17,9 +17,9 @@ namespace effkernels::ops {
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// The norm of an operator, as the schema passes it.
+// Bias and norm of a convolution, as the schema passes them.
 struct NormArguments {
-  const OptionalTensor &bias, &weight, &norm_bias, &mean, &var;
+  const OptionalTensor &conv_bias, &mean, &var, &weight, &bias;
   double eps;
   const char* prefix = "";  // of the names in messages: an operator may have two norms
 };
@@ -29,7 +29,8 @@ struct SeArguments {
   const OptionalTensor& b_reduce;
   const Tensor& w_expand;
   const OptionalTensor& b_expand;
-  const std::string &activation, &gate;
+  const std::string &activation, &gate_activation;
+  const char* activation_name;  // in messages
 };
 
 struct DepthwiseArguments {
@@ -41,11 +42,21 @@ struct DepthwiseArguments {
   const std::string& activation;
 };
 
-// The 1x1 convolution in front of a depthwise one.
-struct ExpandArguments {
+struct PointwiseArguments {
   const Tensor &x, &weight;
   NormArguments norm;
+  const OptionalTensor &gate, &residual;
   const std::string& activation;
+  bool allow_tf32;
+};
+
+struct ConvArguments {
+  const Tensor &x, &weight;
+  NormArguments norm;
+  int64_t stride;
+  const std::vector<int64_t>& padding;
+  const std::string& activation;
+  bool allow_tf32;
 };
 
 // Keeps the tensors that a params struct points into alive, copies of the caller's where a layout had to change.
@@ -85,31 +96,26 @@ struct Pointwise {
   PointwiseParams params;
   Tensor y;
 };
-Pointwise make_pointwise(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm,
-                         const OptionalTensor& gate, const OptionalTensor& residual, const std::string& activation,
-                         bool allow_tf32, Keep& keep);
+Pointwise make_pointwise(const char* op, const PointwiseArguments& arguments, Keep& keep);
 
-// Both halves of `expand_depthwise_squeeze`. make_ allocates the expanded tensor between them; describe_ leaves it out
-// (expand.y, expand.params.y and depthwise.params.x are empty), and give_expanded makes up for it.
+// Both halves of `expand_depthwise_squeeze`, whose `depthwise.x` is the x of the first half and counts for its dtype
+// and device alone. make_ allocates the expanded tensor between them; describe_ leaves it out (expand.y,
+// expand.params.y and depthwise.params.x are empty), and give_expanded makes up for it.
 struct ExpandDepthwise {
   Pointwise expand;
   Depthwise depthwise;
   Tensor pooled;
 };
-ExpandDepthwise make_expand_depthwise(const char* op, const ExpandArguments& expand, const Tensor& weight,
-                                      const NormArguments& norm, int64_t stride, const std::vector<int64_t>& padding,
-                                      int64_t dilation, const std::string& activation, bool allow_tf32, Keep& keep);
-ExpandDepthwise describe_expand_depthwise(const char* op, const ExpandArguments& expand, const Tensor& weight,
-                                          const NormArguments& norm, int64_t stride,
-                                          const std::vector<int64_t>& padding, int64_t dilation,
-                                          const std::string& activation, bool allow_tf32, Keep& keep);
+ExpandDepthwise make_expand_depthwise(const char* op, const PointwiseArguments& expand,
+                                      const DepthwiseArguments& depthwise, Keep& keep);
+ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArguments& expand,
+                                          const DepthwiseArguments& depthwise, Keep& keep);
 void give_expanded(ExpandDepthwise& both, const Tensor& x);
 
 struct Conv {
   ConvParams params;
   Tensor y;
 };
-Conv make_conv(const char* op, const Tensor& x, const Tensor& weight, const NormArguments& norm, int64_t stride,
-               const std::vector<int64_t>& padding, const std::string& activation, bool allow_tf32, Keep& keep);
+Conv make_conv(const char* op, const ConvArguments& arguments, Keep& keep);
 
 }  // namespace effkernels::ops

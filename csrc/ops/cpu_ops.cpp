@@ -1,9 +1,9 @@
 // The CPU's side of every operator: check and pack (check.h), then the kernel of the instruction set in use.
 #include "../cpu/kernels.h"
 #include "../cpu/memory.h"
-#include "parameters.h"
 #include "recording.h"
 #include "registry.h"
+#include "signatures.h"
 
 namespace effkernels::ops {
 namespace {
@@ -30,27 +30,27 @@ void keep_packed(PointwiseParams& p) {
   p.packed = packed;
 }
 
-Tensor depthwise_bn_act(DEPTHWISE_PARAMETERS) {
+Tensor depthwise_bn_act(const DepthwiseArguments& a) {
   Keep keep;
-  Depthwise d = make_depthwise("depthwise_bn_act", DEPTHWISE, keep);
+  Depthwise d = make_depthwise("depthwise_bn_act", a, keep);
   run(cpu::kernels().depthwise, d.params, torch_threads(), keep);
   return d.y;
 }
 
-std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(DEPTHWISE_PARAMETERS) {
+std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(const DepthwiseArguments& a) {
   Keep keep;
-  Depthwise d = make_depthwise("depthwise_bn_act_squeeze", DEPTHWISE, keep);
-  Tensor pooled = empty_matrix(x, d.params.batch, d.params.channels, ScalarType::Float);
+  Depthwise d = make_depthwise("depthwise_bn_act_squeeze", a, keep);
+  Tensor pooled = empty_matrix(a.x, d.params.batch, d.params.channels, ScalarType::Float);
   d.params.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   run(cpu::kernels().depthwise, d.params, torch_threads(), keep);
   return {d.y, pooled};
 }
 
-Tensor squeeze_excite_gate(const Tensor& pooled, SE_PARAMETERS) {
+Tensor squeeze_excite_gate(const Tensor& pooled, const SeArguments& a) {
   constexpr const char* op = "squeeze_excite_gate";
   Keep keep;
   check_pooled(op, pooled);
-  SqueezeExcite s = make_squeeze_excite(op, pooled, pooled.size(0), pooled.size(1), SE, w_expand.scalar_type(), keep);
+  SqueezeExcite s = make_squeeze_excite(op, pooled, pooled.size(0), pooled.size(1), a, a.w_expand.scalar_type(), keep);
   if (!pooled.is_contiguous()) refuse_copy("pooled");
   keep.push_back(pooled.is_contiguous() ? pooled : torch::stable::contiguous(pooled));
   s.params.pooled = static_cast<const float*>(keep.back().const_data_ptr());
@@ -72,12 +72,12 @@ std::tuple<Tensor, Tensor> depthwise_with_gate(const char* op, const DepthwiseAr
   return {d.y, s.gate};
 }
 
-std::tuple<Tensor, Tensor> depthwise_bn_act_gate(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
-  return depthwise_with_gate("depthwise_bn_act_gate", DEPTHWISE, SE);
+std::tuple<Tensor, Tensor> depthwise_bn_act_gate(const DepthwiseArguments& depthwise, const SeArguments& se) {
+  return depthwise_with_gate("depthwise_bn_act_gate", depthwise, se);
 }
 
-Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
-  auto [y, gates] = depthwise_with_gate("depthwise_bn_act_se", DEPTHWISE, SE);
+Tensor depthwise_bn_act_se(const DepthwiseArguments& depthwise, const SeArguments& se) {
+  auto [y, gates] = depthwise_with_gate("depthwise_bn_act_se", depthwise, se);
   ScaleParams p;
   p.y = y.mutable_data_ptr(), p.gate = gates.const_data_ptr();
   p.dtype = dtype_of("depthwise_bn_act_se", "y", y);
@@ -86,32 +86,27 @@ Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
   return y;
 }
 
-Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, const OptionalTensor& gate,
-                        const OptionalTensor& residual, const std::string& activation, bool allow_tf32) {
+Tensor pointwise_bn_act(const PointwiseArguments& a) {
   Keep keep;
-  Pointwise p = make_pointwise("pointwise_bn_act", x, weight, NORM, gate, residual, activation, allow_tf32, keep);
+  Pointwise p = make_pointwise("pointwise_bn_act", a, keep);
   keep_packed(p.params);
   run(cpu::kernels().pointwise, p.params, torch_threads(), keep);
   return p.y;
 }
 
-std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const Tensor& x, EXPAND_PARAMETERS, const Tensor& weight,
-                                                    NORM_PARAMETERS, int64_t stride,
-                                                    const std::vector<int64_t>& padding, int64_t dilation,
-                                                    const std::string& activation, bool allow_tf32) {
+std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& expand,
+                                                    const DepthwiseArguments& depthwise) {
   Keep keep;
-  ExpandDepthwise e = describe_expand_depthwise("expand_depthwise_squeeze", EXPAND, weight, NORM, stride, padding,
-                                                dilation, activation, allow_tf32, keep);
+  ExpandDepthwise e = describe_expand_depthwise("expand_depthwise_squeeze", expand, depthwise, keep);
   keep_packed(e.expand.params);
   run(cpu::kernels().expand_depthwise, cpu::ExpandDepthwiseParams{e.expand.params, e.depthwise.params}, torch_threads(),
       keep);
   return {e.depthwise.y, e.pooled};
 }
 
-Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64_t stride,
-                   const std::vector<int64_t>& padding, const std::string& activation, bool allow_tf32) {
+Tensor conv_bn_act(const ConvArguments& a) {
   Keep keep;
-  Conv c = make_conv("conv_bn_act", x, weight, NORM, stride, padding, activation, allow_tf32, keep);
+  Conv c = make_conv("conv_bn_act", a, keep);
   run(cpu::kernels().conv, c.params, torch_threads(), keep);
   return c.y;
 }
@@ -150,17 +145,17 @@ int64_t replay(const Tensor& recording, int64_t piece) {
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
   using namespace effkernels::ops;
-#define EFFKERNELS_IMPLEMENT(op) \
-  m.impl(#op, TORCH_BOX(&op));   \
-  m.impl("recorded_" #op, TORCH_BOX(&Recorded<&op>::call));
-  EFFKERNELS_IMPLEMENT(depthwise_bn_act)
-  EFFKERNELS_IMPLEMENT(depthwise_bn_act_squeeze)
-  EFFKERNELS_IMPLEMENT(squeeze_excite_gate)
-  EFFKERNELS_IMPLEMENT(depthwise_bn_act_gate)
-  EFFKERNELS_IMPLEMENT(depthwise_bn_act_se)
-  EFFKERNELS_IMPLEMENT(pointwise_bn_act)
-  EFFKERNELS_IMPLEMENT(expand_depthwise_squeeze)
-  EFFKERNELS_IMPLEMENT(conv_bn_act)
+#define EFFKERNELS_IMPLEMENT(op, arguments)           \
+  m.impl(#op, TORCH_BOX(&signature::arguments<&op>)); \
+  m.impl("recorded_" #op, TORCH_BOX(&Recorded<&signature::arguments<&op>>::call));
+  EFFKERNELS_IMPLEMENT(depthwise_bn_act, depthwise)
+  EFFKERNELS_IMPLEMENT(depthwise_bn_act_squeeze, depthwise)
+  EFFKERNELS_IMPLEMENT(squeeze_excite_gate, squeeze_excite)
+  EFFKERNELS_IMPLEMENT(depthwise_bn_act_gate, depthwise_se)
+  EFFKERNELS_IMPLEMENT(depthwise_bn_act_se, depthwise_se)
+  EFFKERNELS_IMPLEMENT(pointwise_bn_act, pointwise)
+  EFFKERNELS_IMPLEMENT(expand_depthwise_squeeze, expand_depthwise)
+  EFFKERNELS_IMPLEMENT(conv_bn_act, conv)
 #undef EFFKERNELS_IMPLEMENT
 }
 

@@ -8,8 +8,8 @@
 #include "../cuda/pointwise.h"
 #include "../cuda/squeeze_excite.h"
 #include "cuda_device.h"
-#include "parameters.h"
 #include "registry.h"
+#include "signatures.h"
 
 namespace effkernels::ops {
 namespace {
@@ -45,21 +45,32 @@ const char* run_depthwise(const char* op, const cuda::DepthwiseCall& call, const
   return cuda::launch_depthwise(call, plan, work, stream);
 }
 
-Tensor depthwise_bn_act(DEPTHWISE_PARAMETERS) {
+const char* run_pointwise(const char* op, const PointwiseParams& p, const cuda::PointwisePlan& plan, const Tensor& like,
+                          const OnDevice& here, Keep& keep) {
+  const cuda::PointwiseScratch scratch = cuda::pointwise_scratch(p, plan);
+  cuda::PointwiseWork work;
+  work.partial = scratch_floats(like, scratch.partial, keep);
+  void* stream = here.stream();
+  if (scratch.arrivals > 0)
+    check_launch(op, cuda::acquire_counters(here.index(), stream, scratch.arrivals, &work.arrivals));
+  return cuda::launch_pointwise(p, plan, work, stream);
+}
+
+Tensor depthwise_bn_act(const DepthwiseArguments& a) {
   constexpr const char* op = "depthwise_bn_act";
   Keep keep;
-  Depthwise d = make_depthwise(op, DEPTHWISE, keep);
+  Depthwise d = make_depthwise(op, a, keep);
   const OnDevice here(d.y);
   const cuda::DepthwiseCall call{&d.params, nullptr, false, false};
   check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
   return d.y;
 }
 
-std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(DEPTHWISE_PARAMETERS) {
+std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(const DepthwiseArguments& a) {
   constexpr const char* op = "depthwise_bn_act_squeeze";
   Keep keep;
-  Depthwise d = make_depthwise(op, DEPTHWISE, keep);
-  Tensor pooled = empty_matrix(x, d.params.batch, d.params.channels, ScalarType::Float);
+  Depthwise d = make_depthwise(op, a, keep);
+  Tensor pooled = empty_matrix(a.x, d.params.batch, d.params.channels, ScalarType::Float);
   d.params.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   const OnDevice here(d.y);
   const cuda::DepthwiseCall call{&d.params, nullptr, true, false};
@@ -67,11 +78,11 @@ std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(DEPTHWISE_PARAMETERS) {
   return {d.y, pooled};
 }
 
-Tensor squeeze_excite_gate(const Tensor& pooled, SE_PARAMETERS) {
+Tensor squeeze_excite_gate(const Tensor& pooled, const SeArguments& a) {
   constexpr const char* op = "squeeze_excite_gate";
   Keep keep;
   check_pooled(op, pooled);
-  SqueezeExcite s = make_squeeze_excite(op, pooled, pooled.size(0), pooled.size(1), SE, w_expand.scalar_type(), keep);
+  SqueezeExcite s = make_squeeze_excite(op, pooled, pooled.size(0), pooled.size(1), a, a.w_expand.scalar_type(), keep);
   keep.push_back(pooled.is_contiguous() ? pooled : torch::stable::contiguous(pooled));
   s.params.pooled = static_cast<const float*>(keep.back().const_data_ptr());
   const OnDevice here(s.gate);
@@ -80,11 +91,11 @@ Tensor squeeze_excite_gate(const Tensor& pooled, SE_PARAMETERS) {
   return s.gate;
 }
 
-std::tuple<Tensor, Tensor> depthwise_bn_act_gate(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
+std::tuple<Tensor, Tensor> depthwise_bn_act_gate(const DepthwiseArguments& a, const SeArguments& se) {
   constexpr const char* op = "depthwise_bn_act_gate";
   Keep keep;
-  Depthwise d = make_depthwise(op, DEPTHWISE, keep);
-  const SqueezeExcite s = make_squeeze_excite(op, x, d.params.batch, d.params.channels, SE, x.scalar_type(), keep);
+  Depthwise d = make_depthwise(op, a, keep);
+  const SqueezeExcite s = make_squeeze_excite(op, a.x, d.params.batch, d.params.channels, se, a.x.scalar_type(), keep);
   const OnDevice here(d.y);
   const cuda::DepthwiseCall call{&d.params, &s.params, false, false};
   check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
@@ -92,11 +103,11 @@ std::tuple<Tensor, Tensor> depthwise_bn_act_gate(DEPTHWISE_PARAMETERS, SE_PARAME
 }
 
 // One launch where a team of blocks holds the result of an image; else the gate, and a second launch that applies it.
-Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
+Tensor depthwise_bn_act_se(const DepthwiseArguments& a, const SeArguments& se) {
   constexpr const char* op = "depthwise_bn_act_se";
   Keep keep;
-  Depthwise d = make_depthwise(op, DEPTHWISE, keep);
-  const SqueezeExcite s = make_squeeze_excite(op, x, d.params.batch, d.params.channels, SE, x.scalar_type(), keep);
+  Depthwise d = make_depthwise(op, a, keep);
+  const SqueezeExcite s = make_squeeze_excite(op, a.x, d.params.batch, d.params.channels, se, a.x.scalar_type(), keep);
   const OnDevice here(d.y);
   cuda::DeviceLimits limits = limits_of(op, here);
   cuda::DepthwiseCall call{&d.params, &s.params, false, true};
@@ -121,30 +132,26 @@ Tensor depthwise_bn_act_se(DEPTHWISE_PARAMETERS, SE_PARAMETERS) {
   return d.y;
 }
 
-Tensor pointwise_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, const OptionalTensor& gate,
-                        const OptionalTensor& residual, const std::string& activation, bool allow_tf32) {
+Tensor pointwise_bn_act(const PointwiseArguments& a) {
   constexpr const char* op = "pointwise_bn_act";
   Keep keep;
-  Pointwise p = make_pointwise(op, x, weight, NORM, gate, residual, activation, allow_tf32, keep);
+  Pointwise p = make_pointwise(op, a, keep);
   const OnDevice here(p.y);
   const cuda::PointwisePlan plan = cuda::plan_pointwise(p.params, limits_of(op, here));
-  check_launch(op, cuda::launch_pointwise(p.params, plan, here.stream()));
+  check_launch(op, run_pointwise(op, p.params, plan, p.y, here, keep));
   return p.y;
 }
 
 // Two launches: the expanded tensor passes through memory, as it does between the two operators.
-std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const Tensor& x, EXPAND_PARAMETERS, const Tensor& weight,
-                                                    NORM_PARAMETERS, int64_t stride,
-                                                    const std::vector<int64_t>& padding, int64_t dilation,
-                                                    const std::string& activation, bool allow_tf32) {
+std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& expand,
+                                                    const DepthwiseArguments& depthwise) {
   constexpr const char* op = "expand_depthwise_squeeze";
   Keep keep;
-  ExpandDepthwise e =
-      make_expand_depthwise(op, EXPAND, weight, NORM, stride, padding, dilation, activation, allow_tf32, keep);
+  ExpandDepthwise e = make_expand_depthwise(op, expand, depthwise, keep);
   const OnDevice here(e.depthwise.y);
   const cuda::DeviceLimits limits = limits_of(op, here);
-  check_launch(op,
-               cuda::launch_pointwise(e.expand.params, cuda::plan_pointwise(e.expand.params, limits), here.stream()));
+  const cuda::PointwisePlan plan = cuda::plan_pointwise(e.expand.params, limits);
+  check_launch(op, run_pointwise(op, e.expand.params, plan, e.depthwise.y, here, keep));
   const cuda::DepthwiseCall call{&e.depthwise.params, nullptr, true, false};
   check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits), e.depthwise.y, here, keep));
   return {e.depthwise.y, e.pooled};
@@ -174,11 +181,10 @@ Tensor convolve(const Tensor& x, const Tensor& weight, int64_t stride, const std
   return to<Tensor>(stack[0]);
 }
 
-Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64_t stride,
-                   const std::vector<int64_t>& padding, const std::string& activation, bool allow_tf32) {
+Tensor conv_bn_act(const ConvArguments& a) {
   constexpr const char* op = "conv_bn_act";
   Keep keep;
-  Conv c = make_conv(op, x, weight, NORM, stride, padding, activation, allow_tf32, keep);
+  Conv c = make_conv(op, a, keep);
   const OnDevice here(c.y);
   const cuda::DeviceLimits limits = limits_of(op, here);
   const cuda::ConvPlan plan = cuda::plan_conv(c.params, limits);
@@ -187,8 +193,8 @@ Tensor conv_bn_act(const Tensor& x, const Tensor& weight, NORM_PARAMETERS, int64
     check_launch(op, cuda::launch_conv(c.params, plan, here.stream()));
     return c.y;
   }
-  const Tensor sums =
-      torch::stable::contiguous(convolve(x, weight, stride, padding), torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor sums = torch::stable::contiguous(convolve(a.x, a.weight, a.stride, a.padding),
+                                                torch::headeronly::MemoryFormat::ChannelsLast);
   cuda::NormActParams pass;
   pass.x = sums.const_data_ptr(), pass.y = c.params.y;
   pass.norm = c.params.norm, pass.dtype = c.params.dtype, pass.activation = c.params.activation;
@@ -215,14 +221,14 @@ std::vector<int64_t> cuda_limits(int64_t device) {
 
 EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, EFFKERNELS_CUDA_KEY, m) {
   using namespace effkernels::ops;
-  m.impl("depthwise_bn_act", TORCH_BOX(&depthwise_bn_act));
-  m.impl("depthwise_bn_act_squeeze", TORCH_BOX(&depthwise_bn_act_squeeze));
-  m.impl("squeeze_excite_gate", TORCH_BOX(&squeeze_excite_gate));
-  m.impl("depthwise_bn_act_gate", TORCH_BOX(&depthwise_bn_act_gate));
-  m.impl("depthwise_bn_act_se", TORCH_BOX(&depthwise_bn_act_se));
-  m.impl("pointwise_bn_act", TORCH_BOX(&pointwise_bn_act));
-  m.impl("expand_depthwise_squeeze", TORCH_BOX(&expand_depthwise_squeeze));
-  m.impl("conv_bn_act", TORCH_BOX(&conv_bn_act));
+  m.impl("depthwise_bn_act", TORCH_BOX(&signature::depthwise<&depthwise_bn_act>));
+  m.impl("depthwise_bn_act_squeeze", TORCH_BOX(&signature::depthwise<&depthwise_bn_act_squeeze>));
+  m.impl("squeeze_excite_gate", TORCH_BOX(&signature::squeeze_excite<&squeeze_excite_gate>));
+  m.impl("depthwise_bn_act_gate", TORCH_BOX(&signature::depthwise_se<&depthwise_bn_act_gate>));
+  m.impl("depthwise_bn_act_se", TORCH_BOX(&signature::depthwise_se<&depthwise_bn_act_se>));
+  m.impl("pointwise_bn_act", TORCH_BOX(&signature::pointwise<&pointwise_bn_act>));
+  m.impl("expand_depthwise_squeeze", TORCH_BOX(&signature::expand_depthwise<&expand_depthwise_squeeze>));
+  m.impl("conv_bn_act", TORCH_BOX(&signature::conv<&conv_bn_act>));
 }
 
 EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, CompositeExplicitAutograd, m) {

@@ -1,14 +1,40 @@
 // Registers the schemas; cpu_ops.cpp, cuda_ops.cpp and plan_ops.cpp register what computes them.
+#include <string>
+
 #include "registry.h"
-#include "schema.h"
+
+namespace {
+
+// The operators that kernels compute. The package reads the same file, which is a list of strings in Python too.
+const char* const kSchemas[] = {
+#include "../../effkernels/ops/schemas.inc"
+};
+
+}  // namespace
 
 EFFKERNELS_LIBRARY(EFFKERNELS_NAMESPACE, m) {
-#define EFFKERNELS_DEFINE(schema) m.def(schema);
-#define EFFKERNELS_DEFINE_KERNEL(name, arguments, results) \
-  m.def(name "(" arguments ") -> " results);               \
-  m.def("recorded_" name "(Tensor recording, " arguments ") -> " results);
-  EFFKERNELS_KERNEL_SCHEMAS(EFFKERNELS_DEFINE_KERNEL)
-  EFFKERNELS_SCHEMAS(EFFKERNELS_DEFINE)
-#undef EFFKERNELS_DEFINE_KERNEL
-#undef EFFKERNELS_DEFINE
+  for (const std::string schema : kSchemas) {
+    m.def(schema.c_str());
+    // Once more for recordings (recording.h), with the recording in front of the arguments.
+    std::string recorded = "recorded_" + schema;
+    recorded.insert(recorded.find('(') + 1, "Tensor recording, ");
+    m.def(recorded.c_str());
+  }
+  // The CPU kernels' instruction set: sets it (name not empty) and returns it.
+  m.def("cpu_isa(str name) -> str");
+  // The memory pool of CPU results: sets how many unused bytes it may keep (limit not negative), returns the bytes
+  // mapped.
+  m.def("cpu_memory(int limit) -> int");
+  // Recordings of CPU kernels (recording.h). A recording is a tensor, and freed with the last tensor that refers to it.
+  // cut ends a piece and returns its number, from 1, or 0 for an empty one. bytes: of results, of kept weights.
+  m.def("cpu_recording() -> Tensor");
+  m.def("cpu_recording_cut(Tensor recording) -> int");
+  m.def("cpu_recording_replay(Tensor recording, int piece) -> int");
+  m.def("cpu_recording_bytes(Tensor recording) -> int[]");
+  // The CUDA launches that an operator would make, one line each: plan_ops.cpp. Needs no GPU.
+  m.def("cuda_plan(str op, str dtype, int[] shape, int[] limits) -> str");
+  // The CUDA kernels and fills that this process has launched.
+  m.def("cuda_launches() -> int");
+  // The limits of a CUDA device, in the order that cuda_plan takes them.
+  m.def("cuda_limits(int device) -> int[]");
 }

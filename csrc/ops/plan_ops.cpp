@@ -1,4 +1,4 @@
-// What the CUDA operators would launch, told without a GPU: the very plans that they follow.
+// The launches of the CUDA operators, without a GPU: the same plan functions that the operators use.
 #include <algorithm>
 #include <sstream>
 #include <string>
@@ -84,9 +84,9 @@ std::string cut_of(const DepthwiseParams& p, const cuda::DepthwisePlan& plan) {
   const int kernel = cuda::compiled_kernel(p.kernel_h, p.kernel_w);
   std::ostringstream out;
   if (plan.team > 0)
-    out << variant("depthwise_resident", p.dtype, kernel, p.stride, plan.in_cluster);
+    out << variant("depthwise_resident", p.dtype, kernel, p.stride, plan.strip, plan.in_cluster);
   else if (plan.unrolled)
-    out << variant("depthwise_strips", p.dtype, kernel, p.stride);
+    out << variant("depthwise_strips", p.dtype, kernel, p.stride, plan.strip);
   else
     out << variant("depthwise_any", p.dtype, plan.vector);
   out << " channel_vectors=" << plan.channel_vectors << " vector=" << plan.vector << " lanes=" << plan.lanes
@@ -99,18 +99,22 @@ std::string cut_of(const DepthwiseParams& p, const cuda::DepthwisePlan& plan) {
 std::string cut_of(const PointwiseParams& p, const cuda::PointwisePlan& plan) {
   const cuda::PointwiseTile& tile = cuda::kPointwiseTiles[plan.tile];
   std::ostringstream out;
-  out << variant("pointwise", p.dtype, static_cast<int>(plan.product), plan.tile, plan.converts)
-      << " rows=" << tile.rows << " columns=" << tile.columns << " steps=" << plan.steps
-      << " column_tiles=" << plan.column_tiles << " gate_images=" << plan.gate_images;
+  out << variant("pointwise", p.dtype, static_cast<int>(plan.product), plan.tile, static_cast<int>(plan.epilogue),
+                 plan.converts)
+      << " rows=" << tile.rows << " columns=" << tile.columns << " steps=" << plan.steps << " parts=" << plan.parts
+      << " tiles=" << plan.tiles << " row_tiles=" << plan.row_tiles << " column_tiles=" << plan.column_tiles
+      << " gate_images=" << plan.gate_images << " keeps_weight=" << plan.keeps_weight << " tile=" << plan.tile
+      << " epilogue=" << int(plan.epilogue) << " converts=" << plan.converts;
   return out.str();
 }
 
 std::string cut_of(const ConvParams& p, const cuda::ConvPlan& plan) {
   if (!plan.fused) return variant("norm_act", p.dtype, plan.norm_act.vectors ? vector_of(p.dtype) : 1);
   std::ostringstream out;
-  out << variant("conv", p.dtype) << " warps=" << plan.warps << " taps=" << plan.taps
+  out << variant(plan.stem ? "conv_stem" : "conv", p.dtype) << " warps=" << plan.warps
       << " padded_channels=" << plan.padded_channels << " weight_bytes=" << plan.weight_bytes
-      << " window_height=" << plan.window_height << " window_width=" << plan.window_width;
+      << " window_height=" << plan.window_height << " window_width=" << plan.window_width << " tiles=" << plan.tiles
+      << " tiles_per_block=" << plan.tiles_per_block;
   return out.str();
 }
 
@@ -123,6 +127,15 @@ Norm some_norm() {
   norm.weight = norm.bias = norm.mean = norm.var = some(DType::kFloat32);
   norm.eps = 1e-5f;
   return norm;
+}
+
+// The activation of params.h that a shape may have after its first `sizes` numbers; identity where it has none.
+Activation activation_after(const std::string& op, const Shape& s, size_t sizes) {
+  check_count(op, "shape", s, s.size() == sizes + 1 ? sizes + 1 : sizes);
+  if (s.size() == sizes) return Activation::kIdentity;
+  STD_TORCH_CHECK(s[sizes] <= int64_t(Activation::kGeluTanh), "cuda_plan: activation ", s[sizes], " of ", op,
+                  "; allowed: 0 to ", int64_t(Activation::kGeluTanh));
+  return static_cast<Activation>(s[sizes]);
 }
 
 void check_reduced(int64_t reduced) {
@@ -205,7 +218,7 @@ DescribedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& 
 }
 
 DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 8);
+  const Activation activation = activation_after(op, s, 8);
   check_elements(op, "x", {s[0], s[1], s[2], s[3]});
   check_elements(op, "the result", {s[0], s[1], s[2], s[4]});
   check_elements(op, "weight", {s[3], s[4]});
@@ -216,7 +229,7 @@ DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Sh
   STD_TORCH_CHECK(s[3] >= 1 && s[4] >= 1, "cuda_plan: channels ", s[3], " to ", s[4], "; allowed: 1 or more");
   if (s[5]) p.gate = some(dtype);
   if (s[6]) p.residual = somewhere();
-  p.allow_tf32 = s[7] != 0;
+  p.allow_tf32 = s[7] != 0, p.activation = activation;
   p.x_stride_p = p.in_channels, p.x_stride_n = p.pixels * p.in_channels;
   p.residual_stride_p = p.out_channels, p.residual_stride_n = p.pixels * p.out_channels;
   const cuda::PointwisePlan plan = cuda::plan_pointwise(p, limits);
@@ -225,11 +238,12 @@ DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Sh
   return launches;
 }
 
-// The sizes of the depthwise operator, x's channels being the expanded ones, then the input channels and allow_tf32.
+// The sizes of the depthwise operator, x's channels being the expanded ones, then the input channels, allow_tf32 and
+// the first product's activation.
 DescribedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  check_count(op, "shape", s, 15);
+  const int64_t activation = int64_t(activation_after(op, s, 15));
   DescribedLaunches launches =
-      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14]}, limits);
+      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14], activation}, limits);
   const Shape depthwise(s.begin(), s.begin() + 13);
   for (DescribedLaunch& one : plan_of_depthwise("depthwise_bn_act_squeeze", dtype, depthwise, limits))
     launches.push_back(std::move(one));

@@ -2,7 +2,7 @@
 //
 // Between two kernels of a small network there is more to do than in them: Python, the dispatcher, checks, allocations.
 // A recording leaves the kernels alone, with the same pointers. It falls into pieces, so that work of other operators
-// can stand between them. The results of the recorded calls lie in memory of the recording's own, used again within it
+// can stand between them. The results of the recorded calls are in memory of the recording's own, used again within it
 // as it was while recording; inputs and weights have to stay where they are. What an operator copies for itself (an
 // input whose layout it cannot read) would be copied but once: it refuses instead.
 //

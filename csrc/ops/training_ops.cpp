@@ -3,7 +3,6 @@
 #include "../cpu/training.h"
 #include "check.h"
 #include "registry.h"
-#include "schema.h"
 
 namespace effkernels::ops {
 namespace {
@@ -71,11 +70,6 @@ T* data_of(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
 }
 
-#define NORM_TENSORS                                                                                \
-  const OptionalTensor &mean, const OptionalTensor &inverse_deviation, const OptionalTensor &scale, \
-      const OptionalTensor &bias
-#define NORM_OF(op, channels) norm_of(op, mean, inverse_deviation, scale, bias, channels)
-
 std::tuple<Tensor, Tensor> training_statistics(const Tensor& t) {
   constexpr const char* op = "training_statistics";
   check_nhwc(op, "t", t);
@@ -88,18 +82,21 @@ std::tuple<Tensor, Tensor> training_statistics(const Tensor& t) {
   return {mean, var};
 }
 
-cpu::NormActParams norm_act_params(const char* op, const Tensor& t, NORM_TENSORS, const std::string& activation) {
+cpu::NormActParams norm_act_params(const char* op, const Tensor& t, const OptionalTensor& mean,
+                                   const OptionalTensor& inverse_deviation, const OptionalTensor& scale,
+                                   const OptionalTensor& bias, const std::string& activation) {
   check_nhwc(op, "t", t);
   cpu::NormActParams p;
   p.batch = t.size(0), p.pixels = t.size(1) * t.size(2), p.channels = t.size(3);
   p.t = t.const_data_ptr(), p.dtype = dtype_of(op, "t", t), p.activation = activation_named(op, activation);
-  p.norm = NORM_OF(op, p.channels);
+  p.norm = norm_of(op, mean, inverse_deviation, scale, bias, p.channels);
   STD_TORCH_CHECK(p.norm.mean, op, ": mean is None; allowed: a tensor");
   return p;
 }
 
-Tensor training_norm_act(const Tensor& t, NORM_TENSORS, const std::string& activation, const OptionalTensor& factor,
-                         const OptionalTensor& residual) {
+Tensor training_norm_act(const Tensor& t, const OptionalTensor& mean, const OptionalTensor& inverse_deviation,
+                         const OptionalTensor& scale, const OptionalTensor& bias, const std::string& activation,
+                         const OptionalTensor& factor, const OptionalTensor& residual) {
   constexpr const char* op = "training_norm_act";
   cpu::NormActParams p = norm_act_params(op, t, mean, inverse_deviation, scale, bias, activation);
   if (residual) check_like(op, "residual", *residual, t), p.residual = residual->const_data_ptr();
@@ -110,7 +107,8 @@ Tensor training_norm_act(const Tensor& t, NORM_TENSORS, const std::string& activ
   return y;
 }
 
-Tensor training_squeeze(const Tensor& t, NORM_TENSORS, const std::string& activation) {
+Tensor training_squeeze(const Tensor& t, const OptionalTensor& mean, const OptionalTensor& inverse_deviation,
+                        const OptionalTensor& scale, const OptionalTensor& bias, const std::string& activation) {
   constexpr const char* op = "training_squeeze";
   cpu::NormActParams p = norm_act_params(op, t, mean, inverse_deviation, scale, bias, activation);
   Tensor pooled = torch::stable::new_empty(t, {p.batch, p.channels}, ScalarType::Double);
@@ -119,16 +117,18 @@ Tensor training_squeeze(const Tensor& t, NORM_TENSORS, const std::string& activa
   return pooled;
 }
 
-std::tuple<Tensor, Tensor> training_gradient_sums(const Tensor& g, const Tensor& t, NORM_TENSORS,
-                                                  const std::string& activation, const OptionalTensor& factor,
-                                                  bool with_y) {
+std::tuple<Tensor, Tensor> training_gradient_sums(const Tensor& g, const Tensor& t, const OptionalTensor& mean,
+                                                  const OptionalTensor& inverse_deviation, const OptionalTensor& scale,
+                                                  const OptionalTensor& bias, const std::string& activation,
+                                                  const OptionalTensor& factor, bool with_y) {
   constexpr const char* op = "training_gradient_sums";
   check_nhwc(op, "t", t);
   check_like(op, "g", g, t);
   cpu::GradientSumsParams p;
   p.batch = t.size(0), p.pixels = t.size(1) * t.size(2), p.channels = t.size(3);
   p.g = g.const_data_ptr(), p.t = t.const_data_ptr(), p.dtype = dtype_of(op, "t", t);
-  p.activation = activation_named(op, activation), p.norm = NORM_OF(op, p.channels);
+  p.activation = activation_named(op, activation),
+  p.norm = norm_of(op, mean, inverse_deviation, scale, bias, p.channels);
   Tensor sums = torch::stable::new_empty(t, {6, p.batch, p.channels}, ScalarType::Double);
   Tensor y = with_y ? empty_as(t) : torch::stable::new_empty(t, {0});
   p.factor = floats(op, "factor", factor, p.batch * p.channels);
@@ -137,16 +137,18 @@ std::tuple<Tensor, Tensor> training_gradient_sums(const Tensor& g, const Tensor&
   return {sums, y};
 }
 
-Tensor training_norm_backward(const Tensor& dy, const Tensor& t, NORM_TENSORS, const std::string& activation,
-                              const Tensor& alpha, const Tensor& beta, const Tensor& delta,
-                              const OptionalTensor& factor) {
+Tensor training_norm_backward(const Tensor& dy, const Tensor& t, const OptionalTensor& mean,
+                              const OptionalTensor& inverse_deviation, const OptionalTensor& scale,
+                              const OptionalTensor& bias, const std::string& activation, const Tensor& alpha,
+                              const Tensor& beta, const Tensor& delta, const OptionalTensor& factor) {
   constexpr const char* op = "training_norm_backward";
   check_nhwc(op, "t", t);
   check_like(op, "dy", dy, t);
   cpu::NormBackwardParams p;
   p.batch = t.size(0), p.pixels = t.size(1) * t.size(2), p.channels = t.size(3);
   p.dy = dy.const_data_ptr(), p.t = t.const_data_ptr(), p.dtype = dtype_of(op, "t", t);
-  p.norm = NORM_OF(op, p.channels), p.activation = activation_named(op, activation);
+  p.norm = norm_of(op, mean, inverse_deviation, scale, bias, p.channels),
+  p.activation = activation_named(op, activation);
   p.alpha = floats(op, "alpha", alpha, p.channels);
   p.beta = floats(op, "beta", beta, p.channels), p.delta = floats(op, "delta", delta, p.channels);
   p.factor = floats(op, "factor", factor, p.batch * p.channels);
@@ -181,14 +183,18 @@ cpu::DepthwiseShape shape_of_depthwise(const char* op, const Tensor& t, const Te
   return s;
 }
 
-std::tuple<Tensor, Tensor, Tensor> training_depthwise(const Tensor& t, NORM_TENSORS, const std::string& activation,
-                                                      const Tensor& weight, const OptionalTensor& conv_bias,
-                                                      int64_t stride, const std::vector<int64_t>& padding) {
+std::tuple<Tensor, Tensor, Tensor> training_depthwise(const Tensor& t, const OptionalTensor& mean,
+                                                      const OptionalTensor& inverse_deviation,
+                                                      const OptionalTensor& scale, const OptionalTensor& bias,
+                                                      const std::string& activation, const Tensor& weight,
+                                                      const OptionalTensor& conv_bias, int64_t stride,
+                                                      const std::vector<int64_t>& padding) {
   constexpr const char* op = "training_depthwise";
   cpu::DepthwiseTrainParams p;
   p.shape = shape_of_depthwise(op, t, weight, stride, padding);
   const cpu::DepthwiseShape& s = p.shape;
-  p.t = t.const_data_ptr(), p.norm = NORM_OF(op, s.channels), p.activation = activation_named(op, activation);
+  p.t = t.const_data_ptr(), p.norm = norm_of(op, mean, inverse_deviation, scale, bias, s.channels),
+  p.activation = activation_named(op, activation);
   if (conv_bias) p.conv_bias = {floats(op, "conv_bias", *conv_bias, s.channels), DType::kFloat32};
   Tensor z = empty_nhwc(t, s.batch, s.out_height, s.out_width, s.channels);
   Tensor z_mean = empty_vector(t, s.channels), z_var = empty_vector(t, s.channels);
@@ -200,7 +206,8 @@ std::tuple<Tensor, Tensor, Tensor> training_depthwise(const Tensor& t, NORM_TENS
 std::tuple<Tensor, Tensor, Tensor> training_depthwise_backward(
     const Tensor& g, const Tensor& z, const Tensor& z_mean, const Tensor& z_inverse_deviation, const Tensor& z_scale,
     const Tensor& z_bias, const std::string& z_activation, const OptionalTensor& factor, const OptionalTensor& offset,
-    const Tensor& alpha, const Tensor& beta, const Tensor& delta, const Tensor& t, NORM_TENSORS,
+    const Tensor& alpha, const Tensor& beta, const Tensor& delta, const Tensor& t, const OptionalTensor& mean,
+    const OptionalTensor& inverse_deviation, const OptionalTensor& scale, const OptionalTensor& bias,
     const std::string& activation, const Tensor& weight, int64_t stride, const std::vector<int64_t>& padding) {
   constexpr const char* op = "training_depthwise_backward";
   cpu::DepthwiseBackwardParams p;
@@ -217,7 +224,7 @@ std::tuple<Tensor, Tensor, Tensor> training_depthwise_backward(
   p.alpha = floats(op, "alpha", alpha, s.channels), p.beta = floats(op, "beta", beta, s.channels);
   p.delta = floats(op, "delta", delta, s.channels);
   p.z_norm = norm_of(op, z_mean, z_inverse_deviation, z_scale, z_bias, s.channels);
-  p.norm = NORM_OF(op, s.channels);
+  p.norm = norm_of(op, mean, inverse_deviation, scale, bias, s.channels);
   p.z_activation = activation_named(op, z_activation), p.activation = activation_named(op, activation);
   STD_TORCH_CHECK(!p.norm.mean || p.activation == p.z_activation, op, ": activation='", activation,
                   "' differs from z_activation='", z_activation, "'; allowed: the same");
@@ -234,9 +241,28 @@ std::tuple<Tensor, Tensor, Tensor> training_depthwise_backward(
 }  // namespace effkernels::ops
 
 STABLE_TORCH_LIBRARY_FRAGMENT(effkernels, m) {
-#define EFFKERNELS_DEFINE(schema) m.def(schema);
-  EFFKERNELS_TRAINING_SCHEMAS(EFFKERNELS_DEFINE)
-#undef EFFKERNELS_DEFINE
+  // The four vectors of a norm are those of cpu::NormVectors.
+  m.def("training_statistics(Tensor t) -> (Tensor, Tensor)");
+  m.def(
+      "training_norm_act(Tensor t, Tensor? mean, Tensor? inverse_deviation, Tensor? scale, Tensor? bias, "
+      "str activation, Tensor? factor, Tensor? residual) -> Tensor");
+  m.def(
+      "training_squeeze(Tensor t, Tensor? mean, Tensor? inverse_deviation, Tensor? scale, Tensor? bias, "
+      "str activation) -> Tensor");
+  m.def(
+      "training_gradient_sums(Tensor g, Tensor t, Tensor? mean, Tensor? inverse_deviation, Tensor? scale, "
+      "Tensor? bias, str activation, Tensor? factor, bool with_y) -> (Tensor, Tensor)");
+  m.def(
+      "training_norm_backward(Tensor dy, Tensor t, Tensor? mean, Tensor? inverse_deviation, Tensor? scale, "
+      "Tensor? bias, str activation, Tensor alpha, Tensor beta, Tensor delta, Tensor? factor) -> Tensor");
+  m.def(
+      "training_depthwise(Tensor t, Tensor? mean, Tensor? inverse_deviation, Tensor? scale, Tensor? bias, "
+      "str activation, Tensor weight, Tensor? conv_bias, int stride, int[] padding) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "training_depthwise_backward(Tensor g, Tensor z, Tensor z_mean, Tensor z_inverse_deviation, Tensor z_scale, "
+      "Tensor z_bias, str z_activation, Tensor? factor, Tensor? offset, Tensor alpha, Tensor beta, Tensor delta, "
+      "Tensor t, Tensor? mean, Tensor? inverse_deviation, Tensor? scale, Tensor? bias, str activation, "
+      "Tensor weight, int stride, int[] padding) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {

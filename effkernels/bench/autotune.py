@@ -1,8 +1,8 @@
 """Measures how the kernels of one call are best cut, and which backend is faster at it: what `effkernels tune` runs.
 
-Candidates are checked before they are timed: the first images against float64 by the rule of `effkernels.parity`, the
-others, which repeat them, against these. They are timed in turns, on a GPU in CUDA graphs, all of them briefly and the
-best at length. The default takes part twice: what the two differ by is the noise, and less than that is no gain.
+Candidates are checked before they are timed: the first images against float64 by the rule of `effkernels.ops.parity`,
+the others, which repeat them, against these. They are timed in turns, on a GPU in CUDA graphs, all of them briefly and
+the best at length. The default takes part twice: what the two differ by is the noise, and less than that is no gain.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class Job:
 
     @property
     def key(self) -> BackendKey:
-        """What `effkernels.ops.backends.choose` knows the call by."""
+        """Return the key by which `effkernels.ops.backends.choose` finds the call."""
         return backend_key(self.call.case(self.call.op, 1), self.dtype)
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came of one question about one call.
+    """The answer to one question about one call.
 
     Attributes:
         call: in words.
@@ -85,7 +85,7 @@ class Result:
 
 @dataclass
 class Outcome:
-    """What came of one job.
+    """The outcome of one job.
 
     Attributes:
         results: answers to what was open.
@@ -121,13 +121,13 @@ class Gain:
 def jobs(
     calls: Sequence[Call], batches: Sequence[int], dtypes: Sequence[torch.dtype], only: Sequence[str] = ()
 ) -> list[Job]:
-    """The distinct jobs of some calls; ``only`` names operators, none means all of them."""
+    """Return the distinct jobs of some calls; ``only`` names operators, none means all of them."""
     wanted = [call for call in dict.fromkeys(calls) if not only or call.op in only]
     return [Job(call, batch, dtype) for dtype in dtypes for batch in batches for call in wanted]
 
 
 def backend_key(case: OpCase, dtype: torch.dtype) -> BackendKey:
-    """What `effkernels.ops.backends.choose` knows a case by, once its images are in ``dtype``."""
+    """Return the key by which `effkernels.ops.backends.choose` finds a case whose images are in ``dtype``."""
     x = case.tensors["x" if "x" in case.tensors else "pooled"]
     default = inspect.signature(getattr(ops, case.op)).parameters["activation"].default
     activation = case.options.get("activation", default)
@@ -137,7 +137,7 @@ def backend_key(case: OpCase, dtype: torch.dtype) -> BackendKey:
 
 
 def gains(times: Mapping[str, Sequence[float]], rounds: int) -> dict[str, Gain]:
-    """How each contender compares with `DEFAULT`, round by round, so that a drift of the machine meets both alike.
+    """Compare each contender with `DEFAULT`, round by round, so that a drift of the machine affects both alike.
 
     Args:
         times: of calls, in the order of `benchmark.time_in_turns`, which has as many of a contender in every round.
@@ -180,7 +180,7 @@ class Tuner:
         self.device, self.plan, self.force, self.timer, self.rivals = device, plan, force, timer, rivals
 
     def lookups(self, job: Job) -> list[Lookup]:
-        """What the Triton kernels of a call ask the tuned plan, without a launch; nothing where none runs it."""
+        """Return what the Triton kernels of a call look up in the tuned plan, without a launch; empty if none runs."""
         asked: list[Lookup] = []
         key = job.key
         if not backends.can_run_triton(key.op, device=self.device, dtype=job.dtype, kernel_size=key.kernel_size).ok:
@@ -193,7 +193,7 @@ class Tuner:
         return list(dict.fromkeys(asked))
 
     def why_no_comparison(self, job: Job) -> str:
-        """Why the backends cannot be compared at a call; "" where they can."""
+        """Return why the backends cannot be compared at a call; "" where they can."""
         key = job.key
         can_run = {"cuda": backends.can_run_cuda, "triton": backends.can_run_triton, "cpu": backends.can_run_cpu}
         for name in self.rivals:
@@ -205,7 +205,7 @@ class Tuner:
         return ""
 
     def is_known(self, lookup: Lookup) -> bool:
-        """Whether the plan has the answer."""
+        """Return whether the plan has the answer."""
         return lookup.key in self.plan.configurations
 
     def run(self, job: Job) -> Outcome:
@@ -316,13 +316,13 @@ def _one_by_one(calls: Sequence[Callable[[], object]]) -> timing.Run:
 
 
 def _words(choice: tuple[int, ...]) -> str:
-    """A NamedTuple without its name: 'rows 64, columns 32'."""
+    """Return a NamedTuple without its name: 'rows 64, columns 32'."""
     fields = getattr(choice, "_fields", ())
     return ", ".join(f"{name} {value}" for name, value in zip(fields, choice, strict=True)) or str(tuple(choice))
 
 
 def job_name(job: Job) -> str:
-    """A job in words, the same in every run."""
+    """Return a job in words, the same in every run."""
     case = job.call.case(job.call.op, 1)
     words = case.shape.partition("x")[2]
     return f"{case.op} {job.batch}x{words}, {str(job.dtype).removeprefix('torch.')}"
@@ -345,7 +345,7 @@ class _Trial:
     def checked(
         self, backend: str, answer: tuned_plan.Answer, what: str, outcome: Outcome
     ) -> list[Callable[[], object]] | None:
-        """The calls by a backend with its look-ups answered; None where it is wrong or does not run, which is noted."""
+        """Return a backend's calls with its look-ups answered; None, with a note, if it is wrong or does not run."""
 
         def run(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
             with effkernels.backend(backend), tuned_plan.answering(answer):
@@ -376,7 +376,7 @@ class _Trial:
 
 
 def _limits(case: OpCase, truth: Sequence[Tensor], job: Job, device: torch.device) -> list[Errors]:
-    """What each result may be off by: twice what PyTorch's is, and one rounding (effkernels.parity)."""
+    """Return the error limit of each result: twice what PyTorch's is, and one rounding (effkernels.ops.parity)."""
     own = [
         [errors(plain, true)] for plain, true in zip(case.prepare(reference, job.dtype, device)(), truth, strict=True)
     ]

@@ -29,17 +29,14 @@ from effkernels.bench.op_case import (
 )
 from effkernels.models import EfficientNet
 from effkernels.ops import backends, reference
-from effkernels.ops.parity import Errors as Errors
-from effkernels.ops.parity import errors as errors
-from effkernels.ops.parity import judge as judge
-from effkernels.ops.parity import limits as limits
+from effkernels.ops.parity import judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the check. ``ok`` is None where the backend cannot run the case; then ``reason`` says why."""
+    """One line of the check. ``ok`` is None if the backend cannot run the case; then ``reason`` says why."""
 
     subject: str
     backend: str
@@ -50,7 +47,7 @@ class Finding:
     reason: str = ""
 
     def line(self) -> str:
-        """The finding as one line of text."""
+        """Return the finding as one line of text."""
         verdict = {True: "ok  ", False: "FAIL", None: "--  "}[self.ok]
         head = f"{verdict}  {self.backend:<9}  {self.dtype:<8}  {self.subject:<52}"
         if self.error is None:
@@ -59,7 +56,7 @@ class Finding:
 
 
 def op_cases() -> Iterator[OpCase]:
-    """A few shapes of every operator: a usual one, and odd channel counts, planes and paddings."""
+    """Return a few shapes of every operator: a usual one, and odd channel counts, planes and paddings."""
     for batch, channels, height, width, kernel, stride, padding in (
         (2, 32, 28, 28, 3, 1, (1, 1, 1, 1)),
         (1, 40, 13, 14, 5, 2, (1, 2, 2, 1)),
@@ -110,7 +107,7 @@ def _set_statistics(norm: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
 
 @functools.lru_cache(maxsize=2)
 def sample_model(name: str, seed: int = 0) -> EfficientNet:
-    """A float32 model on the CPU, in eval mode, with random weights whose activations have a realistic size.
+    """Return a float32 model on the CPU, in eval mode, with random weights whose activations have a realistic size.
 
     In a freshly initialised network, whose norms have statistics of 0 and 1, the signal dies out on the way, and then
     every implementation agrees. So each norm gets its statistics from what reaches it in one pass over noise. They
@@ -158,7 +155,7 @@ def check_model(name: str, backend: str, dtype: torch.dtype, device: torch.devic
 
 
 def run_checks(device: torch.device) -> Iterator[Finding]:
-    """Every operator and EfficientNet-B0, in every dtype, on every backend that has a kernel for the device."""
+    """Check every operator and EfficientNet-B0, in every dtype, on every backend with a kernel for the device."""
     if _library.load_error() is not None and _library.build_info():
         # Built but not loadable is a broken installation, and must not pass as "nothing to check".
         yield Finding("the compiled library", "-", "-", False, reason=_library.load_error() or "")

@@ -1,4 +1,4 @@
-"""Whole networks in every form worth comparing, each behind the same small interface.
+"""Whole networks in every form worth comparing, all with the same small interface.
 
 A contender says in one line why it is not available, or prepares a `Runner` for a case. All of them get the same
 weights, those of ``check.sample_model``. "The plain network" is the same architecture out of ordinary PyTorch modules:
@@ -34,7 +34,7 @@ from effkernels.ops import backends
 
 @dataclass(frozen=True)
 class Case:
-    """What is run: model, input and circumstances. ``channels_last`` holds for contenders that leave it open."""
+    """The model, input and settings of a run. ``channels_last`` is for contenders that do not decide it."""
 
     model: str
     img_size: int
@@ -94,7 +94,8 @@ class Runner:
 class Contender:
     """A name on the command line, a line of description, the devices it is for, and how to get it.
 
-    ``missing`` returns why the contender cannot run a case, None where it can; ``prepare`` is called only then.
+    ``missing`` returns why the contender cannot run a case, None if it can; ``prepare`` is called only then.
+    ``needs`` are the packages besides torch without which it cannot run.
     """
 
     name: str
@@ -102,9 +103,14 @@ class Contender:
     devices: tuple[str, ...]
     missing: Callable[[Case], str | None]
     prepare: Callable[[Case], Runner]
+    needs: tuple[str, ...] = ()
+
+    def not_installed(self) -> tuple[str, ...]:
+        """Return the packages of ``needs`` that are not installed."""
+        return tuple(package for package in self.needs if importlib.util.find_spec(package) is None)
 
     def unavailable(self, case: Case) -> str | None:
-        """Why this contender cannot run the case, in one line, or None."""
+        """Return why this contender cannot run the case, in one line, or None."""
         if case.torch_device.type not in self.devices:
             return f"only for {' and '.join(self.devices)}, not {case.torch_device.type}"
         return self.missing(case)
@@ -127,7 +133,7 @@ def _module_runner(
     compiles: bool = False,
     transform: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda module: module,
 ) -> Runner:
-    """A runner for a module with the case's device, dtype and autocast, and the given layout."""
+    """Return a runner for a module with the case's device, dtype and autocast, and the given layout."""
     module = module.to(case.torch_device, case.numbers.dtype, memory_format=_layout(channels_last))  # type: ignore[call-overload]
     call = transform(module)
     autocast = case.numbers.autocast
@@ -172,14 +178,14 @@ def _timm_missing(case: Case) -> str | None:
 
 
 def plain_network(case: Case) -> tuple[nn.Module, str, tuple[str, ...]]:
-    """The plain network with the case's weights, the name of its source, and the packages it comes from."""
+    """Return the plain network with the case's weights, the name of its source, and the packages it comes from."""
     if _timm_missing(case) is None:
         return _timm_model(case), "timm", ("timm",)
     return _OnReference(copy.deepcopy(sample_model(case.model, case.seed))), "reference", ()
 
 
 def _effkernels_backend(case: Case) -> str:
-    """The backend that runs a block's depthwise convolution in this case, which stands for the model."""
+    """Return the backend that runs a block's depthwise convolution in this case, as that of the model."""
     x = torch.empty(1, 32, 8, 8, dtype=case.numbers.computes_in, device=case.torch_device)
     weight = torch.empty(32, 1, 3, 3, dtype=x.dtype, device=x.device)
     return backends.choose("depthwise_bn_act_gate", x, weight, activation="silu")
@@ -302,7 +308,7 @@ def _compiled(case: Case, name: str, mode: str | None, graph: bool = False) -> R
 
 
 def _as_graph(prepare: Callable[[Case], Runner], case: Case) -> Runner:
-    """A runner replayed as one CUDA graph; a call copies its input into the graph's own and replays."""
+    """Return a runner replayed as one CUDA graph; a call copies its input into the graph's own and replays."""
     runner = prepare(case)
     static_input = runner.convert(case.images(0))
     side = torch.cuda.Stream(case.torch_device)
@@ -327,14 +333,14 @@ def _as_graph(prepare: Callable[[Case], Runner], case: Case) -> Runner:
 # ----------------------------------------------------------------------------------------- ONNX Runtime, OpenVINO
 
 
-def _packages_missing(*packages: str) -> str | None:
-    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+def _packages_missing(name: str) -> str | None:
+    missing = CONTENDERS[name].not_installed()
     return f"not available: pip install {' '.join(missing)}" if missing else None
 
 
 @functools.lru_cache(maxsize=1)
 def _onnx_model(model: str, img_size: int, batch: int, seed: int) -> tuple[bytes, str, tuple[str, ...]]:
-    """The plain network as an ONNX file in memory, with static shapes, which both runtimes optimise best."""
+    """Return the plain network as an ONNX file in memory, with static shapes, which both runtimes optimise best."""
     case = Case(model, img_size, batch, seed=seed)
     network, source, packages = plain_network(case)
     with torch.no_grad(), warnings.catch_warnings():
@@ -347,7 +353,7 @@ def _onnx_model(model: str, img_size: int, batch: int, seed: int) -> tuple[bytes
 def _onnxruntime_missing(case: Case) -> str | None:
     if case.numbers.name != "float32":
         return f"ONNX Runtime's CPU kernels have no {case.numbers.name}"
-    return _packages_missing("onnx", "onnxscript", "onnxruntime")
+    return _packages_missing("onnxruntime")
 
 
 def _onnxruntime(case: Case) -> Runner:
@@ -368,7 +374,7 @@ def _onnxruntime(case: Case) -> Runner:
 
 
 def _openvino_missing(case: Case) -> str | None:
-    missing = _packages_missing("onnx", "onnxscript", "openvino")
+    missing = _packages_missing("openvino")
     if missing or case.numbers.name == "float32":
         return missing
     if case.numbers.name == "bfloat16":
@@ -436,19 +442,29 @@ CONTENDERS: dict[str, Contender] = {
             "compile-max-autotune-graph", "tuned by measurement, with CUDA graphs", ("cuda",), _compiler_missing,
             functools.partial(_compiled, name="compile-max-autotune-graph", mode="max-autotune", graph=True),
         ),
-        Contender("timm", "timm's as it comes", ("cpu", "cuda"), _timm_missing, _timm),
-        Contender("optimized", "timm's model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized),
+        Contender("timm", "timm's model, unchanged", ("cpu", "cuda"), _timm_missing, _timm, ("timm",)),
         Contender(
-            "engine", "timm's model in an InferenceEngine, whose memory is there before the calls", ("cpu", "cuda"),
-            _engine_missing, _engine,
+            "optimized", "timm's model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized, ("timm",)
         ),
-        Contender("torchvision", "torchvision's as it comes", ("cpu", "cuda"), _torchvision_missing, _torchvision),
-        Contender("onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime),
-        Contender("openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino),
+        Contender(
+            "engine", "timm's model in an InferenceEngine, which allocates memory before the calls", ("cpu", "cuda"),
+            _engine_missing, _engine, ("timm",),
+        ),
+        Contender(
+            "torchvision", "torchvision's model, unchanged", ("cpu", "cuda"), _torchvision_missing, _torchvision,
+            ("torchvision",),
+        ),
+        Contender(
+            "onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime,
+            ("onnx", "onnxscript", "onnxruntime"),
+        ),
+        Contender(
+            "openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino, ("onnx", "onnxscript", "openvino"),
+        ),
     )
 }  # fmt: skip
 
 
 def to_tensor(output: Any) -> Tensor:
-    """A contender's output as a tensor."""
+    """Return a contender's output as a tensor."""
     return output if isinstance(output, Tensor) else torch.as_tensor(output)

@@ -13,11 +13,12 @@ from torch import Tensor
 import effkernels
 from effkernels import environment
 from effkernels.bench import timing
-from effkernels.bench.check import errors, sample_model
+from effkernels.bench.check import sample_model
 from effkernels.bench.contenders import CONTENDERS, Case, Runner, to_tensor
 from effkernels.bench.peak_memory import peak_memory
 from effkernels.bench.timing import Row
 from effkernels.models import model_config
+from effkernels.ops.parity import errors
 
 # Images whose logits are compared; the float64 reference is slow, and a batch repeats the same work.
 _PARITY_IMAGES = 4
@@ -37,7 +38,7 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Options:
-    """How to measure: calls before the first round, rounds, and whether peak memory is wanted too."""
+    """Options of a measurement: calls before the first round, rounds, and whether peak memory is wanted too."""
 
     warmup: int = 3
     rounds: int = 20
@@ -50,12 +51,12 @@ def model_size(model: str) -> int:
 
 
 def case_name(case: Case) -> str:
-    """The case as rows name it: 'efficientnet_b0@224'."""
+    """Return the case as rows name it: 'efficientnet_b0@224'."""
     return f"{case.model}@{case.img_size}"
 
 
 def steps(contenders: Sequence[str], options: Options) -> int:
-    """How often `run_case` calls ``advance``: preparing, turns and memory of each contender."""
+    """Return how often `run_case` calls ``advance``: preparing, turns and memory of each contender."""
     return len(contenders) * (1 + options.rounds + int(options.memory))
 
 
@@ -80,12 +81,12 @@ def _error(runner: Runner, case: Case) -> float:
 
 @functools.lru_cache(maxsize=1)
 def _plain_error(case: Case) -> float:
-    """What plain PyTorch is off in the precision of a case."""
+    """Return the error of plain PyTorch in the precision of a case."""
     return _error(CONTENDERS["eager"].prepare(case), case)
 
 
 def _prepare(name: str, case: Case) -> tuple[Runner, float] | str:
-    """The contender ready to run, and its error against float64; or why it does not run."""
+    """Return the contender ready to run, and its error against float64; or why it does not run."""
     reason = CONTENDERS[name].unavailable(case)
     if reason:
         return reason
@@ -112,6 +113,7 @@ def run_case(
     *,
     date: str,
     advance: Callable[[str], None] = lambda step: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> tuple[list[Row], list[Refusal]]:
     """Measure a case with every contender that can run it.
 
@@ -119,6 +121,8 @@ def run_case(
         contenders: names of ``contenders.CONTENDERS``.
         date: the stamp of the run, see ``benchmark.run_date``.
         advance: called after each step, `steps` times in all.
+        report: called with one line for each contender when it is prepared, which has the time of a first turn, and
+            with one when the times are known; its memory is measured after that.
 
     Returns:
         Rows in the order of ``contenders``, and the contenders that did not run.
@@ -128,9 +132,17 @@ def run_case(
     threads = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:
+        images = case.images(0)
+        cache = environment.last_level_cache_bytes(case.torch_device)
+        inputs = timing.input_count(images.nbytes, cache)
         runners: dict[str, Runner] = {}
         parity: dict[str, float] = {}
         refusals = []
+
+        def line(name: str, times: Sequence[float], what: str) -> str:
+            median = timing.summarise(times).median_us / 1e3
+            return f"{case_name(case)}, batch {case.batch}: {runners[name].label}: {what} {median:.2f} ms"
+
         for name in contenders:
             prepared = _prepare(name, case)
             if isinstance(prepared, str):
@@ -139,13 +151,15 @@ def run_case(
                     advance(name)
             else:
                 runners[name], parity[name] = prepared
+                # Compiling may take minutes: whoever waits sees what is known so far.
+                alone = {name: _as_run(runners[name], case, inputs)}
+                with torch.inference_mode():
+                    first = timing.time_in_turns(alone, device=case.torch_device, warmup=1, rounds=1)
+                report(line(name, first[name], "preliminary, one turn alone:"))
             advance(f"{name} prepared")
         if not runners:
             return [], refusals
 
-        images = case.images(0)
-        cache = environment.last_level_cache_bytes(case.torch_device)
-        inputs = timing.input_count(images.nbytes, cache)
         with torch.inference_mode():
             times = timing.time_in_turns(
                 {name: _as_run(runner, case, inputs) for name, runner in runners.items()},
@@ -154,6 +168,8 @@ def run_case(
                 rounds=options.rounds,
                 advance=advance,
             )
+        for name in runners:
+            report(line(name, times[name], "median"))
         rows = []
         for name, runner in runners.items():
             peak: int | None = None

@@ -40,7 +40,7 @@ class Call:
     residual: bool = False
 
     def case(self, op: str, batch: int) -> OpCase:
-        """The call with random tensors; ``op`` may be another operator of the same family."""
+        """Return the call with random tensors; ``op`` may be another operator of the same family."""
         made = self._case(op, batch)
         return replace(made, options={**made.options, "activation": self.activation})
 
@@ -90,7 +90,7 @@ def _call(op: str, arguments: dict[str, Any]) -> Call:
 
 @cache
 def calls_of(model: str, img_size: int | None = None) -> tuple[Call, ...]:
-    """The distinct operator calls of a network in eval mode, in the order of the forward.
+    """Return the distinct operator calls of a network in eval mode, in the order of the forward.
 
     Args:
         model: one of `effkernels.list_models()`.
@@ -98,7 +98,7 @@ def calls_of(model: str, img_size: int | None = None) -> tuple[Call, ...]:
 
     Raises:
         ValueError: the model is not known.
-        RuntimeError: neither Triton nor the compiled library is there, whose shape functions are needed.
+        RuntimeError: neither Triton nor the compiled library, whose shape functions are needed, is available.
     """
     size = img_size or model_config(model).input_size[-1]
     network = effkernels.create_model(model, device="meta").eval()

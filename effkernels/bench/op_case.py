@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkernels._norm import gather_norms
 from effkernels.ops import reference
 
 DEPTHWISE_OPS = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "depthwise_bn_act_se")
@@ -23,7 +24,7 @@ class OpCase:
         op: its name.
         shape: the shape in words, the batch first.
         batch: images in x.
-        tensors: the tensor arguments by name, float64 on the CPU.
+        tensors: the tensor arguments by their names in the schema, float64 on the CPU.
         options: the other arguments by name.
     """
 
@@ -34,11 +35,11 @@ class OpCase:
     options: Mapping[str, Any]
 
     def _is_wide(self, name: str) -> bool:
-        """Whether an argument stays float32 beside 16-bit images: per-channel vectors and pooled channels."""
+        """Return whether an argument stays float32 with 16-bit images: per-channel vectors and pooled channels."""
         return self.tensors[name].ndim == 1 or name == "pooled"
 
     def prepare(self, module: Any, dtype: torch.dtype, device: torch.device) -> Callable[[], tuple[Tensor, ...]]:
-        """A function that calls ``module.<op>`` on tensors of its own and returns all results.
+        """Return a function that calls ``module.<op>`` on tensors of its own and returns all results.
 
         Images (channels_last) and matrices are in ``dtype``, per-channel vectors in float32 (float64 beside float64).
         """
@@ -54,7 +55,7 @@ class OpCase:
         elif "expand_weight" in tensors:
             leading = ("x", "expand_weight", "weight")
         positional = [tensors.pop(name) for name in leading]
-        options = {**tensors, **self.options}
+        options = gather_norms({**tensors, **self.options})
 
         def call() -> tuple[Tensor, ...]:
             result = function(*positional, **options)
@@ -63,7 +64,7 @@ class OpCase:
         return call
 
     def rounded(self, dtype: torch.dtype) -> OpCase:
-        """The case with its values rounded to what a call in ``dtype`` sees, so that the truth sees the same."""
+        """Return the case with its values rounded to what a call in ``dtype`` sees, so that the truth sees the same."""
         return replace(
             self,
             tensors={
@@ -73,7 +74,7 @@ class OpCase:
         )
 
     def bytes_moved(self, dtype: torch.dtype) -> int:
-        """Bytes that a call in ``dtype`` cannot avoid: every argument read once, every result written once."""
+        """Return the least bytes of a call in ``dtype``: every argument read once, every result written once."""
         read = sum(t.numel() * (4 if self._is_wide(name) else dtype.itemsize) for name, t in self.tensors.items())
         written = sum(result.nbytes for result in self.prepare(reference, dtype, torch.device("meta"))())
         return read + written
@@ -117,7 +118,7 @@ def depthwise_case(
     padding: tuple[int, int, int, int] | None = None,
     reduced: int | None = None,
 ) -> OpCase:
-    """A call of one of `DEPTHWISE_OPS` with batch norm and silu.
+    """Return a call of one of `DEPTHWISE_OPS` with batch norm and silu.
 
     Args:
         shape: of x, (N, C, H, W).
@@ -134,7 +135,7 @@ def depthwise_case(
 
 
 def gate_case(batch: int, channels: int, reduced: int | None = None) -> OpCase:
-    """A call of squeeze_excite_gate."""
+    """Return a call of squeeze_excite_gate."""
     random = _Random()
     tensors = {"pooled": random(batch, channels), **random.excite(channels, reduced or max(1, channels // 4))}
     return OpCase("squeeze_excite_gate", f"{batch}x{channels}", batch, tensors, {})
@@ -148,7 +149,7 @@ def pointwise_case(
     gate: bool = False,
     residual: bool = False,
 ) -> OpCase:
-    """A call of pointwise_bn_act from ``shape`` to ``out`` channels."""
+    """Return a call of pointwise_bn_act from ``shape`` to ``out`` channels."""
     random = _Random()
     batch, channels, height, width = shape
     tensors = {
@@ -167,7 +168,7 @@ def pointwise_case(
 
 
 def expand_case(shape: tuple[int, int, int, int], expanded: int, kernel: int, stride: int) -> OpCase:
-    """A call of expand_depthwise_squeeze from ``shape`` over ``expanded`` channels, padded by half the kernel."""
+    """Return a call of expand_depthwise_squeeze, ``shape`` to ``expanded`` channels, padded by half the kernel."""
     random = _Random()
     channels = shape[1]
     tensors = {
@@ -183,7 +184,7 @@ def expand_case(shape: tuple[int, int, int, int], expanded: int, kernel: int, st
 
 
 def conv_case(shape: tuple[int, int, int, int], out: int) -> OpCase:
-    """A call of conv_bn_act, 3x3 with stride 2, as in the stem."""
+    """Return a call of conv_bn_act, 3x3 with stride 2, as in the stem."""
     random = _Random()
     batch, channels, _, _ = shape
     tensors = {

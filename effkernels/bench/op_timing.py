@@ -1,4 +1,4 @@
-"""What timing an operator needs beside `benchmark`: large inputs, calls in CUDA graphs, counted launches of Triton."""
+"""Tools to time one operator, beyond `benchmark`: large inputs, calls in CUDA graphs, counted launches of Triton."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BATCHED = ("x", "pooled", "gate", "residual")  # the arguments that have a batch
 
 
 def enlarged(case: OpCase, batch: int, dtype: torch.dtype, device: torch.device) -> OpCase:
-    """The case with its images repeated up to a batch, on the device: drawing each anew would take minutes."""
+    """Return the case with its images repeated up to a batch, on the device: drawing each anew would take minutes."""
     words = case.shape.partition("x")[2]
     repeated = {}
     for name, tensor in case.tensors.items():
@@ -30,13 +30,13 @@ def enlarged(case: OpCase, batch: int, dtype: torch.dtype, device: torch.device)
 
 
 def first_images(case: OpCase, count: int) -> OpCase:
-    """The case with at most so many images."""
+    """Return the case with at most so many images."""
     tensors = {name: tensor[:count] if name in BATCHED else tensor for name, tensor in case.tensors.items()}
     return replace(case, batch=min(count, case.batch), tensors=tensors)
 
 
 def in_graph(calls: Sequence[Callable[[], object]], device: torch.device, pool: Any = None) -> Callable[[], None]:
-    """All calls, one after the other, as one CUDA graph.
+    """Return all calls, one after the other, as one CUDA graph.
 
     Args:
         pool: memory that graphs share whose results nobody reads: torch.cuda.graph_pool_handle().
@@ -55,7 +55,7 @@ def in_graph(calls: Sequence[Callable[[], object]], device: torch.device, pool: 
 
 
 def as_run(calls: Sequence[Callable[[], object]], device: torch.device, pool: Any = None) -> timing.Run:
-    """A contender of `benchmark.time_in_turns`: on a GPU all calls in one graph, elsewhere one after the other."""
+    """Return a contender of `time_in_turns`: on a GPU all calls in one graph, elsewhere one after the other."""
     if device.type == "cuda":
         replay = in_graph(calls, device, pool)
         return lambda number: replay()
@@ -64,8 +64,9 @@ def as_run(calls: Sequence[Callable[[], object]], device: torch.device, pool: An
 
 @contextmanager
 def temporary_graphs() -> Iterator[None]:
-    """CUDA graphs captured inside the block are not replayed behind it, and what Triton's kernels keep for them comes
-    back: a run that captures thousands would use it up.
+    """Free what Triton's kernels keep for CUDA graphs captured in the block, which are not replayed after it.
+
+    A run that captures thousands of graphs would use up the memory.
     """
     if not triton.INSTALLED:
         yield
@@ -100,7 +101,7 @@ def triton_launches(launch: bool = True) -> Iterator[list[str]]:
 
 
 def largest_difference(result: Tensor, period: int) -> float:
-    """How far images are from the equal ones that a result starts with, `period` of them; NaN where one has a NaN."""
+    """Return how far images are from the equal ones at the start of a result, `period` of them; NaN if any has one."""
     largest = result.new_zeros((), dtype=torch.float32)
     for start in range(period, len(result), period):
         repeated = result[start : start + period].float()

@@ -70,7 +70,7 @@ def measure_here(contender: str, case: Case) -> int:
 def peak_memory(contender: str, case: Case) -> int | str:
     """Peak memory of a contender in bytes, measured in a process of its own; or one line why there is none."""
     request = json.dumps({"contender": contender, "case": case.to_dict()})
-    command = [sys.executable, "-m", "effkernels.memory", request]
+    command = [sys.executable, "-m", "effkernels.bench.peak_memory", request]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:

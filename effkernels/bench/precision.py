@@ -16,7 +16,7 @@ class Precision(NamedTuple):
     Attributes:
         name: 'float32', 'bfloat16', 'float16', 'amp_bfloat16' or 'amp_float16'.
         dtype: of weights and input.
-        autocast: dtype of autocast, None where there is none.
+        autocast: dtype of autocast, None if there is none.
     """
 
     name: str

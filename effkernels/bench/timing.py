@@ -56,7 +56,7 @@ def summarise(samples_us: Sequence[float]) -> Statistics:
 
 
 def input_count(bytes_each: int, cache_bytes: int) -> int:
-    """How many inputs to rotate so that none is still in the cache when its turn comes again.
+    """Return how many inputs to rotate so that none is still in the cache when it is used again.
 
     Twice the cache in total, at least 2, and bounded so that tiny inputs do not become thousands and large ones do not
     fill the memory.
@@ -144,7 +144,7 @@ def time_in_turns(
 
 @dataclass(frozen=True)
 class Row:
-    """One measurement: one contender on one case. None where nobody measured or computed the value.
+    """One measurement: one contender on one case. None if nobody measured or computed the value.
 
     Every row of one run carries the same ``date``: a ratio counts only between such rows.
     """
@@ -170,12 +170,12 @@ class Row:
     versions: dict[str, str | None]
 
     def to_json(self) -> str:
-        """The row as one line of strict JSON."""
+        """Return the row as one line of strict JSON."""
         return json.dumps(asdict(self), allow_nan=False)
 
 
 def run_date() -> str:
-    """The stamp of a run: UTC, to the second."""
+    """Return the stamp of a run: UTC, to the second."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
 
 
@@ -196,7 +196,7 @@ def make_row(
     bytes: int | None = None,
     launches: int | None = None,
 ) -> Row:
-    """A row with the commit and versions of this process filled in.
+    """Return a row with the commit and versions of this process filled in.
 
     Args:
         packages: distributions besides torch and triton whose versions decide this measurement.

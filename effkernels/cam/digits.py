@@ -1,8 +1,8 @@
 """Networks to look into without any download: trained in a few minutes to name a digit hidden in a larger picture.
 
 The digits are scikit-learn's (1797 of 8 x 8 pixels, from the UCI repository). Each is put, at random size and place,
-into a picture with noise and with fragments of other digits. Nothing tells the network where the digit is, but its map
-has to lie there if it looks at the right thing, and as the place is known, that can be counted.
+into a picture with noise and with fragments of other digits. The network is not given the digit's position, but its map
+has to be largest there if it uses the digit, and because the position is known, that can be counted.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def hide_digits(train: bool, generator: torch.Generator) -> HiddenDigits:
     half = uniform(0.18, 0.26, images)  # half a digit's side, where the picture goes from 0 to 1
     centre = half[:, None] + (1 - 2 * half[:, None]) * uniform(0, 1, images, 2)
     pictures = _placed(digits, centre, half)
-    # Fragments of 3 x 3 of the 8 x 8 pixels, as bright and as large as the digits, so that they need to be told apart.
+    # Fragments of 3 x 3 of the 8 x 8 pixels, as bright and as large as the digits: brightness does not show the digit.
     for _ in range(_FRAGMENTS):
         whole = digits[torch.randperm(images, generator=generator)]
         corner = torch.randint(0, 6, (images, 2, 1), generator=generator)
@@ -119,7 +119,7 @@ def _digits(train: bool) -> tuple[Tensor, Tensor]:
 
 
 def digits_preprocessing(resolution: int) -> Preprocessing:
-    """How a picture becomes the input of a network for digits: as a whole."""
+    """Return the preprocessing of a network for digits: the whole picture, without a crop."""
     return Preprocessing(resolution, 1.0, "bilinear", (_MEAN,) * 3, (_STD,) * 3)
 
 
@@ -172,11 +172,11 @@ def train_on_digits(
 
 
 def look_at_digits(model: nn.Module, hidden: HiddenDigits, resolution: int) -> dict[str, float]:
-    """How a trained network does on pictures, and where it looks.
+    """Measure a trained network's accuracy on pictures, and where its maps are largest.
 
     Returns:
         "accuracy": the share of digits that it names; "peak_on_digit": the share of pictures where the largest value
-        of the map of the right class lies within the digit's box; "digit_area": the mean share of the box in a
+        of the map of the right class is within the digit's box; "digit_area": the mean share of the box in a
         picture, which a map that knows nothing would hit.
     """
     device = next(model.parameters()).device
@@ -214,7 +214,7 @@ def digits_subjects(compare: bool, epochs: int, device: torch.device, note: Call
 
 
 def as_photographs(hidden: HiddenDigits, count: int) -> list[tuple[str, PIL.Image.Image]]:
-    """The first `count` pictures as RGB images, each with a name."""
+    """Return the first `count` pictures as RGB images, each with a name."""
     import PIL.Image
 
     found = []

@@ -32,7 +32,7 @@ class Panel:
 
 
 def figure_formats() -> list[str]:
-    """The suffixes that `save_grid` can write, without the dot.
+    """Return the suffixes that `save_grid` can write, without the dot.
 
     Raises:
         ImportError: matplotlib is not installed.
@@ -57,7 +57,9 @@ def save_grid(path: str | Path, columns: Sequence[str], rows: Sequence[Sequence[
         raise ValueError(f"save_grid: {len(rows)} rows; allowed: 1 to {MOST_ROWS}")
     for row in rows:
         if len(row) != len(columns):
-            raise ValueError(f"save_grid: a row of {len(row)} panels under {len(columns)} titles; needed: as many")
+            raise ValueError(
+                f"save_grid: a row has {len(row)} panels, and there are {len(columns)} titles; needed: the same number"
+            )
     figure = _figure()
     figure.set_size_inches(len(columns) * _PANEL + 0.6, len(rows) * (_PANEL + 0.25) + 0.6)
     grid = figure.subplots(len(rows), len(columns), squeeze=False)

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-_DEFINED_FOR = "class activation maps are defined for a linear classifier on averaged features alone"
+_DEFINED_FOR = "class activation maps are defined only for a linear classifier on averaged features"
 
 
 class ClassActivation(NamedTuple):
-    """What `class_activation_map` returns.
+    """The result of `class_activation_map`.
 
     Attributes:
         maps: (N, H', W'), one value for each position of the last features, in the unit of the logits; the bias is
@@ -100,18 +100,18 @@ def class_activation_map(
 
 
 def upsampled(maps: Tensor, size: tuple[int, int]) -> Tensor:
-    """Maps (N, H', W') over an image of `size` (H, W), bilinear between the centres of the positions: (N, H, W)."""
+    """Resize maps (N, H', W') to `size` (H, W), bilinear between the centres of the positions: (N, H, W)."""
     return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
 
 
 def normalised(maps: Tensor) -> Tensor:
-    """Each map of (N, H, W) stretched to [0, 1], for display; a map of one value alone becomes 0."""
+    """Return each map of (N, H, W) stretched to [0, 1], for display; a map of one value alone becomes 0."""
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     return torch.where(high > low, (maps - low) / (high - low), torch.zeros_like(maps))
 
 
 def peaks(maps: Tensor) -> Tensor:
-    """Where each map of (N, H, W) is largest: (N, 2), x and y of the centre of that position, in shares of the map."""
+    """Return where each map of (N, H, W) is largest: (N, 2), x and y of the position's centre, as shares of the map."""
     height, width = maps.shape[1:]
     place = maps.flatten(1).argmax(1)
     return torch.stack([(place % width + 0.5) / width, (place // width + 0.5) / height], 1)
@@ -158,14 +158,14 @@ class _Watch(TorchFunctionMode):
         for x in arguments:
             if not isinstance(x, Tensor) or x.dim() != 4 or x is result:
                 continue
-            # A single position is no map: that is what is left behind the pooling, maybe with more layers to come.
+            # A single position is no map: that is what remains after the pooling, maybe with more layers after it.
             if result.numel() == x.shape[0] * x.shape[1] and x.shape[2:] != (1, 1):
                 self._averaged[x.shape[1], "channels first"] = x
             if result.numel() == x.shape[0] * x.shape[3] and x.shape[1:3] != (1, 1):  # as in Swin
                 self._averaged[x.shape[3], "channels last"] = x.permute(0, 3, 1, 2)
 
     def averaged_into(self, vector: Tensor) -> Tensor | None:
-        """The feature map (N, K, H', W') whose mean over the positions is `vector` (N, K), if there is one."""
+        """Return the feature map (N, K, H', W') whose mean over the positions is `vector` (N, K), if there is one."""
         for kind in ("channels first", "channels last"):
             features = self._averaged.get((vector.shape[1], kind))
             if features is not None and _is_mean(vector, features):
@@ -174,7 +174,7 @@ class _Watch(TorchFunctionMode):
 
 
 def _is_mean(vector: Tensor, features: Tensor) -> bool:
-    """Whether (N, K) is the mean of (N, K, H', W') over the positions, up to the roundings of a sum in any order.
+    """Return whether (N, K) is the mean of (N, K, H', W') over positions, up to the roundings of a sum in any order.
 
     Sums of 16-bit values are taken in float32 by all of PyTorch's poolings; the result is rounded once.
     """
@@ -189,7 +189,7 @@ def _is_mean(vector: Tensor, features: Tensor) -> bool:
 
 
 def _is_result(returned: Tensor, result: Tensor) -> bool:
-    """Whether a model returned the result of its classifier, as it is or in another dtype."""
+    """Return whether a model returned the result of its classifier, as it is or in another dtype."""
     return returned is result or (
         returned.shape == result.shape and torch.equal(returned.nan_to_num(), result.to(returned.dtype).nan_to_num())
     )
@@ -203,7 +203,9 @@ def _chosen(classes: int | Sequence[int] | Tensor | None, logits: Tensor) -> Ten
     if chosen.is_floating_point() or chosen.is_complex() or chosen.dtype == torch.bool or chosen.dim() > 1:
         raise ValueError(f"class_activation_map: classes={classes!r}; allowed: whole numbers, one per image or one")
     if chosen.dim() == 1 and len(chosen) != images:
-        raise ValueError(f"class_activation_map: {len(chosen)} classes for {images} images; allowed: one each, or one")
+        raise ValueError(
+            f"class_activation_map: {len(chosen)} classes for {images} images; allowed: one per image, or one"
+        )
     if bool(((chosen < 0) | (chosen >= count)).any()):
         raise ValueError(f"class_activation_map: classes={classes!r}; allowed: 0 to {count - 1}")
     return chosen.long().expand(images)

@@ -30,7 +30,7 @@ Scalable = StagedNetwork | BuiltNetwork
 
 @dataclass(frozen=True)
 class Factors:
-    """What a network of the comparison is multiplied by."""
+    """The factors by which a network of the comparison is scaled."""
 
     name: str
     depth: float = 1.0
@@ -72,7 +72,7 @@ class Subject:
 
 
 def named_subject(name: str, weights: str | None = None, img_size: int | None = None) -> Subject:
-    """A model of the registry, or any network that `effkernels.scaling.find_network` knows, by its name.
+    """Return a model of the registry, or any network that `effkernels.scaling.find_network` knows, by its name.
 
     Args:
         name: "efficientnet_b4", "mobilenet_v1", "timm:resnet50", ...
@@ -104,7 +104,7 @@ def named_subject(name: str, weights: str | None = None, img_size: int | None = 
 def network_subject(
     network: Scalable, weights: str | None = None, img_size: int | None = None, name: str | None = None
 ) -> Subject:
-    """A network of the scaling method as `named_subject` returns it; images are cut and normalised as for ImageNet."""
+    """Return a network of the scaling method as `named_subject` does; images are preprocessed as for ImageNet."""
     size = network.resolution if img_size is None else img_size
     torch.manual_seed(0)
     model = network.build() if weights is None else load_network_weights(network, weights)
@@ -114,7 +114,7 @@ def network_subject(
 
 
 def scalings(network: Scalable, img_size: int | None = None) -> list[Scalable]:
-    """The networks of figure 7 for any baseline, in the order of `COMPARED`.
+    """Return the networks of figure 7 for any baseline, in the order of `COMPARED`.
 
     Args:
         network: the baseline.
@@ -131,7 +131,7 @@ def scalings(network: Scalable, img_size: int | None = None) -> list[Scalable]:
 def compared_subjects(
     network: Scalable, weights: Sequence[str] | None = None, img_size: int | None = None
 ) -> list[Subject]:
-    """`scalings` with their weights.
+    """Return `scalings` with their weights.
 
     Args:
         network: the baseline.
@@ -151,7 +151,7 @@ def compared_subjects(
 
 
 def load_network_weights(network: Scalable, file: str) -> nn.Module:
-    """A network with the weights and the number of classes of a file, on the CPU.
+    """Return a network with the weights and the number of classes of a file, on the CPU.
 
     An EfficientNet takes whatever `effkernels.models.load_checkpoint` reads; any other network a state_dict under its
     own names.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -33,7 +34,7 @@ DEFAULT_CONTENDERS = ("effkernels", "eager", "eager-channels-last", "compile")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help=f"default: {DEFAULT_MODEL}")
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")
@@ -89,7 +90,7 @@ def run(arguments: argparse.Namespace) -> int:
     rows, refusals, problem = [], [], ""
     with console.progress("bench", len(cases) * steps(contenders, options)) as advance:
         for case in cases:
-            new_rows, new_refusals = run_case(case, contenders, options, date=date, advance=advance)
+            new_rows, new_refusals = run_case(case, contenders, options, date=date, advance=advance, report=_report)
             if results is not None:
                 try:
                     # After each case, so that a run that is broken off keeps what it measured.
@@ -111,6 +112,7 @@ def run(arguments: argparse.Namespace) -> int:
                 console.table(title, *_result_table(measured))
     for refusal in refusals:
         console.note(f"bench: {refusal.case}: {refusal.contender}: {refusal.reason}")
+    _note_not_installed(contenders, device)
     if results is not None:
         told = f"--results-file {results}: {problem}" if problem else f"rows appended to {results}"
         console.note(f"bench: {told}")
@@ -119,8 +121,26 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if incomplete or problem or not any(measured for _, measured in rows) else 0
 
 
+def _report(line: str) -> None:
+    console.note(f"bench: {line}")
+
+
+def _note_not_installed(compared: Sequence[str], device: torch.device) -> None:
+    """Name the other contenders for the device whose packages are not installed, and the command that installs them."""
+    absent = {
+        name: contender.not_installed()
+        for name, contender in CONTENDERS.items()
+        if name not in compared and device.type in contender.devices and contender.not_installed()
+    }
+    if absent:
+        packages = dict.fromkeys(package for names in absent.values() for package in names)
+        console.note(f"bench: not compared, because not installed: {', '.join(absent)}")
+        console.note(f"bench: install them: {sys.executable} -m pip install {' '.join(packages)}")
+        console.note(f"bench: then compare: --contender {' '.join([*compared, *absent])}")
+
+
 def _results_file(name: str | None) -> Path | None:
-    """The file of ``--results-file``, found fit to be appended to before anything is measured."""
+    """Return the file of ``--results-file``, found fit to be appended to before anything is measured."""
     if name is None:
         return None
     path = Path(name)
@@ -132,7 +152,7 @@ def _results_file(name: str | None) -> Path | None:
 
 
 def _result_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Columns and cells; the last column is the time relative to the first row's."""
+    """Return columns and cells; the last column is the time relative to the first row's."""
     first = rows[0]
     columns = [
         "contender", "median ms", "p95 ms", "p99 ms", "images/s", "peak MB", "rel. error", f"x {first.contender}",

@@ -38,20 +38,20 @@ if TYPE_CHECKING:
     from effkernels.cam.networks import Subject
     from effkernels.models.preprocessing import Preprocessing
 
-TEXT = "Draw class activation maps: where in a photograph a network sees a class."
+TEXT = "Draw class activation maps: the parts of a photograph that a network takes for a class."
 _CAPTION = 30  # letters below a panel
 _PICTURES = 6  # of --digits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("image", nargs="*", metavar="IMAGE", help="a file, a folder (searched in depth) or a pattern")
-    parser.add_argument("--example", action="store_true", help="also the photograph that comes with the package")
+    parser.add_argument("--example", action="store_true", help="also draw the photograph that comes with the package")
     parser.add_argument(
         "--model",
         default=DEFAULT_MODEL,
         metavar="NAME",
-        help="a model of effkernels, or a network as `effkernels scale` takes it: mobilenet_v2, timm:resnet50, a saved "
+        help="a model of effkernels, or a network for `effkernels scale`: mobilenet_v2, timm:resnet50, a saved "
         "network's .json (default: %(default)s)",
     )
     parser.add_argument(
@@ -80,7 +80,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         const=_PICTURES,
         metavar="PICTURES",
         help="no photographs and no weights: train small networks on scikit-learn's digits, hidden in larger pictures, "
-        f"and draw where they look (default: {_PICTURES} pictures)",
+        f"and draw their maps (default: {_PICTURES} pictures)",
     )
     parser.add_argument("--epochs", type=positive, metavar="N", help="of --digits (default: 10)")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: the model's own")
@@ -113,7 +113,7 @@ class Drawn:
 
 @dataclass
 class _Work:
-    """What there is to draw, and what to say about each network beside its costs."""
+    """The maps to draw, and the text to print about each network beside its costs."""
 
     subjects: list[Subject]
     pictures: list[tuple[str, PIL.Image.Image]]
@@ -172,7 +172,7 @@ def _draw(
     labels: list[str] | None,
     precision: Precision,
 ) -> tuple[Drawn, Panel]:
-    """The map of one network for one image."""
+    """Return the map of one network for one image."""
     device = next(subject.model.parameters()).device
     inputs = subject.preprocessing(image)[None].to(device, precision.dtype)
     try:
@@ -198,11 +198,11 @@ def _check_output(output: str, force: bool) -> None:
 
 
 def _photographs(arguments: argparse.Namespace) -> _Work:
-    """Networks and photographs that the arguments name."""
+    """Return the networks and photographs that the arguments name."""
     from effkernels.engine.images import ImageError, example_image, find_images, read_image
 
     if arguments.epochs is not None:
-        raise UsageError("--epochs: allowed with --digits alone; nothing else is trained here")
+        raise UsageError("--epochs: allowed only with --digits; nothing else is trained here")
     if not arguments.image and not arguments.example:
         raise UsageError("no IMAGE given; name files, folders or patterns, or use --example, or --digits")
     labels = None
@@ -263,14 +263,14 @@ def _subjects(arguments: argparse.Namespace) -> list[Subject]:
 
 
 def _digits(arguments: argparse.Namespace, device: torch.device) -> _Work:
-    """Networks trained here, and pictures that they have not seen."""
+    """Return the networks trained here, and pictures that they have not seen."""
     unused = {"IMAGE": arguments.image, "--example": arguments.example, "--weights": arguments.weights,
               "--labels": arguments.labels, "--img-size": arguments.img_size}  # fmt: skip
     for name, value in unused.items():
         if value:
-            raise UsageError(f"--digits with {name}; allowed: neither pictures nor weights, they are made here")
+            raise UsageError(f"--digits with {name}; allowed: no images and no weights, both are made here")
     if arguments.model != DEFAULT_MODEL:
-        raise UsageError(f"--digits with --model {arguments.model}; allowed: its own small network alone")
+        raise UsageError(f"--digits with --model {arguments.model}; allowed: only its own small network")
     if arguments.digits > MOST_ROWS:
         raise UsageError(f"--digits {arguments.digits}: one figure holds at most {MOST_ROWS}")
     from effkernels.cam.digits import as_photographs, digits_subjects, hide_digits, look_at_digits
@@ -293,7 +293,7 @@ def _digits(arguments: argparse.Namespace, device: torch.device) -> _Work:
 
 
 def _class_of(text: str, labels: Sequence[str] | None) -> int:
-    """The index of a class given as a number or as a label, or one of the names in a label ("tench, Tinca tinca")."""
+    """Return the index of a class given as a number, a label, or one of a label's names ("tench, Tinca tinca")."""
     if text.isdecimal():
         return int(text)
     if labels is None:
@@ -309,7 +309,7 @@ def _class_of(text: str, labels: Sequence[str] | None) -> int:
 
 
 def _shown(preprocessing: Preprocessing, image: PIL.Image.Image) -> Tensor:
-    """What the network sees of an image, (S, S, 3), in [0, 1]."""
+    """Return the image as the network sees it, (S, S, 3), in [0, 1]."""
     plain = replace(preprocessing, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
     return plain(image).permute(1, 2, 0)
 
@@ -319,7 +319,7 @@ def _flops(multiply_adds: int) -> str:
 
 
 def _title(subject: Subject) -> str:
-    """A picture is passed on without its warnings: what means nothing has to say so itself."""
+    """Return the title, with a note if the weights are random: a picture is passed on without its warnings."""
     lines = [subject.name, _flops(subject.multiply_adds), *(["RANDOM WEIGHTS"] if subject.weights is None else [])]
     return "\n".join(lines)
 

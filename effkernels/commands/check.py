@@ -15,7 +15,7 @@ TEXT = "Check every operator and EfficientNet-B0 against float64 on this machine
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     add_device(parser)
     add_json(parser)
 

@@ -1,4 +1,4 @@
-"""What several commands need: one kind of error, and arguments checked with messages that say what is allowed."""
+"""Shared by several commands: one kind of error, and arguments checked with messages that say what is allowed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class UsageError(Exception):
 
 @contextmanager
 def reading(flag: str, name: object) -> Iterator[None]:
-    """What a checkpoint, or another file that a flag names, can be refused for is an error in the use of the flag."""
+    """Turn errors in reading a checkpoint, or another file that a flag names, into errors in the use of the flag."""
     try:
         yield
     except (CheckpointError, OSError, ImportError) as error:
@@ -31,7 +31,7 @@ def reading(flag: str, name: object) -> Iterator[None]:
 
 
 def labels_of(file: str) -> list[str]:
-    """The class labels of ``--labels``."""
+    """Return the class labels of ``--labels``."""
     from effkernels.engine.predict import read_labels
 
     with reading("--labels", file):
@@ -51,7 +51,7 @@ def check_output(flag: str, output: str | Path, *, force: bool, suffixes: Sequen
         suffixes: one of which its name must end in, with their dots; (): any.
 
     Raises:
-        UsageError: a folder, no folder to write into, or a file that is there.
+        UsageError: a folder, no folder to write into, or a file that exists.
     """
     path, name = Path(output), f"{flag} {printable(output)}"
     if suffixes and path.suffix.lower() not in suffixes:
@@ -74,7 +74,7 @@ def check_output(flag: str, output: str | Path, *, force: bool, suffixes: Sequen
 
 @contextmanager
 def writing(flag: str, output: object) -> Iterator[None]:
-    """A file that cannot be written, as the disk is full, is an error that names its flag."""
+    """Turn a file that cannot be written, as the disk is full, into an error that names its flag."""
     try:
         yield
     except OSError as error:
@@ -82,14 +82,14 @@ def writing(flag: str, output: object) -> Iterator[None]:
 
 
 def why_no_gpu() -> str:
-    """Why PyTorch has no GPU in this process, in one line."""
+    """Return why PyTorch has no GPU in this process, in one line."""
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     return f"torch {torch.__version__} is built for CUDA {torch.version.cuda} and finds no GPU"
 
 
 def device_of(name: str | None) -> torch.device:
-    """The device asked for, or the GPU where there is one and the CPU otherwise."""
+    """Return the device asked for, or the GPU where there is one and the CPU otherwise."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -115,7 +115,7 @@ def check_models(names: Sequence[str]) -> None:
 
 
 def positive(text: str) -> int:
-    """An argument that must be a whole number of at least 1."""
+    """Parse an argument that must be a whole number of at least 1."""
     try:
         value = int(text)
     except ValueError:
@@ -126,10 +126,10 @@ def positive(text: str) -> int:
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """``--device``, to be read through `device_of`."""
+    """Add ``--device``, to be read through `device_of`."""
     parser.add_argument("--device", metavar="NAME", help="cpu, cuda or cuda:N (default: a GPU if there is one)")
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
-    """``--json``."""
+    """Add ``--json``."""
     parser.add_argument("--json", action="store_true", help="print JSON")

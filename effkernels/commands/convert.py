@@ -19,12 +19,12 @@ from effkernels.models.conversion import LIBRARIES, Conversion, convert
 from effkernels.models.conversion_check import Verification, VerificationError, verify
 from effkernels.models.recipes import PAD_TITLES
 
-TEXT = "Convert a checkpoint of EfficientNet from one library to another, and say how its model has to be built."
+TEXT = "Convert a checkpoint of EfficientNet from one library to another, and print how to build its model."
 SUFFIXES = (".pth", ".pt", ".safetensors")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     names = ", ".join(LIBRARIES)
     parser.add_argument("file", metavar="FILE", help="checkpoint (.pth, .safetensors); nothing in it is run")
     parser.add_argument("--to", required=True, choices=LIBRARIES, metavar="LIBRARY", help=names)
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="NAME",
-        help="such as tf_efficientnet_b0; needed for timm's weights, whose keys do not tell how they were trained "
+        help="such as tf_efficientnet_b0; needed for timm's weights, whose keys do not show how they were trained "
         "(default: the variant is recognised by the shapes)",
     )
     parser.add_argument(
@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _writer(output: Path, force: bool) -> Callable[[Conversion], None]:
-    """What writes the file, after all that can be refused before the work has been."""
+    """Return the function that writes the file, after every check that can be made before the work."""
     check_output("--output", output, force=force, suffixes=SUFFIXES)
     if output.suffix.lower() == ".safetensors":
         try:
@@ -166,7 +166,7 @@ def _print(report: dict[str, Any], conversion: Conversion, verification: Verific
                 f"{one.size}x{one.size}",
                 f"{one.error:.1e}",
                 f"{one.limit:.1e}",
-                "same logits" if one.same else "other logits" if one.expected else "other logits, as warned of",
+                "same logits" if one.same else "other logits" if one.expected else "other logits, see the warning",
             ]
             for one in verification.comparisons
         ]

@@ -1,4 +1,4 @@
-"""``effkernels explain``: what a network would launch on a GPU, and the least time that could take."""
+"""``effkernels explain``: what a network would launch on a GPU, the least time that could take, and an estimate."""
 
 from __future__ import annotations
 
@@ -10,13 +10,22 @@ from effkernels.commands.common import UsageError, add_json, positive
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.launches import PRECISIONS, Plan, Totals, plan_model
+from effkernels.plan.time_estimate import (
+    CLOCKS_PER_INSTRUCTION,
+    COPY_SHARE,
+    EAGER_US,
+    FOREIGN_US,
+    MODES,
+    OVERLAPPING,
+    TERMS,
+)
 
 TEXT = "List the kernels that a model launches on a GPU, with bytes, FLOPs and floor times. Needs no GPU."
 WIDTH = 120
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("model", metavar="MODEL", help="such as efficientnet_b0")
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: the model's own")
@@ -24,10 +33,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-tf32",
         action="store_true",
-        help="float32 convolutions exact, not in TF32 as PyTorch lets them by default",
+        help="exact float32 convolutions, not in TF32, which is PyTorch's default",
     )
     names = ", ".join(gpu.name for gpu in gpus.GPUS)
     parser.add_argument("--device", default=gpus.DEFAULT_GPU, metavar="GPU", help=f"{names}; default: %(default)s")
+    parser.add_argument(
+        "--model-time",
+        action="store_true",
+        help="an estimate of the time of each launch, its terms apart, instead of bytes, FLOPs and floors",
+    )
     add_json(parser)
 
 
@@ -52,6 +66,13 @@ def run(arguments: argparse.Namespace) -> int:
         print(plan.to_json())
         return 0
     title = f"{plan.model}@{plan.img_size}, batch {plan.batch_size}, {plan.precision} on {gpu.title}"
+    if arguments.model_time:
+        _print_times(f"{title}: an estimate, microseconds", plan)
+        print()
+        print(_meaning_of_times())
+        for mode in MODES:
+            print(f"estimated, {mode}: {plan.estimated_us(mode):.1f} us")
+        return 0
     _print_launches(f"{title}: the launches of one forward", plan)
     print()
     _print_blocks("per part of the network", plan)
@@ -91,6 +112,55 @@ def _print_blocks(title: str, plan: Plan) -> None:
     console.table(title, ["part", "launches", "MB", "MFLOP", "special M", "floor us"], rows)
 
 
+_SHORT = {"special": "spec", "tensor": "tens", "latency": "lat", "prologue": "pro"}
+
+
+def _print_times(title: str, plan: Plan) -> None:
+    columns = ["layer", "kernel", "grid", "blocks", "MB", *(_SHORT.get(term, term) for term in TERMS), "us"]
+    rows = []
+    for launch in plan.launches:
+        time = launch.time
+        terms = {term: _short(getattr(time, term)) for term in TERMS}
+        terms[time.longest] += "*"
+        threads = "-" if launch.block is None else f"{time.blocks}x{launch.block[0] * launch.block[1]}"
+        rows.append(
+            [
+                launch.layer,
+                launch.kernel,
+                "-" if launch.grid is None else str(launch.grid),
+                threads,
+                _short(launch.bytes / 1e6),
+                *terms.values(),
+                _short(time.us),
+            ]
+        )
+    sums = [_short(sum(getattr(launch.time, term) for launch in plan.launches)) for term in TERMS]
+    whole = _short(sum(launch.time.us for launch in plan.launches))
+    rows.append(["sum", "", "", "", _short(plan.totals.bytes / 1e6), *sums, whole])
+    console.table(title, columns, rows, gap=" ")
+
+
+def _short(value: float) -> str:
+    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
+
+
+def _meaning_of_times() -> str:
+    lines = [
+        "An estimate: computed from the launch plan and from instructions counted in the machine code for sm_90, not "
+        f"measured. A launch takes its longest term of {', '.join(OVERLAPPING)} (marked *), then prologue, tail and "
+        f"last. dram: bytes at {100 * COPY_SHARE:.0f} % of the published bandwidth; l2, l1: bytes on the way from "
+        "there; issue: all instructions, 4 a clock; fma, alu, special, tensor: those of one unit; latency: what the "
+        f"blocks wait for, a warp that issues every {CLOCKS_PER_INSTRUCTION:g} clocks at most; prologue: waits for "
+        "parameters; tail: the last, partial wave of blocks; last: the block that arrives last forms the gate of "
+        "squeeze-and-excitation. blocks: that a multiprocessor holds, by threads. PyTorch's own kernels: bytes and "
+        f"FLOPs, at least {FOREIGN_US:g} us.",
+        "The sums below add the gaps between launches: in a CUDA graph, in one with programmatic dependent launch, and "
+        f"in eager mode, where the host takes {EAGER_US:g} us for a call. The constants, which of them are published "
+        "and which assumed: effkernels/plan_time.py.",
+    ]
+    return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
+
+
 def _amounts(sums: Totals) -> list[str]:
     """Megabytes, millions of FLOPs and of special-function operations, microseconds."""
     values = (sums.bytes / 1e6, sums.flops / 1e6, sums.special_functions / 1e6, sums.floor_us)
@@ -105,7 +175,7 @@ def _meaning(plan: Plan, gpu: Gpu) -> str:
         "floor: computed, not measured. Each launch takes at least the longest of its bytes at "
         f"{gpu.bandwidth / 1e9:.0f} GB/s, its FLOPs at {tensor} TFLOP/s in tensor cores or {gpu.float32 / 1e12:g} "
         f"outside of them, and its special functions at {gpu.special_functions / 1e12:.2f} T/s. These rates are "
-        "published ones and never quite reached; starting the launches comes on top; and data that is still in the "
+        "published ones and never quite reached; the time to start launches is extra; and data that is still in the "
         f"L2 cache ({gpu.l2 / 2**20:.0f} MiB) can arrive sooner than its floor says.",
         "MB: every argument, parameter and result once, scratch memory written and read. grid: blocks, /N in clusters "
         "of N, * all resident at once. aten:: are PyTorch's own kernels, one launch each; their grids are not known "

@@ -18,7 +18,7 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     holds = "; ".join(f"{name}: {kind.holds}" for name, kind in FORMATS.items())
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
     parser.add_argument(
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=PRECISIONS, default="float32", help="default: %(default)s")
     parser.add_argument("--device", default="cpu", metavar="NAME", help="that will run it: cpu or cuda (default: cpu)")
     parser.add_argument("--opset", type=positive, metavar="N", help="version of the ONNX operators (default: 20)")
-    parser.add_argument("--force", action="store_true", help="replace files that are there")
+    parser.add_argument("--force", action="store_true", help="overwrite existing files")
     add_json(parser)
 
 
@@ -52,8 +52,8 @@ def run(arguments: argparse.Namespace) -> int:
     device = device_of(arguments.device)
     if arguments.checkpoint is None:
         console.note(
-            f"WARNING: no --checkpoint given: the weights of {arguments.model} are RANDOM and the file is good for "
-            "trying the way only"
+            f"WARNING: no --checkpoint given: the weights of {arguments.model} are RANDOM and the file is only "
+            "good for a trial"
         )
         torch.manual_seed(0)
         model = create_model(arguments.model)
@@ -95,7 +95,7 @@ def _print(model: str, exported: Exported) -> None:
 
 
 def _size(text: str) -> int | tuple[int, int]:
-    """A number, or two with a colon between them; export_model says whether they are allowed."""
+    """Parse a number, or two with a colon between them; export_model checks whether they are allowed."""
     try:
         numbers = [int(part) for part in text.split(":")]
     except ValueError:

@@ -19,12 +19,12 @@ TEXT = "Show version, build, devices, and which backend can run which operator."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     add_json(parser)
 
 
 def _cpu_isa() -> str | None:
-    """The instruction set that the CPU kernels use in this process."""
+    """Return the instruction set that the CPU kernels use in this process."""
     return str(torch.ops.effkernels.cpu_isa("")) if _library.is_loaded() else None
 
 
@@ -54,7 +54,7 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _decisions() -> list[dict[str, Any]]:
-    """For every operator and backend, on its own kind of device, whether it runs in float32, and why not."""
+    """Return for every operator and backend, on its own kind of device, whether it runs in float32, and why not."""
     gpus = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
     asked = [("cpu", backends.can_run_cpu, "cpu")]
     for name, can_run in (("cuda", backends.can_run_cuda), ("triton", backends.can_run_triton)):
@@ -62,12 +62,12 @@ def _decisions() -> list[dict[str, Any]]:
     found = []
     for name, can_run, device in asked:
         for op in backends.OPERATORS:
-            # "meta" asks whether the kernel is there at all.
+            # "meta" asks whether the kernel exists at all.
             decision = can_run(op, device="meta" if device == "no GPU" else device, dtype=torch.float32)
             ok, reason = decision
             has_kernel = ok
             if ok and device == "no GPU":
-                ok, reason = False, f"the kernel is there, but {why_no_gpu()}"
+                ok, reason = False, f"the kernel is built, but {why_no_gpu()}"
             line = {"backend": name, "device": device, "op": op, "ok": ok, "reason": reason, "has_kernel": has_kernel}
             found.append(line)
     return found
@@ -89,7 +89,7 @@ def _what_runs(decisions: Sequence[dict[str, Any]]) -> dict[str, dict[str, str]]
 
 
 def _tuned() -> dict[str, str | None]:
-    """By GPU: the file of its tuned plan, None where nothing is tuned."""
+    """By GPU: the file of its tuned plan, None if nothing is tuned."""
     found: dict[str, str | None] = {}
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         file = tuned_plan.file_of(tuned_plan.device_name(torch.device("cuda", index)) or "")
@@ -136,11 +136,11 @@ def run(arguments: argparse.Namespace) -> int:
                 print(f"  {key:<16} {', '.join(value) if isinstance(value, list) else value}")
         if device["device"] in tuned:
             print(f"  {'tuned':<16} {tuned[device['device']] or 'no: `effkernels tune` measures what is faster here'}")
-    print("what runs, left to itself, in float32")
+    print("what runs by default in float32")
     for name, by_op in runs.items():
         print(f"  {'a GPU' if name == 'no GPU' else name:<6} {_grouped(by_op)}")
     if any(decision["backend"] == "triton" and decision["has_kernel"] for decision in decisions):
-        print("  triton takes one launch a call, and two for")
+        print("  triton makes one launch per call, and two for")
         print(f"    depthwise_bn_act_se       where an image of the result has more than {MOST_SCALED_ALONE} elements")
         print("    expand_depthwise_squeeze  where the expanded tensor does not fit the chip")
     print(f"backend {backends.selected()} (what runs float32; `reference` runs everything)")

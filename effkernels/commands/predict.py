@@ -23,18 +23,22 @@ from effkernels.commands.common import (
     reading,
 )
 from effkernels.files import printable
-from effkernels.models import EfficientNet, load_checkpoint, model_config
+from effkernels.models import EfficientNet, load_checkpoint
 
 TEXT = "Classify photographs."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("image", nargs="*", metavar="IMAGE", help="a file, a folder (searched in depth) or a pattern")
     parser.add_argument("--example", action="store_true", help="also the photograph that comes with the package")
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
-    parser.add_argument(
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="NAME or NAME.TAG; default: %(default)s")
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
         "--weights", metavar="FILE", help="checkpoint (.pth, .safetensors) of timm, torchvision, lukemelas"
+    )
+    weights.add_argument(
+        "--pretrained", action="store_true", help="timm's weights, from the Hugging Face hub or the cache of its client"
     )
     parser.add_argument("--labels", metavar="FILE", help="text file with one class label per line")
     parser.add_argument("--topk", type=positive, default=5, metavar="K", help="default: %(default)s")
@@ -65,11 +69,11 @@ def run(arguments: argparse.Namespace) -> int:
     labels = None
     if arguments.labels:
         labels = labels_of(arguments.labels)
-    model = _model_with_weights(arguments.model, arguments.weights)
+    model, weights = _model_with_weights(arguments.model, arguments.weights, arguments.pretrained)
     if labels is not None and len(labels) != model.num_classes:
         raise UsageError(f"--labels {arguments.labels}: {len(labels)} lines for a model of {model.num_classes} classes")
     model = model.eval().to(device, precision.dtype)
-    config = model_config(arguments.model)
+    assert model.config is not None
 
     named = list(arguments.image)
     if arguments.example:
@@ -83,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
         for result in classify(
             model,
             files,
-            preprocessing=Preprocessing.of(config, arguments.img_size),
+            preprocessing=Preprocessing.of(model.config, arguments.img_size),
             topk=arguments.topk,
             labels=labels,
             batch_size=arguments.batch_size,
@@ -97,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.format == "json":
         report = {
             "model": arguments.model,
-            "weights": arguments.weights,
+            "weights": weights,
             "predictions": [asdict(prediction) for prediction in predictions],
             "failures": [asdict(failure) for failure in failures],
         }
@@ -115,20 +119,32 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _model_with_weights(name: str, weights: str | None) -> EfficientNet:
-    """The model with the classes of the checkpoint, or with random weights and a warning."""
-    if weights is None:
+def _model_with_weights(name: str, file: str | None, pretrained: bool) -> tuple[EfficientNet, str | None]:
+    """Return the model and where its weights are from: the file, the repository of the hub, or None for random ones.
+
+    The model has the classes of its weights. For random weights a warning is printed.
+    """
+    if pretrained:
+        try:
+            with reading("--pretrained", name):
+                model = effkernels.create_model(name, pretrained=True)
+        except ValueError as error:  # the name has no published weights
+            raise UsageError(f"--pretrained: {error}") from error
+        assert isinstance(model, EfficientNet)
+        assert model.config is not None
+        return model, model.config.hf_hub_id
+    if file is None:
         console.note(
-            f"WARNING: no --weights given: the weights of {name} are RANDOM and its predictions mean nothing. Give a "
-            "checkpoint of timm, torchvision or lukemelas: --weights FILE"
+            f"WARNING: the weights of {name} are RANDOM and its predictions mean nothing. --pretrained fetches timm's, "
+            "--weights FILE reads a checkpoint of timm, torchvision or lukemelas"
         )
         torch.manual_seed(0)
         model = effkernels.create_model(name)
     else:
-        with reading("--weights", weights):
-            model = load_checkpoint(name, weights)
+        with reading("--weights", file):
+            model = load_checkpoint(name, file)
     assert isinstance(model, EfficientNet)
     if model.num_classes == 0 or model.in_chans != 3:
         found = f"{model.in_chans} image channels and {model.num_classes} classes"
-        raise UsageError(f"--weights {weights}: {found}; needed are 3 channels and at least one class")
-    return model
+        raise UsageError(f"--weights {file}: {found}; needed are 3 channels and at least one class")
+    return model, file

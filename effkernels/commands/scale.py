@@ -20,13 +20,13 @@ from effkernels.scaling.files import save_network
 from effkernels.scaling.network import DEPTH_ROUNDINGS, Network, Rounding, StagedNetwork, scale
 from effkernels.scaling.table import FORMATS, Table
 
-TEXT = "Scale a network in depth, width and resolution and count what it costs; print the paper's tables beside."
+TEXT = "Scale a network in depth, width and resolution and count its costs, or print the paper's tables."
 TABLES = ("stages", "variants", "families", "equation3", "growth")
 _BUDGETS = ("budget_multiply_adds", "budget_activation_bytes", "budget_parameters")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument(
         "--network",
         "--model",
@@ -66,8 +66,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--accuracy",
         type=Path,
         metavar="FILE",
-        help="your own runs to lay over --table growth's figure: CSV or JSON lines with name, accuracy, and for other "
-        "names than the table's gflops and way",
+        help="your own runs, drawn over the figure of --table growth: CSV or JSON lines with name, accuracy, and for "
+        "other names than the table's gflops and way",
     )
     parser.add_argument("--format", choices=FORMATS, default="text", help="on standard output; default: %(default)s")
     add_json(parser)
@@ -84,9 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.png and arguments.output is None:
         raise UsageError("--png needs --output DIR")
     if arguments.accuracy is not None and not (arguments.table == "growth" and arguments.png):
-        raise UsageError("--accuracy goes with --table growth --png")
+        raise UsageError("--accuracy needs --table growth --png")
     if arguments.save is not None and arguments.table is not None:
-        raise UsageError("--save goes with a scaled network, not with --table")
+        raise UsageError("--save needs a scaled network and is not allowed with --table")
     if arguments.save is not None:
         check_output("--save", arguments.save, force=arguments.force, suffixes=(".json",))
     network: Network | None
@@ -135,7 +135,7 @@ def _table(arguments: argparse.Namespace, scaling: CompoundScaling, rounding: Ro
 
 
 def _scaled(arguments: argparse.Namespace, scaling: CompoundScaling, rounding: Rounding) -> tuple[list[Table], Network]:
-    """The scaled network beside its baseline: stages, and cost; and the network itself."""
+    """Return the scaled network beside its baseline: stages, and cost; and the network itself."""
     baseline = find_network(arguments.network)
     network = _scale(baseline, arguments, scaling, rounding)
     if arguments.save is not None and not isinstance(network, StagedNetwork):
@@ -147,12 +147,12 @@ def _scaled(arguments: argparse.Namespace, scaling: CompoundScaling, rounding: R
 
 
 def _scale(baseline: Network, arguments: argparse.Namespace, scaling: CompoundScaling, rounding: Rounding) -> Network:
-    """The network that the flags ask for; the baseline itself where they ask for none."""
+    """Return the network that the flags ask for; the baseline itself where they ask for none."""
     factors = (arguments.depth, arguments.width, arguments.resolution)
     limits = [getattr(arguments, name) for name in _BUDGETS]
     if any(limit is not None for limit in limits):
         if arguments.phi is not None or factors != (1.0, 1.0, 1.0):
-            raise ValueError("a budget goes without --phi, --depth, --width and --resolution: it decides them")
+            raise ValueError("a budget is not allowed with --phi, --depth, --width and --resolution: it decides them")
         budget = Budget(multiply_adds=limits[0], activation_bytes=limits[1], parameters=limits[2])
         found = fit(baseline, budget, along=arguments.along, scaling=scaling, rounding=rounding)
         by = f"phi={found.phi:.3f}: " if found.phi is not None else ""

@@ -30,12 +30,12 @@ from effkernels.scaling.workers import BACKENDS
 TEXT = "Search for the coefficients of compound scaling, or for a baseline to scale. Without flags: on digits, minutes."
 _WHAT = ("coefficients", "baseline")
 _DIGITS = "digits"
-# On the digits a finer grid makes many networks that few digits cannot tell apart.
+# On the digits a finer grid makes many networks that so few digits cannot rank.
 _DIGITS_GRID, _DIGITS_TOLERANCE = 0.1, 0.05
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument(
         "--what",
         choices=_WHAT,
@@ -67,7 +67,7 @@ def _add_space(parser: argparse.ArgumentParser) -> None:
         type=_constraint,
         default=2.0,
         metavar="X|latency",
-        help="what alpha * beta^2 * gamma^2 is to be, or latency: all candidates as large as --budget-ms allows "
+        help="value of alpha * beta^2 * gamma^2, or latency: all candidates as large as --budget-ms allows "
         "(default: 2)",
     )
     group.add_argument(
@@ -108,12 +108,12 @@ def _add_cost(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("how it runs, and what it leaves")
+    group = parser.add_argument_group("how the search runs, and its output files")
     group.add_argument("--workers", type=positive, metavar="N", help="candidates at a time (default: one per core)")
     group.add_argument("--threads", type=positive, metavar="N", help="of PyTorch in each (default: cores per worker)")
     group.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help="default: %(default)s")
     group.add_argument(
-        "--journal", type=Path, metavar="FILE", help="what is finished; the same command goes on where it stopped"
+        "--journal", type=Path, metavar="FILE", help="finished evaluations; the same command continues after them"
     )
     group.add_argument("--retry-failed", action="store_true", help="evaluate again what failed according to --journal")
     group.add_argument("--save", type=Path, metavar="FILE.json", help="the best network; `effkernels scale` reads it")
@@ -214,7 +214,7 @@ def _given(value: float | None, default: float) -> float:
 
 
 def _evaluate(arguments: argparse.Namespace) -> tuple[Callable[..., Any] | None, bool]:
-    """The evaluation, and whether it is that of the digits."""
+    """Return the evaluation, and whether it is that of the digits."""
     if arguments.evaluate is not None and arguments.data is not None:
         raise UsageError("--evaluate and --data: allowed: one of them")
     if arguments.evaluate is None:
@@ -222,7 +222,7 @@ def _evaluate(arguments: argparse.Namespace) -> tuple[Callable[..., Any] | None,
         epochs = {} if arguments.epochs is None else {"epochs": arguments.epochs}
         return digits.DigitsEvaluation(seeds=seeds, **epochs), True
     if arguments.seeds or arguments.epochs:
-        raise UsageError("--seeds and --epochs are those of the digits; your own --evaluate has its own")
+        raise UsageError("--seeds and --epochs are only for the digits, not for your own --evaluate")
     if arguments.evaluate == "none":
         return None, False
     module, _, name = arguments.evaluate.partition(":")
@@ -274,7 +274,7 @@ def _best_network(result: SearchResult | BaselineResult) -> Network | None:
 
 
 def _plot(result: SearchResult | BaselineResult, path: Path | None) -> str | None:
-    """Draw the result; why it is not drawn, or None."""
+    """Draw the result. Return None, or why it is not drawn."""
     if path is not None:
         try:
             result.plot(path)
@@ -284,14 +284,14 @@ def _plot(result: SearchResult | BaselineResult, path: Path | None) -> str | Non
 
 
 def _save(result: SearchResult | BaselineResult, path: Path | None) -> str | None:
-    """Write the best network; why it is not written, or None."""
+    """Write the best network. Return None, or why it is not written."""
     if path is None:
         return None
     network = _best_network(result)
     if network is None:
         return f"--save {path}: no candidate was evaluated"
     if not isinstance(network, StagedNetwork):
-        return f"--save {path}: {network.name} is another library's, which a file cannot hold"
+        return f"--save {path}: {network.name} is another library's network, which a file cannot hold"
     try:
         save_network(network, path)
     except (OSError, ValueError) as error:

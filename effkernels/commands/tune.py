@@ -1,4 +1,4 @@
-"""``effkernels tune``: measures on this GPU what the pure functions could only estimate, and writes it down."""
+"""``effkernels tune``: measures on this GPU what the pure functions can only estimate, and writes it to a file."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from effkernels.commands.common import (
 from effkernels.ops import backends
 from effkernels.triton import tuned_plan
 
-TEXT = "Time how Triton kernels are best cut, and which backend is faster, for the calls of some models on this GPU."
+TEXT = "Measure which Triton tiles, and which backend, are fastest for the calls of some models on this GPU."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help=f"default: {DEFAULT_MODEL}")
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")
@@ -41,9 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--ops", nargs="+", default=[], metavar="OP", help="tune only these operators; default: all")
     parser.add_argument("--device", metavar="NAME", help="cuda or cuda:N (default: the first GPU)")
-    parser.add_argument("--force", action="store_true", help="time again what is tuned already")
-    parser.add_argument("--dry-run", action="store_true", help="list what would be timed, and stop")
-    parser.add_argument("--clear", action="store_true", help="forget what was tuned on this GPU, and stop")
+    parser.add_argument("--force", action="store_true", help="measure again what is already tuned")
+    parser.add_argument("--dry-run", action="store_true", help="list what would be measured, and stop")
+    parser.add_argument("--clear", action="store_true", help="delete what was tuned on this GPU, and stop")
     add_json(parser)
 
 
@@ -78,7 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps(report, indent=2))
     else:
         console.table(f"tuned on {name}", *_table(results))
-    console.note(f"tune: {len(results)} answers new, {known} known before; {file}")
+    console.note(f"tune: {len(results)} new results, {known} known before; {file}")
     return 1 if failed else 0
 
 
@@ -97,13 +97,13 @@ def _device(name: str | None) -> torch.device:
 
 
 def _check_folder() -> None:
-    """Before minutes are spent on answers that cannot be kept."""
+    """Refuse a folder that cannot be written to, before minutes are spent on results that could not be kept."""
     folder = tuned_plan.folder()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(
-            f"{folder} cannot be made: {error.strerror}; {tuned_plan.VARIABLE} names another folder"
+            f"{folder} cannot be created: {error.strerror}; {tuned_plan.VARIABLE} names another folder"
         ) from error
     if not os.access(folder, os.W_OK):
         raise UsageError(f"{folder} cannot be written to; {tuned_plan.VARIABLE} names another folder")
@@ -125,7 +125,7 @@ def _jobs(arguments: argparse.Namespace, device: torch.device) -> list[Job]:
 
 
 def _tune(tuner: Tuner, todo: Sequence[Job]) -> tuple[list[Result], list[str], int]:
-    """All results, what failed, and how many answers were known already. Answers are kept as they come."""
+    """Return all results, what failed, and how many answers were already known. Each answer is written at once."""
     results: list[Result] = []
     failed: list[str] = []
     known = 0
@@ -133,7 +133,7 @@ def _tune(tuner: Tuner, todo: Sequence[Job]) -> tuple[list[Result], list[str], i
         for job in todo:
             outcome: Outcome = tuner.run(job)
             if outcome.results:
-                # After each call, so that a run that is broken off keeps what it measured.
+                # After each call, so that an interrupted run keeps what it measured.
                 try:
                     tuned_plan.record(tuner.plan)
                 except OSError as error:  # more answers could not be kept either

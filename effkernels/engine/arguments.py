@@ -15,7 +15,7 @@ _MOST_ELEMENTS = 1 << 46  # of a bucket's input: more than any machine's memory;
 
 
 def check_dtype(dtype: Any) -> torch.dtype:
-    """The dtype of weights and inputs.
+    """Return the dtype of weights and inputs.
 
     Raises:
         TypeError: no dtype.
@@ -30,7 +30,7 @@ def check_dtype(dtype: Any) -> torch.dtype:
 
 
 def check_memory_format(memory_format: Any) -> torch.memory_format:
-    """The memory format of weights and inputs.
+    """Return the memory format of weights and inputs.
 
     Raises:
         ValueError: another one than `MEMORY_FORMATS`.
@@ -42,7 +42,7 @@ def check_memory_format(memory_format: Any) -> torch.memory_format:
 
 
 def check_device(device: Any) -> torch.device:
-    """A device from its name.
+    """Return a device from its name.
 
     Raises:
         TypeError: no device and no text.
@@ -69,7 +69,7 @@ def check_flags(**flags: Any) -> None:
 
 
 def check_latency(max_latency_ms: Any) -> float:
-    """`max_latency_ms` as a number.
+    """Return `max_latency_ms` as a number.
 
     Raises:
         TypeError: no number.
@@ -85,7 +85,7 @@ def check_latency(max_latency_ms: Any) -> float:
 
 
 def check_count(name: str, value: Any) -> int:
-    """A whole number from 1.
+    """Return a whole number from 1.
 
     Raises:
         TypeError: no int.
@@ -99,7 +99,7 @@ def check_count(name: str, value: Any) -> int:
 
 
 def check_iterable(batch_sizes: Any) -> Iterable[Any]:
-    """`batch_sizes` as something to go through.
+    """Return `batch_sizes` as a sequence.
 
     Raises:
         TypeError: a number or another single object, or text.

@@ -50,7 +50,7 @@ class RequestCounts:
 
 
 class _FutureLock(_thread.RLock):  # type: ignore[misc, name-defined, unused-ignore]
-    """What a future has in place of its `threading.Condition`, which Python enters in steps: a lock entered in C."""
+    """Replaces a future's `threading.Condition`, which Python enters in steps, by a lock entered in C."""
 
     def __init__(self) -> None:
         self.bells: deque[SimpleQueue[None]] = deque()  # of those who wait for the future
@@ -171,7 +171,7 @@ class MicroBatcher:
         return request.future
 
     def _queued(self, request: _Request, bell: SimpleQueue[None] | None) -> bool:
-        """Whether there was room for the request; if not, the bell rings when it is worth another try."""
+        """Queue a request and return whether there was room; if not, `bell` gets an item when a retry may succeed."""
         with self._lock:
             self._refuse_if_closed()
             if len(self._waiting) < self._max_queue:
@@ -198,7 +198,7 @@ class MicroBatcher:
             self._worker = worker  # the thread does the same if an interrupt comes between the two
 
     def refuse(self, error: Exception) -> Future[Any]:
-        """A future that has failed already, counted as a request.
+        """Return a future that has failed already, counted as a request.
 
         Raises:
             RuntimeError: closed.
@@ -232,12 +232,12 @@ class MicroBatcher:
                 pass
 
     def is_own_thread(self) -> bool:
-        """Whether this is the thread that answers, in the callback of a future or in garbage collection."""
+        """Return whether this is the thread that answers, in the callback of a future or in garbage collection."""
         worker = self._worker
         return worker is not None and worker.identity == _thread.get_ident()
 
     def counts(self) -> RequestCounts:
-        """What became of the requests so far."""
+        """Return the counts of requests so far, by outcome."""
         with self._lock:
             latencies = torch.tensor(self._latencies, dtype=torch.float64) * 1e3
             completed, failed, cancelled = self._completed, self._failed + self._refused, self._cancelled
@@ -268,7 +268,7 @@ class MicroBatcher:
     # ------------------------------------------------------------------------------------------------- the thread
 
     def _work(self, worker: _Worker) -> None:
-        """What the thread does. Whatever goes wrong, it lives on and fails only the requests that it holds."""
+        """Run the thread. After any error it continues and fails only the requests that it holds."""
         worker.identity = _thread.get_ident()
         with self._lock:
             if self._worker is None:
@@ -310,7 +310,7 @@ class MicroBatcher:
             _wait_for(self._bell, until)
 
     def _until(self) -> float | None:
-        """When the requests that wait are a batch; None without any."""
+        """Return when the waiting requests become a batch; None without any."""
         if not self._waiting:
             return None
         is_ready = self._closed or len(self._waiting) >= self._largest
@@ -355,7 +355,7 @@ def _starts(future: Future[Any]) -> bool:
 
 
 def _another(error: BaseException) -> BaseException:
-    """An exception like another one, which is its cause: an object that several threads raise is changed by all."""
+    """Return a copy of an exception, caused by it: an object that several threads raise is changed by all."""
     try:
         copied = copy.copy(error)
     except Exception:  # its class takes other arguments than it keeps

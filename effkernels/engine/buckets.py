@@ -1,4 +1,4 @@
-"""How a batch of any size is cut into the few batch sizes that an engine has prepared."""
+"""Divide a batch of any size into the few batch sizes that an engine has prepared."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def checked_sizes(sizes: Iterable[int]) -> tuple[int, ...]:
 
 
 def buckets_for(count: int, sizes: Iterable[int], overhead: float = 1.0) -> tuple[int, ...]:
-    """The cheapest buckets that `count` images fit into.
+    """Return the cheapest buckets that `count` images fit into.
 
     A bucket of size b costs b + overhead, whether it is full or padded, so padding is weighed against further calls: of
     sizes 1, 4 and 16, three images are one bucket of 4, and 17 are 16 + 1. The result depends on the arguments alone.
@@ -53,7 +53,7 @@ def buckets_for(count: int, sizes: Iterable[int], overhead: float = 1.0) -> tupl
 def _cheapest(count: int, sizes: tuple[int, ...], overhead: float) -> tuple[int, ...]:
     largest = sizes[-1]
     # Among `largest` smaller buckets some always add up to a multiple of the largest, which costs no more in its place
-    # (if each size divides the next, any that hold one largest do). So what lies beyond goes into the largest.
+    # (if each size divides the next, any that hold one largest do). So what exceeds that goes into the largest.
     chain = all(larger % smaller == 0 for smaller, larger in itertools.pairwise(sizes))
     whole = max(0, count // largest - (1 if chain else largest))
     rest = count - whole * largest

@@ -36,7 +36,7 @@ class Recording:
     Attributes:
         output: what it returned: the same tensors, which every replay overwrites.
         result_bytes: of everything computed on the way that stays, results of kernels that overwrite each other once.
-        weight_bytes: of weights as the kernels lay them out.
+        weight_bytes: of weights packed for the kernels.
 
     Raises:
         NotRecordableError: it calls none of our kernels, what it does depends on values, or a kernel would have to
@@ -53,7 +53,7 @@ class Recording:
         except NotRecordableError:
             raise
         except Exception as error:
-            raise NotRecordableError(f"while it is recorded, it ends in {type(error).__name__}: {error}") from error
+            raise NotRecordableError(f"it raises {type(error).__name__} while it is recorded: {error}") from error
         recorder.cut()
         if not recorder.pieces:
             raise NotRecordableError("it calls no kernel of effkernels")
@@ -75,7 +75,7 @@ class Recording:
 
 
 def trial_images(images: Tensor) -> Iterator[Tensor]:
-    """Values to try a recording on: noise from 0.01 to several thousand, dark and bright, another for each trial."""
+    """Return values to try a recording on: noise from 0.01 to several thousand, dark and bright, new for each trial."""
     rows = torch.arange(len(images))
     for trial in range(_TRIALS):
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(trial))
@@ -121,7 +121,7 @@ class _Recorder(TorchDispatchMode):
         )
 
     def wrap(self, tensor: Tensor) -> RecordedTensor:
-        """What the forward sees of a tensor."""
+        """Return the tensor that the forward sees in place of `tensor`."""
         return RecordedTensor(tensor, self)
 
     def cut(self) -> None:
@@ -137,7 +137,7 @@ class _Recorder(TorchDispatchMode):
         if func is torch.ops.aten.detach_.default:  # as torch.tensor does; nothing to be repeated
             return args[0]
         if torch.Tag.inplace_view in func.tags:
-            raise NotRecordableError(f"{func} changes a tensor in place, not its values alone")
+            raise NotRecordableError(f"{func} changes more of a tensor in place than its values")
         stand_ins = list(_written(func, *given)) if func._schema.is_mutable else []
         if not all(isinstance(tensor, RecordedTensor) for tensor in stand_ins):
             raise NotRecordableError(f"{func} writes to a tensor that is not its own, such as a buffer of the model")
@@ -150,7 +150,7 @@ class _Recorder(TorchDispatchMode):
         if not all(isinstance(leaf, Tensor) for leaf in leaves) or not (leaves or written):
             raise NotRecordableError(f"{func} returns {type(results).__name__} instead of tensors")
         if [_memory_of(tensor) for tensor in written] != before:
-            raise NotRecordableError(f"{func} gives a tensor other memory")
+            raise NotRecordableError(f"{func} replaces the memory of a tensor")
         if written or not _lie_in(leaves, (args, kwargs)):
             self.cut()
             self.steps.append(_Call(func, args, kwargs, leaves, bool(written)))
@@ -202,14 +202,14 @@ def _refuse_reads(func: Any, args: Any) -> None:
 
 
 def _is_index_by_integers(func: Any, args: Any) -> bool:
-    """Whether it is `x[indices]` without masks: the one operator whose tag holds for some arguments alone."""
+    """Return whether it is `x[indices]` without masks: the one operator whose tag applies only to some arguments."""
     indices = args[1] if func is torch.ops.aten.index.Tensor else [None]
     masks = (torch.bool, torch.uint8)
     return func is torch.ops.aten.index.Tensor and not any(i is not None and i.dtype in masks for i in indices)
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
-    """The tensors that an operator writes to, as its schema says."""
+    """Return the tensors that an operator writes to, as its schema says."""
     for position, argument in enumerate(func._schema.arguments):
         if argument.alias_info is not None and argument.alias_info.is_write:
             value = args[position] if position < len(args) else kwargs.get(argument.name)
@@ -217,12 +217,12 @@ def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Tensor]:
 
 
 def _memory_of(tensor: Tensor) -> tuple[Any, ...]:
-    """What tells whether a tensor is where it was."""
+    """Return what changes if a tensor's memory, shape or strides change."""
     return (tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
 def _lie_in(results: list[Any], arguments: Any) -> bool:
-    """Whether all results are tensors in the memory of the arguments."""
+    """Return whether all results are tensors in the memory of the arguments."""
     known = {_memory(leaf) for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)}
     return bool(results) and all(isinstance(one, Tensor) and _memory(one) in known for one in results)
 

@@ -28,7 +28,7 @@ class CudaDevice:
     graph's results are held by its runner: only what is dead after a replay is used again by another graph.
 
     Args:
-        cuda: `torch.cuda`, or what stands in for it in a test.
+        cuda: `torch.cuda`, or a test's replacement for it.
     """
 
     # EfficientNet-B0 in bfloat16: the design's aims of 90 to 150 us for a replay of one image and of 10 us an image at
@@ -109,7 +109,7 @@ class CudaDevice:
         return Recorded(graph.replay, output)
 
     def _end_allocations(self) -> None:
-        """Tell the allocator that a recording is over which ended in an error.
+        """Report to the allocator that a recording ended in an error.
 
         PyTorch does so only where it ended well. For as long as the allocator believes in a recording, it keeps every
         tensor with `record_stream` that is freed, as those of each call are, and memory grows without end.
@@ -127,7 +127,7 @@ class _Slot:
         self.emptied = cuda.Event()
 
     def like(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A tensor in this memory with the shape of another one, and its strides where those leave no gaps."""
+        """Return a tensor in this memory with the shape of another one, and its strides where those leave no gaps."""
         layout = torch.empty_like(tensor, dtype=dtype, device="meta")
         if self._memory.numel() < layout.nbytes:
             self._memory = torch.empty(layout.nbytes, dtype=torch.uint8, pin_memory=self._pinned)
@@ -145,7 +145,7 @@ class Uploads:
     Args:
         device: where to.
         stream: on which the copies are used.
-        cuda: `torch.cuda`, or what stands in for it in a test.
+        cuda: `torch.cuda`, or a test's replacement for it.
     """
 
     def __init__(self, device: torch.device, stream: Any, cuda: Any = torch.cuda) -> None:
@@ -157,7 +157,7 @@ class Uploads:
         self._next = 0
 
     def upload(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """A copy of a host tensor on the device, ready for whatever comes next on the stream that uses it."""
+        """Return a copy of a host tensor on the device, ready for whatever comes next on the stream that uses it."""
         slot = self._slots[self._next]
         self._next = (self._next + 1) % len(self._slots)
         slot.emptied.synchronize()

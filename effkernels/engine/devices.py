@@ -31,19 +31,19 @@ class EngineDevice(Protocol):
 
     @property
     def capture(self) -> Capture | None:
-        """Records a call for `GraphRunner`; None where the device has nothing like it."""
+        """Records a call for `GraphRunner`; None if the device has nothing like it."""
 
     def work(self, job: Callable[[], Result]) -> Result:
         """Call `job`, whose work comes after the caller's so far, and before what the caller does next."""
 
     def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor on this device in that dtype; inside of `work`."""
+        """Return the tensor on this device in that dtype; inside of `work`."""
 
     def hand_over(self, output: Any) -> Any:
-        """The output, made safe to use where the caller works; inside of `work`."""
+        """Return the output, made safe to use where the caller works; inside of `work`."""
 
     def moment(self) -> Any:
-        """Stands for all work that the caller has asked of this device so far."""
+        """Mark the end of all work that the caller has asked of this device so far."""
 
     def wait_for(self, moment: Any) -> None:
         """Let the work that follows come after a `moment`, of whatever thread; inside of `work`."""
@@ -52,7 +52,7 @@ class EngineDevice(Protocol):
         """Wait until all work of the engine is done."""
 
     def reserved_bytes(self) -> int:
-        """What is taken from the device, in bytes: by PyTorch's allocator on a GPU, by recordings on a CPU."""
+        """Return the bytes taken from the device: by PyTorch's allocator on a GPU, by recordings on a CPU."""
 
 
 class HostDevice:
@@ -107,7 +107,7 @@ class HostDevice:
             images.copy_(values)  # a forward may write to its input
             recording.replay()
             if not same_values(recording.output, wanted):
-                raise NotRecordableError("replayed, it gives another result")
+                raise NotRecordableError("its replay gives another result")
         images.zero_()
         self._recordings.add(recording)
         return Recorded(recording.replay, recording.output, recording.result_bytes, recording.weight_bytes)

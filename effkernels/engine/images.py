@@ -25,7 +25,7 @@ IMAGE_FORMATS = (
 
 
 def example_image() -> Path:
-    """The photograph that scikit-image ships as `skimage.data.astronaut()`, as a file.
+    """Return the photograph that scikit-image ships as `skimage.data.astronaut()`, as a file.
 
     Raises:
         ImportError: scikit-image is not installed.
@@ -53,7 +53,7 @@ class Failure:
 
 
 def find_images(arguments: Iterable[str]) -> tuple[list[Path], list[Failure]]:
-    """Files named by a command line: each argument is a file, a folder (searched in depth) or a glob pattern.
+    """Return the files that a command line names: each argument is a file, a folder (searched in depth) or a pattern.
 
     A file that is named itself is taken whatever its suffix; in a folder those with a suffix of `IMAGE_SUFFIXES`
     count, and hidden ones do not. No file is listed twice.
@@ -135,7 +135,7 @@ def decode(
 
 
 def as_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image as RGB, upright.
+    """Return an image as RGB, upright.
 
     Grey, palette, CMYK and 16-bit images are converted (of 16 bits, and of the 12 bits that some TIFF files have, the
     upper 8 stay), transparency is dropped, and the orientation that a camera noted is applied.

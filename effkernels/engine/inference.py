@@ -1,4 +1,4 @@
-"""`InferenceEngine`: a prepared copy of a model behind one call."""
+"""`InferenceEngine`: a prepared copy of a model, with one call."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from effkernels.engine.prepared import PreparedModel, engine_device
 from effkernels.engine.preprocess import (
     check_memory,
     check_pixels,
-    input_size_of,
     is_pil_image,
     preprocessing_from,
     to_pixels,
     transform,
 )
 from effkernels.engine.report import EngineReport, EngineStats
+from effkernels.models.model_input import input_size_of
 from effkernels.models.preprocessing import Preprocessing
 
 
@@ -84,7 +84,7 @@ class InferenceEngine:
             Activations are counted in a forward of the smallest and of the largest bucket, without what an operator
             takes for itself and gives back. A GPU's bound is at least what PyTorch's allocator reserved during the
             warm-up. On a CPU every recorded bucket holds its own activations, and that of one image the weights once
-            more, as the kernels lay them out; there allocators round up beyond what is counted.
+            more, packed for the kernels; there allocators round up beyond what is counted.
 
     Raises:
         TypeError: an argument of another type, a model that cannot be copied, an output that is not made of tensors.
@@ -122,7 +122,7 @@ class InferenceEngine:
         own_device, own_dtype = device_and_dtype_of(model)
         dtype = check_dtype(own_dtype if dtype is None else dtype)
         where = engine_device(own_device if device is None else check_device(device))
-        self._input_size = input_size_of(model, input_size)
+        self._input_size = input_size_of(model, input_size, owner="InferenceEngine")
         check_elements(sizes, self._input_size)
         self._preprocessing: Preprocessing | None = None
         try:
@@ -160,7 +160,7 @@ class InferenceEngine:
         return self.run(images)
 
     def run(self, images: Tensor) -> Any:
-        """The model's output for a batch of any size.
+        """Return the model's output for a batch of any size.
 
         Args:
             images: (N, C, H, W) with the engine's C, H and W, in any floating dtype and memory format, on the CPU or on
@@ -179,10 +179,10 @@ class InferenceEngine:
         return self._prepared.work(lambda: self._prepared.device.hand_over(self._prepared.run(images)))
 
     def preprocess(self, images: Any) -> Tensor:
-        """Photographs as the model's input, computed on the engine's device.
+        """Turn photographs into the model's input, computed on the engine's device.
 
         The shorter side is resized, a central square cut out, mean and standard deviation are taken out per channel: as
-        `effkernels.engine.predict.Preprocessing` does with Pillow, within two of 255 levels.
+        `effkernels.predict.Preprocessing` does with Pillow, within two of 255 levels.
 
         Args:
             images: uint8 (N, H, W, C) as a tensor or array; or a sequence of images of any sizes, each uint8 (H, W, C)
@@ -272,15 +272,17 @@ class InferenceEngine:
         self._check_usable("refresh")
         source = self._source() if model is None else model
         if source is None:
-            raise RuntimeError("refresh: the model that the engine was made with is gone; give one: refresh(model)")
+            raise RuntimeError(
+                "refresh: the model that the engine was made with no longer exists; give one: refresh(model)"
+            )
         check_structure(structure_of(source), self._structure)
         self._prepared.refresh(source)
 
-    # ------------------------------------------------------------------------------------------- what it tells
+    # ------------------------------------------------------------------------------------------- its reports
 
     @property
     def report(self) -> EngineReport:
-        """What was done to prepare the engine; with `warm_up=False` buckets are prepared as calls need them."""
+        """Return what was done to prepare the engine; with `warm_up=False` buckets are prepared as calls need them."""
         prepared = self._prepared
         model, memory_format, preprocessing = self._identity
         return EngineReport(
@@ -304,7 +306,7 @@ class InferenceEngine:
         return self._prepared.memory_bound_bytes
 
     def stats(self) -> EngineStats:
-        """What the engine has done so far."""
+        """Return what the engine has done so far."""
         counts = self._batcher.counts()
         p50, p95, p99 = counts.latency_ms or (None, None, None)
         batches, images, computed = self._prepared.batches, self._prepared.images, self._prepared.rows
@@ -354,7 +356,7 @@ class InferenceEngine:
     # ------------------------------------------------------------------------------------------------ the work
 
     def _answer(self, submitted: Sequence[_Submitted]) -> list[Any]:
-        """What the batcher's thread calls: for every image its result, or the exception of that image alone."""
+        """Return for every image its result, or the exception of that image alone; called by the batcher's thread."""
         answers: list[Any] = []
         for request in submitted:
             try:
@@ -437,12 +439,12 @@ class _Submitted:
 
 
 def _by_size(images: Sequence[Tensor]) -> list[tuple[list[int], Tensor]]:
-    """Tensors of the same shape, dtype and device stacked to batches, each with their positions in `images`."""
+    """Stack tensors of the same shape, dtype and device to batches, each with their positions in `images`."""
     return [(members, torch.stack([images[index] for index in members])) for members in _of_one_size(images)]
 
 
 def _of_one_size(images: Sequence[Tensor]) -> list[list[int]]:
-    """The positions of tensors that can be stacked: of the same shape, dtype and device."""
+    """Return the positions of tensors that can be stacked: of the same shape, dtype and device."""
     groups: dict[Any, list[int]] = {}
     for index, image in enumerate(images):
         groups.setdefault((image.shape, image.dtype, image.device), []).append(index)
@@ -450,7 +452,7 @@ def _of_one_size(images: Sequence[Tensor]) -> list[list[int]]:
 
 
 def _write(images: Tensor, members: list[int], values: Tensor) -> None:
-    """images[members] = values, in one copy where the members lie side by side."""
+    """images[members] = values, in one copy if the members are consecutive."""
     first = members[0]
     if members == list(range(first, first + len(members))):
         images[first : first + len(members)].copy_(values)

@@ -1,4 +1,4 @@
-"""How much memory a model needs, counted where the tensors are made."""
+"""Count the memory that a model needs, where its tensors are created."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Every parameter and buffer by name, those that a state_dict leaves out as well."""
+    """Return every parameter and buffer by name, those that a state_dict leaves out as well."""
     found: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
     found.update(model.named_buffers(remove_duplicate=False))
     return found
 
 
 def storage_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory that tensors lie in, each counted once."""
+    """Return the bytes of the memory that tensors use, each counted once."""
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def under(mode: TorchDispatchMode, function: Callable[..., Any], args: Any, kwargs: Any = None) -> Any:
-    """Call a function under a mode, which an interrupt cannot leave behind.
+    """Call a function under a mode, which ends even after an interrupt.
 
     `with mode` runs Python code before and after its block is protected; the two calls here are C, between which and
     the `try` Python looks for no interrupt.
@@ -72,7 +72,7 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def peak_bytes(forward: Callable[[Tensor], Any], images: Tensor, weights: Iterable[Tensor]) -> tuple[Any, int]:
-    """What `forward` returns, and the most bytes of tensors alive at once while it ran: its result, not its input.
+    """Return the result of `forward`, and the most bytes of tensors alive while it ran: its result, not its input.
 
     Counted are the results of operators. What an operator allocates for itself and gives back is not, nor is what an
     allocator rounds up to.

@@ -1,6 +1,6 @@
-"""What a model returns: a tensor, or tuples, lists and dicts of tensors, with the batch in front of every one.
+"""The output of a model: a tensor, or tuples, lists and dicts of tensors, each with the batch as first dimension.
 
-None is let through; it stands for an output that a model leaves out. The model runs in inference mode; what is made
+None is allowed; it means an output that a model leaves out. The model runs in inference mode; what is made
 here are plain tensors, which may be changed and used in training.
 """
 
@@ -37,12 +37,12 @@ def check_output(output: Any, batch: int) -> None:
 
 
 def map_tensors(output: Any, function: Callable[[Tensor], Any]) -> Any:
-    """The same structure with `function` applied to every tensor."""
+    """Return the same structure with `function` applied to every tensor."""
     return pytree.tree_map(lambda leaf: leaf if leaf is None else function(leaf), output)
 
 
 def same_values(output: Any, other: Any) -> bool:
-    """Whether two outputs have the same structure and the same values, NaN in the same places."""
+    """Return whether two outputs have the same structure and the same values, NaN in the same places."""
     leaves, structure = pytree.tree_flatten(output)
     others, other_structure = pytree.tree_flatten(other)
     return structure == other_structure and all(
@@ -51,12 +51,12 @@ def same_values(output: Any, other: Any) -> bool:
 
 
 def nbytes(output: Any) -> int:
-    """Bytes of all elements."""
+    """Return the bytes of all elements."""
     return sum(leaf.nbytes for leaf in pytree.tree_leaves(output) if leaf is not None)
 
 
 def first_rows(output: Any, count: int) -> Any:
-    """The first `count` rows, in memory of their own."""
+    """Return the first `count` rows, in memory of their own."""
     with torch._C._InferenceMode(False), torch.no_grad():
         return map_tensors(output, lambda tensor: tensor[:count].clone())
 
@@ -72,7 +72,7 @@ def concatenated(parts: Sequence[Any]) -> Any:
 
 
 def rows_on_host(output: Any) -> list[Any]:
-    """The output of each image alone, without the batch dimension, on the CPU in memory of its own."""
+    """Return the output of each image alone, without the batch dimension, on the CPU in memory of its own."""
     leaves, structure = pytree.tree_flatten(output)
     columns: list[list[Tensor] | None] = []
     with torch._C._InferenceMode(False), torch.no_grad():

@@ -43,7 +43,7 @@ def _load(file: Path, preprocessing: Preprocessing) -> Tensor | Failure:
 
 
 def read_labels(file: Path) -> list[str]:
-    """Class labels from a text file, one per line, line i for class i.
+    """Read class labels from a text file, one per line, line i for class i.
 
     Raises:
         OSError: no such file.
@@ -62,15 +62,15 @@ def classify(
     batch_size: int = 16,
     amp_dtype: torch.dtype | None = None,
 ) -> Iterator[Prediction | Failure]:
-    """Classify image files in order; a file that cannot be read gives a `Failure` and the rest goes on.
+    """Classify image files in order; a file that cannot be read gives a `Failure` and the others are classified.
 
     Files are decoded by threads while the model works, one batch ahead.
 
     Args:
         model: takes (N, 3, S, S) and returns logits (N, classes); in eval mode, on the device and in the dtype wanted.
         preprocessing: by default what a model from ``effkernels.create_model`` was designed for.
-        topk: how many classes to return; all of them where there are fewer.
-        labels: one per class; by default the index stands for the label.
+        topk: how many classes to return; all of them if the model has fewer.
+        labels: one per class; by default the index is the label.
         amp_dtype: dtype of autocast, or None for the model's own.
 
     Raises:

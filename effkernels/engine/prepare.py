@@ -15,7 +15,7 @@ from effkernels.models import EfficientNet, EfficientNetFeatures
 
 @dataclass(frozen=True)
 class Preparation:
-    """How a model is made ready; the attributes are arguments of `InferenceEngine`."""
+    """The options for preparing a model; the attributes are arguments of `InferenceEngine`."""
 
     device: torch.device
     dtype: torch.dtype
@@ -26,7 +26,7 @@ class Preparation:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A model made ready, and what was done to it (as `EngineReport` tells it)."""
+    """A prepared model, and what was done to it (as in `EngineReport`)."""
 
     model: nn.Module
     optimized: str
@@ -34,7 +34,7 @@ class Prepared:
 
 
 def device_and_dtype_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
-    """Where the first floating tensor of a model is, and its dtype; the CPU and torch's default without one."""
+    """Return the device and dtype of a model's first floating tensor; the CPU and torch's default without one."""
     for tensor in model_tensors(model).values():
         if tensor.is_floating_point():
             return tensor.device, tensor.dtype
@@ -42,7 +42,7 @@ def device_and_dtype_of(model: nn.Module) -> tuple[torch.device, torch.dtype]:
 
 
 def prepare(model: nn.Module, how: Preparation) -> Prepared:
-    """A copy of a model, ready to serve; the model itself stays as it is.
+    """Return a copy of a model, ready to serve; the model itself stays as it is.
 
     Raises:
         TypeError: the model cannot be copied.
@@ -84,7 +84,7 @@ def _optimized(model: nn.Module) -> str:
 
 
 def structure_of(model: nn.Module) -> tuple[str, ...]:
-    """What has to stay the same for new weights to fit: the modules as they print, and every tensor's shape."""
+    """Return what has to stay the same for new weights to fit: the modules as they print, and every tensor's shape."""
     tensors = (f"{name}: {tuple(tensor.shape)}" for name, tensor in model_tensors(model).items())
     return (*repr(model).splitlines(), *tensors)
 
@@ -104,7 +104,7 @@ def check_structure(found: tuple[str, ...], wanted: tuple[str, ...]) -> None:
 
 
 def new_weights(source: nn.Module, into: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-    """The tensors of a model, and what a second model has in their place, with the device and dtype of the first.
+    """Return a model's tensors, and those of a second model in their place, with the first's device and dtype.
 
     Writing the one to the other cannot fail any more. What has device and dtype already is not copied.
 
@@ -127,7 +127,7 @@ def new_weights(source: nn.Module, into: nn.Module) -> tuple[list[Tensor], list[
 
 
 def _kind(tensor: Tensor) -> str:
-    """What has to be the same for one tensor to be written to another: where the values are, and of what kind."""
+    """Return what has to be the same for one tensor to be written to another: kind of number, layout, storage."""
     number = "complex" if tensor.is_complex() else "floating" if tensor.is_floating_point() else "whole-number"
     meta = ", meta" if tensor.is_meta else ""
     quantized = ", quantized" if tensor.is_quantized else ""

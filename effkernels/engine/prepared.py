@@ -78,7 +78,7 @@ class PreparedModel:
         Raises:
             RuntimeError: `release` was called.
         """
-        # An interrupt must leave neither the lock nor a mode behind. Between a call of C and what comes next Python
+        # After an interrupt neither the lock nor a mode may remain held. Between a call of C and what comes next Python
         # looks for none; the context managers of torch and contextlib are Python, and are left by those of C here.
         device = self.device.device.type
         with self._lock:
@@ -95,7 +95,7 @@ class PreparedModel:
                     torch.set_autocast_enabled(device, True)
 
     def new_input(self, count: int) -> Tensor:
-        """Zeros for that many images, (count, C, H, W)."""
+        """Return zeros for that many images, (count, C, H, W)."""
         shape = (count, *self.input_size)
         memory_format = self._how.memory_format
         with torch._C._InferenceMode(False), torch.no_grad():
@@ -103,7 +103,7 @@ class PreparedModel:
             return new.zero_()
 
     def run(self, images: Tensor) -> Any:
-        """The output for (N, C, H, W) of any N; rows of 0 for N=0."""
+        """Return the output for (N, C, H, W) of any N; rows of 0 for N=0."""
         if len(images) == 0:
             return first_rows(self._no_rows, 0)
         parts, start = [], 0
@@ -161,7 +161,7 @@ class PreparedModel:
 
     @property
     def memory_bound_bytes(self) -> int:
-        """What is held at most: computed, and on a GPU at least what the allocator reserved while warming up."""
+        """Return the most bytes held: computed, and on a GPU at least what the allocator reserved while warming up."""
         return max(self.bound(self.sizes[-1]), self.weight_bytes + self._reserved_bytes)
 
     def bound(self, size: int) -> int:
@@ -172,7 +172,7 @@ class PreparedModel:
         return held
 
     def _recorded_bytes(self, size: int) -> int:
-        """What the recording of a bucket holds: known, or in proportion to the smallest bucket's."""
+        """Return the bytes that a bucket's recording holds: known, or in proportion to the smallest bucket's."""
         runners = self._runners.copy()  # in one step: another thread may add one meanwhile
         recorded = {one: runner.recorded for one, runner in runners.items() if isinstance(runner, GraphRunner)}
         if size in recorded:
@@ -181,7 +181,7 @@ class PreparedModel:
         return -(-recorded[smallest].result_bytes * size // smallest) if recorded else 0
 
     def activation_bytes(self, size: int) -> int:
-        """The most bytes of tensors alive at once in a forward: counted, or in proportion to the smallest bucket's."""
+        """Return the most bytes of tensors alive at once in a forward: counted, or scaled from the smallest bucket."""
         measured = self._measured.copy()
         if size in measured:
             return measured[size]
@@ -194,7 +194,7 @@ class PreparedModel:
         return (held + size) * self._bytes_per_image
 
     def bucket_reports(self) -> tuple[BucketReport, ...]:
-        """What became of every batch size asked for."""
+        """Return how every batch size asked for was prepared."""
         reports = []
         for size in sorted({*self.sizes, *self._refused}):
             runner = self._runners.get(size)
@@ -228,14 +228,14 @@ class PreparedModel:
         if len(self._refused) == len(self.sizes):
             raise ValueError(
                 f"InferenceEngine: max_memory_bytes={limit}, and a batch of {smallest} needs {self.bound(smallest)} "
-                "bytes; allow more, or a smaller one of batch_sizes"
+                "bytes; allow more, or give a smaller size in batch_sizes"
             )
         self.sizes = tuple(size for size in self.sizes if size not in self._refused)
 
     # ------------------------------------------------------------------------------------------------- runners
 
     def _runner(self, size: int) -> Runner:
-        """The runner of a bucket, made where there is none yet."""
+        """Return the runner of a bucket, made where there is none yet."""
         if size not in self._runners:
             self._runners[size] = self._new_runner(size)
         return self._runners[size]
@@ -269,7 +269,7 @@ class PreparedModel:
 
 
 def engine_device(device: torch.device) -> EngineDevice:
-    """What an engine needs of a device.
+    """Return the engine's interface to a device.
 
     Raises:
         ValueError: a GPU that PyTorch does not see, or the meta device.

@@ -7,7 +7,6 @@ floating point would differ from it by up to 7 of 255 levels on a photograph, tw
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,88 +15,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effkernels.engine.images import as_rgb
-from effkernels.models.preprocessing import LONGEST_RESIZED, Preprocessing
+from effkernels.models.model_input import pretrained_config
+from effkernels.models.preprocessing import CROP_MODES, LONGEST_RESIZED, Preprocessing
 
 _MODES = {"nearest": "nearest-exact", "bilinear": "bilinear", "bicubic": "bicubic", "lanczos": "lanczos"}
 _DOWN, _ACROSS = 2, 3  # dimensions of (N, C, H, W)
-_CROP_MODES = (None, "", "center")
 MOST_PIXELS = 178_956_970  # of a photograph: what Pillow, too, takes for an attack beyond
 
 
-def input_size_of(model: nn.Module, input_size: int | Sequence[int] | None) -> tuple[int, int, int]:
-    """(channels, height, width) of a model's input.
-
-    Args:
-        input_size: pixels of a square, (height, width) or (channels, height, width); None: as the model's
-            configuration has it (effkernels, timm, Hugging Face, EfficientNet-PyTorch).
-
-    Raises:
-        ValueError: the model does not say and neither does input_size; or it is none of the three forms.
-    """
-    config = getattr(model, "config", None)
-    known: Any = getattr(config, "input_size", None) or _timm_config(model).get("input_size")
-    if known is None and isinstance(getattr(config, "image_size", None), int):
-        known = (getattr(config, "num_channels", 3), config.image_size, config.image_size)  # type: ignore[union-attr]
-    lukemelas = getattr(getattr(model, "_global_params", None), "image_size", None)
-    if known is None and lukemelas is not None:
-        known = (_channels(model), lukemelas, lukemelas)
-    if input_size is None:
-        if known is None:
-            raise ValueError(
-                f"InferenceEngine: {type(model).__name__} does not say what input it takes; give input_size=PIXELS, "
-                "(height, width) or (channels, height, width)"
-            )
-        channels, height, width = known
-        return int(channels), int(height), int(width)
-    sizes = tuple(input_size) if isinstance(input_size, Sequence) else (input_size, input_size)
-    if len(sizes) not in (2, 3) or not all(type(size) is int and size >= 1 for size in sizes):
-        raise ValueError(
-            f"InferenceEngine: input_size={input_size!r}; allowed: PIXELS, (height, width), (channels, height, width)"
-        )
-    channels = sizes[0] if len(sizes) == 3 else int(known[0]) if known is not None else _channels(model)
-    return channels, sizes[-2], sizes[-1]
-
-
-def _channels(model: nn.Module) -> int:
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return 3 if first is None else first.in_channels
-
-
-def _timm_config(model: nn.Module) -> Mapping[str, Any]:
-    for name in ("pretrained_cfg", "default_cfg"):
-        found = getattr(model, name, None)
-        if isinstance(found, Mapping) and found:
-            return found
-    return {}
-
-
 def preprocessing_of(model: nn.Module, size: tuple[int, int, int]) -> tuple[Preprocessing, str]:
-    """How a model wants its images, and where that is from: its configuration, or the ImageNet recipe.
+    """Return a model's preprocessing and its source: the model's configuration, or the ImageNet recipe.
 
     Raises:
         ValueError: the configuration asks for what is not there; the message names it.
     """
     if size[1] != size[2]:
         raise ValueError(f"preprocess makes square inputs, and the engine's input is {size[1]} x {size[2]}")
-    timm = dict(_timm_config(model))
+    timm = dict(pretrained_config(model))
     config = getattr(model, "config", None)
     source = "the model's configuration"
     if not timm and getattr(config, "image_mean", None) is not None:
         timm = {"mean": config.image_mean, "std": config.image_std}  # type: ignore[union-attr]
     if not timm:
         source = "ImageNet defaults, the model has no configuration of its own"
-    if timm.get("crop_mode") not in _CROP_MODES:
-        raise ValueError(f"crop_mode={timm['crop_mode']!r} of the model's configuration; allowed: center")
+    crop_mode = timm.get("crop_mode") or "center"
+    if crop_mode not in CROP_MODES:
+        raise ValueError(f"crop_mode={crop_mode!r} of the model's configuration; allowed: {', '.join(CROP_MODES)}")
     wanted: dict[str, Any] = {
         key: tuple(timm[key]) if key in ("mean", "std") else timm[key]
         for key in ("crop_pct", "interpolation", "mean", "std")
         if timm.get(key) is not None
     }
-    return Preprocessing(size[2], **wanted), source
+    return Preprocessing(size[2], **wanted, crop_mode=crop_mode), source
 
 
 def preprocessing_from(given: Any, model: nn.Module, size: tuple[int, int, int]) -> tuple[Preprocessing, str]:
-    """The `preprocessing` argument of an engine, and in a few words where it is from.
+    """Return the `preprocessing` argument of an engine, and in a few words where it is from.
 
     Raises:
         TypeError: it is none.
@@ -122,7 +75,7 @@ def preprocessing_from(given: Any, model: nn.Module, size: tuple[int, int, int])
 
 
 def check_pixels(image: Any, channels: int, dimensions: str) -> Tensor:
-    """A uint8 array or tensor as a tensor (no copy), checked.
+    """Return a uint8 array or tensor as a tensor (no copy), checked.
 
     Args:
         dimensions: "HWC" or "NHWC".
@@ -156,7 +109,7 @@ def check_pixels(image: Any, channels: int, dimensions: str) -> Tensor:
 
 
 def check_memory(tensor: Tensor, name: str) -> None:
-    """Refuse a tensor whose values do not lie in memory one by one.
+    """Refuse a tensor whose values are not stored in memory one by one.
 
     Raises:
         TypeError: it is sparse, packed for a library, quantized or nested, or of a class that computes for itself.
@@ -176,12 +129,12 @@ def _check_pixel_count(height: int, width: int) -> None:
 
 
 def is_pil_image(image: Any) -> bool:
-    """Whether Pillow made it; Pillow itself is not needed to find out."""
+    """Return whether Pillow made it, without an import of Pillow."""
     return any(cls.__module__ == "PIL.Image" and cls.__name__ == "Image" for cls in type(image).__mro__)
 
 
 def to_pixels(image: Any, channels: int) -> Tensor:
-    """One image as uint8, (H, W, C).
+    """Return one image as uint8, (H, W, C).
 
     Args:
         image: a PIL image of any mode, or a uint8 array or tensor (H, W, C).
@@ -202,7 +155,7 @@ def to_pixels(image: Any, channels: int) -> Tensor:
 
 
 def transform(pixels: Tensor, preprocessing: Preprocessing, *, integers: bool | None = None) -> Tensor:
-    """Images of one size as the input of a model, on the device where they are.
+    """Turn images of one size into the input of a model, on the device where they are.
 
     Args:
         pixels: (N, H, W, C), uint8.
@@ -211,7 +164,9 @@ def transform(pixels: Tensor, preprocessing: Preprocessing, *, integers: bool | 
 
     Returns:
         (N, C, img_size, img_size), float32, in channels_last memory; at most one of 255 levels away from Pillow's
-            (two where the image is longer than 16 times its width).
+            (two where the image is longer than 16 times its width). Where crop_mode "squash" shrinks the height more
+            than the width, recent releases of Pillow take the two passes in the other order, and single values are a
+            few levels away.
 
     Raises:
         ValueError: mean and std have another number of channels.
@@ -246,7 +201,7 @@ def transform(pixels: Tensor, preprocessing: Preprocessing, *, integers: bool | 
 
 
 def _resized(levels: Tensor, dimension: int, length: int, scale: float | None, interpolation: str) -> Tensor:
-    """One pass of Pillow's resize along one dimension: whole levels from 0 to 255, in the dtype of `levels`.
+    """Return one pass of Pillow's resize along one dimension: whole levels from 0 to 255, in the dtype of `levels`.
 
     Args:
         length: what the dimension becomes; it does not count where `scale` gives the ratio.
@@ -266,7 +221,7 @@ def _resized(levels: Tensor, dimension: int, length: int, scale: float | None, i
 
 
 def _window(levels: Tensor, dimension: int, start: int, size: int, scale: float) -> tuple[Tensor, int]:
-    """The part of a long image that a crop needs, and where the crop starts in its resized form.
+    """Return the part of a long image that a crop needs, and where the crop starts in its resized form.
 
     The part begins where a pixel's edge falls on one of the resized image as closely as can be found, so that the
     resize of the part meets the same points.

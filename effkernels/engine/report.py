@@ -1,4 +1,4 @@
-"""What an engine tells about itself: how it was prepared, and what it has done since."""
+"""The reports of an engine: how it was prepared, and what it has done since."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class BucketReport:
 
 @dataclass(frozen=True)
 class EngineReport:
-    """How an engine was prepared.
+    """The preparation of an engine.
 
     Attributes:
         model: class of the model.
@@ -55,7 +55,7 @@ class EngineReport:
     buffer_bytes: int
 
     def to_json(self) -> str:
-        """The report as one line of JSON."""
+        """Return the report as one line of JSON."""
         return json.dumps(asdict(self))
 
     def __str__(self) -> str:
@@ -76,7 +76,7 @@ class EngineReport:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """What an engine has done so far.
+    """The work of an engine so far.
 
     Attributes:
         batches, images: buckets that were run and the images in them, by calls and by `submit` alike.

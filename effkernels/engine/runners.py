@@ -1,4 +1,4 @@
-"""How one bucket is computed: a runner takes up to `batch` images and returns their results alone.
+"""Runners compute one bucket each: a runner takes up to `batch` images and returns only their results.
 
 A runner is called by one thread at a time, under `torch.inference_mode()`. What it returns is the caller's: it shares
 no memory with anything that a later call writes.
@@ -44,7 +44,7 @@ class Runner(Protocol):
         """ "eager", or the name of a recorded call."""
 
     def run(self, images: Tensor) -> Any:
-        """The model's output for (n, C, H, W), 1 <= n <= batch: n rows."""
+        """Return the model's output for (n, C, H, W), 1 <= n <= batch: n rows."""
 
 
 class EagerRunner:
@@ -84,7 +84,7 @@ class GraphRunner:
     """Replays one recorded call: copies the images into its own input, replays, copies the results out.
 
     Args:
-        forward: the model; it reads its weights where they lie, so that new values there are seen by every replay.
+        forward: the model; it reads its weights in place, so that every replay sees new values.
         images: the input, (batch, C, H, W), which the runner keeps and writes.
         capture: records the call; `EngineDevice.capture`.
         kind: `EngineDevice.recording`.
@@ -102,6 +102,6 @@ class GraphRunner:
         """See `Runner.run`."""
         count = len(images)
         self._input[:count].copy_(images)
-        self._input[count:].zero_()  # no image of an earlier call stays behind
+        self._input[count:].zero_()  # no image of an earlier call remains
         self.recorded.replay()
         return first_rows(self.recorded.output, count)

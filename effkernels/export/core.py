@@ -18,6 +18,7 @@ from effkernels.export.folder import working_folder
 from effkernels.export.formats import DEFAULT_OPSET, FORMATS, OPSETS, ExportError, Format, Job
 from effkernels.export.sizes import DYNAMIC_IMAGE, Sizes
 from effkernels.export.verify import verify
+from effkernels.models.model_input import input_size_of, pretrained_config
 
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 _COMPILED = "effkernels::"  # operators that the library brings; all others of ours are Triton's and need Python
@@ -31,7 +32,7 @@ class Exported:
         file: written.
         format: of `FORMATS`.
         bytes: of the file.
-        library: the operator library beside it, without which it does not load; None where it needs none.
+        library: the operator library beside it, without which it does not load; None if it needs none.
         operators: of that library that it calls.
         input_shape: (batch, channels, height, width), "1:64" for a range.
         dtype: of the input.
@@ -51,7 +52,7 @@ class Exported:
     limit: float
 
     def to_dict(self) -> dict[str, Any]:
-        """The attributes as what JSON has."""
+        """Return the attributes as what JSON has."""
         return {**asdict(self), "file": str(self.file), "library": None if self.library is None else str(self.library)}
 
 
@@ -69,8 +70,8 @@ def export_model(
 ) -> Exported:
     """Write a network to a file that runs without this package, after checking that it computes the same.
 
-    The file is run at several input sizes and held against float64 by the rule of `effkernels.parity` (at most twice
-    PyTorch's own error in that dtype). It appears under its name only if it passes.
+    The file is run at several input sizes and held against float64 by the rule of `effkernels.ops.parity` (at most
+    twice PyTorch's own error in that dtype). It appears under its name only if it passes.
 
     Args:
         model: of `create_model`, or any network of images that torch.export can trace. It is copied and not changed;
@@ -85,7 +86,7 @@ def export_model(
         dtype: of weights and input: float32, bfloat16 or float16; ONNX files are float32.
         device: "cpu" or "cuda"; packages and programs run on that kind of device only.
         opset: version of the ONNX operators, 18 to 23; None: 20.
-        overwrite: replace files that are there.
+        overwrite: replace existing files.
 
     Returns:
         What was written and how it was checked.
@@ -93,16 +94,21 @@ def export_model(
     Raises:
         ValueError: an argument that is not allowed, or not for this format; the message names it.
         ImportError: a package that the format needs is missing; the message names the extra that brings it.
-        FileExistsError, FileNotFoundError: the file is there already, or its folder is not.
+        FileExistsError, FileNotFoundError: the file exists already, or its folder does not.
         ExportError: the network cannot be exported, or the file does not compute the same. Nothing is left on disk.
     """
     file, device = Path(output), torch.device(device)
     kind = _format(format)
     _check_arguments(kind, format, file, dtype, device, opset, overwrite)
-    config = getattr(model, "pretrained_cfg", None)  # as timm's models and those of create_model have it
-    config = config if isinstance(config, dict) else {}
+    config = pretrained_config(model)
+    channels, height, width = input_size_of(model, None, owner="export_model", default=224)
     if image_size is None:
-        image_size = int(config.get("input_size", (3, 224, 224))[-1])
+        if height != width:
+            raise ValueError(
+                f"image_size=None, and the model states {height} x {width}; allowed: a number, (smallest, largest), "
+                "'dynamic'"
+            )
+        image_size = height
     elif isinstance(image_size, str):
         if image_size != "dynamic":
             raise ValueError(f"image_size={image_size!r}; allowed: a number, (smallest, largest), 'dynamic', None")
@@ -118,7 +124,7 @@ def export_model(
         job = Job(
             model=prepared,
             name=str(config.get("name") or config.get("architecture") or type(model).__name__),
-            sizes=Sizes.of(batch_size, image_size, _image_channels(prepared)),
+            sizes=Sizes.of(batch_size, image_size, channels),
             dtype=dtype,
             device=device,
             file=folder / file.name,
@@ -172,7 +178,7 @@ def _check_arguments(
     if file.is_dir():
         raise ValueError(f"output={str(file)!r} is a folder; allowed: a file")
     if file.exists() and not overwrite:
-        raise FileExistsError(f"output={str(file)!r} is there already; overwrite=True (--force) replaces it")
+        raise FileExistsError(f"output={str(file)!r} exists already; overwrite=True (--force) replaces it")
     allowed = (torch.float32,) if name == "onnx" else DTYPES
     if dtype not in allowed:
         raise ValueError(f"dtype={dtype}; allowed for format={name!r}: {', '.join(map(str, allowed))}")
@@ -193,7 +199,7 @@ def _check_arguments(
 def _check_operators(job: Job) -> None:
     """Refuse a graph whose operators would be missing where the file runs."""
     if job.on_reference and job.operators:
-        raise ExportError(f"{job.name}: {', '.join(job.operators)} stayed in a graph that is to be plain PyTorch")
+        raise ExportError(f"{job.name}: {', '.join(job.operators)} are still in a graph that should be plain PyTorch")
     python = [name for name in job.operators if not name.startswith(_COMPILED)]
     if python:
         raise ExportError(
@@ -203,19 +209,13 @@ def _check_operators(job: Job) -> None:
         )
 
 
-def _image_channels(model: nn.Module) -> int:
-    """Channels of an image: what the first convolution takes."""
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    return 3 if first is None else first.in_channels
-
-
 def _copy_library(folder: Path, target: Path, overwrite: bool) -> Path:
-    """The operator library in `target`; what is the same is left alone."""
+    """Return the operator library in `target`; what is the same is left alone."""
     library = target / _library.LIBRARY_FILE.name
     if library.exists() and filecmp.cmp(library, _library.LIBRARY_FILE, shallow=False):
         return library
     if library.exists() and not overwrite:
-        raise FileExistsError(f"{library} is there already and is another build; overwrite=True (--force) replaces it")
+        raise FileExistsError(f"{library} exists already and is another build; overwrite=True (--force) replaces it")
     shutil.copy2(_library.LIBRARY_FILE, folder)
     os.replace(folder / library.name, library)
     return library

@@ -15,7 +15,7 @@ PREFIX = ".effkernels-export-"
 
 @contextmanager
 def working_folder(parent: Path) -> Iterator[Path]:
-    """A new folder in `parent` that only its owner may read, removed after the block.
+    """Make a new folder in `parent` that only its owner may read, removed after the block.
 
     Those that killed exports have left there are removed, too. An export at work holds a lock on its folder, which the
     system takes back when the process ends; where the file system has no such locks nothing is removed.
@@ -33,7 +33,7 @@ def working_folder(parent: Path) -> Iterator[Path]:
 
 
 def _new(parent: Path) -> tuple[Path, int]:
-    """A folder, and the descriptor that holds its lock."""
+    """Return a folder, and the descriptor that holds its lock."""
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         try:

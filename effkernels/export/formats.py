@@ -29,7 +29,7 @@ from effkernels.models import EfficientNet, load_checkpoint
 OPSETS = range(18, 24)
 DEFAULT_OPSET = 20
 METADATA = "effkernels"
-"""The key in a safetensors file or an ONNX file under which `Job.description` stands, as JSON."""
+"""The key in a safetensors file or an ONNX file under which `Job.description` is stored, as JSON."""
 
 _AXES = {0: "batch", 2: "height", 3: "width"}
 
@@ -63,7 +63,7 @@ class Job:
 
     @property
     def description(self) -> dict[str, str]:
-        """What a reader of the file has to know of its input."""
+        """Return what a reader of the file has to know about its input."""
         sizes = self.sizes
         return {
             "effkernels_version": __version__,
@@ -88,7 +88,7 @@ class Job:
         except Exception as error:  # whatever tracing meets in foreign code; the cause is kept
             raise ExportError(f"torch.export cannot trace {self.name}: {_first_line(error)}") from error
         for node in program.graph.nodes:
-            node.meta.pop("stack_trace", None)  # where the sources lay on this machine is nobody's business
+            node.meta.pop("stack_trace", None)  # the path of the sources on this machine is private
         self._find_axes(program, axes or {})
         return program
 
@@ -100,7 +100,7 @@ class Job:
         return tuple(sorted(name for name in found if name.startswith("effkernels")))
 
     def _find_axes(self, program: ExportedProgram, axes: dict[int, Any]) -> None:
-        """Note the symbols of the open axes, and refuse a program that holds for fewer sizes than were asked for."""
+        """Note the symbols of the open axes, and refuse a program that is valid for fewer sizes than were asked for."""
         [name] = program.graph_signature.user_inputs
         [images] = [node for node in program.graph.nodes if node.name == name]
         for axis in axes:
@@ -110,8 +110,8 @@ class Job:
             if found is None or found.lower > wanted.low or found.upper < wanted.high:
                 held = size if found is None else f"{found.lower} to {found.upper}"
                 raise ExportError(
-                    f"{self.name}: {_AXES[axis]} of {wanted.low} to {wanted.high} was asked for, and the traced "
-                    f"network holds for {held} only"
+                    f"{self.name}: {_AXES[axis]} of {wanted.low} to {wanted.high} was asked for, but the "
+                    f"traced network is valid for {held} only"
                 )
             self.axis_names[str(size)] = _AXES[axis]
 
@@ -139,7 +139,7 @@ class Format:
     extra: str = ""
 
     def missing(self) -> str | None:
-        """What has to be installed first, or None."""
+        """Return what has to be installed first, or None."""
         absent = [package for package in self.packages if importlib.util.find_spec(package) is None]
         if absent:
             return f"{' and '.join(absent)} is not installed: pip install 'effkernels[{self.extra}]'"
@@ -148,7 +148,7 @@ class Format:
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silences deprecations inside torch's exporters, nothing that a caller could act on."""
+    """Silence deprecations inside torch's exporters, nothing that a caller could act on."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -187,7 +187,7 @@ def _write_aoti(job: Job) -> Run:
 
 @contextmanager
 def _environment(name: str, value: str) -> Iterator[None]:
-    """An environment variable for a while."""
+    """Set an environment variable inside the block."""
     before = os.environ.get(name)
     os.environ[name] = value
     try:
@@ -239,7 +239,7 @@ def _write_onnx(job: Job) -> Run:
         raise ExportError(f"torch.onnx cannot export {type(model).__name__}: {_first_line(error)}") from error
     written = {entry.domain: entry.version for entry in proto.opset_import}
     if written != {"": job.opset} or proto.functions:
-        raise ExportError(f"the ONNX graph needs operators {written}; asked for was opset {job.opset} alone")
+        raise ExportError(f"the ONNX graph needs operators {written}; only opset {job.opset} was asked for")
     job.file.write_bytes(content)
     onnxruntime = importlib.import_module("onnxruntime")
     session = onnxruntime.InferenceSession(str(job.file), providers=["CPUExecutionProvider"])
@@ -269,7 +269,7 @@ def _write_safetensors(job: Job) -> Run:
             f"format='safetensors' is for classifiers of create_model, whose names and meaning load_checkpoint knows; "
             f"the model is a {type(model).__name__}. Its weights alone: safetensors.torch.save_file(model.state_dict())"
         )
-    # load_checkpoint sets these again, whatever the model's name stands for.
+    # load_checkpoint sets these again, whatever the model's name implies.
     _, height, width = model.config.input_size
     meaning = {
         "pad_type": model.pad_type,

@@ -23,7 +23,7 @@ class Range:
 
     @classmethod
     def of(cls, name: str, value: int | tuple[int, int]) -> Range:
-        """A size, or (smallest, largest).
+        """Return a size, or (smallest, largest).
 
         Raises:
             ValueError: below 1, or a range that is empty; the message begins with `name`.
@@ -40,7 +40,7 @@ class Range:
         return self.low == self.high
 
     def clamp(self, size: int) -> int:
-        """The allowed size nearest to `size`."""
+        """Return the allowed size nearest to `size`."""
         return min(max(size, self.low), self.high)
 
     def __str__(self) -> str:
@@ -63,7 +63,7 @@ class Sizes:
 
     @classmethod
     def of(cls, batch_size: int | tuple[int, int], image_size: int | tuple[int, int], channels: int) -> Sizes:
-        """Sizes or ranges as a caller writes them.
+        """Read sizes or ranges as a caller writes them.
 
         Raises:
             ValueError: one of them is out of its range; the message names it.
@@ -74,11 +74,11 @@ class Sizes:
         return cls(batch, image, channels)
 
     def example(self) -> tuple[int, int, int, int]:
-        """The input to trace with. Open sizes are not 1 and not equal, or the trace would take that for a rule."""
+        """Return the input to trace with. Open sizes are not 1 and not equal: the trace would make that a rule."""
         return self.batch.clamp(2), self.channels, self.image.clamp(224), self.image.clamp(256)
 
     def dynamic_axes(self) -> dict[int, Any] | None:
-        """What `torch.export.export` is told about the input; None where nothing is open."""
+        """Return the input's dynamic axes for `torch.export.export`; None if every size is fixed."""
         axes: dict[int, Any] = {}
         if not self.batch.fixed:
             axes[0] = Dim("batch", min=self.batch.low, max=self.batch.high)

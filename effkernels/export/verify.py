@@ -32,10 +32,10 @@ Run = Callable[[Tensor], Any]
 
 @dataclass(frozen=True)
 class Parity:
-    """How far an exported network is from float64 and how far it may be, where it is nearest to too far.
+    """The error of an exported network against float64 and its limit, where the error is nearest to the limit.
 
     Attributes:
-        ok: within the rule of `effkernels.parity`.
+        ok: within the rule of `effkernels.ops.parity`.
         error, limit: of the output and the measure that are nearest to breaking it, relative.
         shapes: of the inputs it was run on, (batch, channels, height, width).
     """
@@ -48,7 +48,7 @@ class Parity:
 
 @contextmanager
 def on_reference(model: nn.Module) -> Iterator[None]:
-    """Every operator of `model` in plain PyTorch, also where the model names a backend of its own."""
+    """Run every operator of `model` in plain PyTorch, also where the model names a backend of its own."""
     # A model comes before its blocks, so that they have their own again in the end: it sets its choice on them.
     owners = [module for module in model.modules() if isinstance(module, _OWNERS)]
     before = [owner.backend for owner in owners]
@@ -63,7 +63,7 @@ def on_reference(model: nn.Module) -> Iterator[None]:
 
 
 def verify(run: Run, model: nn.Module, sizes: Sizes, dtype: torch.dtype, device: torch.device) -> Parity:
-    """Hold `run` against `model` at several sizes by the rule of `effkernels.parity`.
+    """Hold `run` against `model` at several sizes by the rule of `effkernels.ops.parity`.
 
     Args:
         run: the exported network.
@@ -97,7 +97,7 @@ def verify(run: Run, model: nn.Module, sizes: Sizes, dtype: torch.dtype, device:
 
 
 class _Yardstick:
-    """What plain PyTorch makes of images: in the model's dtype with NCHW and with channels_last tensors, in float64.
+    """Plain PyTorch's results for images: in the model's dtype with NCHW and with channels_last tensors, in float64.
 
     A deep network multiplies rounding errors by chance, so PyTorch's own error is that of its worse layout.
     """
@@ -123,7 +123,7 @@ class _Yardstick:
 
 
 def _columns(calls: Sequence[tuple[list[Tensor], ...]]) -> list[list[Tensor]]:
-    """For each way of computing, its outputs, each of all calls as one long tensor."""
+    """Return for each way of computing its outputs, each of all calls as one long tensor."""
     return [
         [torch.cat([part.flatten() for part in parts]) for parts in zip(*outputs, strict=True)]
         for outputs in zip(*calls, strict=True)

@@ -10,6 +10,7 @@ from effkernels.models.conversion import convert_state_dict
 from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
 from effkernels.models.features import FeatureInfo
 from effkernels.models.layouts import Semantics
+from effkernels.models.pretrained import HubError
 from effkernels.models.registry import create_model, list_models, load_checkpoint, model_config, register
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "EfficientNet",
     "EfficientNetFeatures",
     "FeatureInfo",
+    "HubError",
     "ModelConfig",
     "Semantics",
     "Stage",

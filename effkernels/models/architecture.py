@@ -45,7 +45,7 @@ class Architecture:
     activation: str = "silu"
 
     def scaled(self, coefficients: ScalingCoefficients, *, fix_stem_head: bool = False) -> Architecture:
-        """The network with its channels scaled by `coefficients.width` and its layers by `coefficients.depth`.
+        """Return the network with its channels scaled by `coefficients.width` and its layers by `coefficients.depth`.
 
         With `fix_stem_head` the channels of stem and head and the layers of the first and the last stage stay, as in
         the lite variants.
@@ -88,4 +88,4 @@ the table prints the resolution that enters a stage.
 """
 
 LITE_BASELINE = replace(BASELINE, se_ratio=0.0, activation="relu6")
-"""EfficientNet-Lite0: B0 without squeeze-and-excitation and with ReLU6, both for the sake of integer hardware."""
+"""EfficientNet-Lite0: B0 without squeeze-and-excitation and with ReLU6, both for integer hardware."""

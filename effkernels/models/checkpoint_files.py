@@ -42,7 +42,7 @@ _MODULE = "module."
 _TRAINER_KEYS = frozenset({"n_averaged"})
 # A word of a prefix that says that the weights under it are averaged.
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|averaged?)([._]|$)")
-# More networks in one file than this are not told apart, and no key of a network is longer or has more words.
+# More networks in one file than this are not separated, and no key of a network is longer or has more words.
 _MOST_NETWORKS = 16
 _LONGEST_KEY = 1000
 _MOST_TENSORS = 100_000
@@ -56,7 +56,7 @@ class NetworkTensors:
 
     Attributes:
         tensors: of the network, without the prefix.
-        prefix: that stands in front of every key of the network, with its dot; "": none.
+        prefix: at the start of every key of the network, with its dot; "": none.
         beside: keys of other tensors, which are left out. Those that are known to be a trainer's are not listed.
         metadata: texts that a safetensors file notes beside its tensors.
     """
@@ -67,7 +67,7 @@ class NetworkTensors:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
     def note(self) -> str | None:
-        """A sentence on what is left out; None where nothing is."""
+        """Return a sentence on what is left out; None if nothing is."""
         if not self.beside:
             return None
         return (
@@ -78,14 +78,14 @@ class NetworkTensors:
 
 @dataclass(frozen=True)
 class _Content:
-    """What a file holds: any plain values, and the texts that a safetensors file notes beside its tensors."""
+    """The content of a file: plain values, and the texts that a safetensors file stores beside its tensors."""
 
     values: Any
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_file(file: str | Path, starts: Callable[[str], bool], *, use_ema: bool = True) -> NetworkTensors:
-    """The network in a .pth or .safetensors file; a warning names the tensors beside it, which are left out.
+    """Return the network in a .pth or .safetensors file; a warning names the tensors beside it, which are left out.
 
     Args:
         file: path of the file.
@@ -124,9 +124,9 @@ def _read(path: Path) -> _Content:
 def network_tensors(
     tensors: Mapping[str, Tensor], where: str | Path, starts: Callable[[str], bool], *, use_ema: bool = True
 ) -> NetworkTensors:
-    """The tensors of a network without what wrappers and trainers put in front of their keys and beside them.
+    """Return the tensors of a network without what wrappers and trainers put in front of their keys and beside them.
 
-    The prefix is what stands in front of the key that `starts` knows, whatever it is: "module." (DataParallel,
+    The prefix is what precedes the key that `starts` knows, whatever it is: "module." (DataParallel,
     AveragedModel), "model." (Lightning), "backbone.", several of them. Without such a key a "module." in front of every
     key is taken off.
 
@@ -175,13 +175,13 @@ def network_tensors(
 
 
 def _prefixes(tensors: Mapping[str, Tensor], starts: Callable[[str], bool]) -> list[str]:
-    """What stands in front of each key that `starts` knows."""
+    """Return what precedes each key that `starts` knows."""
     found: list[str] = []
     for key in tensors:
         cuts = [0, *(match.end() for match in re.finditer(r"\.", key))]
         prefixes = [key[:cut] for cut in cuts if starts(key[cut:])]
         if prefixes:
-            # Hugging Face's "efficientnet." may stand in front or not: the prefix under which more of the tensors are.
+            # Hugging Face's "efficientnet." may be in front or not: the prefix under which more of the tensors are.
             count = {prefix: sum(one.startswith(prefix) for one in tensors) for prefix in prefixes}
             best = max(prefixes, key=lambda prefix: (count[prefix], -len(prefix)))
             if best not in found:
@@ -208,7 +208,7 @@ def _choose(prefixes: list[str], where: str | Path, use_ema: bool) -> str:
 
 @functools.cache
 def _harmless_globals() -> tuple[Any, ...]:
-    """Classes and functions beside torch's own that make plain values and run nothing: argparse.Namespace and NumPy's
+    """Return the classes and functions beside torch's own that make plain values only: argparse.Namespace and NumPy's
     numbers, which timm's saver keeps beside the weights (the arguments of the run, its metric).
     """
     found: list[Any] = [argparse.Namespace]
@@ -312,7 +312,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _entries(content: Any) -> dict[Any, Any] | None:
-    """The entries of a dict, None of anything else.
+    """Return the entries of a dict, None of anything else.
 
     As dict itself gives them: a file can give an OrderedDict attributes that hide its methods.
     """
@@ -324,7 +324,7 @@ def _tensors_of(content: Mapping[Any, Any]) -> dict[str, Tensor]:
 
 
 def _unwrap(path: Path, content: Any, starts: Callable[[str], bool], use_ema: bool) -> dict[str, Tensor]:
-    """The tensors of a file, in whatever dict of it they are."""
+    """Return the tensors of a file, in whatever dict of it they are."""
     wrappers = (*_EMA_WRAPPERS, *_WRAPPERS) if use_ema else (*_WRAPPERS, *_EMA_WRAPPERS)
     entries = _entries(content)
     if entries is None:
@@ -355,7 +355,7 @@ def _unwrap(path: Path, content: Any, starts: Callable[[str], bool], use_ema: bo
 
 
 def _only_network(path: Path, content: Mapping[Any, Any], starts: Callable[[str], bool]) -> dict[Any, Any] | None:
-    """The one dict of tensors among the entries of a file, or the one of them that holds the network."""
+    """Return the one dict of tensors among the entries of a file, or the one of them that holds the network."""
     inside: dict[str, dict[Any, Any]] = {}
     for name, value in content.items():
         entries = _entries(value)

@@ -1,4 +1,4 @@
-"""What a tensor of a checkpoint may be, checked in this order: its kind, dtype and shape, and only then its values.
+"""Check the tensors of a checkpoint, in this order: kind, dtype and shape, and only then the values.
 
 The order is what keeps a hostile file harmless: a file of a kilobyte can hold a tensor of 256 GiB, expanded from one
 number, and whatever looks at its values first allocates them.
@@ -26,8 +26,8 @@ class CheckpointError(ValueError):
     """A file that is not a checkpoint, or not one of this model; the message says what differs and what to do.
 
     Attributes:
-        file: that was read; None where the tensors come from no file.
-        key: of the tensor in question; None where it is not about one.
+        file: that was read; None if the tensors come from no file.
+        key: of the tensor in question; None if it is not about one.
     """
 
     def __init__(self, message: str, *, file: str | Path | None = None, key: str | None = None) -> None:
@@ -37,7 +37,7 @@ class CheckpointError(ValueError):
 
 
 def enumerated(entries: list[str], separator: str = ", ") -> str:
-    """The first few of many keys, for a message."""
+    """Return the first few of many keys, for a message."""
     more = len(entries) - _LISTED
     shown = [
         printable(entry if len(entry) <= _LONGEST_LISTED else f"{entry[:_LONGEST_LISTED]}...")
@@ -47,12 +47,12 @@ def enumerated(entries: list[str], separator: str = ", ") -> str:
 
 
 def file_of(where: str | Path) -> Path | None:
-    """The file that tensors come from; None for a text that says otherwise where they come from."""
+    """Return the file that tensors come from; None for a text that says otherwise where they come from."""
     return where if isinstance(where, Path) else None
 
 
 def plain_tensor(key: str, tensor: Tensor, where: str | Path) -> Tensor:
-    """A tensor of a file without gradient and attributes, its kind checked by `check_structure`; nothing is copied.
+    """Return a file's tensor without gradient and attributes, its kind checked by `check_structure`; no copy.
 
     A file can give a tensor attributes, which would hide its methods from those who ask for its shape later.
     """

@@ -1,8 +1,8 @@
 """Checkpoints of EfficientNets: recognised by their keys, loaded with their meaning.
 
-The keys tell the library (timm, torchvision, lukemelas, Hugging Face, NVIDIA), and the library tells padding, eps and
-momentum of the norms, which are then set in the model (see `effkernels.models.layouts`). How a file is read is in
-`effkernels.models.checkpoint_files`.
+The keys identify the library (timm, torchvision, lukemelas, Hugging Face, NVIDIA). The library implies padding, eps and
+momentum of the norms, which are then set in the model (see `effkernels.models.layouts`).
+`effkernels.models.checkpoint_files` reads the files.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ class Checkpoint:
     noted: Semantics = field(default_factory=Semantics)
 
     def tensor(self, role: str, name: str = "weight") -> Tensor | None:
-        """A tensor outside the blocks ("stem", "head", "classifier"), or None where the file has none."""
+        """Return a tensor outside the blocks ("stem", "head", "classifier"), or None if the file has none."""
         return self.tensors.get(f"{self.layout.outside[role]}.{name}")
 
 
 def read_checkpoint(file: str | Path, *, use_ema: bool = True) -> Checkpoint:
     """Read a .pth or .safetensors file and recognise the library that wrote it.
 
-    The wrappers of training scripts ("state_dict", "model", ...) are opened. What stands in front of every key of the
+    The wrappers of training scripts ("state_dict", "model", ...) are opened. What precedes every key of the
     network is taken off, whatever it is: "module." of DataParallel and AveragedModel, "model." of Lightning,
     "backbone.", "_orig_mod." of torch.compile, several of them. Tensors that are not under it are left out with a
     warning that names them. Files of timm's own saver are read with what they keep beside the weights
@@ -78,7 +78,7 @@ def read_checkpoint(file: str | Path, *, use_ema: bool = True) -> Checkpoint:
 
 
 def recognise_tensors(tensors: Mapping[str, Tensor], where: str | Path) -> tuple[Layout, dict[str, Tensor]]:
-    """The library whose names the tensors have, and the tensors under its usual spelling of them.
+    """Return the library whose names the tensors have, and the tensors under its usual spelling of them.
 
     Args:
         tensors: key -> tensor, without prefixes.
@@ -99,7 +99,7 @@ def recognise_tensors(tensors: Mapping[str, Tensor], where: str | Path) -> tuple
 
 
 def build_for(checkpoint: Checkpoint, build: Callable[..., Model]) -> Model:
-    """The model that a checkpoint fits, with the file's number of classes and of image channels, not yet loaded.
+    """Return the model that a checkpoint fits, with the file's number of classes and of image channels, not yet loaded.
 
     Args:
         checkpoint: as read.
@@ -160,7 +160,7 @@ def load_read(
 def set_native_padding(
     model: EfficientNet | EfficientNetFeatures, pad_type: str, native_size: int | None = None
 ) -> None:
-    """`model.set_padding(pad_type)`; padding that is frozen at a size is frozen at `native_size`.
+    """Call `model.set_padding(pad_type)`; padding that is frozen at a size is frozen at `native_size`.
 
     The model's config then says so too: its input has that size and the crop that goes with it.
 
@@ -179,7 +179,7 @@ def set_native_padding(
 
 
 def _variant(model: EfficientNet | EfficientNetFeatures) -> str | None:
-    """The published variant that a model is by its name."""
+    """Return the published variant that a model is by its name."""
     name = model.config.name.rpartition("_")[2] if model.config is not None else ""
     return name if name in VARIANTS else None
 
@@ -187,7 +187,7 @@ def _variant(model: EfficientNet | EfficientNetFeatures) -> str | None:
 def _fitting(
     model: EfficientNet | EfficientNetFeatures, checkpoint: Checkpoint, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The checkpoint under the model's names; CheckpointError where keys or shapes are not the model's."""
+    """Return the checkpoint under the model's names; CheckpointError where keys or shapes are not the model's."""
     tensors = _to_model_names(model, checkpoint, state)
     _check_fit(model, checkpoint, state, tensors)
     return tensors
@@ -196,7 +196,7 @@ def _fitting(
 def _to_model_names(
     model: EfficientNet | EfficientNetFeatures, checkpoint: Checkpoint, state: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """The checkpoint under the model's names; keys that no part of the network has keep the library's name."""
+    """Return the checkpoint under the model's names; keys that no part of the network has keep the library's name."""
     names = translation(checkpoint.layout, TIMM, model.architecture)
     tensors: dict[str, Tensor] = {}
     for key, tensor in checkpoint.tensors.items():
@@ -261,7 +261,7 @@ def _check_fit(
 
 
 def _other_variant(model: EfficientNet | EfficientNetFeatures, checkpoint: Checkpoint) -> str | None:
-    """The published variant that a checkpoint is nearer to than to that of the model."""
+    """Return the published variant that a checkpoint is nearer to than to that of the model."""
     own = _variant(model)
     if own is None:
         return None
@@ -273,7 +273,7 @@ def _other_variant(model: EfficientNet | EfficientNetFeatures, checkpoint: Check
 
 
 def _noted_semantics(metadata: Mapping[str, str], path: Path) -> Semantics:
-    """What this project notes in the metadata of a safetensors file; nothing in everybody else's."""
+    """Return what this project stored in the metadata of a safetensors file; nothing for files of others."""
     text = metadata.get("effkernels")
     if text is None:
         return Semantics()

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class ScalingCoefficients:
-    """How one network is scaled against the baseline.
+    """The factors by which one network is scaled from the baseline.
 
     Attributes:
         width: factor on the number of channels.
@@ -101,7 +101,7 @@ as they are.
 
 
 def round_filters(filters: int, width: float, divisor: int = 8) -> int:
-    """Channels after scaling by `width`: the nearest multiple of `divisor`, never more than 10 % below the product.
+    """Return the channels after scaling by `width`: the nearest multiple of `divisor`, at most 10 % below the product.
 
     The released models use divisor 8 (their `round_filters`).
 
@@ -116,7 +116,7 @@ def round_filters(filters: int, width: float, divisor: int = 8) -> int:
 
 
 def round_repeats(layers: int, depth: float) -> int:
-    """Layers of a stage after scaling by `depth`, rounded up (the released models' `round_repeats`).
+    """Return the layers of a stage after scaling by `depth`, rounded up (the released models' `round_repeats`).
 
     Raises:
         ValueError: an argument that is not positive.

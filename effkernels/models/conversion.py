@@ -81,7 +81,7 @@ def convert_state_dict(
         or views of them where squeeze-and-excitation goes from 1x1 convolutions to linear layers (NVIDIA's default) or
         back: nothing is copied, so clone before you change one in place. Going back gives the first tensors again, bit
         by bit, under the library's usual names. `num_batches_tracked` is kept where there is one. Without a classifier
-        Hugging Face's names are those of `EfficientNetModel`. The semantics tell what the weights need (`pad_type`,
+        Hugging Face's names are those of `EfficientNetModel`. The semantics say what the weights need (`pad_type`,
         `bn_eps`, `bn_momentum`), the code that builds the target's model accordingly (`build`) and what that cannot
         give (`warnings`).
 
@@ -96,7 +96,7 @@ def convert_state_dict(
 
 
 def convert(state_dict: Mapping[str, Tensor], src: str | None, dst: str, *, variant: str | None = None) -> Conversion:
-    """`convert_state_dict`, with everything that was found out on the way."""
+    """Do `convert_state_dict`, and return everything that was found out on the way."""
     target = _layout("dst", dst)
     wanted = None if src is None else _layout("src", src)
     asked = _parse(variant)
@@ -159,7 +159,7 @@ def _check_types(state_dict: object) -> None:
 
 
 def _under_usual_names(state_dict: Mapping[str, Tensor], wanted: Layout | None) -> tuple[Layout, dict[str, Tensor]]:
-    """The library, and the tensors under its usual names."""
+    """Return the library, and the tensors under its usual names."""
     if not state_dict:
         raise CheckpointError("state_dict is empty")
     network = network_tensors(state_dict, "state_dict", starts_network)
@@ -171,7 +171,7 @@ def _under_usual_names(state_dict: Mapping[str, Tensor], wanted: Layout | None) 
     except CheckpointError:
         if wanted is None:
             raise
-        # Its first key is missing: the list of what is missing tells more than that.
+        # Its first key is missing: the list of all missing keys says more than that.
         layout, tensors = wanted, {wanted.rename(key): tensor for key, tensor in bare.items()}
     if wanted is not None and layout is not wanted:
         raise ValueError(f"src={wanted.name!r}, but the keys are those of {layout.name} ({layout.marker})")
@@ -183,7 +183,7 @@ def _under_usual_names(state_dict: Mapping[str, Tensor], wanted: Layout | None) 
 
 
 def _find_variant(tensors: Mapping[str, Tensor], layout: Layout, asked: str | None) -> str:
-    """The variant that most tensors fit, which has to be the one asked for."""
+    """Return the variant that most tensors fit, which has to be the one asked for."""
     found = matches(tensors, layout)
     nearest = max(found.values(), key=lambda match: match.fit)
     if nearest.fit < _LEAST_FIT:
@@ -222,18 +222,18 @@ def _check_tensors(tensors: Mapping[str, Tensor], layout: Layout, variant: str, 
     gates = {key for (part, _), key in keys.items() if part.role in ("squeeze", "excite")}
     if misshaped and misshaped.keys() <= gates and not missing and not unexpected:
         problems.append(
-            "squeeze-and-excitation has another width, as in NVIDIA's widese models, which cannot go elsewhere"
+            "squeeze-and-excitation has another width, as in NVIDIA's widese models, which no other library can hold"
         )
     raise CheckpointError("\n  ".join([f"state_dict ({layout.name} keys) is not that of a {variant}", *problems]))
 
 
 def _meaning(source: Layout, variant: str, given: str | None) -> Semantics:
-    """What the source's weights need; of timm's only where the model's full name was given."""
+    """Return what the source's weights need; for timm's only where the model's full name was given."""
     match = None if given is None else _VARIANT.fullmatch(given)
     tensorflow, named = (False, False) if match is None else (match["tf"] is not None, match["family"] is not None)
     if source is not TIMM and tensorflow:
         raise ValueError(
-            f"variant={given!r} tells how weights of timm were trained, and these are {source.name}'s; allowed here: "
+            f"variant={given!r} says how timm's weights were trained, but these are {source.name}'s; allowed here: "
             f"{variant}, efficientnet_{variant}, None"
         )
     semantics = source.semantics(variant)
@@ -250,8 +250,8 @@ def _with_recipe(semantics: Semantics, source: Layout, target: Layout, in_chans:
         return replace(
             semantics,
             warnings=(
-                f"the keys of {source.name} do not tell {name} (symmetric padding, eps 1e-05) from tf_{name} (SAME "
-                f"padding, eps 0.001): give one of them as the variant to learn how to build the model of "
+                f"the keys of {source.name} do not distinguish {name} (symmetric padding, eps 1e-05) from tf_{name} "
+                f"(SAME padding, eps 0.001): give one of them as the variant to learn how to build the model of "
                 f"{target.name}; in the wrong one the weights lose their meaning",
             ),
         )
@@ -262,7 +262,7 @@ def _with_recipe(semantics: Semantics, source: Layout, target: Layout, in_chans:
 def _renamed(
     tensors: Mapping[str, Tensor], source: Layout, target: Layout, variant: str, shapes: Shapes, *, headless: bool
 ) -> dict[str, Tensor]:
-    """The tensors under the target's names, in its order and its shapes."""
+    """Return the tensors under the target's names, in its order and its shapes."""
     old, new = tensor_keys(source, variant, shapes), tensor_keys(target, variant, shapes)
     renamed: dict[str, Tensor] = {}
     for (part, name), shape in shapes.items():

@@ -1,8 +1,8 @@
-"""Whether converted weights compute in the target library's model what they computed in the source's.
+"""Check that converted weights compute in the target library's model what they computed in the source's.
 
-Both models are built by the very lines that the conversion tells its user, take the weights strictly, and see the same
+Both models are built by the very lines that the conversion gives its user, take the weights strictly, and see the same
 random images, at the native size and at another one, where frozen padding shows. The rule is that of
-`effkernels.parity`: at most twice the source model's own error against float64, plus one rounding.
+`effkernels.ops.parity`: at most twice the source model's own error against float64, plus one rounding.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         source, target: the implementations that were compared, such as "timm 1.0.31".
@@ -74,7 +74,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether the models agree at the native size and wherever else their paddings let them."""
+        """Return whether the models agree at the native size and wherever else their paddings let them."""
         native, *others = self.comparisons
         return native.same and all(other.same or not other.expected for other in others)
 
@@ -90,7 +90,7 @@ def verify(tensors: Mapping[str, Tensor], conversion: Conversion, sizes: tuple[i
 
     Raises:
         ValueError: the meaning of the weights is not known.
-        VerificationError: a model cannot be built as told, or does not take the weights.
+        VerificationError: a model cannot be built as shown, or does not take the weights.
     """
     meaning = conversion.semantics
     if meaning.pad_type is None or meaning.native_size is None or meaning.variant is None:
@@ -114,7 +114,7 @@ def verify(tensors: Mapping[str, Tensor], conversion: Conversion, sizes: tuple[i
 
 
 def _telling_size(native: int) -> int:
-    """A size, about three quarters of the native one, at which all ways to pad differ: SAME is symmetric at sizes of
+    """Return a size, some 3/4 of the native one, at which all ways to pad differ: SAME is symmetric at sizes of
     32 k + 1, and as it is at the native size at those that differ from it by a multiple of 32.
     """
     size = native * 3 // 4 | 1
@@ -151,7 +151,7 @@ def _logits(model: nn.Module, x: Tensor) -> Tensor:
 def _build(
     layout: Layout, made: Recipe, tensors: Mapping[str, Tensor], conversion: Conversion
 ) -> tuple[nn.Module, str]:
-    """The library's model with the weights in float32, or ours that pads alike where the library is not installed."""
+    """Return the library's model with the weights in float32; without the library, ours with the same padding."""
     weights = {key: tensor.float() if tensor.is_floating_point() else tensor for key, tensor in tensors.items()}
     try:
         name = _import(layout, conversion.semantics.variant or "")
@@ -165,7 +165,7 @@ def _build(
             # Our own text of names and numbers: to run what is printed is to know that what is printed is right.
             exec(made.code, namespace)
     except (AttributeError, ImportError, TypeError, ValueError) as error:  # of a release that has changed its arguments
-        raise VerificationError(f"{name} does not build the model as told: {error}\n{made.code}") from error
+        raise VerificationError(f"{name} does not build the model as shown: {error}\n{made.code}") from error
     model = namespace["model"]
     assert isinstance(model, nn.Module)
     return _loaded(model, weights, name), name

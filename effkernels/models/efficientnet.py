@@ -252,7 +252,7 @@ class EfficientNet(_Trunk):
         initialize_weights(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of images.
+        """Compute the logits of images.
 
         Args:
             x: (N, in_chans, H, W), floating, NCHW or channels_last.
@@ -280,7 +280,7 @@ class EfficientNet(_Trunk):
         return x if pre_logits else self.classifier(x)
 
     def get_classifier(self) -> nn.Module:
-        """The classifier: an `nn.Linear`, or an `nn.Identity` without classes."""
+        """Return the classifier: an `nn.Linear`, or an `nn.Identity` without classes."""
         return self.classifier
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -304,7 +304,7 @@ class EfficientNet(_Trunk):
         self.num_classes = num_classes
 
     def as_sequential(self) -> nn.Sequential:
-        """The parts of the network one after the other, the stages and the dropout among them; nothing is copied.
+        """Return the parts of the network in order, the stages and the dropout among them; nothing is copied.
 
         In eval mode the stages run fused, stem and head as they are written.
         """
@@ -420,7 +420,7 @@ class EfficientNetFeatures(_Trunk):
         initialize_weights(self)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """One map (N, num_chs, H / reduction, W / reduction) for each entry of `feature_info`, as x in memory.
+        """Return one map (N, num_chs, H / reduction, W / reduction) for each entry of `feature_info`, as x in memory.
 
         Args:
             x: (N, in_chans, H, W), floating, NCHW or channels_last.
@@ -476,7 +476,7 @@ def _pooling(global_pool: str, num_classes: int) -> nn.Module:
 
 
 def _positions(indices: int | Sequence[int] | None, count: int) -> list[int]:
-    """Positions among `count` maps: the last so many, those named, or all."""
+    """Return positions among `count` maps: the last so many, those named, or all."""
     if indices is None:
         return list(range(count))
     found = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)

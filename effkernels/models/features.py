@@ -1,4 +1,4 @@
-"""Where in a network the feature maps of each resolution are, and which of them are asked for."""
+"""Find the feature maps of each resolution in a network, and select those that are asked for."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class FeatureInfo(Sequence[Feature]):
 
     @classmethod
     def of(cls, architecture: Architecture) -> FeatureInfo:
-        """Every feature map of a network: the ends of the stages after which the resolution halves, and the last."""
+        """Return every feature map of a network: the ends of stages after which the resolution halves, and the last."""
         features: list[Feature] = []
         reduction = 2
         for position, stage in enumerate(architecture.stages):
@@ -52,7 +52,7 @@ class FeatureInfo(Sequence[Feature]):
         return cls(features)
 
     def select(self, out_indices: Sequence[int] | None) -> FeatureInfo:
-        """The maps at `out_indices` (negative ones count from the end; None: all), from high to low resolution.
+        """Return the maps at `out_indices` (negative ones count from the end; None: all), from high to low resolution.
 
         Raises:
             ValueError: no index, or one out of range.
@@ -69,7 +69,7 @@ class FeatureInfo(Sequence[Feature]):
         return FeatureInfo([self._features[i] for i in sorted({i % count for i in out_indices})])
 
     def channels(self) -> list[int]:
-        """Channels of each map."""
+        """Return the channels of each map."""
         return [feature["num_chs"] for feature in self]
 
     def reduction(self) -> list[int]:
@@ -77,7 +77,7 @@ class FeatureInfo(Sequence[Feature]):
         return [feature["reduction"] for feature in self]
 
     def module_name(self) -> list[str]:
-        """Name of the module that computes each map."""
+        """Return the name of the module that computes each map."""
         return [feature["module"] for feature in self]
 
     @overload

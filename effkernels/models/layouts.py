@@ -1,4 +1,4 @@
-"""How each library names the parts of an EfficientNet, and what its weights mean.
+"""The names that each library gives to the parts of an EfficientNet, and what its weights mean.
 
 A part (a convolution, a norm, a linear layer) has one canonical name here, for instance `Part("expand", stage=2,
 block=0)`; a `Layout` says what a library calls it. Every library keeps PyTorch's names below that (`weight`,
@@ -17,7 +17,7 @@ from effkernels.models.compound import PUBLISHED_LITE
 
 
 class Part(NamedTuple):
-    """A module that holds parameters: its role and, for the parts of a block, where the block stands (from 0)."""
+    """A module that holds parameters: its role and, for the parts of a block, the position of the block (from 0)."""
 
     role: str
     stage: int = -1
@@ -26,7 +26,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Semantics:
-    """What a library's weights were trained with; None: the file does not tell, the model's own value stays.
+    """The settings that a library's weights were trained with; None: the file does not say, the model's value stays.
 
     Attributes:
         pad_type: one of `effkernels.nn.PAD_TYPES`.
@@ -84,7 +84,7 @@ class Layout:
     normalization: Callable[[str], tuple[float, float] | None] = lambda variant: None
 
     def module_names(self, architecture: Architecture) -> dict[Part, str]:
-        """What the library calls each part of a network."""
+        """Return the library's name for each part of a network."""
         names = {Part(role): name for role, name in self.outside.items()}
         number = 0
         for stage, row in enumerate(architecture.stages):
@@ -270,7 +270,7 @@ _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_t
 def tensor_shapes(
     architecture: Architecture, *, in_chans: int = 3, num_classes: int = 1000
 ) -> dict[tuple[Part, str], tuple[int, ...]]:
-    """Every tensor of a network with its shape, in the order of the forward, which is every library's order.
+    """Return every tensor of a network with its shape, in the order of the forward, which is every library's order.
 
     Args:
         architecture: of the network.
@@ -317,12 +317,12 @@ def tensor_shapes(
 
 
 def recognise(keys: Collection[str]) -> Layout | None:
-    """The library whose names these are, or None."""
+    """Return the library whose names these are, or None."""
     return next((layout for layout in LAYOUTS if layout.marker in keys), None)
 
 
 def starts_network(key: str) -> bool:
-    """Whether a key is the marker of a library, in any spelling of it."""
+    """Return whether a key is the marker of a library, in any spelling of it."""
     return key.endswith(".weight") and any(layout.rename(key) == layout.marker for layout in LAYOUTS)
 
 

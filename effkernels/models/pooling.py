@@ -39,11 +39,11 @@ class GlobalPool(nn.Module):
         return y
 
     def is_identity(self) -> bool:
-        """Whether nothing is pooled."""
+        """Return whether nothing is pooled."""
         return not self.pool_type
 
     def feat_mult(self) -> int:
-        """Features for each channel: 1."""
+        """Return the number of features for each channel: 1."""
         return 1
 
     def extra_repr(self) -> str:

@@ -1,8 +1,8 @@
-"""How an image becomes the input of a network.
+"""Turn an image into the input of a network.
 
-The evaluation transform of the ImageNet recipes, and of timm: the shorter side resized to img_size / crop_pct, a
-central square of img_size cut out, values to [0, 1], then mean and standard deviation taken out per channel. Needs
-Pillow and numpy, which the extra ``models`` brings.
+The evaluation transform of the ImageNet recipes, and of timm: the shorter side resized to img_size / crop_pct (both
+sides with crop_mode "squash"), a central square of img_size cut out, values to [0, 1], then mean and standard deviation
+taken out per channel. Needs Pillow and numpy, which the extra ``models`` brings.
 """
 
 from __future__ import annotations
@@ -24,17 +24,19 @@ LONGEST_RESIZED = 16
 
 
 _INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos")
+CROP_MODES = ("center", "squash")
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an image becomes the input of a model.
+    """The steps that turn an image into the input of a model.
 
     Attributes:
         img_size: height and width of the input in pixels.
         crop_pct: img_size over the length that the shorter side is resized to, in (0, 1].
         interpolation: 'nearest', 'bilinear', 'bicubic' or 'lanczos'.
         mean, std: per channel (red, green, blue), of values in [0, 1].
+        crop_mode: 'center': the resize keeps the ratio of the sides; 'squash': it makes a square.
     """
 
     img_size: int
@@ -42,6 +44,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         if self.img_size < 1:
@@ -51,21 +54,25 @@ class Preprocessing:
         if self.interpolation not in _INTERPOLATIONS:
             allowed = ", ".join(_INTERPOLATIONS)
             raise ValueError(f"Preprocessing: interpolation={self.interpolation!r}; allowed: {allowed}")
+        if self.crop_mode not in CROP_MODES:
+            raise ValueError(f"Preprocessing: crop_mode={self.crop_mode!r}; allowed: {', '.join(CROP_MODES)}")
 
     @classmethod
     def of(cls, config: ModelConfig, img_size: int | None = None) -> Preprocessing:
-        """What a model was designed for (``effkernels.models.model_config(name)``), optionally at another size."""
+        """Return a model's preprocessing (``effkernels.models.model_config(name)``), optionally at another size."""
         size = config.input_size[-1] if img_size is None else img_size
-        return cls(size, config.crop_pct, config.interpolation, config.mean, config.std)
+        return cls(size, config.crop_pct, config.interpolation, config.mean, config.std, config.crop_mode)
 
     def placement(self, width: int, height: int) -> tuple[tuple[int, int], tuple[int, int]]:
-        """What an image of width x height pixels is resized to, (width, height), and the (left, top) of the crop."""
+        """Return the (width, height) that an image of width x height is resized to, and the (left, top) of the crop."""
         short = math.floor(self.img_size / self.crop_pct)
+        if self.crop_mode == "squash":
+            width = height = short
         resized = (short, int(short * height / width)) if width <= height else (int(short * width / height), short)
         return resized, (round((resized[0] - self.img_size) / 2), round((resized[1] - self.img_size) / 2))
 
     def __call__(self, image: PIL.Image.Image) -> Tensor:
-        """A decoded RGB image as a tensor, (3, img_size, img_size), float32, normalised."""
+        """Return a decoded RGB image as a tensor, (3, img_size, img_size), float32, normalised."""
         import numpy
         import PIL.Image
 

@@ -1,4 +1,4 @@
-"""How each library builds a model for weights of a given meaning, as Python to run, and what it cannot express.
+"""Recipes: the Python code with which each library builds a model for given weights, and what it cannot express.
 
 The libraries differ in what is an argument and what is fixed: timm takes padding, eps and momentum; torchvision and
 NVIDIA pad symmetrically whatever one asks for, lukemelas and Hugging Face as TensorFlow does. A recipe comes as near as
@@ -41,7 +41,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class _Need:
-    """What a model is wanted for: weights of this meaning, with nothing in it unknown."""
+    """The meaning of the weights that a model is built for, with nothing in it unknown."""
 
     variant: str
     pad_type: str
@@ -60,7 +60,7 @@ class _Need:
 
 
 def recipe(layout: Layout, meaning: Semantics, *, in_chans: int = 3, num_classes: int = 1000) -> Recipe:
-    """The recipe of a library for weights of a meaning.
+    """Return the recipe of a library for weights of a meaning.
 
     Args:
         layout: the library.
@@ -82,7 +82,7 @@ def recipe(layout: Layout, meaning: Semantics, *, in_chans: int = 3, num_classes
 
 
 def same_logits(variant: str, needed: str, built: str, size: int) -> bool:
-    """Whether two models of a variant that differ in their padding alone have the same logits for square images.
+    """Return whether two models of a variant that differ in their padding alone have the same logits for square images.
 
     Args:
         variant: "b0" to "b7", "lite0" to "lite4".
@@ -93,7 +93,7 @@ def same_logits(variant: str, needed: str, built: str, size: int) -> bool:
 
 
 def _strided_paddings(variant: str, pad_type: str, size: int) -> list[tuple[int, int]]:
-    """Zeros (before, after) of every convolution with stride 2; with stride 1 all types pad symmetrically."""
+    """Return the zeros (before, after) of a convolution with stride 2; with stride 1 all types pad symmetrically."""
     native = VARIANTS[variant].coefficients.resolution
     kernels = [3] + [row.kernel_size for row in VARIANTS[variant].architecture.stages if row.stride == 2]
     found = []
@@ -139,7 +139,7 @@ def _norm_warnings(need: _Need, name: str, eps: float, momentum: float) -> tuple
     """Of a library whose own model `name` has other norms than the weights need."""
     warnings = []
     if need.eps != eps:
-        warnings.append(f"{name} has norms with eps {eps:g}, the weights need {need.eps:g}: build the model as told")
+        warnings.append(f"{name} has norms with eps {eps:g}, the weights need {need.eps:g}: build the model as shown")
     if need.momentum != momentum:
         warnings.append(
             f"{name} has norms with momentum {momentum:g}, the weights were trained with {need.momentum:g}; this "
@@ -202,10 +202,10 @@ def _torchvision(need: _Need) -> Recipe:
         lines += _set_norms(need)
     if need.in_chans != 3:
         lines.append(f"model.features[0][0] = {_stem_convolution(need)}")
-        warnings.append(f"torchvision has no argument for {need.in_chans} image channels: build the model as told")
+        warnings.append(f"torchvision has no argument for {need.in_chans} image channels: build the model as shown")
     if need.num_classes == 0:
         lines.append("model.classifier[1] = nn.Identity()")
-        warnings.append("torchvision has no argument for a model without classifier: build the model as told")
+        warnings.append("torchvision has no argument for a model without classifier: build the model as shown")
     imports = ["from torch import nn"] if len(lines) > 1 else []
     return Recipe("\n".join([*imports, "from torchvision import models", "", *lines]), "", tuple(warnings))
 
@@ -229,7 +229,7 @@ def _lukemelas(need: _Need) -> Recipe:
         keywords["batch_norm_momentum"] = round(1.0 - need.momentum, 12)
     warnings = list(_norm_warnings(need, f"lukemelas' {name}", 1e-3, 0.01))
     if need.pad_type == "same":
-        warnings.append(f"lukemelas' {name} freezes its padding unless it is built with image_size=None, as told")
+        warnings.append(f"lukemelas' {name} freezes its padding unless it is built with image_size=None, as shown")
     package = "efficientnet_lite_pytorch" if lite else "efficientnet_pytorch"
     imports = [f"from {package} import EfficientNet"]
     lines = [f"model = {_call('EfficientNet.from_name', name, **keywords)}"]
@@ -242,12 +242,12 @@ def _lukemelas(need: _Need) -> Recipe:
             stem = _call("", need.in_chans, need.architecture.stem_channels, kernel_size=3, stride=2, bias=False)
             lines.append(f"model._conv_stem = {_call('get_same_padding_conv2d', image_size=size)}{stem}")
             warnings.append(
-                f"{package} builds no right stem for {need.in_chans} image channels: build the model as told"
+                f"{package} builds no right stem for {need.in_chans} image channels: build the model as shown"
             )
         if need.num_classes == 0:
             imports.append("from torch import nn")
             lines.append("model._fc = nn.Identity()")
-            warnings.append(f"{package} has no argument for a model without classifier: build the model as told")
+            warnings.append(f"{package} has no argument for a model without classifier: build the model as shown")
     pad_type = "same" if need.pad_type == "same" else "same_native"
     return Recipe("\n".join([*imports, "", *lines]), pad_type, tuple(warnings))
 
@@ -274,18 +274,18 @@ def _hugging_face(need: _Need) -> Recipe:
     lines = [f"config = {_call('EfficientNetConfig', **keywords)}", f"model = {model}(config)"]
     imports = [f"from transformers import EfficientNetConfig, {model}", ""]
     warnings = [
-        "the config of transformers has to hold what is told here: its defaults are those of B7, and depthwise_padding "
-        "lists the blocks whose planes are odd at the native size"
+        "the config of transformers has to hold the values shown here: its defaults are those of B7, and "
+        "depthwise_padding lists the blocks whose planes are odd at the native size"
     ]
     if need.momentum != 0.1:
         imports.insert(0, "from torch import nn")
-        lines += _set_norms(need)  # the config's momentum does not reach the norms behind the expand convolutions
+        lines += _set_norms(need)  # the config's momentum does not reach the norms after the expand convolutions
     return Recipe("\n".join([*imports, *lines]), "same_native", tuple(warnings))
 
 
 def _blocks_of_odd_planes(need: _Need) -> list[int]:
-    """Numbers of the blocks with stride 2 whose input has an odd height at the native size: SAME is symmetric there."""
-    size = math.ceil(need.native_size / 2)  # behind the stem
+    """Return the blocks with stride 2 whose input has an odd height at the native size: SAME is symmetric there."""
+    size = math.ceil(need.native_size / 2)  # after the stem
     found, number = [], 0
     for stage in need.architecture.stages:
         if stage.stride == 2 and size % 2 == 1:
@@ -312,10 +312,10 @@ def _nvidia(need: _Need) -> Recipe:
     )
     if need.in_chans != 3:
         lines.append(f"model.stem.conv = {_stem_convolution(need)}")
-        warnings.append(f"NVIDIA has no argument for {need.in_chans} image channels: build the model as told")
+        warnings.append(f"NVIDIA has no argument for {need.in_chans} image channels: build the model as shown")
     if need.num_classes == 0:
         lines.append("model.classifier.fc = nn.Identity()")
-        warnings.append("NVIDIA has no argument for a model without classifier: build the model as told")
+        warnings.append("NVIDIA has no argument for a model without classifier: build the model as shown")
     imports = ["from torch import nn"] if len(lines) > 1 else []
     imports = [f"from image_classification.models.efficientnet import EfficientNet, {arch}", *imports, ""]
     return Recipe("\n".join([*imports, *lines]), "", tuple(warnings))

@@ -16,17 +16,21 @@ from effkernels.models.architecture import Architecture
 from effkernels.models.checkpoints import build_for, load_read, read_checkpoint
 from effkernels.models.config import ModelConfig
 from effkernels.models.efficientnet import EfficientNet, EfficientNetFeatures
+from effkernels.models.pretrained import load_pretrained
+from effkernels.models.timm_weights import timm_weights
 from effkernels.models.variants import VARIANTS
 
 
 @dataclass(frozen=True)
 class RegisteredModel:
-    """What a name stands for.
+    """A registered name and what `create_model` builds for it.
 
     Attributes:
         config: the input the model expects; its `name` is the name.
         architecture: the scaled network.
         pad_type, bn_eps, bn_momentum: what the variant was trained with.
+        weights: configs of the weights that are published for it, each with its `tag` and `hf_hub_id`; the first is
+            the default.
     """
 
     config: ModelConfig
@@ -34,6 +38,7 @@ class RegisteredModel:
     pad_type: str = ""
     bn_eps: float = 1e-5
     bn_momentum: float = 0.1
+    weights: tuple[ModelConfig, ...] = ()
 
 
 _MODELS: dict[str, RegisteredModel] = {}
@@ -51,22 +56,42 @@ def register(model: RegisteredModel) -> None:
     _MODELS[name] = model
 
 
-def list_models(filter: str | Sequence[str] = "") -> list[str]:
-    """Names that `create_model` knows, sorted; `filter` is one shell pattern or several ("tf_*", "*_b[0-3]")."""
-    patterns = [filter] if isinstance(filter, str) else list(filter)
-    return sorted(name for name in _MODELS if any(fnmatch.fnmatch(name, pattern or "*") for pattern in patterns))
+def list_models(
+    filter: str | Sequence[str] = "", *, pretrained: bool = False, exclude_filters: str | Sequence[str] = ""
+) -> list[str]:
+    """Return the names that `create_model` knows, sorted.
+
+    Args:
+        filter: one shell pattern or several ("tf_*", "*_b[0-3]"), each for the name or for the name with its tag;
+            "": all.
+        pretrained: return the published weights, as "name.tag".
+        exclude_filters: patterns of names to leave out.
+    """
+    names = set(_MODELS)
+    if pretrained:
+        names = {config.full_name for model in _MODELS.values() for config in model.weights}
+
+    def matches(name: str, patterns: str | Sequence[str]) -> bool:
+        patterns = [patterns] if isinstance(patterns, str) else patterns
+        return any(fnmatch.fnmatch(text, pattern) for text in (name, name.partition(".")[0]) for pattern in patterns)
+
+    return sorted(name for name in names if matches(name, filter or "*") and not matches(name, exclude_filters))
 
 
 def model_config(name: str) -> ModelConfig:
-    """The input that the model of that name expects, without building it; ValueError for an unknown name."""
-    return _find(name).config
+    """Return the input that the model of that name, or of a "name.tag", expects, without building it.
+
+    Raises:
+        ValueError: an unknown name or tag.
+    """
+    return _find(name)[1]
 
 
 def create_model(
     name: str,
     pretrained: bool = False,
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     in_chans: int = 3,
     drop_rate: float = 0.0,
     drop_path_rate: float = 0.0,
@@ -82,15 +107,20 @@ def create_model(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> EfficientNet | EfficientNetFeatures:
-    """Build a model by name, with weights drawn at random or read from a checkpoint file.
+    """Build a model by name, with weights drawn at random, published by timm, or read from a checkpoint file.
 
     Args:
-        name: one of `list_models()`. `efficientnet_*` pad symmetrically with eps 1e-5; `tf_efficientnet_*` pad SAME
+        name: one of `list_models()`, or of `list_models(pretrained=True)`: the same model with a tag, whose config is
+            that of these weights. `efficientnet_*` pad symmetrically with eps 1e-5; `tf_efficientnet_*` pad SAME
             with eps 1e-3, as the weights that were trained in TensorFlow need it. `*_lite0` to `*_lite4` have ReLU6
             and no squeeze-and-excitation.
-        pretrained: not offered: no weights are shipped. Give checkpoint_path.
-        num_classes: of the classifier; 0: none.
-        in_chans: channels of an image.
+        pretrained: load timm's weights from the Hugging Face hub, or from the cache of its client library: those of the
+            tag, or the default ones (the first of docs/models.md). The model's config is that of the weights. Needs
+            the extra `models`.
+        num_classes: of the classifier; 0: none; None: the published weights', 1000 for a name without tag. A classifier
+            of another number than the published weights' is initialised, the rest loaded.
+        in_chans: channels of an image. Published weights are summed over the channels for 1, else repeated and scaled,
+            as in timm.
         drop_rate, drop_path_rate: dropout before the classifier and stochastic depth, in training. Both 0 by default,
             as in timm; the paper trains with `model_config(name).dropout` and 0.2.
         global_pool: "avg", "max" or "".
@@ -98,7 +128,7 @@ def create_model(
         out_indices: of a backbone: which maps; None: all.
         feature_cls: of a backbone, for code written for timm: "list" or "getter", which give the same list of maps;
             None: "list".
-        pad_type, bn_eps, bn_momentum: override what the name, or the checkpoint's library, stands for.
+        pad_type, bn_eps, bn_momentum: override what the name, or the checkpoint's library, implies.
         checkpoint_path: a .pth or .safetensors file of timm, torchvision, lukemelas, Hugging Face or NVIDIA; see
             `effkernels.models.load_checkpoint`.
         backend: that runs the operators, one of `effkernels.ops.backends.BACKENDS`; None and "auto": as
@@ -109,25 +139,33 @@ def create_model(
         The model, in training mode as PyTorch modules come.
 
     Raises:
-        ValueError: unknown name (the message offers the nearest), an argument out of its range.
-        NotImplementedError: pretrained=True.
+        ValueError: unknown name (the message offers the nearest) or tag, an argument out of its range, pretrained=True
+            for a name without published weights, on the meta device or together with checkpoint_path.
+        HubError: (an OSError) published weights are not in the cache and could not be fetched.
+        ImportError: pretrained=True without huggingface_hub or safetensors.
         CheckpointError: the file is not a checkpoint of this model; the message says what differs.
     """
-    registered = _find(name)
+    registered, config = _find(name)
     if pretrained:
-        raise NotImplementedError(
-            f"create_model({name!r}, pretrained=True): no weights are shipped. Give a checkpoint file of timm, "
-            "torchvision, lukemelas, Hugging Face or NVIDIA: create_model(..., checkpoint_path=FILE)"
-        )
+        config = _published(registered, config)
+        if checkpoint_path is not None:
+            raise ValueError(
+                f"create_model({name!r}): pretrained=True and checkpoint_path={str(checkpoint_path)!r}; allowed: one "
+                "of them"
+            )
+    weights = config
+    num_classes = config.num_classes if num_classes is None else num_classes
     if out_indices is not None and not features_only:
         raise ValueError(f"out_indices={tuple(out_indices)} is for features_only=True")
     if feature_cls is not None and not features_only:
         raise ValueError(f"feature_cls={feature_cls!r} is for features_only=True")
     if feature_cls not in (None, "list", "getter"):
         raise ValueError(f"feature_cls={feature_cls!r} is not offered; allowed: 'list', 'getter'")
+    test_size = config.test_input_size
     config = replace(
-        registered.config,
-        input_size=(in_chans, *registered.config.input_size[1:]),
+        config,
+        input_size=(in_chans, *config.input_size[1:]),
+        test_input_size=None if test_size is None else (in_chans, *test_size[1:]),
         num_classes=0 if features_only else num_classes,
     )
     options: dict[str, Any] = {
@@ -147,7 +185,9 @@ def create_model(
         model = EfficientNetFeatures(registered.architecture, out_indices=out_indices, **options)
     else:
         model = EfficientNet(registered.architecture, num_classes=num_classes, global_pool=global_pool, **options)
-    if checkpoint_path is not None:
+    if pretrained:
+        load_pretrained(model, weights, pad_type=pad_type, bn_eps=bn_eps, bn_momentum=bn_momentum)
+    elif checkpoint_path is not None:
         load_checkpoint(model, checkpoint_path, pad_type=pad_type, bn_eps=bn_eps, bn_momentum=bn_momentum)
     return model
 
@@ -166,7 +206,7 @@ def load_checkpoint(
     Padding, eps and momentum of the model are set to what the file's library uses, so that the logits are that
     library's: torchvision and NVIDIA pad symmetrically; lukemelas and Hugging Face pad SAME as it is at the native
     size, whatever the size of the image (pad_type="same" for lukemelas models built with image_size=None). timm's
-    keys do not tell `tf_efficientnet_*` from `efficientnet_*`: there the model stays as its name says. Weights of
+    keys do not distinguish `tf_efficientnet_*` from `efficientnet_*`: there the model's name decides. Weights of
     lukemelas' fork for the lite variants are TensorFlow's: the model's config then has their mean, std and size. A
     safetensors file of `effkernels export` or `effkernels convert` notes what its weights mean, which is then set.
 
@@ -195,12 +235,34 @@ def load_checkpoint(
     return load_read(model, checkpoint, pad_type=pad_type, bn_eps=bn_eps, bn_momentum=bn_momentum)
 
 
-def _find(name: str) -> RegisteredModel:
-    if name not in _MODELS:
-        near = difflib.get_close_matches(name, _MODELS, n=3, cutoff=0.5)
-        hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(list_models())}"
-        raise ValueError(f"unknown model {name!r}: {hint}")
-    return _MODELS[name]
+def _find(name: str) -> tuple[RegisteredModel, ModelConfig]:
+    """Return a registered model and the config of its name, or of its tag."""
+    if name in _MODELS:
+        return _MODELS[name], _MODELS[name].config
+    base, _, tag = name.partition(".")
+    if base in _MODELS:
+        tagged = {config.tag: config for config in _MODELS[base].weights}
+        if tag in tagged:
+            return _MODELS[base], tagged[tag]
+        known = f"known are {', '.join(tagged)}" if tagged else "it has none"
+        raise ValueError(f"unknown tag {tag!r} of {base}: {known}")
+    near = difflib.get_close_matches(base, _MODELS, n=3, cutoff=0.5)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known are {', '.join(list_models())}"
+    raise ValueError(f"unknown model {name!r}: {hint}")
+
+
+def _published(model: RegisteredModel, config: ModelConfig) -> ModelConfig:
+    """Return the config of the weights that are loaded for a config: its own, or the model's default ones."""
+    if config.hf_hub_id is not None:
+        return config
+    if not model.weights:
+        others = list_models(f"*_{config.name.rpartition('_')[2]}", pretrained=True)
+        raise ValueError(
+            f"create_model({config.name!r}, pretrained=True): timm has published no weights for it"
+            + (f"; for the same network there are {', '.join(others)}" if others else "")
+            + "; checkpoint_path=FILE loads yours"
+        )
+    return model.weights[0]
 
 
 # Height and width of an image, and the share of the resized image that the central crop keeps, as timm has them. It
@@ -234,9 +296,13 @@ for _variant in VARIANTS.values():
         dropout=_variant.coefficients.dropout,
         crop_pct=_crop_pct,
     )
-    register(RegisteredModel(_config, _variant.architecture))
+    register(RegisteredModel(_config, _variant.architecture, weights=tuple(timm_weights(_config))))
     _config = replace(_config, name=f"tf_{_config.name}")
     if _variant.is_lite:
         _half = (0.5, 0.5, 0.5)
         _config = replace(_config, mean=_half, std=_half, **_TF_LITE_INPUTS.get(_variant.name, {}))
-    register(RegisteredModel(_config, _variant.architecture, pad_type="same", bn_eps=1e-3))
+    register(
+        RegisteredModel(
+            _config, _variant.architecture, pad_type="same", bn_eps=1e-3, weights=tuple(timm_weights(_config))
+        )
+    )

@@ -13,7 +13,7 @@ from effkernels.models.compound import PUBLISHED, PUBLISHED_LITE, ScalingCoeffic
 from effkernels.models.layouts import Layout, Part, tensor_shapes
 
 Shapes = dict[tuple[Part, str], tuple[int, ...]]
-"""What `effkernels.models.layouts.tensor_shapes` returns."""
+"""The type of what `effkernels.models.layouts.tensor_shapes` returns."""
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Variant:
 
     @property
     def is_lite(self) -> bool:
-        """Whether it has ReLU6 and no squeeze-and-excitation."""
+        """Return whether it has ReLU6 and no squeeze-and-excitation."""
         return is_lite(self.name)
 
 
 def is_lite(variant: str) -> bool:
-    """Whether a name such as "b0" or "lite0" is that of a lite variant."""
+    """Return whether a name such as "b0" or "lite0" is that of a lite variant."""
     return variant.startswith("lite")
 
 
@@ -50,7 +50,7 @@ VARIANTS: Mapping[str, Variant] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Match:
-    """How near a state_dict is to a variant.
+    """The similarity of a state_dict to a variant.
 
     Attributes:
         variant: its name.
@@ -64,7 +64,7 @@ class Match:
 
 
 def matches(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Match]:
-    """Each variant that a library has, with how near the tensors are to it.
+    """Return each variant that a library has, with how near the tensors are to it.
 
     Args:
         tensors: key -> tensor, under the library's usual names.
@@ -85,7 +85,7 @@ def matches(tensors: Mapping[str, Tensor], layout: Layout) -> dict[str, Match]:
 
 
 def ends(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[int, int]:
-    """Channels of an image and classes, as the first and the last tensor have them."""
+    """Return the numbers of input channels and of classes, as the first and the last tensor have them."""
     stem = tensors.get(f"{layout.outside['stem']}.weight")
     in_chans = stem.shape[1] if stem is not None and stem.ndim == 4 else 3
     classifier = [tensors.get(f"{layout.outside['classifier']}.{name}") for name in ("weight", "bias")]
@@ -93,13 +93,13 @@ def ends(tensors: Mapping[str, Tensor], layout: Layout) -> tuple[int, int]:
 
 
 def tensor_keys(layout: Layout, variant: str, shapes: Shapes) -> dict[tuple[Part, str], str]:
-    """The library's key of every tensor."""
+    """Return the library's key of every tensor."""
     names = layout.module_names(VARIANTS[variant].architecture)
     return {(part, name): f"{names[part]}.{name}" for part, name in shapes}
 
 
 def fits(tensor: Tensor, part: Part, shape: tuple[int, ...]) -> bool:
-    """Whether a tensor has the shape that the part needs."""
+    """Return whether a tensor has the shape that the part needs."""
     # Squeeze-and-excitation may be linear layers in any library's file: the same numbers.
     linear = part.role in ("squeeze", "excite") and tuple(tensor.shape) == shape[:2]
     return tuple(tensor.shape) == shape or linear

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from effkernels.nn.conv_bn_act import ConvBnAct, conv_bn_act
 from effkernels.nn.drop_path import DropPath
-from effkernels.nn.fusible import norm_arguments
 from effkernels.nn.mbconv import DepthwiseSeparable, MBConv
 from effkernels.nn.norm_act import BatchNormAct2d
 from effkernels.nn.padding import PAD_TYPES, PaddedConv2d, explicit_padding, same_padding, symmetric_padding
@@ -26,7 +25,6 @@ __all__ = [
     "SqueezeExcite",
     "conv_bn_act",
     "explicit_padding",
-    "norm_arguments",
     "same_padding",
     "set_recompute",
     "symmetric_padding",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from effkernels import ops
 from effkernels.nn.fusible import (
     calls_modules,
-    conv_norm_arguments,
+    conv_arguments,
     fusible_norm,
     is_fusible_dense,
     is_fusible_depthwise,
@@ -17,14 +17,15 @@ from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
 from effkernels.nn.training_norm import in_training_format, train_norm_act
 from effkernels.ops import backends
-from effkernels.ops.reference import ACTIVATIONS
+from effkernels.ops.reference import ACTIVATIONS, canonical_name
 
 
 def check_activation(owner: str, activation: str, argument: str = "activation") -> str:
-    """Return `activation`, or raise ValueError naming the owner, the argument and what is allowed."""
-    if activation not in ACTIVATIONS:
+    """Return the name in `ACTIVATIONS`, or raise ValueError naming the owner, the argument and what is allowed."""
+    name: str = canonical_name(activation)
+    if name not in ACTIVATIONS:
         raise ValueError(f"{owner}: {argument}={activation!r} is not known; allowed: {', '.join(ACTIVATIONS)}")
-    return activation
+    return name
 
 
 def check_backend(owner: str, backend: str) -> str:
@@ -35,7 +36,7 @@ def check_backend(owner: str, backend: str) -> str:
 
 
 def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, backend: str = "auto") -> Tensor:
-    """`norm(conv(x))` with its activation, as one fused operator where the modules allow it.
+    """Compute `norm(conv(x))` with its activation, as one fused operator where the modules allow it.
 
     They allow it in eval mode, when both are what they seem (see `effkernels.nn.fusible`) and the convolution is 1x1,
     depthwise or dense; otherwise the modules are called one after the other. In training mode norm and activation are
@@ -60,11 +61,12 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
         return norm_act(norm, z, activation) if trained is None else trained
     running, follows = fusible
     if is_fusible_pointwise(conv):
-        return ops.pointwise_bn_act(x, *conv_norm_arguments(conv, running), activation=follows, backend=backend)
+        return ops.pointwise_bn_act(x, *conv_arguments(conv), running, activation=follows, backend=backend)
     if is_fusible_depthwise(conv):
         return ops.depthwise_bn_act(
             x,
-            *conv_norm_arguments(conv, running),
+            *conv_arguments(conv),
+            running,
             stride=conv.stride[0],
             padding=explicit_padding(conv, x.shape[2], x.shape[3]),
             dilation=conv.dilation[0],
@@ -74,7 +76,8 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
     if is_fusible_dense(conv):
         return ops.conv_bn_act(
             x,
-            *conv_norm_arguments(conv, running),
+            *conv_arguments(conv),
+            running,
             stride=conv.stride[0],
             padding=explicit_padding(conv, x.shape[2], x.shape[3]),
             activation=follows,

@@ -1,13 +1,13 @@
-"""When a chain of modules may run as one fused operator, and how their parameters are handed to it.
+"""Decide whether a chain of modules may run as one fused operator, and collect its parameters.
 
 A fused operator computes what the modules would compute one after the other, but it does not call them. So it may only
-stand in for modules of which every effect is known: exactly the expected classes, nothing attached to them. Whatever
+replace modules of which every effect is known: exactly the expected classes, nothing attached to them. Whatever
 else is found (training mode, a hook, a replaced method, a subclass, a parametrization, a norm without running
 statistics, an activation that no operator has) is run as written. The decision reads the modules at every call, because
 any of it may change in between.
 
 The rule for what is looked at: everything that a call of the module would read. Its class decides which methods run, so
-the class has to be one of those below, and no attribute of the instance may stand before a method, a parameter or a
+the class has to be one of those below, and no attribute of the instance may hide a method, a parameter or a
 child (`is_untouched`). Its hooks run, so there has to be none. Its forward reads settings, parameters, buffers and
 children, so each of them is either handed to the operator or compared with what the operator assumes. Where a class is
 added here, its attributes belong into `_ATTRIBUTES` and what its forward reads into one of the functions.
@@ -27,18 +27,14 @@ from typing import Any, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
+from effkernels._norm import Norm
 from effkernels.nn.drop_path import DropPath
 from effkernels.nn.norm_act import BatchNormAct2d, SyncBatchNormAct
 from effkernels.nn.padding import PaddedConv2d
 from effkernels.ops.backends import depthwise_kernel_problem
 
-NormArguments: TypeAlias = "tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]"
-ConvNormArguments: TypeAlias = (
-    "tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None, Tensor | None, float]"
-)
-NormAct: TypeAlias = "tuple[NormArguments, str]"
+NormAct: TypeAlias = "tuple[Norm, str]"
 
 _CONVOLUTIONS = (nn.Conv2d, PaddedConv2d)
 _PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm)
@@ -53,7 +49,7 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 }
 _GATES: dict[type[nn.Module], str] = {nn.Sigmoid: "sigmoid", nn.Hardsigmoid: "hard_sigmoid"}
 
-# What an instance of each class has in its __dict__: any other name may stand before a method of the class.
+# What an instance of each class has in its __dict__: any other name may hide a method of the class.
 _ATTRIBUTES: dict[type[nn.Module], frozenset[str]] = {
     type(module): frozenset(module.__dict__)
     for module in (
@@ -73,14 +69,14 @@ _tracing_state = torch._C._get_tracing_state
 
 
 def calls_modules(x: Tensor) -> bool:
-    """True where the modules are called whatever they are: under torch.jit.trace, and where x is no tensor but a proxy
+    """Return whether modules are always called: under torch.jit.trace, and where x is no tensor but a proxy
     of torch.fx. Both record the calls that they see, and those of the plain modules hold for other users.
     """
     return not isinstance(x, Tensor) or _tracing_state() is not None
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """True where nothing is attached to `module` that a call of it would run: no hook, no method replaced on it."""
+    """Return whether `module` has nothing attached that a call of it would run: no hook, no replaced method."""
     attributes = module.__dict__
     if (
         attributes["_forward_hooks"]
@@ -93,7 +89,7 @@ def is_untouched(module: nn.Module) -> bool:
 
 
 def _replaces_nothing(module: nn.Module) -> bool:
-    """True where no attribute of the instance stands before what a call would find in its class or among its parts.
+    """Return whether no attribute of the instance hides what a call would find in its class or among its parts.
 
     Offloading libraries replace `forward` on the instance, others `_conv_forward`; `module.compile()` sets
     `_compiled_call_impl`. Of a class that is not in `_ATTRIBUTES` only the methods of a call are looked at.
@@ -110,7 +106,7 @@ def _replaces_nothing(module: nn.Module) -> bool:
 
 
 def activation_of(module: nn.Module | None) -> str | None:
-    """The activation that `module` is, one of `effkernels.ops.reference.ACTIVATIONS`; None for anything else."""
+    """Return the activation that `module` is, one of `effkernels.ops.reference.ACTIVATIONS`; None for anything else."""
     name = None if module is None else _ACTIVATIONS.get(type(module))
     if module is None or name is None or not is_untouched(module):
         return None
@@ -124,26 +120,20 @@ def activation_of(module: nn.Module | None) -> str | None:
 
 
 def gate_of(module: nn.Module | None) -> str | None:
-    """The gate that `module` is, one of `effkernels.ops.reference.GATES`; None for anything else."""
+    """Return the gate that `module` is, one of `effkernels.ops.reference.GATES`; None for anything else."""
     name = None if module is None else _GATES.get(type(module))
     return name if module is not None and name is not None and is_untouched(module) else None
 
 
-def norm_arguments(norm: BatchNorm) -> NormArguments:
-    """(norm_weight, norm_bias, norm_mean, norm_var, eps) of a batch norm, in the order the operators take them."""
-    parameters, buffers = parameters_of(norm), norm._buffers
-    return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"], norm.eps
-
-
 def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
-    """What a norm that normalises by its running statistics hands to an operator; None for anything else.
+    """Return what a norm that uses its running statistics passes to an operator; None for anything else.
 
     Args:
         norm: with its activation (`BatchNormAct2d`), or a batch norm of PyTorch.
         activation: of the block, which a batch norm of PyTorch without a child `act` gets (see `norm_act`).
 
     Returns:
-        `norm_arguments`, and the activation that follows.
+        The norm, and the activation that follows.
     """
     if norm is None or norm.training:
         return None
@@ -155,11 +145,11 @@ def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
     if mean is None or var is None:
         return None
     eps: Any = norm.eps
-    return (parameters["weight"], parameters["bias"], mean, var, eps), found
+    return Norm(mean, var, parameters["weight"], parameters["bias"], eps), found
 
 
 def activation_after(norm: nn.Module, activation: str) -> str | None:
-    """The activation that `norm` ends with, where it is a batch norm that does what it seems to do; else None.
+    """Return the activation that `norm` ends with if it is a batch norm that does what it seems to do; else None.
 
     Arguments as of `fusible_norm`.
     """
@@ -187,13 +177,8 @@ def conv_arguments(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
     return parameters["weight"], parameters["bias"]
 
 
-def conv_norm_arguments(conv: nn.Conv2d, norm: NormArguments) -> ConvNormArguments:
-    """(weight, bias, norm_weight, norm_bias, norm_mean, norm_var, eps): what every fused convolution takes after x."""
-    return *conv_arguments(conv), *norm
-
-
 def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a convolution that does what it seems to do."""
+    """Return True for a convolution that does what it seems to do."""
     if (
         not isinstance(conv, nn.Conv2d)
         or type(conv) not in _CONVOLUTIONS
@@ -206,17 +191,17 @@ def _is_plain(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def _is_square(value: object) -> bool:
-    """Whether a stride or a dilation is one number for both axes, written as PyTorch's constructors write it."""
+    """Return whether a stride or a dilation is one number for both axes, written as PyTorch's constructors write it."""
     return isinstance(value, tuple) and len(value) == 2 and value[0] == value[1]
 
 
 def _pads_explicitly(conv: nn.Conv2d) -> bool:
-    """Whether `explicit_padding` knows the padding."""
+    """Return whether `explicit_padding` knows the padding."""
     return isinstance(conv.padding, str) or (isinstance(conv.padding, tuple) and len(conv.padding) == 2)
 
 
 def is_fusible_pointwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a plain 1x1 convolution: stride 1, no padding, one group."""
+    """Return True for a plain 1x1 convolution: stride 1, no padding, one group."""
     return (
         _is_plain(conv)
         and conv_arguments(conv)[0].shape[2:] == (1, 1)
@@ -227,7 +212,7 @@ def is_fusible_pointwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def is_fusible_depthwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a depthwise convolution that the operators know: one filter a channel, stride 1 or 2."""
+    """Return True for a depthwise convolution that the operators know: one filter a channel, stride 1 or 2."""
     if not _is_plain(conv):
         return False
     channels, depth, height, width = conv_arguments(conv)[0].shape
@@ -242,7 +227,7 @@ def is_fusible_depthwise(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def is_fusible_dense(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
-    """True for a dense convolution: one group, one stride for both axes, no dilation."""
+    """Return True for a dense convolution: one group, one stride for both axes, no dilation."""
     return (
         _is_plain(conv)
         and conv.groups == 1
@@ -253,8 +238,9 @@ def is_fusible_dense(conv: nn.Module | None) -> TypeGuard[nn.Conv2d]:
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """What a module has for `weight` and `bias`, by name. In a replica of `nn.DataParallel` they are plain attributes,
-    except for those that are None.
+    """Return a module's values for `weight` and `bias`, by name.
+
+    In a replica of `nn.DataParallel` they are plain attributes, except for those that are None.
     """
     parameters = module._parameters
     if "weight" in parameters:

@@ -20,7 +20,6 @@ from effkernels.nn.fusible import (
     NormAct,
     calls_modules,
     conv_arguments,
-    conv_norm_arguments,
     fusible_norm,
     is_fusible_depthwise,
     is_fusible_pointwise,
@@ -46,7 +45,7 @@ class DepthwiseSeparable(nn.Module):
         activation: after the depthwise convolution and inside the squeeze-and-excitation (unless `se_activation` says
             otherwise), one of `effkernels.ops.reference.ACTIVATIONS`.
         se_activation: the activation inside the squeeze-and-excitation; None: `activation`.
-        gate: one of `effkernels.ops.reference.GATES`.
+        gate_activation: one of `effkernels.ops.reference.GATES`.
         skip: add the input where stride is 1 and the channels agree.
         drop_path_rate: probability of dropping the branch of a sample in training.
         pad_type: one of `effkernels.nn.PAD_TYPES` but `"same_native"`.
@@ -56,7 +55,7 @@ class DepthwiseSeparable(nn.Module):
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: activation, gate, pad_type or backend unknown, drop_path_rate not a probability.
+        ValueError: activation, gate_activation, pad_type or backend unknown, drop_path_rate not a probability.
     """
 
     recompute: str | None = None  # what the backward computes again: see `effkernels.nn.set_recompute`
@@ -72,7 +71,7 @@ class DepthwiseSeparable(nn.Module):
         se_channels: int = 0,
         activation: str = "silu",
         se_activation: str | None = None,
-        gate: str = "sigmoid",
+        gate_activation: str = "sigmoid",
         skip: bool = True,
         drop_path_rate: float = 0.0,
         pad_type: str = "",
@@ -100,7 +99,9 @@ class DepthwiseSeparable(nn.Module):
             dtype=dtype,
         )
         self.bn1 = norm(in_channels, activation=activation)
-        self.se = _squeeze_excite(in_channels, se_channels, se_activation or activation, gate, factory_kwargs)
+        self.se = _squeeze_excite(
+            in_channels, se_channels, se_activation or activation, gate_activation, factory_kwargs
+        )
         self.conv_pw = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory_kwargs)
         self.bn2 = norm(out_channels)
         self.drop_path = DropPath(drop_path_rate)
@@ -168,7 +169,7 @@ class MBConv(nn.Module):
         se_channels: int = 0,
         activation: str = "silu",
         se_activation: str | None = None,
-        gate: str = "sigmoid",
+        gate_activation: str = "sigmoid",
         skip: bool = True,
         drop_path_rate: float = 0.0,
         pad_type: str = "",
@@ -201,7 +202,7 @@ class MBConv(nn.Module):
             dtype=dtype,
         )
         self.bn2 = norm(expanded, activation=activation)
-        self.se = _squeeze_excite(expanded, se_channels, se_activation or activation, gate, factory_kwargs)
+        self.se = _squeeze_excite(expanded, se_channels, se_activation or activation, gate_activation, factory_kwargs)
         self.conv_pwl = nn.Conv2d(expanded, out_channels, 1, bias=False, **factory_kwargs)
         self.bn3 = norm(out_channels)
         self.drop_path = DropPath(drop_path_rate)
@@ -230,8 +231,8 @@ class MBConv(nn.Module):
         if _keeps_expanded(x, backend):
             y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, se, backend)
         else:
-            arguments, activation = norm1
-            y = ops.pointwise_bn_act(x, *conv_norm_arguments(expand, arguments), activation=activation, backend=backend)
+            norm, activation = norm1
+            y = ops.pointwise_bn_act(x, *conv_arguments(expand), norm, activation=activation, backend=backend)
             y, gate = _depthwise(y, depthwise, norm2, se, backend)
         return _project(y, project, norm3, gate, x if self.has_skip else None, backend)
 
@@ -249,11 +250,13 @@ class MBConv(nn.Module):
 
 
 def _squeeze_excite(
-    channels: int, se_channels: int, activation: str, gate: str, factory_kwargs: dict[str, Any]
+    channels: int, se_channels: int, activation: str, gate_activation: str, factory_kwargs: dict[str, Any]
 ) -> nn.Module:
     if se_channels == 0:
         return nn.Identity()
-    return SqueezeExcite(channels, se_channels, activation=activation, gate=gate, **factory_kwargs)
+    return SqueezeExcite(
+        channels, se_channels, activation=activation, gate_activation=gate_activation, **factory_kwargs
+    )
 
 
 def _is_nothing(module: nn.Module | None) -> bool:
@@ -261,7 +264,7 @@ def _is_nothing(module: nn.Module | None) -> bool:
 
 
 def _is_idle(drop_path: nn.Module | None) -> bool:
-    """True where a call of `drop_path` would return its input. Norms may be frozen in eval while it still drops."""
+    """Return whether `drop_path` would return its input. Norms may be frozen in eval while it still drops."""
     if isinstance(drop_path, DropPath) and type(drop_path) is DropPath:
         return (drop_path.rate == 0.0 or not drop_path.training) and is_untouched(drop_path)
     return _is_nothing(drop_path)
@@ -273,7 +276,7 @@ def _depthwise(
     """Depthwise convolution, norm and activation of x: (N, C, H, W), and the gate (N, C) where there is one."""
     padding = explicit_padding(conv, x.shape[2], x.shape[3])
     stride, dilation = conv.stride[0], conv.dilation[0]
-    arguments, activation = (x, *conv_norm_arguments(conv, norm[0])), norm[1]
+    arguments, activation = (x, *conv_arguments(conv), norm[0]), norm[1]
     if se is None:
         y = ops.depthwise_bn_act(
             *arguments, stride=stride, padding=padding, dilation=dilation, activation=activation, backend=backend
@@ -294,10 +297,11 @@ def _project(
     y: Tensor, conv: nn.Conv2d, norm: NormAct, gate: Tensor | None, residual: Tensor | None, backend: str
 ) -> Tensor:
     """1x1 convolution of the gated y, norm and residual."""
-    arguments, activation = norm
+    running, activation = norm
     return ops.pointwise_bn_act(
         y,
-        *conv_norm_arguments(conv, arguments),
+        *conv_arguments(conv),
+        running,
         gate=gate,
         residual=residual,
         activation=activation,
@@ -306,7 +310,7 @@ def _project(
 
 
 def _keeps_expanded(x: Tensor, backend: str) -> bool:
-    """Whether the expanded tensor of a block never becomes one.
+    """Return whether the expanded tensor of a block is never written to memory.
 
     The CPU kernel takes the depthwise rows out of the cache where it has just expanded them. On a GPU the two
     convolutions are two launches either way, and the depthwise one computes the gate on its side.
@@ -325,32 +329,20 @@ def _expand_depthwise(
 ) -> tuple[Tensor, Tensor | None]:
     """1x1 convolution and depthwise convolution of x: (N, C, H, W), each with norm and activation, and the gate."""
     expand_weight, expand_bias = conv_arguments(expand)
-    (expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var, expand_eps), expand_activation = (
-        expand_norm
-    )
     weight, bias = conv_arguments(conv)
-    (norm_weight, norm_bias, norm_mean, norm_var, eps), activation = norm
     y, pooled = ops.expand_depthwise_squeeze(
         x,
         expand_weight,
         weight,
         expand_bias=expand_bias,
-        expand_norm_weight=expand_norm_weight,
-        expand_norm_bias=expand_norm_bias,
-        expand_norm_mean=expand_norm_mean,
-        expand_norm_var=expand_norm_var,
-        expand_eps=expand_eps,
-        expand_activation=expand_activation,
+        expand_norm=expand_norm[0],
+        expand_activation=expand_norm[1],
         bias=bias,
-        norm_weight=norm_weight,
-        norm_bias=norm_bias,
-        norm_mean=norm_mean,
-        norm_var=norm_var,
-        eps=eps,
+        norm=norm[0],
         stride=conv.stride[0],
         padding=explicit_padding(conv, x.shape[2], x.shape[3]),
         dilation=conv.dilation[0],
-        activation=activation,
+        activation=norm[1],
         backend=backend,
     )
     if se is None:
@@ -362,6 +354,6 @@ def _expand_depthwise(
         se["w_expand"],
         se["b_expand"],
         activation=se["se_activation"],
-        gate=se["gate"],
+        gate_activation=se["gate_activation"],
         backend=backend,
     )

@@ -1,4 +1,4 @@
-"""A batch norm with its activation, and the modules that stand for the activations and gates of the operators.
+"""A batch norm with its activation, and the modules for the activations and gates of the operators.
 
 Norm and activation are one module, with the activation as its child `act`, because that is where timm has them: code
 that cuts a network by its children, or hooks `bn1` or `bn1.act`, finds the same values in both.
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effkernels.ops.reference import activate
+from effkernels.ops.reference import activate, canonical_name
 
 _ACTIVATION_MODULES: dict[str, Callable[[], nn.Module]] = {
     "identity": nn.Identity,
@@ -29,7 +29,7 @@ _PLAIN_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.GroupNorm, nn.InstanceNorm2
 
 
 def not_scriptable(module: nn.Module) -> nn.Module:
-    """What torch.jit.script calls for a module of this package (`__prepare_scriptable__`)."""
+    """Raise RuntimeError: torch.jit.script calls this for a module of this package (`__prepare_scriptable__`)."""
     raise RuntimeError(
         f"{type(module).__name__}: torch.jit.script cannot compile modules that choose between fused operators and "
         f"plain PyTorch; allowed: torch.jit.trace, torch.export.export, effkernels.export_model"
@@ -37,13 +37,13 @@ def not_scriptable(module: nn.Module) -> nn.Module:
 
 
 def activation_module(activation: str) -> nn.Module:
-    """The module of `torch.nn` for one of `effkernels.ops.reference.ACTIVATIONS`."""
-    return _ACTIVATION_MODULES[activation]()
+    """Return the module of `torch.nn` for one of `effkernels.ops.reference.ACTIVATIONS`."""
+    return _ACTIVATION_MODULES[canonical_name(activation)]()
 
 
-def gate_module(gate: str) -> nn.Module:
-    """The module of `torch.nn` for one of `effkernels.ops.reference.GATES`."""
-    return _GATE_MODULES[gate]()
+def gate_module(gate_activation: str) -> nn.Module:
+    """Return the module of `torch.nn` for one of `effkernels.ops.reference.GATES`."""
+    return _GATE_MODULES[canonical_name(gate_activation)]()
 
 
 class BatchNormAct2d(nn.BatchNorm2d):
@@ -89,7 +89,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return not_scriptable(self)
 
     def _recorded(self, input: Tensor) -> Tensor:
-        """The norm of a proxy of torch.fx: without a look at its shape, and without a step of the counter."""
+        """Return the norm of a proxy of torch.fx: without a look at its shape, and without a step of the counter."""
         tracked = not self.training or self.track_running_stats
         return F.batch_norm(
             input,
@@ -116,7 +116,7 @@ class SyncBatchNormAct(nn.SyncBatchNorm):
 
 
 def norm_act(norm: nn.Module, x: Tensor, activation: str) -> Tensor:
-    """`norm(x)`, and what it leaves out: the activation, where `norm` is one of PyTorch's norms.
+    """Compute `norm(x)`, and return what it leaves out: the activation, where `norm` is one of PyTorch's norms.
 
     It is one after a conversion (`SyncBatchNorm.convert_sync_batchnorm` and its like) or where somebody put another
     norm in place. A norm that has children `drop` and `act` gets those, any other one `activation`.

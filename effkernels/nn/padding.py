@@ -15,18 +15,18 @@ from torch import Tensor, nn
 PaddingMode: TypeAlias = Literal["zeros", "reflect", "replicate", "circular"]
 
 PAD_TYPES: tuple[str, ...] = ("", "same", "same_native")
-"""`""`: symmetric, as timm spells it; `"same"`: SAME for the size at hand; `"same_native"`: SAME for one fixed size."""
+"""`""`: symmetric, as timm spells it; `"same"`: SAME for each input's size; `"same_native"`: SAME for one size."""
 
 
 def symmetric_padding(kernel_size: int, stride: int = 1, dilation: int = 1) -> int:
-    """Zeros on each of the four sides, in pixels, that give ceil(size / stride) pixels for an odd kernel and a stride
+    """Return the zeros on each of the four sides that give ceil(size / stride) pixels for an odd kernel and a stride
     of 1 or 2: (dilation * (K - 1) + stride - 1) // 2.
     """
     return (dilation * (kernel_size - 1) + stride - 1) // 2
 
 
 def same_padding(size: int, kernel_size: int, stride: int = 1, dilation: int = 1) -> tuple[int, int]:
-    """Zeros before and after one axis of `size` pixels under TensorFlow's SAME rule.
+    """Return the zeros before and after one axis of `size` pixels under TensorFlow's SAME rule.
 
     Together max((ceil(size / stride) - 1) * stride + dilation * (K - 1) + 1 - size, 0), half of it, rounded down,
     before. `size` may be symbolic: no branch is taken on it, so a trace stays one graph for every size, and from the
@@ -121,7 +121,7 @@ class PaddedConv2d(nn.Conv2d):
         self._reversed_padding_repeated_twice = [pads[1], pads[1], pads[0], pads[0]]
 
     def padding_for(self, height: int, width: int) -> tuple[int, int, int, int]:
-        """Zeros at (top, bottom, left, right) for an input of that many pixels; both may be symbolic."""
+        """Return the zeros at (top, bottom, left, right) for an input of that many pixels; both may be symbolic."""
         if self.pad_type == "":
             return _padding_of(self)
         if self.native_size is not None:
@@ -149,14 +149,14 @@ class PaddedConv2d(nn.Conv2d):
 
 
 def explicit_padding(conv: nn.Conv2d, height: int, width: int) -> tuple[int, int, int, int]:
-    """Zeros that `conv` puts at (top, bottom, left, right) of an input of that many pixels (ints or symbolic)."""
+    """Return the zeros that `conv` adds at (top, bottom, left, right) of an input of this size (ints or symbolic)."""
     if isinstance(conv, PaddedConv2d):
         return conv.padding_for(height, width)
     return _padding_of(conv)
 
 
 def _padding_of(conv: nn.Conv2d) -> tuple[int, int, int, int]:
-    """The padding that a convolution was built with."""
+    """Return the padding that a convolution was built with."""
     if isinstance(conv.padding, str):  # "valid" and PyTorch's "same", which is for stride 1
         left, right, top, bottom = conv._reversed_padding_repeated_twice
         return top, bottom, left, right

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from effkernels.nn.conv_bn_act import check_activation
 from effkernels.nn.fusible import activation_of, conv_arguments, gate_of, is_fusible_pointwise, is_untouched
 from effkernels.nn.norm_act import activation_module, gate_module
-from effkernels.ops.reference import GATES
+from effkernels.ops.reference import GATES, canonical_name
 
 
 class SqueezeExciteArguments(TypedDict):
@@ -20,7 +20,7 @@ class SqueezeExciteArguments(TypedDict):
     w_expand: Tensor
     b_expand: Tensor | None
     se_activation: str
-    gate: str
+    gate_activation: str
 
 
 class SqueezeExcite(nn.Module):
@@ -33,11 +33,11 @@ class SqueezeExcite(nn.Module):
         channels: C of the input.
         reduced_channels: R, the width between the two products.
         activation: one of `effkernels.ops.reference.ACTIVATIONS`, between them.
-        gate: one of `effkernels.ops.reference.GATES`, after the second.
+        gate_activation: one of `effkernels.ops.reference.GATES`, after the second.
         device, dtype: of the parameters.
 
     Raises:
-        ValueError: activation or gate unknown, or reduced_channels below 1.
+        ValueError: activation or gate_activation unknown, or reduced_channels below 1.
     """
 
     def __init__(
@@ -46,20 +46,22 @@ class SqueezeExcite(nn.Module):
         reduced_channels: int,
         *,
         activation: str = "silu",
-        gate: str = "sigmoid",
+        gate_activation: str = "sigmoid",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if reduced_channels < 1:
             raise ValueError(f"SqueezeExcite: reduced_channels={reduced_channels} must be at least 1")
-        if gate not in GATES:
-            raise ValueError(f"SqueezeExcite: gate={gate!r} is not known; allowed: {', '.join(GATES)}")
+        if canonical_name(gate_activation) not in GATES:
+            raise ValueError(
+                f"SqueezeExcite: gate_activation={gate_activation!r} is not known; allowed: {', '.join(GATES)}"
+            )
         check_activation("SqueezeExcite", activation)
         self.conv_reduce = nn.Conv2d(channels, reduced_channels, 1, device=device, dtype=dtype)
         self.act1 = activation_module(activation)
         self.conv_expand = nn.Conv2d(reduced_channels, channels, 1, device=device, dtype=dtype)
-        self.gate = gate_module(gate)
+        self.gate = gate_module(gate_activation)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, C, H, W), floating; returns the same shape and dtype."""
@@ -69,7 +71,7 @@ class SqueezeExcite(nn.Module):
 
 
 def fusible_squeeze_excite(module: nn.Module | None) -> SqueezeExciteArguments | None:
-    """What the operators take of a squeeze-and-excitation in place of a call of it; None where it has to be called."""
+    """Return the arguments that replace a call of a squeeze-and-excitation; None if it has to be called."""
     if not isinstance(module, SqueezeExcite) or type(module) is not SqueezeExcite or not is_untouched(module):
         return None
     parts = module._modules
@@ -85,5 +87,5 @@ def fusible_squeeze_excite(module: nn.Module | None) -> SqueezeExciteArguments |
         "w_expand": w_expand,
         "b_expand": b_expand,
         "se_activation": activation,
-        "gate": gate,
+        "gate_activation": gate,
     }

@@ -218,7 +218,7 @@ def _block_arguments(block: Any, parts: BlockParts, padding: Any, image: Tensor)
         found[0],
         found[1],
         excitation.get("se_activation", "identity"),
-        excitation.get("gate", "sigmoid"),
+        excitation.get("gate_activation", "sigmoid"),
         block.recompute != "expand",
     )
     return settings, tuple(parameters)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from effkernels._norm import Norm
 from effkernels.ops.conv import conv_bn_act
 from effkernels.ops.depthwise import depthwise_bn_act, depthwise_bn_act_squeeze
 from effkernels.ops.expand_depthwise import expand_depthwise_squeeze
@@ -9,6 +10,7 @@ from effkernels.ops.pointwise import pointwise_bn_act
 from effkernels.ops.squeeze_excite import depthwise_bn_act_gate, depthwise_bn_act_se, squeeze_excite_gate
 
 __all__ = [
+    "Norm",
     "conv_bn_act",
     "depthwise_bn_act",
     "depthwise_bn_act_gate",

@@ -7,7 +7,6 @@ height, width and padding under tracing) is not looked at: a comparison would pu
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkernels._norm import Norm
+from effkernels.ops._signature import norm_type_error
 from effkernels.ops.backends import depthwise_kernel_problem
 from effkernels.ops.reference import ACTIVATIONS, GATES, _surely
 
@@ -30,15 +31,16 @@ def depthwise(
     op: str,
     x: Tensor,
     weight: Tensor,
-    norm: tuple[Tensor | None, ...],
-    eps: float,
+    bias: Tensor | None,
+    norm: Norm | None,
     stride: int,
     padding: Sequence[int],
     dilation: int,
     activation: str,
+    *,
     channels_of: str = "x",
-) -> tuple[int, int]:
-    """Check the arguments of a depthwise operator; returns (out_height, out_width).
+) -> tuple[int, ...]:
+    """Check the arguments of a depthwise operator; returns the shape of its image.
 
     `channels_of` names the argument that decided the channels of x.
     """
@@ -58,15 +60,15 @@ def depthwise(
         raise ValueError(f"{op}: stride={stride}; allowed: {_list(DEPTHWISE_STRIDES)}")
     if not 1 <= dilation <= _LARGEST_SIZE:
         raise ValueError(f"{op}: dilation={dilation}; allowed: 1 to 2^31 - 1")
-    _check_norm(op, x, norm, eps, channels)
+    _check_norm(op, x, bias, norm, channels)
     _check_activation(op, "activation", activation)
     window = (dilation * (kernel_height - 1) + 1, dilation * (kernel_width - 1) + 1)
     return _check_window(op, x, channels, window, stride, padding)
 
 
-def types(op: str, schema: str, args: Sequence[Any]) -> None:
-    """Check the Python types of arguments in the order of a schema, as the dispatcher does."""
-    for argument, value in zip(_arguments(schema), args, strict=True):
+def types(op: str, arguments: Sequence[Any], args: Sequence[Any]) -> None:
+    """Check the Python types of `args` for the arguments of a schema, as the dispatcher does."""
+    for argument, value in zip(arguments, args, strict=True):
         kind = str(argument.type)
         optional = kind.startswith("Optional[")
         allowed, words = _PYTHON_TYPES[kind.removeprefix("Optional[").removesuffix("]") if optional else kind]
@@ -90,11 +92,6 @@ _PYTHON_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
 }
 
 
-@functools.cache
-def _arguments(schema: str) -> Sequence[Any]:
-    return tuple(torch._C.parse_schema(f"operator{schema}").arguments)
-
-
 def squeeze_excite(
     op: str,
     channels: int,
@@ -105,7 +102,8 @@ def squeeze_excite(
     w_expand: Tensor,
     b_expand: Tensor | None,
     activation: str,
-    gate: str,
+    gate_activation: str,
+    *,
     activation_name: str = "se_activation",
 ) -> None:
     """Check the squeeze-and-excitation arguments of an operator whose pooled values have `channels` channels.
@@ -127,8 +125,8 @@ def squeeze_excite(
     _check_vector(op, "b_reduce", b_reduce, reduced, device, dtype)
     _check_vector(op, "b_expand", b_expand, channels, device, dtype)
     _check_activation(op, activation_name, activation)
-    if gate not in GATES:
-        raise ValueError(f"{op}: gate={gate!r} is not known; allowed: {_list(GATES)}")
+    if gate_activation not in GATES:
+        raise ValueError(f"{op}: gate_activation={gate_activation!r} is not known; allowed: {_list(GATES)}")
 
 
 def pooled(op: str, value: Tensor) -> None:
@@ -149,14 +147,19 @@ def pointwise(
     op: str,
     x: Tensor,
     weight: Tensor,
-    norm: tuple[Tensor | None, ...],
-    eps: float,
+    bias: Tensor | None,
+    norm: Norm | None,
     gate: Tensor | None,
     residual: Tensor | None,
     activation: str,
+    allow_tf32: bool | None = None,
+    *,
     prefix: str = "",
-) -> None:
-    """Check the arguments of `pointwise_bn_act`; `prefix` stands before their names where an operator has two norms."""
+) -> tuple[int, ...]:
+    """Check the arguments of `pointwise_bn_act`; returns the shape of its result.
+
+    `prefix` comes before their names where an operator has two norms.
+    """
     _check_x(op, x)
     _check_tensor(op, f"{prefix}weight", weight, x.device, x.dtype)
     if weight.dim() != 4 or weight.shape[2] != 1 or weight.shape[3] != 1:
@@ -165,31 +168,33 @@ def pointwise(
     out_channels, in_channels = weight.shape[:2]
     _check_elements(op, f"{prefix}weight", (out_channels, in_channels))
     name = "the expanded tensor" if prefix else "the result"
-    _check_elements(op, name, (x.shape[0], out_channels, *x.shape[2:]))
-    _check_norm(op, x, norm, eps, out_channels, prefix)
+    shape = (x.shape[0], out_channels, x.shape[2], x.shape[3])
+    _check_elements(op, name, shape)
+    _check_norm(op, x, bias, norm, out_channels, prefix)
     if gate is not None:
         _check_tensor(op, "gate", gate, x.device, x.dtype)
         if gate.dim() != 2 or gate.shape[1] != in_channels or _surely(gate.shape[0] != x.shape[0]):
             raise ValueError(f"{op}: gate has shape {_shape(gate)}; allowed: ({x.shape[0]}, {in_channels})")
     if residual is not None:
         _check_tensor(op, "residual", residual, x.device, x.dtype, exactly=True)
-        expected = (x.shape[0], out_channels, x.shape[2], x.shape[3])
-        if residual.dim() != 4 or any(_surely(a != b) for a, b in zip(residual.shape, expected, strict=True)):
-            raise ValueError(f"{op}: residual has shape {_shape(residual)}; allowed: {_tuple(expected)}")
+        if residual.dim() != 4 or any(_surely(a != b) for a, b in zip(residual.shape, shape, strict=True)):
+            raise ValueError(f"{op}: residual has shape {_shape(residual)}; allowed: {_tuple(shape)}")
     _check_activation(op, f"{prefix}activation", activation)
+    return shape
 
 
 def conv(
     op: str,
     x: Tensor,
     weight: Tensor,
-    norm: tuple[Tensor | None, ...],
-    eps: float,
+    bias: Tensor | None,
+    norm: Norm | None,
     stride: int,
     padding: Sequence[int],
     activation: str,
-) -> tuple[int, int]:
-    """Check the arguments of `conv_bn_act`; returns (out_height, out_width)."""
+    allow_tf32: bool | None = None,
+) -> tuple[int, ...]:
+    """Check the arguments of `conv_bn_act`; returns the shape of its result."""
     _check_x(op, x)
     _check_tensor(op, "weight", weight, x.device, x.dtype)
     if weight.dim() != 4 or weight.shape[2] < 1 or weight.shape[3] < 1:
@@ -198,7 +203,7 @@ def conv(
     if not 1 <= stride <= _LARGEST_SIZE:
         raise ValueError(f"{op}: stride={stride}; allowed: 1 to 2^31 - 1")
     _check_sizes(op, "weight", weight.shape)
-    _check_norm(op, x, norm, eps, weight.shape[0])
+    _check_norm(op, x, bias, norm, weight.shape[0])
     _check_activation(op, "activation", activation)
     return _check_window(op, x, weight.shape[0], (weight.shape[2], weight.shape[3]), stride, padding)
 
@@ -244,13 +249,17 @@ def _check_vector(op: str, name: str, t: Tensor | None, length: int, device: tor
         raise ValueError(f"{op}: {name} has shape {_shape(t)}; allowed: ({length},)")
 
 
-def _check_norm(
-    op: str, x: Tensor, norm: tuple[Tensor | None, ...], eps: float, channels: int, prefix: str = ""
-) -> None:
-    names = ("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")
-    for name, t in zip(names, norm, strict=True):
-        _check_vector(op, f"{prefix}{name}", t, channels, x.device, x.dtype)
-    _, weight, bias, mean, var = norm
+def _check_norm(op: str, x: Tensor, bias: Tensor | None, norm: Norm | None, channels: int, prefix: str = "") -> None:
+    """Check bias and norm of a convolution to `channels`."""
+    _check_vector(op, f"{prefix}bias", bias, channels, x.device, x.dtype)
+    if norm is None:
+        return
+    if not isinstance(norm, Norm):
+        raise norm_type_error(op, f"{prefix}norm", norm)
+    parts: tuple[Any, ...] = norm  # of a call by the schema, any of them may be None
+    mean, var, weight, bias, eps = parts
+    for name, t in zip(norm._fields[:-1], parts[:-1], strict=True):
+        _check_vector(op, f"{prefix}norm_{name}", t, channels, x.device, x.dtype)
     both = f"{prefix}norm_mean and {prefix}norm_var"
     if (mean is None) != (var is None):
         missing = "norm_mean" if mean is None else "norm_var"
@@ -259,7 +268,7 @@ def _check_norm(
         given = "norm_weight" if weight is not None else "norm_bias"
         raise ValueError(f"{op}: {prefix}{given} needs {both}, which are None; allowed: all of the norm or none")
     if not 0 <= eps < math.inf:  # also false for NaN; torch.compile may hand in a symbolic float
-        raise ValueError(f"{op}: {prefix}eps={eps}; allowed: finite and not negative")
+        raise ValueError(f"{op}: {prefix}norm_eps={eps}; allowed: finite and not negative")
 
 
 def _check_activation(op: str, name: str, activation: str) -> None:
@@ -297,7 +306,8 @@ def _check_elements(op: str, name: str, sizes: Sequence[int]) -> None:
 
 def _check_window(
     op: str, x: Tensor, out_channels: int, window: tuple[int, int], stride: int, padding: Sequence[int]
-) -> tuple[int, int]:
+) -> tuple[int, ...]:
+    """Check the window of a convolution; returns the shape of its result."""
     if len(padding) != 4:
         raise ValueError(f"{op}: padding has {len(padding)} numbers; allowed: four (top, bottom, left, right)")
     if any(_surely(side < 0) or _surely(side > _LARGEST_SIZE) for side in padding):
@@ -310,8 +320,9 @@ def _check_window(
             f"{op}: the output would be {out_height} x {out_width} (image {x.shape[2]} x {x.shape[3]}, "
             f"padding={_tuple(padding)}, window {window[0]} x {window[1]}); allowed: at least one output"
         )
-    _check_elements(op, "the result", (x.shape[0], out_channels, out_height, out_width))
-    return out_height, out_width
+    shape = (x.shape[0], out_channels, out_height, out_width)
+    _check_elements(op, "the result", shape)
+    return shape
 
 
 def _is_matrix(t: Tensor, rows: int, columns: int) -> bool:

@@ -1,14 +1,17 @@
-"""What Python adds to the operators of both namespaces: shape functions, gradients, autocast and FLOP formulas.
+"""Add to the operators of both namespaces what needs Python: shape functions, gradients, autocast, FLOP formulas.
 
 A family file describes each of its operators by one `Operator` and hands it to `register`. The compiled library defines
 the operators of `torch.ops.effkernels`, and `register` adds what needs Python; where the library is not loaded there is
 nothing to add to. Those of `torch.ops.effkernels_triton` are defined here, with the same schemas, so that they live
 without the library; their kernels are those of effkernels.triton.
+
+Arguments are in one of two orders (`effkernels.ops._signature`): flat, as the dispatcher has them, or with every norm
+as one value, as all functions of an `Operator` and the Triton kernels take them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
@@ -19,6 +22,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from effkernels import _library, triton
 from effkernels.ops import _checks
+from effkernels.ops._signature import Signature
 from effkernels.ops.backends import DTYPES
 
 COMPILED = "effkernels"  # the namespace of the library's operators
@@ -30,8 +34,6 @@ _TRITON_LIBRARY: Any = torch.library.Library(TRITON, "DEF")
 _TRITON_DEVICES = ("CUDA", "CPU") if triton.INTERPRETED else ("CUDA",)
 _AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 
-NORM_SCHEMA = "Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? norm_mean, Tensor? norm_var, float eps"
-
 Result = TypeVar("Result")  # of an operator: a tensor or a pair of them
 
 
@@ -40,34 +42,43 @@ class Operator(Generic[Result]):
     """One operator as the registrations need it.
 
     Attributes:
-        name: in `torch.ops.effkernels` and `torch.ops.effkernels_triton`.
-        schema: arguments and results, as csrc/ops/schema.h has them.
+        name: in `torch.ops.effkernels` and `torch.ops.effkernels_triton`; its schema is in schemas.inc.
         reference: the same function in plain PyTorch.
-        arguments: names of the reference's arguments, in the order of the schema.
-        fake: shape function; takes the arguments of the schema, checks them and returns results yet to be computed.
-        flops: FLOP formula; takes the arguments of the schema, with shapes in place of tensors.
-        cast: the arguments that autocast casts whatever they are; x comes first and rules the others.
-        follow: the arguments that stay float32 under autocast if they are, and else take the dtype of the cast ones.
+        check: takes the name and all arguments, checks them and returns the shape of the (first) result.
+        allocate: takes that shape and all arguments, and returns results yet to be computed.
+        flops: FLOP formula; takes the shapes of the arguments by their names, and those of the results.
+        cast: names of the arguments that autocast casts whatever they are, the images and matrices. All other tensors
+            stay float32 if they are, and else take the dtype of the cast ones.
     """
 
     name: str
-    schema: str
     reference: Callable[..., Result]
-    arguments: tuple[str, ...]
-    fake: Callable[..., Result]
-    flops: Callable[..., int]
+    check: Callable[..., tuple[int, ...]]
+    allocate: Callable[..., Result]
+    flops: Callable[[Mapping[str, Any], Any], int]
     cast: tuple[str, ...]
-    follow: tuple[str, ...]
+    signature: Signature = field(init=False)
     cast_at: tuple[int, ...] = field(init=False)
     follow_at: tuple[int, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cast_at", tuple(self.arguments.index(name) for name in self.cast))
-        object.__setattr__(self, "follow_at", tuple(self.arguments.index(name) for name in self.follow))
+        signature = Signature(self.name)
+        tensors = {i: one.name for i, one in enumerate(signature.flat) if "Tensor" in str(one.type)}
+        object.__setattr__(self, "signature", signature)
+        object.__setattr__(self, "cast_at", tuple(i for i, name in tensors.items() if name in self.cast))
+        object.__setattr__(self, "follow_at", tuple(i for i, name in tensors.items() if name not in self.cast))
 
-    def run_reference(self, args: Sequence[Any]) -> Result:
-        """The reference on arguments in the order of the schema."""
-        return self.reference(**dict(zip(self.arguments, args, strict=True)))
+    def run_reference(self, flat: Sequence[Any]) -> Result:
+        """Call the reference with flat arguments."""
+        return self.reference(**dict(zip(self.signature.names, self.signature.group(flat), strict=True)))
+
+    def results(self, *args: Any) -> Result:
+        """Check the arguments, in the order of `signature.names`, and return uninitialised results."""
+        return self.allocate(self.check(self.name, *args), *args)
+
+    def fake(self, *flat: Any) -> Result:
+        """Return `results` for flat arguments; this is the shape function."""
+        return self.results(*self.signature.group(flat))
 
 
 @dataclass(frozen=True)
@@ -80,23 +91,28 @@ class Overloads(Generic[Result]):
 
 
 def register(op: Operator[Result]) -> Overloads[Result]:
-    """Register `op` in both namespaces; returns the overloads to hand to `call`."""
+    """Register `op` in both namespaces; returns the overloads to hand to `run`."""
     compiled = _not_loaded if _COMPILED_LIBRARY is None else _extend(op, COMPILED, _COMPILED_LIBRARY)
     if op.name not in triton.FAMILIES:
         return Overloads(op, compiled, _no_triton_kernel)
-    _TRITON_LIBRARY.define(op.name + op.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _TRITON_LIBRARY.define(op.signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in _TRITON_DEVICES:
         _TRITON_LIBRARY.impl(op.name, _triton_kernel(op), key)
     return Overloads(op, compiled, _extend(op, TRITON, _TRITON_LIBRARY))
 
 
-def call(overloads: Overloads[Result], backend: str, *args: Any) -> Result:
-    """Call the operator of a backend by the cheapest way that is right.
+def run(overloads: Overloads[Result], backend: str, args: tuple[Any, ...]) -> Result:
+    """Run an operator by the backend that `backends.choose` chose.
 
     The Autograd kernel is Python and costs more than a small operator itself, so it is stepped over where no gradient
     can be asked for (inference mode steps over it by itself). Tracing and forward-mode differentiation always go
     through the dispatcher.
+
+    Args:
+        args: in the order of the schema.
     """
+    if backend == "reference":
+        return _run_reference(overloads.op, args)
     overload = overloads.triton if backend == "triton" else overloads.compiled
     if torch.compiler.is_compiling():
         return overload(*args)
@@ -116,13 +132,13 @@ def call(overloads: Overloads[Result], backend: str, *args: Any) -> Result:
 
 
 def _problem(op: Operator[Any], args: Sequence[Any]) -> ValueError | TypeError | None:
-    """What is wrong with the arguments of a call that failed, in Python's types and without a file of C++ in front.
+    """Return the error in the arguments of a call that failed, as a Python exception without the name of a C++ file.
 
     PyTorch names the dispatch key of a sparse, quantized, nested or MKL-DNN tensor, not the argument.
     """
     try:
-        _checks.types(op.name, op.schema, args)
-        for name, t in zip(op.arguments, args, strict=True):
+        _checks.types(op.name, op.signature.flat, args)
+        for name, t in zip(op.signature.flat_names, args, strict=True):
             if isinstance(t, Tensor):
                 _checks.dense(op.name, name, t)
         device = args[0].device.type
@@ -135,21 +151,23 @@ def _problem(op: Operator[Any], args: Sequence[Any]) -> ValueError | TypeError |
     return None
 
 
-def call_reference(op: Operator[Result], *args: Any) -> Result:
-    """Run the reference on arguments in the order of the schema, under the same autocast rule as the operator."""
+def _run_reference(op: Operator[Result], flat: tuple[Any, ...]) -> Result:
+    """Check the arguments and run the reference, under the same autocast rule as the operator."""
+    args = op.signature.group(flat)
+    op.check(op.name, *args)
     device = args[0].device.type
     if device in _AUTOCAST_DEVICES.values() and torch.is_autocast_enabled(device):
-        args = _cast_arguments(op, args, torch.get_autocast_dtype(device))
+        flat = _cast_arguments(op, flat, torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
-            return op.run_reference(args)
-    return op.run_reference(args)
+            return op.run_reference(flat)
+    return op.run_reference(flat)
 
 
-def channels_last_empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """An uninitialised (N, C, H, W) tensor of `like`'s dtype and device with exact channels_last strides."""
-    batch, channels, height, width = shape
+def empty_image(shape: Sequence[int], x: Tensor, *others: Any) -> Tensor:
+    """Return an uninitialised (N, C, H, W) tensor of x's dtype and device with exact channels_last strides."""
+    _, channels, height, width = shape
     strides = (height * width * channels, 1, width * channels, channels)
-    return torch.empty_strided((batch, channels, height, width), strides, dtype=like.dtype, device=like.device)
+    return torch.empty_strided(tuple(shape), strides, dtype=x.dtype, device=x.device)
 
 
 def _extend(op: Operator[Result], namespace: str, library: Any) -> Callable[..., Result]:
@@ -160,17 +178,27 @@ def _extend(op: Operator[Result], namespace: str, library: Any) -> Callable[...,
     library.impl(op.name, _autograd_kernel(op, overload), "Autograd", with_keyset=True)
     for key, device in _AUTOCAST_DEVICES.items():
         library.impl(op.name, _autocast_kernel(op, overload, device), key)
-    register_flop_formula(packet)(op.flops)
+    register_flop_formula(packet)(_flop_formula(op))
     return overload
 
 
+def _flop_formula(op: Operator[Any]) -> Callable[..., int]:
+    def formula(*args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+        return op.flops(dict(zip(op.signature.flat_names, args, strict=False)) | kwargs, out_shape)
+
+    return formula
+
+
 def _triton_kernel(op: Operator[Result]) -> Callable[..., Result]:
-    """`op` by Triton. The shape function checks the arguments and allocates what the kernels fill, so that a trace and
-    a call cannot differ in shapes, strides or what they refuse.
+    """Return `op` by Triton.
+
+    The shape function checks the arguments and allocates what the kernels fill, so that a trace and a call cannot
+    differ in shapes, strides or what they refuse.
     """
 
-    def kernel(*args: Any) -> Result:
-        results = op.fake(*args)
+    def kernel(*flat: Any) -> Result:
+        args = op.signature.group(flat)
+        results = op.results(*args)
         for t in (args[0], *(results if isinstance(results, tuple) else (results,))):
             if t.dtype not in DTYPES:
                 allowed = ", ".join(map(str, DTYPES))

@@ -1,4 +1,4 @@
-"""Whether a float32 product may run in TF32, where the caller leaves it to PyTorch's own setting for convolutions."""
+"""Decide whether a float32 product may run in TF32 if the caller leaves it to PyTorch's setting for convolutions."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def resolve(allow_tf32: bool | None, x: Tensor) -> bool:
-    """The `allow_tf32` to hand to a kernel: as given, or PyTorch's setting for cuDNN convolutions.
+    """Return the `allow_tf32` to hand to a kernel: as given, or PyTorch's setting for cuDNN convolutions.
 
     Only a float32 tensor on a CUDA device is ever asked about; elsewhere the answer is False and costs nothing.
     """

@@ -1,4 +1,4 @@
-"""Which implementation runs an operator, and why another one does not.
+"""Choose the implementation that runs an operator, and give the reason why another one does not.
 
 Four rooms can hold an operator: `cuda` and `cpu` (the compiled library), `triton`, and `reference` (plain PyTorch,
 which runs everything). `can_run_cuda`, `can_run_cpu` and `can_run_triton` answer for one operator with the exact
@@ -12,8 +12,8 @@ and the environment variable EFFKERNELS_BACKEND, which is read once, at import.
 
 A choice depends on device, dtype, channels, kernel size, stride and activation only, never on batch, height or width,
 so that a trace with dynamic sizes stays one graph. Where both kinds of kernels run on a GPU, the compiled ones do,
-unless `effkernels tune` found the Triton kernel faster there (effkernels.tuning). What the `with` blocks ask for is a
-plain module variable, which torch.compile guards; it belongs to the process, not to a thread.
+unless `effkernels tune` found the Triton kernel faster there (effkernels.triton.tuned_plan). What the `with` blocks
+ask for is a plain module variable, which torch.compile guards; it belongs to the process, not to a thread.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from effkernels import _library, triton
 from effkernels._recorded_tensor import RecordedTensor
+from effkernels.ops.reference import canonical_name
 from effkernels.triton import tuned_plan
 from effkernels.triton.tuned_plan import BackendKey
 
@@ -47,21 +48,21 @@ OPERATORS: tuple[str, ...] = (
 )
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 DEPTHWISE_KERNEL_SIZES: tuple[int, ...] = tuple(range(1, 14))
-"""What the height and the width of a depthwise kernel may be, each for itself."""
+"""The allowed heights, and the allowed widths, of a depthwise kernel."""
 
 _ALLOWED_NAMES = ("auto", *BACKENDS)
 _OLDEST_CUDA_CAPABILITY = (8, 0)
 
 
 class Decision(NamedTuple):
-    """Whether a backend can run an operator, and in one line why not ("" where it can)."""
+    """The answer whether a backend can run an operator, and the reason in one line if not ("" if it can)."""
 
     ok: bool
     reason: str
 
 
 def _compiled_for(dispatch_key: str) -> frozenset[str]:
-    """The operators for which the compiled library holds a kernel of that device."""
+    """Return the operators for which the compiled library holds a kernel of that device."""
     if not _library.is_loaded():
         return frozenset()
     has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
@@ -97,7 +98,7 @@ class _Entered:
 
 
 def selected() -> str:
-    """The backend now asked for by `backend` or the environment: "auto" or one of `BACKENDS`."""
+    """Return the backend now asked for by `backend` or the environment: "auto" or one of `BACKENDS`."""
     return _selected
 
 
@@ -144,7 +145,7 @@ def can_run_cpu(
     stride: int | None = None,
     activation: str | None = None,
 ) -> Decision:
-    """Whether the compiled CPU kernels run `op`.
+    """Return whether the compiled CPU kernels run `op`.
 
     Args:
         op: one of `OPERATORS`.
@@ -165,7 +166,7 @@ def can_run_cuda(
     stride: int | None = None,
     activation: str | None = None,
 ) -> Decision:
-    """Whether the compiled CUDA kernels run `op`. Arguments as in `can_run_cpu`."""
+    """Return whether the compiled CUDA kernels run `op`. Arguments as in `can_run_cpu`."""
     device = torch.device(device)
     decision = _can_run_compiled(op, "cuda", _COMPILED_CUDA, device, dtype, kernel_size)
     if decision.ok and device.type == "cuda":
@@ -185,8 +186,9 @@ def can_run_triton(
     stride: int | None = None,
     activation: str | None = None,
 ) -> Decision:
-    """Whether a Triton kernel runs `op`: on a GPU, and on the CPU in a process where Triton interprets its kernels
-    (TRITON_INTERPRET=1, for tests). Arguments as in `can_run_cpu`.
+    """Return whether a Triton kernel runs `op`; arguments as in `can_run_cpu`.
+
+    It runs on a GPU, and on the CPU if Triton interprets its kernels in this process (TRITON_INTERPRET=1, for tests).
     """
     if op not in OPERATORS:
         return Decision(False, f"{op!r} is not an operator; allowed: {', '.join(OPERATORS)}")
@@ -204,7 +206,7 @@ def choose(
     activation: str = "identity",
     backend: str = "auto",
 ) -> str:
-    """The backend that runs `op` on `x`: one of `BACKENDS`.
+    """Return the backend that runs `op` on `x`: one of `BACKENDS`.
 
     It is "reference" where a fused operator cannot be called and plain PyTorch can, whatever was asked for: inside a
     transform of torch.func, under torch.jit.trace and under torch.onnx.export.
@@ -236,7 +238,7 @@ def choose(
             faster = _faster_by_triton.get(x.get_device())
             if not faster:  # nothing is tuned on this GPU
                 return "cuda"
-            return faster.get((op, x.dtype, *_sizes_of(x, weight), stride, activation), "cuda")
+            return faster.get((op, x.dtype, *_sizes_of(x, weight), stride, canonical_name(activation)), "cuda")
         candidates = BACKENDS if x.is_cuda else ("cpu", "reference")
     else:
         candidates = (_checked(asked, "backend"),)
@@ -265,14 +267,14 @@ _TENSOR_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTen
 
 
 def is_readable(tensor: Tensor) -> bool:
-    """Whether it is no subclass of Tensor that decides itself what an operator does with it, as quantised ones do."""
+    """Return False for a subclass of Tensor that handles operators itself, as quantised ones do."""
     if type(tensor) in _TENSOR_TYPES:
         return True
     return isinstance(tensor, Tensor) and type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
 
 
 def _choose_for_subclass(op: str, x: Tensor, weight: Tensor | None, asked: str) -> str:
-    """The choice where x or weight is of a subclass of Tensor that decides itself what an operator does with it."""
+    """Return the choice if x or weight is of a subclass of Tensor that decides itself what an operator does with it."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: the input is {type(x).__name__}; allowed: Tensor")
     if _checked(asked, "backend") == "auto" or _needs_plain_pytorch():
@@ -287,7 +289,7 @@ def _choose_for_subclass(op: str, x: Tensor, weight: Tensor | None, asked: str) 
 # Called by a trace of torch.compile and torch.export too: what it looks at is not for their graphs.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _needs_plain_pytorch() -> bool:
-    """Whether what is running now knows PyTorch's own operators only: torch.func, torch.jit.trace, torch.onnx.export.
+    """Return whether the context knows PyTorch's own operators only: torch.func, torch.jit.trace, torch.onnx.export.
 
     The exporter of torch.onnx runs torch.export, and before torch.jit.trace.
     """
@@ -308,12 +310,12 @@ _CAN_RUN = {"cuda": can_run_cuda, "triton": can_run_triton, "cpu": can_run_cpu}
 def key_of(
     op: str, x: Tensor, weight: Tensor | None = None, stride: int = 1, activation: str = "identity"
 ) -> BackendKey:
-    """What a tuned plan knows the choice of a call by; arguments as in `choose`."""
+    """Return the key of a call in the tuned plans; arguments as in `choose`."""
     return BackendKey(op, str(x.dtype).removeprefix("torch."), *_sizes_of(x, weight), stride, activation)
 
 
 def _sizes_of(x: Tensor, weight: Tensor | None) -> tuple[int | None, tuple[int, int] | None]:
-    """Channels and kernel size (height, width) of a call, None where there is none."""
+    """Return the channels and kernel size (height, width) of a call, None where there is none."""
     channels = x.shape[1] if x.dim() > 1 else None
     return channels, (weight.shape[2], weight.shape[3]) if weight is not None and weight.dim() == 4 else None
 
@@ -346,7 +348,7 @@ def _can_run_compiled(
 
 
 def _can_run_call(op: str, dtype: torch.dtype, kernel_size: int | tuple[int, int] | None) -> Decision:
-    """What every backend with kernels of its own asks of a call."""
+    """Return the reason why no backend with kernels of its own can run a call, or ""."""
     if dtype not in DTYPES:
         return Decision(False, f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
     problem = ""
@@ -358,7 +360,7 @@ def _can_run_call(op: str, dtype: torch.dtype, kernel_size: int | tuple[int, int
 # A trace must not see the dictionaries that this fills on the way: it would guard their state of before.
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _cuda_runs(index: int) -> bool:
-    """Whether the compiled kernels run on a GPU. The first call of a process reads what was tuned, for all GPUs."""
+    """Return whether the compiled kernels run on a GPU. The first call reads the tuned plans of all GPUs."""
     found = _cuda_runs_on.get(index)
     if found is None:
         found = _cuda_runs_on[index] = _cuda_problem(index) == ""

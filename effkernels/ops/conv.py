@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 from torch import Tensor
 
+from effkernels._norm import Norm
 from effkernels.ops import _checks, _tf32, reference
-from effkernels.ops._registration import NORM_SCHEMA, Operator, call, call_reference, channels_last_empty, register
+from effkernels.ops._registration import Operator, empty_image, register, run
+from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
 
 NAME = "conv_bn_act"
@@ -19,11 +21,7 @@ def conv_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
+    norm: Norm | None = None,
     *,
     stride: int = 1,
     padding: Sequence[int] = (0, 0, 0, 0),
@@ -36,15 +34,13 @@ def conv_bn_act(
     Equivalent PyTorch, for symmetric padding:
 
         z = F.conv2d(x, weight, bias, stride, (top, left))
-        y = act(F.batch_norm(z, norm_mean, norm_var, norm_weight, norm_bias, training=False, eps=eps))
+        y = act(F.batch_norm(z, norm.mean, norm.var, norm.weight, norm.bias, training=False, eps=norm.eps))
 
     Args:
         x: (N, C_in, H, W), float32, float16 or bfloat16; float64 and other devices run the reference. Any strides.
         weight: (C_out, C_in, K_h, K_w). This and every parameter below is float32 or of x's dtype.
         bias: (C_out,), the bias of the convolution, or None.
-        norm_weight, norm_bias: (C_out,) or None, the affine parameters of the norm; None counts as 1 and 0.
-        norm_mean, norm_var: (C_out,), running statistics. Both or neither; without them there is no norm.
-        eps: added to the variance; finite and not negative.
+        norm: `effkernels.ops.Norm` over C_out channels, such as `Norm.of(batch_norm)`, or None for no norm.
         stride: of both axes, 1 or 2.
         padding: zeros added at (top, bottom, left, right), in pixels, none negative.
         activation: identity, relu, relu6, silu, hard_swish, gelu or gelu_tanh.
@@ -60,73 +56,22 @@ def conv_bn_act(
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
     chosen = choose(NAME, x, weight, stride, activation, backend)
-    if chosen != "reference":
-        return call(
-            _overloads,
-            chosen,
-            x,
-            weight,
-            bias,
-            norm_weight,
-            norm_bias,
-            norm_mean,
-            norm_var,
-            eps,
-            stride,
-            padding,
-            activation,
-            _tf32.resolve(allow_tf32, x),
-        )
-    norm = (bias, norm_weight, norm_bias, norm_mean, norm_var)
-    _checks.conv(NAME, x, weight, norm, eps, stride, padding, activation)
-    return call_reference(OPERATOR, x, weight, *norm, eps, stride, padding, activation, allow_tf32)
+    tf32 = _tf32.resolve(allow_tf32, x)
+    return run(_overloads, chosen, (x, weight, bias, *parts(norm, NAME), stride, padding, activation, tf32))
 
 
-def _fake(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    eps: float,
-    stride: int,
-    padding: Sequence[int],
-    activation: str,
-    allow_tf32: bool,
-) -> Tensor:
-    norm = (bias, norm_weight, norm_bias, norm_mean, norm_var)
-    height, width = _checks.conv(NAME, x, weight, norm, eps, stride, padding, activation)
-    return channels_last_empty(x, (x.shape[0], weight.shape[0], height, width))
+def _flops(shapes: Mapping[str, Any], results: Any) -> int:
+    flops: int = 2 * prod(results) * prod(shapes["weight"][1:])
+    return flops
 
 
-def _flops(x: Any, weight: Sequence[int], *args: Any, out_shape: Sequence[int], **kwargs: Any) -> int:
-    return 2 * prod(out_shape) * prod(weight[1:])
-
-
-OPERATOR = Operator(
-    NAME,
-    f"(Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[4] padding, str activation, bool allow_tf32)"
-    " -> Tensor",
-    reference.conv_bn_act,
-    (
-        "x",
-        "weight",
-        "bias",
-        "norm_weight",
-        "norm_bias",
-        "norm_mean",
-        "norm_var",
-        "eps",
-        "stride",
-        "padding",
-        "activation",
-        "allow_tf32",
-    ),
-    _fake,
-    _flops,
-    cast=("x", "weight"),
-    follow=("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var"),
+_overloads = register(
+    Operator(
+        NAME,
+        reference.conv_bn_act,
+        _checks.conv,
+        empty_image,
+        _flops,
+        cast=("x", "weight"),
+    )
 )
-_overloads = register(OPERATOR)

@@ -2,44 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from effkernels._norm import Norm
 from effkernels.ops import _checks, reference
-from effkernels.ops._registration import NORM_SCHEMA, Operator, call, call_reference, channels_last_empty, register
+from effkernels.ops._registration import Operator, empty_image, register, run
+from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
-
-ARGUMENTS = (
-    "x",
-    "weight",
-    "bias",
-    "norm_weight",
-    "norm_bias",
-    "norm_mean",
-    "norm_var",
-    "eps",
-    "stride",
-    "padding",
-    "dilation",
-    "activation",
-)
-SCHEMA = f"Tensor x, Tensor weight, {NORM_SCHEMA}, int stride, SymInt[4] padding, int dilation, str activation"
-FOLLOW = ("weight", "bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")
 
 
 def depthwise_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
+    norm: Norm | None = None,
     *,
     stride: int = 1,
     padding: Sequence[int] = (0, 0, 0, 0),
@@ -52,7 +33,7 @@ def depthwise_bn_act(
     Equivalent PyTorch, for symmetric padding:
 
         z = F.conv2d(x, weight, bias, stride, (top, left), dilation, groups=C)
-        y = act(F.batch_norm(z, norm_mean, norm_var, norm_weight, norm_bias, training=False, eps=eps))
+        y = act(F.batch_norm(z, norm.mean, norm.var, norm.weight, norm.bias, training=False, eps=norm.eps))
 
     Sums, norm and activation are computed in float32 whatever the dtypes.
 
@@ -61,9 +42,7 @@ def depthwise_bn_act(
             channels_last is read as it is, anything else is converted once.
         weight: (C, 1, KH, KW), KH and KW from 1 to 13. This and every parameter below is float32 or of x's dtype.
         bias: (C,), the bias of the convolution, or None.
-        norm_weight, norm_bias: (C,) or None, the affine parameters of the norm; None counts as 1 and 0.
-        norm_mean, norm_var: (C,), running statistics. Both or neither; without them there is no norm.
-        eps: added to the variance; finite and not negative.
+        norm: `effkernels.ops.Norm` over C channels, such as `Norm.of(batch_norm)`, or None for no norm.
         stride: of both axes, 1 or 2.
         padding: zeros added at (top, bottom, left, right), in pixels, none negative.
         dilation: of both axes, at least 1.
@@ -79,37 +58,15 @@ def depthwise_bn_act(
         RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
     """
     chosen = choose("depthwise_bn_act", x, weight, stride, activation, backend)
-    if chosen != "reference":
-        return call(
-            _bn_act,
-            chosen,
-            x,
-            weight,
-            bias,
-            norm_weight,
-            norm_bias,
-            norm_mean,
-            norm_var,
-            eps,
-            stride,
-            padding,
-            dilation,
-            activation,
-        )
-    norm = (bias, norm_weight, norm_bias, norm_mean, norm_var)
-    _checks.depthwise("depthwise_bn_act", x, weight, norm, eps, stride, padding, dilation, activation)
-    return call_reference(BN_ACT, x, weight, *norm, eps, stride, padding, dilation, activation)
+    norm_parts = parts(norm, "depthwise_bn_act")
+    return run(_bn_act, chosen, (x, weight, bias, *norm_parts, stride, padding, dilation, activation))
 
 
 def depthwise_bn_act_squeeze(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
+    norm: Norm | None = None,
     *,
     stride: int = 1,
     padding: Sequence[int] = (0, 0, 0, 0),
@@ -117,7 +74,7 @@ def depthwise_bn_act_squeeze(
     activation: str = "identity",
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """`depthwise_bn_act` together with the mean of each channel of its result, taken in the same pass.
+    """Compute `depthwise_bn_act` together with the mean of each channel of its result, taken in the same pass.
 
     Equivalent PyTorch: y = depthwise_bn_act(...); pooled = y.float().mean((2, 3)). A compiled kernel takes the mean
     before y is rounded to its dtype.
@@ -129,47 +86,8 @@ def depthwise_bn_act_squeeze(
         pooled: (N, C), float32 (float64 where x is float64).
     """
     chosen = choose("depthwise_bn_act_squeeze", x, weight, stride, activation, backend)
-    if chosen != "reference":
-        return call(
-            _bn_act_squeeze,
-            chosen,
-            x,
-            weight,
-            bias,
-            norm_weight,
-            norm_bias,
-            norm_mean,
-            norm_var,
-            eps,
-            stride,
-            padding,
-            dilation,
-            activation,
-        )
-    norm = (bias, norm_weight, norm_bias, norm_mean, norm_var)
-    _checks.depthwise("depthwise_bn_act_squeeze", x, weight, norm, eps, stride, padding, dilation, activation)
-    return call_reference(BN_ACT_SQUEEZE, x, weight, *norm, eps, stride, padding, dilation, activation)
-
-
-def fake_depthwise(
-    op: str,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    eps: float,
-    stride: int,
-    padding: Sequence[int],
-    dilation: int,
-    activation: str,
-) -> Tensor:
-    """The empty result of the convolution inside `op`, after checking its arguments."""
-    norm = (bias, norm_weight, norm_bias, norm_mean, norm_var)
-    height, width = _checks.depthwise(op, x, weight, norm, eps, stride, padding, dilation, activation)
-    return channels_last_empty(x, (x.shape[0], x.shape[1], height, width))
+    norm_parts = parts(norm, "depthwise_bn_act_squeeze")
+    return run(_bn_act_squeeze, chosen, (x, weight, bias, *norm_parts, stride, padding, dilation, activation))
 
 
 def depthwise_flops(y_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
@@ -177,42 +95,29 @@ def depthwise_flops(y_shape: Sequence[int], weight_shape: Sequence[int]) -> int:
     return 2 * prod(y_shape) * prod(weight_shape[2:])
 
 
-def _fake_bn_act(*args: Any) -> Tensor:
-    return fake_depthwise("depthwise_bn_act", *args)
+def allocate_with_means(shape: Sequence[int], x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    """Return an uninitialised image of shape (N, C, H, W), and its pooled channels (N, C)."""
+    return empty_image(shape, x), x.new_empty(tuple(shape[:2]), dtype=torch.float32)
 
 
-def _fake_bn_act_squeeze(*args: Any) -> tuple[Tensor, Tensor]:
-    y = fake_depthwise("depthwise_bn_act_squeeze", *args)
-    return y, y.new_empty(y.shape[:2], dtype=torch.float32)
+def _flops(shapes: Mapping[str, Any], results: Any) -> int:
+    return depthwise_flops(results, shapes["weight"])
 
 
-def _flops_bn_act(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-    return depthwise_flops(out_shape, weight)
+def _flops_squeeze(shapes: Mapping[str, Any], results: Any) -> int:
+    return depthwise_flops(results[0], shapes["weight"])
 
 
-def _flops_bn_act_squeeze(x: Any, weight: Any, *args: Any, out_shape: Any, **kwargs: Any) -> int:
-    return depthwise_flops(out_shape[0], weight)
-
-
-BN_ACT = Operator(
-    "depthwise_bn_act",
-    f"({SCHEMA}) -> Tensor",
-    reference.depthwise_bn_act,
-    ARGUMENTS,
-    _fake_bn_act,
-    _flops_bn_act,
-    cast=("x",),
-    follow=FOLLOW,
+_bn_act = register(
+    Operator("depthwise_bn_act", reference.depthwise_bn_act, _checks.depthwise, empty_image, _flops, cast=("x",))
 )
-BN_ACT_SQUEEZE = Operator(
-    "depthwise_bn_act_squeeze",
-    f"({SCHEMA}) -> (Tensor, Tensor)",
-    reference.depthwise_bn_act_squeeze,
-    ARGUMENTS,
-    _fake_bn_act_squeeze,
-    _flops_bn_act_squeeze,
-    cast=("x",),
-    follow=FOLLOW,
+_bn_act_squeeze = register(
+    Operator(
+        "depthwise_bn_act_squeeze",
+        reference.depthwise_bn_act_squeeze,
+        _checks.depthwise,
+        allocate_with_means,
+        _flops_squeeze,
+        cast=("x",),
+    )
 )
-_bn_act = register(BN_ACT)
-_bn_act_squeeze = register(BN_ACT_SQUEEZE)

@@ -8,24 +8,29 @@ dtype of `x`), on any device, in any floating dtype, forward and backward, and a
 Shapes are PyTorch's logical ones, (N, C, H, W). Every four-dimensional result has exact channels_last strides, as
 `torch.empty(shape, memory_format=torch.channels_last)` gives, whatever the strides of the inputs.
 
-The norm comes as a batch norm stores it. With `norm_mean` and `norm_var` given,
+The norm comes as a batch norm stores it (`effkernels.ops.Norm`):
 
-    norm(z) = (z - norm_mean) / sqrt(norm_var + eps) * norm_weight + norm_bias      (per channel)
+    norm(z) = (z - mean) / sqrt(var + eps) * weight + bias      (per channel)
 
-where a missing `norm_weight` counts as 1 and a missing `norm_bias` as 0; without them `norm(z) = z`. Parameters may be
-float32 or of x's dtype, each on its own.
+where a missing `weight` counts as 1 and a missing `bias` as 0; without a norm `norm(z) = z`. Parameters may be float32
+or of x's dtype, each on its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from effkernels._norm import Norm
+
 ACTIVATIONS: tuple[str, ...] = ("identity", "relu", "relu6", "silu", "hard_swish", "gelu", "gelu_tanh")
 GATES: tuple[str, ...] = ("sigmoid", "hard_sigmoid")
+ALIASES: dict[str, str] = {"swish": "silu", "hardswish": "hard_swish", "hardsigmoid": "hard_sigmoid"}
+"""Other names under which activations and gates are accepted. csrc/ops/check.cpp knows the same."""
 
 _ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "identity": lambda t: t,
@@ -39,29 +44,32 @@ _ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 _GATE_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
 
+def canonical_name(name: Any) -> Any:
+    """Return the name in `ACTIVATIONS` or `GATES` for one of `ALIASES`; return anything else unchanged."""
+    return ALIASES.get(name, name) if type(name) is str else name
+
+
 def activate(t: Tensor, activation: str) -> Tensor:
     """Apply one of `ACTIVATIONS` elementwise; ValueError for any other name."""
-    if activation not in _ACTIVATION_FUNCTIONS:
+    function = _ACTIVATION_FUNCTIONS.get(canonical_name(activation))
+    if function is None:
         raise ValueError(f"activation={activation!r} is not known; allowed: {', '.join(ACTIVATIONS)}")
-    return _ACTIVATION_FUNCTIONS[activation](t)
+    return function(t)
 
 
-def apply_gate(t: Tensor, gate: str) -> Tensor:
+def apply_gate(t: Tensor, gate_activation: str) -> Tensor:
     """Apply one of `GATES` elementwise; ValueError for any other name."""
-    if gate not in _GATE_FUNCTIONS:
-        raise ValueError(f"gate={gate!r} is not known; allowed: {', '.join(GATES)}")
-    return _GATE_FUNCTIONS[gate](t)
+    function = _GATE_FUNCTIONS.get(canonical_name(gate_activation))
+    if function is None:
+        raise ValueError(f"gate_activation={gate_activation!r} is not known; allowed: {', '.join(GATES)}")
+    return function(t)
 
 
 def depthwise_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
+    norm: Norm | None = None,
     *,
     stride: int = 1,
     padding: Sequence[int] = (0, 0, 0, 0),
@@ -74,9 +82,7 @@ def depthwise_bn_act(
         x: (N, C, H, W), floating.
         weight: (C, 1, KH, KW).
         bias: (C,), the bias of the convolution, or None.
-        norm_weight, norm_bias: (C,) or None; the affine parameters of the norm.
-        norm_mean, norm_var: (C,), running statistics; both or neither.
-        eps: added to the variance.
+        norm: over C channels, or None.
         stride: of both axes, in pixels.
         padding: zeros added at (top, bottom, left, right), in pixels.
         dilation: of both axes.
@@ -86,29 +92,15 @@ def depthwise_bn_act(
         (N, C, H', W') in x's dtype, H' = (H + top + bottom - dilation * (KH - 1) - 1) // stride + 1 and likewise W'.
 
     Raises:
-        ValueError: activation unknown, or one of norm_mean and norm_var without the other.
+        ValueError: activation unknown.
     """
     z = _convolve(x, weight, bias, stride, padding, dilation, groups=weight.shape[0])
-    z = _normalize(z, norm_weight, norm_bias, norm_mean, norm_var, eps)
+    z = _normalize(z, norm)
     return _channels_last(activate(z, activation))
 
 
-def depthwise_bn_act_squeeze(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    stride: int = 1,
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: int = 1,
-    activation: str = "identity",
-) -> tuple[Tensor, Tensor]:
-    """`depthwise_bn_act` together with the mean of each channel over the image.
+def depthwise_bn_act_squeeze(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+    """Compute `depthwise_bn_act` together with the mean of each channel over the image.
 
     Arguments and errors are those of `depthwise_bn_act`.
 
@@ -116,20 +108,7 @@ def depthwise_bn_act_squeeze(
         y: (N, C, H', W') in x's dtype.
         pooled: (N, C), y.mean((2, 3)) in float32 (float64 where x is float64).
     """
-    y = depthwise_bn_act(
-        x,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        norm_mean,
-        norm_var,
-        eps,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        activation=activation,
-    )
+    y = depthwise_bn_act(*args, **options)
     return y, _pool(y)
 
 
@@ -141,9 +120,9 @@ def squeeze_excite_gate(
     b_expand: Tensor | None,
     *,
     activation: str = "silu",
-    gate: str = "sigmoid",
+    gate_activation: str = "sigmoid",
 ) -> Tensor:
-    """The gate of squeeze-and-excitation from pooled channels (Hu et al. 2018, equation 3).
+    """Compute the gate of squeeze-and-excitation from pooled channels (Hu et al. 2018, equation 3).
 
         gate(w_expand @ act(w_reduce @ pooled + b_reduce) + b_expand)
 
@@ -154,39 +133,29 @@ def squeeze_excite_gate(
         w_expand: (C, R) or (C, R, 1, 1).
         b_expand: (C,) or None.
         activation: one of `ACTIVATIONS`, between the two products.
-        gate: one of `GATES`, after the second.
+        gate_activation: one of `GATES`, after the second.
 
     Returns:
         (N, C) in the dtype of w_expand, which is also the dtype of the computation.
 
     Raises:
-        ValueError: activation or gate unknown.
+        ValueError: activation or gate_activation unknown.
     """
-    return _excite(pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate, w_expand.dtype)
+    return _excite(pooled, w_reduce, b_reduce, w_expand, b_expand, activation, gate_activation, w_expand.dtype)
 
 
 def depthwise_bn_act_gate(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    stride: int = 1,
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: int = 1,
-    activation: str = "identity",
+    *args: Any,
     w_reduce: Tensor,
     b_reduce: Tensor | None = None,
     w_expand: Tensor,
     b_expand: Tensor | None = None,
     se_activation: str = "silu",
-    gate: str = "sigmoid",
+    gate_activation: str = "sigmoid",
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`depthwise_bn_act` together with the squeeze-and-excitation gate of its result, not yet applied.
+    """Compute `depthwise_bn_act` together with the squeeze-and-excitation gate of its result, not yet applied.
 
     Arguments and errors are those of `depthwise_bn_act` and `squeeze_excite_gate`, whose `activation` is here called
     `se_activation`.
@@ -195,83 +164,27 @@ def depthwise_bn_act_gate(
         y: (N, C, H', W') in x's dtype.
         gate: (N, C) in x's dtype; y * gate[:, :, None, None] is the gated result.
     """
-    y, pooled = depthwise_bn_act_squeeze(
-        x,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        norm_mean,
-        norm_var,
-        eps,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        activation=activation,
-    )
-    return y, _excite(pooled, w_reduce, b_reduce, w_expand, b_expand, se_activation, gate, x.dtype)
+    y, pooled = depthwise_bn_act_squeeze(x, *args, **options)
+    return y, _excite(pooled, w_reduce, b_reduce, w_expand, b_expand, se_activation, gate_activation, x.dtype)
 
 
-def depthwise_bn_act_se(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
-    *,
-    stride: int = 1,
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: int = 1,
-    activation: str = "identity",
-    w_reduce: Tensor,
-    b_reduce: Tensor | None = None,
-    w_expand: Tensor,
-    b_expand: Tensor | None = None,
-    se_activation: str = "silu",
-    gate: str = "sigmoid",
-) -> Tensor:
-    """`depthwise_bn_act` with squeeze-and-excitation applied: y * gate[:, :, None, None].
+def depthwise_bn_act_se(*args: Any, **options: Any) -> Tensor:
+    """Compute `depthwise_bn_act` with squeeze-and-excitation applied: y * gate[:, :, None, None].
 
     Arguments and errors are those of `depthwise_bn_act_gate`.
 
     Returns:
         (N, C, H', W') in x's dtype.
     """
-    y, factor = depthwise_bn_act_gate(
-        x,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        norm_mean,
-        norm_var,
-        eps,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        activation=activation,
-        w_reduce=w_reduce,
-        b_reduce=b_reduce,
-        w_expand=w_expand,
-        b_expand=b_expand,
-        se_activation=se_activation,
-        gate=gate,
-    )
-    return _channels_last(y * factor[:, :, None, None])
+    y, gate = depthwise_bn_act_gate(*args, **options)
+    return _channels_last(y * gate[:, :, None, None])
 
 
 def pointwise_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
+    norm: Norm | None = None,
     *,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
@@ -286,7 +199,7 @@ def pointwise_bn_act(
         x: (N, C_in, H, W), floating.
         weight: (C_out, C_in, 1, 1).
         bias: (C_out,) or None.
-        norm_weight, norm_bias, norm_mean, norm_var, eps: as in `depthwise_bn_act`, of length C_out.
+        norm: over C_out channels, or None.
         gate: (N, C_in) or None; multiplies the input.
         residual: (N, C_out, H, W) or None; added last, after the activation.
         activation: one of `ACTIVATIONS`.
@@ -296,12 +209,12 @@ def pointwise_bn_act(
         (N, C_out, H, W) in x's dtype.
 
     Raises:
-        ValueError: activation unknown, or one of norm_mean and norm_var without the other.
+        ValueError: activation unknown.
     """
     if gate is not None:
         x = x * gate.to(x.dtype)[:, :, None, None]
     z = _convolve(x, weight, bias, 1, (0, 0, 0, 0), 1, groups=1)
-    z = activate(_normalize(z, norm_weight, norm_bias, norm_mean, norm_var, eps), activation)
+    z = activate(_normalize(z, norm), activation)
     return _channels_last(z if residual is None else z + residual)
 
 
@@ -311,25 +224,12 @@ def expand_depthwise_squeeze(
     weight: Tensor,
     *,
     expand_bias: Tensor | None = None,
-    expand_norm_weight: Tensor | None = None,
-    expand_norm_bias: Tensor | None = None,
-    expand_norm_mean: Tensor | None = None,
-    expand_norm_var: Tensor | None = None,
-    expand_eps: float = 1e-5,
+    expand_norm: Norm | None = None,
     expand_activation: str = "identity",
-    bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
-    stride: int = 1,
-    padding: Sequence[int] = (0, 0, 0, 0),
-    dilation: int = 1,
-    activation: str = "identity",
     allow_tf32: bool | None = None,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """The first half of an MBConv block: `pointwise_bn_act` with the `expand_` arguments, then
+    """Compute the first half of an MBConv block: `pointwise_bn_act` with the `expand_` arguments, then
     `depthwise_bn_act_squeeze` of its result with the others.
 
     Arguments and errors are those of the two.
@@ -338,43 +238,15 @@ def expand_depthwise_squeeze(
         y: (N, C, H', W') in x's dtype, C the rows of expand_weight.
         pooled: (N, C), y.mean((2, 3)) in float32 (float64 where x is float64).
     """
-    expanded = pointwise_bn_act(
-        x,
-        expand_weight,
-        expand_bias,
-        expand_norm_weight,
-        expand_norm_bias,
-        expand_norm_mean,
-        expand_norm_var,
-        expand_eps,
-        activation=expand_activation,
-        allow_tf32=allow_tf32,
-    )
-    return depthwise_bn_act_squeeze(
-        expanded,
-        weight,
-        bias,
-        norm_weight,
-        norm_bias,
-        norm_mean,
-        norm_var,
-        eps,
-        stride=stride,
-        padding=padding,
-        dilation=dilation,
-        activation=activation,
-    )
+    expanded = pointwise_bn_act(x, expand_weight, expand_bias, expand_norm, activation=expand_activation)
+    return depthwise_bn_act_squeeze(expanded, weight, **options)
 
 
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
-    norm_weight: Tensor | None = None,
-    norm_bias: Tensor | None = None,
-    norm_mean: Tensor | None = None,
-    norm_var: Tensor | None = None,
-    eps: float = 1e-5,
+    norm: Norm | None = None,
     *,
     stride: int = 1,
     padding: Sequence[int] = (0, 0, 0, 0),
@@ -387,7 +259,7 @@ def conv_bn_act(
         x: (N, C_in, H, W), floating.
         weight: (C_out, C_in, K_h, K_w).
         bias: (C_out,) or None.
-        norm_weight, norm_bias, norm_mean, norm_var, eps: as in `depthwise_bn_act`, of length C_out.
+        norm: over C_out channels, or None.
         stride: of both axes, in pixels.
         padding: zeros added at (top, bottom, left, right), in pixels.
         activation: one of `ACTIVATIONS`.
@@ -397,10 +269,10 @@ def conv_bn_act(
         (N, C_out, H', W') in x's dtype.
 
     Raises:
-        ValueError: activation unknown, or one of norm_mean and norm_var without the other.
+        ValueError: activation unknown.
     """
     z = _convolve(x, weight, bias, stride, padding, 1, groups=1)
-    return _channels_last(activate(_normalize(z, norm_weight, norm_bias, norm_mean, norm_var, eps), activation))
+    return _channels_last(activate(_normalize(z, norm), activation))
 
 
 def _surely(condition: bool | torch.SymBool | Tensor) -> bool:
@@ -425,13 +297,10 @@ def _convolve(
     return F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, stride, 0, dilation, groups)
 
 
-def _normalize(
-    z: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float
-) -> Tensor:
-    if mean is None or var is None:
-        if not (mean is None and var is None and weight is None and bias is None):
-            raise ValueError("norm_mean and norm_var must be given together, and are needed by norm_weight, norm_bias")
+def _normalize(z: Tensor, norm: Norm | None) -> Tensor:
+    if norm is None:
         return z
+    mean, var, weight, bias, eps = norm
     # One dtype for all four: F.batch_norm takes float32 parameters beside a 16-bit input, but no mixture of them.
     dtype = _wide(z.dtype)
     mean, var = mean.to(dtype), var.to(dtype)
@@ -460,13 +329,13 @@ def _excite(
     w_expand: Tensor,
     b_expand: Tensor | None,
     activation: str,
-    gate: str,
+    gate_activation: str,
     dtype: torch.dtype,
 ) -> Tensor:
     hidden = F.linear(pooled.to(dtype), w_reduce.flatten(1).to(dtype), None if b_reduce is None else b_reduce.to(dtype))
     hidden = activate(hidden, activation)
     logits = F.linear(hidden, w_expand.flatten(1).to(dtype), None if b_expand is None else b_expand.to(dtype))
-    return apply_gate(logits, gate)
+    return apply_gate(logits, gate_activation)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

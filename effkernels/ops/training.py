@@ -18,7 +18,7 @@ from torch import Tensor
 
 from effkernels.ops import training_kernels  # noqa: F401  registers shape functions
 from effkernels.ops import training_steps as steps
-from effkernels.ops.training_steps import Excitation, Norm, nchw, nhwc, wide
+from effkernels.ops.training_steps import Excitation, FoldedNorm, nchw, nhwc, wide
 
 NAMESPACE = "effkernels_training"
 
@@ -285,7 +285,7 @@ def _frozen(constants: Constants, which: int, x: Tensor) -> tuple[Tensor, Tensor
     return None if mean is None or var is None else (mean.to(wide(x.dtype)), var.to(wide(x.dtype)))
 
 
-def _norm(pair: tuple[Tensor, Tensor], parameters: dict[str, Any], which: int, settings: BlockSettings) -> Norm:
+def _norm(pair: tuple[Tensor, Tensor], parameters: dict[str, Any], which: int, settings: BlockSettings) -> FoldedNorm:
     weight, bias = parameters[f"norm{which}_weight"], parameters[f"norm{which}_bias"]
     return steps.make_norm(*pair, weight, bias, settings.eps[which - 1])
 

@@ -22,8 +22,8 @@ from effkernels.ops.reference import activate, apply_gate
 aten: Any = torch.ops.aten
 
 
-class Norm(NamedTuple):
-    """A norm ready to apply: (t - mean) * scale + bias; each (C,)."""
+class FoldedNorm(NamedTuple):
+    """A norm of which scale = weight * inverse_deviation is computed: (t - mean) * scale + bias; each (C,)."""
 
     mean: Tensor
     inverse_deviation: Tensor
@@ -63,11 +63,11 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def make_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Norm:
+def make_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> FoldedNorm:
     """The norm of these statistics, (C,) each, in their dtype."""
     inverse_deviation = torch.rsqrt(var + eps)
     scale = inverse_deviation if weight is None else inverse_deviation * weight.to(mean.dtype)
-    return Norm(mean, inverse_deviation, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype))
+    return FoldedNorm(mean, inverse_deviation, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype))
 
 
 def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -79,7 +79,7 @@ def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def norm_act(
-    t: Tensor, norm: Norm, activation: str, factor: Tensor | None = None, residual: Tensor | None = None
+    t: Tensor, norm: FoldedNorm, activation: str, factor: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """activation(norm(t)) * factor + residual in t's dtype; t, residual: (N, H, W, C), factor: (N, C)."""
     if _has_kernel(t):
@@ -92,7 +92,7 @@ def norm_act(
     return y.to(t.dtype)
 
 
-def squeeze(t: Tensor, norm: Norm, activation: str) -> Tensor:
+def squeeze(t: Tensor, norm: FoldedNorm, activation: str) -> Tensor:
     """The means (N, C) of activation(norm(t)) over the pixels of an image."""
     if _has_kernel(t):
         return torch.ops.effkernels.training_squeeze(t, *norm, activation)  # type: ignore[no-any-return]
@@ -101,7 +101,7 @@ def squeeze(t: Tensor, norm: Norm, activation: str) -> Tensor:
 
 def depthwise(
     t: Tensor,
-    norm: Norm | None,
+    norm: FoldedNorm | None,
     activation: str,
     weight: Tensor,
     bias: Tensor | None,
@@ -123,7 +123,7 @@ def depthwise(
 
 
 def gradient_sums(
-    g: Tensor, t: Tensor, norm: Norm, activation: str, factor: Tensor | None = None, with_y: bool = False
+    g: Tensor, t: Tensor, norm: FoldedNorm, activation: str, factor: Tensor | None = None, with_y: bool = False
 ) -> tuple[GradientSums, Tensor]:
     """The sums of `GradientSums`, and y * factor (N, H, W, C) in t's dtype where it is asked for (else nothing)."""
     if _has_kernel(t):
@@ -141,13 +141,13 @@ def gradient_sums(
 def depthwise_backward(
     g: Tensor,
     z: Tensor,
-    z_norm: Norm,
+    z_norm: FoldedNorm,
     z_activation: str,
     factor: Tensor | None,
     offset: Tensor | None,
     coefficients: Coefficients,
     t: Tensor,
-    norm: Norm | None,
+    norm: FoldedNorm | None,
     activation: str,
     weight: Tensor,
     stride: int,
@@ -196,7 +196,7 @@ def depthwise_backward(
     return dx.to(t.dtype), dweight.to(wide(t.dtype)), *_sums(dx, t, norm)
 
 
-def coefficients_of(norm: Norm, batch_statistics: bool, count: int, dy: Tensor, dyh: Tensor) -> Coefficients:
+def coefficients_of(norm: FoldedNorm, batch_statistics: bool, count: int, dy: Tensor, dyh: Tensor) -> Coefficients:
     """Of the gradient of a norm's input, from the sums (C,) of dy and of dy * h over `count` pixels of a batch.
 
     A norm that uses running statistics does not differentiate through them.
@@ -212,7 +212,7 @@ def coefficients_of(norm: Norm, batch_statistics: bool, count: int, dy: Tensor, 
 def norm_backward(
     dy: Tensor,
     t: Tensor,
-    norm: Norm,
+    norm: FoldedNorm,
     coefficients: Coefficients,
     factor: Tensor | None = None,
     activation: str = "identity",
@@ -308,7 +308,7 @@ def nchw(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2)
 
 
-def _sums(dy: Tensor, t: Tensor, norm: Norm) -> tuple[Tensor, Tensor]:
+def _sums(dy: Tensor, t: Tensor, norm: FoldedNorm) -> tuple[Tensor, Tensor]:
     h = (t - norm.mean) * norm.inverse_deviation
     return dy.sum((0, 1, 2), dtype=torch.float64), (dy * h).sum((0, 1, 2), dtype=torch.float64)
 
@@ -325,7 +325,7 @@ def _padded(t: Tensor, padding: Sequence[int]) -> Tensor:
     return F.pad(nchw(t), (left, right, top, bottom))
 
 
-def _normalised(t: Tensor, norm: Norm) -> Tensor:
+def _normalised(t: Tensor, norm: FoldedNorm) -> Tensor:
     return (t - norm.mean) * norm.scale + norm.bias
 
 

@@ -1,4 +1,4 @@
-"""What a forward launches on a GPU and how many bytes that moves, block by block, as `effkernels.plan` counts them."""
+"""Count the launches of a forward on a GPU and the bytes they move, block by block, with `effkernels.plan`."""
 
 from __future__ import annotations
 
@@ -39,42 +39,8 @@ class Cost:
     bytes: int
 
 
-def input_size_of(model: nn.Module, given: int | tuple[int, ...] | None) -> tuple[int, int, int]:
-    """(C, H, W) of the image to count with.
-
-    Args:
-        model: asked for its design size as timm, Hugging Face and lukemelas write it down; 224 x 224 without.
-        given: what the caller says: one number for both sides, (H, W) or (C, H, W).
-
-    Raises:
-        ValueError: `given` is none of these, or holds a number below 1.
-    """
-    conv = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    channels = 3 if conv is None else conv.in_channels
-    size = _design_size(model) if given is None else given
-    sizes = (size,) if isinstance(size, int) else tuple(size)
-    if not 1 <= len(sizes) <= 3 or not all(isinstance(one, int) and one >= 1 for one in sizes):
-        raise ValueError(f"input_size={given!r}; allowed: a number of pixels, (H, W) or (C, H, W), each at least 1")
-    if len(sizes) == 3:
-        return sizes
-    return (channels, sizes[0], sizes[-1])
-
-
-def _design_size(model: nn.Module) -> int | tuple[int, ...]:
-    cfg = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None)
-    if isinstance(cfg, Mapping) and isinstance(cfg.get("input_size"), tuple | list):
-        return tuple(cfg["input_size"])[1:]
-    for holder, name in (("config", "image_size"), ("_global_params", "image_size")):
-        size = getattr(getattr(model, holder, None), name, None)
-        if isinstance(size, int):
-            return size
-        if isinstance(size, tuple | list) and all(isinstance(one, int) for one in size):
-            return tuple(size)
-    return 224
-
-
 def try_forward(model: nn.Module, input_size: tuple[int, int, int]) -> tuple[Forward | None, str]:
-    """One forward of an image of that size on the meta device, whatever device the model is on.
+    """Run one forward of an image of that size on the meta device, whatever device the model is on.
 
     Returns:
         The forward, or None and the reason: the model does not take such an image, or holds tensors of its own.
@@ -111,7 +77,7 @@ def _watching(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iterator[
 
 
 def costs_of(forward: Forward | None, groups: Sequence[frozenset[str]]) -> list[Cost | None]:
-    """The cost of each group of modules (by path, what is below included); None where it is not known."""
+    """Return the cost of each group of modules (by path, what is below included); None if it is not known."""
     if forward is None or not _library.is_loaded() or any(call.dtype not in DTYPES for call in forward.calls):
         return [None] * len(groups)
     gpu = gpus.find(gpus.DEFAULT_GPU)
@@ -127,7 +93,7 @@ def costs_of(forward: Forward | None, groups: Sequence[frozenset[str]]) -> list[
 
 
 def _owner(layer: str, owner: Mapping[str, int]) -> int | None:
-    """The group of the innermost module around a call."""
+    """Return the group of the innermost module around a call."""
     while layer not in owner and layer:
         layer = layer.rpartition(".")[0]
     return owner.get(layer)

@@ -36,7 +36,7 @@ class Same:
 
 
 def freeze(value: Any, of_tensor: Callable[[Tensor], Any] = Same, depth: int = _DEPTH) -> Any:
-    """A value that compares equal to another frozen one where both hold the same.
+    """Return a value that compares equal to another frozen one where both hold the same.
 
     Args:
         value: anything.
@@ -65,7 +65,7 @@ def freeze(value: Any, of_tensor: Callable[[Tensor], Any] = Same, depth: int = _
 
 
 def mutable_parts(value: Any, depth: int = _DEPTH) -> list[Any]:
-    """The lists, dicts and sets in a value, those that are objects' attributes included."""
+    """Return the lists, dicts and sets in a value, those that are objects' attributes included."""
     if depth == 0 or isinstance(value, (*_SCALARS, float, Tensor, *_BY_IDENTITY)):
         return []
     if isinstance(value, dict):

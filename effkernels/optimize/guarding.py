@@ -1,6 +1,6 @@
-"""Whether a module and those below it are still what a program was written for.
+"""Check that a module and those below it are still what a program was written for.
 
-A fused program does not call the modules that it stands in for, so whatever their plain forwards would read is compared
+A fused program does not call the modules that it replaces, so whatever their plain forwards would read is compared
 at every call. The guard is data, a `Record` for each module on the way:
 
 - its class, and that the class has the forward that it had;
@@ -66,12 +66,12 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Record:
-    """What a program expects of one module.
+    """The state that a program expects of one module.
 
     Attributes:
         path: from the root of the program.
         cls: its class, before `optimize_`.
-        attributes: frozen values by name; None where the program calls the module and it reads them itself.
+        attributes: frozen values by name; None if the program calls the module and it reads them itself.
         children: names of all its children in order, where its forward may depend on them; else None.
         has_parameters: whether `weight` and `bias` are looked for, be they None.
         free: attributes that may have any value.
@@ -86,17 +86,17 @@ class Record:
 
 
 def record_called(path: str, module: nn.Module) -> Record:
-    """The record of a module that a program calls."""
+    """Return the record of a module that a program calls."""
     return Record(path, original_class(type(module)), None, None, False, frozenset())
 
 
 def record_container(path: str, module: nn.Module) -> Record:
-    """The record of a container of which nothing was on the way yet."""
+    """Return the record of a container of which nothing was on the way yet."""
     return Record(path, original_class(type(module)), (), tuple(module._modules), False, frozenset())
 
 
 def record(path: str, module: nn.Module, stood_in_for: bool) -> Record:
-    """The record of a module whose forward a program stands in for.
+    """Return the record of a module whose forward a program replaces.
 
     Args:
         path: from the root of the program.
@@ -115,7 +115,7 @@ def record(path: str, module: nn.Module, stood_in_for: bool) -> Record:
 
 
 def replaced_method(module: nn.Module) -> str:
-    """The name of a method that was replaced on the instance; "" where none was."""
+    """Return the name of a method that was replaced on the instance; "" where none was."""
     for name, value in module.__dict__.items():
         if callable(value) and name not in _BOOKKEEPING and callable(getattr(type(module), name, None)):
             return name
@@ -139,7 +139,7 @@ class Guard:
         )
 
     def take(self, module: nn.Module, key: str) -> tuple[Any, ...] | None:
-        """The parts as they are now; None where anything is not as it was recorded.
+        """Return the parts as they are now; None if anything is not as it was recorded.
 
         Args:
             module: the root.
@@ -162,7 +162,7 @@ class Guard:
         return bound.take(module)
 
     def _holds(self, root: nn.Module) -> bool:
-        """Whether every module is as recorded."""
+        """Return whether every module is as recorded."""
         if any(getattr(cls, name, None) is not function for cls, name, function in self.methods):
             return False
         found: dict[str, nn.Module] = {"": root}
@@ -173,7 +173,7 @@ class Guard:
         return True
 
     def complaint(self, twin: nn.Module) -> str:
-        """What on a twin of the root is not as recorded; "" if nothing is.
+        """Return what on a twin of the root is not as recorded; "" if nothing is.
 
         Twins have copies of all attributes, so these are objects of which only the identity could be compared: whoever
         changes one of them in place would not be noticed.
@@ -195,7 +195,7 @@ class Guard:
         return ""
 
     def take_traced(self, root: nn.Module) -> tuple[Any, ...] | None:
-        """`take` as torch.compile traces it: every comparison becomes a guard of the graph."""
+        """Do `take` as torch.compile traces it: every comparison becomes a guard of the graph."""
         modules: dict[str, Any] = {"": root}
         for record in self.records:
             if record.path:
@@ -290,7 +290,7 @@ class _Bound:
         self._part_types = _PLAIN_TYPES.union(map(type, modules))
 
     def take(self, root: nn.Module) -> tuple[Any, ...] | None:
-        """The parts as they are now; None where anything may have changed."""
+        """Return the parts as they are now; None if anything may have changed."""
         if self._root is not root or any(self._hooks):
             return None
         try:
@@ -319,14 +319,14 @@ class _Bound:
 
 
 def is_plain_tensor(value: Any) -> bool:
-    """Whether it is no tensor, or one that the operators can read: not a subclass that stands for something else."""
+    """Return whether it is no tensor, or one that the operators can read: not a subclass with another meaning."""
     if not isinstance(value, Tensor) or type(value) in _PLAIN_TYPES or isinstance(value, FakeTensor | FunctionalTensor):
         return True
     return type(value).__torch_dispatch__ is Tensor.__torch_dispatch__ and not nn.parameter.is_lazy(value)
 
 
 def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """What of a module's `__dict__` its forward may read: of PyTorch's own classes, what the code of forward names."""
+    """Yield what a forward may read of its module's `__dict__`: for PyTorch's classes, what forward's code names."""
     cls: Any = original_class(type(module))
     read = _names_read(cls) if cls.__module__.startswith("torch.nn.modules.") else None
     for name, value in module.__dict__.items():
@@ -335,7 +335,7 @@ def _attributes(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _is_as(record: Record, module: nn.Module) -> bool:
-    """Whether a module is as recorded; the root's hooks are run by whoever calls it."""
+    """Return whether a module is as recorded; the root's hooks are run by whoever calls it."""
     if original_class(type(module)) is not record.cls:
         return False
     if record.children is not None and tuple(module._modules) != record.children:
@@ -359,7 +359,7 @@ def _is_as(record: Record, module: nn.Module) -> bool:
 
 
 def _is_as_traced(record: Record, module: Any) -> bool:
-    """`_is_as` in terms that torch.compile can trace and guard."""
+    """Do `_is_as` in terms that torch.compile can trace and guard."""
     if record.children is not None and tuple(module._modules.keys()) != record.children:
         return False
     if record.attributes is None:
@@ -381,7 +381,7 @@ def _is_as_traced(record: Record, module: Any) -> bool:
 
 
 def _equals(frozen: tuple[type, Any], value: Any) -> bool:
-    """Whether a value is what a frozen one was, for what torch.compile can compare: numbers, strings and tuples."""
+    """Return whether a value equals a frozen one, for what torch.compile can compare: numbers, strings and tuples."""
     kind, content = frozen
     if kind is float:
         return repr(value) == content if content in ("nan", "inf", "-inf") else bool(value == float(content))
@@ -397,7 +397,7 @@ def _equals(frozen: tuple[type, Any], value: Any) -> bool:
 
 
 def _may_be_read(module: nn.Module, name: str) -> bool:
-    """Whether a forward could notice an attribute that was added."""
+    """Return whether a forward could notice an attribute that was added."""
     cls: Any = type(module)
     if hasattr(cls, name) or name in module._modules or name in module._parameters or name in module._buffers:
         return True
@@ -411,7 +411,7 @@ def _depends_on_children(module: nn.Module) -> bool:
 
 @functools.cache
 def _names_in(cls: Any) -> frozenset[str]:
-    """Names and strings in the code of a class, nn.Module's own aside."""
+    """Return names and strings in the code of a class, nn.Module's own aside."""
     found: set[str] = set()
     for base in cls.__mro__:
         if base not in nn.Module.__mro__:
@@ -422,7 +422,7 @@ def _names_in(cls: Any) -> frozenset[str]:
 
 @functools.cache
 def _names_read(cls: Any) -> frozenset[str]:
-    """Names and strings in the code that the forward of a class reaches by methods of the class."""
+    """Return names and strings in the code that the forward of a class reaches by methods of the class."""
     found: set[str] = {"forward"}
     pending = ["forward"]
     while pending:
@@ -447,7 +447,7 @@ def _names_of_code(code: Any) -> set[str]:
 
 
 def _reach(found: dict[str, nn.Module], path: str) -> nn.Module | None:
-    """The module at a path; those on the way to it have been found before."""
+    """Return the module at a path; those on the way to it have been found before."""
     if path not in found:
         parent, _, leaf = path.rpartition(".")
         owner = _reach(found, parent)
@@ -459,7 +459,7 @@ def _reach(found: dict[str, nn.Module], path: str) -> nn.Module | None:
 
 
 def _place_of(found: dict[str, nn.Module], part: Part) -> tuple[dict[str, Any], str]:
-    """The dict and the name in it at which a part is found."""
+    """Return the dict and the name in it at which a part is found."""
     if part.kind == "module":
         parent, _, leaf = part.path.rpartition(".")
         owner = _reach(found, parent)
@@ -473,7 +473,7 @@ def _place_of(found: dict[str, nn.Module], part: Part) -> tuple[dict[str, Any], 
 
 
 def ancestors(paths: Iterable[str]) -> list[str]:
-    """Every path on the way to these, from the root on, outer ones first."""
+    """Return every path on the way to these, from the root on, outer ones first."""
     found: dict[str, None] = {"": None}
     for path in paths:
         parts = path.split(".") if path else []

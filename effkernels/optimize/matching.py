@@ -30,7 +30,7 @@ class Gate:
         product: the node that multiplies.
         nodes: all but the product.
         reduce, expand: paths of the two products.
-        activation, gate: names.
+        activation, gate_activation: names.
         with_depthwise: whether the depthwise operator in front computes it.
     """
 
@@ -40,12 +40,12 @@ class Gate:
     reduce: str
     expand: str
     activation: str
-    gate: str
+    gate_activation: str
     with_depthwise: bool = False
 
     @property
     def result(self) -> fx.Node:
-        """The last node before the product, at whose place the gate is computed where it stands alone."""
+        """The last node before the product, at whose place the gate is computed if it is fused alone."""
         return next(node for node in self.product.all_input_nodes if node in self.nodes)
 
 
@@ -58,7 +58,7 @@ class Step:
         padding: zeros around the input, those of a pad in front included.
         source: what it reads.
         result: the node whose value it computes, in whose place it runs.
-        nodes: all nodes that it stands for.
+        nodes: all nodes that it replaces.
         norm: path of the norm.
         activation: name.
         residual: what is added to the result.
@@ -88,7 +88,7 @@ class Step:
 
     @property
     def is_optional(self) -> bool:
-        """Whether the module itself is called where it is faster: for an NCHW tensor two conversions cost more than the
+        """Return whether the module itself is called if that is faster: for NCHW, two conversions cost more than the
         operator gains.
         """
         return self.is_bare and len(self.nodes) == 1
@@ -101,11 +101,11 @@ class Step:
 
 @dataclass
 class Match:
-    """What of a graph runs fused.
+    """The parts of a graph that run fused.
 
     Attributes:
         steps: around convolutions, in the order of the graph.
-        gates: every squeeze-and-excitation, also those that stand alone.
+        gates: every squeeze-and-excitation, also those fused alone.
         left: path of every convolution that stays as it is, and why.
         linears: large linear layers on a CPU, of which few rows at a time go through an operator.
         hazard: why nothing of the graph may be moved; "" where it may.
@@ -119,7 +119,7 @@ class Match:
 
     @property
     def nodes(self) -> set[fx.Node]:
-        """Every node that a fused operator stands for."""
+        """Every node that a fused operator replaces."""
         of_gates = {node for gate in self.gates for node in gate.nodes}
         return of_gates.union(*(step.nodes for step in self.steps))
 
@@ -164,7 +164,7 @@ class _Matcher:
         if plain and not self._continues(step):
             step.is_bare = True
         if step.is_bare and (conv.op == "conv_bn_act" or conv.few_channels):
-            reason = "there is nothing behind it to fuse with"
+            reason = "there is nothing after it to fuse with"
             if conv.few_channels:
                 reason += ", and PyTorch's is faster for that few channels"
             user = self._only_user(node)
@@ -176,7 +176,7 @@ class _Matcher:
         self._taken |= step.nodes
 
     def _continues(self, step: Step) -> bool:
-        """Whether a 1x1 convolution with nothing behind it reads what is fused: the end of a block whose norms are
+        """Return whether a 1x1 convolution with nothing after it reads what is fused: the end of a block, its norms
         folded.
         """
         return step.conv.op == "pointwise_bn_act" and any(step.source is other.result for other in self._found.steps)
@@ -209,10 +209,10 @@ class _Matcher:
                 step.nodes.add(gate.product)
 
     def _follow(self, step: Step) -> None:
-        """Take in what comes behind the convolution, as long as nothing else reads what lies between."""
+        """Include what follows the convolution, as long as nothing else reads the values between."""
         node = step.result
         passed: set[fx.Node] = set()
-        stage = 0  # 1: behind the norm, 2: behind the activation
+        stage = 0  # 1: after the norm, 2: after the activation
         while (user := self._only_user(node)) is not None and user not in self._taken:
             role = self._roles.of(user)
             if role.kind == "identity":
@@ -241,7 +241,7 @@ class _Matcher:
             self._take_written_out_activation(step)
 
     def _take_written_out_activation(self, step: Step) -> None:
-        """`x * sigmoid(x)` and `x * hard_sigmoid(x)`, which some libraries write out: silu and hard_swish."""
+        """Recognise `x * sigmoid(x)` and `x * hard_sigmoid(x)`, which some libraries write out: silu and hard_swish."""
         users = list(step.result.users)
         if len(users) != 2:
             return
@@ -281,7 +281,7 @@ class _Matcher:
         return None
 
     def _gate_between(self, factor: fx.Node, source: fx.Node, product: fx.Node) -> Gate | None:
-        """The squeeze-and-excitation that ends in `factor`, taken of `source`."""
+        """Return the squeeze-and-excitation that ends in `factor`, taken of `source`."""
         nodes: set[fx.Node] = set()
         taken: dict[str, fx.Node] = {}
         node: fx.Node | None = factor
@@ -312,7 +312,7 @@ class _Matcher:
             reduce=str(taken["reduce"].target),
             expand=str(taken["expand"].target),
             activation=activation,
-            gate=self._roles.of(taken["gate"]).value,
+            gate_activation=self._roles.of(taken["gate"]).value,
         )
 
     def _past_reshapes(self, node: fx.Node | None, nodes: set[fx.Node], product: fx.Node) -> fx.Node | None:
@@ -334,7 +334,7 @@ class _Matcher:
         return users[0] if len(users) == 1 and users[0].op != "output" else None
 
     def _without_identities(self, node: object) -> tuple[fx.Node, set[fx.Node]]:
-        """What a node is before modules that do nothing in eval mode, and those of them that nothing else reads."""
+        """Return the node before modules that do nothing in eval mode, and those of them that nothing else reads."""
         assert isinstance(node, fx.Node)
         passed: set[fx.Node] = set()
         while self._roles.of(node).kind == "identity":
@@ -344,7 +344,7 @@ class _Matcher:
         return node, passed
 
     def _past_identities(self, node: fx.Node) -> fx.Node:
-        """The first reader that is not an identity; the last identity where several read it."""
+        """Return the first reader that is not an identity; the last identity where several read it."""
         while self._roles.of(node).kind == "identity" and (user := self._only_user(node)) is not None:
             node = user
         return node
@@ -353,7 +353,7 @@ class _Matcher:
         return mutates(self._root, node, self._roles.of(node))
 
     def _hazard(self) -> str:
-        """A node that overwrites a value which others read as well: then the order of the calls must not change."""
+        """Return a node that overwrites a value which others read, too: the order of calls must not change then."""
         nodes = self._found.nodes
         for node in self._graph.nodes:
             if node in nodes or not node.all_input_nodes or not self._mutates(node):

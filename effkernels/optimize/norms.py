@@ -63,7 +63,7 @@ def _fold_all(model: nn.Module) -> int:
             alone = uses[conv_path] == uses[norm_path] == 1 and not {id(conv), id(norm), id(conv.weight)} & shared
             if alone and not any(tensor.is_meta for tensor in conv.parameters()):
                 folded.append(_folded(conv, norm, norm_path))
-    # Nothing before this line has changed the model, and nothing behind it can fail.
+    # Nothing before this line has changed the model, and nothing after it can fail.
     for one in folded:
         owner, _, leaf = one.norm_path.rpartition(".")
         one.conv.weight, one.conv.bias = one.weight, one.bias
@@ -101,7 +101,7 @@ def convert_sync_batchnorm(module: nn.Module, process_group: object = None) -> n
 
 @dataclass(frozen=True)
 class _Folded:
-    """A convolution with the norm behind it in its weights, and what is left of the norm."""
+    """A convolution with the norm after it in its weights, and what is left of the norm."""
 
     conv: nn.Conv2d
     norm_path: str
@@ -132,7 +132,7 @@ def _folded(conv: nn.Conv2d, norm: BatchNorm, norm_path: str) -> _Folded:
 
 
 def _activation_module(norm: BatchNorm) -> nn.Module:
-    """What is left of a norm when it no longer normalises."""
+    """Return what is left of a norm when it no longer normalises."""
     activation = norm_activation_of(norm)
     if activation == "identity":
         return nn.Identity().train(norm.training)
@@ -141,7 +141,7 @@ def _activation_module(norm: BatchNorm) -> nn.Module:
 
 
 def _used_more_than_once(model: nn.Module) -> set[int]:
-    """Ids of the modules and parameters that stand in several places of a model."""
+    """Return the ids of the modules and parameters that are in several places of a model."""
     modules = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     parameters = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
     return {found for found, count in (modules + parameters).items() if count > 1}

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import nn
 
+from effkernels.models.model_input import input_size_of
 from effkernels.ops import backends
-from effkernels.optimize.accounting import Cost, Forward, costs_of, input_size_of, try_forward
+from effkernels.optimize.accounting import Cost, Forward, costs_of, try_forward
 from effkernels.optimize.program import MOST_ROWS, Program
 from effkernels.optimize.report import BlockReport, NotFusedError, Report
 from effkernels.optimize.survey import FILTERED, Entry, Method, Survey, Unit
@@ -66,7 +67,7 @@ def optimize_(
     allowed = ("auto", *backends.BACKENDS)
     if backend not in allowed:
         raise ValueError(f"backend={backend!r} is not a backend; allowed: {', '.join(allowed)}")
-    size = input_size_of(model, input_size)
+    size = input_size_of(model, input_size, owner="optimize_", default=224)
     with as_it_was_on_failure(model):
         restore_(model)
         with undisturbed(model):
@@ -185,7 +186,7 @@ class _Fitter:
         return bool(programs)
 
     def _program(self, unit: Unit, method: Method) -> tuple[Program, bool]:
-        """The program of a method, and whether it is still to be compared with the method.
+        """Return the program of a method, and whether it is still to be compared with the method.
 
         Raises:
             Unknown: it cannot be used; the message says why.
@@ -209,7 +210,7 @@ class _Fitter:
         return program, None in problems
 
     def _backends(self, module: nn.Module, ops: Sequence[str]) -> Iterator[str]:
-        """The backend of each operator, where the module is now."""
+        """Return the backend of each operator, where the module is now."""
         example = next((p for p in module.parameters() if p.is_floating_point()), None)
         if example is None:
             return
@@ -218,7 +219,7 @@ class _Fitter:
             yield backends.choose(op, x, backend=self._backend)
 
     def _shapes(self, unit: Unit, method: Method) -> list[tuple[int, ...]]:
-        """Shapes of inputs to try a method on."""
+        """Return shapes of inputs to try a method on."""
         recorded = None if self._forward is None else self._forward.shapes.get(unit.path)
         takes_the_same = method.trace.method != "forward_head"
         channels = recorded[1] if recorded is not None and takes_the_same and len(recorded) == 4 else None
@@ -228,7 +229,7 @@ class _Fitter:
 
 
 def _first_channels(method: Method) -> int:
-    """Channels of the input, as the first convolution or linear layer has them."""
+    """Return the number of input channels, as the first convolution or linear layer has them."""
     for node in method.trace.graph.nodes:
         if node.op == "call_module":
             modules = method.trace.root.get_submodule(str(node.target)).modules()

@@ -1,7 +1,7 @@
-"""What a module or a function computes, found out by calling it instead of by knowing its name.
+"""Find what a module or a function computes by calling it, not by knowing its name.
 
-Libraries write the same activation as a module, as a function and as an autograd function of their own. Called on fixed
-float64 probes they tell themselves apart: silu is what returns silu's values. The probes have several shapes, with
+Libraries write the same activation as a module, as a function and as an autograd function of their own. Calls on
+fixed float64 probes distinguish them: silu is what returns silu's values. The probes have several shapes, with
 sizes that no constant of a model fits all of (a shuffle of channels in 3 groups is the identity of 3 channels), and
 values over the whole range of float32, infinities and NaN among them (a clip at 20 is a relu of small numbers). A
 module of an unknown class is only probed where its forward does the same at every size (`is_uniform`). A convolution or
@@ -35,7 +35,7 @@ Sides = tuple[int, int, int, int]
 
 @dataclass(frozen=True)
 class Padding:
-    """Zeros around the input of a convolution: the same on every call, or SAME for the size at hand.
+    """Zeros around the input of a convolution: the same on every call, or SAME for the size of the input.
 
     Attributes:
         sides: zeros at (top, bottom, left, right), in pixels; None: TensorFlow's SAME.
@@ -44,7 +44,7 @@ class Padding:
     sides: Sides | None
 
     def around(self, sides: Sides) -> Padding | None:
-        """This padding with more zeros around it; None where that has no fixed sides."""
+        """Return this padding with more zeros around it; None if that has no fixed sides."""
         if self.sides is None:
             return self if sides == (0, 0, 0, 0) else None
         return Padding(tuple(a + b for a, b in zip(self.sides, sides, strict=True)))  # type: ignore[arg-type]
@@ -52,12 +52,12 @@ class Padding:
 
 @functools.cache
 def probes() -> tuple[Tensor, ...]:
-    """Images in float64 on the CPU. No dimension but the batch has a size twice, and no size divides another."""
+    """Return images in float64 on the CPU. Only the batch has a size twice, and no size divides another."""
     return tuple(_probe(shape) for shape in ((2, 3, 11, 13), (1, 8, 9, 7), (2, 11, 6, 13), (1, 13, 1, 10)))
 
 
 def _probe(shape: tuple[int, ...]) -> Tensor:
-    """Values from -9 to 9 in an order that no axis follows, and among them powers of ten, infinities and NaN."""
+    """Return values from -9 to 9 in an order that no axis follows, with powers of ten, infinities and NaN."""
     powers = torch.logspace(-45, 38, 84, dtype=torch.float64, device="cpu")
     special = torch.tensor([0.0, -0.0, 20.5, -20.5, 255.5, -255.5, float("inf"), -float("inf"), float("nan")])
     odd = torch.cat([special.double(), powers, -powers])
@@ -71,13 +71,13 @@ def _probe(shape: tuple[int, ...]) -> Tensor:
 
 
 def activation_of(function: Callable[[Tensor], Any]) -> str | None:
-    """The name in `ACTIVATIONS` of an elementwise function ("identity" among them), or None."""
+    """Return the name in `ACTIVATIONS` of an elementwise function ("identity" among them), or None."""
     found = _answers(function)
     return None if found is None else _name_of(found, {name: _activation(name) for name in ACTIVATIONS})
 
 
 def returns_its_input(function: Callable[[Tensor], Any]) -> bool:
-    """Whether a function gives back the very tensor, or a view of it, and not a copy that may be written to."""
+    """Return whether a function returns the same tensor, or a view of it, and not a copy that may be written to."""
     x = probes()[0].clone()
     try:
         found = function(x)
@@ -87,13 +87,13 @@ def returns_its_input(function: Callable[[Tensor], Any]) -> bool:
 
 
 def gate_of(function: Callable[[Tensor], Any]) -> str | None:
-    """The name in `GATES` of an elementwise function, or None."""
+    """Return the name in `GATES` of an elementwise function, or None."""
     found = _answers(function)
     return None if found is None else _name_of(found, {name: _gate(name) for name in GATES})
 
 
 def is_mean_over_image(function: Callable[[Tensor], Any]) -> bool:
-    """Whether a function takes (N, C, H, W) to its means, (N, C) or (N, C, 1, 1)."""
+    """Return whether a function takes (N, C, H, W) to its means, (N, C) or (N, C, 1, 1)."""
     images = [x.nan_to_num(0.5, 8.0, -8.0).clamp(-9.0, 9.0) for x in probes()]
     found = _answers(function, images)
     if found is None or any(
@@ -104,7 +104,7 @@ def is_mean_over_image(function: Callable[[Tensor], Any]) -> bool:
 
 
 def padding_of(conv: nn.Conv2d) -> Padding:
-    """How a convolution pads its input, by zeros or by what its padding_mode says, where its forward is nothing but a
+    """Return how a convolution pads its input, by zeros or as its padding_mode says, if its forward is nothing but a
     convolution of its own weight.
 
     Raises:
@@ -131,7 +131,7 @@ def padding_of(conv: nn.Conv2d) -> Padding:
 
 
 def norm_activation_of(norm: BatchNorm) -> str:
-    """The activation that a batch norm applies to what it normalised; "identity" for a plain one.
+    """Return the activation that a batch norm applies to what it normalised; "identity" for a plain one.
 
     Raises:
         Unknown: its forward is something else.
@@ -169,7 +169,7 @@ def _class_name(module: nn.Module) -> str:
 
 
 def _answers(function: Callable[[Tensor], Any], images: Sequence[Tensor] | None = None) -> list[Tensor] | None:
-    """What a function makes of each probe; None where it cannot take one of them."""
+    """Return a function's result for each probe; None if it cannot take one of them."""
     answers = []
     for x in probes() if images is None else images:
         try:
@@ -183,7 +183,7 @@ def _answers(function: Callable[[Tensor], Any], images: Sequence[Tensor] | None 
 
 
 def _name_of(found: list[Tensor], known: Mapping[str, Callable[[Tensor], Tensor]]) -> str | None:
-    """The name of the function that gives these answers to the probes."""
+    """Return the name of the function that gives these answers to the probes."""
     for name, function in known.items():
         if all(_equal(one, function(x)) for one, x in zip(found, probes(), strict=False)):
             return name
@@ -205,7 +205,7 @@ def _equal(found: Tensor, wanted: Tensor) -> bool:
 
 
 def _twins(module: nn.Module) -> Twins:
-    """A twin in eval mode, whose parameters can be replaced without touching the original."""
+    """Return a twin in eval mode, whose parameters can be replaced without touching the original."""
     twins = Twins(module)
     for twin in twins.root.modules():
         twin.training = False
@@ -232,8 +232,8 @@ def _twins_of_conv(conv: nn.Conv2d) -> Twins:
 
 
 def _pads_like(conv: nn.Conv2d, padding: Padding) -> bool:
-    """Whether a twin computes a convolution with that padding, on sizes of every remainder of its stride, large ones
-    among them: a padding might depend on more of the size than that.
+    """Return whether a twin computes a convolution with that padding, on sizes of every remainder of its stride, large
+    ones among them: a padding might depend on more of the size than that.
     """
     generator = torch.Generator(device="cpu").manual_seed(1)
     smallest = max(d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)) + 4

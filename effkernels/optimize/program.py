@@ -34,21 +34,21 @@ from effkernels.optimize.swapped import BOUND
 
 
 def inward(x: Any, convert: bool) -> Any:
-    """A four-dimensional tensor in channels_last memory; anything else, or without `convert`, as it is."""
+    """Return a four-dimensional tensor in channels_last memory; anything else, or without `convert`, as it is."""
     if convert and isinstance(x, Tensor) and x.dim() == 4:
         return x.contiguous(memory_format=torch.channels_last)
     return x
 
 
 def outward(x: Any, convert: bool) -> Any:
-    """A four-dimensional tensor in NCHW memory; anything else, or without `convert`, as it is."""
+    """Return a four-dimensional tensor in NCHW memory; anything else, or without `convert`, as it is."""
     if convert and isinstance(x, Tensor) and x.dim() == 4:
         return x.contiguous()
     return x
 
 
 def like(result: Tensor, source: Tensor, convert: bool) -> Tensor:
-    """`result` in the memory format of `source`, where no end of the program will see to it."""
+    """Return `result` in the memory format of `source`, where no end of the program will see to it."""
     return result if convert or source.stride(1) == 1 else result.contiguous()
 
 
@@ -58,7 +58,7 @@ def squeeze(x: Tensor) -> Tensor:
 
 
 def same(x: Tensor, kernel: tuple[int, int], stride: int, dilation: int) -> tuple[int, int, int, int]:
-    """TensorFlow's SAME at (top, bottom, left, right) for the size of `x`."""
+    """Return the padding of TensorFlow's SAME at (top, bottom, left, right) for the size of `x`."""
     return (
         *same_padding(x.shape[2], kernel[0], stride, dilation),
         *same_padding(x.shape[3], kernel[1], stride, dilation),
@@ -66,7 +66,7 @@ def same(x: Tensor, kernel: tuple[int, int], stride: int, dilation: int) -> tupl
 
 
 def keeps_expanded(x: Tensor, backend: str) -> bool:
-    """Whether the expanded tensor of a block had better never become one, as in `effkernels.nn.MBConv`."""
+    """Return whether a block runs faster without an expanded tensor in memory, as in `effkernels.nn.MBConv`."""
     return x.is_cpu and (backends.selected() if backend == "auto" else backend) in ("auto", "cpu")
 
 
@@ -88,7 +88,7 @@ Batch 8, 512 channels: 19.4 / 16.5 at 7x7 (12), 9.6 / 6.3 at 4x4 (36). bfloat16,
 
 
 def convolve(module: Any, x: Any, nchw: bool) -> Any:
-    """`module(x)` for a convolution that stays PyTorch's, in the memory format that is faster for its weights.
+    """Compute `module(x)` for a convolution that stays PyTorch's, in the memory format that is faster for its weights.
 
     Where the program ends in NCHW, so may the result; else it is channels_last as `x`. Compiled, the choice must not
     depend on the size: an NCHW program then gives it NCHW, as the plain forward does.
@@ -102,9 +102,9 @@ def convolve(module: Any, x: Any, nchw: bool) -> Any:
 
 
 def as_written(module: Any, x: Any, nchw: bool) -> Any:
-    """`module(x)` for a module around convolutions that stay PyTorch's: as it would get `x` without any program.
+    """Compute `module(x)` for a module around convolutions that stay PyTorch's, with `x` as without any program.
 
-    A program for channels_last may be a part of one for NCHW, whose weights tell.
+    A program for channels_last may be a part of one for NCHW, as its weights show.
     """
     x = outward(x, nchw)
     if nchw or torch.compiler.is_compiling():
@@ -117,7 +117,7 @@ def as_written(module: Any, x: Any, nchw: bool) -> Any:
 
 
 def _is_stored_nchw(weight: Any, x: Any) -> bool:
-    """Whether the weights have another format than `x`, a channels_last image on a CPU."""
+    """Return whether the weights have another format than `x`, a channels_last image on a CPU."""
     return (
         isinstance(x, Tensor)
         and x.is_cpu
@@ -129,7 +129,7 @@ def _is_stored_nchw(weight: Any, x: Any) -> bool:
 
 
 def takes_bare(x: Tensor) -> bool:
-    """Whether a convolution that nothing follows is the operator's: channels_last tensors, on a CPU in float32.
+    """Return whether the operator runs a convolution that nothing follows: channels_last tensors, on a CPU in float32.
 
     Two conversions of an NCHW image cost more than the operator gains; in bfloat16, PyTorch's time divided by the
     operator's is 0.5 to 1.5 (see `roles.FEWEST_CHANNELS_BARE` for the machine and the shapes).
@@ -141,7 +141,7 @@ MOST_ROWS = 4  # of what a linear layer is given, up to which its weights' way f
 
 
 def linear(module: Any, x: Any, backend: str) -> Any:
-    """`module(x)` for an `nn.Linear` with many weights.
+    """Compute `module(x)` for an `nn.Linear` with many weights.
 
     Its weights are read once per batch, 5 MB for B0's classifier. With one image in the batch that is all it does, and
     BLAS does it on one thread, in a tenth of the time of the whole fused network; the fused 1x1 convolution shares the
@@ -155,7 +155,7 @@ def linear(module: Any, x: Any, backend: str) -> Any:
 
 
 def _is_few_rows(module: Any, x: Any, backend: str) -> bool:
-    """Whether `linear` had better use the operator: a few rows, on a CPU.
+    """Return whether `linear` should use the operator: a few rows, on a CPU.
 
     Compiled, it never does: the graph would depend on the number of rows. Nor under a mode that watches functions of
     PyTorch: whoever does that waits for F.linear (as class activation maps do).
@@ -190,7 +190,8 @@ _BASE: dict[str, Any] = {
     "same": same,
     "squeeze": squeeze,
     "takes_bare": takes_bare,
-    **{name: getattr(ops, name) for name in ops.__all__},
+    "Norm": ops.Norm,
+    **{name: getattr(ops, name) for name in backends.OPERATORS},
 }
 
 
@@ -198,7 +199,7 @@ class Program:
     """The fused form of one method of a module.
 
     Attributes:
-        source: of the function `run(self, x, parts)`, which returns None where it declines.
+        source: of the function `run(self, x, parts)`, which returns None if it declines.
         names: what the source names besides the helpers of this file: classes, functions, constants.
         argument: name of the method's first argument.
         defaults: the other arguments with the values that the program holds for.
@@ -227,12 +228,12 @@ class Program:
         self.compute: Callable[[Any, Any, tuple[Any, ...]], Any] = _function(source, self.names)
 
     def run(self, module: Any, x: Any) -> Any:
-        """The result for `x`; None where the guard or the function declines."""
+        """Return the result for `x`; None if the guard or the function declines."""
         parts = self.guard.take(module, BOUND + self.argument)
         return None if parts is None else self.compute(module, x, parts)
 
     def input_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The one input among the arguments of a call; None where the program does not hold for the others."""
+        """Return the one input among the arguments of a call; None if the program does not hold for the others."""
         given = dict(zip((self.argument, *self.defaults), args, strict=False)) | kwargs
         x = given.pop(self.argument, None)
         for name, value in given.items():

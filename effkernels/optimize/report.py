@@ -1,4 +1,4 @@
-"""What `optimize_` did, block by block."""
+"""The report of `optimize_`, block by block."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ class BlockReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What runs fused in a model, what does not, and why.
+    """The parts of a model that run fused, those that do not, and why.
 
     Attributes:
         model: name of the model's class.
         blocks: in the order of the model's modules.
-        input_size: (C, H, W) of the image that launches and bytes are counted for, batch 1; None where it is unknown.
+        input_size: (C, H, W) of the image that launches and bytes are counted for, batch 1; None if it is unknown.
         notes: what else there is to say: a model with nothing to fuse, parts that could not be traced.
     """
 
@@ -51,15 +51,15 @@ class Report:
 
     @property
     def fused(self) -> int:
-        """How many blocks run fused."""
+        """Return how many blocks run fused."""
         return sum(block.fused for block in self.blocks)
 
     def to_json(self) -> str:
-        """The report as strict JSON."""
+        """Return the report as strict JSON."""
         return json.dumps({"fused": self.fused, **asdict(self)}, indent=2, allow_nan=False)
 
     def __str__(self) -> str:
-        """A table for people: a line per block, the sums, the notes."""
+        """Return a table for people: a line per block, the sums, the notes."""
         if not self.blocks:
             return "\n".join((f"{self.model}: nothing to fuse", *self.notes))
         header = ("block", "kind", "backend", "launches", "MB", "reason")

@@ -1,4 +1,4 @@
-"""What part each node of a traced graph can play in a chain that runs fused."""
+"""Find the role that each node of a traced graph can have in a chain that runs fused."""
 
 from __future__ import annotations
 
@@ -73,13 +73,13 @@ class Convolution:
 
     @property
     def is_spatial(self) -> bool:
-        """Whether it looks at more than one pixel."""
+        """Return whether it reads more than one pixel."""
         return self.kernel_size != (1, 1)
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a node does: `kind`, and what is known about it in `value`.
+    """The role of a node: `kind`, and what is known about it in `value`.
 
     kind: conv (Convolution), linear, norm (its activation), act (name in ACTIVATIONS), gate (name in GATES), identity,
     copy, pool, pad (Sides), add, mul, reshape, question (about shapes), unit (already fused), opaque (reason).
@@ -141,7 +141,7 @@ class Roles:
         self._known: dict[fx.Node, Role] = {}
 
     def of(self, node: fx.Node) -> Role:
-        """The role of a node."""
+        """Return the role of a node."""
         if node not in self._known:
             self._known[node] = self._find(node)
         return self._known[node]
@@ -245,7 +245,7 @@ def _of_norm(norm: BatchNorm) -> Role:
 
 
 def _convolution(path: str, conv: nn.Conv2d, padded: bool) -> Convolution:
-    """The convolution as an operator computes it; Unknown with the reason where none does."""
+    """Return the convolution as an operator computes it; Unknown with the reason where none does."""
     (kernel, other), (stride, other_stride), (dilation, other_dilation) = conv.kernel_size, conv.stride, conv.dilation
     mode = conv.padding_mode if type(conv) is nn.Conv2d else "zeros"  # padding_of refuses others in subclasses
     padding = padding_of(conv)
@@ -283,7 +283,7 @@ def _convolution(path: str, conv: nn.Conv2d, padded: bool) -> Convolution:
 
 
 def is_format_free(root: nn.Module, node: fx.Node, role: Role) -> bool:
-    """Whether a node gives the same values for a channels_last input as for a contiguous one, and takes both."""
+    """Return whether a node accepts channels_last and contiguous inputs and gives the same values for both."""
     if node.op == "call_module" and isinstance(root.get_submodule(str(node.target)), _FORMAT_FREE_MODULES):
         return True
     if node.op == "call_function" and node.target in _FORMAT_FREE_FUNCTIONS:
@@ -305,7 +305,7 @@ def is_format_free(root: nn.Module, node: fx.Node, role: Role) -> bool:
 
 
 def mutates(root: nn.Module, node: fx.Node, role: Role) -> bool:
-    """Whether a node may overwrite its first argument. What is fused does not: that was tried (see `verifying`)."""
+    """Return whether a node may overwrite its first argument. Fused nodes do not: that was tested (`verifying`)."""
     if node.op == "call_module":
         module = root.get_submodule(str(node.target))
         if role.kind == "unit" or isinstance(module, nn.Conv2d | BatchNorm):

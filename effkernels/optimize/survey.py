@@ -1,4 +1,4 @@
-"""What in a model can run fused: blocks, and the modules around them.
+"""Find the parts of a model that can run fused: blocks, and the modules around them.
 
 A block is the smallest module whose forward holds a whole chain (an inverted bottleneck, or a single convolution with
 its norm and activation); everything inside it becomes one program. A module around blocks gets a program where its own
@@ -37,7 +37,7 @@ class Entry:
     Attributes:
         name, kind: as of `BlockReport`.
         ops: operators that it calls.
-        paths: modules that it stands for, from the model.
+        paths: modules that it replaces, from the model.
         reason: why it is not fused, or what of it is not.
         fused: whether it is.
         backend: what runs its operators, where that is known.
@@ -80,7 +80,7 @@ class Unit:
 
     @property
     def entries(self) -> list[Entry]:
-        """Lines of the report that stand for it."""
+        """Return the lines of the report about it."""
         return [entry for method in self.methods for entry in method.entries]
 
 
@@ -105,7 +105,7 @@ class Survey:
     _handing_on: set[int] = field(default_factory=set)  # containers among them that do nothing else
     _closed: set[int] = field(default_factory=set)  # modules that a trace around them must not look into
     _seen: set[int] = field(default_factory=set)
-    _covered: set[str] = field(default_factory=set)  # convolutions that stand in the report
+    _covered: set[str] = field(default_factory=set)  # convolutions that are in the report
     _reasons: dict[str, str] = field(default_factory=dict)  # why a convolution or a module stays as it is
 
     def run(self) -> None:
@@ -139,7 +139,7 @@ class Survey:
         self._covered |= {_join(path, name) for name, one in module.named_modules() if _is_convolution(one)}
 
     def _take_block(self, path: str, module: nn.Module) -> bool:
-        """Whether a module is a block; then it is dealt with."""
+        """Return whether a module is a block; if so, handle it."""
         convolutions = [one for one in module.modules() if _is_convolution(one)]
         spatial = [one for one in convolutions if getattr(one, "kernel_size", (1, 1)) != (1, 1)]
         if is_plain_container(module) or _is_convolution(module) or len(spatial) > _MOST_SPATIAL:
@@ -189,7 +189,7 @@ class Survey:
                 self._handing_on.add(id(module))
 
     def _fusible_method(self, path: str, module: nn.Module, name: str) -> Method | None:
-        """A method of a module around blocks, where a program of it gains something."""
+        """Return a method of a module around blocks, where a program of it gains something."""
         method = self._examine(path, module, name, {})
         if method is None:
             return None
@@ -236,7 +236,7 @@ class Survey:
         return Entry(_join(path, step.conv.path), kind, (step.op,), frozenset(modules))
 
     def _examine(self, path: str, module: nn.Module, name: str, refused: dict[str, str]) -> Method | None:
-        """Trace and match a method; None where it cannot be traced, with the reason kept."""
+        """Trace and match a method; None if it cannot be traced, with the reason kept."""
         try:
             trace = Trace(module, name, self._is_leaf)
         except Unknown as reason:
@@ -246,13 +246,13 @@ class Survey:
         return Method(trace, roles, match(module, trace.graph, roles), [])
 
     def _is_leaf(self, module: nn.Module) -> bool:
-        """Whether a trace must not look into a module. It does into a container that only hands tensors on: a call of
+        """Return whether a trace must not enter a module. It enters a container that only passes tensors on: a call of
         the whole network then goes from block to block.
         """
         return (id(module) in self._units or id(module) in self._closed) and id(module) not in self._handing_on
 
     def _guess(self, module: nn.Module) -> Method | None:
-        """A layer that cannot be traced, as it probably is; None where nothing can be said."""
+        """Return a layer that cannot be traced, as it probably is; None if nothing can be said."""
         try:
             trace = GuessedTrace(module)
         except Unknown:
@@ -263,7 +263,7 @@ class Survey:
     # ---------------------------------------------------------------------------------------------------- the rest
 
     def _report_left(self) -> None:
-        """A line for every module with convolutions that stay as they are."""
+        """Return a line for every module with convolutions that stay as they are."""
         groups: dict[str, list[str]] = {}
         for path, module in self.model.named_modules():
             if _is_convolution(module) and path not in self._covered:
@@ -274,7 +274,7 @@ class Survey:
             self.entries.append(Entry(owner, kind, (), frozenset(paths), "; ".join(reasons), fused=False))
 
     def _owner(self, path: str) -> str:
-        """The nearest module around a convolution that is more than a container; the convolution itself at the top."""
+        """Return the nearest module around a convolution that is not a container; the convolution itself at the top."""
         owner = path.rpartition(".")[0]
         while owner and is_plain_container(self.model.get_submodule(owner)):
             owner = owner.rpartition(".")[0]
@@ -287,14 +287,14 @@ class Survey:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    """Whether a module is a two-dimensional convolution, quantised ones of PyTorch's included."""
+    """Return whether a module is a two-dimensional convolution, quantised ones of PyTorch's included."""
     if isinstance(module, nn.Conv2d):
         return True
     return type(module).__module__.startswith("torch.ao.nn.") and "Conv" in type(module).__name__
 
 
 def _is_block(method: Method) -> bool:
-    """Whether all that matched in a module belongs together, and to no smaller module."""
+    """Return whether all that matched in a module belongs together, and to no smaller module."""
     found, root = method.match, method.trace.root
     if not found.steps and not found.gates:
         return False
@@ -309,7 +309,7 @@ def _is_block(method: Method) -> bool:
 
 
 def _is_outweighed(method: Method) -> bool:
-    """Whether 1x1 convolutions are all that would be fused, and a small part of the work."""
+    """Return whether 1x1 convolutions are all that would be fused, and a small part of the work."""
     found, root = method.match, method.trace.root
     if not found.steps or found.gates or any(step.op != "pointwise_bn_act" for step in found.steps):
         return False

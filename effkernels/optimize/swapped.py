@@ -1,11 +1,11 @@
-"""What a swapped module looks like: its attributes, and the class that it had."""
+"""A swapped module's attributes, and the class that it had."""
 
 from __future__ import annotations
 
 from torch import nn
 
 OWN_PREFIX = "_effkernels_"
-"""What the attributes that `optimize_` adds to modules start with."""
+"""The prefix of the attributes that `optimize_` adds to modules."""
 PROGRAMS = OWN_PREFIX + "programs"
 """The attribute of a swapped module with its programs by method name."""
 UNVERIFIED = OWN_PREFIX + "unverified"
@@ -15,11 +15,11 @@ BOUND = OWN_PREFIX + "bound_"
 
 
 def is_swapped(module: nn.Module) -> bool:
-    """Whether a module runs programs."""
+    """Return whether a module runs programs."""
     return PROGRAMS in module.__dict__
 
 
 def original_class(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class that a swapped module had; any other class, one derived later from a swapped one too, as it is."""
+    """Return the class that a swapped module had; any other class, also one derived from a swapped one, as it is."""
     found: type[nn.Module] = cls.__dict__.get("_effkernels_original", cls)
     return found

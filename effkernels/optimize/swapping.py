@@ -1,7 +1,7 @@
 """Swapping a module's class for one that runs its program, in place, and back.
 
 The module stays the object that it was, with its name, its parameters and its hooks; `isinstance` holds as before,
-because the new class is derived from the old one. What the program needs lies in the instance as plain data, so the
+because the new class is derived from the old one. What the program needs is in the instance as plain data, so the
 module can be copied and pickled like any other.
 """
 
@@ -56,13 +56,13 @@ _CLASSES: dict[tuple[type[nn.Module], tuple[str, ...]], type[nn.Module]] = {}
 
 
 class _Swapped:
-    """What a swapped class has besides the original: programs, and the way to be copied and pickled."""
+    """The members of a swapped class besides the original's: programs, and the way to be copied and pickled."""
 
     # Without annotations, which torch.jit.script would read.
     _effkernels_programs = {}  # type: ignore[var-annotated] # noqa: RUF012  for an instance that somebody's code makes of the class
 
     def __prepare_scriptable__(self) -> Any:
-        """What torch.jit.script compiles instead of this module: the same without programs."""
+        """Return what torch.jit.script compiles instead of this module: the same without programs."""
         from effkernels.optimize.twins import Twins
 
         return Twins(self, share=True).root  # type: ignore[arg-type]
@@ -77,7 +77,7 @@ class _Swapped:
 
 
 def swapped_class(original: type[nn.Module], methods: tuple[str, ...]) -> type[nn.Module]:
-    """The class derived from `original` in which each of `methods` runs its program where one holds."""
+    """Return the class derived from `original` in which each of `methods` runs its program where one holds."""
     known = _CLASSES.get((original, methods))
     if known is not None:
         return known
@@ -122,7 +122,7 @@ def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _wants_plain() -> bool:
-    """Whether somebody looks at the operations: torch.jit.trace, the ONNX exporters, a transform of torch.func."""
+    """Return whether operations are observed: torch.jit.trace, the ONNX exporters, a transform of torch.func."""
     if _is_compiling():  # the second question takes a microsecond, and dynamo cannot trace the others
         return not torch.compiler.is_dynamo_compiling() and torch.onnx.is_in_onnx_export()
     return _is_tracing() or _in_transform()

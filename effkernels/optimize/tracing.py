@@ -1,7 +1,7 @@
 """A module's forward as a graph of torch.fx, with leaves that suit the matching.
 
-What the matcher reads the parameters of (convolutions and norms of any subclass, linear layers), what can be told
-apart by a probe (modules without parameters), what has a hook and what is fused already stay single nodes; every other
+What the matcher reads the parameters of (convolutions and norms of any subclass, linear layers), what a probe can
+distinguish (modules without parameters), what has a hook and what is fused already stay single nodes; every other
 module is looked into. The forward runs on a twin, and a forward that writes to its modules has no graph.
 """
 
@@ -38,7 +38,7 @@ PADS: frozenset[Any] = frozenset({F.pad, torch._C._nn.pad})
 
 
 def is_plain_container(module: nn.Module) -> bool:
-    """Whether it is exactly one of PyTorch's containers, which have no meaning of their own."""
+    """Return whether it is exactly one of PyTorch's containers, which have no meaning of their own."""
     return type(module) in _PLAIN_CONTAINERS
 
 
@@ -84,7 +84,7 @@ class Trace:
 
 
 class GuessedTrace(Trace):
-    """What a layer that cannot be traced probably computes: its modules one after the other, padded SAME in front.
+    """The probable computation of a layer that cannot be traced: its modules one after the other, padded SAME in front.
 
     Hugging Face's MobileNets pad by numbers that they compute from the size of the image, which stops a trace. With a
     size given the trace goes through, and shows that nothing else happens. Whether the numbers are those of SAME for
@@ -159,7 +159,7 @@ class _Tracer(fx.proxy.TracerBase):
                     self._tensors.setdefault(id(value), f"{path}.{name}" if path else name)
 
     def trace(self, function: Any, constants: Mapping[str, Any]) -> fx.Graph:
-        """The graph of `function(root, x, **constants)`.
+        """Return the graph of `function(root, x, **constants)`.
 
         Raises:
             Unknown: it cannot be traced, or it writes to its modules.
@@ -178,7 +178,7 @@ class _Tracer(fx.proxy.TracerBase):
         return self.graph
 
     def call(self, twin: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call of a module: one node, or what its forward does."""
+        """Trace a call of a module: one node, or what its forward does."""
         path = self._paths.get(id(twin))
         if path is None:
             raise Unknown("its forward calls a module that is not below it")
@@ -193,20 +193,20 @@ class _Tracer(fx.proxy.TracerBase):
             self._owner = outside
 
     def attribute(self, twin: nn.Module, name: str, tensor: Tensor) -> fx.Proxy:
-        """A parameter or a buffer that a forward reads."""
+        """Return a parameter or a buffer that a forward reads."""
         path = self._tensors[id(tensor)]
         if path not in self._attributes:
             self._attributes[path] = self.create_proxy("get_attr", path, (), {})
         return self._attributes[path]
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """As of torch.fx, with the module in whose forward it is."""
+        """Make a node as torch.fx does, and note the module in whose forward it is."""
         node = super().create_node(*args, **kwargs)
         node.meta[_OWNER] = self._owner
         return node
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Stands for a node's value; the input's has a size where one is given."""
+        """Represent a node's value; the input's has a size where one is given."""
         if self._size is not None and node.op == "placeholder":
             return _SizedProxy(node, self, self._size)
         return super().proxy(node)
@@ -253,7 +253,7 @@ class _SizedProxy(fx.Proxy):
 
 @functools.cache
 def _recording(cls: Any) -> type[nn.Module]:
-    """A class derived from `cls` whose instances report to their tracer what is called and read."""
+    """Return a class derived from `cls` whose instances report to their tracer what is called and read."""
 
     def call(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return self.__dict__[_TRACER].call(self, args, kwargs)
@@ -274,13 +274,13 @@ def _trace(
     is_unit: Callable[[nn.Module], bool],
     size: tuple[int, ...] | None = None,
 ) -> tuple[fx.Graph, tuple[str, ...]]:
-    """The graph, and the paths of the modules whose forward it holds."""
+    """Return the graph, and the paths of the modules whose forward it holds."""
     tracer = _Tracer(root, is_unit, size)
     return tracer.trace(function, constants), tuple(tracer.looked_into)
 
 
 def trace_activation(module: nn.Module) -> fx.Graph:
-    """The graph of a module without parameters, in terms of PyTorch's own modules and functions.
+    """Return the graph of a module without parameters, in terms of PyTorch's own modules and functions.
 
     Raises:
         Unknown: it cannot be traced: it asks for values or sizes, calls an autograd function or writes to itself.
@@ -291,7 +291,7 @@ def trace_activation(module: nn.Module) -> fx.Graph:
 
 
 def _arguments_of(function: Any) -> tuple[str, dict[str, Any]]:
-    """The name of the input, and the defaults of the other arguments."""
+    """Return the name of the input, and the defaults of the other arguments."""
     _, *parameters = inspect.signature(function).parameters.values()
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     if not named:
@@ -310,7 +310,7 @@ def owner_of(node: fx.Node) -> str:
 
 
 def common_path(paths: list[str]) -> str:
-    """The longest path that all paths start with, in whole names."""
+    """Return the longest path that all paths start with, in whole names."""
     common = paths[0].split(".") if paths[0] else []
     for path in paths[1:]:
         parts = path.split(".") if path else []
@@ -320,5 +320,5 @@ def common_path(paths: list[str]) -> str:
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
-    """The module at a path from `root`; "" is `root`."""
+    """Return the module at a path from `root`; "" is `root`."""
     return root.get_submodule(path)

@@ -2,7 +2,7 @@
 
 A forward is anybody's code: it may keep an attribute, fill a cache, count in a buffer. So nothing here is ever run on
 the user's modules. A twin has the same structure, attributes of its own and buffers of its own, shares the parameters,
-and has no hooks; what a forward wrote to it can be told afterwards.
+and has no hooks; what a forward wrote to it can be found afterwards.
 """
 
 from __future__ import annotations
@@ -70,11 +70,11 @@ class Twins:
         self._before = {id(twin): _state(twin) for twin in self._made.values()}
 
     def of(self, module: nn.Module) -> nn.Module:
-        """The twin of a module below the root."""
+        """Return the twin of a module below the root."""
         return self._made[id(module)]
 
     def written(self, modules: Iterable[nn.Module] | None = None) -> str:
-        """The name of something that a forward wrote to a twin: "" where it wrote nothing.
+        """Return the name of something that a forward wrote to a twin: "" where it wrote nothing.
 
         Args:
             modules: twins to look at; None: all.
@@ -149,17 +149,17 @@ class Twins:
 
 
 def double(tensor: Tensor) -> Tensor:
-    """A floating tensor in float64; any other as a copy."""
+    """Return a floating tensor in float64; any other as a copy."""
     return tensor.double() if tensor.is_floating_point() else tensor.clone()
 
 
 def on_meta(tensor: Tensor) -> Tensor:
-    """A tensor of the same shape, strides and dtype without memory."""
+    """Return a tensor of the same shape, strides and dtype without memory."""
     return torch.empty_like(tensor, device="meta")
 
 
 def _state(twin: nn.Module) -> dict[str, Any]:
-    """What a forward could have written: the attributes, and for tensors which they are and how often written to."""
+    """Return what a forward could have written: attributes, and for tensors which they are and how often written."""
     found = {
         name: freeze(value, _tensor_state)
         for name, value in twin.__dict__.items()

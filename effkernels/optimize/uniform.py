@@ -1,4 +1,4 @@
-"""Whether a module without parameters does the same to images of every size.
+"""Check that a module without parameters computes the same for images of every size.
 
 A probe sees a few sizes. What it finds holds for the others only where the forward cannot ask for the size: PyTorch's
 own modules, straight-line code of PyTorch's functions, and the autograd functions in which libraries write activations.
@@ -22,7 +22,7 @@ _ASKS_FOR_SIZE = frozenset(
 
 
 def is_uniform(module: nn.Module, may_reshape: bool = False) -> bool:
-    """Whether a module computes the same function of its input's values whatever its size.
+    """Return whether a module computes the same function of its input's values at every size.
 
     Args:
         module: without parameters and buffers.
@@ -44,7 +44,7 @@ def _asks_for_size(node: fx.Node) -> bool:
 
 
 def _is_straight(code: types.CodeType) -> bool:
-    """Whether code has no branch and does not ask for a size."""
+    """Return whether code has no branch and does not ask for a size."""
     return not _ASKS_FOR_SIZE & set(code.co_names) and not any(
         "JUMP" in instruction.opname or instruction.opname.startswith("STORE_ATTR")
         for instruction in dis.get_instructions(code)
@@ -52,7 +52,7 @@ def _is_straight(code: types.CodeType) -> bool:
 
 
 def _codes_of(module: nn.Module) -> Iterator[types.CodeType]:
-    """The code of a forward and of the autograd functions and Python functions that it names."""
+    """Return the code of a forward and of the autograd functions and Python functions that it names."""
     seen: set[types.CodeType] = set()
     pending: list[object] = [type(module).forward]
     while pending:

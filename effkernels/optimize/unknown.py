@@ -1,7 +1,7 @@
-"""What says that a module or a function is not what was looked for."""
+"""The error for a module or a function that is not what was looked for."""
 
 from __future__ import annotations
 
 
 class Unknown(Exception):
-    """A module or function is not what was looked for; the message says why, as it stands in a report."""
+    """A module or function is not what was looked for; the message says why, as in a report."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from effkernels.ops.parity import errors, limits
 from effkernels.optimize.program import Program
 from effkernels.optimize.swapped import is_swapped
 from effkernels.optimize.twins import Twins, double
@@ -17,8 +18,7 @@ from effkernels.optimize.twins import Twins, double
 # Odd on purpose: what a padding or a stride gets wrong shows at the border of an odd image.
 SMALL_SIZES = ((9, 11), (65, 67))
 GUESS_SIZES = ((12, 10), (10, 13), (33, 34))
-_FACTOR = 2.0
-# Large numbers show what differs there alone, a clip at 20: an error of order one. It is enough to tell that from
+# Large numbers show what differs there alone, a clip at 20: an error of order one. It is enough to separate that from
 # rounding, which a softmax on the way makes large, and a whole network as large as the numbers themselves. A power of
 # two rounds nothing.
 _LARGE = 64.0
@@ -26,7 +26,7 @@ _LARGE_DIFFERENCE = {torch.float16: 2**-2, torch.bfloat16: 2**-2}  # 2**-7 in ot
 
 
 def difference(module: nn.Module, method: str, program: Program, shapes: Sequence[tuple[int, ...]]) -> str | None:
-    """Why `program` may not stand in for a method of `module`; "" where it may, None where nothing can be said yet.
+    """Return why `program` may not replace a method of `module`; "" if it may, None if it is not known yet.
 
     The program's error against the original run in float64 may be at most twice that of the original run as it is
     (in the worse of the two memory formats), plus one rounding: what the tests of the operators ask for. A module
@@ -76,7 +76,7 @@ class _Trial:
         self._stood_in_for = [modules[one.path] for one in records if one.attributes is not None]
 
     def problem(self, x: Tensor) -> str | None:
-        """What is wrong with the program's result for `x`; "" if nothing is, None if the numbers say nothing."""
+        """Return what is wrong with the program's result for `x`; "" if nothing is, None if the numbers say nothing."""
         kept = x.clone()
         plain = [self._run_plain(one) for one in (x, x.contiguous(memory_format=torch.channels_last))]
         if not torch.equal(x, kept):
@@ -97,12 +97,12 @@ class _Trial:
         return _judge(ours, plain, exact)
 
     def problem_of_large(self, x: Tensor) -> str:
-        """What is wrong with the program's result for an input of large numbers; "" if nothing is."""
+        """Return what is wrong with the program's result for an input of large numbers; "" if nothing is."""
         plain, ours = self._run_plain(x), self._run_fused(x)
         if isinstance(ours, str):
             return ours
         for result, wanted in zip(ours, plain, strict=True):
-            distance, _ = _error(result, wanted.double())
+            distance = errors(result, wanted).l2
             if torch.isfinite(wanted).all() and not distance <= _LARGE_DIFFERENCE.get(wanted.dtype, 2**-7):
                 return f"its fused form is off by {distance:.2g} on large numbers"
         return ""
@@ -134,32 +134,22 @@ def _judge(ours: list[Tensor], plain: list[list[Tensor]], truth: list[Tensor]) -
         if not torch.isfinite(exact).all() or not torch.isfinite(first).all():
             continue  # weights that nobody has filled yet say nothing
         judged = ""
-        allowed = [_FACTOR * max(pair) for pair in zip(_error(first, exact), _error(second, exact), strict=True)]
-        rounding = torch.finfo(result.dtype).eps / 2
-        for distance, most in zip(_error(result, exact), allowed, strict=True):
-            if not distance <= most + rounding:
-                return f"its fused form is off by {distance:.2g}, where {most + rounding:.2g} is allowed"
+        found, limit = errors(result, exact), limits((first, second), exact)
+        for distance, most in ((found.l2, limit.l2), (found.largest, limit.largest)):
+            if not distance <= most:
+                return f"its fused form is off by {distance:.2g}, where {most:.2g} is allowed"
     return judged
 
 
-def _error(result: Tensor, truth: Tensor) -> tuple[float, float]:
-    """Relative L2, and the largest difference relative to the largest value."""
-    difference = result.double() - truth
-    norm, peak = float(truth.norm()), float(truth.abs().max()) if truth.numel() else 0.0
-    if peak == 0.0:
-        return (0.0, 0.0) if not difference.any() else (float("inf"), float("inf"))
-    return float(difference.norm()) / norm, float(difference.abs().max()) / peak
-
-
 def _tensors(result: Any) -> Iterator[Tensor]:
-    """The floating tensors in a result."""
+    """Return the floating tensors in a result."""
     leaves = pytree.tree_leaves(dict(result) if isinstance(result, dict) else result)
     return (leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """The model in eval mode, and gradients, autocast, inference mode and the random state out of the way."""
+    """Put the model in eval mode, and gradients, autocast, inference mode and the random state out of the way."""
     modes = [(module, module.training) for module in model.modules()]
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

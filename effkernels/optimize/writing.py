@@ -21,11 +21,10 @@ RUNS_NCHW_AS_WRITTEN = "if nchw and x.is_cpu:"
 """The line of a program that declines NCHW images on a CPU."""
 _INDENT = "    "
 _SCALARS = (bool, int, float, str, type(None))
-_NORM_NAMES = ("norm_weight", "norm_bias", "norm_mean", "norm_var", "eps")
 
 
 def write(trace: Trace, match: Match, roles: Roles, backend: str, fused: int) -> Program:
-    """The program of a match.
+    """Return the program of a match.
 
     Args:
         trace: whose graph was matched.
@@ -87,7 +86,7 @@ class _Writer:
         return f"def run(self, x, parts):\n{lines}"
 
     def records(self) -> tuple[Record, ...]:
-        """What the program expects of every module on the way, and how it uses each."""
+        """Return what the program expects of every module on the way, and how it uses each."""
         called: set[str] = set()
         stood_in_for: dict[str, None] = {}
         looked_into = dict.fromkeys(self._trace.looked_into)
@@ -127,7 +126,7 @@ class _Writer:
     # ------------------------------------------------------------------------------------------------ what is run
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
-        """The values that the code of a node needs."""
+        """Return the values that the code of a node needs."""
         step = self._steps.get(node)
         if step is not None:
             return self._expansions.get(step, step).reads
@@ -138,14 +137,14 @@ class _Writer:
         return list(node.all_input_nodes)
 
     def _gate_of(self, node: fx.Node) -> Gate | None:
-        """The gate that the code of a node needs."""
+        """Return the gate that the code of a node needs."""
         step = self._steps.get(node)
         if step is not None:
             return step.gate if step.conv.op == "pointwise_bn_act" else None
         return self._products.get(node)
 
     def _needed(self) -> list[fx.Node]:
-        """The nodes that are run or stand for a step, in order; dead ones and the insides of steps left out."""
+        """Return the nodes that are run or represent a step, in order; dead ones and the insides of steps left out."""
         (output,) = [node for node in self._graph.nodes if node.op == "output"]
         needed: set[fx.Node] = set()
         pending = [output, *(node for node in self._graph.nodes if self._has_effect(node))]
@@ -162,7 +161,7 @@ class _Writer:
         return [node for node in self._graph.nodes if node in needed or node.op == "placeholder"]
 
     def _has_effect(self, node: fx.Node) -> bool:
-        """Whether a node whose value nobody reads has to run all the same."""
+        """Return whether a node whose value nobody reads has to run all the same."""
         if node in self._inside or node in self._products or node.op in ("placeholder", "output", "get_attr"):
             return False
         return not node.users and self._roles.of(node).kind not in ("question", "reshape", "identity")
@@ -176,7 +175,7 @@ class _Writer:
         return is_format_free(self._root, node, self._roles.of(node))
 
     def _last_uses(self, order: list[fx.Node]) -> dict[fx.Node, fx.Node]:
-        """Behind which node a value is needed no more. The operators' inputs are large: none may outlive its reader."""
+        """Return the node after which a value is unused. Operators' inputs are large: none may outlive its reader."""
         last: dict[fx.Node, fx.Node] = {}
         for node in order:
             for value in self._reads(node):
@@ -192,7 +191,7 @@ class _Writer:
         return last
 
     def _loses_in_nchw(self, order: list[fx.Node]) -> bool:
-        """Whether all that runs fused is 1x1 convolutions, which cannot make up for a change of the memory format.
+        """Return whether only 1x1 convolutions run fused, which do not pay for a change of the memory format.
 
         They gain a pass or two over their result, and the change at both ends is as many: 1x1 with norm and relu on an
         NCHW image, PyTorch's / fused with both conversions, in milliseconds (float32, one thread of an AMD EPYC with
@@ -211,7 +210,7 @@ class _Writer:
     # ----------------------------------------------------------------------------------------------------- parts
 
     def _part(self, path: str, kind: str, name: str = "") -> str:
-        """The variable of `run` that holds something of a module."""
+        """Return the variable of `run` that holds something of a module."""
         if not path and kind == "module":
             return "self"
         return self.parts.setdefault(Part(path, kind, name), f"p{len(self.parts)}")
@@ -220,12 +219,12 @@ class _Writer:
         """Weight and bias of a convolution or a linear layer."""
         return [self._part(path, "parameter", name) for name in ("weight", "bias")]
 
-    def _norm(self, path: str | None) -> list[str]:
-        """Weight, bias, mean, variance and eps of a norm, as the operators take them."""
+    def _norm(self, path: str | None) -> str:
+        """Write a norm as the operators take it."""
         if path is None:
-            return ["None", "None", "None", "None", "0.0"]
-        parts = [("parameter", "weight"), ("parameter", "bias"), ("buffer", "running_mean"), ("buffer", "running_var")]
-        return [self._part(path, *part) for part in (*parts, ("attribute", "eps"))]
+            return "None"
+        parts = [("buffer", "running_mean"), ("buffer", "running_var"), ("parameter", "weight"), ("parameter", "bias")]
+        return f"Norm({', '.join(self._part(path, *part) for part in (*parts, ('attribute', 'eps')))})"
 
     # ----------------------------------------------------------------------------------------------------- nodes
 
@@ -267,11 +266,10 @@ class _Writer:
             self._lines.append(f"{value} = like({value}, {source}, nchw)")
 
     def _write_expanded(self, expansion: Step, step: Step, source: str, value: str) -> None:
-        """A 1x1 and a depthwise convolution: one operator where that is faster, else two."""
+        """Write a 1x1 and a depthwise convolution: one operator where that is faster, else two."""
         expand, conv = self._conv(expansion.conv.path), self._conv(step.conv.path)
         arguments = [source, expand[0], conv[0], f"expand_bias={expand[1]}", f"bias={conv[1]}"]
-        for prefix, norm in (("expand_", self._norm(expansion.norm)), ("", self._norm(step.norm))):
-            arguments += [f"{prefix}{name}={part}" for name, part in zip(_NORM_NAMES, norm, strict=True)]
+        arguments += [f"expand_norm={self._norm(expansion.norm)}", f"norm={self._norm(step.norm)}"]
         arguments += [f"expand_activation={expansion.activation!r}", f"activation={step.activation!r}"]
         arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"]
         arguments.append(f"dilation={step.conv.dilation}")
@@ -283,7 +281,7 @@ class _Writer:
         self._lines += ["else:", *(_INDENT + line for line in apart)]
 
     def _call(self, step: Step, source: str, value: str) -> str:
-        """The line that calls the operator of a step."""
+        """Return the line that calls the operator of a step."""
         sides = step.padding.sides
         mode = step.conv.padding_mode
         if mode != "zeros" and sides is not None and any(sides):
@@ -291,7 +289,7 @@ class _Writer:
             source = f"pad({source}, {(left, right, top, bottom)}, {mode!r})"
         arguments = [source, *self._conv(step.conv.path)]
         if step.norm is not None:
-            arguments += self._norm(step.norm)
+            arguments.append(self._norm(step.norm))
         if step.conv.op != "pointwise_bn_act":
             arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"]
         if step.conv.op == "depthwise_bn_act":
@@ -304,7 +302,7 @@ class _Writer:
         elif step.gate is not None:
             names = ("w_reduce", "b_reduce", "w_expand", "b_expand")
             arguments += [f"{name}={part}" for name, part in zip(names, self._excite(step.gate), strict=True)]
-            arguments += [f"se_activation={step.gate.activation!r}", f"gate={step.gate.gate!r}"]
+            arguments += [f"se_activation={step.gate.activation!r}", f"gate_activation={step.gate.gate_activation!r}"]
             if not step.applies_gate:
                 results = f"{value}, {self._gate_names[step.gate]}"
         if step.residual is not None:
@@ -312,24 +310,25 @@ class _Writer:
         return f"{results} = {step.op}({', '.join((*arguments, *self._forced()))})"
 
     def _forced(self) -> list[str]:
-        """The argument that chooses the backend, where one is forced."""
+        """Return the argument that chooses the backend, where one is forced."""
         return [] if self._backend == "auto" else [f"backend={self._backend!r}"]
 
     def _excite_alone(self, gate: Gate, means: str) -> str:
-        """The line that computes a gate of means."""
-        arguments = [means, *self._excite(gate), f"activation={gate.activation!r}", f"gate={gate.gate!r}"]
+        """Return the line that computes a gate of means."""
+        arguments = [means, *self._excite(gate), f"activation={gate.activation!r}"]
+        arguments.append(f"gate_activation={gate.gate_activation!r}")
         return f"{self._gate_names[gate]} = squeeze_excite_gate({', '.join((*arguments, *self._forced()))})"
 
     def _padding(self, step: Step, source: str) -> str:
         if step.conv.padding_mode != "zeros":
-            return "(0, 0, 0, 0)"  # it is there already
+            return "(0, 0, 0, 0)"  # the source is padded already
         if step.padding.sides is not None:
             return repr(step.padding.sides)
         conv = step.conv
         return f"same({source}, {conv.kernel_size}, {conv.stride}, {conv.dilation})"
 
     def _excite(self, gate: Gate) -> list[str]:
-        """Expressions for w_reduce, b_reduce, w_expand, b_expand."""
+        """Return expressions for w_reduce, b_reduce, w_expand, b_expand."""
         return [*self._conv(gate.reduce), *self._conv(gate.expand)]
 
     def _plain(self, node: fx.Node) -> str:
@@ -360,7 +359,7 @@ class _Writer:
         return f"{self._name(node.target)}({', '.join(args)})"
 
     def _argument(self, value: Any, restore: bool = False) -> str:
-        """An argument as source."""
+        """Return an argument as source."""
         if isinstance(value, fx.Node):
             name = self._values[value]
             return f"outward({name}, nchw)" if restore else name
@@ -386,7 +385,7 @@ class _Writer:
         return self._name(value)
 
     def _name(self, value: Any) -> str:
-        """A name for an object that has no source of its own."""
+        """Return a name for an object that has no source of its own."""
         for name, known in self.names.items():
             if known is value:
                 return name
@@ -396,7 +395,7 @@ class _Writer:
 
 
 def _expansions(match: Match) -> dict[Step, Step]:
-    """The 1x1 convolution in front of each depthwise one, where nothing else reads its result."""
+    """Return the 1x1 convolution in front of each depthwise one, where nothing else reads its result."""
     found = {}
     by_result = {step.result: step for step in match.steps}
     for step in match.steps:
@@ -415,7 +414,7 @@ def _is_dense(module: nn.Module) -> bool:
 
 
 def _checked(name: str) -> str:
-    """A name that may stand in the source."""
+    """Return a name that may be used in the source."""
     if not name.isidentifier() or keyword.iskeyword(name):
         raise Unknown(f"{name!r} is no name of a method or an argument")
     return name
@@ -428,7 +427,7 @@ def _kind_of_attribute(module: nn.Module, name: str) -> str:
 
 
 def _containers_below(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The plain containers that a forward can reach without calling another module."""
+    """Return the plain containers that a forward can reach without calling another module."""
     for name, child in module._modules.items():
         if child is not None and is_plain_container(child):
             below = f"{path}.{name}" if path else name

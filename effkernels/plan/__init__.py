@@ -1,4 +1,4 @@
-"""What a network launches on a GPU, and how long it would take: known without a GPU.
+"""Plan the launches of a network on a GPU and estimate their time, without a GPU.
 
 `launches.py` puts every operator that a forward calls to the plan that its launcher uses; `record.py` finds the calls
 on the meta device; `work.py` and `time_estimate.py` estimate the time of each launch from counted instructions

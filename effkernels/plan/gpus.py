@@ -2,7 +2,7 @@
 
 Published figures, not measured ones: a copy reaches some 90 % of the published memory bandwidth. Per-multiprocessor
 limits are those of the compute capability (CUDA C++ Programming Guide, "Compute Capabilities", table of technical
-specifications); instruction rates stand in the same guide ("Throughput of Native Arithmetic Instructions").
+specifications); instruction rates are in the same guide ("Throughput of Native Arithmetic Instructions").
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Gpu:
         bandwidth: of memory, bytes per second.
         memory: gigabytes, as sold.
         l2: bytes of level-2 cache.
-        l2_bytes_per_clock: that it delivers to all multiprocessors; published for the A100 alone, else an assumption.
+        l2_bytes_per_clock: that it delivers to all multiprocessors. Published for the A100 alone (its architecture
+            whitepaper); Hopper's are assumed to be the same, the others' are assumptions of half or less.
         clock: boost, Hz.
         tensor: bfloat16 and float16 matrix products with float32 sums, dense, floating-point operations per second.
         tf32: the same in TF32.
@@ -77,7 +78,7 @@ class Gpu:
         return SPECIAL_FUNCTIONS_PER_CLOCK * self.multiprocessors * self.clock
 
     def limits(self) -> list[int]:
-        """What the plans of the compiled library depend on, in the order of `torch.ops.effkernels.cuda_plan`."""
+        """Return the limits that the compiled plans depend on, in the order of `torch.ops.effkernels.cuda_plan`."""
         of = self.capability
         return [
             of.number,
@@ -207,7 +208,7 @@ DEFAULT_GPU = "h200"
 
 
 def find(name: str) -> Gpu:
-    """The GPU of that name; case, spaces and hyphens do not count.
+    """Return the GPU of that name; case, spaces and hyphens do not count.
 
     Raises:
         ValueError: there is no such GPU in the table; the message lists those that are.
@@ -220,7 +221,7 @@ def find(name: str) -> Gpu:
 
 
 def of_this_machine(index: int = 0) -> Gpu | None:
-    """The table's entry for a GPU of this machine; None without one, and for a GPU that the table does not have."""
+    """Return the table's entry for a GPU of this machine; None without a GPU or without an entry."""
     if not torch.cuda.is_available():
         return None
     reported = torch.cuda.get_device_properties(index).name

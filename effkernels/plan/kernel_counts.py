@@ -1,7 +1,7 @@
 """Instructions that a warp issues in each part of a CUDA kernel, counted in the disassembly and shipped as a table.
 
 `make kernels-table` counts them (benchmarks/kernel_economy) and writes ``kernel_counts.json``; time estimates
-(`effkernels.plan_time`) read them where there is no disassembler. They are of the code for sm_90.
+(`effkernels.plan.time_estimate`) read them where there is no disassembler. They are of the code for sm_90.
 """
 
 from __future__ import annotations
@@ -11,12 +11,40 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
+from typing import TypeVar
+
+# How csrc/cuda has it: the vectors of taps that a thread reads at once (copy_taps), those of a row of w_expand
+# (expand_rows), and the hidden values and the sums of tiles that are added at once (finish_sums).
+TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD, TILES_AHEAD = 4, 6, 12, 8
+
+
+def reduce_lanes(kernel: str) -> int:
+    """Return the number of threads that share a row of w_reduce (reduce_product): few if a block has few channels."""
+    return 4 if kernel == "depthwise_strips" else 16
+
 
 FILE = Path(__file__).with_name("kernel_counts.json")
 
 
+Summed = TypeVar("Summed", bound="Sums")
+
+
 @dataclass(frozen=True)
-class Counters:
+class Sums:
+    """Figures that are added, and multiplied by a number, field by field."""
+
+    def __add__(self: Summed, other: Summed) -> Summed:
+        return type(self)(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
+
+    def __sub__(self: Summed, other: Summed) -> Summed:
+        return self + other * -1
+
+    def __mul__(self: Summed, times: float) -> Summed:
+        return type(self)(*(one * times for one in astuple(self)))
+
+
+@dataclass(frozen=True)
+class Counters(Sums):
     """Instructions of one warp, by the unit that executes them.
 
     Attributes:
@@ -40,15 +68,6 @@ class Counters:
     tensor: float = 0.0
     trips: float = 0.0
 
-    def __add__(self, other: Counters) -> Counters:
-        return Counters(*(one + more for one, more in zip(astuple(self), astuple(other), strict=True)))
-
-    def __sub__(self, other: Counters) -> Counters:
-        return self + other * -1
-
-    def __mul__(self, times: float) -> Counters:
-        return Counters(*(one * times for one in astuple(self)))
-
 
 PIPES = tuple(field.name for field in fields(Counters))
 
@@ -66,12 +85,12 @@ class KernelCounts:
     parts: Mapping[str, Counters]
 
     def part(self, name: str) -> Counters:
-        """Counters of a part; zeros for one that the kernel does not have."""
+        """Return the counters of a part; zeros for one that the kernel does not have."""
         return self.parts.get(name, Counters())
 
 
 def to_json(kernels: Mapping[str, KernelCounts]) -> str:
-    """The table as JSON, sorted, one kernel a line; numbers of a part in the order of `PIPES`."""
+    """Return the table as JSON, sorted, one kernel a line; numbers of a part in the order of `PIPES`."""
     lines = []
     for name in sorted(kernels):
         entry = {
@@ -89,7 +108,7 @@ def _short(value: float) -> float:
 
 
 def from_json(text: str) -> dict[str, KernelCounts]:
-    """The table that `to_json` wrote."""
+    """Return the table that `to_json` wrote."""
     return {
         name: KernelCounts(entry["registers"], {part: Counters(*values) for part, values in entry["parts"].items()})
         for name, entry in json.loads(text).items()
@@ -98,12 +117,12 @@ def from_json(text: str) -> dict[str, KernelCounts]:
 
 @functools.cache
 def shipped() -> Mapping[str, KernelCounts]:
-    """The table that is part of the package, by name with template arguments: "depthwise_strips<bfloat16,3,1>"."""
+    """Read the table of the package, by name with template arguments: "depthwise_strips<bfloat16,3,1,7>"."""
     return from_json(FILE.read_text(encoding="utf-8"))
 
 
 def total(parts: Iterable[tuple[Counters, float]]) -> Counters:
-    """The sum of parts, each as often as the number beside it says."""
+    """Return the sum of parts, each as often as the number beside it says."""
     result = Counters()
     for counters, times in parts:
         result = result + counters * times

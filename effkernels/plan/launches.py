@@ -19,10 +19,11 @@ from torch import Tensor
 
 from effkernels import _library
 from effkernels.models import create_model, model_config
+from effkernels.ops.reference import ACTIVATIONS, canonical_name
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.record import Call, record_calls, tensors_in
-from effkernels.plan.time_estimate import MODES, TimeEstimate, estimate
+from effkernels.plan.time_estimate import MODES, TimeEstimate, estimate, forward_us
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -43,8 +44,8 @@ class PlannedLaunch:
         layer: path of the module whose weight it reads, or in which it happens.
         op: the operator that launches it, 'effkernels::...' or 'aten::...'.
         kernel: name of the kernel; of a launch of PyTorch's own the operator's name.
-        grid, block: blocks, and threads of a block along x and y; None where PyTorch decides.
-        shared_bytes: dynamic shared memory of a block; None where PyTorch decides.
+        grid, block: blocks, and threads of a block along x and y; None if PyTorch decides.
+        shared_bytes: dynamic shared memory of a block; None if PyTorch decides.
         cluster: blocks of a cluster.
         cooperative: every block is resident at once.
         bytes: each byte of arguments, parameters and results once, of scratch memory twice (written and read back).
@@ -54,7 +55,7 @@ class PlannedLaunch:
         special_functions: operations of the special function units: activations, gates, reciprocal roots of norms.
         floor_us: the longest of what bytes, FLOPs and special functions take at the GPU's published rates.
         limited_by: which of them that is: 'memory', the unit, or 'special'.
-        variant: the kernel with its template arguments; None where PyTorch decides.
+        variant: the kernel with its template arguments; None if PyTorch decides.
         time: an estimate of how long it takes, which counts instructions and fixed costs too.
     """
 
@@ -78,7 +79,7 @@ class PlannedLaunch:
 
     @property
     def is_own(self) -> bool:
-        """Whether it is a kernel of this project, and not one of PyTorch's."""
+        """Return whether it is a kernel of this project, and not one of PyTorch's."""
         return not self.kernel.startswith(_PYTORCH)
 
     @property
@@ -99,7 +100,7 @@ class Totals:
 
     @classmethod
     def of(cls, launches: Iterable[PlannedLaunch]) -> Totals:
-        """The sums over `launches`."""
+        """Return the sums over `launches`."""
         listed = list(launches)
         return cls(
             len(listed),
@@ -112,11 +113,11 @@ class Totals:
 
 @dataclass(frozen=True)
 class Plan:
-    """What one forward of a model launches.
+    """The launches of one forward of a model.
 
     Attributes:
         model: name in the registry.
-        gpu: name in `effkernels.gpus`.
+        gpu: name in `effkernels.plan.gpus`.
         batch_size: images.
         img_size: their height and width in pixels.
         precision: dtype of weights and images, one of `PRECISIONS`.
@@ -138,34 +139,42 @@ class Plan:
         return Totals.of(self.launches)
 
     def estimated_us(self, mode: str = MODES[0]) -> float:
-        """The estimated time of a forward in microseconds.
+        """Return the estimated time of a forward in microseconds.
 
         Args:
             mode: one of `effkernels.plan.time_estimate.MODES`: how the launches follow each other.
+
+        Raises:
+            ValueError: an unknown mode.
         """
-        return sum(launch.time.us_in(mode) for launch in self.launches)
+        return forward_us((launch.time for launch in self.launches), mode)
 
     def by_block(self) -> dict[str, Totals]:
-        """Sums per part of the network, in the order of the forward."""
+        """Return the sums per part of the network, in the order of the forward."""
         names = dict.fromkeys(launch.block_of_network for launch in self.launches)
         return {name: Totals.of(one for one in self.launches if one.block_of_network == name) for name in names}
 
     def to_json(self) -> str:
-        """The plan and its sums as strict JSON."""
+        """Return the plan and its sums as strict JSON."""
         blocks = {name: asdict(totals) for name, totals in self.by_block().items()}
         report = {**asdict(self), "blocks": blocks, "totals": asdict(self.totals)}
+        for fields, launch in zip(report["launches"], self.launches, strict=True):
+            fields["time"] |= {"us": launch.time.us, "longest": launch.time.longest}
         report["estimated_us"] = {mode: self.estimated_us(mode) for mode in MODES}
         return json.dumps(report, indent=2, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan that `to_json` wrote."""
+        """Return the plan that `to_json` wrote."""
         report = json.loads(text)
         launches = []
         for fields in report.pop("launches"):
             block = fields.pop("block")
-            time = TimeEstimate(**fields.pop("time"))
-            launches.append(PlannedLaunch(block=None if block is None else tuple(block), time=time, **fields))
+            time = fields.pop("time")
+            del time["us"], time["longest"]
+            launches.append(
+                PlannedLaunch(block=None if block is None else tuple(block), time=TimeEstimate(**time), **fields)
+            )
         del report["blocks"], report["totals"], report["estimated_us"]
         return cls(launches=tuple(launches), **report)
 
@@ -218,10 +227,10 @@ def plan_model(
 
 
 def plan_call(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
-    """The launches of one call.
+    """Return the launches of one call.
 
     The first one reads the arguments, computes and writes the results; a second one passes over the result once more,
-    reading and writing it: the norm and activation behind a convolution of PyTorch's, or the product with the gate in
+    reading and writing it: the norm and activation after a convolution of PyTorch's, or the product with the gate in
     `depthwise_bn_act_se`, which goes from the first to the second.
     """
     lines = [{"kernel": call.op}]
@@ -276,7 +285,7 @@ def _two(text: str) -> tuple[int, int]:
 
 
 def cuda_plan(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[dict[str, str]]:
-    """The launches of a call of this project's operators as the compiled library plans them, by field."""
+    """Return the launches of a call of this project's operators as the compiled library plans them, by field."""
     name = call.op.removeprefix(_NAMESPACE)
     dtype = str(call.dtype).removeprefix("torch.")
     text: str = torch.ops.effkernels.cuda_plan(name, dtype, _shape(name, call.arguments, allow_tf32), gpu.limits())
@@ -284,18 +293,19 @@ def cuda_plan(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[dict[str, str]]
 
 
 def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]:
-    """The sizes that `cuda_plan` takes for an operator, in its order."""
+    """Return the sizes that `cuda_plan` takes for an operator, in its order."""
     if op == "squeeze_excite_gate":
         return [*arguments["pooled"].shape, arguments["w_reduce"].shape[0]]
     batch, channels, height, width = arguments["x"].shape
     weight = arguments["weight"].shape
     if op == "pointwise_bn_act":
         gated, residual = arguments["gate"] is not None, arguments["residual"] is not None
-        return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32)]
+        activation = ACTIVATIONS.index(canonical_name(arguments["activation"]))
+        return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32), activation]
     stride, padding = arguments["stride"], arguments["padding"]
     if op == "expand_depthwise_squeeze":
         sizes = [batch, weight[0], height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, 0]
-        return [*sizes, channels, int(allow_tf32)]
+        return [*sizes, channels, int(allow_tf32), ACTIVATIONS.index(canonical_name(arguments["expand_activation"]))]
     if op == "conv_bn_act":
         return [batch, channels, weight[0], height, width, weight[2], weight[3], stride, *padding]
     reduced = arguments["w_reduce"].shape[0] if "w_reduce" in arguments else 0
@@ -303,29 +313,29 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
 
 
 def _stored_bytes(tensor: Tensor) -> int:
-    """Bytes that a tensor occupies: an expanded one is smaller than its shape."""
+    """Return the bytes that a tensor occupies: an expanded one is smaller than its shape."""
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
 def moved_bytes(call: Call) -> int:
-    """Bytes that a call cannot avoid: every argument read once, every result written once."""
+    """Return the bytes that a call cannot avoid: every argument read once, every result written once."""
     read = {id(tensor): tensor for tensor in tensors_in(call.arguments.values())}
     return sum(_stored_bytes(tensor) for tensor in (*read.values(), *call.results))
 
 
 def _bytes_of_two(call: Call) -> tuple[int, int]:
-    """The same for a call that takes two launches, each by itself."""
+    """Return the same for a call that takes two launches, each by itself."""
     second = 2 * call.results[0].nbytes
     if "w_reduce" in call.arguments:  # the first one writes a gate, which the second one reads
         gate = math.prod(call.results[0].shape[:2]) * call.dtype.itemsize
         return moved_bytes(call) + gate, second + gate
-    vectors = [call.arguments[name] for name in ("bias", "norm_weight", "norm_bias", "norm_mean", "norm_var")]
+    vectors = [call.arguments[name] for name in ("bias", "norm_mean", "norm_var", "norm_weight", "norm_bias")]
     of_norm = sum(_stored_bytes(tensor) for tensor in tensors_in(vectors))
     return moved_bytes(call) - of_norm, second + of_norm
 
 
 def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
-    """What computes the FLOPs of a kernel."""
+    """Return the unit that computes the FLOPs of a kernel."""
     if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "conv", "conv_stem"):
         if dtype != torch.float32:
             return "tensor"
@@ -342,6 +352,7 @@ _SPECIAL_FUNCTIONS = {"silu": 2, "gelu": 1, "gelu_tanh": 2, "sigmoid": 2}
 
 def special_functions_of(activation: str, dtype: torch.dtype) -> int:
     """Special-function operations per value of an activation or a gate."""
+    activation = canonical_name(activation)
     if activation == "silu" and dtype != torch.float32:
         return 1  # one tanh.approx
     return _SPECIAL_FUNCTIONS.get(activation, 0)
@@ -353,13 +364,16 @@ def special_functions(call: Call) -> int:
         return 0
     arguments = call.arguments
     count = 0
-    if "activation" in arguments:
+    inner = "se_activation"
+    if "pooled" in arguments:
+        inner = "activation"
+    elif "activation" in arguments:
         count += call.results[0].numel() * special_functions_of(arguments["activation"], call.dtype)
     if arguments.get("norm_var") is not None:
         count += arguments["norm_var"].numel()
     if "w_reduce" in arguments:  # computed in float32 whatever the dtype
         batch = call.results[0].shape[0]
         reduced, channels = arguments["w_reduce"].shape[:2]
-        count += batch * reduced * special_functions_of(arguments["se_activation"], torch.float32)
-        count += batch * channels * special_functions_of(arguments["gate"], torch.float32)
+        count += batch * reduced * special_functions_of(arguments[inner], torch.float32)
+        count += batch * channels * special_functions_of(arguments["gate_activation"], torch.float32)
     return count

@@ -40,9 +40,9 @@ class Call:
 
 
 def record_calls(model: nn.Module, images: Tensor) -> list[Call]:
-    """The calls that a forward makes: of this project's operators, and of PyTorch's that would launch something."""
+    """Return the calls of a forward: this project's operators, and PyTorch's that would launch something."""
     recorder = _Recorder(model)
-    # On the meta device the CPU's operators stand for all: only the shape functions run, which all devices share.
+    # On the meta device the CPU's operators represent all: only the shape functions run, which all devices share.
     with torch.no_grad(), recorder.watching_modules(), recorder:
         model(images)
     return recorder.calls
@@ -100,14 +100,14 @@ class _Recorder(TorchDispatchMode):
 
 
 def _launches(func: Any, results: Sequence[Tensor]) -> bool:
-    """Whether an operator runs something on the device: views, allocations and questions about a tensor do not."""
+    """Return whether an operator runs something on the device: views, allocations and queries of a tensor do not."""
     if not results or func.is_view or torch.Tag.inplace_view in func.tags:
         return False
     return re.match(r"aten::(_unsafe_view|lift_fresh|(new_)?empty)", func._schema.name) is None
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, and in lists and tuples among them."""
+    """Return the tensors among values, and in lists and tuples among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value

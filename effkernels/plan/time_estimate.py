@@ -7,7 +7,7 @@ come on top. A constant that is no published figure is an assumption, and says s
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -39,9 +39,9 @@ MMA_SHARE = {90: 0.63}
 L2_SHARE_OF_INPUT = 0.5
 """Assumption: a tensor of at most this share of L2 is still there when the next launch reads it."""
 
-# Clocks of a round trip of a lone warp, rounded from arXiv 2402.13499 (table of memory latencies, H100, A100, RTX 4090:
-# L2 260 to 275, global memory 465 to 540).
-L2_LATENCY, MEMORY_LATENCY = 270.0, 500.0
+L1_LATENCY, L2_LATENCY, MEMORY_LATENCY = 40.0, 270.0, 500.0
+"""Assumption: clocks that a lone warp waits for a read from L1, L2 and memory, about what microbenchmarks of the H100
+report (arXiv 2402.13499)."""
 
 CLOCKS_PER_INSTRUCTION = 2.0
 """Assumption: a warp issues an instruction every other clock on average; dependent arithmetic takes 4 clocks."""
@@ -59,7 +59,7 @@ DEPENDENT_GAP_US = 0.5
 """Assumption: the same with programmatic dependent launch, which also hides the prologue of the next kernel."""
 
 EAGER_US = 5.0
-"""Assumption: time of the host for one call of an operator in eager mode; the GPU waits where its launch is shorter."""
+"""Assumption: time of the host for one call of an operator in eager mode, which goes on while the GPU works."""
 
 FOREIGN_US = 2.0
 """Assumption: the least time of a kernel of PyTorch's own, whose blocks are not known."""
@@ -84,7 +84,7 @@ class TimeEstimate:
         tail: the last, partial wave of blocks.
         last: work of the block that arrives last: means and gate of squeeze-and-excitation.
         hidden: what programmatic dependent launch hides of all this: the prologue, instructions included, where it is
-            not hidden behind other blocks anyway. Not added.
+            not hidden by other blocks anyway. Not added.
         blocks: that a multiprocessor holds at a time; 0 where the kernel is PyTorch's.
         counted: whether instructions were counted; else their terms are 0.
     """
@@ -115,19 +115,27 @@ class TimeEstimate:
         """The whole time."""
         return float(getattr(self, self.longest)) + self.prologue + self.tail + self.last
 
-    def us_in(self, mode: str) -> float:
-        """The time with the gap before it.
 
-        Args:
-            mode: one of `MODES`.
-        """
-        if mode == "eager":
-            return max(self.us + GRAPH_GAP_US, EAGER_US)
-        if mode == "graph":
-            return self.us + GRAPH_GAP_US
-        if mode == "graph with dependent launches":
-            return self.us - self.hidden + DEPENDENT_GAP_US
-        raise ValueError(f"mode={mode!r} is not known; allowed: {', '.join(MODES)}")
+def forward_us(times: Iterable[TimeEstimate], mode: str) -> float:
+    """Return the time of launches that follow each other, with the gaps between them, in microseconds.
+
+    Args:
+        times: in the order of the launches.
+        mode: one of `MODES`.
+
+    Raises:
+        ValueError: an unknown mode.
+    """
+    if mode == "graph":
+        return sum(GRAPH_GAP_US + time.us for time in times)
+    if mode == "graph with dependent launches":
+        return sum(DEPENDENT_GAP_US + time.us - time.hidden for time in times)
+    if mode == "eager":
+        end = 0.0
+        for called, time in enumerate(times, start=1):
+            end = max(end + GRAPH_GAP_US, called * EAGER_US) + time.us
+        return end
+    raise ValueError(f"mode={mode!r} is not known; allowed: {', '.join(MODES)}")
 
 
 TERMS = tuple(field.name for field in fields(TimeEstimate) if field.type == "float" and field.name != "hidden")
@@ -135,7 +143,7 @@ OVERLAPPING = TERMS[: TERMS.index("prologue")]
 
 
 def resident_blocks(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
-    """Blocks that a multiprocessor holds at a time, by registers, threads and shared memory.
+    """Return the number of blocks that a multiprocessor holds at a time, by registers, threads and shared memory.
 
     Args:
         registers: of a thread.
@@ -154,7 +162,7 @@ def estimate(
     line: Mapping[str, str], call: Call, gpu: Gpu, *, moved: int, flops: int, rate: float,
     counts: Mapping[str, KernelCounts] | None = None,
 ) -> TimeEstimate:  # fmt: skip
-    """The time of a launch.
+    """Return the time of a launch.
 
     Args:
         line: the launch as `cuda_plan` describes it; of one of PyTorch's own only "kernel".
@@ -163,7 +171,7 @@ def estimate(
         flops, rate: floating-point operations, and those a second of the unit that does them.
         counts: instead of the counts that the package ships.
     """
-    cached = [tensor for tensor in _images(call) if tensor.nbytes <= L2_SHARE_OF_INPUT * gpu.l2]
+    cached = [tensor for tensor in _images(line["kernel"], call) if tensor.nbytes <= L2_SHARE_OF_INPUT * gpu.l2]
     from_memory = max(0, moved - sum(tensor.nbytes for tensor in cached))
     dram = 1e6 * from_memory / (COPY_SHARE * gpu.bandwidth)
     l2_rate = gpu.l2_bytes_per_clock * gpu.clock
@@ -183,14 +191,16 @@ def estimate(
     work = work_of(cut, call)
     if work is None:
         return TimeEstimate(dram=dram, l2=1e6 * moved / l2_rate, fma=product, blocks=blocks)
-    reads_memory = not any(tensor is call.arguments.get("x") for tensor in cached)
-    return _terms(work, cut, gpu, blocks, dram, l2_rate, MEMORY_LATENCY if reads_memory else L2_LATENCY)
+    read = call.arguments.get("x", call.results[0])
+    input_latency = L2_LATENCY if any(tensor is read for tensor in cached) else MEMORY_LATENCY
+    return _terms(work, cut, gpu, blocks, dram, l2_rate, input_latency)
 
 
-def _images(call: Call) -> list[Tensor]:
-    """What a call reads of another launch's results, and what it writes."""
-    read = [call.arguments.get(name) for name in ("x", "residual")]
-    return list(tensors_in([*read, *call.results]))
+def _images(kernel: str, call: Call) -> list[Tensor]:
+    """Return the bytes that a launch reads of other launches' results, and the bytes that it writes."""
+    if kernel in ("norm_act", "scale_by_gate"):  # in place
+        return [call.results[0], call.results[0]]
+    return list(tensors_in([call.arguments.get("x"), call.arguments.get("residual"), *call.results]))
 
 
 def _terms(
@@ -200,7 +210,7 @@ def _terms(
 
     def us(chain: Clocks) -> float:
         waits = chain.inputs * input_latency + chain.parameters * L2_LATENCY
-        waits += chain.arrivals * ARRIVAL_ROUND_TRIPS * L2_LATENCY
+        waits += chain.arrivals * ARRIVAL_ROUND_TRIPS * L2_LATENCY + chain.cached * L1_LATENCY
         return (chain.issued * CLOCKS_PER_INSTRUCTION + waits) / clocks_per_us
 
     active = min(gpu.multiprocessors, cut.grid)
@@ -228,7 +238,7 @@ def _terms(
 
 
 def _units(issued: Counters, gpu: Gpu) -> dict[str, float]:
-    """Clocks that one multiprocessor would take for all instructions, by unit."""
+    """Return the number of clocks that one multiprocessor would take for all instructions, by unit."""
     number = gpu.capability.number
     results = _FMA_RESULTS.get(number, _FMA_RESULTS_ELSEWHERE)
     operations = gpu.tensor * MMA_SHARE.get(number, 1.0) / (gpu.multiprocessors * gpu.clock)

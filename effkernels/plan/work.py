@@ -1,7 +1,7 @@
 """The work of a planned launch, from its cut and the counted instructions: what its blocks issue, and wait for.
 
 How often each part of a kernel runs follows from the plan (csrc/cuda/*_plan.cpp, which `cuda_plan` describes) and from
-the loops of csrc/cuda/*.cuh; what a warp issues in one pass is `effkernels.kernel_counts`.
+the loops of csrc/cuda/*.cuh; what a warp issues in one pass is `effkernels.plan.kernel_counts`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-from effkernels.plan.kernel_counts import Counters, KernelCounts, total
+from effkernels.plan.kernel_counts import (
+    EXPAND_AHEAD,
+    HIDDEN_AHEAD,
+    TAP_VECTORS,
+    TILES_AHEAD,
+    Counters,
+    KernelCounts,
+    Sums,
+    reduce_lanes,
+    total,
+)
 from effkernels.plan.record import Call
 
 WARP = 32
@@ -18,13 +28,14 @@ _FLAT = ("identity", "relu", "relu6", "hard_swish")  # no special functions
 
 
 @dataclass(frozen=True)
-class Clocks:
+class Clocks(Sums):
     """A chain of instructions and round trips that follow each other within a warp.
 
     Attributes:
         issued: instructions.
         inputs: waits for data that another launch wrote.
         parameters: waits for parameters, or for what other blocks of this launch wrote: from L2.
+        cached: waits for data that a neighbour has just read: from L1.
         arrivals: writes made visible and counted, for the block that comes last.
     """
 
@@ -32,17 +43,7 @@ class Clocks:
     inputs: float = 0.0
     parameters: float = 0.0
     arrivals: float = 0.0
-
-    def __add__(self, other: Clocks) -> Clocks:
-        return Clocks(
-            self.issued + other.issued,
-            self.inputs + other.inputs,
-            self.parameters + other.parameters,
-            self.arrivals + other.arrivals,
-        )
-
-    def __mul__(self, times: float) -> Clocks:
-        return Clocks(self.issued * times, self.inputs * times, self.parameters * times, self.arrivals * times)
+    cached: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Cut:
-    """How a launch is cut.
+    """The division of a launch into blocks.
 
     Attributes:
         kernel: its name without template arguments.
@@ -97,7 +98,7 @@ def _ceil(value: float, by: float) -> int:
 
 
 def work_of(cut: Cut, call: Call) -> Work | None:
-    """The work of a launch of a call; None for a kernel whose instructions are not counted."""
+    """Return the work of a launch of a call; None for a kernel whose instructions are not counted."""
     family = _FAMILIES.get(cut.kernel)
     if family is None or not cut.counts.parts:
         return None
@@ -107,7 +108,7 @@ def work_of(cut: Cut, call: Call) -> Work | None:
 
 
 def _half_of_expand(call: Call, *, first: bool) -> Call:
-    """The pointwise or the depthwise operator that one of the two launches of `expand_depthwise_squeeze` does."""
+    """Return the pointwise or depthwise operator of one of the two launches of `expand_depthwise_squeeze`."""
     x, weight = call.arguments["x"], call.arguments["expand_weight"]
     hidden = x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]), device="meta")
     if first:
@@ -122,7 +123,7 @@ def _chain(counters: Counters, *, inputs: float = 0.0, parameters: float = 0.0) 
 
 
 def _with_activation(cut: Cut, part: str, activation: str) -> Counters:
-    """A part that activates: its way with special functions, or that without."""
+    """Return a part that activates: its way with special functions, or that without."""
     return cut.counts.part(f"{part}.plain" if activation in _FLAT else part)
 
 
@@ -147,7 +148,7 @@ class _Strips:
 def _strips(
     sizes: tuple[int, int, int, int], pads: tuple[int, int], kernel: int, stride: int, strip: int, neighbours: int
 ) -> _Strips:
-    """Counts the strips of a plane as csrc/cuda/depthwise.cuh walks over them.
+    """Count the strips of a plane as csrc/cuda/depthwise.cuh walks over them.
 
     Args:
         sizes: height and width of x, then of the result.
@@ -172,12 +173,12 @@ def _strips(
 
 
 def _gate_products(cut: Cut, images: int, reduced: int, channels: int, size: int) -> tuple[Counters, Clocks]:
-    """The first product of squeeze-and-excitation by one block, over `channels` channels: by all warps, and its chain.
+    """Return the first product of squeeze-and-excitation by one block, over `channels`: by all warps, and its chain.
 
-    16 threads share a row, so that each warp has two at a time.
+    A warp has several rows at a time, and two such in turn.
     """
-    part, vector = cut.counts.part, 16 // size
-    vectors = _ceil(channels, 16 * vector)
+    part, lanes = cut.counts.part, reduce_lanes(cut.kernel)
+    vectors = _ceil(channels, lanes * (16 // size))
     one = total(
         (
             (part("reduce.row"), 1),
@@ -186,15 +187,15 @@ def _gate_products(cut: Cut, images: int, reduced: int, channels: int, size: int
             (part("reduce.image"), vectors * images),
         )
     )
-    passes = _ceil(reduced, 2 * cut.warps)
+    passes = _ceil(reduced, WARP // lanes * cut.warps)
     chain = _chain(one, parameters=_ceil(vectors, 4)) * passes
-    return one * _ceil(reduced, 2), chain
+    return one * _ceil(reduced, WARP // lanes), chain
 
 
 def _expand_product(cut: Cut, images: int, reduced: int, channels: int, size: int) -> tuple[Counters, Clocks]:
-    """The second product by one block, a channel a thread: by all warps, and its chain."""
+    """Return the second product by one block, a channel a thread: by all warps, and its chain."""
     widest = 16 // size
-    width = widest if reduced % widest == 0 else widest // 2 if reduced % (widest // 2) == 0 else 1
+    width = next(one for one in (widest, 2, 1) if reduced % one == 0)
     part, vectors = cut.counts.part, reduced // width
     one = total(
         (
@@ -205,7 +206,7 @@ def _expand_product(cut: Cut, images: int, reduced: int, channels: int, size: in
         )
     )
     passes = _ceil(channels, cut.threads)
-    chain = _chain(one, parameters=_ceil(vectors, 2)) * passes
+    chain = _chain(one, parameters=_ceil(vectors, EXPAND_AHEAD)) * passes
     return one * _ceil(channels, WARP), chain
 
 
@@ -228,22 +229,25 @@ def _depthwise(cut: Cut, call: Call) -> Work:
     warps_per_strip = warps / lanes
     issued = one * (batch * cut["channel_groups"] * strips_of_image * warps_per_strip)
 
-    taps = _ceil(kernel * kernel * _ceil(block_channels, 16) * 4, cut.threads)
-    norms = _ceil(block_channels, cut.threads)
+    # A pass is TAP_VECTORS of 16 bytes a thread; where there are fewer, all are read, and the others are not written.
+    taps = kernel * kernel * block_channels * size / 16 / (TAP_VECTORS * cut.threads)
     slabs = cut["slabs"] if resident else 1
-    load = total(((part("taps"), taps), (part("norm"), norms)))
+    load = replace(part("taps") * taps, trips=float(_ceil(taps, 1)))
     issued = issued + total(
         (
             (part("prologue"), cut.grid * cut.warps),
             (part("taps"), cut.grid * slabs * cut.warps * taps),
-            (part("norm"), cut.grid * slabs * _ceil(block_channels, WARP)),
             (part("slab"), cut.grid * slabs * cut.warps),
             (part("image"), cut.grid * cut["images"] * cut.warps),
             (part("lane"), cut.grid * cut["images"] * slabs * lanes * _ceil(block_channels, WARP)),
         )
     )
+    # The norm of a channel is asked for before the taps, and waited for after them.
     prologue = _chain(part("prologue")) + _chain(load, parameters=load.trips)
-    of_round = _chain(one, inputs=rows * max(part("row").trips, 1))
+    # The lanes of a block have strips below each other: of the rows of one, all but the first `stride` are the first
+    # rows of a neighbour, and in L1 by then. A short strip reads its whole window at once.
+    waits = Clocks(inputs=min(stride, rows), cached=max(0.0, rows - stride)) if rows else Clocks(inputs=1)
+    of_round = _chain(one) + waits
     of_image = of_round * cut["rounds"] + _chain(part("image") + part("lane") * lanes)
     body = of_image * cut["images"]
     if resident:
@@ -276,17 +280,17 @@ def _arrival_tail(
     issued = part("finish") * (cut.grid * cut.warps)
     means = Clocks(part("finish").issued)
     if tiles > 1:
-        # Threads that have no channel of their own share the tiles, four loads at a time.
+        # Threads that have no channel of their own share the tiles.
         shared = _ceil(tiles, max(1, cut.threads // block_channels))
         issued = issued + part("tile") * (units * groups * cut.warps * shared)
-        means = means + Clocks(part("tile").issued * shared, 0, _ceil(shared, 4), 1)
+        means = means + Clocks(part("tile").issued * shared, 0, _ceil(shared, TILES_AHEAD), 1)
     if not reduced:
         return issued, Clocks(), means
     product, chain = _gate_products(cut, images, reduced, min(block_channels, channels), size)
     expand, gate = _expand_product(cut, images, reduced, channels, size)
     issued = issued + product * (units * groups) + expand * units
     sums = _ceil(images * reduced, cut.threads)
-    hidden = Clocks(0, 0, sums * _ceil(groups, 4) + sums, 1)
+    hidden = Clocks(0, 0, sums * _ceil(groups, HIDDEN_AHEAD) + sums, 1)
     if tiles > 1:
         return issued, Clocks(), means + chain + hidden + gate
     return issued, means + chain, hidden + gate
@@ -295,7 +299,7 @@ def _arrival_tail(
 def _resident_tail(
     cut: Cut, reduced: int, channels: int, block_channels: int, size: int
 ) -> tuple[Counters, Clocks, Clocks]:
-    """The gate by a team of resident blocks: each of them does its share, and waits twice for the others."""
+    """Return the gate by a team of resident blocks: each of them does its share, and waits twice for the others."""
     own = min(cut["slabs"] * block_channels, channels)
     product, chain = _gate_products(cut, 1, reduced, own, size)
     expand, gate = _expand_product(cut, 1, reduced, own, size)
@@ -310,47 +314,63 @@ def _pointwise(cut: Cut, call: Call) -> Work:
     pixels, inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1], weight.shape[0]
     rows, columns, steps, vector = cut["rows"], cut["columns"], cut["steps"], 16 // size
     gated, residual = call.arguments["gate"] is not None, call.arguments["residual"] is not None
-    step = part("step.gated") if gated else part("step")
-    of_vector = _with_activation(cut, "vector", call.arguments["activation"])
-    used = outer / (cut["column_tiles"] * columns)
-    vectors = rows * columns / vector / cut.threads * used
-    norms = _ceil(columns, cut.threads)
-    gates = _ceil(cut["gate_images"] * inner / vector, cut.threads) if gated else 0
-    residuals = rows * columns / vector / cut.threads * used if residual else 0
-    load = total(((part("gate"), gates), (part("residual"), residuals)))
-    block = total(((part("prologue"), 1), (step, steps), (part("sums"), 1), (of_vector, vectors))) + load
-    issued = (block * cut.warps + part("norm") * _ceil(columns, WARP)) * cut.grid
-    prologue = _chain(part("prologue") + load) + _chain(part("norm") * norms, parameters=part("norm").trips * norms)
-    # Three slices are on their way: a step waits for a third of a round trip unless its instructions take longer.
-    body = _chain(step * steps, inputs=1 + max(0, steps - 3) / 3) + _chain(part("sums") + of_vector * vectors)
-    tiles = cut.grid / cut["column_tiles"]
-    l2_bytes = size * (pixels * inner * cut["column_tiles"] + tiles * outer * inner)
-    l2_bytes += call.results[0].numel() * size * (2 if residual else 1)
-    return Work(issued, cut.counts.registers, l2_bytes, prologue, body, Clocks())
+    keeps_weight, shares = cut["keeps_weight"] == 1, cut["parts"] > 1
+    step = part("step.gated" if gated else "step")
+    if not keeps_weight:
+        step = step + part("step.weights")
+    # Values of a tile go through shared memory, four or more to a thread, or leave from the registers with the tile.
+    values = rows * columns
+    of_value = part("value.part") if shares else _with_activation(cut, "value", call.arguments["activation"])
+    of_thread = values / min(cut.threads, values / 4)
+    tile = part("tile") + (part("tile.residual") if residual else Counters())
+    slices = min(3, steps)
+    gates = _ceil(cut["gate_images"] * 4, cut.threads) if gated else 0
+    residuals = rows * columns / vector / cut.threads if residual else 0.0
+    load = total(
+        (
+            (part("prologue"), 1),
+            (part("weights"), slices),
+            (part("fill"), slices),
+            (part("gate"), slices * gates),
+        )
+    )
+    one = total(((step, steps), (part("gate"), steps * gates), (tile, 1), (part("residual"), residuals)))
+    tiles = cut["row_tiles"] * cut["column_tiles"] * cut["parts"]
+    issued = load * (cut.grid * cut.warps) + (one * cut.warps + of_value * (values / WARP)) * tiles
+    prologue = _chain(load, parameters=part("prologue").trips)
+    # Later slices are asked for three steps before they are needed.
+    body = _chain((one + of_value * of_thread) * cut["tiles"], inputs=1)
+    last = Clocks()
+    y_bytes = call.results[0].numel() * size
+    l2_bytes = size * pixels * inner * cut["column_tiles"] + y_bytes * (2 if residual else 1)
+    readers = cut.grid / cut["column_tiles"] if keeps_weight else cut["row_tiles"] * cut["parts"]
+    l2_bytes += size * outer * inner / cut["parts"] * readers
+    if shares:
+        sums = _with_activation(cut, "value", call.arguments["activation"]) + part("value.other") * cut["parts"]
+        issued = issued + sums * (values / WARP * tiles / cut["parts"])
+        last = _chain(sums * of_thread, parameters=_ceil(cut["parts"], 2)) + Clocks(arrivals=1)
+        l2_bytes += 2 * 4 * cut["parts"] * call.results[0].numel()
+    return Work(issued, cut.counts.registers, l2_bytes, prologue, body, last)
 
 
-def _conv(cut: Cut, call: Call) -> Work:
+def _stem(cut: Cut, call: Call) -> Work:
     part, size = cut.counts.part, call.dtype.itemsize
     x, warps, channels = call.arguments["x"], cut["warps"], cut["padded_channels"]
-    window_rows = x.shape[1] * cut["window_height"]
-    windows, weights = _ceil(window_rows, warps), _ceil(cut["weight_bytes"] / size, cut.threads)
-    groups, taps = channels / WARP, _ceil(cut["taps"], 16 if size == 2 else 1)
-    of_vector = _with_activation(cut, "vector", call.arguments["activation"])
-    vectors = WARP * 4 / WARP if size == 2 else WARP * 8 / WARP  # of 32 pixels by 32 channels, a lane
+    groups, of_block = channels // WARP, min(cut["tiles"], cut["tiles_per_block"])
+    weights = _ceil(cut["weight_bytes"] / size, cut.threads)
+    units = _ceil(cut["window_height"] * cut["window_width"] / (16 / size), cut.threads) if size == 4 else 0
     load = total(((part("prologue"), 1), (part("weights"), weights)))
-    sums = total(((part("taps"), taps), (part("sums"), 1), (of_vector, vectors))) * groups
-    issued = (load + part("window") * windows + sums) * (cut.grid * warps)
-    issued = issued + part("norm") * (cut.grid * _ceil(channels, WARP))
-    norms = _ceil(channels, cut.threads)
-    prologue = _chain(load, parameters=weights / 4) + _chain(part("norm"), parameters=part("norm").trips) * norms
-    body = _chain(part("window") * windows, inputs=part("window").trips * windows / 4) + _chain(sums)
+    tile = total(((part("tile"), 1), (part("channels"), groups - 1), (part("unit"), units)))
+    issued = (load * cut.grid + tile * cut["tiles"]) * warps + part("norm") * (cut.grid * groups)
+    prologue = _chain(load, parameters=part("weights").trips) + _chain(part("norm"), parameters=part("norm").trips)
+    body = _chain(tile * of_block, inputs=of_block if size == 4 else 1)
     window = x.shape[1] * cut["window_height"] * cut["window_width"] * size
-    l2_bytes = cut.grid * (window + cut["weight_bytes"]) + call.results[0].numel() * size
+    l2_bytes = cut["tiles"] * window + cut.grid * cut["weight_bytes"] + call.results[0].numel() * size
     return Work(issued, cut.counts.registers, l2_bytes, prologue, body, Clocks())
 
 
 def _vectors(cut: Cut, call: Call, of_vector: Counters, reads: int) -> Work:
-    """A pass over the result."""
+    """Return a pass over the result."""
     part, size = cut.counts.part, call.dtype.itemsize
     elements = call.results[0].numel()
     passes = elements / (16 // size) / (cut.grid * cut.threads)
@@ -384,7 +404,7 @@ _FAMILIES: Mapping[str, Callable[[Cut, Call], Work]] = {
     "depthwise_strips": _depthwise,
     "depthwise_resident": _depthwise,
     "pointwise": _pointwise,
-    "conv": _conv,
+    "conv_stem": _stem,
     "norm_act": _norm_act,
     "scale_by_gate": _scale,
     "squeeze_excite_gate": _excite,

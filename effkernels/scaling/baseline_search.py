@@ -85,7 +85,7 @@ class SearchSpace:
                 raise ValueError(f"SearchSpace: {name} is empty; allowed: one choice or more")
 
     def choices(self) -> dict[str, tuple[Any, ...]]:
-        """What is chosen, by name: "channels_0", "layers_0", ..."""
+        """Return the choices by name: "channels_0", "layers_0", ..."""
         found: dict[str, tuple[Any, ...]] = {}
         for number, channels in enumerate(self.channels):
             found[f"channels_{number}"] = channels
@@ -95,11 +95,11 @@ class SearchSpace:
 
     @property
     def size(self) -> int:
-        """How many ways there are to choose."""
+        """Return the number of networks in the space."""
         return math.prod(len(choices) for choices in self.choices().values())
 
     def network(self, chosen: Mapping[str, Any], name: str = "found") -> StagedNetwork:
-        """The network of a choice: a value for every name of `choices`.
+        """Return the network of a choice: a value for every name of `choices`.
 
         Raises:
             ValueError: a value that cannot be chosen.
@@ -135,7 +135,7 @@ DIGITS_SPACE = SearchSpace(
 
 
 def reward(accuracy: float, cost: float, target: float, weight: float = WEIGHT) -> float:
-    """The paper's goal: accuracy * (cost / target) ** weight.
+    """Return the paper's goal: accuracy * (cost / target) ** weight.
 
     Raises:
         ValueError: a cost or a target that is not positive.
@@ -172,7 +172,7 @@ class BaselineTrial:
 
 @dataclass(frozen=True)
 class BaselineResult:
-    """What a search for a baseline found.
+    """The result of a search for a baseline.
 
     Attributes:
         trials: by reward, the best first; failed ones last.
@@ -192,16 +192,16 @@ class BaselineResult:
 
     @property
     def best(self) -> BaselineTrial | None:
-        """The first of the ranking; None where every evaluation failed."""
+        """The first of the ranking; None if every evaluation failed."""
         return self.trials[0] if self.trials and self.trials[0].reward is not None else None
 
     @property
     def is_by_latency(self) -> bool:
-        """Whether the cost is a latency."""
+        """Return whether the cost is a latency."""
         return self.cost != "multiply_adds"
 
     def table(self, most: int | None = 10) -> Table:
-        """The ranking, or its first lines."""
+        """Return the ranking, or its first lines."""
         rows = [self._row(number, trial) for number, trial in enumerate(self.trials[:most], 1)]
         columns = [
             Column("rank", "rank"),
@@ -241,7 +241,7 @@ class BaselineResult:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The ranking in plain values, for JSON."""
+        """Return the ranking in plain values, for JSON."""
         return {
             "cost": self.cost,
             "target": self.target,
@@ -270,7 +270,7 @@ class BaselineResult:
 
 
 def describe(network: StagedNetwork) -> str:
-    """The stages of MBConv in short: "1x1k3c8 2x6k5c16s"."""
+    """Return the stages of MBConv in short: "1x1k3c8 2x6k5c16s"."""
     words = []
     for stage in network.stages[1:-1]:
         marks = ("s" if stage.options.get("se_ratio") else "") + ("" if stage.options.get("skip", True) else "-")
@@ -310,7 +310,7 @@ def search_baseline(
         num_classes, in_chans: of the networks.
         seed: of the sampler.
         workers, threads, backend: as of `effkernels.scaling.search`.
-        study: a file with Optuna's study, from which a search that was interrupted goes on. A trial that was under way
+        study: a file with Optuna's study, from which an interrupted search continues. A trial that was under way
             is repeated. A study of another search is refused.
         report: called with a line of progress.
 
@@ -374,7 +374,7 @@ class _Run:
         # Other random numbers after every interruption, or the sampler would propose its first networks again.
         self.study.sampler = self.optuna.samplers.TPESampler(seed=seed + trials)
         if tried := len(self._tried()):
-            self.report(f"{tried} networks stand in the study")
+            self.report(f"{tried} networks are in the study")
 
     def _first_cost(self) -> float:
         chosen = {name: choices[0] for name, choices in self.space.choices().items()}
@@ -455,7 +455,7 @@ class _Run:
         return reward(result["values"]["accuracy"], cost, self.target, self.weight)
 
     def result(self) -> BaselineResult:
-        """The ranking of all trials of the study that were evaluated."""
+        """Return the ranking of all trials of the study that were evaluated."""
         found = sorted(self._trials(), key=lambda t: (t.reward is None, -(t.reward or 0.0), t.cost.multiply_adds))
         cost = "multiply_adds" if self.latency is None else self.latency.description
         return BaselineResult(tuple(found), cost, self.target, self.weight, name_of(self.evaluate), self.space.size)
@@ -476,5 +476,5 @@ class _Run:
 
 
 def _cost_of(counted: Mapping[str, int], latency_ms: float | None) -> float:
-    """The cost that the reward is about."""
+    """Return the cost that the reward is about."""
     return float(counted["multiply_adds"]) if latency_ms is None else latency_ms

@@ -39,12 +39,12 @@ class Budget:
                 raise ValueError(f"Budget: {name}={limit}; allowed: above 0, or None for no limit")
 
     def limits(self) -> dict[str, float]:
-        """The limits that are set, by the name of the `Cost` attribute they hold for."""
+        """Return the limits that are set, by the name of the `Cost` attribute they hold for."""
         values = {limit.name: getattr(self, limit.name) for limit in fields(self)}
         return {name: float(limit) for name, limit in values.items() if limit is not None}
 
     def exceeded(self, cost: Cost) -> list[str]:
-        """Names of the limits that a cost exceeds."""
+        """Return names of the limits that a cost exceeds."""
         return [name for name, limit in self.limits().items() if getattr(cost, name) > limit]
 
 
@@ -55,7 +55,7 @@ class Fit(Generic[N]):
     Attributes:
         network: the scaled network.
         cost: what it costs, counted.
-        phi: the compound coefficient; None where one dimension alone was scaled.
+        phi: the compound coefficient; None if one dimension alone was scaled.
         depth, width, resolution: the factors, before rounding.
         limited_by: the limits that the next larger network exceeds.
     """
@@ -93,7 +93,7 @@ def fit(
         along: "compound" (phi grows), "depth", "width" or "resolution" (that one alone).
         scaling: alpha, beta, gamma of "compound".
         rounding: how layers, channels and pixels become whole numbers.
-        tolerance: the steps are told apart to this many doublings of the FLOPs that equation 3 predicts.
+        tolerance: the steps are resolved to this many doublings of the FLOPs that equation 3 predicts.
 
     Returns:
         A network within the budget; one scaled further by `tolerance` is outside of it.

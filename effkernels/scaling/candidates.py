@@ -40,12 +40,12 @@ class Candidate:
     latency_ms: float | None = None
 
     def build(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> nn.Module:
-        """The network as a module, weights at random, in training mode: (N, in_chans, H, W) to (N, num_classes)."""
+        """Return the network in training mode, weights at random: (N, in_chans, H, W) to (N, num_classes)."""
         return self.network.build(num_classes=self.num_classes, in_chans=self.in_chans, device=device, dtype=dtype)
 
 
 def key_of(scaling: CompoundScaling) -> str:
-    """What coefficients are known by: "alpha=1.2 beta=1.1 gamma=1.15"."""
+    """Return the key of coefficients: "alpha=1.2 beta=1.1 gamma=1.15"."""
     values = {"alpha": scaling.alpha, "beta": scaling.beta, "gamma": scaling.gamma}
     return " ".join(f"{name}={round(value, LAST_DIGIT):g}" for name, value in values.items())
 
@@ -58,7 +58,7 @@ def identity(network: Network) -> Hashable:
 
 
 def on_grid(constraint: float = 2.0, *, grid: float = 0.05, tolerance: float = 0.1) -> list[CompoundScaling]:
-    """Every alpha, beta, gamma >= 1 on a grid whose alpha * beta^2 * gamma^2 is close to a constraint (equation 3).
+    """Return all alpha, beta, gamma >= 1 on a grid whose alpha * beta^2 * gamma^2 is near a constraint (equation 3).
 
     Args:
         constraint: what alpha * beta^2 * gamma^2 is to be, above 1: the growth of the FLOPs from phi = 0 to 1.
@@ -67,7 +67,7 @@ def on_grid(constraint: float = 2.0, *, grid: float = 0.05, tolerance: float = 0
 
     Returns:
         In the order of their distance to the constraint, so that of several that round to one network the closest
-        stands first.
+        is first.
 
     Raises:
         ValueError: an argument that is out of its range, or a grid without a point.

@@ -20,7 +20,7 @@ FORMS = (
 
 
 def find_network(text: str) -> StagedNetwork | BuiltNetwork:
-    """The network that a text names.
+    """Return the network that a text names.
 
     Args:
         text: a name in `BASELINES`, "timm:mobilenetv2_100", "torchvision:resnet50", the path of a JSON file that

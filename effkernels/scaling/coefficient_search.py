@@ -71,8 +71,8 @@ def search(
         latency: where given, the latency of every candidate is measured or planned too.
         budget_ms: the most milliseconds of a forward where the constraint is "latency".
         num_classes, in_chans: of the networks that are evaluated.
-        workers: candidates at a time, each in a process of its own; `evaluate` must then be picklable, that is, stand
-            at the top of a module.
+        workers: candidates at a time, each in a process of its own; `evaluate` must then be picklable, that is,
+            defined at the top of a module.
         threads: of PyTorch in each worker; None: this process's, divided by the workers.
         backend: "processes", or "ray" for tasks on a cluster.
         journal: a file to which every finished candidate is written, and from which a search that was interrupted goes
@@ -162,7 +162,7 @@ class _Maker:
         return float(record["phi"])
 
     def with_latency(self, candidate: Candidate) -> Candidate:
-        """The candidate with its latency, where one was asked for."""
+        """Return the candidate with its latency, where one was asked for."""
         if self.latency is None:
             return candidate
         record = self.journal.get("latency", candidate.key)
@@ -173,7 +173,7 @@ class _Maker:
 
 
 def _distinct(maker: _Maker, ways: Sequence[CompoundScaling], report: Callable[[str], None]) -> list[Candidate]:
-    """The candidates of all coefficients, one of each that round to the same network."""
+    """Return the candidates of all coefficients, one of each that round to the same network."""
     found: dict[Hashable, Candidate] = {}
     unfit: OutOfReach | None = None
     for scaling in ways:
@@ -204,7 +204,7 @@ class _Evaluator:
     count: int = 0
 
     def run(self, candidates: Sequence[Candidate], total: int) -> Iterator[Trial]:
-        """The trials of the candidates: first those that are known, then the others as they finish."""
+        """Return the trials of the candidates: first those that are known, then the others as they finish."""
         if self.evaluate is None:
             yield from (Trial(candidate, None, {}, None, 0.0, False) for candidate in candidates)
             return
@@ -217,7 +217,7 @@ class _Evaluator:
                 self.count += 1
                 yield known
         if len(waiting) < len(candidates):
-            self.report(f"{len(candidates) - len(waiting)} of {len(candidates)} stand in the journal")
+            self.report(f"{len(candidates) - len(waiting)} of {len(candidates)} are in the journal")
         outcomes = run_all(self.evaluate, waiting, workers=self.workers, threads=self.threads, backend=self.backend)
         for index, outcome in outcomes:
             trial = _trial(waiting[index], outcome)
@@ -253,7 +253,7 @@ def _by_optuna(
     """Candidates proposed by Optuna's TPE sampler.
 
     Its state is kept nowhere: with one worker the same seed and the same results propose the same coefficients, so that
-    a search that goes on is replayed out of the journal.
+    a continued search is replayed from the journal.
     """
     optuna = import_optuna()
     study = optuna.create_study(direction="maximize", sampler=optuna.samplers.TPESampler(seed=seed))
@@ -297,13 +297,13 @@ def import_optuna() -> Any:
 
 
 def fingerprint(network: Network) -> str:
-    """Name and digest of a network, the same for the same stages, costs and resolution."""
+    """Return the name and digest of a network, the same for the same stages, costs and resolution."""
     contents = repr((network.resolution, network.rows(), network.cost()))
     return f"{network.name} {hashlib.sha256(contents.encode()).hexdigest()[:12]}"
 
 
 def name_of(evaluate: Callable[..., object] | None) -> str | None:
-    """What an evaluation is known by in a journal: module and name of a function, the repr of a dataclass."""
+    """Return the name of an evaluation in a journal: module and name of a function, the repr of a dataclass."""
     if evaluate is None:
         return None
     if isinstance(evaluate, functools.partial):

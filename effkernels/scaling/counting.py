@@ -1,4 +1,4 @@
-"""What a network costs, counted by one training forward on the meta device, where nothing is ever allocated."""
+"""Count the costs of a network by one training forward on the meta device, which allocates nothing."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-# A prime, so that what holds a whole number of images is told from what belongs to the layer (saved batch statistics).
+# A prime, so that what holds a whole number of images is distinguished from a layer's own (saved batch statistics).
 _IMAGES = 97
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one image costs.
+    """The costs of one image.
 
     Attributes:
         multiply_adds: of all convolutions and matrix products, half of what `torch.utils.flop_counter` counts; the

@@ -1,4 +1,4 @@
-"""An evaluation that is there at once: scikit-learn's handwritten digits, trained in seconds on a CPU.
+"""An evaluation that needs no download: scikit-learn's handwritten digits, trained in seconds on a CPU.
 
 Small enough to try the method, far too small to conclude from: 1797 images of 8x8 pixels. The differences between
 candidates are about as large as those between two seeds, so several are trained and their spread is reported.
@@ -56,7 +56,7 @@ class Digits:
 def digits(train_images: int = 600) -> Digits:
     """scikit-learn's digits: so many of them, drawn by a fixed seed with all classes alike, to train; the rest to test.
 
-    Few to train on, because the task is easy: it leaves more to tell apart, and more images to tell it by.
+    Few images to train on, because the task is easy: accuracies differ more, and more images are left to measure them.
 
     Raises:
         ModuleNotFoundError: scikit-learn is not installed.
@@ -107,7 +107,7 @@ class DigitsEvaluation:
         """Mean accuracy over the seeds, its standard deviation ("spread") and the number of seeds.
 
         Raises:
-            ValueError: a candidate that does not take grey images or does not tell ten classes apart.
+            ValueError: a candidate that does not take grey images or does not have ten classes.
         """
         if (candidate.num_classes, candidate.in_chans) != (CLASSES, CHANNELS):
             raise ValueError(
@@ -145,7 +145,7 @@ def enlarge(images: Tensor, resolution: int) -> Tensor:
 
 
 def _shift(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A batch moved by up to one eighth of its size, one pixel of the original, by which the border is repeated."""
+    """Return a batch moved by up to 1/8 of its size, one pixel of the original, by which the border is repeated."""
     most = images.shape[-1] // 8
     down, right = (int(torch.randint(-most, most + 1, (), generator=generator)) for _ in range(2))
     size = images.shape[-1]

@@ -101,7 +101,7 @@ OPERATORS: dict[str, Layer] = {
     "inverted_residual": _inverted_residual,
     "bottleneck": Bottleneck,
 }
-"""What `build_sequential` knows: layer(in_channels, channels, kernel_size, stride, **options, device, dtype)."""
+"""The operators of `build_sequential`: layer(in_channels, channels, kernel_size, stride, **options, device, dtype)."""
 
 
 class SequentialNetwork(nn.Module):
@@ -154,7 +154,7 @@ class SequentialNetwork(nn.Module):
 
 
 def build_sequential(network: StagedNetwork, **options: Any) -> SequentialNetwork:
-    """The builder of a network whose operators are words of `OPERATORS`."""
+    """Return the builder of a network whose operators are words of `OPERATORS`."""
     return SequentialNetwork(network, **options)
 
 
@@ -163,12 +163,12 @@ def _stage(operator: str, layers: int, channels: int, stride: int = 1, kernel_si
 
 
 def _once(operator: str, channels: int, stride: int = 1, kernel_size: int = 3, **options: Any) -> Stage:
-    """A stem or a head: widened with the network, never repeated."""
+    """Return a stem or a head: widened with the network, never repeated."""
     return Stage(operator, 1, channels, stride, kernel_size, options, deepens=False)
 
 
 def build_efficientnet(network: StagedNetwork, **options: Any) -> EfficientNet:
-    """The network as effkernels.models builds it, with timm's names."""
+    """Return the network as effkernels.models builds it, with timm's names."""
     stem, *rows, head = network.stages
     return EfficientNet(
         Architecture(
@@ -186,7 +186,7 @@ def build_efficientnet(network: StagedNetwork, **options: Any) -> EfficientNet:
 
 
 BUILDERS: dict[str, Callable[..., nn.Module]] = {"sequential": build_sequential, "efficientnet": build_efficientnet}
-"""By the word that stands for them in a saved network."""
+"""Builders by their names in a saved network."""
 
 
 def _mbconv(row: TableRow) -> Stage:

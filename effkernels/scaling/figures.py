@@ -10,7 +10,7 @@ from effkernels.files import replacing
 from effkernels.scaling.accuracies import Run
 from effkernels.scaling.table import Table
 
-# Okabe and Ito's colours, which readers with a colour vision deficiency tell apart; every line has a marker too.
+# Okabe and Ito's colours, which readers with a colour vision deficiency can distinguish; every line has a marker too.
 _STYLES = {
     "depth": ("#0072b2", "o"),
     "width": ("#e69f00", "s"),
@@ -26,7 +26,7 @@ def save_figure(table: Table, path: str | Path, runs: Sequence[Run] = ()) -> Non
     Args:
         table: its `name` decides what is drawn.
         path: the file; its suffix decides the format (PNG, SVG, PDF).
-        runs: for the growth table, accuracies to lay over its FLOPs.
+        runs: for the growth table, accuracies to draw over its FLOPs.
 
     Raises:
         ValueError: a table that has no figure.
@@ -273,7 +273,7 @@ def _finish(axes: Any, log_y: bool = True, place: str = "upper left") -> None:
 
 
 def has_figure(table: Table) -> bool:
-    """Whether `save_figure` can draw the table."""
+    """Return whether `save_figure` can draw the table."""
     return table.name in _DRAWINGS
 
 

@@ -14,7 +14,7 @@ FORMAT = "effkernels staged network 1"
 
 
 def network_to_dict(network: StagedNetwork) -> dict[str, Any]:
-    """A network in plain numbers and words, for JSON.
+    """Return a network in plain numbers and words, for JSON.
 
     Raises:
         ValueError: its builder is a function of its own, which a file cannot hold.
@@ -45,7 +45,7 @@ def network_to_dict(network: StagedNetwork) -> dict[str, Any]:
 
 
 def network_from_dict(values: dict[str, Any]) -> StagedNetwork:
-    """The network that `network_to_dict` wrote down.
+    """Return the network that `network_to_dict` wrote down.
 
     Raises:
         ValueError: another format, an unknown builder, a field that is missing or not known, a number that is no

@@ -1,4 +1,4 @@
-"""What a search has finished, as lines of JSON in a file: a search that was killed goes on where it stood.
+"""The finished part of a search, as lines of JSON in a file, so that a killed search continues where it stopped.
 
 The first line says which search it is; every further line is one finished piece of work. A line is appended by a single
 write and forced to the disk, so that a kill leaves whole lines and at most one torn one at the end, which is dropped.
@@ -91,7 +91,7 @@ class Journal:
         return record  # type: ignore[no-any-return]
 
     def get(self, kind: str, key: str) -> dict[str, Any] | None:
-        """What was recorded last under a kind and a key; None where nothing was."""
+        """Return what was recorded last under a kind and a key; None if nothing was."""
         return self._records.get((kind, key))
 
     def add(self, kind: str, key: str, values: Mapping[str, Any]) -> None:
@@ -158,7 +158,7 @@ def hold(path: Path, what: str) -> int:
 
 
 def whole_lines(content: bytes) -> int:
-    """How many bytes are whole lines: what a kill, or a full disk, left of the last one does not count."""
+    """Return how many bytes are whole lines, without a last line that a kill or a full disk cut off."""
     return content.rfind(b"\n") + 1
 
 

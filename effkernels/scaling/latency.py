@@ -1,6 +1,6 @@
 """Scaling to a latency instead of to FLOPs, which the paper could not do: measured here, or planned for a named GPU.
 
-FLOPs are a stand-in for time, and not a close one: a depthwise convolution has few of them and moves as many bytes as a
+FLOPs approximate time, and not closely: a depthwise convolution has few of them and moves as many bytes as a
 dense one. Here the time itself is the constraint of equation 2.
 """
 
@@ -39,7 +39,7 @@ class OutOfReach(ValueError):
 
 
 class Latency(Protocol):
-    """What tells the latency of a network."""
+    """Returns the latency of a network."""
 
     @property
     def description(self) -> str:
@@ -47,10 +47,10 @@ class Latency(Protocol):
 
     @property
     def is_measured(self) -> bool:
-        """Whether it is measured; planned latencies are lower bounds."""
+        """Return whether it is measured; planned latencies are lower bounds."""
 
     def __call__(self, network: Network) -> float:
-        """Milliseconds of one forward in inference mode, of a whole batch."""
+        """Return the milliseconds of one forward in inference mode, of a whole batch."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class MeasuredLatency:
         return f"measured on {where}, batch {self.batch_size}, {self.precision}"
 
     def __call__(self, network: Network) -> float:
-        """Milliseconds of one forward."""
+        """Return the milliseconds of one forward."""
         device, dtype = torch.device(self.device), PRECISIONS[self.precision]
         module = network.build(num_classes=self.num_classes, in_chans=self.in_chans, device=device, dtype=dtype).eval()
         if self.prepare is not None:
@@ -155,7 +155,7 @@ class PlannedLatency:
         return f"planned for {title}, batch {self.batch_size}, {self.precision}: a lower bound, not measured"
 
     def __call__(self, network: Network) -> float:
-        """Milliseconds that one forward takes at least."""
+        """Return the milliseconds that one forward takes at least."""
         gpu, dtype = gpus.find(self.gpu), PRECISIONS[self.precision]
         device = "meta" if self.prepare is None else "cpu"  # what is prepared may have to be run
         module = network.build(num_classes=self.num_classes, in_chans=self.in_chans, device=device, dtype=dtype).eval()
@@ -181,7 +181,7 @@ class Remembered:
     """A latency that takes every network once: several ways of scaling often meet in one network.
 
     Attributes:
-        latency: what tells it.
+        latency: the source of the values.
         known: milliseconds by `identity`.
     """
 
@@ -199,7 +199,7 @@ class Remembered:
         return self.latency.description
 
     def __call__(self, network: Network) -> float:
-        """Milliseconds of one forward."""
+        """Return the milliseconds of one forward."""
         key = identity(network)
         if key not in self.known:
             self.known[key] = self.latency(network)

@@ -34,7 +34,7 @@ Builder = Callable[..., nn.Module]
 
 @dataclass(frozen=True)
 class Rounding:
-    """How scaled sizes become whole ones.
+    """The rounding of scaled sizes to whole numbers.
 
     Attributes:
         divisor: channels are multiples of it, never more than 10 % below the product (`round_filters`).
@@ -124,7 +124,7 @@ class StageRow:
 
 
 class Network(Protocol):
-    """What can be scaled: a `StagedNetwork`, or a `effkernels.scaling.sources.BuiltNetwork` of another library."""
+    """A scalable network: a `StagedNetwork`, or a `effkernels.scaling.sources.BuiltNetwork` of another library."""
 
     @property
     def name(self) -> str:
@@ -137,7 +137,7 @@ class Network(Protocol):
     def scaled(
         self: N, *, depth: float, width: float, resolution: float, rounding: Rounding | None = None, name: str
     ) -> N:
-        """The network with layers, channels and the input's height and width multiplied; see `scale`."""
+        """Return the network with layers, channels and the input's height and width multiplied; see `scale`."""
 
     def build(
         self,
@@ -147,7 +147,7 @@ class Network(Protocol):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """The network as a module, with weights drawn at random, in training mode."""
+        """Return the network as a module, with weights drawn at random, in training mode."""
 
     def cost(self, *, num_classes: int = 1000, in_chans: int = 3) -> Cost:
         """FLOPs, parameters and memory of one image at the network's resolution, counted."""
@@ -192,11 +192,11 @@ class StagedNetwork:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """The network as a module, with weights drawn at random, in training mode."""
+        """Return the network as a module, with weights drawn at random, in training mode."""
         return self.builder(self, num_classes=num_classes, in_chans=in_chans, device=device, dtype=dtype)
 
     def shapes(self) -> list[tuple[Stage, int]]:
-        """Each stage and the height (and width) of the tensor that enters it."""
+        """Return each stage and the height (and width) of the tensor that enters it."""
         found, size = [], self.resolution
         for stage in self.stages:
             found.append((stage, size))
@@ -210,7 +210,7 @@ class StagedNetwork:
     def scaled(
         self, *, depth: float, width: float, resolution: float, rounding: Rounding | None = None, name: str
     ) -> StagedNetwork:
-        """The network with its layers, channels and input multiplied and rounded; `scale` has the arguments."""
+        """Return the network with its layers, channels and input multiplied and rounded; `scale` has the arguments."""
         rounding = rounding or Rounding()
         stages = tuple(
             replace(

@@ -1,4 +1,4 @@
-"""What the EfficientNet paper prints (Tan and Le 2019), to stand beside what is counted. Numbers are as printed."""
+"""Numbers of the EfficientNet paper (Tan and Le 2019), as printed, for comparison with what is counted."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class ScaledFamily:
 
     @property
     def way(self) -> str:
-        """Which dimensions are scaled."""
+        """Return which dimensions are scaled."""
         factors = {"depth": self.depth, "width": self.width, "resolution": self.resolution}
         scaled = [name for name, factor in factors.items() if factor != 1.0]
         return "baseline" if not scaled else scaled[0] if len(scaled) == 1 else "compound"

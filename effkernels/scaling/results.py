@@ -1,4 +1,4 @@
-"""What a search found: a ranking that says how much of it is noise, as table, JSON and picture."""
+"""The result of a search: a ranking that says how much of it is noise, as table, JSON and figure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from effkernels.files import replacing
 from effkernels.scaling.candidates import Candidate
 from effkernels.scaling.table import Column, Table, Value
 
-_NOISE = 2.0  # standard errors of a difference below which two candidates are not told apart
+_NOISE = 2.0  # standard errors of a difference below which two candidates count as equal
 _SHOWN_APART = ("accuracy", "spread", "seeds")
 
 
@@ -39,14 +39,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found.
+    """The result of a search for coefficients.
 
     Attributes:
         trials: the best first; of equal accuracies the cheaper one; failed ones last.
         baseline: name of the network that was scaled.
         constraint: alpha * beta^2 * gamma^2, or "latency".
         budget_ms: of the constraint "latency".
-        latency: how latencies are known; None where nobody asked.
+        latency: how latencies are known; None if nobody asked.
         evaluate: name of the evaluation.
     """
 
@@ -80,7 +80,7 @@ class SearchResult:
 
     @property
     def best(self) -> Trial | None:
-        """The first of the ranking; None where every evaluation failed."""
+        """The first of the ranking; None if every evaluation failed."""
         return self.trials[0] if self.trials and self.trials[0].error is None else None
 
     @property
@@ -103,7 +103,7 @@ class SearchResult:
         return tuple(t for t in self.trials[1:] if t.accuracy is not None and t.accuracy >= limit)
 
     def table(self) -> Table:
-        """The ranking."""
+        """Return the ranking."""
         extra = dict.fromkeys(name for t in self.trials for name in t.values if name not in _SHOWN_APART)
         rows = [self._row(number, trial, extra) for number, trial in enumerate(self.trials, 1)]
         columns = [Column("rank", "rank"), Column("alpha", "alpha", ".4g"), Column("beta", "beta", ".4g")]
@@ -176,7 +176,7 @@ class SearchResult:
         return notes
 
     def to_dict(self) -> dict[str, Any]:
-        """The ranking and what belongs to it in plain values, for JSON."""
+        """Return the ranking and what belongs to it in plain values, for JSON."""
         best = self.best
         return {
             "baseline": self.baseline,

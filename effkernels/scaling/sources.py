@@ -55,7 +55,7 @@ class BuiltNetwork:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> nn.Module:
-        """The network as a module, with weights drawn at random, in training mode.
+        """Return the network as a module, with weights drawn at random, in training mode.
 
         Raises:
             ValueError: a depth or a width that the library cannot build.
@@ -77,7 +77,7 @@ class BuiltNetwork:
     def scaled(
         self, *, depth: float, width: float, resolution: float, rounding: Rounding | None = None, name: str
     ) -> BuiltNetwork:
-        """The network with its layers, channels and input multiplied; `scale` has the arguments.
+        """Return the network with its layers, channels and input multiplied; `scale` has the arguments.
 
         Factors multiply on, so that scaling twice by 1.2 asks the function for 1.44.
 
@@ -99,7 +99,7 @@ class BuiltNetwork:
     def rows(self) -> list[StageRow]:
         """Equation 1, read off a forward: runs of layers of one class, one number of channels and one output size.
 
-        A layer is what stands in the root module or in plain `nn.Sequential` and `nn.ModuleList` containers below it;
+        A layer is a module in the root module or in plain `nn.Sequential` and `nn.ModuleList` containers below it;
         norms, activations and other layers without a weight matrix that keep the size are part of the layer before.
         """
         return _rows(self)
@@ -135,7 +135,7 @@ def _rows(network: BuiltNetwork) -> list[StageRow]:
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """The layers below a module, in the order in which they are registered."""
+    """Return the layers below a module, in the order in which they are registered."""
     found: list[nn.Module] = []
     for child in module.children():
         found.extend(_layers(child) if type(child) in (nn.Sequential, nn.ModuleList) else [child])
@@ -143,7 +143,7 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 
 def from_builder(name: str, resolution: int, build: Build, *, in_chans: int = 3) -> BuiltNetwork:
-    """A user's own network.
+    """Return a user's own network.
 
     Args:
         name: for tables and messages.
@@ -183,7 +183,7 @@ def _call_users(build: Build, passed: tuple[str, ...], *, depth: float, width: f
 
 
 def from_timm(name: str, *, resolution: int | None = None, **options: Any) -> BuiltNetwork:
-    """A timm model, scaled through timm's own arguments, which timm rounds (divisor 8, layers up).
+    """Return a timm model, scaled through timm's own arguments, which timm rounds (divisor 8, layers up).
 
     Models that timm builds from `channel_multiplier` and `depth_multiplier` (EfficientNet, MobileNet, MNASNet, TinyNet
     and others), and ResNets (`layers`, `channels`; a ResNet's stem keeps its channels, timm has no argument for them).
@@ -226,8 +226,8 @@ def _make_timm_multiplied(
 ) -> nn.Module:
     """timm's function for a name calls a generator with the variant's multipliers: the same call, with larger ones.
 
-    The multipliers stand in the function's body and cannot be handed in, so a copy of the function is run in which a
-    recorder stands for the generator; timm itself is left as it is.
+    The multipliers are written in the function's body so a copy of the function is run in which a
+    recorder replaces the generator; timm itself is not changed.
     """
     if (rounding.divisor, rounding.depth) != (8, "up"):
         raise ValueError(f"timm {name}: {rounding}; allowed: divisor=8, depth='up', which is how timm rounds")
@@ -278,7 +278,7 @@ def _make_timm_resnet(
 
 
 def from_torchvision(name: str, *, resolution: int | None = None, **options: Any) -> BuiltNetwork:
-    """A torchvision model, scaled through torchvision's own arguments.
+    """Return a torchvision model, scaled through torchvision's own arguments.
 
     MobileNetV2 (`inverted_residual_setting`, `width_mult`, `round_nearest`), EfficientNet B0 to B7 (`MBConvConfig`,
     which rounds by itself: divisor 8, layers up), ResNet, ResNeXt and wide ResNet with bottlenecks (`layers`,

@@ -20,7 +20,7 @@ _BEGIN = b'{"op_code"'  # of every line that Optuna's journal has
 def held(path: Path) -> Iterator[None]:
     """Keep a study for this search alone, of whole lines that Optuna wrote.
 
-    Optuna appends to what is there: the line after a torn one would be lost with it, and every later one too.
+    Optuna appends to the file: the line after a torn one would be lost with it, and every later one too.
 
     Raises:
         ValueError: another search is writing to it, or it is no study.
@@ -51,7 +51,7 @@ def held(path: Path) -> Iterator[None]:
 
 
 def open_study(optuna: Any, path: str | Path | None, settings: dict[str, Any]) -> Any:
-    """A new study, or one to go on with; ValueError where it is another search's."""
+    """Return a new study, or one to continue; ValueError if it belongs to another search."""
     storage = None
     if path is not None:
         storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(path)))

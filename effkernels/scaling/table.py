@@ -20,8 +20,8 @@ class Column:
     """A column.
 
     Attributes:
-        key: its name in CSV and JSON, where values stand unrounded.
-        title: its name where people read it.
+        key: its name in CSV and JSON, where values are unrounded.
+        title: its name in printed tables.
         spec: how a number is shown there, as for `format`.
     """
 
@@ -30,7 +30,7 @@ class Column:
     spec: str = ""
 
     def show(self, value: Value) -> str:
-        """A value as people read it; nothing for None."""
+        """Return a value as people read it; nothing for None."""
         if value is None:
             return ""
         return value if isinstance(value, str) else format(value, self.spec)
@@ -63,11 +63,11 @@ class Table:
     notes: tuple[str, ...] = ()
 
     def shown(self) -> list[list[str]]:
-        """The rows as people read them."""
+        """Return the rows as people read them."""
         return [[column.show(row.get(column.key)) for column in self.columns] for row in self.rows]
 
     def markdown(self) -> str:
-        """A GitHub table under its title, notes below."""
+        """Return a GitHub table under its title, notes below."""
         cells = self.shown()
         rules = ["--:" if all(_is_number(line[i]) for line in cells) else "---" for i in range(len(self.columns))]
         lines = [[column.title for column in self.columns], rules, *cells]

@@ -40,7 +40,7 @@ def variant(name: str) -> StagedNetwork:
 
 
 def operator_title(stage: Stage) -> str:
-    """A stage's operator as papers print it: "MBConv6, k5x5"."""
+    """Return a stage's operator as papers print it: "MBConv6, k5x5"."""
     size = f"k{stage.kernel_size}x{stage.kernel_size}"
     if stage.operator == "inverted_residual":
         kind = "MBConv" if stage.options.get("se_ratio") else "inverted residual "
@@ -52,7 +52,7 @@ def operator_title(stage: Stage) -> str:
 def stages(network: Network) -> Table:
     """Equation 1 as a table: operator, layers, channels and the size that enters, stage by stage (the paper's table 1).
 
-    A class of another library's stands for the operator where the network is not made of stages of our own.
+    A class of the other library names the operator if the network is not made of our own stages.
     """
     rows: list[dict[str, Value]] = [
         {
@@ -78,7 +78,7 @@ def stages(network: Network) -> Table:
 
 
 def _titled(network: Network) -> list[tuple[str, StageRow]]:
-    """The rows of equation 1 with their operators as a table prints them."""
+    """Return the rows of equation 1 with their operators as a table prints them."""
     rows = network.rows()
     if isinstance(network, StagedNetwork):
         return [(operator_title(stage), row) for stage, row in zip(network.stages, rows, strict=True)]
@@ -86,10 +86,10 @@ def _titled(network: Network) -> list[tuple[str, StageRow]]:
 
 
 def scaled(baseline: Network, network: Network) -> Table | None:
-    """The stages of a scaled network beside the baseline's.
+    """Return the stages of a scaled network beside the baseline's.
 
     Returns:
-        None where the two do not have the same stages, which only another library's can happen to: there, layers in a
+        None if the two do not have the same stages, which only another library's can happen to: there, layers in a
         row that look alike count as a stage.
     """
     before, after = _titled(baseline), _titled(network)
@@ -138,7 +138,7 @@ def _costs(cost: Cost) -> dict[str, Value]:
 
 
 def variants(names: Sequence[str] = tuple(PUBLISHED)) -> Table:
-    """The paper's table 2: parameters and FLOPs of B0 to B7, counted, beside what it prints."""
+    """Return the paper's table 2: parameters and FLOPs of B0 to B7, counted, beside what it prints."""
     rows: list[dict[str, Value]] = []
     for name in names:
         network = variant(name)
@@ -221,12 +221,12 @@ def equation_3(scaling: CompoundScaling = EFFICIENTNET) -> Table:
 
 
 def _solve(factor: float, base: float) -> float | None:
-    """The phi of factor = base ** phi; None where the base is 1."""
+    """Return the phi of factor = base ** phi; None if the base is 1."""
     return math.log(factor) / math.log(base) if base > 1 else None
 
 
 def families(lines: Sequence[paper.ScaledFamily] = paper.FAMILIES) -> Table:
-    """The paper's table 3, and the networks of its table 7: FLOPs of other baselines scaled, beside what it prints."""
+    """Return the paper's tables 3 and 7: counted FLOPs of other scaled baselines, beside those the paper prints."""
     rows: list[dict[str, Value]] = []
     for line in lines:
         network = _scaled(line)
@@ -277,7 +277,7 @@ def _scaled(line: paper.ScaledFamily, rounding: Rounding | None = None) -> Stage
 
 
 def _explanation(line: paper.ScaledFamily, cost: Cost) -> str:
-    """Why a count is farther from the paper's than `TOLERANCE`."""
+    """Return why a count is farther from the paper's than `TOLERANCE`."""
     counted = cost.multiply_adds / 1e9
     digits = len(line.gflops.partition(".")[2])
     if f"{counted:.{digits}f}" == line.gflops:

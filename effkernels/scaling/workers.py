@@ -26,7 +26,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of one call.
+    """The outcome of one call.
 
     Attributes:
         values: what the function returned, {"accuracy": ...} where it was a bare number; None if it failed.
@@ -46,7 +46,7 @@ class Call(Generic[T]):
     function: Callable[[T], float | Mapping[str, float]]
 
     def __call__(self, argument: T) -> Outcome:
-        """Call it; whatever it raises is told in the outcome."""
+        """Call the function; the outcome holds whatever it raises."""
         begin = time.perf_counter()
         try:
             values = as_values(self.function(argument))
@@ -63,7 +63,7 @@ def one_line(error: BaseException) -> str:
 
 
 def as_values(result: float | Mapping[str, float]) -> dict[str, float]:
-    """What an evaluation returned as finite numbers by name, "accuracy" among them.
+    """Return the results of an evaluation as finite numbers by name, "accuracy" among them.
 
     Raises:
         ValueError: no "accuracy", or a value that is not finite.

@@ -37,8 +37,10 @@ MOST_SCALED_ALONE = 1 << 16
 
 @cache
 def implementation(op: str) -> Callable[..., None]:
-    """The function that computes `op`: it takes the result to fill (a tensor or a tuple of them) and the arguments of
-    the schema, already checked, and never an empty batch.
+    """Return the function that computes `op`.
+
+    It takes the result to fill (a tensor or a tuple of them) and the arguments in the order of the schema, each norm as
+    one value, already checked, and never an empty batch.
     """
     module = importlib.import_module(f"{__name__}.{FAMILIES[op]}")
     function: Callable[..., None] = module.OPERATORS[op]
@@ -46,10 +48,10 @@ def implementation(op: str) -> Callable[..., None]:
 
 
 def launches_of(op: str, channels: int = 0, out_height: int = 0, out_width: int = 0, *, one_pass: bool = True) -> int:
-    """Launches of Triton kernels that one call of `op` takes, whatever its batch: one, with two exceptions.
+    """Return the number of launches of Triton kernels for one call of `op`: one, with two exceptions.
 
-    Where an image of its result has more than `MOST_SCALED_ALONE` elements, a second launch of `depthwise_bn_act_se`
-    multiplies by the gate. `expand_depthwise_squeeze` takes two where its expanded tensor is not kept on the chip.
+    If an image of its result has more than `MOST_SCALED_ALONE` elements, a second launch of `depthwise_bn_act_se`
+    multiplies by the gate. `expand_depthwise_squeeze` takes two if its expanded tensor is not kept on the chip.
     (`conv_bn_act` with more than 128 factors to a sum, input channels times kernel size, also runs PyTorch's
     convolution, which is none of these.)
 

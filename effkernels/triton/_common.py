@@ -1,4 +1,4 @@
-"""What the kernels of every family share: activations, gates and the norm, in float32."""
+"""Activations, gates and the norm in float32, shared by the kernels of every family."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton.language as tl
 
 @triton.jit
 def load_float(pointer, mask):
-    """The elements where `mask` holds, as float32, and zero elsewhere."""
+    """Return the elements where `mask` holds, as float32, and zero elsewhere."""
     return tl.load(pointer, mask=mask, other=0.0).to(tl.float32)
 
 
@@ -20,7 +20,7 @@ def clamp_0_6(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr):
-    """One of effkernels.ops.reference.ACTIVATIONS of a float32 tile."""
+    """Return one of effkernels.ops.reference.ACTIVATIONS of a float32 tile."""
     if ACTIVATION == "relu":
         x = tl.where(x < 0.0, 0.0, x)
     elif ACTIVATION == "relu6":
@@ -48,7 +48,7 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def apply_gate(x, GATE: tl.constexpr):
-    """One of effkernels.ops.reference.GATES of a float32 tile."""
+    """Return one of effkernels.ops.reference.GATES of a float32 tile."""
     if GATE == "sigmoid":
         x = 1.0 / (1.0 + tl.exp(-x))
     else:
@@ -58,7 +58,7 @@ def apply_gate(x, GATE: tl.constexpr):
 
 
 @triton.jit
-def scale_shift(c, mask, bias, norm_weight, norm_bias, norm_mean, norm_var, eps):
+def scale_shift(c, mask, bias, norm_mean, norm_var, norm_weight, norm_bias, eps):
     """Convolution bias and norm of channels `c` as one multiply-add: norm(z + bias) = z * scale + shift.
 
     Each parameter is a pointer or None, as the module has it.

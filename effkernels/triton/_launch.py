@@ -1,4 +1,4 @@
-"""How kernels are launched and what every launch needs: layouts, alignment, counters. On a GPU or interpreted."""
+"""Launch kernels, on a GPU or interpreted, with what every launch needs: layouts, alignment, counters."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkernels._norm import Norm
 from effkernels.triton import INTERPRETED, tuned_plan
 
 _FEWEST_COUNTERS = 4096  # of a stream: 16 KB
@@ -33,12 +34,12 @@ def run(
 def tuned(
     op: str, x: Tensor, shape: tuple[int, ...], candidates: Callable[[], Sequence[tuned_plan.Choice]]
 ) -> tuned_plan.Choice | None:
-    """How `effkernels tune` found the work of `op` on an x of this device and dtype best cut; None: the default."""
+    """Return the configuration that `effkernels tune` found for `op` on this device and dtype; None: the default."""
     return tuned_plan.configuration(op, x.device, x.dtype, shape, candidates)
 
 
 def next_power_of_2(n: int) -> int:
-    """The smallest power of two that is not below n, for n at least 1."""
+    """Return the smallest power of two that is not below n, for n at least 1."""
     return 1 << (n - 1).bit_length()
 
 
@@ -47,25 +48,25 @@ def divide_up(a: int, b: int) -> int:
 
 
 def vector_of(dtype: torch.dtype) -> int:
-    """Elements of one 16-byte access."""
+    """Return the number of elements in one 16-byte access."""
     return 16 // dtype.itemsize
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """x itself where the channels of a pixel lie next to each other, else a channels_last copy of it."""
+    """Return x itself if the channels of a pixel are adjacent, else a channels_last copy of it."""
     if x.shape[1] == 1 or x.stride(1) == 1:
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def image_strides(x: Tensor) -> tuple[int, int, int]:
-    """Elements from one image, row and pixel to the next; 0 along an axis of size 1, whose stride may be anything."""
+    """Return the strides of images, rows and pixels in elements; 0 along an axis of size 1, whose stride is free."""
     n, h, w = (0 if x.shape[axis] == 1 else x.stride(axis) for axis in (0, 2, 3))
     return n, h, w
 
 
 def vectors_fit(channels: int, *images: Tensor) -> bool:
-    """Whether every pixel of every image begins at a multiple of 16 bytes and holds a whole number of them."""
+    """Return whether every pixel of every image begins at a multiple of 16 bytes and holds a whole number of them."""
     return all(
         channels % vector_of(t.dtype) == 0
         and t.data_ptr() % 16 == 0
@@ -75,7 +76,7 @@ def vectors_fit(channels: int, *images: Tensor) -> bool:
 
 
 def is_wide(*images: Tensor) -> bool:
-    """Whether offsets inside one image, or inside a run of pixels that a block may overshoot, need 64 bits."""
+    """Return whether offsets inside one image, or inside a run of pixels that a block may overshoot, need 64 bits."""
     return any(
         abs(stride) * size >= 1 << 30
         for t in images
@@ -84,7 +85,7 @@ def is_wide(*images: Tensor) -> bool:
 
 
 def activation_for(activation: str, dtype: torch.dtype) -> str:
-    """The name for _common.activate, where the result is rounded to `dtype`: silu has a faster way in 16 bits, whose
+    """Return the name for _common.activate if the result is rounded to `dtype`: silu has a faster way in 16 bits, whose
     instruction NVIDIA's GPUs have and the interpreter has not.
     """
     fast = activation == "silu" and dtype.itemsize == 2 and not INTERPRETED and torch.version.hip is None
@@ -92,8 +93,18 @@ def activation_for(activation: str, dtype: torch.dtype) -> str:
 
 
 def dense(t: Tensor | None) -> Tensor | None:
-    """A parameter with its elements next to each other in order."""
+    """Return a parameter with adjacent elements, in order."""
     return None if t is None else t.contiguous()
+
+
+def dense_norm(norm: Norm | None) -> tuple[Tensor | None, ...]:
+    """Mean, variance, weight and bias of a norm, as the kernels take them."""
+    return (None,) * 4 if norm is None else tuple(map(dense, norm[:-1]))
+
+
+def eps_of(norm: Norm | None) -> float:
+    """Return the eps that the kernels take beside `dense_norm`."""
+    return 0.0 if norm is None else norm.eps
 
 
 # By device index and stream: never handed back, so that a stream has the same ones for as long as it lives. Those of a
@@ -103,7 +114,7 @@ _for_graphs: dict[int, Tensor] = {}
 
 
 def counters(device: torch.device, count: int) -> Tensor:
-    """`count` int32 counters that are zero, for a kernel that leaves them at zero.
+    """Return `count` int32 counters that are zero, for a kernel that leaves them at zero.
 
     Launches of one stream run one after another and share theirs. A launch captured into a CUDA graph may be replayed
     beside anything, and therefore gets counters of its own. They come from a store that is filled before the first
@@ -133,7 +144,7 @@ def counters(device: torch.device, count: int) -> Tensor:
 
 @contextmanager
 def temporary_graphs() -> Iterator[None]:
-    """CUDA graphs captured inside the block are not replayed behind it: their counters come back to the stores."""
+    """Return the counters of CUDA graphs to the stores: those captured inside the block are not replayed after it."""
     before = dict(_for_graphs)
     try:
         yield
@@ -147,7 +158,9 @@ __all__ = [
     "channels_last",
     "counters",
     "dense",
+    "dense_norm",
     "divide_up",
+    "eps_of",
     "image_strides",
     "is_wide",
     "next_power_of_2",

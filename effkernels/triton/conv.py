@@ -12,7 +12,7 @@ more pass.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effkernels._norm import Norm
 from effkernels.triton import _launch
 from effkernels.triton._common import activate, load_float, scale_shift
 from effkernels.triton.pointwise import EXACT_RUN, nearest_tf32
@@ -31,7 +32,7 @@ _WIDEST_BLOCK = 64  # channels of a program that norms and activates
 
 
 class Tile(NamedTuple):
-    """How the kernel of the stem is cut: output pixels and channels of a program, taps of a step, and who computes."""
+    """The tile of the stem's kernel: output pixels and channels of a program, taps of a step, and who computes."""
 
     rows: int
     columns: int
@@ -40,7 +41,7 @@ class Tile(NamedTuple):
 
 
 def tile_of(taps: int, out_channels: int) -> Tile:
-    """The tile for so many products per output: what compiles without a spill, not what was measured fastest."""
+    """Return the tile for so many products per output: what compiles without a spill, not what was measured fastest."""
     return Tile(
         rows=64 if taps <= _STEP else 32,  # a loop over steps takes registers as well
         columns=min(_WIDEST_TILE, max(16, _launch.next_power_of_2(out_channels))),  # 16: the least that tl.dot takes
@@ -50,7 +51,7 @@ def tile_of(taps: int, out_channels: int) -> Tile:
 
 
 def candidates(taps: int, out_channels: int) -> tuple[Tile, ...]:
-    """The tiles that `effkernels tune` may choose from, the one of `tile_of` first.
+    """Return the tiles that `effkernels tune` may choose from, the one of `tile_of` first.
 
     Of the default's columns alone: with fewer, the gather of a thread takes all registers, and with more the sums do.
     """
@@ -67,10 +68,10 @@ def conv_kernel(
     x,
     weight,
     bias,
-    norm_weight,
-    norm_bias,
     norm_mean,
     norm_var,
+    norm_weight,
+    norm_bias,
     y,
     eps,
     rows,
@@ -128,7 +129,7 @@ def conv_kernel(
             weights = nearest_tf32(weights)
         total = tl.dot(factor, weights, total, input_precision=PRECISION)
 
-    scale, shift = scale_shift(column, column_inside, bias, norm_weight, norm_bias, norm_mean, norm_var, eps)
+    scale, shift = scale_shift(column, column_inside, bias, norm_mean, norm_var, norm_weight, norm_bias, eps)
     value = activate(total * scale[None, :] + shift[None, :], ACTIVATION)
     inside = row_inside[:, None] & column_inside[None, :]
     tl.store(y + (row * out_channels)[:, None] + column[None, :], value.to(y.dtype.element_ty), mask=inside)
@@ -138,10 +139,10 @@ def conv_kernel(
 def norm_act_kernel(
     z,
     bias,
-    norm_weight,
-    norm_bias,
     norm_mean,
     norm_var,
+    norm_weight,
+    norm_bias,
     y,
     eps,
     rows,
@@ -159,30 +160,16 @@ def norm_act_kernel(
     row = (program // groups).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (row < rows)[:, None] & (c < channels)[None, :]
     offset = (row * channels)[:, None] + c[None, :]
-    scale, shift = scale_shift(c, c < channels, bias, norm_weight, norm_bias, norm_mean, norm_var, eps)
+    scale, shift = scale_shift(c, c < channels, bias, norm_mean, norm_var, norm_weight, norm_bias, eps)
     value = activate(load_float(z + offset, inside) * scale[None, :] + shift[None, :], ACTIVATION)
     tl.store(y + offset, value.to(y.dtype.element_ty), mask=inside)
 
 
-def conv_bn_act(
-    out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    eps: float,
-    stride: int,
-    padding: Sequence[int],
-    activation: str,
-    allow_tf32: bool,
-) -> None:
+def conv_bn_act(out: Tensor, *conv: Any) -> None:
     """Fill `out` (N, C_out, H', W'), exact channels_last; arguments as in effkernels.ops.conv_bn_act, checked."""
-    norm = [_launch.dense(t) for t in (bias, norm_weight, norm_bias, norm_mean, norm_var)]
+    x, weight, bias, norm, stride, padding, activation, _ = conv
     if weight[0].numel() <= MOST_TAPS:
-        _run_direct(out, x, weight, norm, eps, stride, padding, activation, allow_tf32)
+        _run_direct(out, *conv)
         return
     top, bottom, left, right = padding
     # PyTorch's convolution pads both sides alike, so that the rest is padded before; its precision is PyTorch's own.
@@ -199,9 +186,10 @@ def conv_bn_act(
         norm_act_kernel,
         (_launch.divide_up(rows, rows_of_program) * groups,),
         z,
-        *norm,
+        _launch.dense(bias),
+        *_launch.dense_norm(norm),
         out,
-        eps,
+        _launch.eps_of(norm),
         rows,
         channels // vector,
         groups,
@@ -217,8 +205,8 @@ def _run_direct(
     out: Tensor,
     x: Tensor,
     weight: Tensor,
-    norm: Sequence[Tensor | None],
-    eps: float,
+    bias: Tensor | None,
+    norm: Norm | None,
     stride: int,
     padding: Sequence[int],
     activation: str,
@@ -238,9 +226,10 @@ def _run_direct(
         (_launch.divide_up(rows, tile.rows) * column_tiles,),
         x,
         weight.contiguous(),
-        *norm,
+        _launch.dense(bias),
+        *_launch.dense_norm(norm),
         out,
-        eps,
+        _launch.eps_of(norm),
         rows,
         x.shape[2],
         x.shape[3],

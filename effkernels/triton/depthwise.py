@@ -38,7 +38,7 @@ _MEANS, _GATE, _GATED = "means", "gate", "gated"
 
 @triton.jit
 def arrive_last(counter, expected):
-    """Whether this program comes last of `expected` at `counter`, which is zero again then.
+    """Return whether this program is the last of `expected` to arrive at `counter`, which is zero again then.
 
     What the others wrote before is there for it to read past its own first-level cache (".cg").
     """
@@ -51,7 +51,7 @@ def arrive_last(counter, expected):
 
 @triton.jit
 def added_tiles(partial, c, channels, tiles, TILES: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of partial[0 : tiles, c], TILES rows at a time, together with what the additions round off, so that its
+    """Add partial[0 : tiles, c], TILES rows at a time, together with what the additions round off, so that the sum's
     error does not grow with the number of tiles.
     """
     total = tl.zeros((TILES, BLOCK), dtype=tl.float32)
@@ -105,10 +105,10 @@ def depthwise_kernel(
     x,
     weight,
     bias,
-    norm_weight,
-    norm_bias,
     norm_mean,
     norm_var,
+    norm_weight,
+    norm_bias,
     eps,
     partial,
     arrivals,
@@ -197,7 +197,7 @@ def depthwise_kernel(
                     added = added + (sums[ox],)
             sums = added
 
-    scale, shift = scale_shift(c, c_inside, bias, norm_weight, norm_bias, norm_mean, norm_var, eps)
+    scale, shift = scale_shift(c, c_inside, bias, norm_mean, norm_var, norm_weight, norm_bias, eps)
     pixels = out_height * out_width
     image_y = y + image * pixels * channels
     total = tl.zeros((LANES, BLOCK), dtype=tl.float32)
@@ -240,7 +240,7 @@ def depthwise_kernel(
 
 @dataclass(frozen=True)
 class Plan:
-    """How one launch cuts its work: a pure function of shapes, types and alignment.
+    """The division of one launch's work: a pure function of shapes, types and alignment.
 
     Attributes:
         vector: channels of a 16-byte access, 1 where they do not divide.
@@ -262,7 +262,7 @@ class Plan:
 
 
 class Cut(NamedTuple):
-    """What `effkernels tune` may choose of a `Plan`; attributes as there."""
+    """The fields of a `Plan` that `effkernels tune` may choose."""
 
     strip: int
     lanes: int
@@ -271,7 +271,7 @@ class Cut(NamedTuple):
 
 
 def strip_of(kernel_width: int, stride: int, dilation: int, vector: int) -> int:
-    """Pixels of a strip: as many as leave a thread with some 150 registers for their sums and the inputs of a row."""
+    """Return the pixels of a strip: a thread has some 150 registers for their sums and the inputs of a row."""
     if dilation > 1:
         return 1  # neighbours share no input
     return 4 if vector < 8 or (stride == 1 and kernel_width <= 5) else 2
@@ -287,7 +287,7 @@ def cut_of(
     dilation: int,
     vector: int,
 ) -> Cut:
-    """How a launch is cut where nothing was tuned."""
+    """Return the plan of a launch for which nothing was tuned."""
     block = min(_WIDEST_BLOCK, _launch.next_power_of_2(channels))
     if block == _WIDEST_BLOCK and -channels % block >= block // 2:
         block //= 2  # half of the last group would have nothing to do
@@ -304,7 +304,7 @@ def candidates(
     dilation: int,
     vector: int,
 ) -> tuple[Cut, ...]:
-    """The cuts that `effkernels tune` may choose from, the one of `cut_of` first."""
+    """Return the cuts that `effkernels tune` may choose from, the one of `cut_of` first."""
     default = cut_of(channels, out_height, out_width, kernel_height, kernel_width, stride, dilation, vector)
     widest = _launch.next_power_of_2(channels)
     found = [default]
@@ -325,7 +325,7 @@ def _cut(strip: int, block: int, threads: int, out_height: int, out_width: int, 
 
 
 def plan(x: Tensor, y: Tensor, kernel: tuple[int, int], stride: int, dilation: int, op: str | None = None) -> Plan:
-    """The plan for an x whose channels lie next to each other; with the name of an operator as it was tuned for it."""
+    """Return the plan for an x with adjacent channels; with the name of an operator, the plan tuned for it."""
     images, channels, out_height, out_width = y.shape
     vector = _launch.vector_of(x.dtype) if _launch.vectors_fit(channels, x, y) else 1
     shape = (channels, out_height, out_width, *kernel, stride, dilation, vector)
@@ -354,7 +354,7 @@ def _run(
     gate: Tensor | None = None,
     gated: bool = False,
 ) -> None:
-    x, weight, bias, norm_weight, norm_bias, norm_mean, norm_var, eps, stride, padding, dilation, activation = conv
+    x, weight, bias, norm, stride, padding, dilation, activation = conv
     x = _launch.channels_last(x)
     batch, channels, out_height, out_width = y.shape
     p = plan(x, y, (weight.shape[2], weight.shape[3]), stride, dilation, op)
@@ -377,8 +377,9 @@ def _run(
         (batch * p.tiles * p.groups,),
         y,
         x,
-        *map(_launch.dense, (weight, bias, norm_weight, norm_bias, norm_mean, norm_var)),
-        eps,
+        *map(_launch.dense, (weight, bias)),
+        *_launch.dense_norm(norm),
+        _launch.eps_of(norm),
         partial,
         arrivals,
         pooled,
@@ -429,7 +430,7 @@ def depthwise_bn_act_gate(out: tuple[Tensor, Tensor], *args: Any) -> None:
 
 
 def depthwise_bn_act_se(out: Tensor, *args: Any) -> None:
-    """One launch where a single program can scale an image fast enough, else a second one for that."""
+    """Scale the result by its gate in the same launch if one program can do it fast enough, else in a second one."""
     gate = torch.empty(out.shape[:2], dtype=out.dtype, device=out.device)
     alone = out[0].numel() <= MOST_SCALED_ALONE
     _run("depthwise_bn_act_se", out, args[:-6], excite=args[-6:], gate=gate, gated=alone)

@@ -8,8 +8,8 @@ rounded as it would be in memory, and added to all the outputs that it reaches. 
 convolution choose among tiles and move nothing; Triton cannot index shared memory, and need not. The output rows that
 wait for more input (`sums`) move up by one after each row, which is a matter of names.
 
-The products of COLUMNS pixels are one `tl.dot`, taken apart behind it by `tl.split`. That costs nothing where the
-columns lie in registers, and `cut_of` sees to it: the compiled loop converts no layout but that of y for its 16-byte
+The products of COLUMNS pixels are one `tl.dot`, taken apart after it by `tl.split`. That costs nothing where the
+columns are in registers, and `cut_of` sees to it: the compiled loop converts no layout but that of y for its 16-byte
 stores. Neighbouring lanes share K - stride columns and rows, whose pixels are expanded twice: for the layers of B0 that
 run in one launch 1.3 to 2.6 pixels in place of one. `one_pass` decides by that; other shapes take two launches. The
 sums of the squeeze are those of depthwise.py.
@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effkernels._norm import Norm
 from effkernels.triton import _launch, depthwise, pointwise
 from effkernels.triton._common import activate, load_float, scale_shift
 from effkernels.triton.depthwise import added_tiles, arrive_last
@@ -55,7 +56,7 @@ _REGISTERS = {} if torch.version.hip else {"maxnreg": 255}  # as in depthwise.py
 
 @triton.jit
 def taps_of(weight, c, c_inside, KERNEL: tl.constexpr, FIRST: tl.constexpr, STRIDE: tl.constexpr):
-    """The depthwise weights of channels `c` in the kernel's rows FIRST, FIRST + STRIDE and so on, row after row."""
+    """Load the depthwise weights of channels `c` in the kernel's rows FIRST, FIRST + STRIDE and so on."""
     taps = ()
     for ky in tl.static_range(FIRST, KERNEL, STRIDE):
         for kx in tl.static_range(KERNEL):
@@ -66,13 +67,13 @@ def taps_of(weight, c, c_inside, KERNEL: tl.constexpr, FIRST: tl.constexpr, STRI
 
 @triton.jit
 def halves(tile, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
-    """The left and the right half of a (BLOCK, COLUMNS) tile."""
+    """Split a tile: return the left and the right half of a (BLOCK, COLUMNS) tile."""
     return tl.split(tl.permute(tl.reshape(tile, (BLOCK, 2, COLUMNS // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def columns_apart(tile, COUNT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """A (BLOCK, COUNT * LANES) tile as COUNT tiles (BLOCK, LANES), from left to right; COUNT is 1, 2 or 4."""
+    """Return a (BLOCK, COUNT * LANES) tile as COUNT tiles (BLOCK, LANES), from left to right; COUNT is 1, 2 or 4."""
     tl.static_assert(COUNT == 1 or COUNT == 2 or COUNT == 4)
     if COUNT == 1:
         tiles = (tile,)
@@ -92,7 +93,7 @@ def side_by_side(left, right, BLOCK: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def columns_together(tiles, COUNT: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr):
-    """What `columns_apart` takes apart."""
+    """Return the products that `columns_apart` takes apart."""
     tl.static_assert(COUNT == 1 or COUNT == 2 or COUNT == 4)
     if COUNT == 1:
         tile = tiles[0]
@@ -128,17 +129,17 @@ def expand_depthwise_kernel(
     x,
     expand_weight,
     expand_bias,
-    expand_norm_weight,
-    expand_norm_bias,
     expand_norm_mean,
     expand_norm_var,
+    expand_norm_weight,
+    expand_norm_bias,
     expand_eps,
     weight,
     bias,
-    norm_weight,
-    norm_bias,
     norm_mean,
     norm_var,
+    norm_weight,
+    norm_bias,
     eps,
     partial,
     arrivals,
@@ -213,13 +214,13 @@ def expand_depthwise_kernel(
             w = nearest_tf32(w)
         weights = weights + (w,)
     expand_scale, expand_shift = scale_shift(
-        c, c_inside, expand_bias, expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var, expand_eps
+        c, c_inside, expand_bias, expand_norm_mean, expand_norm_var, expand_norm_weight, expand_norm_bias, expand_eps
     )
     if TAPS_HELD:
         held = ()  # the taps that each of STRIDE successive input rows meets
         for s in tl.static_range(STRIDE):
             held = held + (taps_of(weight, c, c_inside, KERNEL, s, STRIDE),)
-    scale, shift = scale_shift(c, c_inside, bias, norm_weight, norm_bias, norm_mean, norm_var, eps)
+    scale, shift = scale_shift(c, c_inside, bias, norm_mean, norm_var, norm_weight, norm_bias, eps)
 
     INPUTS: tl.constexpr = (STRIP - 1) * STRIDE + KERNEL
     PENDING: tl.constexpr = (KERNEL + STRIDE - 1) // STRIDE
@@ -312,7 +313,7 @@ def expand_depthwise_kernel(
 
 
 class Cut(NamedTuple):
-    """How a program multiplies and what its lanes are.
+    """The tile of a program's products, and the roles of its lanes.
 
     Attributes:
         strip: neighbouring pixels of an output row that a lane computes at a time, a power of two.
@@ -333,7 +334,7 @@ class Cut(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """How an output plane is shared out: `strips` next to each other in a row, `tall` rows to a lane, `tiles` programs
+    """The division of an output plane: `strips` next to each other in a row, `tall` rows to a lane, `tiles` programs
     along the plane, and what it comes to: expanded rows that are computed one after another, over all rounds of
     programs.
     """
@@ -345,7 +346,7 @@ class Sweep(NamedTuple):
 
 
 def cut_of(kernel: int, stride: int, dtype: torch.dtype, exact: bool, aligned: bool, capability: int) -> Cut:
-    """The cut for a GPU of compute capability `capability`.x, 0 for AMD's; the largest that spills no register.
+    """Return the cut for a GPU of compute capability `capability`.x, 0 for AMD's; the largest that spills no register.
 
     With wgmma (capability 9) the four warps share out the channels whatever the tile. With mma.sync they do so only
     where it is no wider than 16 pixels; a wider one would have to pass from warp to warp through shared memory.
@@ -361,7 +362,7 @@ def cut_of(kernel: int, stride: int, dtype: torch.dtype, exact: bool, aligned: b
 
 
 def inputs_of(strip: int, kernel: int, stride: int) -> int:
-    """Pixels of an input row that a strip reads."""
+    """Return the pixels of an input row that a strip reads."""
     return (strip - 1) * stride + kernel
 
 
@@ -372,7 +373,7 @@ def pending_of(kernel: int, stride: int) -> int:
 
 @cache
 def sweep_of(cut: Cut, programs: int, out_height: int, out_width: int, kernel: int, stride: int, slots: int) -> Sweep:
-    """The fastest sweep where `programs` share each tile of the plane (images times groups of channels) and `slots`
+    """Return the fastest sweep if `programs` share each tile of the plane (images times groups of channels) and `slots`
     programs run at once. A lane of few rows computes more of them twice; lanes of many may be too few for the GPU.
     """
     strips = _launch.divide_up(out_width, cut.strip)
@@ -401,7 +402,7 @@ def one_pass(
     aligned: bool,
     capability: int,
 ) -> bool:
-    """Whether the expanded tensor is to stay on the chip; else it is written, and a second launch reads it.
+    """Return whether the expanded tensor stays on the chip; else it is written, and a second launch reads it.
 
     `kernel` is the size of a square kernel, 0 of any other.
 
@@ -422,7 +423,7 @@ def one_pass(
 
 
 def capability_of(device: torch.device) -> int:
-    """The first number of a GPU's compute capability, 0 of AMD's; where there is no GPU, 9."""
+    """Return the first number of a GPU's compute capability, 0 of AMD's; where there is no GPU, 9."""
     if torch.version.hip is not None:
         return 0
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
@@ -433,19 +434,11 @@ def expand_depthwise_squeeze(
     x: Tensor,
     expand_weight: Tensor,
     expand_bias: Tensor | None,
-    expand_norm_weight: Tensor | None,
-    expand_norm_bias: Tensor | None,
-    expand_norm_mean: Tensor | None,
-    expand_norm_var: Tensor | None,
-    expand_eps: float,
+    expand_norm: Norm | None,
     expand_activation: str,
     weight: Tensor,
     bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    eps: float,
+    norm: Norm | None,
     stride: int,
     padding: Sequence[int],
     dilation: int,
@@ -462,8 +455,6 @@ def expand_depthwise_squeeze(
     kernel = weight.shape[2] if weight.shape[2] == weight.shape[3] else 0  # of a square one
     exact = x.dtype == torch.float32 and not allow_tf32
     tf32 = x.dtype == torch.float32 and allow_tf32
-    expand_norm = (expand_bias, expand_norm_weight, expand_norm_bias, expand_norm_mean, expand_norm_var)
-    norm = (bias, norm_weight, norm_bias, norm_mean, norm_var)
     in_vector = _launch.vector_of(x.dtype) if _launch.vectors_fit(in_channels, x) else 1
     out_vector = _launch.vector_of(y.dtype) if _launch.vectors_fit(channels, y) else 1
     aligned = in_vector > 1 and out_vector > 1
@@ -473,9 +464,9 @@ def expand_depthwise_squeeze(
         expanded = torch.empty(
             (batch, channels, height, width), dtype=x.dtype, device=x.device, memory_format=torch.channels_last
         )
-        expand = (expand_weight, *expand_norm, expand_eps, None, None, expand_activation, allow_tf32)
+        expand = (expand_weight, expand_bias, expand_norm, None, None, expand_activation, allow_tf32)
         pointwise.pointwise_bn_act(expanded, x, *expand)
-        conv = (weight, *norm, eps, stride, padding, dilation, activation)
+        conv = (weight, bias, norm, stride, padding, dilation, activation)
         depthwise.depthwise_bn_act_squeeze(out, expanded, *conv)
         return
 
@@ -494,10 +485,12 @@ def expand_depthwise_squeeze(
         (batch * sweep.tiles * groups,),
         y,
         x,
-        *map(_launch.dense, (expand_weight, *expand_norm)),
-        expand_eps,
-        *map(_launch.dense, (weight, *norm)),
-        eps,
+        *map(_launch.dense, (expand_weight, expand_bias)),
+        *_launch.dense_norm(expand_norm),
+        _launch.eps_of(expand_norm),
+        *map(_launch.dense, (weight, bias)),
+        *_launch.dense_norm(norm),
+        _launch.eps_of(norm),
         partial,
         arrivals,
         pooled,

@@ -6,7 +6,7 @@ weight (N x K) as stored. A program computes one tile of y with all of its k; pr
 neighbours, so that x comes from memory once and from L2 after that.
 
 One kernel serves every shape. What the compiler must know for 16-byte accesses, that rows start at multiples of so many
-elements, is told by passing channels and strides in vectors: 24 channels of 16 bits are 3 vectors of 8, where Triton's
+elements, follows from channels and strides in vectors: 24 channels of 16 bits are 3 vectors of 8, where Triton's
 own test for multiples of 16 would give up.
 """
 
@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from effkernels._norm import Norm
 from effkernels.triton import _common, _launch
 
 # One chain of additions over 1152 channels would err twice as much as PyTorch's blocked product: exact float32 sums
@@ -32,7 +33,7 @@ FEWEST_PIXELS_OF_OWN_TILE = 32
 
 
 class Tile(NamedTuple):
-    """How the product is cut: rows and columns of y per program, channels of x per step, and who computes it."""
+    """The tile of a product: rows and columns of y per program, channels of x per step, and who computes it."""
 
     rows: int
     columns: int
@@ -42,7 +43,7 @@ class Tile(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """An image tensor as a matrix: pixel p of image n lies at n * image + p * pixel, channels next to each other."""
+    """An image tensor as a matrix: pixel p of image n is at n * image + p * pixel, its channels are adjacent."""
 
     data: Tensor
     image: int
@@ -60,7 +61,7 @@ def tile_of(
     spans: bool,
     multiprocessors: int,
 ) -> Tile:
-    """The tile for `images` times `pixels` rows on a GPU with so many multiprocessors.
+    """Return the tile for `images` times `pixels` rows on a GPU with so many multiprocessors.
 
     The largest that gives each of them a tile; small ones read x and weight more often, but from L2. The numbers
     are what compiles without a spill for sm_80 and sm_90 (tests/triton_gates), not what was measured to be fastest.
@@ -111,7 +112,7 @@ def candidates(
     spans: bool,
     multiprocessors: int,
 ) -> tuple[Tile, ...]:
-    """The tiles that `effkernels tune` may choose from, the one of `tile_of` first; arguments as there.
+    """Return the tiles that `effkernels tune` may choose from, the one of `tile_of` first; arguments as there.
 
     Every size of tile at the default's depth, then the default with other steps, warps and stages. All of them fit
     the shared memory and, exact ones, the registers of every GPU from compute capability 8.0 on.
@@ -137,7 +138,10 @@ def _fits(tile: Tile, dtype: torch.dtype) -> bool:
 
 
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 1 where there is none, which makes every tile the largest: the interpreter's time goes by programs."""
+    """Return the number of multiprocessors of a GPU.
+
+    Without one return 1, which makes every tile the largest: the interpreter's time grows with the programs.
+    """
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
@@ -203,10 +207,10 @@ def pointwise_kernel(
     x_ptr,
     weight_ptr,
     bias_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
     norm_mean_ptr,
     norm_var_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
     gate_ptr,
     residual_ptr,
     y_ptr,
@@ -234,7 +238,7 @@ def pointwise_kernel(
     COLUMNS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """One tile of y. `row_tiles` counts those of an image, or of all rows where a tile spans images (SPANS)."""
+    """Compute one tile of y. `row_tiles` counts those of an image, or of all rows where a tile spans images (SPANS)."""
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     GATED: tl.constexpr = gate_ptr is not None
     in_channels = in_vectors * IN_VECTOR
@@ -299,7 +303,7 @@ def pointwise_kernel(
         )
 
     scale, shift = _common.scale_shift(
-        column, column_inside, bias_ptr, norm_weight_ptr, norm_bias_ptr, norm_mean_ptr, norm_var_ptr, eps
+        column, column_inside, bias_ptr, norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr, eps
     )
     y = _common.activate(total * scale[None, :] + shift[None, :], ACTIVATION)
     inside = row_inside[:, None] & column_inside[None, :]
@@ -314,11 +318,7 @@ def pointwise_bn_act(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    norm_mean: Tensor | None,
-    norm_var: Tensor | None,
-    eps: float,
+    norm: Norm | None,
     gate: Tensor | None,
     residual: Tensor | None,
     activation: str,
@@ -354,14 +354,11 @@ def pointwise_bn_act(
         x_rows.data,
         _launch.dense(weight),
         _launch.dense(bias),
-        _launch.dense(norm_weight),
-        _launch.dense(norm_bias),
-        _launch.dense(norm_mean),
-        _launch.dense(norm_var),
+        *_launch.dense_norm(norm),
         _launch.dense(gate),
         None if residual_rows is None else residual_rows.data,
         out,
-        eps,
+        _launch.eps_of(norm),
         rows,
         pixels,
         row_tiles,
@@ -394,7 +391,7 @@ OPERATORS = {"pointwise_bn_act": pointwise_bn_act}
 
 
 def _rows(t: Tensor) -> Rows:
-    """`t` as a matrix; a copy where its channels, or its rows of pixels, do not follow each other."""
+    """Return `t` as a matrix; a copy where its channels, or its rows of pixels, do not follow each other."""
     images, _, height, width = t.shape
     t = _launch.channels_last(t)
     image, row, pixel = _launch.image_strides(t)
@@ -411,5 +408,5 @@ def _rows(t: Tensor) -> Rows:
 
 
 def _vector(dtype: torch.dtype, *multiples: int) -> int:
-    """The most elements, of 16 bytes, that all of `multiples` are multiples of."""
+    """Return the largest number of elements within 16 bytes that divides all of `multiples`."""
     return math.gcd(16 // dtype.itemsize, *multiples)

@@ -32,7 +32,7 @@ def hidden_of(
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """hidden[r] = activation(sum over c of w_reduce[r, c] * means[c] + b_reduce[r]); returns behind a barrier."""
+    """hidden[r] = activation(sum over c of w_reduce[r, c] * means[c] + b_reduce[r]); returns after a barrier."""
     for first_row in range(0, reduced, ROWS):
         r = first_row + tl.arange(0, ROWS)
         products = tl.zeros((ROWS, BLOCK), dtype=tl.float32)
@@ -148,7 +148,7 @@ def squeeze_excite_gate(
     w_expand: Tensor,
     b_expand: Tensor | None,
     activation: str,
-    gate: str,
+    gate_activation: str,
 ) -> None:
     batch, channels = pooled.shape
     reduced = w_reduce.shape[0]
@@ -171,7 +171,7 @@ def squeeze_excite_gate(
         splits,
         split_channels,
         ACTIVATION=activation,
-        GATE=gate,
+        GATE=gate_activation,
         ROWS=BLOCK_REDUCED,
         BLOCK=BLOCK_CHANNELS,
     )

@@ -43,7 +43,7 @@ Choice = TypeVar("Choice", bound=tuple[int, ...])
 
 
 class ConfigurationKey(NamedTuple):
-    """What a Triton configuration is looked up by; `shape` has the sizes that its family passes, in its order."""
+    """The key of a Triton configuration; `shape` has the sizes that its family passes, in its order."""
 
     op: str
     dtype: str
@@ -51,7 +51,7 @@ class ConfigurationKey(NamedTuple):
 
 
 class BackendKey(NamedTuple):
-    """What a backend is looked up by: all that `effkernels.ops.backends.choose` may depend on, never batch or plane."""
+    """The key of a choice of backend: all that `effkernels.ops.backends.choose` may depend on, never batch or plane."""
 
     op: str
     dtype: str
@@ -85,7 +85,7 @@ class Comparison:
 
 @dataclass
 class Plan:
-    """What is known of one device.
+    """The tuned plans of one device.
 
     Attributes:
         device: its name.
@@ -98,7 +98,7 @@ class Plan:
     comparisons: dict[BackendKey, dict[str, Comparison]] = field(default_factory=dict)
 
     def faster_backends(self) -> dict[BackendKey, str]:
-        """The backend that was faster on some call of a key and slower on none, where there is one."""
+        """Return the backend that was faster on some call of a key and slower on none, where there is one."""
         found = {}
         for key, calls in self.comparisons.items():
             winners = {comparison.faster for comparison in calls.values()} - {EVEN}
@@ -113,7 +113,7 @@ class Plan:
             self.comparisons[key] = {**self.comparisons.get(key, {}), **calls}
 
     def to_json(self) -> str:
-        """The file: one entry a line, in a fixed order."""
+        """Write the plan as text: one entry a line, in a fixed order."""
         configurations = [
             {**key._asdict(), "choice": found.choice, "default_us": found.default_us, "chosen_us": found.chosen_us}
             for key, found in sorted(self.configurations.items())
@@ -133,7 +133,7 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str, device: str) -> Plan:
-        """The plan that `to_json` wrote.
+        """Read the plan that `to_json` wrote.
 
         Raises:
             ValueError: it is no such plan, or that of another device, release or schema.
@@ -178,34 +178,33 @@ def _versions() -> dict[str, Any]:
 
 
 def folder() -> Path:
-    """Where tuned plans live: $EFFKERNELS_CACHE, or effkernels in the user's cache folder."""
-    told = os.environ.get(VARIABLE)
-    if told:
-        return Path(told)
+    """Return the folder of the tuned plans: $EFFKERNELS_CACHE, or effkernels in the user's cache folder."""
+    if folder := os.environ.get(VARIABLE):
+        return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "effkernels"
 
 
 def device_name(device: torch.device) -> str | None:
-    """The name that plans of a device go by; None where Triton runs nothing."""
+    """Return the name that plans of a device go by; None where Triton runs nothing."""
     if device.type == "cuda":
         return str(torch.cuda.get_device_name(device))
     return _INTERPRETER if device.type == "cpu" and triton.INTERPRETED else None
 
 
 def file_of(device: str) -> Path:
-    """The file of a device's plan, whether it is there or not."""
+    """Return the file of a device's plan, whether it is there or not."""
     versions = "-".join(f"{name}-{version}" for name, version in _versions().items())
     return folder() / f"{environment.file_stem(device)}-{re.sub(r'[^A-Za-z0-9.-]', '-', versions)}.json"
 
 
 def outdated_files(device: str) -> list[Path]:
-    """Plans of a device that other releases of this package or of Triton wrote."""
+    """Return the plans of a device that other releases of this package or of Triton wrote."""
     found = folder().glob(f"{environment.file_stem(device)}-schema-*-effkernels-*-triton-*.json")
     return sorted(file for file in found if file != file_of(device))
 
 
 def read(device: str) -> Plan:
-    """The plan of a device; an empty one, with a warning where there is a file, if none can be used."""
+    """Read the plan of a device; an empty one, with a warning where there is a file, if none can be used."""
     file = file_of(device)
     try:
         return Plan.from_json(read_text(file), device)
@@ -303,7 +302,7 @@ def configuration(
     shape: tuple[int, ...],
     candidates: Callable[[], Sequence[Choice]],
 ) -> Choice | None:
-    """The candidate that was fastest for a shape; None where nothing is known, which means the default.
+    """Return the candidate that was fastest for a shape; None where nothing is known, which means the default.
 
     Args:
         candidates: gives all that the family allows for the shape, the default first; called at most once for each.

@@ -2,7 +2,7 @@
 //
 //   run_package [--device cpu|cuda] [--library FILE] PACKAGE INPUT N C H W OUTPUT
 //
-// INPUT holds N x C x H x W float32 values as they lie in memory, OUTPUT gets the float32 results the same way; the
+// INPUT holds N x C x H x W float32 values in the order of memory, OUTPUT gets the float32 results the same way; the
 // package may compute in another dtype. The library of the fused operators has to be loaded before the package is: by
 // default it is the one beside the package, where there is one.
 #include <dlfcn.h>

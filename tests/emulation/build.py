@@ -1,7 +1,7 @@
-"""Builds and loads the emulated CUDA kernels: one Python module per flavour (CMakeLists.txt says what each is for).
+"""Build and load the emulated CUDA kernels: one Python module per flavour (CMakeLists.txt says what each is for).
 
-Run as a program it builds the flavours that it is given, and prints for `environment asan` what that one needs in the
-environment of its process.
+Run as a program it builds the given flavours; `environment asan` prints the environment variables that a process with
+the asan flavour needs.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class BuildFailed(Exception):
 
 
 def tree(flavour: str) -> Path:
-    """Where a flavour is built."""
+    """Return the folder where a flavour is built."""
     return TREES / f"emulation-{flavour}"
 
 
@@ -105,7 +105,7 @@ def _configure(flavour: str) -> list[str]:
 
 
 def _fast_flags() -> list[str]:
-    """fmaf and the conversions of the matrix products are many times faster where the machine has them."""
+    """Return flags for instructions of this machine that make fmaf and conversions many times faster."""
     try:
         words = Path("/proc/cpuinfo").read_text().split()
     except OSError:
@@ -131,7 +131,7 @@ def _run(command: list[str]) -> None:
 
 
 def asan_environment() -> dict[str, str]:
-    """What a process needs that loads the asan flavour. libstdc++ goes with libasan, so that exceptions are known."""
+    """Return the environment of a process that loads the asan flavour: libasan, with libstdc++ for exceptions."""
     compiler = os.environ.get("CXX", "c++")
     libraries = []
     for name in ("libasan.so", "libstdc++.so"):

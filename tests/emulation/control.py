@@ -99,12 +99,12 @@ class Emulator:
         return error
 
     def launches(self) -> list[dict[str, Any]]:
-        """What was launched since `configure`, with the bytes that the race flavour counted."""
+        """Return what was launched since `configure`, with the bytes that the race flavour counted."""
         records: list[dict[str, Any]] = self.module.launches()
         return records
 
     def operators(self) -> frozenset[str]:
-        """The operators of the library that this one runs over emulated kernels."""
+        """Return the operators of the library that this one runs over emulated kernels."""
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
         names = (str(name) for name in torch._C._dispatch_get_all_op_names())
         own = [name.split("::")[1].split(".")[0] for name in names if name.startswith(f"{self.namespace}::")]
@@ -127,5 +127,5 @@ class Emulator:
 
 @functools.cache
 def emulator(flavour: str) -> Emulator:
-    """The one emulator of a flavour in this process."""
+    """Return the one emulator of a flavour in this process."""
     return Emulator(flavour)

@@ -141,7 +141,7 @@ void poison_shared_memory(char* begin, size_t bytes);
 // Returns whether nobody wrote next to it.
 bool guards_intact(const char* begin, size_t bytes, std::string* what);
 void give_back_shared_memory(char* begin, size_t bytes);
-// Whether an address lies in the shared memory of any block, guards included.
+// Whether an address is in the shared memory of any block, guards included.
 bool in_shared_memory(uintptr_t address);
 
 }  // namespace emulation

@@ -64,7 +64,7 @@ void prepare(Fiber& fiber, char* stack, void (*entry)()) {
   makecontext(&fiber.context, entry, 0);
 #else
   constexpr int kSavedRegisters = 6;
-  // Stacks whose tops lie a multiple of 4096 apart would share their cache sets.
+  // Stacks whose tops are a multiple of 4096 apart would share their cache sets.
   const size_t stagger = (reinterpret_cast<uintptr_t>(stack) / StackPool::kStackBytes) % 16 * 192;
   void** top = reinterpret_cast<void**>(stack + StackPool::kStackBytes - stagger);
   *--top = nullptr;  // entry's return address; the stack is then as after a call

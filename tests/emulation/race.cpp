@@ -1,7 +1,7 @@
 // The race checker: every load and store of a kernel, as the compiler's -fsanitize=thread reports it to the functions
 // at the end of this file (libtsan is not linked), is held against the earlier ones of the same launch. Two accesses of
 // different threads, one of them a plain write, must be ordered (race_order.h). It sees shared and global memory; reads
-// of shared memory that nobody wrote, and what lies outside of it, are reported too; bytes of global memory are
+// of shared memory that nobody wrote, and accesses outside of it, are reported too; bytes of global memory are
 // counted.
 #include "race.h"
 

@@ -1,4 +1,4 @@
-// What the emulator tells the race checker (race.cpp). The other flavours run without it.
+// The emulator's reports to the race checker (race.cpp). The other flavours run without it.
 #pragma once
 #include "engine.h"
 

@@ -1,4 +1,4 @@
-// Which accesses of a launch are ordered: barriers, fences and atomics as the memory model of CUDA takes them.
+// Decides which accesses of a launch are ordered: barriers, fences and atomics as the memory model of CUDA takes them.
 #pragma once
 #include <cstdint>
 #include <map>
@@ -33,7 +33,7 @@ class Ordering {
  private:
   // What a release makes visible: accesses of its own thread before `thread_time`; of its block before `block_time`
   // and of its cluster before `cluster_time`, the barriers that its fence came after; and of the other threads of its
-  // block what lies before a fence of their own that lies before `barrier_time`, the barrier before the release.
+  // block what is before a fence of their own that is before `barrier_time`, the barrier before the release.
   struct Released {
     uint32_t block, thread, thread_time, block_time, cluster_time, barrier_time;
   };

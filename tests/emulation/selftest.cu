@@ -21,7 +21,7 @@ T* output(const SelfTestArguments& p) {
 }
 
 // ------------------------------------------------------------------------------------------------------------- faults
-// Every thread reads what its neighbour wrote over the zero that lay there.
+// Every thread reads what its neighbour wrote over the zero that was there.
 template <bool kBarrier>
 __global__ void rotate_block(SelfTestArguments p) {
   float* shared = dynamic_shared<float>();
@@ -73,7 +73,7 @@ __global__ void read_uninitialised(SelfTestArguments p) {
   output<float>(p)[threadIdx.x] = shared[threadIdx.x];
 }
 
-// Element n + threadIdx.x, behind (or before) what there is.
+// Element n + threadIdx.x, after (or before) the memory.
 __global__ void write_global(SelfTestArguments p) { output<float>(p)[p.n + int(threadIdx.x)] = 1.f; }
 __global__ void read_global(SelfTestArguments p) {
   output<float>(p)[threadIdx.x] = input<float>(p)[p.n + int(threadIdx.x)];
@@ -363,7 +363,7 @@ template <class From, class To, To (*kFunction)(From)>
 __global__ void each(SelfTestArguments p) {
   for (int i = int(threadIdx.x); i < p.n; i += int(blockDim.x)) output<To>(p)[i] = kFunction(input<From>(p)[i]);
 }
-// The inputs lie one after another, n pairs each.
+// The inputs follow each other, n pairs each.
 template <class Pair>
 __global__ void packed(SelfTestArguments p) {
   const Pair* x = input<Pair>(p);

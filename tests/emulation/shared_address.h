@@ -6,7 +6,7 @@ namespace effkernels::cuda {
 
 constexpr SharedAddress kSharedBase = 1 << 16;
 
-// Where `bytes` bytes at the address lie; faults where they are not all in the block's shared memory, or misaligned.
+// The memory of `bytes` bytes at the address; a fault if they are not all in the block's shared memory, or misaligned.
 char* checked_shared(SharedAddress address, unsigned bytes, const char* name, emulation::Where where);
 
 }  // namespace effkernels::cuda

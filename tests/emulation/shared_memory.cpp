@@ -83,7 +83,7 @@ __attribute__((no_sanitize_address)) bool guards_intact(const char* begin, size_
     }
   for (size_t i = 0; i < kCheckedBytes; ++i)
     if (static_cast<unsigned char>(begin[bytes + i]) != guard_at(begin + bytes + i)) {
-      *what = "out of bounds: shared memory was written " + std::to_string(i) + " bytes behind its " +
+      *what = "out of bounds: shared memory was written " + std::to_string(i) + " bytes after its " +
               std::to_string(bytes) + " bytes";
       return false;
     }

@@ -1,5 +1,5 @@
 // One mistake for each tool of compute-sanitizer: `planted memcheck|racecheck|synccheck`. A tool that does not report
-// its mistake on a machine tells nothing about other programs there.
+// its mistake on a machine says nothing about other programs there.
 #include <cstdio>
 #include <cstring>
 

@@ -1,4 +1,4 @@
-"""`InferenceEngine` with real CUDA graphs, streams and uploads. Only a GPU can tell; none has run this file yet."""
+"""`InferenceEngine` with real CUDA graphs, streams and uploads. These tests need a GPU; none has run this file yet."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def engine(model: nn.Module) -> InferenceEngine:
 
 
 def by_hand(model: nn.Module, x: Tensor, sizes: tuple[int, ...]) -> Tensor:
-    """The model's own result for buckets of these sizes, the last one padded with zeros."""
+    """Return the model's own result for buckets of these sizes, the last one padded with zeros."""
     x = x.to("cuda", torch.bfloat16)
     padded = torch.cat([x, x.new_zeros(sum(sizes) - len(x), *x.shape[1:])])
     parts = [part.contiguous(memory_format=torch.channels_last) for part in padded.split(list(sizes))]

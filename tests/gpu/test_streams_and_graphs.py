@@ -1,4 +1,4 @@
-"""The operators on PyTorch's streams, in CUDA graphs and on a second device. Only a GPU can tell."""
+"""The operators on PyTorch's streams, in CUDA graphs and on a second device. These tests need a GPU."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def on_cuda() -> Iterator[None]:
 
 
 def call_of(case: Case, device: str = "cuda", seed: int = 0) -> tuple[dict[str, Any], Callable[[], tuple[Tensor, ...]]]:
-    """The arguments of a case and a function that calls the operator on them."""
+    """Return the arguments of a case and a function that calls the operator on them."""
     arguments = case.draw(seed, device)
     return arguments, lambda: op_cases.run(effkernels.ops, case, arguments)
 
@@ -53,7 +53,7 @@ def first_input(arguments: dict[str, Any]) -> Tensor:
 
 
 def captured(call: Callable[[], tuple[Tensor, ...]]) -> tuple[torch.cuda.CUDAGraph, tuple[Tensor, ...]]:
-    """A graph of one call, and the tensors that a replay writes."""
+    """Return a graph of one call, and the tensors that a replay writes."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

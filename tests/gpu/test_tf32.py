@@ -12,8 +12,8 @@ import op_cases
 import pytest
 import torch
 from conftest import Backend, need
-from op_cases import EXPAND_OP, Case
-from parity import FACTOR, assert_within, error
+from op_cases import EXPAND_OP, Case, flat
+from parity import FACTOR, assert_within, errors
 
 import effkernels
 from effkernels.ops.parity import full_float32
@@ -47,7 +47,7 @@ def product_error(case: Case) -> float:
     inner = case.channels * (9 if case.op == "conv_bn_act" else 1)
     a = torch.randn(case.batch * case.height * case.width, inner, generator=generator)
     b = torch.randn(inner, case.out_channels, generator=generator)
-    return error(a.cuda() @ b.cuda(), a.double() @ b.double()).l2
+    return errors(a.cuda() @ b.cuda(), a.double() @ b.double()).l2
 
 
 @pytest.mark.usefixtures("tf32")
@@ -58,13 +58,13 @@ def test_is_as_exact_as_pytorchs(case: Case, backend: str) -> None:
     arguments = case.draw(0, "cuda")
     truth = op_cases.truth(case, arguments)
     with torch.inference_mode():
-        theirs = op_cases.run(effkernels.reference, case, arguments)
+        theirs = op_cases.run(effkernels.ops.reference, case, arguments)
         with effkernels.backend(backend):
             ours = op_cases.run(effkernels.ops, case, arguments)
     product = product_error(case)
     assert product > ROUNDING / 16, f"a product of cuBLAS errs by {product:.1e}: it did not run in TF32"
     for i, (y, own, exact) in enumerate(zip(ours, theirs, truth, strict=True)):
-        found, allowed = error(y, exact).l2, FACTOR * max(error(own, exact).l2, product)
+        found, allowed = errors(y, exact).l2, FACTOR * max(errors(own, exact).l2, product)
         assert found <= allowed, f"{case}, output {i}: error {found:.3g}, allowed {allowed:.3g}"
 
 
@@ -74,7 +74,7 @@ def test_can_be_ruled_out_for_one_call() -> None:
     case = CASES[0]
     arguments = case.draw(0, "cuda")
     with torch.inference_mode(), effkernels.backend("cuda"):
-        exact = effkernels.ops.pointwise_bn_act(**arguments, allow_tf32=False)
+        exact = flat(effkernels.ops).pointwise_bn_act(**arguments, allow_tf32=False)
     (truth,) = op_cases.truth(case, arguments)
-    cpu = op_cases.run(effkernels.reference, case, op_cases.on_cpu(arguments))[0]
-    assert_within(exact, [error(cpu, truth)], truth, str(case))
+    cpu = op_cases.run(effkernels.ops.reference, case, op_cases.on_cpu(arguments))[0]
+    assert_within(exact, [errors(cpu, truth)], truth, str(case))

@@ -52,7 +52,7 @@ class Wrappers:
 
 
 def engine_sources() -> list[Path]:
-    """The emulator without its kernels and operators, as its CMakeLists.txt lists it."""
+    """Return the emulator without its kernels and operators, as its CMakeLists.txt lists it."""
     listed = re.search(r"set\(engine_sources ([^)]*)\)", (EMULATION / "CMakeLists.txt").read_text())
     assert listed is not None
     return [EMULATION / name for name in listed[1].split()]
@@ -60,7 +60,7 @@ def engine_sources() -> list[Path]:
 
 @cache
 def compiled(kind: str, folder: Path) -> ctypes.CDLL | str:
-    """The library, or why it is not there."""
+    """Return the library, or why it is not there."""
     target = folder / f"wrappers_{kind}.so"
     common = ["-std=c++17", "-shared", "-I", str(ROOT / "csrc")]
     if kind == "cuda":
@@ -130,6 +130,17 @@ def test_to_tf32(wrappers: Wrappers) -> None:
     assert torch.equal(y & ~0x1FFF, wanted)
 
 
+@pytest.mark.parametrize("blocks", [3, 200])
+def test_launches_that_overlap_wait_for_each_other(wrappers: Wrappers, blocks: int) -> None:
+    """Each of ten launches reads what the one ahead wrote, over what the one before that read."""
+    launches = 10
+    x = torch.arange(blocks * 128 * 4, dtype=torch.int32).to(wrappers.device)
+    y = torch.zeros_like(x)
+    wanted = x.cpu() + launches
+    wrappers.run("run_overlap", x, y, blocks, launches)
+    assert torch.equal(x.cpu(), wanted)
+
+
 def test_cp_async_writes_zeros_beyond_what_is_valid(wrappers: Wrappers) -> None:
     count = 32
     x = torch.randint(1, 255, (count, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
@@ -179,7 +190,7 @@ def test_mma_tf32(wrappers: Wrappers) -> None:
 
 
 def test_release_and_acquire(wrappers: Wrappers) -> None:
-    """What a block wrote before it released is there for a block that acquired."""
+    """A block that acquired reads what another block wrote before it released."""
     blocks = 16
     counter, values, y = (torch.zeros(n, dtype=torch.int32, device=wrappers.device) for n in (1, blocks, blocks))
     wrappers.run("run_acquire", counter, values, y, blocks)
@@ -203,7 +214,7 @@ def test_clusters(wrappers: Wrappers, cluster: int) -> None:
 
 
 class TestLimits:
-    def test_are_those_that_torch_tells(self, wrappers: Wrappers) -> None:
+    def test_are_those_that_torch_reports(self, wrappers: Wrappers) -> None:
         if wrappers.device.type != "cuda":
             pytest.skip("needs a GPU")
         for device in range(torch.cuda.device_count()):

@@ -16,6 +16,17 @@ __global__ void tanh_kernel(const float* x, float* y) { y[threadIdx.x] = tanh_ap
 
 __global__ void to_tf32_kernel(const float* x, uint32_t* y) { y[threadIdx.x] = to_tf32(x[threadIdx.x]); }
 
+// Thread i adds one to what the launch ahead wrote last of all: late, after the next launch has started.
+__global__ void overlap_kernel(const uint4* x, uint4* y) {
+  wait_for_previous();
+  allow_next();
+  const unsigned count = gridDim.x * blockDim.x, at = blockIdx.x * blockDim.x + threadIdx.x;
+  uint4 value = load_global(x + (count - 1 - at));
+  for (int i = 0; i < 20; ++i) __nanosleep(1000);
+  value.x += 1, value.y += 1, value.z += 1, value.w += 1;
+  y[at] = value;
+}
+
 // Thread i copies 16 bytes of which valid[i] count.
 __global__ void cp_async_kernel(const uint4* x, const int* valid, uint4* y) {
   uint4* shared = dynamic_shared<uint4>();
@@ -138,6 +149,16 @@ int run_tanh(void* stream, const float* x, float* y, int count) {
 }
 int run_to_tf32(void* stream, const float* x, uint32_t* y, int count) {
   return run(to_tf32_kernel, one_block(count), stream, x, y);
+}
+// An even number of launches, to and fro between two buffers.
+int run_overlap(void* stream, uint4* x, uint4* y, int blocks, int launches) {
+  Launch at{dim3(blocks), dim3(128)};
+  at.overlaps = true;
+  for (int i = 0; i < launches; ++i) {
+    const int error = i % 2 == 0 ? run(overlap_kernel, at, stream, x, y) : run(overlap_kernel, at, stream, y, x);
+    if (error != 0) return error;
+  }
+  return 0;
 }
 int run_cp_async(void* stream, const uint4* x, const int* valid, uint4* y, int count) {
   return run(cp_async_kernel, one_block(count, 16 * count), stream, x, valid, y);

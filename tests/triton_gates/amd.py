@@ -34,7 +34,7 @@ class AmdKernel:
 
 
 def calls() -> list[Call]:
-    """One of each kind in bfloat16; the other types, and other sizes, take the same ways here."""
+    """Return one of each kind in bfloat16; the other types, and other sizes, take the same ways here."""
     kinds: dict[tuple[object, ...], Call] = {}
     for call in CALLS:
         if call.dtype is BFLOAT16:
@@ -53,7 +53,7 @@ def read(compiled: Any, name: str, call: Call) -> AmdKernel:
 
 
 def broken(kernel: AmdKernel) -> list[str]:
-    """One line for everything that a kernel must not do."""
+    """Return one line for everything that a kernel must not do."""
     found = []
     if kernel.scratch:
         found.append(f"{kernel.scratch} bytes of scratch memory")

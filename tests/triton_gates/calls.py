@@ -55,20 +55,20 @@ class Call:
 
     @property
     def wide(self) -> bool:
-        """Whether every pixel is a whole number of 16-byte vectors."""
+        """Return whether every pixel is a whole number of 16-byte vectors."""
         vector = 16 // self.dtype.itemsize
         return self.shape[1] % vector == 0 and self.out % vector == 0
 
     @property
     def exact(self) -> bool:
-        """Whether products have to be exact float32."""
+        """Return whether products have to be exact float32."""
         return self.dtype == FLOAT32 and not self.allow_tf32
 
     def arguments(self) -> dict[str, Any]:
-        """The arguments of the reference by name, the tensors on the meta device."""
+        """Return the arguments by their names in the schema, the tensors on the meta device."""
         n, channels = self.shape[:2]
         if self.op == "squeeze_excite_gate":
-            return {"pooled": _meta(n, channels), **self._excite(), "activation": self.activation, "gate": "sigmoid"}
+            return {"pooled": _meta(n, channels), **self._excite(), "activation": self.activation}
         options: dict[str, Any] = {"x": self._image(*self.shape), "activation": self.activation}
         weight = self.weight or self.dtype
         if self.op == "pointwise_bn_act":
@@ -81,7 +81,7 @@ class Call:
         if self.op == "expand_depthwise_squeeze":
             expand = {f"expand_{name}": t for name, t in _norm(self.out).items()}
             expand |= {"expand_weight": _meta(self.out, channels, 1, 1, dtype=weight)}
-            options |= {**expand, "expand_eps": 1e-5, "expand_activation": self.activation}
+            options |= {**expand, "expand_activation": self.activation}
             options |= {"weight": _meta(self.out, 1, *self.window, dtype=weight), **_norm(self.out)}
             return options | {"dilation": self.dilation, "allow_tf32": self.allow_tf32}
         if self.op == "conv_bn_act":
@@ -91,18 +91,19 @@ class Call:
         options |= {"dilation": self.dilation}
         if not self.reduced:
             return options
-        return options | self._excite() | {"se_activation": "silu", "gate": "sigmoid"}
+        return options | self._excite() | {"se_activation": "silu"}
 
     def _image(self, *shape: int) -> Tensor:
         return _meta(*shape, dtype=self.dtype).to(memory_format=torch.channels_last)
 
-    def _excite(self) -> dict[str, Tensor]:
+    def _excite(self) -> dict[str, Any]:
         channels, reduced = self.shape[1], self.reduced
         return {
             "w_reduce": _meta(reduced, channels, dtype=self.dtype),
             "b_reduce": _meta(reduced),
             "w_expand": _meta(channels, reduced, dtype=self.dtype),
             "b_expand": _meta(channels),
+            "gate_activation": "sigmoid",
         }
 
 

@@ -28,7 +28,7 @@ CALLS = (
 
 
 def look_up(call: Call) -> tuned_plan.Lookup:
-    """The question that a call asks the tuned plan."""
+    """Return the question that a call asks the tuned plan."""
     asked: list[tuned_plan.Lookup] = []
     _launch.run = lambda *arguments, **options: None
     with tuned_plan.answering(lambda lookup: asked.append(lookup)):

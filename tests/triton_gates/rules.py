@@ -1,4 +1,4 @@
-"""What the Triton kernels promise, and whether what the compiler made of them keeps it."""
+"""The promises of the Triton kernels, and the check that the compiled code keeps them."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class TritonKernel(Kernel):
 
 
 def shared_fits(kernel: TritonKernel) -> str | None:
-    """A block's shared memory is there on every GPU that runs this code."""
+    """A block's shared memory is available on every GPU that runs this code."""
     most = MOST_SHARED[kernel.arch] + (1024 if kernel.arch >= 90 else 0)
     return None if kernel.shared <= most else f"{kernel.shared} bytes of shared memory; {most} is the most"
 
@@ -193,7 +193,7 @@ CLAIMS: dict[str, Callable[[Call], Iterator[Rule]]] = {
 
 
 def broken(kernel: TritonKernel) -> list[str]:
-    """One line for everything that is not as claimed."""
+    """Return one line for everything that is not as claimed."""
     if kernel.call is None or kernel.name not in CLAIMS:
         return [f"{kernel}: no claim: add one to CLAIMS"]
     rules = (*EVERY, *CLAIMS[kernel.name](kernel.call))

@@ -14,7 +14,7 @@ from typing import Any
 import triton
 from triton_gates.calls import Call
 from triton_gates.rules import TritonKernel
-from triton_gates.worker import operators
+from triton_gates.worker import operators, results_and_arguments
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 BEGIN = "<!-- Triton's kernels: written by tests/triton_gates/table.py -->\n"
@@ -24,19 +24,15 @@ _COLUMNS = ("call", "kernel", "MB", "registers", "warps", "shared KB", "16-byte 
 
 
 def megabytes(call: Call) -> float:
-    """What a call cannot avoid to move: every argument read once, every result written once."""
-    op = operators()[call.op]
-    given = {"eps": 1e-5, "allow_tf32": False, "dilation": 1, **call.arguments()}
-    arguments = [given.get(name) for name in op.arguments]
-    results = op.fake(*arguments)
-    tensors = [
-        t for t in (*arguments, *(results if isinstance(results, tuple) else (results,))) if hasattr(t, "nbytes")
-    ]
+    """Return the least a call can move: every argument read once, every result written once."""
+    results, *arguments = results_and_arguments(operators()[call.op], call)
+    parts: list[Any] = [*arguments, results]
+    tensors = [t for part in parts for t in (part if isinstance(part, tuple) else (part,)) if hasattr(t, "nbytes")]
     return sum(t.nbytes for t in tensors) / 1e6
 
 
 def section(kernels: Iterable[TritonKernel]) -> str:
-    """The table of all kernels of sm_90, a line each."""
+    """Return the table of all kernels of sm_90, a line each."""
     lines = [
         f"Compiled by Triton {triton.__version__} for sm_90. MB: of the call, every argument read and every result",
         "written once. Counts of instructions in the code, not of executions.\n",
@@ -63,7 +59,7 @@ def section(kernels: Iterable[TritonKernel]) -> str:
 
 
 def with_section(page: str, text: str) -> str:
-    """The page with the table in its place."""
+    """Return the page with the table in its place."""
     before, _, rest = page.partition(BEGIN)
     _, found, after = rest.partition(END)
     if not found:

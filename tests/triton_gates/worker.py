@@ -2,7 +2,7 @@
 or gfx942 in place of 90.
 
 A process of its own, because whether Triton compiles or interprets is settled when it is imported. No GPU is needed:
-Triton compiles for whatever its driver names, and the driver here is a stand-in.
+Triton compiles for whatever its driver names, and the driver here only names a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from triton_gates.rules import MULTIPROCESSORS, TritonKernel
 
 from effkernels import ops
 from effkernels import triton as families
-from effkernels.ops._registration import Operator
+from effkernels._norm import gather_norms
+from effkernels.ops._registration import Operator, Overloads
 from effkernels.triton import _launch
 
 
@@ -62,7 +63,7 @@ def processor_seconds() -> float:
 
 
 def read(compiled: Any, name: str, call: Call | None, arch: int, seconds: float) -> TritonKernel:
-    """What became of a kernel, by the disassembler that comes with Triton."""
+    """Return what a kernel became, by the disassembler that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -134,16 +135,21 @@ def compiled_for_amd() -> list[amd.AmdKernel]:
 
 
 def operators() -> dict[str, Operator[Any]]:
-    """Every operator of effkernels.ops by name."""
+    """Return every operator of effkernels.ops by name."""
     modules = [importlib.import_module(f"effkernels.ops.{found.name}") for found in pkgutil.iter_modules(ops.__path__)]
-    return {value.name: value for m in modules for value in vars(m).values() if isinstance(value, Operator)}
+    return {value.op.name: value.op for m in modules for value in vars(m).values() if isinstance(value, Overloads)}
 
 
 def launch(op: Operator[Any], call: Call) -> None:
     """As effkernels.ops._registration runs a Triton kernel, on tensors without storage."""
-    given = {"eps": 1e-5, "allow_tf32": False, "dilation": 1, **call.arguments()}
-    arguments = [given.get(name) for name in op.arguments]
-    families.implementation(op.name)(op.fake(*arguments), *arguments)
+    families.implementation(op.name)(*results_and_arguments(op, call))
+
+
+def results_and_arguments(op: Operator[Any], call: Call) -> tuple[Any, ...]:
+    """The results that a kernel of `call` fills, and its arguments."""
+    given = gather_norms({"allow_tf32": False, "dilation": 1, **call.arguments()})
+    arguments = [given.get(name) for name in op.signature.names]
+    return op.results(*arguments), *arguments
 
 
 def compiled_mutants(arch: int) -> dict[str, TritonKernel]:

@@ -1,4 +1,4 @@
-"""Runs the commands shown in README.md and puts their real output there: ``python -m benchmarks.readme_examples``.
+"""Writes the output of the commands shown in README.md and docs/: ``python -m benchmarks.console_examples``.
 
 A command is a line that starts with ``$ `` in a block marked ``console``; what follows up to the next one is its output
 on standard output.
@@ -14,12 +14,13 @@ from pathlib import Path
 
 from benchmarks.report import README
 
+PAGES = (README, *sorted((README.parent / "docs").glob("*.md")))
 _BLOCK = re.compile(r"(?<=```console\n).*?(?=```)", re.DOTALL)
 
 
-def commands(readme: str) -> list[str]:
-    """Every command shown, in order."""
-    lines = [line for block in _BLOCK.findall(readme) for line in block.splitlines()]
+def commands(page: str) -> list[str]:
+    """Return the commands that the text of a page shows, in order."""
+    lines = [line for block in _BLOCK.findall(page) for line in block.splitlines()]
     return [line.removeprefix("$ ") for line in lines if line.startswith("$ ")]
 
 
@@ -38,20 +39,23 @@ def output_of(command: str, folder: Path) -> str:
     return done.stdout
 
 
-def with_outputs(readme: str, folder: Path) -> str:
-    """README.md's text with the output of every command shown run anew."""
+def with_outputs(page: str, folder: Path) -> str:
+    """Return the text of a page with the output of each command that it shows, run now."""
 
     def run(block: re.Match[str]) -> str:
         return "".join(
             f"$ {command}\n{output_of(command, folder)}" for command in commands(f"```console\n{block[0]}```")
         )
 
-    return _BLOCK.sub(run, readme)
+    return _BLOCK.sub(run, page)
 
 
 def main() -> int:
-    """Rewrite README.md."""
-    README.write_text(with_outputs(README.read_text(encoding="utf-8"), README.parent), encoding="utf-8")
+    """Rewrite the pages that show commands."""
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        if commands(text):
+            page.write_text(with_outputs(text, README.parent), encoding="utf-8")
     return 0
 
 

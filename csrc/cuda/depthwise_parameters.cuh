@@ -1,0 +1,95 @@
+// The parameters of a depthwise block: from global memory into shared memory, and from there to the threads.
+#pragma once
+#include "depthwise.h"
+#include "numeric.cuh"
+
+namespace effkernels::cuda {
+
+// The block's parameters as float32 in shared memory: a row of block_channels values for each tap, one of scales and
+// one of shifts. Within a row the channels are stored in planes: first of every vector its channels 0 to 3, then of
+// every vector its channels 4 to 7. A thread reads 16 bytes of a plane, its neighbours the 16 bytes beside them,
+// without a conflict.
+template <int V>
+constexpr int kQuad = V < 4 ? V : 4;  // channels of a vector in one plane
+
+template <int V>
+__device__ __forceinline__ int place_in_row(int channel, int block_channels) {
+  constexpr int kPlanes = V / kQuad<V>;
+  if constexpr (kPlanes == 1) return channel;
+  return channel / kQuad<V> % kPlanes * (block_channels / kPlanes) + channel / V * kQuad<V> + channel % kQuad<V>;
+}
+
+// The parameters that a thread reads.
+template <int V>
+class ThreadParameters {
+ public:
+  __device__ __forceinline__ ThreadParameters(const float* rows, int block_channels, int vector)
+      : at_(rows + vector * kQuad<V>), row_(block_channels), plane_(block_channels / (V / kQuad<V>)) {}
+  // Channels `part` to `part + 4` of the thread's vector.
+  __device__ __forceinline__ Vector<float, kQuad<V>> operator()(int row, int part) const {
+    return *reinterpret_cast<const Vector<float, kQuad<V>>*>(at_ + row * row_ + part / kQuad<V> * plane_);
+  }
+
+ private:
+  const float* at_;
+  int row_, plane_;
+};
+
+// Stored as (C, 1, KH, KW), the taps of the block's channels one after another. A thread reads 16 bytes at a time, and
+// starts all of its reads before it needs the first.
+template <int V, int kTapCount, class W>
+__device__ __forceinline__ void copy_taps(const W* from, int channels, int tap_count, int block_channels, float* rows) {
+  constexpr int E = kVectorOf<W>, kAtOnce = 4;
+  if constexpr (kTapCount > 0) tap_count = kTapCount;  // known where it is compiled: the divisions cost little
+  const int count = channels * tap_count;
+  if (count % E != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0) {
+    for (int at = threadIdx.x; at < count; at += blockDim.x)
+      rows[at % tap_count * block_channels + place_in_row<V>(at / tap_count, block_channels)] = to_float(from[at]);
+    return;
+  }
+#pragma unroll 1
+  for (int first = threadIdx.x * E; first < count; first += kAtOnce * E * blockDim.x) {
+    Vector<W, E> raw[kAtOnce];
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      raw[j] = {};
+      const int at = first + j * E * blockDim.x;
+      if (at < count) raw[j] = load_raw<W, E>(from + at);
+    }
+#pragma unroll
+    for (int j = 0; j < kAtOnce; ++j) {
+      const int at = first + j * E * blockDim.x;
+      if (at >= count) break;
+      int channel = at / tap_count, tap = at % tap_count;
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        rows[tap * block_channels + place_in_row<V>(channel, block_channels)] = to_float(raw[j].at[e]);
+        if (++tap == tap_count) tap = 0, ++channel;
+      }
+    }
+  }
+}
+
+// A thread takes one channel's norm: its reads are under way while the taps are read.
+template <class T, int V, int kTapCount>
+__device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int tap_count, int64_t first_channel,
+                                                int block_channels, float* rows) {
+  const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
+  const int64_t first = first_channel * tap_count;
+  const int own = threadIdx.x;
+  StoredNorm norm = {};
+  if (own < channels) norm = stored_norm(p.norm, first_channel + own);
+  if (p.weight.dtype == DType::kFloat32)
+    copy_taps<V, kTapCount>(static_cast<const float*>(p.weight.data) + first, channels, tap_count, block_channels,
+                            rows);
+  else
+    copy_taps<V, kTapCount>(static_cast<const T*>(p.weight.data) + first, channels, tap_count, block_channels, rows);
+  if (own < channels) {
+    const ScaleShift by = scale_shift(p.norm, norm);
+    float* scales = rows + tap_count * block_channels + place_in_row<V>(own, block_channels);
+    scales[0] = by.scale, scales[block_channels] = by.shift;
+  }
+  __syncthreads();
+}
+
+}  // namespace effkernels::cuda

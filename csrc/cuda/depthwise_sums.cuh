@@ -1,0 +1,166 @@
+// Channel sums of the results of a depthwise block, and what the blocks that come last make of them: the channel means,
+// and by squeeze-and-excitation the gate. A thread adds its strips in order, the block its lanes in order, the last
+// block to arrive the blocks of the image in order.
+#pragma once
+#include "depthwise.h"
+#include "squeeze_excite.cuh"
+
+namespace effkernels::cuda {
+
+// The arguments of a depthwise kernel. Without squeeze-and-excitation se.gate is null.
+struct DepthwiseArguments {
+  DepthwiseParams depthwise;
+  SqueezeExciteParams se;
+  DepthwisePlan plan;
+  DepthwiseWork work;
+};
+
+// The channel sums of a thread are in shared memory, one row per lane: the convolution needs the registers.
+template <int V>
+__device__ __forceinline__ void add_to_lane(const float (&sum)[V], float* lane_sums) {
+#pragma unroll
+  for (int i = 0; i < V; ++i) lane_sums[i] += sum[i];
+}
+
+// A sum together with what its additions round off: lanes and tiles are so many that a plain sum of equal ones would
+// lose a digit of the means. `rest` is NaN where a value was infinite.
+struct ExactSum {
+  float value = 0.f, rest = 0.f;
+
+  __device__ __forceinline__ void add(float addend) {
+    const float sum = value + addend, added = sum - value;
+    rest += (value - (sum - added)) + (addend - added);
+    value = sum;
+  }
+  __device__ __forceinline__ float result() const { return rest == rest ? value + rest : value; }
+};
+
+// Adds the lanes' sums of one image in lane order into `sums`, (block_channels), and clears them for the next image.
+// Called by all threads; ends with a barrier.
+__device__ __forceinline__ void add_lanes(const DepthwisePlan& plan, float* lane_sums, float* sums) {
+  const int block_channels = plan.channel_vectors * plan.vector;
+  __syncthreads();
+  if (threadIdx.x < block_channels) {
+    ExactSum total;
+    for (int lane = 0; lane < plan.lanes; ++lane) {
+      float& sum = lane_sums[lane * block_channels + threadIdx.x];
+      total.add(sum);
+      sum = 0.f;
+    }
+    sums[threadIdx.x] = total.result();
+  }
+  __syncthreads();
+}
+
+// Shared memory after the block's parameters, if channel means are asked for.
+struct SumsInShared {
+  float* lane_sums;  // (lanes, block_channels)
+  float* sums;       // (images, block_channels)
+  unsigned* flag;    // one word
+  float* hidden;     // (images, R), at a multiple of 16 bytes
+
+  __device__ __forceinline__ SumsInShared(const DepthwisePlan& plan, float* parameters, int tap_count) {
+    const int block_channels = plan.channel_vectors * plan.vector;
+    const int of_lanes = (tap_count + 2) * block_channels, of_images = of_lanes + plan.lanes * block_channels;
+    const int of_flag = of_images + plan.images * block_channels;
+    lane_sums = parameters + of_lanes;
+    sums = parameters + of_images;
+    flag = reinterpret_cast<unsigned*>(parameters + of_flag);
+    hidden = parameters + (of_flag / 4 + 1) * 4;
+  }
+};
+
+__device__ __forceinline__ void clear_lanes(const DepthwisePlan& plan, float* lane_sums) {
+  const int count = plan.lanes * plan.channel_vectors * plan.vector;
+  for (int at = threadIdx.x; at < count; at += blockDim.x) lane_sums[at] = 0.f;
+}
+
+// From the sums of this block to the means, and from the means to the gate, by the blocks that come last. All threads.
+template <class T>
+__device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group, int tile, int64_t unit,
+                                         float* parameters) {
+  const DepthwiseParams& p = a.depthwise;
+  const SqueezeExciteParams& se = a.se;
+  const DepthwisePlan& plan = a.plan;
+  const DepthwiseWork& work = a.work;
+  const SumsInShared shared(plan, parameters, p.kernel_h * p.kernel_w);
+  const int block_channels = plan.channel_vectors * plan.vector;
+  const int64_t first_channel = int64_t(group) * block_channels, first_image = unit * plan.images;
+  const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
+  const int images = static_cast<int>(min(int64_t(plan.images), p.batch - first_image));
+
+  unsigned* unit_arrivals = work.arrivals + unit;
+  if (plan.tiles > 1) {
+    float* partial = work.partial + unit * plan.tiles * p.channels + first_channel;
+    if (threadIdx.x < channels) partial[tile * p.channels + threadIdx.x] = shared.sums[threadIdx.x];
+    if (!arrive_last(work.arrivals + unit * plan.channel_groups + group, plan.tiles, shared.flag)) return;
+    unit_arrivals += plan.units * plan.channel_groups;
+    // Threads that are not needed for a channel of their own share the tiles.
+    const int parts = kDepthwiseThreads / block_channels, part = threadIdx.x / block_channels;
+    const int channel = threadIdx.x % block_channels;
+    if (part < parts && channel < channels) {
+      constexpr int kAtOnce = 8;  // reads that are under way together
+      ExactSum total;
+#pragma unroll 1
+      for (int first = part; first < plan.tiles; first += kAtOnce * parts) {
+        float of_tile[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int from = first + i * parts;
+          of_tile[i] = from < plan.tiles ? __ldcg(partial + from * p.channels + channel) : 0.f;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) total.add(of_tile[i]);
+      }
+      shared.lane_sums[part * block_channels + channel] = total.result();
+    }
+    __syncthreads();
+    if (threadIdx.x < channels) {
+      ExactSum total;
+      for (int from = 0; from < parts; ++from) total.add(shared.lane_sums[from * block_channels + threadIdx.x]);
+      shared.sums[threadIdx.x] = total.result();
+    }
+    __syncthreads();
+  }
+
+  const float pixels = static_cast<float>(p.out_height * p.out_width);
+  for (int at = threadIdx.x; at < images * block_channels; at += kDepthwiseThreads) {
+    const float mean = shared.sums[at] / pixels;
+    shared.sums[at] = mean;
+    const int channel = at % block_channels;
+    if (p.pooled != nullptr && channel < channels)
+      p.pooled[(first_image + at / block_channels) * p.channels + first_channel + channel] = mean;
+  }
+  if (se.gate == nullptr) return;
+  __syncthreads();
+
+  const int reduced = static_cast<int>(se.reduced);
+  float* hidden = work.hidden + first_image * plan.channel_groups * reduced;  // (images, groups, R)
+  reduce_product<kReduceLanesOfBlock, T>(se, first_channel, channels, shared.sums, block_channels, images,
+                                         hidden + group * reduced, int64_t(plan.channel_groups) * reduced);
+  if (!arrive_last(unit_arrivals, plan.channel_groups, shared.flag)) return;
+  for (int at = threadIdx.x; at < images * reduced; at += kDepthwiseThreads) {
+    const float* from = hidden + (at / reduced * plan.channel_groups) * reduced + at % reduced;
+    constexpr int kAtOnce = 12;  // reads that are under way together
+    float total = 0.f;
+#pragma unroll 1
+    for (int first = 0; first < plan.channel_groups; first += kAtOnce) {
+      float of_group[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        of_group[i] = first + i < plan.channel_groups ? __ldcg(from + (first + i) * reduced) : 0.f;
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) total += of_group[i];
+    }
+    shared.hidden[at] = total;
+  }
+  __syncthreads();
+  activate_hidden(se, images, shared.hidden);
+  T* gate = static_cast<T*>(se.gate) + first_image * p.channels;
+  const int64_t stride = p.channels;
+  expand_product<T>(
+      se, 0, static_cast<int>(p.channels), shared.hidden, images,
+      [gate, stride](int m, int64_t channel, float value) { gate[m * stride + channel] = from_float<T>(value); });
+}
+
+}  // namespace effkernels::cuda
