@@ -36,7 +36,7 @@ SEED ?= 0
 MINUTES ?= 9
 GPU_CHECK_ARGS ?=
 
-NATIVE_SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py effkernels/_version.py
+NATIVE_SOURCES := $(shell find csrc -type f) effkernels/ops/schemas.inc CMakeLists.txt setup.py effkernels/_version.py
 FORMATTED_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help

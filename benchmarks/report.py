@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.sections import Section
 from benchmarks.suite import RESULTS
 from effkernels import environment
 from effkernels.bench.timing import Row, read_rows
 
 README = RESULTS.parent.parent / "README.md"
-BEGIN = "<!-- results: written by benchmarks/report.py -->"
-END = "<!-- end of results -->"
+SECTION = Section("README.md", "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->")
 _FAMILY = "efficientnet_"
 _SUITE_TITLES = {
     "model": "Networks",
@@ -183,20 +183,6 @@ def readme_section(groups: Sequence[Group]) -> str:
     return "\n\n".join(blocks) if blocks else "No results have been recorded yet: `python -m benchmarks.suite`."
 
 
-def with_section(readme: str, section: str) -> str:
-    """Return README.md's text with the part between the markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    for marker in (BEGIN, END):
-        if readme.count(marker) != 1:
-            raise ValueError(f"README.md: the marker {marker!r} must occur once")
-    before, rest = readme.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{section}\n\n{END}{after}"
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the report, the plots and the README's tables; or check that the texts are up to date."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
@@ -208,7 +194,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file)]
     groups = newest_groups(rows)
     readme = parsed.readme.read_text(encoding="utf-8")
-    texts = {folder / "REPORT.md": report(groups), parsed.readme: with_section(readme, readme_section(groups))}
+    texts = {folder / "REPORT.md": report(groups), parsed.readme: SECTION.replaced(readme, readme_section(groups))}
     if parsed.check:
         stale = [file for file, text in texts.items() if not file.exists() or file.read_text(encoding="utf-8") != text]
         for file in stale:

@@ -375,7 +375,7 @@ class TestReport:
             make_row(date=old, suite="op", case="conv_bn_act 1x3x8x8", median_us=12.5),
         ]
         timing.append_rows(tmp_path / "a-cpu-2-threads.jsonl", rows)
-        (tmp_path / "README.md").write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+        (tmp_path / "README.md").write_text(f"before\n{report.SECTION.begin}\nold\n{report.SECTION.end}\nafter\n")
         return tmp_path
 
     def run(self, folder: Path, *more: str) -> int:
@@ -410,13 +410,13 @@ class TestReport:
             assert (folder / f"a-cpu-2-threads-{suite}.png").read_bytes().startswith(b"\x89PNG")
 
     def test_without_results(self, tmp_path: Path) -> None:
-        (tmp_path / "README.md").write_text(f"{report.BEGIN}{report.END}")
+        (tmp_path / "README.md").write_text(f"{report.SECTION.begin}{report.SECTION.end}")
         assert self.run(tmp_path) == 0
         assert "No results" in (tmp_path / "README.md").read_text()
 
     def test_missing_marker(self) -> None:
-        with pytest.raises(ValueError, match="must occur once"):
-            report.with_section("no markers", "section")
+        with pytest.raises(ValueError, match="must be there once"):
+            report.SECTION.replaced("no markers", "section")
 
 
 class TestConsoleExamples:

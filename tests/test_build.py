@@ -241,6 +241,19 @@ def test_bench_keeps_a_whole_library(tmp_path: Path) -> None:
     assert "EFFKERNELS_CUDA=off" not in commands_of("bench", tmp_path, "")
 
 
+def test_every_included_file_outside_csrc_leads_to_a_new_build() -> None:
+    sources = re.search(r"^NATIVE_SOURCES := (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert sources is not None
+    included = {
+        (source.parent / name).resolve().relative_to(ROOT)
+        for source in (ROOT / "csrc").rglob("*.*")
+        for name in re.findall(r'^#include "(\.\./.*)"', source.read_text(), re.MULTILINE)
+    }
+    outside = {str(file) for file in included if file.parts[0] != "csrc"}
+    assert outside
+    assert outside <= set(sources[1].split())
+
+
 @pytest.mark.parametrize("target", ["setup", "test"])
 def test_setup_and_test_install_and_build_everything(tmp_path: Path, target: str) -> None:
     (tmp_path / ".built-cpu").touch()
@@ -248,6 +261,21 @@ def test_setup_and_test_install_and_build_everything(tmp_path: Path, target: str
     assert ".[dev]" in commands
     assert commands.count("build_ext") == 1
     assert "EFFKERNELS_CUDA=off" not in commands
+
+
+def test_one_worker_runs_all_tests_of_a_group(tmp_path: Path) -> None:
+    """The tests of the wheel, and others, share a folder that only one process at a time may write."""
+    (tmp_path / "pytest.ini").touch()
+    (tmp_path / "test_group.py").write_text(
+        "import os, pathlib, pytest, time\n"
+        "@pytest.mark.parametrize('number', range(4))\n"
+        "@pytest.mark.xdist_group('one')\n"
+        "def test(number):\n"
+        "    time.sleep(0.2)\n"
+        "    pathlib.Path(f'ran_in_{os.getpid()}').touch()\n"
+    )
+    run(sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist", "loadgroup", tmp_path, cwd=tmp_path)
+    assert len(list(tmp_path.glob("ran_in_*"))) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- the wheel

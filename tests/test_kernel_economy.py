@@ -14,11 +14,10 @@ from pathlib import Path
 import pytest
 from listings import STRIPS, listing
 
-from benchmarks.kernel_economy import reading, rules, table
-from benchmarks.kernel_economy.conv_loops import issued_by_stem
-from benchmarks.kernel_economy.counts import count_kernels
-from benchmarks.kernel_economy.loops import Flow, instructions_of, issued_by_strips
-from benchmarks.kernel_economy.pointwise_loops import Tile, issued_by_tiles, tiles
+from benchmarks.kernel_economy import limits, reading, rules, table
+from benchmarks.kernel_economy.counts import count_kernels, stem_parts
+from benchmarks.kernel_economy.loops import Flow, PartMissing, instructions_of
+from benchmarks.kernel_economy.pointwise import Tile, pointwise_parts, tiles
 from benchmarks.kernel_economy.reading import Kernel, ToolMissing
 from benchmarks.kernel_economy.rules import Claim, Rule
 from effkernels import _library
@@ -84,12 +83,12 @@ class TestThePage:
             pytest.skip("the library was not built for sm_90, which the tables are of")
         if table.caption(reading.nvcc_version()) not in page:
             pytest.skip(f"the tables are of another compiler than nvcc {reading.nvcc_version()}")
-        expected = table.with_section(page, table.section(shipped, tmp_path))
+        expected = table.SECTION.replaced(page, table.section(shipped, tmp_path))
         assert page == expected, "run: make kernels-table"
 
     def test_a_page_without_markers_is_refused(self) -> None:
         with pytest.raises(ValueError, match="must be there once"):
-            table.with_section("# CUDA kernels", "text")
+            table.SECTION.replaced("# CUDA kernels", "text")
 
 
 # sm_90 is what continuous integration builds. Of sm_80 it compiles the kernels that networks spend their time in; the
@@ -117,17 +116,6 @@ class TestTheCounts:
         expected = kernel_counts.to_json(count_kernels(shipped))
         assert kernel_counts.FILE.read_text(encoding="utf-8") == expected, "run: make kernels-table"
 
-    def test_strips_agree_with_the_instructions_for_each_value(self, shipped: list[Kernel]) -> None:
-        """Two ways to count one strip: part by part, and the whole way around it."""
-        counts = count_kernels(shipped)
-        for size, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
-            name = f"depthwise_strips<bfloat16, {size}, {stride}, {7 if stride == 1 else 4}>"
-            (kernel,) = (one for one in shipped if one.name == name and one.arch == 90)
-            parts = counts[name.replace(" ", "")].parts
-            values = rules.strip_elements(kernel)
-            by_parts = (parts["strip"].issued + size * parts["row"].issued) / values
-            assert by_parts == pytest.approx(rules.issued(kernel).inside, rel=0.05), name
-
 
 class TestTheLoops:
     def test_blocks_end_at_branches_and_begin_where_they_lead(self) -> None:
@@ -142,131 +130,153 @@ class TestTheLoops:
             *{(0x40, 3), (0x70, 4), (0x20, 18)}
         }
 
-    def test_the_way_of_swish_is_counted_and_rows_as_often_as_the_kernel_has_them(self) -> None:
-        code = instructions_of(listing(*STRIPS))
-        found = issued_by_strips(code, kernel=1, stride=1, strip=1, vector=1)
-        # IADD3, BRA, 3 or 4 of a row, BRX, MUFU, BRA, STG, BRA
-        assert (found.inside, found.border) == (10, 11)
-        assert found.pipes == {"ALU": 6, "memory": 2, "FMA": 1, "special": 1}
 
-    def test_code_without_the_loops_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="2 FFMA and 2 LDG"):
-            issued_by_strips(instructions_of(listing(*STRIPS)), kernel=2, stride=1, strip=1, vector=1)
+def counted(*lines: str) -> Flow:
+    return Flow(instructions_of(listing(*lines)))
 
 
 class TestTheStem:
-    # A block that loads one window, then tiles: put it, multiply, read the next one, norm, activation, store.
+    # A block that reads norm, weights and one window, then tiles: put it, multiply, read the next one, norm,
+    # activation, store. It goes back to 0x90 for more channels, and after 0x270 for the next tile.
     LISTING = (
-        "LDG.E R0, [R2.64]",  # 10: parameters, in a loop
-        "@P0 BRA 0x10",
-        "LDG.E.128 R4, [R2.64]",  # 30: the first window
-        "@P1 BRA 0x80",  # 40: the loop over tiles: channels_last skips the turn
+        "@P0 BRA 0x40",  # 10: the loop over channels; a norm that is not there
+        "MUFU.RSQ R4, R4",
+        "FFMA R4, R4, R5, R6",
+        "@P1 BRA 0x10",  # 40
+        "LDG.E.U16 R4, [R2.64]",  # 50: the loop over weights
+        "STS.U16 [R9], R4",
+        "@P0 BRA 0x50",
+        "LDG.E.128 R4, [R2.64]",  # 80: the first window
+        "@P6 BRA 0x120",  # 90: the loop over tiles: more channels of the same one
+        "@P1 BRA 0xe0",  # a0: channels_last skips the turn
         "PRMT R4, R4, 0x5410, R5",
         "PRMT R5, R4, 0x7632, R5",
         "PRMT R6, R4, 0x7632, R5",
-        "STS.128 [R9], R4",  # 80
+        "STS.128 [R9], R4",  # e0
         "BAR.SYNC.DEFER_BLOCKING 0x0",
-        "LDS R4, [R9]",
-        "HMMA.16816.F32.BF16 R4, R4, R5, RZ",
-        "@P2 BRA 0x120",  # c0: no other tile
-        "@P3 BRA 0x100",
-        "LDG.E.64 R4, [R2.64]",  # e0: narrow
-        "BRA 0x120",
-        "LDG.E.128 R4, [R2.64]",  # 100: wide
-        "IADD3 R1, R1, 0x1, RZ",
-        "FFMA R4, R4, R5, R6",  # 120
-        "BRX R8 -0x130",
-        "FMUL R4, R4, R4",  # 140: not swish, longer
-        "FMUL R4, R4, R4",
-        "FMUL R4, R4, R4",
-        "BRA 0x190",
-        "MUFU.TANH R4, R4",  # 180
-        "@P4 BRA 0x1d0",  # 190: channels that vectors do not divide
-        "STG.E.128 [R2.64], R4",
-        "BRA 0x1e0",
         "NOP",
-        "STG.E.U16 [R2.64], R4",  # 1d0
-        "@P5 BRA 0x40",  # 1e0
-        "EXIT",
-    )
-
-    @pytest.mark.parametrize(("planes", "turned"), [(False, 0), (True, 3)])
-    def test_parts_of_a_tile_are_told_apart(self, planes: bool, turned: int) -> None:
-        found = issued_by_stem(instructions_of(listing(*self.LISTING)), planes)
-        # Branch, turn; BRA, LDG, IADD3 of the next window; after the stores the branch back.
-        assert found.window == {"ALU": 1 + turned + 2 + 1, "memory": 1}
-        # The put and the barrier are in the block of the product here.
-        assert found.product == {"shared": 2, "tensor": 1, "ALU": 2}
-        assert found.epilogue == {"FMA": 1, "special": 1, "ALU": 3, "memory": 1}
-        assert found.prologue == {"memory": 2, "ALU": 1}
-        assert found.tile.total() == 16 + turned
-        assert found.for_each_value() == (16 + turned) / 32
-        assert found.for_each_value(tiles=2) == (16 + turned + 1.5) / 32
-
-    def test_code_without_the_loop_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="no loop with a barrier and a product"):
-            issued_by_stem(instructions_of(listing("FFMA R4, R4, R5, R6", "@P0 BRA 0x10", "EXIT")), planes=False)
-
-
-class TestThePointwiseLoops:
-    # One warp, a tile of 16 x 8: two copies of x and one of the weights for a stage, two products a step.
-    TILE = Tile(16, 8, 1, 1, 1)
-    LISTING = (
-        "MOV R0, 0x1",  # 10
-        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 20: the loop over the first stages of the weights
-        "@P0 BRA 0x20",
-        *["LDG.E R4, [R2.64]"] * 4,  # 40: the norm
-        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 80: the loop over the first stages of x
-        "@P0 BRA 0x80",
-        "CS2R R24, SRZ",  # b0: the loop over tiles
-        "BAR.SYNC.DEFER_BLOCKING 0x0",  # c0: the loop over steps
-        "@P1 BRA 0x110",
-        *["VIMNMX R5, R5, R6, PT"] * 2,  # e0: the rows of the next tile
-        "IADD3 R7, R7, 0x1, RZ",
-        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 110
-        "@P2 BRA 0x150",
-        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 140: weights that are not kept
-        "LDSM.16.M88.4 R40, [R12]",  # 150
-        *["HMMA.16816.F32.BF16 R24, R40, R14, R24"] * 2,
-        "@P3 BRA 0xc0",
-        "@P4 BRA 0x1c0",  # 190
-        *["FMUL R4, R4, R4"] * 2,  # 1a0: a longer way to no result
-        "FFMA R4, R4, R5, R6",  # 1c0
-        "MUFU.TANH R4, R4",
-        "STG.E.64 [R2.64], R4",
-        "@P5 BRA 0xb0",
+        "NOP",
+        "LDS R4, [R9]",  # 120
+        "HMMA.16816.F32.BF16 R4, R4, R5, RZ",
+        "@P2 BRA 0x190",  # 140: no other tile
+        "@P3 BRA 0x180",
+        "LDG.E.64 R4, [R2.64]",  # 160: narrow
+        "BRA 0x190",
+        "LDG.E.128 R4, [R2.64]",  # 180: wide
+        "FFMA R4, R4, R5, R6",  # 190
+        "BRX R8 -0x1a0",
+        "FMUL R4, R4, R4",  # 1b0: not swish, longer
+        "FMUL R4, R4, R4",
+        "FMUL R4, R4, R4",
+        "BRA 0x200",
+        "MUFU.TANH R4, R4",  # 1f0
+        "@P4 BRA 0x230",  # 200: channels that vectors do not divide
+        "STG.E.128 [R2.64], R4",
+        "BRA 0x240",
+        "STG.E.U16 [R2.64], R4",  # 230
+        "@P6 BRA 0x90",  # 240: more channels
+        "IADD3 R1, R1, 0x1, RZ",
+        "IADD3 R1, R1, 0x1, RZ",
+        "@P5 BRA 0x90",  # 270
         "EXIT",
     )
 
     def test_each_part_of_the_work_is_counted(self) -> None:
-        found = issued_by_tiles(instructions_of(listing(*self.LISTING)), self.TILE, takes_gate=False)
-        assert found.prologue.total() == 10 + 2 * 2 + 2 * 3, "each loop over the first stages is run three times"
-        assert found.tile == {"ALU": 4}
-        assert found.step == {"ALU": 4, "load/store": 2, "shared": 1, "tensor": 2}
-        assert found.weights == {"load/store": 1}
-        assert found.epilogue == {"ALU": 2, "FMA": 1, "special": 1, "load/store": 1}
-        assert found.residual.total() == 0
+        parts = stem_parts(counted(*self.LISTING))
+        assert parts["prologue"].issued == 1, "the first window"
+        assert (parts["norm"].issued, parts["norm"].special) == (4, 1), "not the way without a norm"
+        assert parts["weights"].issued == 3
+        tile = parts["tile"]
+        assert tile.issued == 2 + 2 + 5 + 2 + 1 + 3 + 1 + 3, "channels_last, a window, and the step to the next tile"
+        assert (tile.tensor, tile.special, tile.fma, tile.memory) == (1, 1, 1, 4)
+        assert parts["tile.planes"].issued == tile.issued + 3
+        assert parts["channels"].issued == 1 + 3 + 2 + 1 + 3 + 1, "no window, no next tile"
+
+    def test_code_without_the_loop_is_an_error(self) -> None:
+        with pytest.raises(PartMissing, match="no loop with a barrier and FFMA"):
+            stem_parts(counted("FFMA R4, R4, R5, R6", "@P0 BRA 0x10", "EXIT"))
+
+
+class TestThePointwiseKernel:
+    # Two copies of x and one of the weights for a stage, two products a step.
+    LISTING = (
+        "MOV R0, 0x1",  # 10
+        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 20: the loop over the first stages of the weights
+        "@P0 BRA 0x20",
+        "@P0 BRA 0x70",  # 40
+        "LDG.E R4, [R2.64]",
+        "MUFU.RSQ R4, R4",
+        "@P0 BRA 0x90",  # 70: the loop over the first stages of x
+        "VIMNMX R5, R5, R6, PT",  # the rows of the first tile
+        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 90
+        "@P0 BRA 0x70",
+        "CS2R R24, SRZ",  # c0: the loop over tiles
+        "BAR.SYNC.DEFER_BLOCKING 0x0",  # d0: the loop over steps
+        "@P1 BRA 0x120",
+        *["VIMNMX R5, R5, R6, PT"] * 2,  # f0: the rows of the next tile
+        "IADD3 R7, R7, 0x1, RZ",
+        *["LDGSTS.E.BYPASS.128 [R1], [R2.64]"] * 2,  # 120
+        "@P2 BRA 0x160",
+        "LDGSTS.E.BYPASS.128 [R1], [R2.64]",  # 150: weights that are not kept
+        "LDSM.16.M88.4 R40, [R12]",  # 160
+        *["HMMA.16816.F32.BF16 R24, R40, R14, R24"] * 2,
+        "@P3 BRA 0xd0",
+        "@P4 BRA 0x1d0",  # 1a0
+        *["FMUL R4, R4, R4"] * 2,  # 1b0: a longer way to no result
+        "FFMA R4, R4, R5, R6",  # 1d0
+        "MUFU.TANH R4, R4",
+        "STG.E.64 [R2.64], R4",
+        "@P5 BRA 0xc0",
+        "EXIT",
+    )
+
+    def test_each_part_of_the_work_is_counted(self) -> None:
+        parts = pointwise_parts(counted(*self.LISTING))
+        assert parts["prologue"].issued == 4, "with the norm, without the loops over stages"
+        assert (parts["prologue"].special, parts["prologue"].trips) == (1, 1)
+        assert parts["weights"].issued == 2
+        assert parts["fill"].issued == 4, "the rows of a tile are part of the tile"
+        step = parts["step"]
+        assert step.issued == 2 + 2 + 1 + 1 + 2 + 1
+        assert (step.tensor, step.memory, step.wavefronts) == (2, 3, 12)
+        assert parts["step.weights"].issued == 1
+        tile = parts["tile"]
+        assert tile.issued == 1 + 3 + 1 + 4, "its beginning, the rows of the next one, its end"
+        assert (tile.fma, tile.special, tile.memory) == (1, 1, 1)
+        for name in ("tile.gate", "tile.residual"):
+            assert parts[name].issued == 0
 
     def test_code_without_the_loops_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="0 loops of 4 HMMA and a barrier"):
-            issued_by_tiles(instructions_of(listing(*self.LISTING)), Tile(32, 8, 1, 1, 1), takes_gate=False)
-        with pytest.raises(ValueError, match="copies of a step"):
-            issued_by_tiles(instructions_of(listing(*self.LISTING)), self.TILE, takes_gate=True)
+        with pytest.raises(PartMissing, match="no loop with a barrier, FFMA and LDGSTS"):
+            pointwise_parts(counted("FFMA R4, R4, R5, R6", "@P0 BRA 0x10", "EXIT"))
 
     def test_tiles_are_those_of_the_source(self) -> None:
         assert len(tiles()) == 12
         assert Tile(64, 144, 4, 1, 1) in tiles()
 
-    def test_more_instructions_than_budgeted_break_the_claim(
+
+class TestTheLimits:
+    def test_more_instructions_than_allowed_break_the_claim(
         self, shipped: list[Kernel], monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        one = next((k for k in shipped if k.name == "pointwise<bfloat16, 0, 7, 0, false>" and k.arch == 90), None)
-        if one is None:
-            pytest.skip("the library was not built for sm_90, which the budget is of")
-        assert rules.within_pointwise_budget(one) is None
-        for budget in ((1, 999, 999), (999, 1, 999), (999, 999, 1)):
-            monkeypatch.setitem(rules._POINTWISE_BUDGET, ("identity", 128, 16), budget)
-            assert rules.within_pointwise_budget(one)
+        by_name = {kernel.name: kernel for kernel in shipped if kernel.arch == 90}
+        if not by_name:
+            pytest.skip("the library was not built for sm_90, which the limits are of")
+        for name, units in (
+            ("pointwise<bfloat16, 0, 7, 0, false>", ["block", "tile", "step"]),
+            ("conv_stem<bfloat16>", ["value, x channels_last", "value, x contiguous", "block"]),
+            ("depthwise_strips<bfloat16, 3, 1, 7>", ["value"]),
+            ("depthwise_strips<bfloat16, 5, 2, 2>", ["value"]),
+        ):
+            assert rules.within_limits(by_name[name]) is None
+            limited = [one for one in limits.issued_by(by_name[name]) if one.most is not None]
+            assert [one.unit for one in limited] == units
+            for one in limited:
+                broken = limits.Issued(one.unit, one.counters, 0.9 * one.counters.issued).broken
+                assert broken is not None
+                assert f"for each {one.unit}; the claim" in broken
+        monkeypatch.setattr(limits, "_STEM_BLOCK", 100)
+        assert "instructions for each block" in (rules.within_limits(by_name["conv_stem<bfloat16>"]) or "")
 
 
 GOOD = "good<bfloat16, 1>"

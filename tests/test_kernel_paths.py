@@ -6,7 +6,7 @@ import pytest
 from listings import STRIPS, listing
 
 from benchmarks.kernel_economy import paths
-from benchmarks.kernel_economy.loops import Flow, instructions_of
+from benchmarks.kernel_economy.loops import Flow, PartMissing, inside, instructions_of, loops_of
 from effkernels.plan.kernel_counts import Counters
 
 
@@ -24,15 +24,15 @@ class TestThePaths:
         assert "MUFU.EX2" not in [one.opcode for one in paths.way(flow, first, last, paths.plain)]
 
     def test_loops_left_out_count_nothing(self) -> None:
-        loops = paths.loops_of(self.FLOW)
+        loops = loops_of(self.FLOW)
         rows = [one for one in loops if one.count("FFMA") == 1]
-        strips = next(one for one in loops if all(paths.inside(row, one) for row in rows))
+        strips = next(one for one in loops if all(inside(row, one) for row in rows))
         path = paths.way(self.FLOW, strips.first, strips.last, paths.longest, rows)
         assert not [one for one in path if one.name == "FFMA"]
         assert [one.name for one in path] == ["IADD3", "BRA", "BRX", "MUFU", "BRA", "STG", "BRA"]
 
     def test_no_way_is_an_error(self) -> None:
-        with pytest.raises(ValueError, match="no way from block"):
+        with pytest.raises(PartMissing, match="no way from block"):
             paths.way(self.FLOW, self.block(0x140), self.block(0x20), paths.longest)
 
     def test_instructions_are_sorted_by_unit(self) -> None:

@@ -234,7 +234,9 @@ class TestPointwiseByHand:
             "step.gated": Counters(issued=1000),
             "step.weights": Counters(issued=50),
             "tile": Counters(issued=300, fma=20, special=64),
+            "tile.gate": Counters(issued=110),
             "tile.residual": Counters(issued=200),
+            "gate": Counters(issued=17),
         }
     )
 
@@ -258,6 +260,15 @@ class TestPointwiseByHand:
         issued = 400 + 3 * (10 + 20) + 2 * (4 * 100 + 300)
         clocks = issued * time_estimate.CLOCKS_PER_INSTRUCTION + time_estimate.L2_LATENCY  # the first slice
         assert time.latency == pytest.approx(clocks / CLOCKS_PER_US)
+
+    def test_gates_cost_instructions_in_each_tile_and_step(self) -> None:
+        """More of a tile, another way through a step, and a pass of copies in every stage."""
+        arguments = {**self.CALL.arguments, "gate": torch.empty(2, 128, dtype=torch.bfloat16, device="meta")}
+        line = {**self.LINE, "gate_images": "1"}
+        call = replace(self.CALL, arguments=arguments)
+        gated = estimate(line, call, H200, moved=0, flops=0, rate=1.0, counts=self.COUNTS)
+        more = 3 * 17 + 2 * (110 + 4 * (1000 - 100 + 17))
+        assert gated.issue - self.time().issue == pytest.approx(4 * more / 4 / CLOCKS_PER_US)
 
     def test_weights_that_are_not_kept_are_copied_for_each_tile(self) -> None:
         kept, copied = self.time(), self.time(keeps_weight="0")

@@ -24,7 +24,18 @@ from triton_gates.amd import AmdKernel
 from triton_gates.calls import BFLOAT16, CALLS
 from triton_gates.rules import TritonKernel
 
-from benchmarks.kernel_economy.rules import Rule, in_registers, resident_threads, wide_loads, wide_stores
+from benchmarks.kernel_economy.rules import (
+    Rule,
+    exact_products,
+    in_registers,
+    one_tanh_per_element,
+    resident_threads,
+    some_wide_stores,
+    stored_elements,
+    tensor_cores,
+    wide_loads,
+    wide_stores,
+)
 from effkernels import triton as families
 
 TESTS = Path(__file__).parent
@@ -116,13 +127,13 @@ class TestTheRules:
             (in_registers, "good", "one warp"),
             (rules.no_narrow_loads, "good", "element by element"),
             (wide_stores, "good", "element by element"),
-            (rules.some_wide_stores, "good", "element by element"),
+            (some_wide_stores(1), "good", "element by element"),
             (wide_loads(1), "good", "element by element"),
             (rules.copies_asynchronously, "good", "waiting for every load"),
-            (rules.tensor_cores, "good", "exact"),
-            (rules.no_tensor_cores, "exact", "good"),
+            (tensor_cores, "good", "exact"),
+            (exact_products, "exact", "good"),
             (rules.shared_fits, "good", "eight stages"),
-            (rules.one_tanh_per_element, "good", "two special functions"),
+            (one_tanh_per_element(stored_elements), "good", "two special functions"),
             (rules.short_code, "exact", "unrolled"),
             (resident_threads(256), "good", "one warp"),
         ],
@@ -168,8 +179,8 @@ def test_the_page_has_these_readings(compiled: dict[str, Any]) -> None:
     from triton_gates import table
 
     page = table.PAGE.read_text(encoding="utf-8")
-    version = page.partition(table.BEGIN)[2].partition("Compiled by Triton ")[2].split(" ")[0]
+    version = page.partition(table.SECTION.begin)[2].partition("Compiled by Triton ")[2].split(" ")[0]
     if compiled["triton"] != version:
         pytest.skip(f"the page is of Triton {version}")
     if all(kernel.arch == 90 for kernel in compiled["calls"]):
-        assert table.with_section(page, table.section(compiled["calls"])) == page, "make kernels-table"
+        assert table.SECTION.replaced(page, table.section(compiled["calls"])) == page, "make kernels-table"

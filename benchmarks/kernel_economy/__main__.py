@@ -1,5 +1,5 @@
-"""Writes effkernels/kernel_counts.json and the tables of docs/kernels.md from the built library; says which claims do
-not hold."""
+"""Write effkernels/plan/kernel_counts.json and the tables of docs/kernels.md from the built library; report
+which claims do not hold."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main() -> int:
     for line in broken:
         print(line, file=sys.stderr)
     before = table.PAGE.read_text(encoding="utf-8")
-    after = table.with_section(before, text)
+    after = table.SECTION.replaced(before, text)
     if check:
         stale = [
             name

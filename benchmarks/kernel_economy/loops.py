@@ -1,41 +1,22 @@
-"""Instructions that a kernel issues for each value of its result, counted along the path that a call takes.
+"""The blocks and loops of a kernel's disassembly.
 
-The disassembly is cut into blocks, its loops are found by their backward branches, and an inner loop counts as often as
-the source says. Among the ways through the code of an activation, that of swish is followed: the one with MUFU.TANH.
+The code is cut where branches lead to and where they leave; a loop is a backward branch.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.kernel_economy.reading import INSTRUCTION
+
 _ENDS = {"EXIT", "RET", "BRX", "JMX"}
-# The pipe that executes an opcode on sm_90; what is not named goes through the ALU, one result per two clocks and lane.
-_PIPES = {
-    "FFMA": "FMA",
-    "FMUL": "FMA",
-    "FADD": "FMA",
-    "IMAD": "FMA",
-    "MUFU": "special",
-    "LDG": "memory",
-    "STG": "memory",
-    "LDS": "shared",
-    "STS": "shared",
-    "LDSM": "shared",
-    "HMMA": "tensor",
-}
 
 
-def by_pipe(opcodes: Counter[str]) -> Counter[str]:
-    """Instructions by the pipe that executes them."""
-    found: Counter[str] = Counter()
-    for opcode, times in opcodes.items():
-        found[_PIPES.get(opcode.partition(".")[0], "ALU")] += times
-    return found
+class PartMissing(Exception):
+    """The code of a kernel does not have a part that is counted."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +38,8 @@ class Instruction:
 
 def instructions_of(code: str) -> tuple[Instruction, ...]:
     """Return the instructions of one function of a listing of cuobjdump --dump-sass, without NOPs."""
-    pattern = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);"
     found = []
-    for address, predicate, opcode, operands in re.findall(pattern, code, flags=re.MULTILINE):
+    for address, predicate, opcode, operands in INSTRUCTION.findall(code):
         if opcode == "NOP":
             continue
         target = None
@@ -81,7 +61,7 @@ class Loop:
     instructions: tuple[Instruction, ...]
 
     def count(self, name: str) -> int:
-        """Instructions of an opcode."""
+        """Return how many instructions have this opcode."""
         return sum(one.name == name for one in self.instructions)
 
 
@@ -89,6 +69,7 @@ class Flow:
     """The blocks of a function, in the order of the code, and the blocks that can follow each of them."""
 
     def __init__(self, code: Sequence[Instruction]) -> None:
+        self.code = tuple(code)
         starts = {code[0].address} | {one.target for one in code if one.target is not None}
         for one, following in itertools.pairwise(code):
             if one.target is not None or one.name in _ENDS:
@@ -114,6 +95,10 @@ class Flow:
         for number, end in itertools.pairwise([*tables, len(self.blocks)]):
             self.next[number] += [to for to in range(number + 1, end) if to not in reached]
 
+    def count(self, name: str) -> int:
+        """Return how many instructions have this opcode."""
+        return sum(one.name == name for one in self.code)
+
     def loops(self) -> Iterator[Loop]:
         """Return every loop, by its backward branch."""
         for number, following in enumerate(self.next):
@@ -122,102 +107,41 @@ class Flow:
                     inside = [one for block in self.blocks[to : number + 1] for one in block]
                     yield Loop(to, number, tuple(inside))
 
-    def longest(self, loop: Loop, inner: Sequence[tuple[Loop, Counter[str]]]) -> Counter[str]:
-        """Opcodes along one way around a loop: of the ways with the most MUFU.TANH, the one with most instructions.
 
-        Args:
-            inner: loops inside of it, and what counts for all of such a loop, wherever it is entered.
-        """
+def loops_of(flow: Flow) -> list[Loop]:
+    """Return the loops of a function, one for each first block and last block, the shortest first.
 
-        @functools.cache
-        def best(number: int) -> tuple[int, int, tuple[tuple[str, int], ...]] | None:
-            last, own = number, Counter(one.opcode for one in self.blocks[number])
-            ahead = set(self.next[number])
-            for row, counted in inner:
-                if row.first <= number <= row.last:
-                    last, own = row.last, Counter(counted)
-                    ahead = {to for block in range(row.first, row.last + 1) for to in self.next[block]}
-            rests: list[tuple[int, int, tuple[tuple[str, int], ...]]] = [(0, 0, ())]
-            if last != loop.last:
-                ahead = {to for to in ahead if last < to <= loop.last}
-                rests = [rest for to in ahead if (rest := best(to)) is not None]
-            if not rests:
-                return None
-            own = own + Counter(dict(max(rests)[2]))
-            return own["MUFU.TANH"], sum(own.values()), tuple(own.items())
-
-        found = best(loop.first)
-        if found is None:
-            raise ValueError(f"no way from block {loop.first} to block {loop.last}")
-        return Counter(dict(found[2]))
-
-
-@dataclass(frozen=True)
-class Issued:
-    """Instructions for each value of the result.
-
-    Attributes:
-        inside, border: of a strip inside the image, and of one at its left or right border.
-        pipes: of a strip inside, by pipe.
+    Not the ways back from code after the function's end, to which a warp goes whose lanes disagree.
     """
 
-    inside: float
-    border: float
-    pipes: dict[str, float]
+    def ends(loop: Loop) -> bool:
+        return any(one.name in ("EXIT", "RET") and not one.predicated for one in loop.instructions)
+
+    found = {(loop.first, loop.last): loop for loop in flow.loops() if len(loop.instructions) > 1 and not ends(loop)}
+    return sorted(found.values(), key=lambda loop: len(loop.instructions))
 
 
-def issued_by_strips(code: Sequence[Instruction], kernel: int, stride: int, strip: int, vector: int) -> Issued:
-    """Of depthwise_strips and depthwise_resident: a strip of `strip` pixels by `vector` channels.
+def inside(inner: Loop, outer: Loop) -> bool:
+    """Return whether a loop is in another one."""
+    return outer.first <= inner.first and inner.last <= outer.last and inner != outer
 
-    Args:
-        kernel, stride: of the convolution; the loop over a row of inputs is run once for each row of the kernel.
+
+def innermost(loops: Sequence[Loop]) -> list[Loop]:
+    """Return the loops that hold no other."""
+    return [one for one in loops if not any(inside(other, one) for other in loops)]
+
+
+def outermost(loops: Sequence[Loop]) -> list[Loop]:
+    """Return the loops that are in no other."""
+    return [one for one in loops if not any(inside(one, other) for other in loops)]
+
+
+def only(loops: Sequence[Loop], words: str) -> Loop:
+    """Return the first of the loops that were found.
 
     Raises:
-        ValueError: the code has not the loops that are looked for.
+        PartMissing: there is none.
     """
-    flow = Flow(code)
-    products, inputs = kernel * strip * vector, (strip - 1) * stride + kernel
-    loops = sorted(flow.loops(), key=lambda loop: len(loop.instructions))
-    # Over a row of inputs. The longest of those with one beginning: a `continue` is a backward branch too.
-    rows = {
-        loop.first: loop
-        for loop in loops
-        if loop.count("FFMA") == products and loop.count("LDG") == inputs and not loop.count("MUFU")
-    }
-    if len(rows) != 2:
-        raise ValueError(
-            f"{len(rows)} loops of {products} FFMA and {inputs} LDG, one for each row of inputs; wanted: 2"
-        )
-    strips = next(one for one in loops if all(one.first < row.first and row.last < one.last for row in rows.values()))
-    counted = []
-    for chosen in rows.values():
-        each = Counter({name: kernel * times for name, times in Counter(o.opcode for o in chosen.instructions).items()})
-        counted.append(flow.longest(strips, [(row, each if row is chosen else Counter()) for row in rows.values()]))
-    inside, border = sorted(counted, key=lambda opcodes: sum(opcodes.values()))
-    values = strip * vector
-    return Issued(
-        sum(inside.values()) / values,
-        sum(border.values()) / values,
-        {pipe: n / values for pipe, n in by_pipe(inside).items()},
-    )
-
-
-def issued_by_windows(code: Sequence[Instruction], kernel: int, values: int) -> Issued:
-    """Of a short strip, whose window is read at once: inside the image and at its border the code is the same.
-
-    Args:
-        kernel: size of the convolution.
-        values: of the result, of a strip.
-
-    Raises:
-        ValueError: there is no loop over strips.
-    """
-    flow = Flow(code)
-    strips = [
-        loop for loop in flow.loops() if loop.count("FFMA") >= kernel * kernel * values and loop.count("STG") == 2
-    ]
-    if not strips:
-        raise ValueError(f"no loop over strips of {values} values")
-    counted = flow.longest(min(strips, key=lambda loop: len(loop.instructions)), [])
-    total = sum(counted.values()) / values
-    return Issued(total, total, {pipe: times / values for pipe, times in by_pipe(counted).items()})
+    if not loops:
+        raise PartMissing(f"no loop {words}")
+    return loops[0]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 
-from benchmarks.kernel_economy.loops import Flow, Instruction, Loop
+from benchmarks.kernel_economy.loops import Flow, Instruction, Loop, PartMissing
 from effkernels.plan.kernel_counts import Counters
 
 Score = Callable[[Instruction], tuple[float, ...]]
@@ -91,7 +91,7 @@ def way(
         ends: whether the last block's own instructions belong to it.
 
     Raises:
-        ValueError: there is no such path.
+        PartMissing: there is no such path.
     """
     stop = len(flow.blocks) - 1 if last is None else last
     best: dict[int, tuple[tuple[float, ...], list[int]]] = {}
@@ -113,7 +113,7 @@ def way(
         rest = max(rests, key=lambda found: found[0])
         best[number] = tuple(map(sum, zip(own, rest[0], strict=True))), kept + rest[1]
     if first not in best:
-        raise ValueError(f"no way from block {first} to block {last}")
+        raise PartMissing(f"no way from block {first} to block {last}")
     numbers = best[first][1]
     if not ends and numbers and numbers[-1] == last:
         numbers = numbers[:-1]
@@ -125,34 +125,29 @@ def _is_access(one: Instruction) -> float:
 
 
 def longest(one: Instruction) -> tuple[float, ...]:
-    """Scores for the way with swish, or with the most work: MUFU.TANH, in float32 its reciprocals; every access."""
+    """Score for the way with swish, or with the most work: MUFU.TANH, in float32 its reciprocals; every access.
+
+    Calls are avoided: a division makes one for operands that are denormal or infinite.
+    """
     return (
         float(one.opcode == "MUFU.TANH"),
         float(one.opcode == "MUFU.RCP"),
         _is_access(one),
-        -float(one.name in ("FFMA", "FMUL")),
+        -float(one.name in ("FFMA", "FMUL", "CALL")),
         1.0,
     )
 
 
 def plain(one: Instruction) -> tuple[float, ...]:
-    """Scores for the way without special functions: every access, the fewest instructions."""
+    """Score for the way without special functions: every access, the fewest instructions."""
     return -float(one.name == "MUFU"), _is_access(one), -1.0
 
 
-def loops_of(flow: Flow) -> list[Loop]:
-    """Return the loops of a function, one for each first block and last block, the shortest first.
-
-    Not the ways back from code after the function's end, to which a warp goes whose lanes disagree.
-    """
-
-    def ends(loop: Loop) -> bool:
-        return any(one.name in ("EXIT", "RET") and not one.predicated for one in loop.instructions)
-
-    found = {(loop.first, loop.last): loop for loop in flow.loops() if len(loop.instructions) > 1 and not ends(loop)}
-    return sorted(found.values(), key=lambda loop: len(loop.instructions))
+def with_norm(one: Instruction) -> tuple[float, ...]:
+    """Score for the way through a norm's parameters: a batch norm with all of them, and a bias of the convolution."""
+    return float(one.opcode == "MUFU.RSQ"), _is_access(one), 1.0
 
 
-def inside(inner: Loop, outer: Loop) -> bool:
-    """Return whether a loop is in another one."""
-    return outer.first <= inner.first and inner.last <= outer.last and inner != outer
+def around(flow: Flow, loop: Loop, left_out: Sequence[Loop] = (), score: Score = longest) -> Counters:
+    """Count one pass through a loop."""
+    return counters(way(flow, loop.first, loop.last, score, left_out))

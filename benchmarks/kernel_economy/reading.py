@@ -22,6 +22,7 @@ SOURCES = ROOT / "csrc" / "cuda"
 NVCC_FLAGS = ("-O3", "-std=c++17", "-Wno-deprecated-gpu-targets", "-I", str(ROOT / "csrc"))
 
 _TYPES = {"__nv_bfloat16": "bfloat16", "__half": "float16", "float": "float32"}
+_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
 class ToolMissing(Exception):
@@ -81,6 +82,11 @@ class Kernel:
     def arguments(self) -> tuple[str, ...]:
         """The template arguments, those of a traits struct among them in its place."""
         return tuple(re.findall(r"-?\w+", self.name.partition("<")[2]))
+
+    @property
+    def element_bytes(self) -> int:
+        """The bytes of an element of the images: of the first type among the template arguments, else 4."""
+        return next((_ELEMENT_BYTES[name] for name in self.arguments if name in _ELEMENT_BYTES), 4)
 
     def count(self, opcode: str, *modifiers: str) -> int:
         """Instructions with this opcode and all of these modifiers."""
@@ -175,17 +181,25 @@ def _sections(listing: str) -> Iterator[tuple[int, str]]:
 _WITHOUT_LISTING = ("depthwise_any",)
 
 
+# A line of the disassembly that cuobjdump or nvdisasm prints: address, predicate, opcode with modifiers, operands.
+INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", flags=re.MULTILINE)
+
+
+def opcodes(code: str) -> Counter[str]:
+    """Return how often each opcode is in a disassembly, by its name with modifiers; NOPs are left out."""
+    return Counter(opcode for _, _, opcode, _ in INSTRUCTION.findall(code) if opcode != "NOP")
+
+
 def _instructions(listing: str) -> dict[tuple[int, str], tuple[Counter[str], str]]:
     """By (architecture, mangled name): how often each opcode is in the disassembly, and the disassembly."""
     found = {}
     for arch, text in _sections(listing):
         for function in re.split(r"^\s*Function : ", text, flags=re.MULTILINE)[1:]:
             name, _, code = function.partition("\n")
-            opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
             kept = ""
             if not any(word in name for word in _WITHOUT_LISTING):
                 kept = "\n".join(re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s.*?;", code, flags=re.MULTILINE))
-            found[arch, name.strip()] = Counter(opcode for opcode in opcodes if opcode != "NOP"), kept
+            found[arch, name.strip()] = opcodes(code), kept
     return found
 
 

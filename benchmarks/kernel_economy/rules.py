@@ -10,19 +10,12 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.kernel_economy.conv_loops import LANE_VALUES, StemIssued, issued_by_stem
-from benchmarks.kernel_economy.loops import Issued, instructions_of, issued_by_strips, issued_by_windows
-from benchmarks.kernel_economy.pointwise_loops import epilogue_of, pointwise_issued, tile_of
+from benchmarks.kernel_economy.counts import strip, strip_elements
+from benchmarks.kernel_economy.limits import LANE_VALUES, issued_by
+from benchmarks.kernel_economy.pointwise import epilogue_of, tile_of
 from benchmarks.kernel_economy.reading import Kernel
 
 Rule = Callable[[Kernel], str | None]  # what is wrong, or None
-
-_ELEMENT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-def element_bytes(kernel: Kernel) -> int:
-    """Return the bytes of an element of the images: of the first type among the template arguments, else 4."""
-    return next((_ELEMENT_BYTES[name] for name in kernel.arguments if name in _ELEMENT_BYTES), 4)
 
 
 def in_registers(kernel: Kernel) -> str | None:
@@ -84,17 +77,17 @@ def copies_asynchronously(kernel: Kernel) -> str | None:
 
 
 def tensor_cores(kernel: Kernel) -> str | None:
-    """Products run on the tensor cores, their factors come by ldmatrix where the type has 16 bits."""
-    if not kernel.count("HMMA"):
-        return "no tensor-core instruction (HMMA)"
-    if element_bytes(kernel) == 2 and not kernel.count("LDSM"):
+    """Products run on the tensor cores; HMMA has its factors by ldmatrix where the type has 16 bits."""
+    if not (kernel.count("HMMA") or kernel.count("HGMMA")):
+        return "no tensor-core instruction (HMMA, HGMMA)"
+    if kernel.element_bytes == 2 and kernel.count("HMMA") and not kernel.count("LDSM"):
         return "no ldmatrix (LDSM)"
     return None
 
 
 def exact_products(kernel: Kernel) -> str | None:
     """Float32 products by fused multiply-add, not on the tensor cores."""
-    if kernel.count("HMMA"):
+    if kernel.count("HMMA") or kernel.count("HGMMA"):
         return "tensor-core instructions in a kernel that promises exact float32"
     return None if kernel.count("FFMA") else "no fused multiply-add (FFMA)"
 
@@ -131,7 +124,7 @@ def one_tanh_per_element(elements: Callable[[Kernel], int]) -> Rule:
     """
 
     def rule(kernel: Kernel) -> str | None:
-        if element_bytes(kernel) != 2:
+        if kernel.element_bytes != 2:
             return None
         found, wanted = kernel.special_functions["TANH"], elements(kernel)
         if found == wanted:
@@ -143,14 +136,9 @@ def one_tanh_per_element(elements: Callable[[Kernel], int]) -> Rule:
 
 def stored_elements(kernel: Kernel) -> int:
     """Elements in the 16-byte stores, and one for each store as narrow as an element."""
-    size = element_bytes(kernel)
+    size = kernel.element_bytes
     stores = kernel.accesses("STG")
     return stores[16] * (16 // size) + stores[size]
-
-
-def strip(kernel: Kernel) -> int:
-    """Output pixels of a depthwise thread."""
-    return int(kernel.arguments[3])
 
 
 def row_of_inputs(kernel: Kernel) -> str | None:
@@ -166,68 +154,9 @@ def window_of_inputs(kernel: Kernel) -> str | None:
     return wide_loads(size * ((strip(kernel) - 1) * stride + size))(kernel)
 
 
-def strip_elements(kernel: Kernel) -> int:
-    """Elements of the result of a depthwise thread's strip."""
-    return strip(kernel) * 16 // element_bytes(kernel)
-
-
-# Instructions issued for each value of the result, of a strip inside the image with swish, by size and stride.
-_BUDGET = {(3, 1): 26, (3, 2): 33, (5, 1): 50, (5, 2): 62}
-
-
-def within_budget(kernel: Kernel) -> str | None:
-    """No more instructions for each value than _BUDGET has; it is of sm_90, and of the sizes that are in it."""
-    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
-    if (size, stride) not in _BUDGET or kernel.arch != 90:
-        return None
-    found = issued(kernel).inside
-    most = _BUDGET[size, stride]
-    return None if found <= most else f"{found:.1f} instructions for each value; the claim is {most}"
-
-
-# The same of short strips, stride 1 or 2, by size.
-_SHORT_BUDGET = {3: 55, 5: 112}
-
-
-def short_within_budget(kernel: Kernel) -> str | None:
-    """No more instructions for each value of a short strip in 16-bit types than _SHORT_BUDGET has; it is of sm_90."""
-    if kernel.arch != 90 or element_bytes(kernel) != 2:
-        return None
-    found, most = issued(kernel).inside, _SHORT_BUDGET[int(kernel.arguments[1])]
-    return None if found <= most else f"{found:.1f} instructions for each value; the claim is {most}"
-
-
-def issued(kernel: Kernel) -> Issued:
-    """Instructions for each value of a depthwise kernel."""
-    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
-    code = instructions_of(kernel.listing)
-    if strip(kernel) == 2:
-        return issued_by_windows(code, size, strip_elements(kernel))
-    return issued_by_strips(code, size, stride, strip(kernel), 16 // element_bytes(kernel))
-
-
-# Instructions issued for each value of the result of conv_stem, of a tile with swish; the prologue of a block.
-STEM_BUDGET, STEM_PROLOGUE = 14, 480
-
-
-def stem_within_budget(kernel: Kernel) -> str | None:
-    """No more instructions than STEM_BUDGET and STEM_PROLOGUE say; they are of sm_90."""
-    if kernel.arch != 90:
-        return None
-    for planes in (False, True):
-        found = stem_issued(kernel, planes)
-        each, before = found.for_each_value(), found.prologue.total()
-        if each > STEM_BUDGET or before > STEM_PROLOGUE:
-            return (
-                f"{each:.1f} instructions for each value, {before} before the first; "
-                f"the claim is {STEM_BUDGET} and {STEM_PROLOGUE}"
-            )
-    return None
-
-
-def stem_issued(kernel: Kernel, planes: bool) -> StemIssued:
-    """Instructions of conv_stem in a 16-bit type, for x in planes (NCHW) or channels_last."""
-    return issued_by_stem(instructions_of(kernel.listing), planes)
+def within_limits(kernel: Kernel) -> str | None:
+    """No more instructions for each unit of work than limits.py allows."""
+    return next((message for one in issued_by(kernel) if (message := one.broken)), None)
 
 
 def lane_values(_: Kernel) -> int:
@@ -261,38 +190,6 @@ def tile_elements(kernel: Kernel) -> int:
     return tile.rows // tile.warps_m * columns // 32 if epilogue_of(kernel) == "silu" else 0
 
 
-# Instructions that a warp issues at the beginning of a tile, for a step along k, and to write the tile, by epilogue,
-# rows and columns of the tile; for a block, before its first tile, at most _POINTWISE_PROLOGUE.
-_POINTWISE_PROLOGUE = 680
-_POINTWISE_BUDGET = {
-    ("identity", 64, 64): (161, 213, 146),
-    ("identity", 128, 16): (155, 204, 119),
-    ("identity", 128, 24): (162, 217, 204),
-    ("identity", 128, 32): (165, 218, 146),
-    ("identity", 128, 40): (175, 209, 237),
-    ("identity", 128, 64): (182, 239, 253),
-    ("identity", 128, 96): (200, 237, 366),
-    ("identity", 128, 128): (178, 231, 255),
-    ("silu", 64, 64): (48, 125, 225),
-    ("silu", 64, 144): (68, 147, 520),
-    ("silu", 128, 64): (68, 157, 435),
-    ("silu", 128, 96): (85, 182, 636),
-    ("silu", 128, 128): (64, 144, 428),
-}
-
-
-def within_pointwise_budget(kernel: Kernel) -> str | None:
-    """No more instructions for each part of the work than _POINTWISE_BUDGET has; it is of sm_90."""
-    if kernel.arch != 90:
-        return None
-    tile, found = tile_of(kernel), pointwise_issued(kernel)
-    most = (_POINTWISE_PROLOGUE, *_POINTWISE_BUDGET[epilogue_of(kernel), tile.rows, tile.columns])
-    parts = (found.prologue.total(), found.tile.total(), found.step.total(), found.epilogue.total())
-    if all(part <= limit for part, limit in zip(parts, most, strict=True)):
-        return None
-    return f"{parts} instructions for a block, a tile, a step, to write a tile; the claim is {most}"
-
-
 @dataclass(frozen=True)
 class Claim:
     """The claim of the kernels whose whole name matches ``pattern``.
@@ -316,10 +213,9 @@ _TYPE16 = "(?:bfloat16|float16)"
 CLAIMS: tuple[Claim, ...] = (
     Claim(
         rf"depthwise_strips<{_TYPE16}, [03579], [12], [47]>",
-        "16-byte loads of every input, 16-byte stores, 3 blocks of 128 threads; at most 26, 33, 50, 62 instructions "
-        "for each value (3x3 and 5x5, stride 1 and 2)",
+        "16-byte loads of every input, 16-byte stores, 3 blocks of 128 threads; instructions within their limits",
         (
-            *(row_of_inputs, wide_stores, strip_stored_wide, within_budget),
+            *(row_of_inputs, wide_stores, strip_stored_wide, within_limits),
             *(launch_bounds_kept, resident_threads(384), one_tanh_per_element(strip_elements)),
         ),
     ),
@@ -330,10 +226,10 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         r"depthwise_strips<\w+, [35], [12], 2>",
-        "16-byte loads of a whole window before its first use, 16-byte stores, 2 blocks of 128 threads; at most 55 and "
-        "112 instructions for each value (3x3 and 5x5, 16-bit types)",
+        "16-byte loads of a whole window before its first use, 16-byte stores, 2 blocks of 128 threads; instructions "
+        "within their limits (16-bit types)",
         (
-            *(window_of_inputs, wide_stores, strip_stored_wide, short_within_budget),
+            *(window_of_inputs, wide_stores, strip_stored_wide, within_limits),
             *(launch_bounds_kept, resident_threads(256), one_tanh_per_element(strip_elements)),
         ),
     ),
@@ -355,10 +251,10 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(
         rf"pointwise<{_TYPE16}, 0, \d+, [01], false>",
         "16-byte cp.async, tensor cores, a store for each 16 bytes of a thread's columns, the blocks that its tile "
-        "claims; no more instructions of a warp for a block, a tile, a step, and to write a tile than budgeted",
+        "claims; instructions within their limits",
         (
             *(copies_asynchronously, tensor_cores, tile_stored_wide, launch_bounds_kept),
-            *(one_tanh_per_element(tile_elements), within_pointwise_budget),
+            *(one_tanh_per_element(tile_elements), within_limits),
         ),
     ),
     Claim(
@@ -388,10 +284,9 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         rf"conv_stem<{_TYPE16}>",
-        "16-byte loads and stores, tensor cores, 3 blocks of 256 threads; at most "
-        f"{STEM_BUDGET} instructions for each value, {STEM_PROLOGUE} for each block",
+        "16-byte loads and stores, tensor cores, 3 blocks of 256 threads; instructions within their limits",
         (
-            *(wide_loads(3), some_wide_stores(4), tensor_cores, stem_within_budget),
+            *(wide_loads(3), some_wide_stores(4), tensor_cores, within_limits),
             *(launch_bounds_kept, resident_threads(768), one_tanh_per_element(lane_values)),
         ),
     ),

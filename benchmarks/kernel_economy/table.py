@@ -8,18 +8,20 @@ from dataclasses import astuple
 from pathlib import Path
 
 from benchmarks.kernel_economy.counts import count_kernels
-from benchmarks.kernel_economy.pointwise_loops import PIPES as POINTWISE_PIPES
-from benchmarks.kernel_economy.pointwise_loops import epilogue_of, pointwise_issued, tile_of
+from benchmarks.kernel_economy.limits import issued_by
+from benchmarks.kernel_economy.pointwise import epilogue_of, tile_of
 from benchmarks.kernel_economy.reading import ROOT, Kernel, compile_sources, nvcc_version, read_kernels
-from benchmarks.kernel_economy.rules import claim_of, element_bytes, issued, stem_issued
+from benchmarks.kernel_economy.rules import claim_of
+from benchmarks.sections import Section
 from effkernels.plan import gpus
 from effkernels.plan.kernel_counts import PIPES
 from effkernels.plan.launches import plan_model
 from effkernels.plan.time_estimate import MODES, OVERLAPPING, TERMS
 
 PAGE = ROOT / "docs" / "kernels.md"
-BEGIN = "<!-- kernels: written by python -m benchmarks.kernel_economy -->"
-END = "<!-- end of kernels -->"
+SECTION = Section(
+    "docs/kernels.md", "<!-- kernels: written by python -m benchmarks.kernel_economy -->", "<!-- end of kernels -->"
+)
 ACTIVATIONS = ("identity", "relu", "relu6", "silu", "hard_swish", "gelu", "gelu_tanh")  # the order of params.h
 _PROBE = Path(__file__).with_name("activations.cu")
 
@@ -59,18 +61,18 @@ def claim_lines(kernels: Sequence[Kernel]) -> list[str]:
 
 
 def issued_lines(kernels: Sequence[Kernel]) -> list[str]:
-    """Instructions of the depthwise kernels for each value of the result, by pipe."""
-    pipes = ("FMA", "ALU", "special", "memory", "shared")
-    lines = [
-        f"| kernel | inside | at the border | {' | '.join(pipes)} |",
-        "|---|--:|--:|" + "--:|" * len(pipes),
-    ]
+    """Return the instructions of each unit of work of the bfloat16 kernels, their limits, and what executes them."""
+    lines = [f"| kernel | for each | at most | {' | '.join(PIPES)} |", "|---|---|--:|" + "--:|" * len(PIPES)]
     for kernel in kernels:
-        sixteen_bits = element_bytes(kernel) == 2  # whose swish identifies the way
-        if kernel.family == "depthwise_strips" and sixteen_bits and int(kernel.arguments[1]) > 0:
-            found = issued(kernel)
-            each = " | ".join(f"{found.pipes.get(pipe, 0.0):.1f}" for pipe in pipes)
-            lines.append(f"| `{kernel.name}` | {found.inside:.1f} | {found.border:.1f} | {each} |")
+        if "bfloat16" not in kernel.arguments:
+            continue
+        name = f"`{kernel.name}`"
+        if kernel.family == "pointwise":
+            tile = tile_of(kernel)
+            name += f", {tile.rows}x{tile.columns}, {epilogue_of(kernel)}"
+        for one in issued_by(kernel):
+            cells = " | ".join(f"{value:.4g}" for value in astuple(one.counters))
+            lines.append(f"| {name} | {one.unit} | {'' if one.most is None else one.most} | {cells} |")
     return lines
 
 
@@ -84,7 +86,7 @@ _OWN_PARTS = ("row", "row.border", "strip")
 
 
 def part_lines(kernels: Sequence[Kernel]) -> list[str]:
-    """Instructions of a warp in one pass through each part of the hot kernels, by pipe."""
+    """Return the instructions of a warp in one pass through each part of the hot kernels, by pipe."""
     lines = [f"| kernel | part | {' | '.join(PIPES)} |", "|---|---|" + "--:|" * len(PIPES)]
     for name, counts in count_kernels(kernels).items():
         if not re.fullmatch(_HOT, name):
@@ -98,7 +100,7 @@ def part_lines(kernels: Sequence[Kernel]) -> list[str]:
 
 
 def launch_time_lines() -> list[str]:
-    """The estimate of every launch of EfficientNet-B0 at batch 256 in bfloat16 on an H200."""
+    """Return the estimate of every launch of EfficientNet-B0 at batch 256 in bfloat16 on an H200."""
     plan = plan_model("efficientnet_b0", gpu="h200", batch_size=256)
     lines = [
         f"| layer | kernel | grid | blocks x threads | MB | {' | '.join(TERMS)} | us |",
@@ -118,28 +120,8 @@ def launch_time_lines() -> list[str]:
     return lines
 
 
-def pointwise_lines(kernels: Sequence[Kernel]) -> list[str]:
-    """Instructions of a warp of the 16-bit pointwise kernels, by part of the work, and of a step by pipe."""
-    parts = ("prologue", "tile", "step", "weights", "epilogue", "residual")
-    lines = [
-        f"| kernel | tile | activation | {' | '.join(parts)} "
-        f"| {' | '.join(f'step: {pipe}' for pipe in POINTWISE_PIPES)} |",
-        "|---|---|---|" + "--:|" * (len(parts) + len(POINTWISE_PIPES)),
-    ]
-    for kernel in kernels:
-        if kernel.family != "pointwise" or element_bytes(kernel) != 2 or kernel.arguments[-1] == "true":
-            continue
-        found, tile = pointwise_issued(kernel), tile_of(kernel)
-        counts = [getattr(found, part).total() for part in parts] + [found.step[pipe] for pipe in POINTWISE_PIPES]
-        lines.append(
-            f"| `{kernel.name}` | {tile.rows}x{tile.columns}, {tile.threads} threads | {epilogue_of(kernel)} "
-            f"| {' | '.join(map(str, counts))} |"
-        )
-    return lines
-
-
 def sum_lines() -> list[str]:
-    """The estimated time of a forward in bfloat16, by GPU, model and batch size."""
+    """Return the estimated time of a forward in bfloat16, by GPU, model and batch size."""
     batches = (1, 32, 256)
     lines = [
         f"| model | GPU | {' | '.join(f'batch {batch}, {mode}' for batch in batches for mode in MODES)} |",
@@ -153,32 +135,12 @@ def sum_lines() -> list[str]:
     return lines
 
 
-def stem_lines(kernels: Sequence[Kernel]) -> list[str]:
-    """Instructions of the stem's kernel for each value of the result, by part and by pipe."""
-    pipes = ("FMA", "ALU", "special", "memory", "shared", "tensor")
-    lines = [
-        f"| kernel | x | for each value | window | product | epilogue | {' | '.join(pipes)} | for each block |",
-        "|---|---|--:|--:|--:|--:|" + "--:|" * len(pipes) + "--:|",
-    ]
-    for kernel in kernels:
-        if kernel.family != "conv_stem" or element_bytes(kernel) != 2:
-            continue
-        for planes in (False, True):
-            found = stem_issued(kernel, planes)
-            parts = [part.total() / found.values for part in (found.window, found.product, found.epilogue)]
-            figures = [found.for_each_value(), *parts, *(found.tile[pipe] / found.values for pipe in pipes)]
-            each = " | ".join(f"{figure:.1f}" for figure in figures)
-            layout = "contiguous" if planes else "channels_last"
-            lines.append(f"| `{kernel.name}` | {layout} | {each} | {found.prologue.total()} |")
-    return lines
-
-
 def activation_lines(folder: Path) -> list[str]:
-    """Special-function instructions per element of every activation and type, counted in a probe of its own."""
+    """Return the special functions for an element of every activation and type, counted in a probe of its own."""
     (binary,) = compile_sources([_PROBE], 90, folder)
     counted: dict[tuple[str, str], str] = {}
     for kernel in read_kernels(binary):
-        elements = 16 // element_bytes(kernel)
+        elements = 16 // kernel.element_bytes
         each = {kind: count // elements for kind, count in sorted(kernel.special_functions.items())}
         words = " + ".join(f"{count} {kind}" for kind, count in each.items() if count)
         counted[kernel.arguments[0], ACTIVATIONS[int(kernel.arguments[1])]] = words or "0"
@@ -204,23 +166,15 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "### What the compiler made of them\n\nCounts of instructions in the code, not of executions; blocks by "
         "registers and threads alone.",
         "\n".join(kernel_lines(shown)),
-        "### Instructions issued for each value of the result\n\nAlong the way of a strip with swish and with channel "
-        "sums, counted in the disassembly: a strip inside the image, one at its left or right border, and the first of "
-        "them by pipe. A multiprocessor issues 4 instructions of 32 lanes in a clock.",
+        "### Instructions issued for each unit of work\n\nBy a warp of the bfloat16 kernels, from the parts below: for "
+        "a value of the result, for a block, for a tile of a product or a step of it along k, with gates where the "
+        "kernel takes them. A multiprocessor issues 4 instructions of 32 lanes in a clock.",
         "\n".join(issued_lines(shown)),
-        "Of the stem with 32 output channels: a whole tile of it with swish, by part and by pipe; and what a warp "
-        "issues for each block, for the parameters and the first window.",
-        "\n".join(stem_lines(shown)),
-        "### Instructions issued by a warp of the pointwise kernel\n\nCounted in the disassembly, along the way of a "
-        "call of a network: for a block before its first tile, for each tile, for each step of 64 bytes along k (with "
-        "gates where the kernel takes them), more where the weights pass through the ring, to write a tile (one vector "
-        "a thread where any activation is taken), more where a residual is added.",
-        "\n".join(pointwise_lines(shown)),
         "### Special-function instructions per element",
         "\n".join(activation_lines(folder)),
         "### Instructions of a warp in each part of a kernel\n\nIn one pass through the part, counted in the "
-        "disassembly along the way that a network takes; `effkernels/kernel_counts.py` says what the columns are, "
-        "`effkernels/plan_work.py` how often each part runs.",
+        "disassembly along the way that a network takes; `effkernels/plan/kernel_counts.py` says what the columns are, "
+        "`effkernels/plan/work.py` how often each part runs.",
         "\n".join(part_lines(shown)),
         "### Estimated time of each launch: EfficientNet-B0 at batch 256, bfloat16, on an H200\n\nMicroseconds, as "
         "`effkernels explain --model-time` prints them: the longest of the first nine terms, in bold, and the others "
@@ -231,17 +185,3 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "\n".join(sum_lines()),
     ]
     return "\n\n".join(blocks)
-
-
-def with_section(page: str, text: str) -> str:
-    """Return the page with the text between the markers replaced.
-
-    Raises:
-        ValueError: a marker is missing.
-    """
-    for marker in (BEGIN, END):
-        if page.count(marker) != 1:
-            raise ValueError(f"docs/kernels.md: the marker {marker!r} must be there once")
-    before, rest = page.split(BEGIN)
-    _, after = rest.split(END)
-    return f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"

@@ -156,7 +156,7 @@ def _meaning_of_times() -> str:
         f"FLOPs, at least {FOREIGN_US:g} us.",
         "The sums below add the gaps between launches: in a CUDA graph, in one with programmatic dependent launch, and "
         f"in eager mode, where the host takes {EAGER_US:g} us for a call. The constants, which of them are published "
-        "and which assumed: effkernels/plan_time.py.",
+        "and which assumed: effkernels/plan/time_estimate.py.",
     ]
     return "\n".join(textwrap.fill(line, WIDTH) for line in lines)
 

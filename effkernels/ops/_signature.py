@@ -21,7 +21,6 @@ from effkernels._norm import Norm
 from effkernels.ops.reference import canonical_name
 
 _FIELDS = len(Norm._fields)
-_NO_NORM = (None, None, None, None, 1e-5)
 
 
 def _read_schemas() -> dict[str, str]:
@@ -38,7 +37,8 @@ def parts(norm: Norm | None, op: str, name: str = "norm") -> tuple[Tensor | floa
     if type(norm) is Norm:
         return norm
     if norm is None:
-        return _NO_NORM
+        # Written out: torch.compile would make the float of a global tuple an input of its graph.
+        return (None, None, None, None, 1e-5)
     raise norm_type_error(op, name, norm)
 
 

@@ -322,7 +322,7 @@ def _pointwise(cut: Cut, call: Call) -> Work:
     values = rows * columns
     of_value = part("value.part") if shares else _with_activation(cut, "value", call.arguments["activation"])
     of_thread = values / min(cut.threads, values / 4)
-    tile = part("tile") + (part("tile.residual") if residual else Counters())
+    tile = total(((part("tile"), 1), (part("tile.gate"), gated), (part("tile.residual"), residual)))
     slices = min(3, steps)
     gates = _ceil(cut["gate_images"] * 4, cut.threads) if gated else 0
     residuals = rows * columns / vector / cut.threads if residual else 0.0

@@ -12,7 +12,11 @@ from benchmarks.kernel_economy.rules import (
     Rule,
     exact_products,
     in_registers,
+    one_tanh_per_element,
     resident_threads,
+    some_wide_stores,
+    stored_elements,
+    tensor_cores,
     wide_loads,
     wide_stores,
 )
@@ -40,6 +44,11 @@ class TritonKernel(Kernel):
     call: Call | None
     roundings: int
     seconds: float
+
+    @property
+    def element_bytes(self) -> int:
+        """The bytes of an element of the images: of the call, and of a kernel of the tests by its name."""
+        return super().element_bytes if self.call is None else self.call.dtype.itemsize
 
     def __str__(self) -> str:
         return f"{self.name} (sm_{self.arch}, {self.registers} registers) of {self.call}"
@@ -71,21 +80,8 @@ def no_narrow_loads(kernel: TritonKernel) -> str | None:
 
 
 def copies_asynchronously(kernel: TritonKernel) -> str | None:
-    """The slices of the factors come by 16-byte cp.async while earlier ones are multiplied."""
+    """The slices of the factors come by 16-byte cp.async while earlier ones are multiplied; so may narrower ones."""
     return None if kernel.accesses("LDGSTS")[16] else "no 16-byte cp.async"
-
-
-def tensor_cores(kernel: TritonKernel) -> str | None:
-    """Products run on the tensor cores, those of sm_90 by either of its two instructions."""
-    found = kernel.count("HMMA") + (kernel.count("HGMMA") if kernel.arch >= 90 else 0)
-    return None if found else "no tensor-core instruction"
-
-
-def no_tensor_cores(kernel: TritonKernel) -> str | None:
-    """Exact float32: by multiply-adds."""
-    if kernel.count("HGMMA"):
-        return "tensor-core instructions in a kernel that promises exact float32"
-    return exact_products(kernel)
 
 
 def rounds_to_tf32(kernel: TritonKernel) -> str | None:
@@ -93,22 +89,11 @@ def rounds_to_tf32(kernel: TritonKernel) -> str | None:
     return None if kernel.roundings else "no rounding to TF32"
 
 
-def one_tanh_per_element(kernel: TritonKernel) -> str | None:
-    """In 16-bit types swish costs one special-function instruction for each element of the 16-byte stores."""
-    found, wanted = kernel.special_functions["TANH"], 8 * kernel.accesses("STG")[16]
-    return None if found == wanted else f"{found} MUFU.TANH for {wanted} elements; swish takes one for each"
-
-
-def some_wide_stores(kernel: TritonKernel) -> str | None:
-    """Images leave in 16-byte stores; a gate of a channel or two beside them need not."""
-    return None if kernel.accesses("STG")[16] else "no store of 16 bytes"
-
-
 EVERY: tuple[Rule, ...] = (in_registers, shared_fits, short_code, compiles_quickly, resident_threads(256))
 
 
 def _pointwise(call: Call) -> Iterator[Rule]:
-    yield no_tensor_cores if call.exact else tensor_cores
+    yield exact_products if call.exact else tensor_cores
     if call.allow_tf32:
         yield rounds_to_tf32
     if call.wide:
@@ -120,7 +105,7 @@ def _depthwise(call: Call) -> Iterator[Rule]:
     if not call.wide:
         return
     yield wide_loads(call.window[1])  # a row of inputs, at the least
-    yield some_wide_stores
+    yield some_wide_stores(1)
     if not call.reduced:
         yield wide_stores
         yield from _swish(call)
@@ -130,7 +115,7 @@ def _depthwise(call: Call) -> Iterator[Rule]:
 
 def _swish(call: Call) -> Iterator[Rule]:
     if call.activation == "silu" and call.dtype is not FLOAT32:
-        yield one_tanh_per_element
+        yield one_tanh_per_element(stored_elements)
 
 
 def _scale(call: Call) -> Iterator[Rule]:
@@ -138,7 +123,7 @@ def _scale(call: Call) -> Iterator[Rule]:
 
 
 def _conv(call: Call) -> Iterator[Rule]:
-    yield no_tensor_cores if call.exact else tensor_cores
+    yield exact_products if call.exact else tensor_cores
     if call.allow_tf32:
         yield rounds_to_tf32
     if call.out * call.dtype.itemsize % 16 == 0:  # the input is gathered, whatever its channels
@@ -155,11 +140,11 @@ def _squeeze_excite(call: Call) -> Iterator[Rule]:
 
 
 def _expand_depthwise(call: Call) -> Iterator[Rule]:
-    yield no_tensor_cores if call.exact else tensor_cores
+    yield exact_products if call.exact else tensor_cores
     if call.allow_tf32:
         yield rounds_to_tf32
     if call.wide:
-        yield from (copies_asynchronously, some_wide_stores)
+        yield from (copies_asynchronously, some_wide_stores(1))
         if call.weight is FLOAT32:
             yield no_narrow_loads
         if call.activation == "silu" and call.dtype is not FLOAT32:

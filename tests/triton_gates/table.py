@@ -5,7 +5,6 @@ triton_gates.worker wrote for sm_90.
 from __future__ import annotations
 
 import pickle
-import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,9 +15,14 @@ from triton_gates.calls import Call
 from triton_gates.rules import TritonKernel
 from triton_gates.worker import operators, results_and_arguments
 
+from benchmarks.sections import Section
+
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
-BEGIN = "<!-- Triton's kernels: written by tests/triton_gates/table.py -->\n"
-END = "<!-- end of Triton's kernels -->"
+SECTION = Section(
+    "docs/kernels.md",
+    "<!-- Triton's kernels: written by tests/triton_gates/table.py -->",
+    "<!-- end of Triton's kernels -->",
+)
 _COLUMNS = ("call", "kernel", "MB", "registers", "warps", "shared KB", "16-byte loads", "cp.async", "16-byte stores",
             "HMMA, WGMMA", "FFMA", "TANH")  # fmt: skip
 
@@ -47,30 +51,15 @@ def section(kernels: Iterable[TritonKernel]) -> str:
             kernel.registers,
             kernel.max_threads // 32,
             f"{kernel.shared / 1024:.0f}",
-            _count(kernel, r"LDG\.E\.(\w+\.)*128"),
-            _count(kernel, r"LDGSTS.*128"),
-            _count(kernel, r"STG\.E\.(\w+\.)*128"),
-            _count(kernel, r"HMMA|WGMMA|HGMMA"),
-            _count(kernel, r"FFMA"),
-            _count(kernel, r"MUFU\.TANH"),
+            *(kernel.accesses(opcode)[16] for opcode in ("LDG", "LDGSTS", "STG")),
+            kernel.count("HMMA") + kernel.count("HGMMA"),
+            kernel.count("FFMA"),
+            kernel.special_functions["TANH"],
         ]
         lines.append("| " + " | ".join(map(str, counts)) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def with_section(page: str, text: str) -> str:
-    """Return the page with the table in its place."""
-    before, _, rest = page.partition(BEGIN)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise ValueError(f"{PAGE.name} has no lines {BEGIN.strip()} and {END}")
-    return f"{before}{BEGIN}\n{text}\n{END}{after}"
-
-
-def _count(kernel: TritonKernel, pattern: str) -> int:
-    return sum(count for opcode, count in kernel.instructions.items() if re.match(pattern, opcode))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
     readings = pickle.loads(Path(sys.argv[1]).read_bytes())
-    PAGE.write_text(with_section(PAGE.read_text(encoding="utf-8"), section(readings["calls"])), encoding="utf-8")
+    PAGE.write_text(SECTION.replaced(PAGE.read_text(encoding="utf-8"), section(readings["calls"])), encoding="utf-8")

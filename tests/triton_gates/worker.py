@@ -15,7 +15,6 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from triton_gates.calls import CALLS, Call
 from triton_gates.mutants import WAYS
 from triton_gates.rules import MULTIPROCESSORS, TritonKernel
 
+from benchmarks.kernel_economy.reading import opcodes
 from effkernels import ops
 from effkernels import triton as families
 from effkernels._norm import gather_norms
@@ -69,7 +69,6 @@ def read(compiled: Any, name: str, call: Call | None, arch: int, seconds: float)
         file.flush()
         resources = _tool("cuobjdump", "--dump-resource-usage", file.name)
         code = _tool("nvdisasm", "-c", file.name)
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, flags=re.MULTILINE)
     numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", resources)}
     return TritonKernel(
         name=name,
@@ -80,7 +79,7 @@ def read(compiled: Any, name: str, call: Call | None, arch: int, seconds: float)
         shared=compiled.metadata.shared + (1024 if arch >= 90 else 0),
         max_threads=32 * compiled.metadata.num_warps,
         min_blocks=0,
-        instructions=Counter(opcode for opcode in opcodes if opcode != "NOP"),
+        instructions=opcodes(code),
         call=call,
         roundings=compiled.asm["ptx"].count("cvt.rna.tf32"),
         seconds=seconds,

@@ -1,0 +1,118 @@
+"""The instructions that a warp issues for each unit of its work, and the most that a kernel may take.
+
+A unit is a value of the result, a block, a tile of a product or a step of it along k. The limits are of the code for
+sm_90 and of 16-bit types, whose swish is one instruction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from benchmarks.kernel_economy.counts import parts_of, strip, strip_elements
+from benchmarks.kernel_economy.pointwise import epilogue_of, tile_of
+from benchmarks.kernel_economy.reading import Kernel
+from effkernels.plan.kernel_counts import Counters
+
+# kConvWarpRows and kConvTileWidth of conv.h by kConvChannels, for the 32 lanes of a warp.
+LANE_VALUES = 2 * 16 * 32 // 32
+# kPointwiseStages - 1 of pointwise.h: what a block loads before its first step.
+_STAGES_AHEAD = 3
+# Weights of the stem that a thread copies at once: the 3x3 window of an input channel.
+_STEM_WINDOW = 9
+
+# By size and stride; of a strip of 2 by size.
+_STRIP = {(3, 1): 26, (3, 2): 33, (5, 1): 50, (5, 2): 62}
+_SHORT_STRIP = {3: 55, 5: 112}
+_STEM_VALUE, _STEM_BLOCK = 14, 480
+_POINTWISE_BLOCK = 875
+# By epilogue, rows and columns of a tile: of a tile, of a step.
+_POINTWISE = {
+    ("identity", 64, 64): (353, 213),
+    ("identity", 128, 16): (320, 204),
+    ("identity", 128, 24): (412, 217),
+    ("identity", 128, 32): (357, 218),
+    ("identity", 128, 40): (458, 209),
+    ("identity", 128, 64): (480, 239),
+    ("identity", 128, 96): (612, 237),
+    ("identity", 128, 128): (479, 231),
+    ("silu", 64, 64): (273, 125),
+    ("silu", 64, 144): (588, 147),
+    ("silu", 128, 64): (503, 157),
+    ("silu", 128, 96): (721, 182),
+    ("silu", 128, 128): (492, 144),
+}
+
+
+@dataclass(frozen=True)
+class Issued:
+    """The instructions of one unit of work.
+
+    Attributes:
+        unit: in words, as "value, at a border".
+        counters: what a warp issues for it.
+        most: the limit; None without one.
+    """
+
+    unit: str
+    counters: Counters
+    most: float | None = None
+
+    @property
+    def broken(self) -> str | None:
+        """What is wrong, in one line; None if nothing is."""
+        if self.most is None or self.counters.issued <= self.most:
+            return None
+        return f"{self.counters.issued:.1f} instructions for each {self.unit}; the claim is at most {self.most}"
+
+
+def issued_by(kernel: Kernel) -> list[Issued]:
+    """Return the instructions of each unit of a kernel's work; none for a kernel without limits.
+
+    Raises:
+        PartMissing: the code does not have a part that is counted.
+    """
+    if kernel.arch != 90 or kernel.element_bytes != 2 or kernel.family not in _FAMILIES:
+        return []
+    parts = parts_of(kernel)
+    return _FAMILIES[kernel.family](kernel, parts) if parts else []
+
+
+def _depthwise(kernel: Kernel, parts: Mapping[str, Counters]) -> list[Issued]:
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    each = 1 / strip_elements(kernel)
+    if strip(kernel) == 2:  # the same code inside of the image and at its border
+        return [Issued("value", parts["strip"] * each, _SHORT_STRIP[size])]
+    return [
+        Issued("value", (parts["strip"] + parts["row"] * size) * each, _STRIP.get((size, stride))),
+        Issued("value, at a border", (parts["strip"] + parts["row.border"] * size) * each),
+    ]
+
+
+def _stem(_: Kernel, parts: Mapping[str, Counters]) -> list[Issued]:
+    block = parts["prologue"] + parts["norm"] + parts["weights"] * _STEM_WINDOW
+    return [
+        Issued("value, x channels_last", parts["tile"] * (1 / LANE_VALUES), _STEM_VALUE),
+        Issued("value, x contiguous", parts["tile.planes"] * (1 / LANE_VALUES), _STEM_VALUE),
+        Issued("block", block, _STEM_BLOCK),
+    ]
+
+
+def _pointwise(kernel: Kernel, parts: Mapping[str, Counters]) -> list[Issued]:
+    """Return those of a product that stores its sums from the registers; with gates where the kernel takes them."""
+    tile, epilogue = tile_of(kernel), epilogue_of(kernel)
+    if epilogue == "any":
+        return []
+    gated = epilogue != "silu"
+    of_tile, of_step = _POINTWISE[epilogue, tile.rows, tile.columns]
+    stage, step = parts["weights"] + parts["fill"], parts["step"]
+    if gated:
+        stage, step = stage + parts["gate"], parts["step.gated"] + parts["gate"]
+    return [
+        Issued("block", parts["prologue"] + stage * _STAGES_AHEAD, _POINTWISE_BLOCK),
+        Issued("tile", parts["tile"] + parts["tile.gate"] if gated else parts["tile"], of_tile),
+        Issued("step", step, of_step),
+    ]
+
+
+_FAMILIES = {"depthwise_strips": _depthwise, "conv_stem": _stem, "pointwise": _pointwise}
