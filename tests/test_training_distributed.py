@@ -43,4 +43,4 @@ def test_two_processes_have_the_mean_of_their_gradients(tmp_path: Path) -> None:
             wanted[name] = wanted.get(name, 0) + p.grad / 2
     for rank in range(2):
         for name, gradient in torch.load(tmp_path / f"{rank}.pt").items():
-            torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-6, msg=name)
+            assert torch.equal(gradient, wanted[name]), name  # halves of floats, and sums of two, do not round twice

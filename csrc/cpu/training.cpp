@@ -10,7 +10,7 @@ namespace {
 
 constexpr int64_t kPart = 512;  // pixels whose statistics are taken together: in the second-level cache
 constexpr int64_t kRunPixels = 64;
-constexpr int64_t kSumPixels = 16;  // added in float before they are added in double
+constexpr int64_t kSumPixels = 8;  // added in float before they are added in double
 constexpr int64_t kBlockVecs = 4;
 
 }  // namespace

@@ -42,8 +42,10 @@ EFFKERNELS_INLINE Sloped with_slope(Vec x) {
     return {x * distribution, distribution + x * exp2_of_negative(x * x * -0.72134752f) * 0.398942280f};
   }
   if constexpr (A == Activation::kGeluTanh) {
-    const Vec s = times_sigmoid(one, 1.59576912f * (x + 0.044715f * x * x * x)), y = x * s;
-    return {y, s + y * (1.f - s) * (1.59576912f * (1.f + 0.134145f * x * x))};
+    // From the smaller of s and 1 - s, which loses nothing where s is close to 1 and the factor after it is large.
+    const Vec u = 1.59576912f * (x + 0.044715f * x * x * x), tail = times_sigmoid(one, x < zero ? u : -u);
+    const Vec s = x < zero ? tail : 1.f - tail;
+    return {x * s, s + x * (tail * (1.f - tail)) * (1.59576912f * (1.f + 0.134145f * x * x))};
   }
   return {x, one};
 }
