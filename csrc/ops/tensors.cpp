@@ -50,6 +50,11 @@ Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, 
   return empty_strided(like, sizes, strides, 4, like.scalar_type());
 }
 
+Tensor empty_nhwc(const Tensor& like, int64_t n, int64_t h, int64_t w, int64_t c) {
+  const int64_t sizes[] = {n, h, w, c}, strides[] = {h * w * c, w * c, c, 1};
+  return empty_strided(like, sizes, strides, 4, like.scalar_type());
+}
+
 Tensor empty_matrix(const Tensor& like, int64_t n, int64_t c, ScalarType dtype) {
   const int64_t sizes[] = {n, c}, strides[] = {c, 1};
   return empty_strided(like, sizes, strides, 2, dtype);

@@ -17,6 +17,9 @@ using Keep = std::vector<Tensor>;
 Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w);
 Tensor empty_matrix(const Tensor& like, int64_t n, int64_t c, torch::headeronly::ScalarType dtype);
 
+// A contiguous (N, H, W, C) of like's dtype.
+Tensor empty_nhwc(const Tensor& like, int64_t n, int64_t h, int64_t w, int64_t c);
+
 Tensor to_contiguous(const Tensor& t);
 
 // x with channels next to each other; a copy where they are not.
