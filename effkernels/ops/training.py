@@ -24,6 +24,9 @@ NAMESPACE = "effkernels_training"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+KERNELS: dict[str, Any] = {}
+"""The function behind each operator by its name, for the launch plan: it makes the calls of `training_steps`."""
+
 # What differentiable arguments an operator takes, in the order of its schema: a gradient is found by its place here.
 BLOCK_PARAMETERS = (
     *("expand_weight", "expand_bias", "norm1_weight", "norm1_bias"),
@@ -399,6 +402,7 @@ def _norm_act_backward_fake(
 # --------------------------------------------------------------------------------------------------- registration
 def _define(name: str, schema: str, kernel: Any, fake: Any) -> None:
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    KERNELS[f"{NAMESPACE}::{name}"] = kernel
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 

@@ -8,7 +8,9 @@ from them per channel, in float64, as PyTorch's batch norm does on a CPU: a grad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +56,22 @@ class GradientSums(NamedTuple):
     ah: Tensor
 
 
+@contextmanager
+def by_kernels() -> Iterator[None]:
+    """Let tensors of the meta device take the kernels' operators in this thread, so that a plan can record them."""
+    _planning.active = True
+    try:
+        yield
+    finally:
+        _planning.active = False
+
+
+_planning = threading.local()
+
+
 def _has_kernel(t: Tensor) -> bool:
+    if t.is_meta:
+        return getattr(_planning, "active", False) and backends.selected() != "reference"
     return t.is_cpu and t.dtype in backends.DTYPES and _library.is_loaded() and backends.selected() in ("auto", "cpu")
 
 
