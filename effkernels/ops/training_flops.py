@@ -1,7 +1,7 @@
-"""FLOP formulas of the training operators, two for each multiply-add, for `torch.utils.flop_counter`.
+"""FLOP formulas of the training operators for `torch.utils.flop_counter`: two for each multiply-add.
 
-Convolutions and matrix products count, as PyTorch counts its own; the work per value around them is left out. A backward
-without a gradient that nobody asked for counts that much less.
+Convolutions and matrix products count, as in PyTorch's own formulas; the work per value around them does not. Gradients
+that nobody asked for do not count either.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def block(x: Shape, *arguments: Any, out_shape: Any, **_: Any) -> int:
 def block_backward(dy: Shape, x: Shape, expanded: Shape, convolved: Shape, *arguments: Any, **_: Any) -> int:
     """Return the FLOPs of a block's backward: each product once for its input and once for its weight, if asked for."""
     shapes = dict(zip(BLOCK_PARAMETERS, arguments[3:], strict=False))
-    keeps_expanded, wanted = arguments[-2:]
+    keeps_expanded, _, wanted = arguments[-3:]
     wants = dict(zip(("x", *BLOCK_PARAMETERS), wanted, strict=True))
     products = _products(x, convolved, shapes)
     flops = products["project_weight"] * (1 + wants["project_weight"])
@@ -44,7 +44,7 @@ def block_backward(dy: Shape, x: Shape, expanded: Shape, convolved: Shape, *argu
         flops += 2 * products["weight"]
         if not keeps_expanded:
             flops += products["expand_weight"]
-    return flops + products["expand_weight"] * (wants["x"] + wants["expand_weight"])
+    return int(flops + products["expand_weight"] * (wants["x"] + wants["expand_weight"]))
 
 
 def _products(x: Shape, convolved: Shape, shapes: dict[str, Any]) -> dict[str, int]:
@@ -60,11 +60,11 @@ def _products(x: Shape, convolved: Shape, shapes: dict[str, Any]) -> dict[str, i
 
 
 def _depthwise(*shapes: Any, out_shape: Any, **_: Any) -> int:
-    return 2 * math.prod(out_shape[0][:3]) * math.prod(shapes[6])  # type: ignore[no-any-return]
+    return int(2 * math.prod(out_shape[0][:3]) * math.prod(shapes[6]))
 
 
 def _depthwise_backward(g: Shape, *shapes: Any, **_: Any) -> int:
-    return 2 * 2 * math.prod(g[:3]) * math.prod(shapes[17])
+    return int(2 * 2 * math.prod(g[:3]) * math.prod(shapes[17]))
 
 
 if _library.is_loaded():

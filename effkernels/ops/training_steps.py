@@ -72,7 +72,8 @@ _planning = threading.local()
 def _has_kernel(t: Tensor) -> bool:
     if t.is_meta:
         return getattr(_planning, "active", False) and backends.selected() != "reference"
-    return t.is_cpu and t.dtype in backends.DTYPES and _library.is_loaded() and backends.selected() in ("auto", "cpu")
+    supported = t.is_cpu and t.dtype in backends.DTYPES and t.numel() > 0
+    return supported and _library.is_loaded() and backends.selected() in ("auto", "cpu")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -91,6 +92,9 @@ def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of t (N, H, W, C)."""
     if _has_kernel(t):
         return torch.ops.effkernels.training_statistics(t)  # type: ignore[no-any-return]
+    if t.numel() == 0:  # all of the batch is in other processes
+        nothing = t.new_zeros(t.shape[3], dtype=wide(t.dtype))
+        return nothing, nothing
     var, mean = torch.var_mean(t.to(wide(t.dtype)), (0, 1, 2), correction=0)
     return mean, var
 
@@ -213,7 +217,9 @@ def depthwise_backward(
     return dx.to(t.dtype), dweight.to(wide(t.dtype)), *_sums(dx, t, norm)
 
 
-def coefficients_of(norm: FoldedNorm, batch_statistics: bool, count: int, dy: Tensor, dyh: Tensor) -> Coefficients:
+def coefficients_of(
+    norm: FoldedNorm, batch_statistics: bool, count: int | Tensor, dy: Tensor, dyh: Tensor
+) -> Coefficients:
     """Of the gradient of a norm's input, from the sums (C,) of dy and of dy * h over `count` pixels of a batch.
 
     A norm that uses running statistics does not differentiate through them.

@@ -1,14 +1,15 @@
-"""The launches of a training step, known without a GPU: a fused network's beside those of the same network in plain PyTorch.
+"""The launches of a training step, known without a GPU, of a fused network and of the same network in plain PyTorch.
 
-Forward and backward run once on the meta device. Every operator that would launch something counts by one rule, whoever
-wrote it: each tensor that it takes is read once and each result is written once. That is the least that a kernel of its
-own can move. A kernel that reads an image twice moves more, as PyTorch's batch norm does in its forward, so the bytes of
-plain PyTorch are underestimated.
+Forward and backward run once on the meta device. Every operator that would launch something counts by one rule, this
+project's and PyTorch's: each tensor that it takes is read once and each result is written once. That is the least that
+a kernel of its own can move. A kernel that reads an image twice moves more, as PyTorch's batch norm does in its
+forward, so the bytes of plain PyTorch are underestimated.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -134,7 +135,7 @@ def plan_step(
     precision: str = "bfloat16",
     recompute: str | None = None,
 ) -> StepPlan:
-    """Plan a training step of a model: forward, a sum as loss, backward; weights and images of one dtype, channels_last.
+    """Plan a training step of a model, forward and backward, in channels_last memory, without loss and optimizer.
 
     Args:
         name: one of `effkernels.list_models()`.
@@ -163,7 +164,7 @@ def plan_step(
     steps = []
     for of, backend in (("fused", "auto"), ("plain", "reference")):
         model = create_model(name, device="meta", dtype=dtype, backend=backend).train()
-        model = model.to(memory_format=torch.channels_last)
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         set_recompute(model, recompute)
         steps.append(record_step(model, images, gpu, of))
     return StepPlan(name, gpu.name, batch_size, img_size, precision, recompute, *steps)
@@ -219,8 +220,7 @@ class _Recorder(TorchDispatchMode):
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, results: list[Tensor]) -> None:
         read = {id(t): t for t in tensors_in((*args, *kwargs.values()))}
         moved = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in (*read.values(), *results))
-        formula = flop_registry.get(func.overloadpacket)
-        flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+        flops = _flops(func, args, kwargs, result)
         dtype = next(iter(read.values()), results[0]).dtype
         # The depthwise kernels of this project multiply by plain instructions, matrix products by tensor cores.
         plain = dtype == torch.float32 or "training_depthwise" in func._schema.name
@@ -229,3 +229,11 @@ class _Recorder(TorchDispatchMode):
         sums = self._found.setdefault((self.phase, func._schema.name), [0, 0, 0, 0.0])
         for i, value in enumerate((1, moved, flops, floor)):
             sums[i] += value
+
+
+def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
+    if func._schema.name == "aten::convolution_backward":  # PyTorch's formula takes grouped convolutions for dense ones
+        dy, _, weight = args[:3]
+        return int(2 * dy.numel() * math.prod(weight.shape[1:]) * sum(args[-1][:2]))
+    formula = flop_registry.get(func.overloadpacket)
+    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
