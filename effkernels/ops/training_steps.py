@@ -252,12 +252,13 @@ def norm_backward(
     return (alpha * dy + coefficients.beta * (t - norm.mean) + coefficients.delta).to(t.dtype)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 convolution of x (N, H, W, Cin) by weight (Cout, Cin, 1, 1)."""
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """1x1 convolution of x (N, H, W, Cin) by weight (Cout, Cin, 1, 1), plus the residual."""
     if _has_kernel(x):
-        return nhwc(_product(nchw(x), weight.to(x.dtype), bias, None))
+        return nhwc(_product(nchw(x), weight.to(x.dtype), bias, None if residual is None else nchw(residual)))
     matrix = weight.reshape(weight.shape[:2]).to(x.dtype)
-    return F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+    y = F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+    return y if residual is None else y + residual
 
 
 def pointwise_input_gradient(dz: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
