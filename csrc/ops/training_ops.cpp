@@ -1,7 +1,7 @@
 // The CPU kernels of the training blocks as operators. effkernels/ops/training_steps.py calls them, and has the same in
 // plain PyTorch; images are (N, H, W, C) and contiguous.
 #include "../cpu/training.h"
-#include "check.h"
+#include "pack.h"
 #include "registry.h"
 
 namespace effkernels::ops {

@@ -168,7 +168,7 @@ def _dtype_of(x: Tensor, weights: list[Tensor]) -> torch.dtype | None:
     if needs_modules(x) or not all(backends.is_readable(weight) for weight in weights):
         return None
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         return dtype if dtype in FLOATING and x.dtype != torch.float64 else None
     same = x.dtype in FLOATING and all(weight.dtype == x.dtype for weight in weights)

@@ -18,12 +18,16 @@ from torch import Tensor
 
 from effkernels.ops import training_kernels  # noqa: F401  registers shape functions
 from effkernels.ops import training_steps as steps
+from effkernels.ops.training_product import keeps_gradient, product_backward
 from effkernels.ops.training_steps import Excitation, FoldedNorm, nchw, nhwc, wide
 from effkernels.ops.training_sync import joint_statistics, joint_sums
 
 NAMESPACE = "effkernels_training"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+KERNELS: dict[str, Any] = {}
+"""The function behind each operator by its name, for the launch plan: it makes the calls of `training_steps`."""
 
 # What differentiable arguments an operator takes, in the order of its schema: a gradient is found by its place here.
 BLOCK_PARAMETERS = (
@@ -276,13 +280,20 @@ def _block_gradients(
     # The expansion.
     gradients["norm1_weight"], gradients["norm1_bias"] = total_h, total
     gradients["expand_bias"] = norm1.scale * total if frozen[0] else torch.zeros_like(total)
-    if needs["x"] or needs["expand_weight"]:
-        coefficients = _coefficients(norm1, frozen[0], expanded, total, total_h, settings.groups[0])
-        dexpanded = steps.norm_backward(dexpanded, expanded, norm1, coefficients)
+    if not needs["x"] and not needs["expand_weight"]:
+        return gradients
+    coefficients = _coefficients(norm1, frozen[0], expanded, total, total_h, settings.groups[0])
+    residual = dy if settings.residual else None
+    if not keeps_gradient(image):
+        bias, wanted_here = parameters["expand_bias"], (needs["x"], needs["expand_weight"])
+        found = product_backward(dexpanded, image, expand_weight, bias, norm1, coefficients, residual, wanted_here)
+        gradients |= {name: g for name, g in zip(("x", "expand_weight"), found, strict=True) if g is not None}
+        return gradients
+    dexpanded = steps.norm_backward(dexpanded, expanded, norm1, coefficients)
     if needs["expand_weight"]:
         gradients["expand_weight"] = steps.pointwise_weight_gradient(dexpanded, image)
     if needs["x"]:
-        gradients["x"] = steps.pointwise_input_gradient(dexpanded, expand_weight, dy if settings.residual else None)
+        gradients["x"] = steps.pointwise_input_gradient(dexpanded, expand_weight, residual)
     return gradients
 
 
@@ -427,6 +438,7 @@ def _norm_act_backward_fake(
 # --------------------------------------------------------------------------------------------------- registration
 def _define(name: str, schema: str, kernel: Any, fake: Any) -> None:
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    KERNELS[f"{NAMESPACE}::{name}"] = kernel
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
