@@ -49,6 +49,7 @@ class Recipe:
         residual: whether the input is added.
         drops: paths of modules that are called on the branch before the input is added.
         drop_argument: name of an argument of the forward, the probability of dropping a sample's branch; "": none.
+        free_arguments: names of arguments that the forward does not read in training mode either.
     """
 
     expand: str | None
@@ -67,6 +68,7 @@ class Recipe:
     residual: bool
     drops: tuple[str, ...]
     drop_argument: str = ""
+    free_arguments: tuple[str, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -91,18 +93,17 @@ class TrainingProgram:
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return the result of a call; None where the original forward has to run."""
-        rate = 0.0
-        name = self.recipe.drop_argument
-        if len(args) == 1 and not kwargs:
-            x = args[0]
-        else:
-            given = dict(zip((self.plain.argument, *self.plain.defaults), args, strict=False)) | kwargs
-            if name:
-                rate = given.pop(name, None) or 0.0
-            # What only training reads is not known for the others.
-            if any(given.get(one, default) is not default for one, default in self.plain.defaults.items()):
+        x, rate = args[0] if len(args) == 1 and not kwargs else None, 0.0
+        if x is None:
+            recipe, plain = self.recipe, self.plain
+            given = dict(zip((plain.argument, *plain.defaults), args, strict=False)) | kwargs
+            x = given.pop(plain.argument, None)
+            rate = given.pop(recipe.drop_argument, None) or 0.0
+            if any(
+                value is not plain.defaults.get(name, ...) and name not in recipe.free_arguments
+                for name, value in given.items()
+            ):
                 return None
-            x = given.get(self.plain.argument)
         if not isinstance(x, Tensor) or x.dim() != 4:
             return None
         parts = self.guard.take(module, BOUND + "training")
@@ -143,9 +144,14 @@ def training_program(method: Method, plain: Program) -> TrainingProgram:
     return TrainingProgram(recipe, plain, Guard(tuple(map(_in_any_mode, plain.guard.records)), parts))
 
 
-def with_drop_argument(program: TrainingProgram, name: str) -> TrainingProgram:
-    """Return the program where an argument of the forward is the probability of dropping a sample's branch."""
-    recipe = dataclasses.replace(program.recipe, drop_argument=name)
+def with_arguments(program: TrainingProgram, drop: str, free: tuple[str, ...]) -> TrainingProgram:
+    """Return the program where arguments of the forward have a meaning.
+
+    Args:
+        program: without.
+        drop, free: `drop_argument` and `free_arguments` of `Recipe`.
+    """
+    recipe = dataclasses.replace(program.recipe, drop_argument=drop, free_arguments=free)
     return TrainingProgram(recipe, program.plain, program.guard)
 
 

@@ -21,7 +21,7 @@ from effkernels.nn.fusible import conv_arguments
 from effkernels.optimize.frozen import freeze
 from effkernels.optimize.program import Program
 from effkernels.optimize.survey import Method
-from effkernels.optimize.training import TrainingProgram, training_program, with_drop_argument
+from effkernels.optimize.training import TrainingProgram, training_program, with_arguments
 from effkernels.optimize.twins import Mapped, Twins
 from effkernels.optimize.unknown import Unknown
 
@@ -42,10 +42,12 @@ def checked_program(method: Method, plain: Program) -> TrainingProgram:
         Unknown: the block does not train fused; the message says why.
     """
     program = training_program(method, plain)
-    tries = [program]
+    # Arguments without a meaning in eval mode, such as lukemelas' drop_connect_rate.
+    names = tuple(sorted(plain.ignored))
+    tries = [program] if not names else [with_arguments(program, "", names), program]
     if program.recipe.residual:
-        # An argument without a meaning in eval mode, such as lukemelas' drop_connect_rate.
-        tries = [*(with_drop_argument(program, name) for name in sorted(plain.ignored)), program]
+        others = {name: tuple(one for one in names if one != name) for name in names}
+        tries = [*(with_arguments(program, name, free) for name, free in others.items()), *tries]
     for one in tries:
         problem = _difference(method.trace.root, method.trace.method, one)
         if not problem:
@@ -57,8 +59,8 @@ def _difference(module: nn.Module, method: str, program: TrainingProgram) -> str
     """Return why `program` may not replace a method of `module` in training mode; "" if it may."""
     recipe = program.recipe
     channels = conv_arguments(module.get_submodule(recipe.expand or recipe.depthwise))[0].shape  # type: ignore[arg-type]
-    name = recipe.drop_argument
-    calls: list[dict[str, Any]] = [{}] if not name else [{}, {name: _RATE}]
+    read = [name for name in (recipe.drop_argument, *recipe.free_arguments) if name]
+    calls: list[dict[str, Any]] = [{}, *({name: _RATE} for name in read)]
     for frozen, (batch, *size) in enumerate(_SIZES):
         shape = (batch, channels[0 if recipe.expand is None else 1], *size)
         for kwargs in calls:
