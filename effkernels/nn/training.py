@@ -6,7 +6,8 @@ them or some, the others frozen) and everything else is as a fused block in eval
 """
 
 # No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -115,6 +116,38 @@ def set_recompute(model: nn.Module, recompute: str | None) -> None:
             module.recompute = recompute
 
 
+class Chain(NamedTuple):
+    """What a fused training operator computes: [1x1, norm, activation,] depthwise, norm, activation, [gate,] 1x1, norm.
+
+    Attributes:
+        expand, norm1: convolution and batch norm, or None without an expansion.
+        depthwise, norm2, project, norm3: convolutions and batch norms.
+        activation, activation2: after norm 1 and norm 2; names in `effkernels.ops.reference.ACTIVATIONS`.
+        excitation: w_reduce, b_reduce, w_expand, b_expand, se_activation and gate_activation, as `ops` takes them; {}
+            without a gate.
+    """
+
+    expand: Any
+    norm1: Any
+    depthwise: Any
+    norm2: Any
+    project: Any
+    norm3: Any
+    activation: str
+    activation2: str
+    excitation: Mapping[str, Any]
+
+    @property
+    def norms(self) -> tuple[Any, Any, Any]:
+        """The three norms; the first may be None."""
+        return self.norm1, self.norm2, self.norm3
+
+    @property
+    def convolutions(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Weight and bias of each convolution."""
+        return [conv_arguments(conv) for conv in (self.expand, self.depthwise, self.project) if conv is not None]
+
+
 def train_block(block: Any, x: Tensor) -> Tensor | None:
     """The block fused, with its norms' statistics updated; None where it has to run as written.
 
@@ -128,24 +161,76 @@ def train_block(block: Any, x: Tensor) -> Tensor | None:
     if calls_modules(x) or not _uses_batch(block) or training_problem(block) is not None:
         return None
     parts = BlockParts(block)
-    convolutions = [conv_arguments(conv) for conv in (parts.expand, parts.depthwise, parts.project) if conv is not None]
-    dtype = _dtype_of(x, [weight for weight, _ in convolutions])
-    if dtype is None or x.dim() != 4 or x.shape[1] != convolutions[0][0].shape[0 if parts.expand is None else 1]:
+    chain = Chain(
+        parts.expand,
+        parts.norm1,
+        parts.depthwise,
+        parts.norm2,
+        parts.project,
+        parts.norm3,
+        "identity" if parts.norm1 is None else str(activation_after(parts.norm1, block._activation)),
+        str(activation_after(parts.norm2, block._activation)),
+        dict(fusible_squeeze_excite(parts.squeeze_excite) or {}),
+    )
+    if x.dim() != 4:
         return None
     padding = explicit_padding(parts.depthwise, x.shape[2], x.shape[3])
-    if not _has_values(x, parts, padding):
+    dtype = chain_dtype(chain, x, padding)
+    if dtype is None:
         return None
-
-    image = x.to(dtype).contiguous(memory_format=torch.channels_last)
-    settings, parameters = _block_arguments(block, parts, padding, image)
-    joins = block.has_skip and image.dtype == x.dtype
-    constants: list[Tensor | None] = []
-    for norm in (parts.norm1, parts.norm2, parts.norm3):
-        constants += (None, None) if norm is None or is_batch_norm(norm) else running_statistics(norm)
-    constants.append(_sample_factors(parts.drop_path, image) if block.has_skip else None)
-    y, statistics = training.train_block(image, parameters, tuple(constants), training.BlockSettings(joins, *settings))
-    _update_norms(parts, statistics.detach())
+    joins = block.has_skip and dtype == x.dtype
+    factors = _sample_factors(parts.drop_path, x, dtype) if block.has_skip else None
+    y = train_chain(chain, x, padding, dtype, joins, factors, block.recompute)
     return x + y if block.has_skip and not joins else y
+
+
+def chain_dtype(chain: Chain, x: Tensor, padding: Sequence[int]) -> torch.dtype | None:
+    """The dtype that a chain computes in; None where PyTorch has to run the modules, and perhaps raises.
+
+    Args:
+        chain: of plain modules.
+        x: its input (N, C, H, W).
+        padding: of the depthwise convolution at (top, bottom, left, right).
+    """
+    convolutions = chain.convolutions
+    dtype = _dtype_of(x, [weight for weight, _ in convolutions])
+    if dtype is None or x.dim() != 4 or x.shape[1] != convolutions[0][0].shape[0 if chain.expand is None else 1]:
+        return None
+    return dtype if _has_values(x, chain, padding) else None
+
+
+def train_chain(
+    chain: Chain,
+    x: Tensor,
+    padding: Sequence[int],
+    dtype: torch.dtype,
+    residual: bool,
+    factors: Tensor | None,
+    recompute: str | None = None,
+) -> Tensor:
+    """The chain's result for x as one operator, with the statistics of its norms updated.
+
+    Args:
+        chain, x, padding: as of `chain_dtype`, which gave `dtype`.
+        dtype: to compute in.
+        residual: whether x is added.
+        factors: (N,), of each sample's result, before x is added; None: 1.
+        recompute: as of `set_recompute`.
+
+    Returns:
+        (N, C', H', W') in `dtype`, channels_last.
+    """
+    image = x.to(dtype).contiguous(memory_format=torch.channels_last)
+    settings, parameters = _arguments(chain, padding, image, recompute)
+    constants: list[Tensor | None] = []
+    for norm in chain.norms:
+        constants += (None, None) if norm is None or is_batch_norm(norm) else running_statistics(norm)
+    constants.append(factors)
+    y, statistics = training.train_block(
+        image, parameters, tuple(constants), training.BlockSettings(residual, *settings)
+    )
+    _update_norms(chain, statistics.detach())
+    return y
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -175,69 +260,65 @@ def _dtype_of(x: Tensor, weights: list[Tensor]) -> torch.dtype | None:
     return x.dtype if same else None
 
 
-def _has_values(x: Tensor, parts: BlockParts, padding: Any) -> bool:
-    kernel: Any = conv_arguments(parts.depthwise)[0].shape[2:]
-    stride, dilation = parts.depthwise.stride[0], parts.depthwise.dilation[0]
+def _has_values(x: Tensor, chain: Chain, padding: Sequence[int]) -> bool:
+    kernel: Any = conv_arguments(chain.depthwise)[0].shape[2:]
+    stride, dilation = chain.depthwise.stride[0], chain.depthwise.dilation[0]
     size = [
         (x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation * (kernel[i] - 1) - 1) // stride + 1
         for i in range(2)
     ]
-    norms = [norm for norm in (parts.norm1, parts.norm2, parts.norm3) if is_batch_norm(norm)]
+    norms = [norm for norm in chain.norms if is_batch_norm(norm)]
     return size[0] > 0 and size[1] > 0 and is_enough((x.shape[0], 0, *size), norms)
 
 
-def _block_arguments(block: Any, parts: BlockParts, padding: Any, image: Tensor) -> tuple[Any, Any]:
+def _arguments(chain: Chain, padding: Sequence[int], image: Tensor, recompute: str | None) -> tuple[Any, Any]:
     """The settings after the first, and the parameters, of `training.train_block`."""
-    excitation: Any = fusible_squeeze_excite(parts.squeeze_excite) or {}
+    excitation = chain.excitation
     parameters: list[Tensor | None] = []
     eps: list[float] = []
-    found: list[Any] = []
-    depthwise: Any = parts.depthwise
     for conv, norm in (
-        (parts.expand, parts.norm1),
-        (parts.depthwise, parts.norm2),
-        (parts.project, parts.norm3),
+        (chain.expand, chain.norm1),
+        (chain.depthwise, chain.norm2),
+        (chain.project, chain.norm3),
     ):
-        if conv is parts.project:
+        if conv is chain.project:
             parameters += [excitation.get(n) for n in ("w_reduce", "b_reduce", "w_expand", "b_expand")]
         if conv is None or norm is None:
             parameters += [None] * 4
             eps.append(0.0)
-            found.append("identity")
             continue
         weight, bias = conv_arguments(conv)
         # As autocast of PyTorch: matrices in its dtype; vectors and depthwise weights are cast where they are used.
-        parameters += [weight if conv is depthwise else weight.to(image.dtype), bias]
+        parameters += [weight if conv is chain.depthwise else weight.to(image.dtype), bias]
         of_norm = parameters_of(norm)
         parameters += [of_norm["weight"], of_norm["bias"]]
         eps.append(norm.eps)
-        found.append(activation_after(norm, block._activation if norm is not parts.norm3 else "identity"))
     settings = (
         tuple(eps),
-        depthwise.stride[0],
+        chain.depthwise.stride[0],
         list(padding),
-        depthwise.dilation[0],
-        found[0],
-        found[1],
+        chain.depthwise.dilation[0],
+        chain.activation,
+        chain.activation2,
         excitation.get("se_activation", "identity"),
         excitation.get("gate_activation", "sigmoid"),
-        block.recompute != "expand",
-        [group_of(norm) for norm in (parts.norm1, parts.norm2, parts.norm3)],
+        recompute != "expand",
+        [group_of(norm) for norm in chain.norms],
     )
     return settings, tuple(parameters)
 
 
-def _sample_factors(drop_path: Any, image: Tensor) -> Tensor | None:
+def _sample_factors(drop_path: Any, x: Tensor, dtype: torch.dtype) -> Tensor | None:
     """(N,): 0 for a branch that is dropped, else 1 / (1 - rate), by the random numbers of `DropPath`."""
     if type(drop_path) is not DropPath or not drop_path.training or drop_path.rate == 0.0:
         return None
     keep = 1.0 - drop_path.rate
-    return image.new_empty((image.shape[0], 1, 1, 1)).bernoulli_(keep).div_(keep).flatten()
+    return x.new_empty((x.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep).div_(keep).flatten()
 
 
-def _update_norms(parts: BlockParts, statistics: Tensor) -> None:
+def _update_norms(chain: Chain, statistics: Tensor) -> None:
     begin = 0
-    for norm in (parts.norm1, parts.norm2, parts.norm3):
+    for norm in chain.norms:
         if norm is None:
             continue
         end = begin + norm.num_features

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -18,9 +18,13 @@ from effkernels.optimize.survey import FILTERED, Entry, Method, Survey, Unit
 from effkernels.optimize.swapped import OWN_PREFIX, is_swapped
 from effkernels.optimize.swapping import swap, unswap
 from effkernels.optimize.tracing import GuessedTrace, is_plain_container
+from effkernels.optimize.training import KINDS, TrainingProgram
 from effkernels.optimize.unknown import Unknown
 from effkernels.optimize.verifying import GUESS_SIZES, SMALL_SIZES, difference, undisturbed
+from effkernels.optimize.verifying_training import checked_program
 from effkernels.optimize.writing import write
+
+MODES = ("inference", "training")
 
 
 def optimize_(
@@ -39,14 +43,17 @@ def optimize_(
     random numbers before it is used. Modules, parameters, buffers and their names stay the same objects, so state
     dicts, optimizers and references into the model stay valid, and weights may change at any time.
 
-    At run time every block looks at its modules again. In training mode, with a hook inside, or with a part replaced
-    it runs its original forward; so does, on a CPU, a block of 1x1 convolutions alone that is given an NCHW image: two
-    changes of format cost more than it gains. The result of a block has the memory format of its input. Models can be
-    copied, pickled, moved, cast, compiled and exported as before. Optimising again starts afresh.
+    At run time every block looks at its modules again. With a hook inside, with a part replaced, or in training mode
+    (unless that was asked for) it runs its original forward; so does, on a CPU, a block of 1x1 convolutions alone that
+    is given an NCHW image: two changes of format cost more than it gains. The result of a block has the memory format
+    of its input. Models can be copied, pickled, moved, cast, compiled and exported as before. Optimising again starts
+    afresh.
 
     Args:
         model: changed in place.
-        mode: "inference".
+        mode: "inference", or "training": blocks of a depthwise and one or two 1x1 convolutions run fused in training
+            mode too, forward and backward, and save a third of the memory (`effkernels.nn.training`). Everything else
+            trains as written, and the report says why. In eval mode both are the same.
         backend: "auto", or one of `effkernels.ops.backends.BACKENDS` for every fused operator of this model.
         filter_fn: called as filter_fn(module, fqn), as torchao does, with each block or convolution and its full name;
             a false result leaves it out.
@@ -61,9 +68,8 @@ def optimize_(
         ValueError: mode, backend or input_size unknown.
         NotFusedError: strict=True and something stays as it is; the model is then as it was before the call.
     """
-    if mode != "inference":
-        why = "the kernels for training are not there yet" if mode == "training" else "it is not known"
-        raise ValueError(f"mode={mode!r}: {why}; allowed: 'inference'")
+    if mode not in MODES:
+        raise ValueError(f"mode={mode!r} is not known; allowed: {', '.join(map(repr, MODES))}")
     allowed = ("auto", *backends.BACKENDS)
     if backend not in allowed:
         raise ValueError(f"backend={backend!r} is not a backend; allowed: {', '.join(allowed)}")
@@ -71,7 +77,7 @@ def optimize_(
     with as_it_was_on_failure(model):
         restore_(model)
         with undisturbed(model):
-            return _optimize(model, backend, filter_fn, strict, size)
+            return _optimize(model, mode, backend, filter_fn, strict, size)
 
 
 def restore_(model: nn.Module) -> int:
@@ -100,13 +106,14 @@ def as_it_was_on_failure(model: nn.Module) -> Iterator[None]:
 
 def _optimize(
     model: nn.Module,
+    mode: str,
     backend: str,
     filter_fn: Callable[[nn.Module, str], bool] | None,
     strict: bool,
     input_size: tuple[int, int, int],
 ) -> Report:
     before, problem = try_forward(model, input_size)
-    fitter = _Fitter(backend, before)
+    fitter = _Fitter(mode, backend, before)
     survey = Survey(model, filter_fn or (lambda module, fqn: True), fitter.accept)
     survey.run()
     if fitter.unverified:
@@ -119,6 +126,10 @@ def _optimize(
             f"filter_fn left out all {len(survey.entries)} blocks: nothing is fused. It is called as "
             "filter_fn(module, fqn), and a true result fuses the block"
         )
+    if mode == "training":
+        for entry in survey.entries:
+            if entry.fused and entry.untrained:
+                entry.fused, entry.reason = False, f"runs as written in training mode: {entry.untrained}"
     order = {path: position for position, (path, _) in enumerate(model.named_modules())}
     entries = sorted(survey.entries, key=lambda entry: min(order[path] for path in entry.paths))
     after = None
@@ -131,6 +142,7 @@ def _optimize(
         blocks=tuple(_line(entry, *pair) for entry, pair in zip(entries, costs, strict=True)),
         input_size=None if after is None else input_size,
         notes=(*survey.notes, *fitter.notes, *([problem] if problem and entries else [])),
+        mode=mode,
     )
     if strict and any(block.reason not in ("", FILTERED) for block in report.blocks):
         raise NotFusedError(report)
@@ -154,7 +166,8 @@ def _line(entry: Entry, before: Cost | None, after: Cost | None) -> BlockReport:
 class _Fitter:
     """Writes, checks and puts in place the programs of units as they are found."""
 
-    def __init__(self, backend: str, forward: Forward | None) -> None:
+    def __init__(self, mode: str, backend: str, forward: Forward | None) -> None:
+        self._trains = mode == "training"
         self._backend = backend
         self._forward = forward
         self.notes: list[str] = []
@@ -180,10 +193,29 @@ class _Fitter:
                 path = f"{unit.path}.{node.target}".lstrip(".")
                 self.notes.append(f"{path}: batches of up to {MOST_ROWS} go through pointwise_bn_act on a CPU")
         if programs:
-            swap(unit.module, programs, unverified)
+            swap(unit.module, programs, unverified, self._training(unit, programs))
         if unverified:
             self.unverified += 1
         return bool(programs)
+
+    def _training(self, unit: Unit, programs: Mapping[str, Program]) -> dict[str, TrainingProgram]:
+        """Return the programs of a block in training mode; where there is none, its line of the report says why."""
+        found: dict[str, TrainingProgram] = {}
+        if not self._trains or not unit.is_block:
+            return found
+        for method in unit.methods:
+            name = method.trace.method
+            (entry,) = method.entries
+            if entry.kind not in KINDS or name not in programs:
+                continue
+            try:
+                if self._backend == "reference":
+                    raise Unknown("backend 'reference' is plain PyTorch")
+                found[name] = checked_program(method, programs[name])
+                entry.untrained = ""
+            except Unknown as reason:
+                entry.untrained = str(reason)
+        return found
 
     def _program(self, unit: Unit, method: Method) -> tuple[Program, bool]:
         """Return the program of a method, and whether it is still to be compared with the method.

@@ -14,7 +14,7 @@ class BlockReport:
         name: path of the module, or of the convolution.
         kind: "mbconv", "depthwise_separable", "fused_mbconv", "conv_norm_act", "conv" (nothing follows: the operator's
             for channels_last tensors, on a CPU in float32; else PyTorch's), "squeeze_excite" or "block".
-        fused: whether it runs fused.
+        fused: whether it runs fused; after `mode="training"`, whether it does in training mode too.
         reason: why it does not; where it does, which convolutions inside stay as they are, and why ("" where none).
         backend: what runs it: "cuda", "triton", "cpu", "reference" or several joined by "+"; "" where it is not fused.
         launches_before, launches_after: kernels that one forward starts on a GPU, as written and as planned now; None
@@ -42,12 +42,14 @@ class Report:
         blocks: in the order of the model's modules.
         input_size: (C, H, W) of the image that launches and bytes are counted for, batch 1; None if it is unknown.
         notes: what else there is to say: a model with nothing to fuse, parts that could not be traced.
+        mode: as of `optimize_`.
     """
 
     model: str
     blocks: tuple[BlockReport, ...]
     input_size: tuple[int, int, int] | None = None
     notes: tuple[str, ...] = ()
+    mode: str = "inference"
 
     @property
     def fused(self) -> int:
@@ -68,9 +70,12 @@ class Report:
         table = [
             "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
         ]
-        title = f"{self.model}: {self.fused} of {len(self.blocks)} blocks run fused"
+        verb = "train" if self.mode == "training" else "run"
+        title = f"{self.model}: {self.fused} of {len(self.blocks)} blocks {verb} fused"
         if self.input_size is not None:
-            title += f"; launches and bytes of one image, {'x'.join(map(str, self.input_size))}, before -> now"
+            where = " in eval mode" if self.mode == "training" else ""
+            size = "x".join(map(str, self.input_size))
+            title += f"; launches and bytes of one image{where}, {size}, before -> now"
         return "\n".join((title, table[0], "  ".join("-" * width for width in widths), *table[1:], *self.notes))
 
     def _sum(self, figure: str) -> int | None:

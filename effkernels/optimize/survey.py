@@ -41,6 +41,7 @@ class Entry:
         reason: why it is not fused, or what of it is not.
         fused: whether it is.
         backend: what runs its operators, where that is known.
+        untrained: why it does not run fused in training mode; "" where it does.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Entry:
     reason: str = ""
     fused: bool = True
     backend: str = ""
+    untrained: str = "only blocks around a depthwise convolution train fused"
 
 
 @dataclass

@@ -10,6 +10,8 @@ PROGRAMS = OWN_PREFIX + "programs"
 """The attribute of a swapped module with its programs by method name."""
 UNVERIFIED = OWN_PREFIX + "unverified"
 """The attribute with shapes to try a method on, by its name, where it has not been compared with the original yet."""
+TRAINING = OWN_PREFIX + "training"
+"""The attribute of a swapped module with its programs for training mode by method name."""
 BOUND = OWN_PREFIX + "bound_"
 """With the name of a method: the attribute with the objects that its program's guard compares."""
 

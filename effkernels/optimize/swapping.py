@@ -15,14 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from effkernels.optimize.swapped import BOUND, OWN_PREFIX, PROGRAMS, UNVERIFIED, original_class
+from effkernels.optimize.swapped import BOUND, OWN_PREFIX, PROGRAMS, TRAINING, UNVERIFIED, original_class
 
 if TYPE_CHECKING:
     from effkernels.optimize.program import Program
+    from effkernels.optimize.training import TrainingProgram
 
 
 def swap(
-    module: nn.Module, programs: Mapping[str, Program], unverified: Mapping[str, tuple[tuple[int, ...], ...]]
+    module: nn.Module,
+    programs: Mapping[str, Program],
+    unverified: Mapping[str, tuple[tuple[int, ...], ...]],
+    training: Mapping[str, TrainingProgram],
 ) -> None:
     """Let `module` run programs.
 
@@ -30,8 +34,11 @@ def swap(
         module: changed in place.
         programs: by name of the method that each replaces.
         unverified: shapes to compare a program with its method on at its first use, by name of the method.
+        training: programs for training mode, by name of the method; others run as written there.
     """
     module.__dict__[PROGRAMS] = dict(programs)
+    if training:
+        module.__dict__[TRAINING] = dict(training)
     if unverified:
         module.__dict__[UNVERIFIED] = dict(unverified)
     module.__class__ = swapped_class(type(module), tuple(sorted(programs)))
@@ -60,6 +67,7 @@ class _Swapped:
 
     # Without annotations, which torch.jit.script would read.
     _effkernels_programs = {}  # type: ignore[var-annotated] # noqa: RUF012  for an instance that somebody's code makes of the class
+    _effkernels_training = {}  # type: ignore[var-annotated] # noqa: RUF012  as above, and for a module without any
 
     def __prepare_scriptable__(self) -> Any:
         """Return what torch.jit.script compiles instead of this module: the same without programs."""
@@ -104,7 +112,13 @@ def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def fused(self: Any, *args: Any, **kwargs: Any) -> Any:
         program: Program | None = self._effkernels_programs.get(name)
-        if program is not None and not self.training:
+        if self.training:
+            trained: TrainingProgram | None = self._effkernels_training.get(name)
+            if trained is not None and not _wants_plain():
+                result = trained.run(self, args, kwargs)
+                if result is not None:
+                    return result
+        elif program is not None:
             x = args[0] if len(args) == 1 and not kwargs else program.input_of(args, kwargs)
             if (
                 isinstance(x, Tensor)

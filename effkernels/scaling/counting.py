@@ -78,8 +78,8 @@ def count(module: nn.Module, image: tuple[int, int, int]) -> Cost:
         raise ValueError(f"count: {off} is not on the meta device; build the module with device='meta'")
     kept = _Kept(module.train())
     images = torch.empty(_IMAGES, *image, device="meta")
-    with backend("reference"), torch.enable_grad(), FlopCounterMode(display=False) as flops:
-        with saved_tensors_hooks(kept, _never_unpacked):
-            module(images)
+    keeping = saved_tensors_hooks(kept, _never_unpacked)
+    with backend("reference"), torch.enable_grad(), FlopCounterMode(display=False) as flops, keeping:
+        module(images)
     parameters = sum(p.numel() for p in module.parameters())
     return Cost(flops.get_total_flops() // (2 * _IMAGES), parameters, kept.bytes // _IMAGES)
