@@ -17,7 +17,7 @@ KERNEL_FILES = [file for room in ("cpu", "cuda") for file in sorted((ROOT / "csr
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cam"}),
     frozenset({"scaling"}),
-    frozenset({"bench"}),
+    frozenset({"bench", "train"}),
     # `import effkernels`, and the names for users of files further down.
     frozenset({"__init__", "peers", "predict"}),
     frozenset({"engine"}),
