@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 import torch
 
 from effkernels import ops
-from effkernels.bench.contenders import Case
+from effkernels.bench.contenders import NetworkCase
 from effkernels.bench.networks import model_size
-from effkernels.bench.op_case import OpCase, conv_case, depthwise_case, gate_case, pointwise_case
 from effkernels.ops import reference
+from effkernels.ops.call import OpCall, prepared
 
 # (model, batch, precision), per device type.
 MODELS = {
@@ -33,17 +33,17 @@ OP_BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
 OP_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 
 
-def model_cases(device: torch.device, threads: int) -> Iterator[Case]:
+def model_cases(device: torch.device, threads: int) -> Iterator[NetworkCase]:
     """Return the networks for a device, each at its own input size."""
     for model, batch, precision in MODELS[device.type]:
-        yield Case(
+        yield NetworkCase(
             model, model_size(model), batch, precision, str(device), threads, channels_last=device.type == "cuda"
         )
 
 
-def op_cases(batch: int) -> Iterator[OpCase]:
+def op_calls(batch: int) -> Iterator[OpCall]:
     """Return every operator at the shapes where EfficientNet-B0 at 224 spends its time, early, middle and late."""
-    yield conv_case((batch, 3, 224, 224), 32)
+    yield OpCall.on("conv_bn_act", (batch, 3, 224, 224), out_channels=32, stride=2)
     # (channels, plane, kernel, stride, squeeze-and-excitation width)
     for channels, plane, kernel, stride, reduced in (
         (32, 112, 3, 1, 8),
@@ -52,15 +52,18 @@ def op_cases(batch: int) -> Iterator[OpCase]:
         (672, 14, 5, 1, 28),
         (1152, 7, 5, 1, 48),
     ):
-        yield depthwise_case("depthwise_bn_act_gate", (batch, channels, plane, plane), kernel, stride, reduced=reduced)
-    for op in ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_se"):
-        yield depthwise_case(op, (batch, 240, 28, 28), 5, 1, reduced=10)
-    yield gate_case(batch, 1152, 48)
+        shape = (batch, channels, plane, plane)
+        yield OpCall.on("depthwise_bn_act_gate", shape, kernel, stride=stride, reduced=reduced)
+    for op in ("depthwise_bn_act", "depthwise_bn_act_squeeze"):
+        yield OpCall.on(op, (batch, 240, 28, 28), 5)
+    yield OpCall.on("depthwise_bn_act_se", (batch, 240, 28, 28), 5, reduced=10)
+    yield OpCall.on("squeeze_excite_gate", (batch, 1152), reduced=48)
     # expand, then project, each early and late
-    yield pointwise_case((batch, 16, 112, 112), 96, activation="silu")
-    yield pointwise_case((batch, 192, 7, 7), 1152, activation="silu")
-    yield pointwise_case((batch, 144, 56, 56), 24, gate=True, residual=True)
-    yield pointwise_case((batch, 1152, 7, 7), 192, gate=True, residual=True)
+    for channels, plane, out in ((16, 112, 96), (192, 7, 1152)):
+        yield OpCall.on("pointwise_bn_act", (batch, channels, plane, plane), out_channels=out)
+    for channels, plane, out in ((144, 56, 24), (1152, 7, 192)):
+        shape = (batch, channels, plane, plane)
+        yield OpCall.on("pointwise_bn_act", shape, out_channels=out, activation="identity", gated=True, residual=True)
 
 
 def overhead_calls(device: torch.device) -> dict[str, Callable[[], object]]:
@@ -69,12 +72,10 @@ def overhead_calls(device: torch.device) -> dict[str, Callable[[], object]]:
     What is left is the cost of the call itself: argument checks and choice of backend in Python, the dispatcher, the
     adaptor. One bare convolution of PyTorch is measured for comparison.
     """
-    case = depthwise_case("depthwise_bn_act", (1, 8, 1, 1), 3, 1)
-    call = case.prepare(ops, torch.float32, device)
-    plain = case.prepare(reference, torch.float32, device)
+    arguments = OpCall.on("depthwise_bn_act", (1, 8, 1, 1)).arguments(torch.float32, device)
+    call, plain = (prepared(module, "depthwise_bn_act", arguments) for module in (ops, reference))
     x, weight, mean, var, scale, shift = (
-        case.tensors[name].to(device, torch.float32)
-        for name in ("x", "weight", "norm_mean", "norm_var", "norm_weight", "norm_bias")
+        arguments[name] for name in ("x", "weight", "norm_mean", "norm_var", "norm_weight", "norm_bias")
     )
     compiled = torch.ops.effkernels.depthwise_bn_act.default
     convolution = torch.nn.functional.conv2d

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from effkernels import console, environment, ops
 from effkernels.bench import timing
 from effkernels.bench.contenders import CONTENDERS
 from effkernels.bench.networks import Options, case_name, run_case, steps
-from effkernels.bench.op_case import OpCase
+from effkernels.bench.op_timing import copied
 from effkernels.bench.timing import Row
 from effkernels.commands.common import UsageError, device_of, positive
 from effkernels.ops import backends, reference
+from effkernels.ops.call import OpCall, in_float64, input_of, prepared, run
 from effkernels.ops.parity import errors
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -60,24 +61,24 @@ class Suite:
     def op(self) -> None:
         """Operators, against plain PyTorch and torch.compile."""
         for batch in cases.OP_BATCHES[self.device.type]:
-            for case in cases.op_cases(batch):
+            for call in cases.op_calls(batch):
                 for dtype in cases.OP_DTYPES[self.device.type]:
-                    console.note(f"op {case.op} {case.shape}, {_name(dtype)}")
-                    self._append(self._op_rows(case, dtype))
+                    console.note(f"op {call}, {_name(dtype)}")
+                    self._append(self._op_rows(call, dtype))
 
-    def _op_rows(self, case: OpCase, dtype: torch.dtype) -> list[Row]:
+    def _op_rows(self, call: OpCall, dtype: torch.dtype) -> list[Row]:
         torch._dynamo.reset()
-        rounded = case.rounded(dtype)
-        modules = {f"effkernels-{_backend_of(case, dtype, self.device)}": ops, "eager": reference}
-        modules["compile"] = _Compiled(case.op)
-        truth = rounded.prepare(reference, torch.float64, torch.device("cpu"))()
-        cache = environment.last_level_cache_bytes(self.device)
-        copies = timing.input_count(case.bytes_moved(dtype), cache)
+        arguments = call.arguments(dtype, self.device)
+        modules = {f"effkernels-{_backend_of(call, arguments)}": ops, "eager": reference}
+        modules["compile"] = _Compiled(call.op)
+        truth = run(reference, call.op, in_float64(call.arguments(dtype)))
+        size = call.bytes_moved(dtype)
+        copies = timing.input_count(size, environment.last_level_cache_bytes(self.device))
         runs: dict[str, timing.Run] = {}
         parity = {}
         with torch.inference_mode():
             for name, module in modules.items():
-                calls = [rounded.prepare(module, dtype, self.device) for _ in range(copies)]
+                calls = [prepared(module, call.op, copied(arguments)) for _ in range(copies)]
                 results = calls[0]()
                 parity[name] = max(errors(got, true).l2 for got, true in zip(results, truth, strict=True))
                 runs[name] = lambda number, calls=calls: calls[number % len(calls)]()  # type: ignore[misc]
@@ -88,14 +89,14 @@ class Suite:
             timing.make_row(
                 timing.summarise(times[name]),
                 suite="op",
-                case=f"{case.op} {case.shape}",
+                case=str(call),
                 contender=name,
                 device=self.device_name,
                 dtype=_name(dtype),
-                batch=case.batch,
+                batch=call.batch,
                 date=self.date,
                 rel_error=parity[name],
-                bytes=case.bytes_moved(dtype),
+                bytes=size,
             )
             for name in modules
         ]
@@ -143,10 +144,8 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _backend_of(case: OpCase, dtype: torch.dtype, device: torch.device) -> str:
-    first = case.tensors["x" if "x" in case.tensors else "pooled"]
-    x = torch.empty((1, *first.shape[1:]), dtype=dtype, device=device)
-    return backends.choose(case.op, x, case.tensors.get("weight"))
+def _backend_of(call: OpCall, arguments: Mapping[str, Any]) -> str:
+    return backends.choose(call.op, input_of(arguments), arguments.get("weight"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 import effkernels
 from effkernels._norm import gather_norms
+from effkernels.ops import call
+from effkernels.ops.call import DEPTHWISE_OPS, IMAGES, OpCall, in_float64, tensors
 
-DEPTHWISE_OPS = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "depthwise_bn_act_se")
 EXPAND_OP = "expand_depthwise_squeeze"
 IMAGE_OPS = (*DEPTHWISE_OPS, "pointwise_bn_act", "conv_bn_act", EXPAND_OP)
 ALL_OPS = (*IMAGE_OPS, "squeeze_excite_gate")
@@ -31,15 +32,14 @@ OTHER_KERNELS = (
 LAYOUTS = ("channels_last", "contiguous", "sliced", "sliced_rows", "expanded")
 
 
-@dataclass(frozen=True)
-class Case:
-    """One call of one operator. `parameters`: "float32", "same" (x's dtype) or "mixed" (each tensor the other way).
+@dataclass(frozen=True, kw_only=True)
+class Case(OpCall):
+    """One call of one operator, the types of its tensors and the memory layout of its images.
 
-    `channels` are those of x, also where an expand convolution makes `out_channels` of them for the depthwise one.
+    `parameters`: "float32", "same" (x's dtype) or "mixed" (each tensor the other way).
     """
 
-    op: str
-    dtype: torch.dtype = torch.float32
+    dtype: torch.dtype = field(default=torch.float32, kw_only=False)
     batch: int = 2
     channels: int = 24
     out_channels: int = 20
@@ -47,96 +47,26 @@ class Case:
     height: int = 13
     width: int = 14
     kernel: tuple[int, int] = (3, 3)
-    stride: int = 1
     padding: tuple[int, int, int, int] = (1, 1, 1, 1)
-    dilation: int = 1
-    activation: str = "silu"
-    expand_activation: str = "silu"
-    se_activation: str = "silu"
-    gate_activation: str = "sigmoid"
-    norm: str = "full"
-    bias: bool = False
-    gated: bool = False
-    residual: bool = False
     parameters: str = "float32"
-    matrix_rank: int = 4
     layout: str = "channels_last"
 
     def __str__(self) -> str:
+        fields = sorted(dataclasses.fields(self), key=lambda f: f.name != "dtype")
         changed = [
             f"{f.name}={str(getattr(self, f.name)).removeprefix('torch.').replace(' ', '')}"
-            for f in dataclasses.fields(self)
+            for f in fields
             if f.name != "op" and getattr(self, f.name) != f.default
         ]
         return "-".join([self.op, *changed])
 
-    def with_(self, **changes: Any) -> Case:
-        return dataclasses.replace(self, **changes)
-
     def draw(self, seed: int = 0, device: str = "cpu") -> dict[str, Any]:
         """Return the arguments of the operator by their names in the schema; `flat` hands them to effkernels.ops."""
-        generator = torch.Generator().manual_seed(seed)
-        made = 0
-
-        def parameter(*shape: int, low: float | None = None, scale: float = 1.0) -> Tensor:
-            nonlocal made
-            made += 1
-            other = self.parameters == "same" or (self.parameters == "mixed" and made % 2 == 0)
-            t = torch.randn(shape, generator=generator) * scale
-            t = t if low is None else t.abs() * 0.5 + low
-            return t.to(self.dtype if other else torch.float32).to(device)
-
-        def norm(channels: int, prefix: str = "") -> dict[str, Tensor]:
-            given: dict[str, Tensor] = {}
-            if self.bias:
-                given["bias"] = parameter(channels)
-            if self.norm == "full":
-                given["norm_weight"], given["norm_bias"] = parameter(channels, low=0.5), parameter(channels)
-            if self.norm in ("full", "statistics"):
-                given["norm_mean"], given["norm_var"] = parameter(channels, scale=0.5), parameter(channels, low=0.25)
-            return {prefix + name: t for name, t in given.items()}
-
-        def excite() -> dict[str, Any]:
-            tail = (1, 1) if self.matrix_rank == 4 else ()
-            return {
-                "w_reduce": parameter(self.reduced, self.channels, *tail, scale=self.channels**-0.5 * 2),
-                "b_reduce": parameter(self.reduced) if self.bias else None,
-                "w_expand": parameter(self.channels, self.reduced, *tail, scale=self.reduced**-0.5 * 2),
-                "b_expand": parameter(self.channels) if self.bias else None,
-                "gate_activation": self.gate_activation,
-            }
-
-        if self.op == "squeeze_excite_gate":
-            pooled = torch.randn(self.batch, self.channels, generator=generator).to(device)
-            return {"pooled": pooled, **excite(), "activation": self.se_activation}
-        image = torch.randn(self.batch, self.channels, self.height, self.width, generator=generator).to(self.dtype)
-        arguments: dict[str, Any] = {"x": laid_out(image.to(device), self.layout), "activation": self.activation}
-        if self.op == "pointwise_bn_act":
-            shape = (self.out_channels, self.channels, 1, 1)
-            arguments |= {"weight": parameter(*shape, scale=self.channels**-0.5), **norm(self.out_channels)}
-            if self.gated:
-                arguments["gate"] = parameter(self.batch, self.channels).sigmoid()
-            if self.residual:
-                shape = (self.batch, self.out_channels, self.height, self.width)
-                added = torch.randn(shape, generator=generator).to(self.dtype).to(device)
-                arguments["residual"] = laid_out(added, self.layout)
-            return arguments
-        arguments |= {"stride": self.stride, "padding": self.padding}
-        taps = self.kernel[0] * self.kernel[1]
-        if self.op == "conv_bn_act":
-            fan_in = taps * self.channels
-            weight = parameter(self.out_channels, self.channels, *self.kernel, scale=fan_in**-0.5)
-            return arguments | {"weight": weight, **norm(self.out_channels)}
-        channels = self.out_channels if self.op == EXPAND_OP else self.channels
-        if self.op == EXPAND_OP:
-            expand = parameter(channels, self.channels, 1, 1, scale=self.channels**-0.5)
-            arguments |= {"expand_weight": expand, **norm(channels, "expand_")}
-            arguments["expand_activation"] = self.expand_activation
-        weight = parameter(channels, 1, *self.kernel, scale=taps**-0.5)
-        arguments |= {"weight": weight, "dilation": self.dilation, **norm(channels)}
-        if self.op in ("depthwise_bn_act_gate", "depthwise_bn_act_se"):
-            arguments |= {**excite(), "se_activation": self.se_activation}
-        return arguments
+        names = [name for name in self.shapes() if name not in ("x", "pooled", "residual")]
+        own = {"float32": [], "same": names, "mixed": names[1::2]}[self.parameters]
+        dtypes = {name: self.dtype if name in own else torch.float32 for name in names}
+        arguments = self.arguments(self.dtype, device, seed=seed, dtypes=dtypes)
+        return {name: laid_out(a, self.layout) if name in IMAGES else a for name, a in arguments.items()}
 
 
 def laid_out(image: Tensor, layout: str) -> Tensor:
@@ -178,8 +108,7 @@ class flat:
 
 def run(module: Any, case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
     """Return the outputs of the operator of `case` in effkernels.ops or effkernels.ops.reference, always as a tuple."""
-    outputs = getattr(flat(module), case.op)(**arguments)
-    return outputs if isinstance(outputs, tuple) else (outputs,)
+    return call.run(module, case.op, arguments)
 
 
 @contextmanager
@@ -191,11 +120,6 @@ def one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def in_float64(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the same arguments with every tensor in float64."""
-    return {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
 def on_cpu(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -212,11 +136,6 @@ def truth(case: Case, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
     (device,) = {a.device for _, a in tensors(arguments)}
     outputs = run(effkernels.ops.reference, case, in_float64(on_cpu(arguments)))
     return tuple(y.to(device) for y in outputs)
-
-
-def tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Return the tensors among the arguments, with their names."""
-    return ((name, a) for name, a in arguments.items() if isinstance(a, Tensor))
 
 
 def overload(op: str) -> Any:

@@ -83,6 +83,20 @@ def slow(candidate: Candidate) -> float:
     return accuracy
 
 
+def endless(candidate: Candidate) -> float:
+    """Never returns; logs its process."""
+    with Path(os.environ["SEARCH_LOG"]).open("a") as file:
+        file.write(f"{os.getpid()}\n")
+    while True:
+        time.sleep(1)
+
+
+def of_its_process(candidate: Candidate) -> dict[str, float]:
+    """Return the number of the process, slowly enough that a second worker gets its share."""
+    time.sleep(0.3)
+    return {"accuracy": wide_is_good(candidate), "process": os.getpid()}
+
+
 def not_a_number(candidate: Candidate) -> float:
     """Diverged."""
     return float("nan")

@@ -19,20 +19,20 @@ from benchmarks import cases, console_examples, report
 from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
-from effkernels.bench.contenders import CONTENDERS, Case, Contender, Runner
+from effkernels.bench.contenders import CONTENDERS, Contender, NetworkCase, ReadyContender
 from effkernels.bench.networks import Options, run_case, steps
-from effkernels.bench.op_case import OpCase, conv_case, depthwise_case, pointwise_case
+from effkernels.bench.op_timing import copied
 from effkernels.bench.peak_memory import measure_here, peak_memory
 from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.bench.timing import Row, Statistics
-from effkernels.ops import reference
+from effkernels.ops.call import OpCall, tensors
 
 # The fields that a row must have, in order; p99_us is beside p95_us.
 FIELDS = [
     "suite", "case", "contender", "device", "dtype", "batch", "median_us", "p95_us", "p99_us", "images_per_s",
     "peak_bytes", "rel_error", "floor_us", "bytes", "launches", "commit", "dirty", "date", "versions",
 ]  # fmt: skip
-SMALL = Case("efficientnet_b0", 32, 1, threads=1)
+SMALL = NetworkCase("efficientnet_b0", 32, 1, threads=1)
 QUICK = Options(warmup=1, rounds=2, memory=False)
 
 
@@ -266,14 +266,14 @@ class TestContenders:
 
 
 class TestRunCase:
-    def add(self, monkeypatch: pytest.MonkeyPatch, name: str, prepare: Callable[[Case], Runner]) -> None:
+    def add(self, monkeypatch: pytest.MonkeyPatch, name: str, prepare: Callable[[NetworkCase], ReadyContender]) -> None:
         contender = Contender(name, "made up", ("cpu",), lambda case: None, prepare)
         monkeypatch.setitem(CONTENDERS, name, contender)
 
     def test_a_wrong_answer_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         right = CONTENDERS["eager"].prepare(SMALL)
-        runner = dataclasses.replace(right, run=lambda images: right.run(images) * 1.001)
-        self.add(monkeypatch, "wrong", lambda case: runner)
+        wrong = dataclasses.replace(right, run=lambda images: right.run(images) * 1.001)
+        self.add(monkeypatch, "wrong", lambda case: wrong)
         rows, refusals = run_case(SMALL, ["wrong", "eager"], QUICK, date="now")
         assert [row.contender for row in rows] == [right.label]
         assert refusals[0].contender == "wrong"
@@ -283,13 +283,13 @@ class TestRunCase:
     def test_not_a_number_and_another_shape_are_wrong(
         self, monkeypatch: pytest.MonkeyPatch, output: torch.Tensor
     ) -> None:
-        self.add(monkeypatch, "odd", lambda case: Runner("odd", lambda images: images, lambda images: output))
+        self.add(monkeypatch, "odd", lambda case: ReadyContender("odd", lambda images: images, lambda images: output))
         rows, refusals = run_case(SMALL, ["odd"], QUICK, date="now")
         assert rows == []
         assert refusals[0].reason.startswith("wrong: off by inf")
 
     def test_a_contender_that_fails_does_not_stop_the_others(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(case: Case) -> Runner:
+        def fail(case: NetworkCase) -> ReadyContender:
             raise RuntimeError("no\nsuch luck")
 
         self.add(monkeypatch, "failing", fail)
@@ -323,7 +323,11 @@ class TestMemory:
             return torch.ones(100 << 20, dtype=torch.uint8)  # every page is written
 
         contender = Contender(
-            "hungry", "made up", ("cpu",), lambda case: None, lambda case: Runner("hungry", lambda images: images, run)
+            "hungry",
+            "made up",
+            ("cpu",),
+            lambda case: None,
+            lambda case: ReadyContender("hungry", lambda images: images, run),
         )
         monkeypatch.setitem(CONTENDERS, "hungry", contender)
         assert (
@@ -342,25 +346,25 @@ class TestMemory:
         assert "\n" not in reason
 
 
-class TestOpCase:
+class TestOperatorCalls:
     def test_bytes_are_those_that_no_version_can_avoid(self) -> None:
-        case = pointwise_case((2, 8, 4, 4), 16)
+        call = OpCall.on("pointwise_bn_act", (2, 8, 4, 4), out_channels=16)
         images, weights, vectors = 2 * 8 * 16 + 2 * 16 * 16, 16 * 8, 4 * 16
-        assert case.bytes_moved(torch.float32) == 4 * (images + weights + vectors)
-        assert case.bytes_moved(torch.bfloat16) == 2 * (images + weights) + 4 * vectors
+        assert call.bytes_moved(torch.float32) == 4 * (images + weights + vectors)
+        assert call.bytes_moved(torch.bfloat16) == 2 * (images + weights) + 4 * vectors
 
-    def test_cases_of_the_suite_are_those_of_b0(self) -> None:
-        names = {case.op for case in cases.op_cases(1)}
+    def test_calls_of_the_suite_are_those_of_b0(self) -> None:
+        names = {call.op for call in cases.op_calls(1)}
         assert names >= {"conv_bn_act", "depthwise_bn_act_gate", "pointwise_bn_act", "squeeze_excite_gate"}
-        assert all(case.batch == 3 for case in cases.op_cases(3))
+        assert all(call.batch == 3 for call in cases.op_calls(3))
 
-    @pytest.mark.parametrize(
-        "case", [depthwise_case("depthwise_bn_act", (1, 4, 5, 5), 3, 1), conv_case((1, 3, 8, 8), 4)]
-    )
-    def test_each_preparation_has_tensors_of_its_own(self, case: OpCase) -> None:
-        one, other = (case.prepare(reference, torch.float32, torch.device("cpu"))() for _ in range(2))
-        assert torch.equal(one[0], other[0])
-        assert one[0].data_ptr() != other[0].data_ptr()
+    @pytest.mark.parametrize("op", ["depthwise_bn_act", "conv_bn_act"])
+    def test_copies_have_tensors_of_their_own_in_channels_last(self, op: str) -> None:
+        arguments = OpCall.on(op, (1, 4, 5, 5), out_channels=3).arguments()
+        for name, t in tensors(copied(arguments)):
+            assert torch.equal(t, arguments[name])
+            assert t.data_ptr() != arguments[name].data_ptr()
+            assert t.ndim != 4 or t.is_contiguous(memory_format=torch.channels_last)
 
 
 class TestReport:

@@ -242,7 +242,7 @@ class TestCheck:
             raise RuntimeError("boom")
 
         monkeypatch.setattr("effkernels.ops.conv_bn_act", explode)
-        case = next(case for case in check.op_cases() if case.op == "conv_bn_act")
+        case = next(case for case in check.op_calls() if case.op == "conv_bn_act")
         finding = check.check_op(case, "reference", torch.float32, torch.device("cpu"))
         assert finding.ok is False
         assert finding.reason == "raised RuntimeError: boom"

@@ -48,7 +48,7 @@ PATIENCE_S = 240
 
 
 @dataclass(frozen=True)
-class Case:
+class Photographs:
     """A model, photographs, and what comes out.
 
     Attributes:
@@ -81,7 +81,7 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
+def case(tmp_path_factory: pytest.TempPathFactory) -> Photographs:
     home = tmp_path_factory.mktemp("case")
     folder = home / "photographs"
     (folder / "below").mkdir(parents=True)
@@ -121,7 +121,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
         truth = torch.softmax(model.double()(inputs.double()), 1)
     # An answer to another photograph would be noticed.
     assert torch.pdist(truth).min() > 100 * limits(plain, truth).l2 * torch.linalg.vector_norm(truth)
-    return Case(folder, broken, weights, labels, probabilities, plain, truth)
+    return Photographs(folder, broken, weights, labels, probabilities, plain, truth)
 
 
 @pytest.fixture(scope="module")
@@ -178,7 +178,7 @@ def end_all(marker: str) -> None:
 # --------------------------------------------------------------------------------------------------------- Ray Data
 
 
-def ray_arguments(case: Case, folder: Path, out: Path) -> list[str]:
+def ray_arguments(case: Photographs, folder: Path, out: Path) -> list[str]:
     files = ["--weights", str(case.weights), "--labels", str(case.labels), "--out", str(out)]
     sizes = ["--img-size", str(SIZE), "--topk", str(CLASSES), "--batch-size", "4", "--part-rows", "4", "--cpus", "2"]
     return [str(folder), *files, *sizes]
@@ -192,7 +192,7 @@ def rows_of(parts: list[Path]) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_ray_batch_inference_resumes_where_it_was_killed(
-    case: Case, environment: dict[str, str], tmp_path: Path
+    case: Photographs, environment: dict[str, str], tmp_path: Path
 ) -> None:
     folder, out = tmp_path / "many", tmp_path / "out"
     for copy in range(8):
@@ -271,7 +271,7 @@ def ray_example(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     return run
 
 
-def write_part(case: Case, out: Path, paths: list[Path], settings: bytes) -> None:
+def write_part(case: Photographs, out: Path, paths: list[Path], settings: bytes) -> None:
     import numpy as np
     import pyarrow.parquet as pq
 
@@ -291,7 +291,7 @@ def settings_of(message: str) -> bytes:
 
 
 def test_ray_batch_inference_does_what_is_missing_and_no_more(
-    case: Case,
+    case: Photographs,
     ray_example: Callable[..., None],
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
@@ -324,7 +324,7 @@ def test_ray_batch_inference_does_what_is_missing_and_no_more(
         ray_example(*arguments, "--dtype", "bfloat16")
 
 
-def test_ray_batch_inference_reads_names_that_are_not_utf_8(case: Case, tmp_path: Path) -> None:
+def test_ray_batch_inference_reads_names_that_are_not_utf_8(case: Photographs, tmp_path: Path) -> None:
     """Such a name goes through the rows as bytes, and into the results as text."""
     import numpy as np
 
@@ -341,7 +341,7 @@ def test_ray_batch_inference_reads_names_that_are_not_utf_8(case: Case, tmp_path
 
 
 def test_ray_batch_inference_keeps_its_folder_to_itself(
-    case: Case, ray_example: Callable[..., None], tmp_path: Path
+    case: Photographs, ray_example: Callable[..., None], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     with loaded("ray_batch_inference").kept(out), pytest.raises(SystemExit, match="another run is writing there"):
@@ -354,7 +354,7 @@ def test_ray_batch_inference_keeps_its_folder_to_itself(
 
 
 def test_ray_batch_inference_names_what_is_wrong(
-    case: Case, ray_example: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    case: Photographs, ray_example: Callable[..., None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ray_arguments(case, case.folder, tmp_path / "out")
     with pytest.raises(SystemExit, match=r"nowhere\.pth"):
@@ -414,7 +414,9 @@ def probabilities_of(answer: dict[str, Any]) -> torch.Tensor:
 
 
 @pytest.fixture(scope="module")
-def server(case: Case, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    case: Photographs, environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     home = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -448,7 +450,7 @@ def server(case: Case, environment: dict[str, str], tmp_path_factory: pytest.Tem
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("litserve")
-def test_litserve_gives_every_photograph_its_own_answer(case: Case, server: Server) -> None:
+def test_litserve_gives_every_photograph_its_own_answer(case: Photographs, server: Server) -> None:
     # Bad ones among them, which must not spoil the batches.
     names = [*PHOTOGRAPHS, *(file.name for file in case.broken)] * 4
     with ThreadPoolExecutor(len(names)) as pool:
@@ -468,7 +470,7 @@ def test_litserve_gives_every_photograph_its_own_answer(case: Case, server: Serv
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("litserve")
-def test_litserve_refuses_what_is_no_photograph(case: Case, server: Server) -> None:
+def test_litserve_refuses_what_is_no_photograph(case: Photographs, server: Server) -> None:
     status, answer = server.post(case.broken[0].read_bytes())
     assert (status, "truncated" in answer["detail"]) == (400, True)
     assert server.post(case.broken[1].read_bytes()) == (
@@ -488,7 +490,7 @@ def test_litserve_refuses_what_is_no_photograph(case: Case, server: Server) -> N
 
 @pytest.mark.slow
 @pytest.mark.xdist_group("litserve")
-def test_litserve_answers_what_it_took_before_sigterm_ends_it(case: Case, server: Server) -> None:
+def test_litserve_answers_what_it_took_before_sigterm_ends_it(case: Photographs, server: Server) -> None:
     kind, body = multipart(case.path("coffee.png").read_bytes(), "image")
     connection = HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE_S)
     connection.putrequest("POST", "/predict")
@@ -532,7 +534,7 @@ def a_bomb() -> bytes:
     )
 
 
-def test_litserve_says_503_when_the_queue_is_full(case: Case) -> None:
+def test_litserve_says_503_when_the_queue_is_full(case: Photographs) -> None:
     module = loaded("serve_litserve")
     options = argparse.Namespace(
         model="efficientnet_b0",

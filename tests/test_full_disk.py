@@ -20,7 +20,7 @@ from effkernels.bench import timing
 from effkernels.cli import main
 from effkernels.scaling.journal import Journal
 from effkernels.triton import tuned_plan
-from effkernels.triton.tuned_plan import Configuration, ConfigurationKey, Plan
+from effkernels.triton.tuned_plan import Configuration, ConfigurationKey, TunedPlan
 
 CAM = ["cam", "--example", "--img-size", "64"]
 SEARCH = ["search", "--network", "search_evaluations:TINY", "--evaluate", "search_evaluations:wide_is_good",
@@ -148,7 +148,7 @@ def test_a_journal_keeps_whole_lines(tmp_path: Path) -> None:
 
 def test_a_tuned_plan_stays_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tuned_plan.VARIABLE, str(tmp_path))
-    plan = Plan("NVIDIA H200")
+    plan = TunedPlan("NVIDIA H200")
     plan.configurations[ConfigurationKey("conv_bn_act", "bfloat16", (4, 3))] = Configuration((1, 2), 5.0, 4.0)
     before = tuned_plan.record(plan).read_text()
     with small_disk(100), pytest.raises(OSError, match="File too large"):

@@ -14,13 +14,14 @@ from benchmarks.gpu_check import blocks, measure, models, ops, shapes, training
 from benchmarks.gpu_check.common import Cut, Options
 from benchmarks.gpu_check.ops import BlockMeasurement
 from benchmarks.gpu_check.results import Results
-from effkernels.bench import op_timing, timing
+from effkernels.bench import timing
 from effkernels.bench.networks import Refusal
-from effkernels.bench.op_case import depthwise_case, gate_case, pointwise_case
 from effkernels.bench.timing import Row, Statistics, read_rows
 from effkernels.ops import backends
+from effkernels.ops.call import OpCall, in_float64, run
 
 CPU = torch.device("cpu")
+PRODUCT = OpCall.on("pointwise_bn_act", (2, 8, 5, 4), out_channels=6, activation="identity")
 
 
 class TestShapes:
@@ -29,14 +30,14 @@ class TestShapes:
         calls = shapes.calls_of("efficientnet_b0")
         depthwise = [call for call in calls if call.op.startswith("depthwise")]
         assert len(depthwise) == 12
-        assert {(c.channels, c.plane[0], c.kernel, c.stride) for c in depthwise} >= {(32, 112, 3, 1), (1152, 7, 5, 1)}
-        assert [(c.channels, c.plane, c.out) for c in calls if c.op == "conv_bn_act"] == [(3, (224, 224), 32)]
-        assert shapes.Call("squeeze_excite_gate", 1152, (1, 1), reduced=48, activation="silu") in calls
-        expansions = {(c.channels, c.out, c.plane[0]) for c in calls if c.op == "expand_depthwise_squeeze"}
+        assert {c.size + " " + c.window for c in depthwise} >= {"1x32x112x112 3x3 stride 1", "1x1152x7x7 5x5 stride 1"}
+        assert [str(c) for c in calls if c.op == "conv_bn_act"] == ["conv_bn_act 1x3x224x224 3x3 stride 2 to 32"]
+        assert OpCall("squeeze_excite_gate", channels=1152, reduced=48) in calls
+        expansions = {(c.channels, c.out_channels, c.height) for c in calls if c.op == "expand_depthwise_squeeze"}
         assert expansions >= {(16, 96, 112), (192, 1152, 7)}
         projects = [call for call in calls if call.op == "pointwise_bn_act" and call.residual]
         assert projects
-        assert all(call.gate and call.activation == "identity" for call in projects)
+        assert all(call.gated and call.activation == "identity" for call in projects)
 
     def test_every_family_has_its_turn_from_the_start(self, compiled: None) -> None:
         order = list(ops.cases(["efficientnet_b0", "efficientnet_b4"], [256, 1, 32]))
@@ -48,15 +49,15 @@ class TestShapes:
     def test_every_call_and_block_is_measured_at_every_batch(self, compiled: None) -> None:
         order = list(ops.cases(["efficientnet_b4"], [256, 1, 32]))
         for call in shapes.calls_of("efficientnet_b4"):
-            found = [one for one in order if not isinstance(one, BlockMeasurement) and one.call == call]
+            found = [one for one in order if not isinstance(one, BlockMeasurement) and one.call.with_(batch=1) == call]
             assert {one.batch for one in found} == {1, 32, 256}
         for block in blocks.blocks_of("efficientnet_b4"):
             assert len([one for one in order if isinstance(one, BlockMeasurement) and one.block == block]) == 3
 
     def test_of_a_family_the_call_that_moves_most_comes_first(self, compiled: None) -> None:
         first, *_, last = shapes.of_family("efficientnet_b0", "depthwise_bn_act_squeeze", 256)
-        assert (first.call.channels, first.call.plane) == (96, (112, 112))
-        assert last.call.plane == (7, 7)
+        assert first.call.size == "256x96x112x112"
+        assert last.call.height == 7
 
 
 class TestBlocks:
@@ -108,29 +109,18 @@ class _Seen(torch.utils._python_dispatch.TorchDispatchMode):
 
 
 class TestOperators:
-    def test_enlarged_cases_compute_the_same_images(self, one_thread: None) -> None:
-        case = pointwise_case((2, 8, 5, 4), 6, gate=True, residual=True)
-        large = op_timing.enlarged(case, 5, torch.float32, CPU)
-        assert large.batch == 5
-        assert large.shape == "5x8x5x4 to 6, gate, residual"
-        assert large.tensors["weight"].shape == (6, 8, 1, 1)
-        for name in ("x", "gate", "residual"):
-            assert torch.equal(large.tensors[name][:2], large.tensors[name][2:4])
-            assert torch.equal(large.tensors[name][:2].double(), case.tensors[name].float().double())
-
     @pytest.mark.parametrize(
         "case",
         [
-            depthwise_case("depthwise_bn_act", (2, 8, 7, 7), 3, 2),
-            pointwise_case((2, 8, 5, 4), 6, gate=True),
-            gate_case(2, 16),
+            OpCall.on("depthwise_bn_act", (4, 8, 7, 7), stride=2),
+            OpCall.on("pointwise_bn_act", (4, 8, 5, 4), out_channels=6, gated=True),
+            OpCall.on("squeeze_excite_gate", (4, 16)),
         ],
         ids=lambda case: case.op,
     )
-    def test_contenders_are_timed_after_parity(self, compiled: None, one_thread: None, case: object) -> None:
-        large, measured, refused = measure.measure(case, 4, torch.float32, CPU)  # type: ignore[arg-type]
+    def test_contenders_are_timed_after_parity(self, compiled: None, one_thread: None, case: OpCall) -> None:
+        measured, refused = measure.measure(case, torch.float32, CPU)
         assert refused == []
-        assert large.batch == 4
         names = [one.contender for one in measured]
         assert [name for name in names if name != "effkernels-triton"][:2] == ["effkernels-cpu", "eager-channels-last"]
         for one in measured:
@@ -143,24 +133,24 @@ class TestOperators:
     ) -> None:
         right = effkernels.ops.pointwise_bn_act
         monkeypatch.setattr(effkernels.ops, "pointwise_bn_act", lambda *a, **k: right(*a, **k) + 1)
-        case = pointwise_case((2, 8, 5, 4), 6)
-        _, measured, refused = measure.measure(case, 2, torch.float32, CPU)
+        measured, refused = measure.measure(PRODUCT, torch.float32, CPU)
         assert "effkernels-cpu" not in [one.contender for one in measured]
         assert [(one.contender, one.ours) for one in refused] == [("effkernels-cpu", True)]
         assert "wrong: error" in refused[0].reason
 
     def test_the_bare_library_call_is_a_part_of_the_operator(self, one_thread: None) -> None:
-        case = depthwise_case("depthwise_bn_act", (2, 8, 7, 6), 5, 2)
+        case = OpCall.on("depthwise_bn_act", (2, 8, 7, 6), 5, stride=2)
         found = measure.bare(case, CPU)
         assert found is not None
-        (result,) = case.prepare(found[1], torch.float64, CPU)()
-        x, weight = case.tensors["x"], case.tensors["weight"]
+        arguments = in_float64(case.arguments())
+        (result,) = run(found[1], case.op, arguments)
+        x, weight = arguments["x"], arguments["weight"]
         assert torch.allclose(result, torch.nn.functional.conv2d(x, weight, stride=2, padding=2, groups=8))
-        assert measure.bare(depthwise_case("depthwise_bn_act", (1, 8, 7, 6), 3, 1, (0, 1, 0, 1)), CPU) is None
-        assert measure.bare(gate_case(1, 8), CPU) is None
+        assert measure.bare(case.with_(padding=(2, 3, 2, 3)), CPU) is None
+        assert measure.bare(OpCall.on("squeeze_excite_gate", (1, 8)), CPU) is None
 
     def test_rows_carry_bytes_and_floor(self) -> None:
-        case = gate_case(2, 16)
+        case = OpCall.on("squeeze_excite_gate", (2, 16))
         measured = [measure.Measured("effkernels-cuda-graph", Statistics(4.0, 5.0, 6.0, 7), 1e-3, 1)]
         size = case.bytes_moved(torch.bfloat16)
         (row,) = measure.rows_of(
@@ -193,7 +183,7 @@ class TestOperators:
         for name in can:
             decide = lambda op, name=name, **call: backends.Decision(can[name], "" if can[name] else "no")  # noqa: E731
             monkeypatch.setattr(backends, f"can_run_{name}", decide)
-        case = pointwise_case((2, 8, 5, 4), 6)
+        case = PRODUCT
         names = list(measure.contenders(case, torch.bfloat16, CPU, [None]))
         assert names == ["effkernels-cuda", "effkernels-triton", "eager-channels-last", "product alone", "compile"]
         can["cuda"] = False
@@ -205,9 +195,8 @@ class TestOperators:
         assert next(iter(measure.contenders(case, torch.bfloat16, CPU, []))) == "effkernels-reference"
 
     def test_a_contender_of_ours_runs_on_its_backend(self, compiled: None) -> None:
-        case = pointwise_case((2, 8, 5, 4), 6)
         chosen = []
-        prepare = measure.contenders(case, torch.float32, CPU, [])["effkernels-cpu"].prepare
+        prepare = measure.contenders(PRODUCT, torch.float32, CPU, [])["effkernels-cpu"].prepare
         with effkernels.backend("reference"):
             call = prepare()
             with _Seen() as seen:
@@ -219,7 +208,7 @@ class TestOperators:
     @pytest.mark.usefixtures("interpreted", "one_thread")
     def test_launches_of_triton_are_counted(self) -> None:
         with effkernels.backend("auto"):
-            _, measured, refused = measure.measure(gate_case(2, 16), 2, torch.float32, CPU)
+            measured, refused = measure.measure(OpCall.on("squeeze_excite_gate", (2, 16)), torch.float32, CPU)
         assert refused == []
         assert {one.contender: one.launches for one in measured}["effkernels-triton"] == 1
 

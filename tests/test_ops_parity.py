@@ -196,22 +196,22 @@ def depthwise_with_squeeze_cases() -> Iterator[Case]:
                     "reduced": [1, 33],
                     "matrix_rank": [2],
                 }
-                yield from in_turn(base, bias=[False], **choices)
+                yield from in_turn(base, bias=[False], se_bias=[False], **choices)
 
 
 def squeeze_excite_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         yield from in_turn(
-            Case("squeeze_excite_gate", dtype, bias=True, parameters="same"),
+            Case("squeeze_excite_gate", dtype, parameters="same"),
             channels=ODD_CHANNELS,
             reduced=[1, 8, 33],
             batch=[0, 1, 3],
-            se_activation=ACTIVATIONS,
+            activation=ACTIVATIONS,
             gate_activation=GATES,
             matrix_rank=[2],
-            bias=[False],
+            se_bias=[False],
         )
-        yield Case("squeeze_excite_gate", dtype, parameters="mixed")
+        yield Case("squeeze_excite_gate", dtype, parameters="mixed", se_bias=False)
 
 
 def pointwise_cases() -> Iterator[Case]:
@@ -364,6 +364,7 @@ def any_case(draw) -> Case:
         gate_activation=draw(st.sampled_from(GATES)),
         norm=draw(st.sampled_from(("full", "statistics", "none"))),
         bias=draw(st.booleans()),
+        se_bias=draw(st.booleans()),
         gated=draw(st.booleans()),
         residual=draw(st.booleans()),
         parameters="same" if op == "squeeze_excite_gate" else draw(st.sampled_from(("float32", "same", "mixed"))),

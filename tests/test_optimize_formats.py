@@ -44,7 +44,7 @@ def _depthwise(channels: int) -> nn.Sequential:
     return _norm_act(nn.Conv2d(channels, channels, 3, padding=1, groups=channels))
 
 
-class Stage(nn.Module):
+class ConcatenatingBlock(nn.Module):
     """A depthwise convolution that is fused, two dense ones that stay PyTorch's, and their concatenation."""
 
     def __init__(self, channels: int) -> None:
@@ -62,7 +62,7 @@ class Stage(nn.Module):
 
 @pytest.fixture(scope="module")
 def plain() -> nn.Module:
-    return randomise(Stage(128), channels=128)
+    return randomise(ConcatenatingBlock(128), channels=128)
 
 
 @pytest.fixture

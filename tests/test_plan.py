@@ -6,6 +6,7 @@ import json
 import math
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import op_cases
@@ -18,14 +19,14 @@ from torch.utils.flop_counter import FlopCounterMode
 import effkernels
 from effkernels import ops
 from effkernels.bench import check
-from effkernels.bench.op_case import OpCase, conv_case, depthwise_case, gate_case, pointwise_case
 from effkernels.commands.common import why_no_gpu
 from effkernels.models import EfficientNet, peers
 from effkernels.models.architecture import Architecture
+from effkernels.ops.call import OpCall, prepared, run
 from effkernels.plan import gpus, launches
 from effkernels.plan.gpus import GPUS
 from effkernels.plan.launches import PRECISIONS, Plan, PlannedLaunch, Totals, plan_call, plan_model
-from effkernels.plan.record import Call, record_calls
+from effkernels.plan.record import RecordedCall, record_calls
 from effkernels.plan.time_estimate import TimeEstimate
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -147,17 +148,17 @@ class TestCounts:
 
     @pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
     def test_bytes_of_a_call_are_those_of_the_benchmarks(self, dtype: torch.dtype) -> None:
-        for case in check.op_cases():
+        for case in check.op_calls():
             (call,) = recorded(case, dtype)
-            assert launches.moved_bytes(call) == case.bytes_moved(dtype), f"{case.op} {case.shape}"
+            assert launches.moved_bytes(call) == case.bytes_moved(dtype), str(case)
 
     def test_a_tensor_read_twice_counts_once_and_an_expanded_one_as_stored(self) -> None:
         x = torch.empty(2, 8, 4, 4, device="meta", memory_format=torch.channels_last)
         weight = torch.empty(8, 8, 1, 1, device="meta")
-        call = Call("effkernels::pointwise_bn_act", "", {"x": x, "weight": weight, "residual": x}, [x], 0)
+        call = RecordedCall("effkernels::pointwise_bn_act", "", {"x": x, "weight": weight, "residual": x}, [x], 0)
         assert launches.moved_bytes(call) == (2 * 2 * 8 * 16 + 64) * 4
         expanded = torch.empty(1, 8, 1, 1, device="meta").expand(2, 8, 4, 4)
-        call = Call("aten::add", "", {"self": x, "other": expanded}, [x], 0)
+        call = RecordedCall("aten::add", "", {"self": x, "other": expanded}, [x], 0)
         assert launches.moved_bytes(call) == (2 * 2 * 8 * 16 + 8) * 4
 
     def test_eager_pytorch_launches_four_times_as_often_and_moves_three_times_the_bytes(self) -> None:
@@ -175,15 +176,15 @@ class TestCounts:
 
 
 class CallsAnOperator(nn.Module):
-    def __init__(self, case: OpCase, dtype: torch.dtype) -> None:
+    def __init__(self, case: OpCall, dtype: torch.dtype) -> None:
         super().__init__()
-        self.call = case.prepare(ops, dtype, torch.device("meta"))
+        self.call = prepared(ops, case.op, case.arguments(dtype, "meta"))
 
     def forward(self, images: Tensor) -> Any:
         return self.call()
 
 
-def recorded(case: OpCase, dtype: torch.dtype) -> list[Call]:
+def recorded(case: OpCall, dtype: torch.dtype) -> list[RecordedCall]:
     """Return the calls that one call of an operator records."""
     return record_calls(CallsAnOperator(case, dtype), torch.empty(0, device="meta"))
 
@@ -213,10 +214,10 @@ class TestLaunches:
     @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
     @pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
     def test_every_operator_has_launches_within_the_gpus_limits(self, dtype: torch.dtype, gpu: gpus.Gpu) -> None:
-        for case in check.op_cases():
+        for case in check.op_calls():
             (call,) = recorded(case, dtype)
             launches = plan_call(call, gpu, allow_tf32=True)
-            assert 1 <= len(launches) <= 2, f"{case.op} {case.shape}"
+            assert 1 <= len(launches) <= 2, str(case)
             for launch in launches:
                 if launch.grid is None or launch.block is None or launch.shared_bytes is None:
                     assert launch.kernel.startswith("aten::")
@@ -231,7 +232,7 @@ class TestLaunches:
 
     def test_operators_that_promise_one_launch_have_one(self) -> None:
         promised = set(op_cases.ALL_OPS) - {"conv_bn_act", "depthwise_bn_act_se", op_cases.EXPAND_OP}
-        for case in check.op_cases():
+        for case in check.op_calls():
             if case.op in promised:
                 (call,) = recorded(case, torch.bfloat16)
                 assert len(plan_call(call, gpus.find("a100"), allow_tf32=True)) == 1
@@ -240,9 +241,7 @@ class TestLaunches:
         """The result is written once and read and written once more; the gate goes from the first to the second."""
         small, large = (
             plan_call(recorded(case, torch.bfloat16)[0], gpus.find("h200"), allow_tf32=True)
-            for case in (
-                depthwise_case("depthwise_bn_act_se", (2, 64, size, size), 3, 1, reduced=4) for size in (14, 380)
-            )
+            for case in (OpCall.on("depthwise_bn_act_se", (2, 64, size, size), reduced=4) for size in (14, 380))
         )
         assert len(small) == 1
         first, second = large
@@ -253,7 +252,7 @@ class TestLaunches:
         assert (second.flops, second.special_functions) == (0, 0)
 
     def test_a_convolution_of_pytorchs_is_activated_in_a_second_pass(self) -> None:
-        case = conv_case((2, 64, 32, 32), 128)
+        case = OpCall.on("conv_bn_act", (2, 64, 32, 32), out_channels=128, stride=2)
         (call,) = recorded(case, torch.bfloat16)
         first, second = plan_call(call, gpus.find("h200"), allow_tf32=True)
         assert (first.kernel, first.is_own, first.grid) == ("aten::convolution", False, None)
@@ -288,25 +287,27 @@ class TestLaunches:
         assert {"aten::convolution", "aten::mean", "aten::sigmoid"} <= set(parts)
 
 
-def small_cases() -> list[OpCase]:
+def small_calls() -> list[OpCall]:
     """Calls of every operator and every kernel that are quick to emulate."""
+    product = partial(OpCall.on, "pointwise_bn_act", activation="identity")
+    stem = partial(OpCall.on, "conv_bn_act", stride=2)
     return [
-        pointwise_case((2, 24, 9, 7), 40),
-        pointwise_case((2, 24, 9, 7), 40, gate=True, residual=True),
-        pointwise_case((1, 7, 5, 5), 11, gate=True),
-        pointwise_case((2, 24, 30, 31), 48, activation="silu"),
-        pointwise_case((1, 2048, 5, 5), 32, activation="hard_swish", gate=True, residual=True),
-        conv_case((2, 3, 20, 18), 32),
-        conv_case((2, 3, 20, 24), 32),
-        conv_case((1, 40, 9, 9), 24),
-        depthwise_case("depthwise_bn_act", (2, 24, 13, 14), 3, 1),
-        depthwise_case("depthwise_bn_act", (1, 7, 9, 9), 5, 2),
-        depthwise_case("depthwise_bn_act_squeeze", (1, 160, 26, 28), 5, 1),
-        depthwise_case("depthwise_bn_act_gate", (2, 24, 13, 14), 3, 2),
-        depthwise_case("depthwise_bn_act_gate", (1, 160, 26, 28), 5, 1),
-        depthwise_case("depthwise_bn_act_se", (2, 64, 14, 14), 5, 1),
-        depthwise_case("depthwise_bn_act_se", (2, 7, 14, 14), 3, 1),
-        gate_case(3, 40, 10),
+        product((2, 24, 9, 7), out_channels=40),
+        product((2, 24, 9, 7), out_channels=40, gated=True, residual=True),
+        product((1, 7, 5, 5), out_channels=11, gated=True),
+        product((2, 24, 30, 31), out_channels=48, activation="silu"),
+        product((1, 2048, 5, 5), out_channels=32, activation="hard_swish", gated=True, residual=True),
+        stem((2, 3, 20, 18), out_channels=32),
+        stem((2, 3, 20, 24), out_channels=32),
+        stem((1, 40, 9, 9), out_channels=24),
+        OpCall.on("depthwise_bn_act", (2, 24, 13, 14)),
+        OpCall.on("depthwise_bn_act", (1, 7, 9, 9), 5, stride=2),
+        OpCall.on("depthwise_bn_act_squeeze", (1, 160, 26, 28), 5),
+        OpCall.on("depthwise_bn_act_gate", (2, 24, 13, 14), stride=2),
+        OpCall.on("depthwise_bn_act_gate", (1, 160, 26, 28), 5),
+        OpCall.on("depthwise_bn_act_se", (2, 64, 14, 14), 5),
+        OpCall.on("depthwise_bn_act_se", (2, 7, 14, 14)),
+        OpCall.on("squeeze_excite_gate", (3, 40)),
     ]
 
 
@@ -316,12 +317,12 @@ class TestEmulated:
     @pytest.mark.parametrize("gpu", ["h200", "a100"])
     @pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
     def test_kernels_are_launched_as_planned(self, emulated: Emulator, dtype: torch.dtype, gpu: str) -> None:
-        for case in small_cases():
+        for case in small_calls():
             planned, launched = planned_and_launched(emulated, case, dtype, gpu)
             assert [(one.grid, one.block, one.shared_bytes, one.cluster, one.cooperative) for one in planned] == [
                 (one["grid"][0], one["block"][:2], one["shared_bytes"], one["cluster"], one["cooperative"])
                 for one in launched
-            ], f"{case.op} {case.shape}"
+            ], str(case)
 
     @pytest.mark.parametrize("gpu", ["h200", "a100"])
     @pytest.mark.parametrize("dtype", op_cases.DTYPES, ids=str)
@@ -331,23 +332,23 @@ class TestEmulated:
         """
         if emulated.flavour != "race":
             pytest.skip("only the race flavour of the emulator counts bytes: make test-race")
-        for case in small_cases():
+        for case in small_calls():
             planned, launched = planned_and_launched(emulated, case, dtype, gpu)
             for one, counted in zip(planned, launched, strict=True):
                 assert one.grid is not None
                 left_out = one.bytes - counted["unique_bytes_read"] - counted["unique_bytes_written"]
                 counters = 2 * 2 * 4 * one.grid if one.workspace_bytes > 0 else 0
-                assert 0 <= left_out <= counters, f"{case.op} {case.shape}: {one.kernel}"
+                assert 0 <= left_out <= counters, f"{case}: {one.kernel}"
 
 
 def planned_and_launched(
-    emulated: Emulator, case: OpCase, dtype: torch.dtype, gpu: str
+    emulated: Emulator, case: OpCall, dtype: torch.dtype, gpu: str
 ) -> tuple[list[PlannedLaunch], list[dict[str, Any]]]:
     """This project's kernels of a call, as planned for a GPU and as the emulated GPU launched them."""
     limits = gpus.find(gpu).limits()
     emulated.configure(Emulation(limits=tuple(limits), flavour=emulated.flavour))
     with emulated.in_place_of_cpu(), effkernels.backend("cpu"), torch.no_grad():
-        case.prepare(ops, dtype, torch.device("cpu"))()
+        run(ops, case.op, case.arguments(dtype))
     (call,) = recorded(case, dtype)
     return [one for one in plan_call(call, gpus.find(gpu), allow_tf32=False) if one.is_own], emulated.launches()
 

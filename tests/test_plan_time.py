@@ -17,7 +17,7 @@ from effkernels.plan import gpus, kernel_counts, time_estimate
 from effkernels.plan.gpus import GPUS, Gpu
 from effkernels.plan.kernel_counts import Counters, KernelCounts
 from effkernels.plan.launches import Plan, PlannedLaunch, plan_call, plan_model
-from effkernels.plan.record import Call, record_calls
+from effkernels.plan.record import RecordedCall, record_calls
 from effkernels.plan.time_estimate import MODES, OVERLAPPING, TERMS, TimeEstimate, estimate, forward_us
 
 pytestmark = pytest.mark.usefixtures("compiled")
@@ -27,7 +27,7 @@ B0_TO_B7 = tuple(f"efficientnet_b{number}" for number in range(8))
 
 
 @functools.cache
-def calls_of(name: str, batch: int) -> tuple[Call, ...]:
+def calls_of(name: str, batch: int) -> tuple[RecordedCall, ...]:
     """The calls of a forward in bfloat16 at the model's own size."""
     size = model_config(name).input_size[-1]
     model = effkernels.create_model(name, device="meta", dtype=torch.bfloat16, backend="cpu").eval()
@@ -120,7 +120,7 @@ CLOCKS_PER_US = H200.clock / 1e6
 ISSUED = {"prologue": 100.0, "taps": 10.0, "row": 30.0, "row.border": 50.0, "strip": 200.0, "image": 40.0}
 
 
-def depthwise_call(batch: int) -> Call:
+def depthwise_call(batch: int) -> RecordedCall:
     """depthwise_bn_act of 64 channels at 14x14, 3x3 stride 1: two strips of 7 in each row, both at a border."""
     x = torch.empty(batch, 64, 14, 14, dtype=torch.bfloat16, device="meta")
     arguments: dict[str, Any] = {
@@ -130,7 +130,7 @@ def depthwise_call(batch: int) -> Call:
         "padding": [1, 1, 1, 1],
         "activation": "silu",
     }
-    return Call("effkernels::depthwise_bn_act", "layer", arguments, [torch.empty_like(x)], 0)
+    return RecordedCall("effkernels::depthwise_bn_act", "layer", arguments, [torch.empty_like(x)], 0)
 
 
 def depthwise_line(**changes: int) -> dict[str, str]:
@@ -210,7 +210,7 @@ class TestPointwiseByHand:
     """512 rows of 128 channels to 64: two blocks, each two tiles of 128 x 64 in 4 steps of 32 channels, 4 warps."""
 
     X = torch.empty(2, 128, 16, 16, dtype=torch.bfloat16, device="meta")
-    CALL = Call(
+    CALL = RecordedCall(
         "effkernels::pointwise_bn_act",
         "layer",
         {

@@ -28,9 +28,9 @@ from effkernels.scaling import (
     search,
 )
 from effkernels.scaling.candidates import Candidate, by_shares, identity, on_grid
-from effkernels.scaling.coefficient_search import name_of
-from effkernels.scaling.evaluate import DIGITS_NETWORK, DIGITS_ROUNDING, DigitsEvaluation, digits
+from effkernels.scaling.digits import DIGITS_NETWORK, DIGITS_ROUNDING, DigitsEvaluation, digits
 from effkernels.scaling.journal import Journal, JournalError
+from effkernels.scaling.runner import name_of
 
 COARSE = {"grid": 0.25, "tolerance": 0.15, "rounding": DIGITS_ROUNDING}
 QUICK = ("--grid", "0.25", "--tolerance", "0.15", "--workers", "1")
@@ -107,6 +107,15 @@ class TestRanking:
         again = search(TINY, evaluations.wide_is_good, **wanted)
         assert [t.candidate.key for t in again.trials] == [t.candidate.key for t in result.trials]
 
+    def test_optuna_goes_on_from_a_journal(self, tmp_path: Path) -> None:
+        pytest.importorskip("optuna", reason="the extra `scaling` is not installed")
+        wanted = {"sampler": "optuna", "rounding": DIGITS_ROUNDING, "journal": tmp_path / "journal"}
+        first = search(TINY, evaluations.wide_is_good, trials=5, **wanted)
+        second = search(TINY, evaluations.wide_is_good, trials=9, workers=2, **wanted)
+        kept = {trial.candidate for trial in second.trials if trial.is_from_journal}
+        assert kept == {trial.candidate for trial in first.trials}
+        assert len(second.trials) == len({identity(trial.network) for trial in second.trials}) == 9
+
     def test_the_plot_is_a_picture(self, tmp_path: Path) -> None:
         pytest.importorskip("matplotlib", reason="the extra `scaling` is not installed")
         search(TINY, evaluations.noisy, **COARSE).plot(tmp_path / "plot.png")
@@ -133,11 +142,58 @@ class TestFailures:
         assert result.best is None
         assert all("finite" in str(trial.error) for trial in result.trials)
 
-    def test_a_worker_that_dies_fails_only_its_candidate(self) -> None:
+    def test_a_worker_that_dies_fails_only_its_candidate(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SEARCH_LOG", str(tmp_path / "log"))
         result = search(TINY, evaluations.deep_dies, workers=2, **COARSE)
         dead = [trial for trial in result.trials if trial.error]
         assert [t.candidate.scaling.alpha for t in dead] == [2.25]
         assert "its process died" in str(dead[0].error)
+        others = [trial.candidate.key for trial in result.trials if not trial.error]
+        assert sorted((tmp_path / "log").read_text().splitlines()) == sorted(others)  # none is evaluated twice
+
+    def test_what_cannot_be_sent_to_a_worker_is_a_failure(self) -> None:
+        result = search(TINY, lambda candidate: 0.5, workers=2, **COARSE)
+        assert result.best is None
+        assert all("pickle" in str(trial.error) for trial in result.trials)
+
+
+class TestWorkers:
+    def test_serve_the_whole_search(self) -> None:
+        pytest.importorskip("optuna", reason="the extra `scaling` is not installed")
+        wanted = {"sampler": "optuna", "trials": 6, "workers": 2, "rounding": DIGITS_ROUNDING}
+        result = search(TINY, evaluations.of_its_process, **wanted)
+        processes = {trial.values["process"] for trial in result.trials}
+        assert len(processes) == 2
+        assert os.getpid() not in processes
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+    def test_end_with_the_search(self, number: signal.Signals, tmp_path: Path) -> None:
+        log = tmp_path / "log"
+        code = (
+            "from effkernels.scaling import search; import search_evaluations as e, signal\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it
+            "search(e.TINY, e.endless, workers=2)"
+        )
+        environment = os.environ | {"SEARCH_LOG": str(log)}
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, stderr=subprocess.PIPE, text=True
+        )
+        deadline = time.monotonic() + 100
+        while not (log.exists() and len(log.read_text().splitlines()) == 2):
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(number)  # to the search alone; a terminal would send Ctrl-C to its workers, too
+        try:
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        assert process.returncode == -number
+        assert ("KeyboardInterrupt" in errors) == (number == signal.SIGINT)
+        workers = [int(line) for line in log.read_text().splitlines()]
+        while any(Path(f"/proc/{worker}").exists() for worker in workers):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 class TestJournal:
@@ -152,7 +208,7 @@ class TestJournal:
         monkeypatch.setenv("SEARCH_LOG", str(log))
         code = (
             "from effkernels.scaling import search; import search_evaluations as e\n"
-            "from effkernels.scaling.evaluate import DIGITS_ROUNDING\n"
+            "from effkernels.scaling.digits import DIGITS_ROUNDING\n"
             f"search(e.TINY, e.slow, journal={str(journal)!r}, grid=0.25, tolerance=0.15, "
             "rounding=DIGITS_ROUNDING)"
         )
@@ -328,10 +384,11 @@ class TestCommand:
 def test_tasks_of_ray_give_the_same(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
     alone = search(TINY, evaluations.wide_is_good, **COARSE)
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     code = (
         "from effkernels.scaling import search; import search_evaluations as e, json\n"
-        "from effkernels.scaling.evaluate import DIGITS_ROUNDING\n"
+        "from effkernels.scaling.digits import DIGITS_ROUNDING\n"
         "r = search(e.TINY, e.wide_is_good, backend='ray', workers=2, threads=1, grid=0.25, tolerance=0.15, "
         "rounding=DIGITS_ROUNDING)\n"
         "print(json.dumps([[t.candidate.key, t.accuracy] for t in r.trials]))"

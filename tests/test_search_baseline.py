@@ -1,7 +1,8 @@
-"""The search for a baseline: the space, the reward, and a study that continues where it was killed."""
+"""The search for a baseline: the space, the reward, and a journal from which it continues where it was killed."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -15,7 +16,16 @@ import search_evaluations as evaluations
 import torch
 
 from effkernels.cli import main
-from effkernels.scaling import EFFICIENTNET_B0, Network, SearchSpace, load_network, save_network, scale, search_baseline
+from effkernels.scaling import (
+    EFFICIENTNET_B0,
+    Network,
+    SearchSpace,
+    load_network,
+    save_network,
+    scale,
+    search,
+    search_baseline,
+)
 from effkernels.scaling.baseline_search import DIGITS_SPACE, describe, reward
 
 pytest.importorskip("optuna", reason="the extra `scaling` is not installed")
@@ -65,6 +75,19 @@ class TestSpace:
             network = DIGITS_SPACE.network({**first, "skips_1": skips, "layers_1": 2})
             module = network.build(num_classes=10, in_chans=1)
             assert module.get_submodule("stages.2.1").has_skip is residual
+
+    def test_every_network_has_its_own_description(self) -> None:
+        space = SearchSpace(
+            strides=(1,),
+            channels=((4, 8),),
+            layers=(1, 2),
+            kernel_sizes=(3,),
+            se_ratios=(0, 0.25, 0.5),
+            expansions=(1, 2),
+        )
+        names, values = space.choices().keys(), itertools.product(*space.choices().values())
+        found = {describe(space.network(dict(zip(names, chosen, strict=True)))) for chosen in values}
+        assert len(found) == space.size == 48
 
     def test_what_cannot_be_chosen_is_refused(self) -> None:
         first = {name: of[0] for name, of in SPACE.choices().items()}
@@ -124,90 +147,121 @@ class TestReward:
         assert "no gates" in result.table(None).markdown()
 
 
-class TestStudy:
+def kill_after(calls: int, log: Path, journal: Path) -> None:
+    """Kill a slow search for ten networks after so many calls of its evaluation."""
+    code = (
+        "from effkernels.scaling import search_baseline; from test_search_baseline import SPACE, evaluations as e\n"
+        f"search_baseline(e.slowly_with_gates, space=SPACE, trials=10, journal={str(journal)!r})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
+    deadline = time.monotonic() + 100
+    while not (log.exists() and len(log.read_text().splitlines()) >= calls):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+class TestJournal:
     def test_goes_on_after_a_kill(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        log, study = tmp_path / "log", tmp_path / "study.log"
+        log, journal = tmp_path / "log", tmp_path / "journal.jsonl"
         monkeypatch.setenv("SEARCH_LOG", str(log))
-        code = (
-            "from effkernels.scaling import search_baseline; from test_search_baseline import SPACE, evaluations as e\n"
-            f"search_baseline(e.slowly_with_gates, space=SPACE, trials=10, study={str(study)!r})"
-        )
-        process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parent)
-        deadline = time.monotonic() + 100
-        while not (log.exists() and len(log.read_text().splitlines()) >= 4):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        kill_after(4, log, journal)
         before = len(log.read_text().splitlines())
         lines: list[str] = []
-        wanted = {"space": SPACE, "study": study, "report": lines.append}
+        wanted = {"space": SPACE, "journal": journal, "report": lines.append}
         result = search_baseline(evaluations.slowly_with_gates, trials=10, **wanted)
         assert len(result.trials) == 10
-        assert lines[0] in (f"{before - 1} networks are in the study", f"{before} networks are in the study")
+        assert lines[0] in (f"{n} of {n} are in the journal" for n in (before - 1, before))
         calls = Counter(log.read_text().split("\n")[:-1])
         assert sum(calls.values()) <= 11  # the one that was under way
         more = search_baseline(evaluations.slowly_with_gates, trials=11, **wanted)
-        assert {trial.number for trial in result.trials} < {trial.number for trial in more.trials}
+        assert {(t.number, t.network) for t in result.trials} < {(t.number, t.network) for t in more.trials}
         assert more.target == result.target
 
+    def test_goes_on_with_another_seed_and_more_workers(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        log, journal = tmp_path / "log", tmp_path / "journal.jsonl"
+        monkeypatch.setenv("SEARCH_LOG", str(log))
+        wanted = {"space": SPACE, "journal": journal}
+        first = search_baseline(evaluations.with_gates, trials=4, **wanted)
+        second = search_baseline(evaluations.with_gates, trials=7, seed=5, workers=2, **wanted)
+        kept = {(t.number, t.network, t.reward) for t in second.trials if t.is_from_journal}
+        assert kept == {(t.number, t.network, t.reward) for t in first.trials}
+        assert len(second.trials) == len(log.read_text().splitlines()) == 7
+        fewer = search_baseline(evaluations.with_gates, trials=2, **wanted)
+        assert [t.network for t in fewer.trials] == [t.network for t in second.trials]
+
+    def test_failures_are_tried_again_on_demand(self, tmp_path: Path) -> None:
+        wanted = {"space": SPACE, "trials": 12, "journal": tmp_path / "journal"}
+        failed = {t.network for t in search_baseline(evaluations.gates_fail, **wanted).trials if t.error}
+        again = search_baseline(evaluations.gates_fail, retry_failed=True, **wanted)
+        assert failed
+        assert {t.network for t in again.trials if not t.is_from_journal} == failed
+
     def test_a_line_that_a_kill_tore_is_dropped_and_no_later_one_is_lost(self, tmp_path: Path) -> None:
-        study = tmp_path / "study.log"
-        search_baseline(evaluations.with_gates, space=SPACE, trials=2, study=study)
-        whole = study.read_bytes()
-        with study.open("ab") as file:
-            file.write(b'{"op_code": 4, "worker_id": "torn')
+        journal = tmp_path / "journal.jsonl"
+        search_baseline(evaluations.with_gates, space=SPACE, trials=2, journal=journal)
+        whole = journal.read_bytes()
+        with journal.open("ab") as file:
+            file.write(b'{"kind": "trial", "key": "torn')
         for trials in (3, 4):
-            found = search_baseline(evaluations.with_gates, space=SPACE, trials=trials, study=study)
+            found = search_baseline(evaluations.with_gates, space=SPACE, trials=trials, journal=journal)
             assert len(found.trials) == trials
-        assert study.read_bytes().startswith(whole)
-        assert all("op_code" in json.loads(line) for line in study.read_text().splitlines())
+        assert journal.read_bytes().startswith(whole)
+        assert [json.loads(line).get("kind") for line in journal.read_text().splitlines()] == [None, *["trial"] * 4]
 
-    def test_a_lock_of_a_search_that_was_killed_is_not_waited_for(self, tmp_path: Path) -> None:
-        study = tmp_path / "study.log"
-        search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=study)
-        (tmp_path / "study.log.lock").symlink_to(study)
+    def test_the_lock_of_a_search_that_was_killed_is_not_waited_for(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        log, journal = tmp_path / "log", tmp_path / "journal.jsonl"
+        monkeypatch.setenv("SEARCH_LOG", str(log))
+        kill_after(1, log, journal)
         start = time.monotonic()
-        search_baseline(evaluations.with_gates, space=SPACE, trials=2, study=study)
-        assert time.monotonic() - start < 25  # Optuna waits for 30 seconds
+        search_baseline(evaluations.slowly_with_gates, space=SPACE, trials=2, journal=journal)
+        assert time.monotonic() - start < 25
 
-    def test_a_second_search_on_a_study_is_refused_and_harms_nothing(self, tmp_path: Path) -> None:
-        study = tmp_path / "study.log"
+    def test_a_second_search_on_a_journal_is_refused_and_harms_nothing(self, tmp_path: Path) -> None:
+        journal = tmp_path / "journal.jsonl"
         tried = []
 
         def second(line: str) -> None:
-            with pytest.raises(ValueError, match=r"study\.log: another search is writing to it"):
-                search_baseline(evaluations.with_gates, space=SPACE, trials=9, study=study)
+            with pytest.raises(ValueError, match=r"journal\.jsonl: another search is writing to it"):
+                search_baseline(evaluations.with_gates, space=SPACE, trials=9, journal=journal)
             tried.append(line)
 
-        found = search_baseline(evaluations.with_gates, space=SPACE, trials=2, study=study, report=second)
+        found = search_baseline(evaluations.with_gates, space=SPACE, trials=2, journal=journal, report=second)
         assert len(tried) >= 2
         assert len(found.trials) == 2
 
     def test_a_line_in_the_middle_that_is_none_is_named(self, tmp_path: Path) -> None:
-        study = tmp_path / "study.log"
-        search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=study)
-        lines = study.read_text().splitlines(keepends=True)
-        study.write_text("".join([*lines[:2], "[" * 100_000 + "\n", *lines[2:]]))
-        before = study.read_bytes()
-        with pytest.raises(ValueError, match=r"study\.log:3: not a study"):
-            search_baseline(evaluations.with_gates, space=SPACE, trials=2, study=study)
-        assert study.read_bytes() == before
+        journal = tmp_path / "journal.jsonl"
+        search_baseline(evaluations.with_gates, space=SPACE, trials=2, journal=journal)
+        lines = journal.read_text().splitlines(keepends=True)
+        journal.write_text("".join([*lines[:2], "[" * 100_000 + "\n", *lines[2:]]))
+        before = journal.read_bytes()
+        with pytest.raises(ValueError, match=r"journal\.jsonl:3: not a record of a search"):
+            search_baseline(evaluations.with_gates, space=SPACE, trials=2, journal=journal)
+        assert journal.read_bytes() == before
 
     def test_that_of_another_search_is_refused(self, tmp_path: Path) -> None:
-        study = tmp_path / "study.log"
-        search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=study)
+        journal = tmp_path / "journal.jsonl"
+        search_baseline(evaluations.with_gates, space=SPACE, trials=1, journal=journal)
+        before = journal.read_bytes()
         with pytest.raises(ValueError, match=r"weight is -0\.07 there and -0\.1 here"):
-            search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=study, weight=-0.1)
+            search_baseline(evaluations.with_gates, space=SPACE, trials=1, journal=journal, weight=-0.1)
         with pytest.raises(ValueError, match="evaluate is 'search_evaluations:with_gates' there"):
-            search_baseline(evaluations.gates_fail, space=SPACE, trials=1, study=study)
+            search_baseline(evaluations.gates_fail, space=SPACE, trials=1, journal=journal)
+        with pytest.raises(ValueError, match="search is 'baseline' there and 'coefficients' here"):
+            search(evaluations.TINY, evaluations.with_gates, journal=journal)
+        assert journal.read_bytes() == before
 
-    def test_a_file_of_something_else_is_refused(self, tmp_path: Path) -> None:
-        (tmp_path / "file").write_text("precious\n")
-        with pytest.raises(ValueError, match="file"):
-            search_baseline(evaluations.with_gates, space=SPACE, trials=1, study=tmp_path / "file")
-        assert (tmp_path / "file").read_text() == "precious\n"
+    @pytest.mark.parametrize("content", ["precious\n", '{"op_code": 0, "study_name": "of Optuna"}\n'])
+    def test_a_file_of_something_else_is_refused(self, tmp_path: Path, content: str) -> None:
+        (tmp_path / "file").write_text(content)
+        with pytest.raises(ValueError, match=r"file(:1)?: not a"):
+            search_baseline(evaluations.with_gates, space=SPACE, trials=1, journal=tmp_path / "file")
+        assert (tmp_path / "file").read_text() == content
 
     @pytest.mark.parametrize(
         ("arguments", "message"),

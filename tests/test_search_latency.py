@@ -24,7 +24,7 @@ from effkernels.scaling import (
     scale,
     search,
 )
-from effkernels.scaling.evaluate import DIGITS_ROUNDING
+from effkernels.scaling.digits import DIGITS_ROUNDING
 from effkernels.scaling.latency import ALONE, Remembered
 
 

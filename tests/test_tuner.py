@@ -23,11 +23,12 @@ import effkernels
 from effkernels import ops, triton
 from effkernels.bench import autotune, op_timing
 from effkernels.bench.autotune import AGAIN, DEFAULT, Job, Tuner
-from effkernels.bench.op_calls import Call, calls_of
+from effkernels.bench.op_calls import calls_of
 from effkernels.cli import main
 from effkernels.ops import backends, reference
+from effkernels.ops.call import OpCall, in_float64, prepared, run
 from effkernels.triton import tuned_plan
-from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, Plan
+from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, TunedPlan
 
 
 def test_noise_is_what_two_runs_of_the_same_differ_by() -> None:
@@ -58,21 +59,24 @@ def test_samples_of_a_round_count_by_their_median() -> None:
 
 
 def test_jobs_are_distinct() -> None:
-    calls = [Call("pointwise_bn_act", 8, (4, 4), out=16), Call("conv_bn_act", 3, (8, 8), out=16)]
+    calls = [SMALL["pointwise_bn_act"], SMALL["conv_bn_act"]]
     found = autotune.jobs([*calls, *calls], [1, 2], [torch.float16])
     assert len(found) == len(set(found)) == 4
     assert {job.call.op for job in autotune.jobs(calls, [1], [torch.float16], ["conv_bn_act"])} == {"conv_bn_act"}
 
 
 SMALL = {
-    "depthwise_bn_act": Call("depthwise_bn_act", 8, (4, 5), 3, 2, (1, 1, 1, 1), activation="relu"),
-    "depthwise_bn_act_squeeze": Call("depthwise_bn_act_squeeze", 8, (4, 5), 5, 1, (2, 2, 2, 2), activation="silu"),
-    "depthwise_bn_act_gate": Call("depthwise_bn_act_gate", 8, (4, 5), 3, 1, (1, 1, 1, 1), reduced=2, activation="silu"),
-    "depthwise_bn_act_se": Call("depthwise_bn_act_se", 8, (4, 5), 3, 1, (1, 1, 1, 1), reduced=2, activation="silu"),
-    "squeeze_excite_gate": Call("squeeze_excite_gate", 8, (1, 1), reduced=2, activation="silu"),
-    "pointwise_bn_act": Call("pointwise_bn_act", 24, (5, 5), out=70, gate=True, residual=True),
-    "expand_depthwise_squeeze": Call("expand_depthwise_squeeze", 8, (4, 5), 3, 1, out=16, activation="silu"),
-    "conv_bn_act": Call("conv_bn_act", 3, (9, 9), 3, 2, out=16, activation="silu"),
+    call.op: call
+    for call in (
+        OpCall.on("depthwise_bn_act", (3, 8, 4, 5), stride=2, activation="relu"),
+        OpCall.on("depthwise_bn_act_squeeze", (3, 8, 4, 5), 5),
+        OpCall.on("depthwise_bn_act_gate", (3, 8, 4, 5)),
+        OpCall.on("depthwise_bn_act_se", (3, 8, 4, 5)),
+        OpCall.on("squeeze_excite_gate", (3, 8)),
+        OpCall.on("pointwise_bn_act", (3, 24, 5, 5), out_channels=70, activation="identity", gated=True, residual=True),
+        OpCall.on("expand_depthwise_squeeze", (3, 8, 4, 5), out_channels=16),
+        OpCall.on("conv_bn_act", (3, 3, 9, 9), out_channels=16, stride=2),
+    )
 }
 
 
@@ -89,8 +93,8 @@ def test_backends_are_known_by_what_the_operator_asks_for(op: str, monkeypatch: 
         module = importlib.import_module(f"effkernels.ops.{found.name}")
         if hasattr(module, "choose"):
             monkeypatch.setattr(module, "choose", choose)
-    SMALL[op].case(op, 2).prepare(ops, torch.bfloat16, CPU)()
-    assert asked == [Job(SMALL[op], 2, torch.bfloat16).key]
+    run(ops, op, SMALL[op].arguments(torch.bfloat16))
+    assert asked == [Job(SMALL[op], torch.bfloat16).key]
 
 
 def test_calls_of_a_network_are_at_the_size_asked_for() -> None:
@@ -98,7 +102,7 @@ def test_calls_of_a_network_are_at_the_size_asked_for() -> None:
         pytest.skip("needs the shape functions of Triton's or the compiled operators")
     calls = calls_of("efficientnet_b0", 64)
     assert len(calls) == len(set(calls))
-    assert [(c.channels, c.plane, c.out) for c in calls if c.op == "conv_bn_act"] == [(3, (64, 64), 32)]
+    assert [str(call) for call in calls if call.op == "conv_bn_act"] == ["conv_bn_act 1x3x64x64 3x3 stride 2 to 32"]
     assert "squeeze_excite_gate" not in {call.op for call in calls}, "only what the network calls by itself"
     assert {call.activation for call in calls if call.op.startswith("depthwise")} == {"silu"}
 
@@ -122,14 +126,16 @@ class Stopwatch:
 
     def __call__(self, runs: Mapping[str, Callable[[int], object]], **options: Any) -> dict[str, list[float]]:
         self.seen.append(list(runs))
-        for run in runs.values() if self.runs else ():
-            run(0)
+        for timed in runs.values() if self.runs else ():
+            timed(0)
         return {name: [self.us.get(name, self.default)] * options["rounds"] for name in runs}
 
 
-def tuned(call: Call, timer: Stopwatch, plan: Plan | None = None, **options: Any) -> tuple[Plan, autotune.Outcome]:
-    plan = plan or Plan("triton interpreter")
-    outcome = Tuner(CPU, plan, timer=timer, **options).run(Job(call, 3, torch.float32))
+def tuned(
+    call: OpCall, timer: Stopwatch, plan: TunedPlan | None = None, **options: Any
+) -> tuple[TunedPlan, autotune.Outcome]:
+    plan = plan or TunedPlan("triton interpreter")
+    outcome = Tuner(CPU, plan, timer=timer, **options).run(Job(call, torch.float32))
     return plan, outcome
 
 
@@ -139,7 +145,7 @@ class TestTuning:
 
     OTHER = "rows 32, columns 32, step 16, warps 4, stages 3"  # of the call below; its default has more rows
 
-    def call(self) -> Call:
+    def call(self) -> OpCall:
         return SMALL["pointwise_bn_act"]
 
     def test_keeps_the_fastest_candidate(self) -> None:
@@ -246,7 +252,7 @@ class TestTuning:
         call = SMALL["squeeze_excite_gate"]  # nothing to cut differently
         plan, outcome = tuned(call, Stopwatch(us), rivals=("cpu", "triton"))
         assert plan.configurations == {}
-        (comparison,) = plan.comparisons[Job(call, 3, torch.float32).key].values()
+        (comparison,) = plan.comparisons[Job(call, torch.float32).key].values()
         assert comparison == Comparison(winner, {"cpu": 10.0, **us})
         (result,) = outcome.results
         assert (result.question, result.before) == ("backend", "cpu")
@@ -256,7 +262,7 @@ class TestTuning:
 
     def test_backends_that_cannot_run_are_not_compared(self) -> None:
         call = SMALL["squeeze_excite_gate"]
-        reason = Tuner(CPU, Plan("x")).why_no_comparison(Job(call, 1, torch.float32))
+        reason = Tuner(CPU, TunedPlan("x")).why_no_comparison(Job(call, torch.float32))
         assert reason.startswith("cuda cannot run squeeze_excite_gate: ")
         assert tuned(call, Stopwatch({}))[1] == autotune.Outcome()
 
@@ -280,23 +286,24 @@ class TestTuning:
             run(kernel, grid, *arguments, **options)
 
         monkeypatch.setattr(_launch, "run", noted)
-        case = self.call().case("pointwise_bn_act", 3)
-        case.prepare(ops, torch.float32, CPU)()
+        arguments = self.call().arguments()
+        call = prepared(ops, "pointwise_bn_act", arguments)
+        call()
         plan, _ = tuned(self.call(), Stopwatch({self.OTHER: 5.0}))
         tuned_plan.record(plan)
         tuned_plan.forget()
-        (y,) = case.prepare(ops, torch.float32, CPU)()
+        (y,) = call()
         first, last = launched[0], launched[-1]
         assert (first["ROWS"], first["COLUMNS"]) != (32, 32)
         assert (last["ROWS"], last["COLUMNS"], last["STEP"], last["num_warps"]) == (32, 32, 16, 4)
-        (expected,) = case.prepare(reference, torch.float64, CPU)()
+        (expected,) = run(reference, "pointwise_bn_act", in_float64(arguments))
         torch.testing.assert_close(y.double(), expected, rtol=1e-5, atol=1e-5)
 
     def test_look_ups_start_nothing(self) -> None:
         from effkernels.triton import _launch
 
         run = _launch.run
-        (lookup,) = Tuner(CPU, Plan("x")).lookups(Job(self.call(), 3, torch.float32))
+        (lookup,) = Tuner(CPU, TunedPlan("x")).lookups(Job(self.call(), torch.float32))
         assert lookup.key.op == "pointwise_bn_act"
         assert _launch.run is run
 

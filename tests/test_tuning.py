@@ -23,7 +23,7 @@ from effkernels import ops, triton
 from effkernels.bench import op_timing
 from effkernels.ops import backends
 from effkernels.triton import tuned_plan
-from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, Plan
+from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, ConfigurationKey, TunedPlan
 
 GPU = "NVIDIA H200"
 CPU = torch.device("cpu")
@@ -39,8 +39,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuned_plan.forget()
 
 
-def a_plan(device: str = GPU, choice: tuple[int, ...] | None = (1, 2)) -> Plan:
-    plan = Plan(device)
+def a_plan(device: str = GPU, choice: tuple[int, ...] | None = (1, 2)) -> TunedPlan:
+    plan = TunedPlan(device)
     plan.configurations[ConfigurationKey("conv_bn_act", "bfloat16", (4, 3))] = Configuration(choice, 5.0, 4.0)
     plan.comparisons[POINTWISE] = {"2x8x5x5": Comparison("triton", {"cuda": 3.0, "triton": 2.0})}
     plan.comparisons[BackendKey("squeeze_excite_gate", "float32", 8, None, 1, "silu")] = {
@@ -53,7 +53,7 @@ class TestTheFile:
     def test_gives_back_what_was_recorded(self) -> None:
         file = tuned_plan.record(a_plan())
         assert tuned_plan.read(GPU) == a_plan()
-        assert Plan.from_json(file.read_text(), GPU) == a_plan()
+        assert TunedPlan.from_json(file.read_text(), GPU) == a_plan()
 
     def test_is_one_for_each_device_schema_and_release(self, monkeypatch: pytest.MonkeyPatch) -> None:
         names = {tuned_plan.file_of(GPU).name, tuned_plan.file_of("NVIDIA H100").name}
@@ -76,7 +76,7 @@ class TestTheFile:
     def test_that_is_not_there_is_no_reason_to_warn(self) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            assert tuned_plan.read(GPU) == Plan(GPU)
+            assert tuned_plan.read(GPU) == TunedPlan(GPU)
 
     @pytest.mark.parametrize(
         ("change", "says"),
@@ -122,7 +122,7 @@ class TestTheFile:
         assert file.read_text() != text
         with pytest.warns(RuntimeWarning) as warned:
             found = [tuned_plan.read(GPU), tuned_plan.read(GPU)]
-        assert found == [Plan(GPU), Plan(GPU)]
+        assert found == [TunedPlan(GPU), TunedPlan(GPU)]
         (one,) = warned
         assert str(file) in str(one.message)
         assert says in str(one.message)
@@ -132,14 +132,14 @@ class TestTheFile:
         file.parent.mkdir(parents=True)
         os.mkfifo(file)
         with pytest.warns(RuntimeWarning, match="is ignored: .* is a named pipe"):
-            assert tuned_plan.read(GPU) == Plan(GPU)
+            assert tuned_plan.read(GPU) == TunedPlan(GPU)
 
     def test_of_another_release_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with monkeypatch.context() as older:
             older.setattr(tuned_plan, "_versions", lambda: {**tuning_versions, "effkernels": "0.0.1"})
             file = tuned_plan.record(a_plan())
         with pytest.warns(RuntimeWarning, match="is not of this release") as warned:
-            assert tuned_plan.read(GPU) == Plan(GPU)
+            assert tuned_plan.read(GPU) == TunedPlan(GPU)
         assert str(file) in str(warned[0].message)
         assert tuned_plan.clear(GPU) == [file]
         assert not file.exists()
@@ -201,9 +201,9 @@ class TestTheFile:
     def test_processes_at_once_lose_nothing_and_show_nothing_half_written(self) -> None:
         program = """
 import sys
-from effkernels.triton.tuned_plan import Configuration, ConfigurationKey, Plan, record
+from effkernels.triton.tuned_plan import Configuration, ConfigurationKey, TunedPlan, record
 for number in range(12):
-    plan = Plan("NVIDIA H200")
+    plan = TunedPlan("NVIDIA H200")
     plan.configurations[ConfigurationKey(sys.argv[1], "float32", (number,))] = Configuration((number,), 2.0, 1.0)
     record(plan)
 """
@@ -232,7 +232,7 @@ class TestLookups:
 
     def test_without_a_file_cost_one_reading_and_no_candidates(self, monkeypatch: pytest.MonkeyPatch) -> None:
         readings = []
-        monkeypatch.setattr(tuned_plan, "read", lambda name: readings.append(name) or Plan(name))
+        monkeypatch.setattr(tuned_plan, "read", lambda name: readings.append(name) or TunedPlan(name))
 
         def candidates() -> tuple[tuple[int, ...], ...]:
             raise AssertionError("nothing is to be chosen from")
@@ -373,7 +373,7 @@ def test_backends_that_win_some_calls_of_a_key_and_lose_others_are_not_preferred
     def comparisons(*faster: str) -> dict[str, Comparison]:
         return {str(number): Comparison(name, {}) for number, name in enumerate(faster)}
 
-    plan = Plan(GPU)
+    plan = TunedPlan(GPU)
     for winners, expected in (
         (("triton", EVEN), {POINTWISE: "triton"}),
         (("triton", "cuda"), {}),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,18 +12,9 @@ import torch
 from torch import Tensor
 
 from effkernels.ops import reference
+from effkernels.ops.backends import DTYPES, OPERATORS
+from effkernels.ops.call import IMAGES, OpCall
 
-OPERATORS = (
-    "depthwise_bn_act",
-    "depthwise_bn_act_squeeze",
-    "depthwise_bn_act_gate",
-    "depthwise_bn_act_se",
-    "pointwise_bn_act",
-    "expand_depthwise_squeeze",
-    "conv_bn_act",
-    "squeeze_excite_gate",
-)
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = ("channels_last", "contiguous", "sliced", "strided", "transposed", "expanded", "unaligned")
 _MOST_ELEMENTS = 1 << 17  # of x and of the result
 _MOST_PRODUCTS = 1 << 25  # multiply-adds of a call: PyTorch's 16-bit convolutions take a second for 2^30
@@ -40,58 +31,55 @@ _FILLS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
 }
 
 
-@dataclass(frozen=True)
-class Call:
-    """A call but for its values: `draw` makes those, others for each `draw_seed`.
+@dataclass(frozen=True, kw_only=True)
+class RandomCall(OpCall):
+    """A call whose tensors have types of their own: `draw` makes their values, others for each `draw_seed`.
 
     Attributes:
-        op: name in effkernels.ops and effkernels.ops.reference.
         dtype: of the images.
-        shapes: of every tensor argument, by name; the order in which values are drawn.
         dtypes: of every tensor argument.
-        options: the other arguments.
+        absent: the tensors that are left out of those that `OpCall` describes.
+        eps: of each norm, by its name in the schema.
         layout, fill: of the images, of LAYOUTS and the fills.
         isa: CPU instruction set.
         threads: of the second run, whose bits must be those of the first.
     """
 
-    op: str
     dtype: torch.dtype
-    shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype]
-    options: dict[str, Any]
+    dtypes: Mapping[str, torch.dtype]
+    absent: frozenset[str]
+    eps: Mapping[str, float]
     layout: str
     fill: str
     isa: str
     threads: int
 
     def __str__(self) -> str:
-        shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.shapes.items())
-        options = ", ".join(f"{name}={value}" for name, value in self.options.items())
+        shapes = ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in self.shapes().items())
+        options = ", ".join(f"{name}={value}" for name, value in self.options().items())
         dtypes = {str(dtype).removeprefix("torch.") for dtype in self.dtypes.values()}
         return f"{self.op}({shapes}; {options}; {'/'.join(sorted(dtypes))}, {self.layout}, {self.fill}, {self.isa})"
 
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor that is given, by its name in the schema."""
+        return {name: shape for name, shape in super().shapes().items() if name not in self.absent}
+
+    def options(self) -> dict[str, Any]:
+        """Return the arguments that are no tensors, by name."""
+        return super().options() | self.eps
+
     def draw(self, draw_seed: int) -> dict[str, Any]:
         """Return the arguments by their names in the schema."""
+        arguments = self.arguments(self.dtype, seed=draw_seed, dtypes=self.dtypes)
         generator = torch.Generator().manual_seed(draw_seed)
-        arguments: dict[str, Any] = dict(self.options)
-        for name, shape in self.shapes.items():
-            t = self._values(name, shape, generator).to(self.dtypes[name])
-            arguments[name] = laid_out(t, self.layout, generator) if name in ("x", "residual") else t
+        for name in IMAGES:
+            if name in arguments:
+                values = _FILLS[self.fill](arguments[name].shape, generator).to(self.dtype)
+                arguments[name] = laid_out(values, self.layout)
         return arguments
 
-    def _values(self, name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        if name in ("x", "residual"):
-            return _FILLS[self.fill](shape, generator)
-        t = torch.randn(shape, generator=generator)
-        if name == "gate":
-            return t.sigmoid()
-        if "var" in name or "norm_weight" in name:
-            return t.abs() * 0.5 + 0.25
-        return t * math.prod(shape[1:]) ** -0.5 if len(shape) > 1 and name != "pooled" else t
 
-
-def laid_out(image: Tensor, layout: str, generator: torch.Generator) -> Tensor:
+def laid_out(image: Tensor, layout: str) -> Tensor:
     """Return the image in another memory layout. Memory around a sliced or strided one is NaN: nothing may read it."""
     n, c, h, w = image.shape
     if layout == "channels_last":
@@ -175,87 +163,52 @@ def _window(
     return (1, 1), 1, (0, 0, 0, 0)
 
 
-def draw_call(seed: int, isas: list[str]) -> Call:
+def draw_call(seed: int, isas: list[str]) -> RandomCall:
     """Return the call of a seed."""
     rng = random.Random(seed)
     op, dtype = rng.choice(OPERATORS), rng.choice(DTYPES)
-    batch = rng.choice((0, 1, 1, 1, 2, 3, 5, 17))
-    activations, gates = reference.ACTIVATIONS, reference.GATES
-    shapes: dict[str, tuple[int, ...]] = {}
-    options: dict[str, Any] = {}
-    parameters = rng.choice(("float32", "same", "mixed"))
-
-    def norm(channels: int, prefix: str = "") -> None:
-        if rng.random() < 0.5:
-            shapes[f"{prefix}bias"] = (channels,)
-        kind = rng.choice(("full", "full", "statistics", "none"))
-        if kind == "full":
-            shapes[f"{prefix}norm_weight"] = shapes[f"{prefix}norm_bias"] = (channels,)
-        if kind != "none":
-            shapes[f"{prefix}norm_mean"] = shapes[f"{prefix}norm_var"] = (channels,)
-            options[f"{prefix}norm_eps"] = rng.choice((0.0, 1e-5, 1e-3, 1.0))
-
-    def excite(channels: int) -> None:
-        reduced = _size(rng, max(1, min(300, _MOST_ELEMENTS // channels)))
-        tail: tuple[int, ...] = rng.choice(((), (1, 1)))
-        shapes["w_reduce"], shapes["w_expand"] = (reduced, channels, *tail), (channels, reduced, *tail)
-        for name, size in (("b_reduce", reduced), ("b_expand", channels)):
-            if op == "squeeze_excite_gate":
-                options[name] = None
-            if rng.random() < 0.5:
-                options.pop(name, None)
-                shapes[name] = (size,)
-        options["gate_activation"] = rng.choice(gates)
-
-    channels = _size(rng, 3000)
-    if op == "squeeze_excite_gate":
-        shapes["pooled"] = (batch, channels)
-        excite(channels)
-        options["activation"] = rng.choice(activations)
-    else:
+    batch, channels = rng.choice((0, 1, 1, 1, 2, 3, 5, 17)), _size(rng, 3000)
+    sizes: dict[str, Any] = {"batch": batch, "channels": channels}
+    sizes["reduced"] = _size(rng, max(1, min(300, _MOST_ELEMENTS // channels)))
+    if op != "squeeze_excite_gate":
         height, width = _plane(rng, max(1, _MOST_ELEMENTS // channels // max(1, batch)))
-        shapes["x"] = (batch, channels, height, width)
-        options["activation"] = rng.choice(activations)
-        pixels = max(1, batch) * height * width
-        out = channels
+        pixels, out = max(1, batch) * height * width, channels
         if op in ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze"):
             out = _size(rng, max(1, min(2000, _MOST_ELEMENTS // pixels, _MOST_PRODUCTS // (pixels * channels))))
-        if op == "pointwise_bn_act":
-            shapes["weight"] = (out, channels, 1, 1)
-            norm(out)
-            if rng.random() < 0.5:
-                shapes["gate"] = (batch, channels)
-            if rng.random() < 0.5:
-                shapes["residual"] = (batch, out, height, width)
-        else:
-            largest = (
-                13 if op != "conv_bn_act" else max(1, min(7, int((_MOST_PRODUCTS / (pixels * channels * out)) ** 0.5)))
-            )
+        sizes |= {"height": height, "width": width, "out_channels": out}
+        if op != "pointwise_bn_act":
+            dense = max(1, min(7, int((_MOST_PRODUCTS / (pixels * channels * out)) ** 0.5)))
+            largest = dense if op == "conv_bn_act" else 13
             kernel, dilation, padding = _window(rng, largest, op, max(1, batch) * out, height, width)
-            options["padding"] = padding
-            options["stride"] = rng.choice((1, 2)) if op != "conv_bn_act" else rng.choice((1, 2, 2, 3, 5, 1000))
-            if op == "conv_bn_act":
-                shapes["weight"] = (out, channels, *kernel)
-                norm(out)
-            else:
-                options["dilation"] = dilation
-                if op == "expand_depthwise_squeeze":
-                    shapes["expand_weight"] = (out, channels, 1, 1)
-                    norm(out, "expand_")
-                    options["expand_activation"] = rng.choice(activations)
-                shapes["weight"] = (out, 1, *kernel)
-                norm(out)
-                if op in ("depthwise_bn_act_gate", "depthwise_bn_act_se"):
-                    excite(channels)
-                    options["se_activation"] = rng.choice(activations)
+            strides = (1, 2, 2, 3, 5, 1000) if op == "conv_bn_act" else (1, 2)
+            sizes |= {"kernel": kernel, "dilation": dilation, "padding": padding, "stride": rng.choice(strides)}
+    names = ("activation", "expand_activation", "se_activation")
+    activations = {name: rng.choice(reference.ACTIVATIONS) for name in names}
+    everything = OpCall(
+        op, **sizes, **activations, gate_activation=rng.choice(reference.GATES), matrix_rank=rng.choice((2, 4)),
+        bias=True, gated=True, residual=True,
+    )  # fmt: skip
+    absent = {
+        name for name in ("bias", "expand_bias", "b_reduce", "b_expand", "gate", "residual") if rng.random() < 0.5
+    }
+    eps = {}
+    for norm in ("norm", "expand_norm"):
+        kind = rng.choice(("full", "full", "statistics", "none"))
+        absent |= {f"{norm}_weight", f"{norm}_bias"} if kind != "full" else set()
+        absent |= {f"{norm}_mean", f"{norm}_var"} if kind == "none" else set()
+        if kind != "none" and f"{norm}_mean" in everything.shapes():
+            eps[f"{norm}_eps"] = rng.choice((0.0, 1e-5, 1e-3, 1.0))
+    parameters = rng.choice(("float32", "same", "mixed"))
 
     def dtype_of(name: str) -> torch.dtype:
-        if name in ("x", "residual") or (name == "w_expand" and op == "squeeze_excite_gate"):
+        if name in IMAGES or (name == "w_expand" and op == "squeeze_excite_gate"):
             return dtype
         if name == "pooled" or parameters == "float32":
             return torch.float32
         return dtype if parameters == "same" or rng.random() < 0.5 else torch.float32
 
-    dtypes = {name: dtype_of(name) for name in shapes}
-    layout, fill = rng.choice(LAYOUTS), rng.choice(tuple(_FILLS))
-    return Call(op, dtype, shapes, dtypes, options, layout, fill, rng.choice(isas), rng.choice((1, 2, 3)))
+    return RandomCall(
+        **vars(everything), dtype=dtype, dtypes={name: dtype_of(name) for name in everything.shapes()},
+        absent=frozenset(absent), eps=eps, layout=rng.choice(LAYOUTS), fill=rng.choice(tuple(_FILLS)),
+        isa=rng.choice(isas), threads=rng.choice((1, 2, 3)),
+    )  # fmt: skip

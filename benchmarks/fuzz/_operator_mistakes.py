@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 import effkernels
-from benchmarks.fuzz._operator_calls import Call, available_isas, draw_call
-from effkernels._norm import gather_norms
+from benchmarks.fuzz._operator_calls import RandomCall, available_isas, draw_call
+from effkernels.ops.call import run
 
 _ALLOWED = (ValueError, TypeError)
 _ABSURD = (0, -1, -(2**31), 2**31 - 1, 2**31, 2**32 + 1, 2**62, 2**63 - 1, 2**63, -(2**63), 10**30)
@@ -90,16 +90,16 @@ def check_mistake(seed: int) -> str | None:
     return _judge(call, arguments, name, what, may_pass)
 
 
-def _small_call(rng: random.Random) -> Call:
+def _small_call(rng: random.Random) -> RandomCall:
     isas = available_isas()
     while True:
         call = draw_call(rng.getrandbits(48), isas)
-        elements = sum(math.prod(shape) for shape in call.shapes.values())
-        if elements < 1 << 14 and next(iter(call.shapes.values()))[0] > 0:
+        elements = sum(math.prod(shape) for shape in call.shapes().values())
+        if elements < 1 << 14 and call.batch > 0:
             return call
 
 
-def _replaced(rng: random.Random, call: Call, name: str, value: Any) -> tuple[Any, bool]:
+def _replaced(rng: random.Random, call: RandomCall, name: str, value: Any) -> tuple[Any, bool]:
     """Another value for a number, a word or the padding, and whether it may be right after all."""
     if isinstance(value, str):
         other = rng.choice(_NO_WORDS)
@@ -119,10 +119,10 @@ def _replaced(rng: random.Random, call: Call, name: str, value: Any) -> tuple[An
     return rng.choice(_ABSURD if rng.random() < 0.6 else _NO_NUMBERS), True
 
 
-def _judge(call: Call, arguments: dict[str, Any], name: str, what: str, may_pass: bool) -> str | None:
+def _judge(call: RandomCall, arguments: dict[str, Any], name: str, what: str, may_pass: bool) -> str | None:
     told = f"{call}: {name} replaced by {what}"
     try:
-        result = getattr(effkernels.ops, call.op)(**gather_norms(arguments))
+        outputs = run(effkernels.ops, call.op, arguments)
     except MemoryError:
         return None  # a result that is right, but larger than the memory
     except _ALLOWED as error:
@@ -135,6 +135,5 @@ def _judge(call: Call, arguments: dict[str, Any], name: str, what: str, may_pass
     except Exception as error:
         return f"{told}: {type(error).__name__}: {str(error)[:300]}"
     if may_pass or what in ("meta", "a subclass without a device"):
-        outputs = result if isinstance(result, tuple) else (result,)
         return None if all(isinstance(y, Tensor) for y in outputs) else f"{told}: the result is no tensor"
     return f"{told}: the call returned"

@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 import effkernels
-from benchmarks.fuzz._operator_calls import Call, available_isas, draw_call
+from benchmarks.fuzz._operator_calls import RandomCall, available_isas, draw_call
 from benchmarks.fuzz._operator_mistakes import check_mistake
-from effkernels._norm import gather_norms
+from effkernels.ops.call import in_float64
+from effkernels.ops.call import run as run_operator
 from effkernels.ops.parity import Errors, errors
 
 KINDS = ("values", "values", "mistakes")  # in turn
@@ -131,10 +132,10 @@ def check_values(seed: int) -> str | None:
     for draw in range(_DRAWS):
         arguments = call.draw(seed + draw)
         before = {name: t.clone() for name, t in arguments.items() if isinstance(t, Tensor)}
-        outputs = _outputs(effkernels.ops, call, arguments)
+        outputs = run_operator(effkernels.ops, call.op, arguments)
         if draw == 0:
             torch.set_num_threads(call.threads)
-            again = _outputs(effkernels.ops, call, arguments)
+            again = run_operator(effkernels.ops, call.op, arguments)
             torch.set_num_threads(1)
             if not all(torch.equal(a, b) for a, b in zip(outputs, again, strict=True)):
                 return f"{call}: another result with {call.threads} threads"
@@ -165,15 +166,10 @@ def check_values(seed: int) -> str | None:
     return None
 
 
-def _outputs(module: Any, call: Call, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    outputs = getattr(module, call.op)(**gather_norms(arguments))
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def _plain(call: Call, arguments: dict[str, Any]) -> list[tuple[Tensor, ...]]:
+def _plain(call: RandomCall, arguments: dict[str, Any]) -> list[tuple[Tensor, ...]]:
     """PyTorch's results in the same dtypes, which differ with the memory format of the images."""
     return [
-        _outputs(effkernels.ops.reference, call, {name: _in_format(a, f) for name, a in arguments.items()})
+        run_operator(effkernels.ops.reference, call.op, {name: _in_format(a, f) for name, a in arguments.items()})
         for f in (torch.channels_last, torch.contiguous_format)
     ]
 
@@ -183,12 +179,11 @@ def _in_format(argument: Any, memory_format: torch.memory_format) -> Any:
     return argument.contiguous(memory_format=memory_format) if is_image else argument
 
 
-def _truth(call: Call, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
-    wide = {name: a.double() if isinstance(a, Tensor) else a for name, a in arguments.items()}
-    return _outputs(effkernels.ops.reference, call, wide)
+def _truth(call: RandomCall, arguments: dict[str, Any]) -> tuple[Tensor, ...]:
+    return run_operator(effkernels.ops.reference, call.op, in_float64(arguments))
 
 
-def _further_errors(call: Call, output: int, seed: int, together: int) -> list[Errors]:
+def _further_errors(call: RandomCall, output: int, seed: int, together: int) -> list[Errors]:
     """PyTorch's own errors in an output, for several sets of further draws."""
     found = []
     for first in range(seed + _DRAWS, seed + _DRAWS + _SETS * together, together):

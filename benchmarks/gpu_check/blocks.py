@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 import effkernels
 from benchmarks.gpu_check import measure
-from benchmarks.gpu_check.measure import Call, Contender, Measured, Refused
+from benchmarks.gpu_check.measure import Contender, Measured, Refused
 from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
 from effkernels.models import create_model, model_config
+from effkernels.ops.call import PreparedCall
 from effkernels.plan import launches
 
 _PARITY_IMAGES = 2
@@ -98,7 +99,7 @@ def contenders(
     reference = measure.on_backend(module, "reference")
 
     def of(function: Callable[[Tensor], Tensor], backend: str = "") -> Contender:
-        def prepare() -> Call:
+        def prepare() -> PreparedCall:
             x = images.clone(memory_format=torch.channels_last)
             return lambda: (function(x),)
 

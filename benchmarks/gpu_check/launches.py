@@ -16,17 +16,9 @@ import effkernels
 from benchmarks.gpu_check.common import NotAvailable, Options, run_part
 from benchmarks.gpu_check.measure import launch_count
 from effkernels import ops
-from effkernels.bench.op_case import (
-    DEPTHWISE_OPS,
-    OpCase,
-    conv_case,
-    depthwise_case,
-    expand_case,
-    gate_case,
-    pointwise_case,
-)
 from effkernels.bench.op_timing import triton_launches
 from effkernels.ops import backends
+from effkernels.ops.call import DEPTHWISE_OPS, OpCall, prepared
 
 # Operators that take one launch at every size; depthwise_bn_act_se takes one or two, expand_depthwise_squeeze two, as
 # their plans say.
@@ -34,17 +26,17 @@ ONE_LAUNCH = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_
               "pointwise_bn_act", "conv_bn_act")  # fmt: skip
 
 
-def cases() -> list[OpCase]:
+def cases() -> list[OpCall]:
     """Return each operator at an early and at a late shape of EfficientNet-B0."""
     found = []
     for channels, plane, kernel, stride, reduced in ((96, 112, 3, 2, 4), (672, 14, 5, 1, 28)):
         for op in DEPTHWISE_OPS:
-            found.append(depthwise_case(op, (4, channels, plane, plane), kernel, stride, reduced=reduced))
-        found.append(gate_case(4, channels, reduced))
-    found.append(pointwise_case((4, 96, 56, 56), 24, gate=True))
-    found.append(pointwise_case((4, 192, 7, 7), 1152, activation="silu"))
-    found.append(expand_case((4, 24, 56, 56), 144, 3, 1))
-    found.append(conv_case((4, 3, 224, 224), 32))
+            found.append(OpCall.on(op, (4, channels, plane, plane), kernel, stride=stride, reduced=reduced))
+        found.append(OpCall.on("squeeze_excite_gate", (4, channels), reduced=reduced))
+    found.append(OpCall.on("pointwise_bn_act", (4, 96, 56, 56), out_channels=24, activation="identity", gated=True))
+    found.append(OpCall.on("pointwise_bn_act", (4, 192, 7, 7), out_channels=1152))
+    found.append(OpCall.on("expand_depthwise_squeeze", (4, 24, 56, 56), out_channels=144))
+    found.append(OpCall.on("conv_bn_act", (4, 3, 224, 224), out_channels=32, stride=2))
     return found
 
 
@@ -88,10 +80,10 @@ def complaint(op: str, seen: Sequence[str], counted: int | None) -> str | None:
     return None
 
 
-def call_on(backend: str, case: OpCase, device: torch.device) -> tuple[int | None, list[str]]:
+def call_on(backend: str, case: OpCall, device: torch.device) -> tuple[int | None, list[str]]:
     """Launches of one call by this project's own count (None without one), and what the profiler sees of one."""
     with torch.inference_mode(), effkernels.backend(backend):
-        call = case.prepare(ops, torch.bfloat16, device)
+        call = prepared(ops, case.op, case.arguments(torch.bfloat16, device))
         call()
         before = launch_count()
         with triton_launches() as names:
@@ -110,7 +102,7 @@ def launches(options: Options) -> str:
     if options.dry:
         can_run = {"cpu": backends.can_run_cpu}
     calls = {
-        f"{case.op} {case.shape} by {backend}": (backend, case)
+        f"{case} by {backend}": (backend, case)
         for backend, decide in can_run.items()
         for case in cases()
         if decide(case.op, device=device, dtype=torch.bfloat16).ok

@@ -17,10 +17,10 @@ from torch import Tensor
 import effkernels
 from effkernels import environment, ops
 from effkernels.bench import timing
-from effkernels.bench.op_case import OpCase
-from effkernels.bench.op_timing import as_run, enlarged, first_images, temporary_graphs, triton_launches
+from effkernels.bench.op_timing import as_run, copied, temporary_graphs, triton_launches
 from effkernels.bench.timing import Row, Statistics
 from effkernels.ops import backends, reference
+from effkernels.ops.call import OpCall, PreparedCall, in_float64, prepared, run
 from effkernels.ops.parity import errors, judge
 
 # Results of this many images are compared with float64: every operator works image by image.
@@ -67,9 +67,6 @@ def launch_count() -> int | None:
     return int(torch.ops.effkernels.cuda_launches())
 
 
-Call = Callable[[], tuple[Tensor, ...]]
-
-
 @dataclass(frozen=True)
 class Contender:
     """One way to compute a case.
@@ -80,12 +77,12 @@ class Contender:
         whole: it computes the case and not a part of it.
     """
 
-    prepare: Callable[[], Call]
+    prepare: Callable[[], PreparedCall]
     backend: str = ""
     whole: bool = True
 
 
-def bare(case: OpCase, device: torch.device) -> tuple[str, Any] | None:
+def bare(case: OpCall, device: torch.device) -> tuple[str, Any] | None:
     """PyTorch's convolution or product alone, without norm, activation or squeeze-and-excitation, by its library."""
     convolution_by, product_by = ("cudnn ", "cublas ") if device.type == "cuda" else ("", "")
     if case.op == "pointwise_bn_act":
@@ -97,7 +94,7 @@ def bare(case: OpCase, device: torch.device) -> tuple[str, Any] | None:
         return f"{product_by}product alone", SimpleNamespace(pointwise_bn_act=product)
     if not (case.op.startswith("depthwise") or case.op == "conv_bn_act"):
         return None
-    padding = case.options["padding"]
+    padding = case.padding
     if padding[0] != padding[1] or padding[2] != padding[3]:
         return None
 
@@ -130,7 +127,7 @@ def on_backend(call: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def contenders(
-    case: OpCase, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None]
+    case: OpCall, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None]
 ) -> dict[str, Contender]:
     """Return the contenders of an operator call, by name.
 
@@ -138,13 +135,15 @@ def contenders(
         modes: of torch.compile, None for its default.
     """
 
+    arguments = case.arguments(dtype, device, images=_PARITY_IMAGES)
+
     def of(module: Any, **how: Any) -> Contender:
-        return Contender(lambda: case.prepare(module, dtype, device), **how)
+        return Contender(lambda: prepared(module, case.op, copied(arguments)), **how)
 
     def only(function: Any, **how: Any) -> Contender:
         return of(SimpleNamespace(**{case.op: function}), **how)
 
-    weight = case.tensors.get("weight")
+    weight = arguments.get("weight")
     found = {
         f"effkernels-{name}": only(on_backend(getattr(ops, case.op), name), backend=name)
         for name in ours(case.op, dtype, device, None if weight is None else weight.shape[3])
@@ -164,26 +163,19 @@ def compiled_name(mode: str | None) -> str:
 
 
 def measure(
-    case: OpCase, batch: int, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None] = ()
-) -> tuple[OpCase, list[Measured], list[Refused]]:
+    case: OpCall, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None] = ()
+) -> tuple[list[Measured], list[Refused]]:
     """Time every contender of an operator call.
 
-    Args:
-        case: with a batch of at most a few images.
-        batch: the batch that is timed.
-
     Returns:
-        The case at its full batch, the contenders that ran, and those that did not or were wrong.
+        The contenders that ran, and those that did not or were wrong.
     """
     torch._dynamo.reset()
-    rounded = case.rounded(dtype)
-    small = first_images(rounded, _PARITY_IMAGES)
-    truth = small.prepare(reference, torch.float64, device)()
-    plain = small.prepare(reference, dtype, device)()
-    large = enlarged(rounded, batch, dtype, device)
-    copies = timing.input_count(large.bytes_moved(dtype), environment.last_level_cache_bytes(device))
-    measured, refused = compare(contenders(large, dtype, device, modes), truth, plain, copies, device)
-    return large, measured, refused
+    few = case.with_(batch=min(case.batch, _PARITY_IMAGES)).arguments(dtype, device)
+    truth = run(reference, case.op, in_float64(few))
+    plain = run(reference, case.op, copied(few))
+    copies = timing.input_count(case.bytes_moved(dtype), environment.last_level_cache_bytes(device))
+    return compare(contenders(case, dtype, device, modes), truth, plain, copies, device)
 
 
 def compare(
@@ -234,7 +226,7 @@ def compare(
     return measured, refused
 
 
-def _counted(call: Call, backend: str) -> tuple[tuple[Tensor, ...], int | None]:
+def _counted(call: PreparedCall, backend: str) -> tuple[tuple[Tensor, ...], int | None]:
     """Return the results of a call, and its launches by the counter of its backend; None without a counter."""
     before = launch_count()
     with triton_launches() as names:

@@ -16,7 +16,7 @@ import torch
 
 from benchmarks.gpu_check.common import Options, run_part
 from benchmarks.gpu_check.results import Results
-from effkernels.bench.contenders import CONTENDERS, Case
+from effkernels.bench.contenders import CONTENDERS, NetworkCase
 from effkernels.bench.networks import Options as Measuring
 from effkernels.bench.networks import Refusal, case_name, model_size, run_case
 from effkernels.bench.timing import Row
@@ -90,7 +90,7 @@ def models(options: Options) -> str:
     results = Results(options)
     for name, step in work.steps(steps, lambda step: 0.0 if options.smoke else step.seconds):
         size = 32 if options.smoke else model_size(step.model)
-        case = Case(
+        case = NetworkCase(
             step.model, size, step.batch, "bfloat16", device, torch.get_num_threads(), channels_last=device == "cuda"
         )
         print(f"{name}: {', '.join(step.contenders)}", flush=True)

@@ -75,10 +75,10 @@ class BlockMeasurement:
         return self.block.case(self.batch)
 
 
-Case = Measurement | BlockMeasurement
+AnyMeasurement = Measurement | BlockMeasurement
 
 
-def cases(models: Sequence[str], batches: Sequence[int]) -> Iterator[Case]:
+def cases(models: Sequence[str], batches: Sequence[int]) -> Iterator[AnyMeasurement]:
     """Everything there is to measure, the most important first.
 
     At each batch and of each network the operators and whole blocks take turns; the operators that a network does not
@@ -86,7 +86,7 @@ def cases(models: Sequence[str], batches: Sequence[int]) -> Iterator[Case]:
     """
     for batch in batches:
         for model in models:
-            families: list[Sequence[Case]] = [shapes.of_family(model, op, batch) for op in shapes.FAMILIES]
+            families: list[Sequence[AnyMeasurement]] = [shapes.of_family(model, op, batch) for op in shapes.FAMILIES]
             families.append([BlockMeasurement(block, batch) for block in blocks.blocks_of(model)])
             yield from shapes.in_turn(families)
     for batch in batches:
@@ -94,10 +94,12 @@ def cases(models: Sequence[str], batches: Sequence[int]) -> Iterator[Case]:
             yield from shapes.in_turn([shapes.of_family(model, op, batch) for op in shapes.OTHERS])
 
 
-def wanted(options: Options) -> dict[str, tuple[Case, torch.dtype]]:
+def wanted(options: Options) -> dict[str, tuple[AnyMeasurement, torch.dtype]]:
     """The cases by name in their order; in a smoke test a small call of each operator and a block, at batch 2."""
     if options.smoke:
-        chosen: list[Case] = [shapes.of_family(MODELS[0], op, 2)[-1] for op in (*shapes.FAMILIES, *shapes.OTHERS)]
+        chosen: list[AnyMeasurement] = [
+            shapes.of_family(MODELS[0], op, 2)[-1] for op in (*shapes.FAMILIES, *shapes.OTHERS)
+        ]
         chosen.append(BlockMeasurement(blocks.blocks_of(MODELS[0])[-1], 2))
     else:
         chosen = list(cases(MODELS, BATCHES))
@@ -114,17 +116,17 @@ class Bench:
         self.bandwidth = measure.copy_bandwidth(self.device, 64 if options.smoke else 4096)
         self.guess, self.compile_guess = _GUESS, _COMPILE_GUESS
 
-    def modes(self, one: Case) -> list[str | None]:
+    def modes(self, one: AnyMeasurement) -> list[str | None]:
         """Return the modes of torch.compile that a case is compared with."""
         if self.options.smoke or not one.compiled:
             return []
         return [None, "max-autotune-no-cudagraphs"] if self.options.max_autotune else [None]
 
-    def seconds(self, one: Case) -> float:
+    def seconds(self, one: AnyMeasurement) -> float:
         """Return the seconds that a case takes."""
         return 0.0 if self.options.smoke else self.guess + len(self.modes(one)) * self.compile_guess
 
-    def run(self, one: Case, dtype: torch.dtype) -> tuple[list[Row], list[Refused]]:
+    def run(self, one: AnyMeasurement, dtype: torch.dtype) -> tuple[list[Row], list[Refused]]:
         """Measure a case and write its rows down."""
         begin = time.monotonic()
         modes = self.modes(one)
@@ -133,9 +135,8 @@ class Bench:
                 suite, name = "block", one.block.case(one.batch)
                 size, measured, refused = blocks.measure_block(one.block, one.batch, dtype, self.device, modes)
             else:
-                case = one.call.case(one.op, min(one.batch, 2))
-                large, measured, refused = measure.measure(case, one.batch, dtype, self.device, modes)
-                suite, name, size = "op", f"{large.op} {large.shape}", large.bytes_moved(dtype)
+                measured, refused = measure.measure(one.call, dtype, self.device, modes)
+                suite, name, size = "op", str(one.call), one.call.bytes_moved(dtype)
         rows = measure.rows_of(
             measured, suite=suite, case=name, batch=one.batch, size=size, dtype=dtype,
             device_name=self.results.device_name, date=self.results.date, bandwidth=self.bandwidth,

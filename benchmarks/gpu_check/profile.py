@@ -16,7 +16,7 @@ from benchmarks.gpu_check.common import WORK, NotAvailable, Options, python, run
 from benchmarks.gpu_check.progress import copy_out
 from benchmarks.kernel_economy.reading import short_name
 from effkernels import ops
-from effkernels.bench.op_timing import enlarged
+from effkernels.ops.call import run
 
 _SECTIONS = ("SpeedOfLight", "Occupancy", "WarpStateStats", "LaunchStats")
 _SHOWN = {
@@ -69,12 +69,12 @@ def run_main_kernels(device: torch.device) -> None:
         done: set[tuple[object, ...]] = set()
         families = [shapes.of_family("efficientnet_b0", op, batch) for op in shapes.FAMILIES]
         for one in shapes.in_turn(families):
-            key = (one.op, one.call.kernel, one.call.stride, one.call.gate, one.call.plane[0] > 20)
+            call = one.call
+            key = (call.op, call.kernel, call.stride, call.gated, call.height > 20)
             if key in done or len(done) >= most:
                 continue
             done.add(key)
-            case = enlarged(one.call.case(one.op, min(batch, 2)), one.batch, torch.bfloat16, device)
-            case.prepare(ops, torch.bfloat16, device)()
+            run(ops, call.op, call.arguments(torch.bfloat16, device, images=2))
             if device.type == "cuda":
                 torch.cuda.synchronize()
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from effkernels.bench import op_calls
-from effkernels.bench.op_calls import Call
+from effkernels.ops.call import DEPTHWISE_OPS, OpCall
 
 
-def calls_of(model: str) -> tuple[Call, ...]:
+def calls_of(model: str) -> tuple[OpCall, ...]:
     """Return the distinct operator calls of a network at its own input size, in the order of the forward.
 
     After them come calls that represent others: the squeeze_excite_gate of each width, and the expansions with the
@@ -19,22 +18,27 @@ def calls_of(model: str) -> tuple[Call, ...]:
     """
     found = op_calls.calls_of(model)
     gates = [
-        Call("squeeze_excite_gate", call.channels, (1, 1), reduced=call.reduced, activation=call.activation)
+        OpCall(
+            "squeeze_excite_gate", channels=call.channels, reduced=call.reduced, activation=call.se_activation,
+            gate_activation=call.gate_activation,
+        )
         for call in found
         if call.reduced
-    ]
+    ]  # fmt: skip
     return tuple(dict.fromkeys([*found, *gates, *_expansions(found)]))
 
 
-def _expansions(calls: Sequence[Call]) -> Iterator[Call]:
+def _expansions(calls: Sequence[OpCall]) -> Iterator[OpCall]:
     """Return the expand_depthwise_squeeze of every 1x1 convolution and depthwise convolution that fit each other."""
     for expand in calls:
         for depthwise in calls:
-            follows = (expand.out, expand.plane) == (depthwise.channels, depthwise.plane)
-            if expand.op == "pointwise_bn_act" and depthwise.op.startswith("depthwise") and follows:
-                yield Call(
-                    "expand_depthwise_squeeze", expand.channels, expand.plane, depthwise.kernel, depthwise.stride,
-                    depthwise.padding, expand.out, activation=depthwise.activation,
+            expanded = (expand.out_channels, expand.height, expand.width)
+            follows = expanded == (depthwise.channels, depthwise.height, depthwise.width)
+            if expand.op == "pointwise_bn_act" and depthwise.op in DEPTHWISE_OPS and follows:
+                yield expand.with_(
+                    op="expand_depthwise_squeeze", kernel=depthwise.kernel, stride=depthwise.stride,
+                    padding=depthwise.padding, expand_activation=expand.activation, activation=depthwise.activation,
+                    gated=False, residual=False,
                 )  # fmt: skip
 
 
@@ -53,34 +57,42 @@ class Measurement:
     """One operator call to measure, and whether torch.compile is worth its seconds there."""
 
     model: str
-    call: Call
-    op: str
-    batch: int
+    call: OpCall
     compiled: bool
+
+    @property
+    def op(self) -> str:
+        """The operator."""
+        return self.call.op
+
+    @property
+    def batch(self) -> int:
+        """Images of a call."""
+        return self.call.batch
 
     @property
     def title(self) -> str:
         """The measurement in words."""
-        call, size = self.call, f"{self.call.channels}x{self.call.plane[0]}x{self.call.plane[1]}"
-        words = f" {call.kernel}x{call.kernel} stride {call.stride}" if call.kernel > 1 else ""
-        to = f" to {call.out}" if call.out else ""
-        extras = ", gate" * call.gate + ", residual" * call.residual + f", {call.reduced} reduced" * bool(call.reduced)
-        return f"{self.op} of {self.model}, {size}{to}{words}{extras}, {call.activation}, batch {self.batch}"
+        call = self.call
+        size = f"{call.channels}x{call.height}x{call.width}"
+        to = f" to {call.out_channels}" if call.out_channels else ""
+        words = f" {call.window}" if call.window else ""
+        extras = ", gate" * call.gated + ", residual" * call.residual + f", {call.reduced} reduced" * bool(call.reduced)
+        return f"{call.op} of {self.model}, {size}{to}{words}{extras}, {call.activation}, batch {call.batch}"
 
 
-def _values(call: Call) -> int:
+def _values(call: OpCall) -> int:
     """Values that a call reads and writes for an image, about."""
-    return math.prod(call.plane) * (call.channels + (call.out or call.channels) // call.stride**2)
+    return call.height * call.width * (call.channels + (call.out_channels or call.channels) // call.stride**2)
 
 
 def of_family(model: str, op: str, batch: int) -> list[Measurement]:
     """Return the calls of a network by one operator, those that move most first."""
-    found = [
-        Measurement(model, call, op, batch, op in _COMPILED)
-        for call in calls_of(model)
-        if call.op == op or (op.startswith("depthwise") and call.op.startswith("depthwise"))
-    ]
-    return sorted(found, key=lambda one: -_values(one.call))
+    found = [call for call in calls_of(model) if call.op == op or {call.op, op} <= set(DEPTHWISE_OPS)]
+    found.sort(key=lambda call: -_values(call))
+    if op in ("depthwise_bn_act_gate", "depthwise_bn_act_se"):  # of a network without squeeze-and-excitation, too
+        found = [call.with_(reduced=call.reduced or max(1, call.channels // 4)) for call in found]
+    return [Measurement(model, call.with_(op=op, batch=batch), op in _COMPILED) for call in found]
 
 
 def in_turn(lists: Sequence[Sequence[Item]]) -> Iterator[Item]:

@@ -24,6 +24,8 @@ struct ExpandDepthwiseParams {
 
 inline int64_t packed_size(int64_t rows, int64_t k) { return (rows + 31) / 32 * 32 * k; }  // for any width of vector
 
+struct TrainingKernels;  // training.h
+
 struct Kernels {
   const char* isa;
   void (*depthwise)(const DepthwiseParams&, const Parallel&);
@@ -34,6 +36,7 @@ struct Kernels {
   void (*conv)(const ConvParams&, const Parallel&);
   // Packs a weight (rows, k) for `pointwise` and `expand_depthwise` into packed_size floats.
   void (*pack)(const Param& weight, int64_t rows, int64_t k, float* packed);
+  const TrainingKernels& training;
 };
 
 // The table in use: the widest instruction set of this machine, unless set_isa chose another.

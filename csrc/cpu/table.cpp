@@ -1,4 +1,5 @@
 // The kernels of one instruction set, for dispatch.cpp.
+#include "training.h"
 #include "vector.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
@@ -10,9 +11,27 @@ void pointwise(const PointwiseParams&, const Parallel&);
 void expand_depthwise(const ExpandDepthwiseParams&, const Parallel&);
 void conv(const ConvParams&, const Parallel&);
 void pack(const Param&, int64_t, int64_t, float*);
+void statistics(const StatisticsParams&, const Parallel&);
+void norm_act(const NormActParams&, const Parallel&);
+void gradient_sums(const GradientSumsParams&, const Parallel&);
+void norm_backward(const NormBackwardParams&, const Parallel&);
+void depthwise_train(const DepthwiseTrainParams&, const Parallel&);
+void depthwise_backward(const DepthwiseBackwardParams&, const Parallel&);
+
+namespace {
+constexpr TrainingKernels training{statistics,    norm_act,        gradient_sums,
+                                   norm_backward, depthwise_train, depthwise_backward};
+}
 
 extern const Kernels table;
-const Kernels table{
-    EFFKERNELS_ISA_STRING(EFFKERNELS_ISA), depthwise, squeeze_excite, scale, pointwise, expand_depthwise, conv, pack};
+const Kernels table{EFFKERNELS_ISA_STRING(EFFKERNELS_ISA),
+                    depthwise,
+                    squeeze_excite,
+                    scale,
+                    pointwise,
+                    expand_depthwise,
+                    conv,
+                    pack,
+                    training};
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

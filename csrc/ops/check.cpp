@@ -1,24 +1,36 @@
 #include "check.h"
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-
-#include <cmath>
-#include <initializer_list>
 #include <sstream>
 
-#include "../cpu/memory.h"
 #include "../sizes.h"
-#include "recording.h"
 
 namespace effkernels::ops {
-namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kLargest = int64_t(1) << 31;  // of a single size: two of them multiply in 64 bits
+namespace {
 
-template <class Sizes>
-std::string shape_of_sizes(const Sizes& sizes) {
+// A value by its name, or by a second name that messages do not list.
+template <class Value>
+struct Named {
+  const char* name;
+  Value value;
+  const char* alias = "";
+};
+
+template <class Value>
+Value pick(const char* op, const char* name, const std::string& given, std::initializer_list<Named<Value>> known) {
+  std::string allowed;
+  for (const Named<Value>& one : known) {
+    if (given == one.name || (*one.alias && given == one.alias)) return one.value;
+    allowed += (allowed.empty() ? "" : ", ") + std::string(one.name);
+  }
+  STD_TORCH_CHECK(false, op, ": ", name, "='", given, "' is not known; allowed: ", allowed);
+}
+
+}  // namespace
+
+std::string shape_of_sizes(const std::vector<int64_t>& sizes) {
   std::ostringstream out;
   const char* separator = "(";
   for (const int64_t size : sizes) out << separator << size, separator = ", ";
@@ -32,8 +44,6 @@ std::string shape_of(const Tensor& t) {
   return shape_of_sizes(sizes);
 }
 
-// Bytes, strides and multiply-adds are products of sizes. They are formed only where they fit into 64 bits, in an empty
-// batch too, whose strides are as large.
 void check_elements(const char* op, const char* name, std::initializer_list<int64_t> sizes) {
   int64_t elements = 1;
   for (const int64_t size : sizes) elements = product({elements, size > 1 ? size : 1});
@@ -56,255 +66,6 @@ const char* name_of(ScalarType type) {
   }
 }
 
-void check_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
-  STD_TORCH_CHECK(t.is_cuda() == x.is_cuda() && (!x.is_cuda() || t.get_device_index() == x.get_device_index()), op,
-                  ": ", name, " is on ", t.is_cuda() ? "CUDA" : "the CPU", ", the input on ",
-                  x.is_cuda() ? "CUDA" : "the CPU", "; allowed: one device for all");
-}
-
-// A value by its name, or by a second name that messages do not list.
-template <class Value>
-struct Named {
-  const char* name;
-  Value value;
-  const char* alias = "";
-};
-
-template <class Value>
-Value pick(const char* op, const char* name, const std::string& given, std::initializer_list<Named<Value>> known) {
-  std::string allowed;
-  for (const Named<Value>& one : known) {
-    if (given == one.name || (*one.alias && given == one.alias)) return one.value;
-    allowed += (allowed.empty() ? "" : ", ") + std::string(one.name);
-  }
-  STD_TORCH_CHECK(false, op, ": ", name, "='", given, "' is not known; allowed: ", allowed);
-}
-
-Activation activation_of(const char* op, const char* name, const std::string& given) {
-  return pick<Activation>(op, name, given,
-                          {{"identity", Activation::kIdentity},
-                           {"relu", Activation::kRelu},
-                           {"relu6", Activation::kRelu6},
-                           {"silu", Activation::kSilu, "swish"},
-                           {"hard_swish", Activation::kHardSwish, "hardswish"},
-                           {"gelu", Activation::kGelu},
-                           {"gelu_tanh", Activation::kGeluTanh}});
-}
-
-Tensor to_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// A parameter of `sizes`, in float32 or x's type.
-Param param_of(const char* op, const char* name, const Tensor& t, const Tensor& x, std::initializer_list<int64_t> sizes,
-               Keep& keep) {
-  bool same = t.dim() == int64_t(sizes.size());
-  int64_t i = 0;
-  for (const int64_t size : sizes) same = same && t.size(i++) == size;
-  if (!same) {
-    std::ostringstream wanted;
-    const char* separator = "";
-    for (const int64_t size : sizes) wanted << separator << size, separator = ", ";
-    STD_TORCH_CHECK(false, op, ": ", name, " has shape ", shape_of(t), "; allowed: (", wanted.str(), ")");
-  }
-  check_device(op, name, t, x);
-  const DType dtype = dtype_of(op, name, t);
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float || t.scalar_type() == x.scalar_type(), op, ": ", name,
-                  " has dtype ", name_of(t.scalar_type()), "; allowed: float32 or the input's ",
-                  name_of(x.scalar_type()));
-  keep.push_back(to_contiguous(t));
-  return {keep.back().const_data_ptr(), dtype};
-}
-
-Param param_of(const char* op, const char* name, const OptionalTensor& t, const Tensor& x, int64_t size, Keep& keep) {
-  return t ? param_of(op, name, *t, x, {size}, keep) : Param{};
-}
-
-// A matrix (rows, columns) that a 1x1 convolution may hold as (rows, columns, 1, 1).
-Param matrix_of(const char* op, const char* name, const Tensor& t, const Tensor& x, int64_t rows, int64_t columns,
-                Keep& keep) {
-  return t.dim() == 4 ? param_of(op, name, t, x, {rows, columns, 1, 1}, keep)
-                      : param_of(op, name, t, x, {rows, columns}, keep);
-}
-
-Norm norm_of(const char* op, const NormArguments& a, const Tensor& x, int64_t channels, Keep& keep) {
-  STD_TORCH_CHECK(a.mean.has_value() == a.var.has_value(), op, ": ", a.prefix, "norm_mean and ", a.prefix,
-                  "norm_var belong together; allowed: both or neither");
-  STD_TORCH_CHECK(a.mean.has_value() || !(a.weight || a.bias), op, ": ", a.prefix, "norm_weight and ", a.prefix,
-                  "norm_bias need ", a.prefix, "norm_mean and ", a.prefix,
-                  "norm_var; allowed: all of the norm or none");
-  STD_TORCH_CHECK(!a.mean.has_value() || (std::isfinite(a.eps) && a.eps >= 0), op, ": ", a.prefix, "norm_eps=", a.eps,
-                  "; allowed: finite and not negative");
-  const auto vector = [&](const char* name, const OptionalTensor& t) {
-    return t ? param_of(op, (a.prefix + std::string(name)).c_str(), *t, x, {channels}, keep) : Param{};
-  };
-  const Param conv_bias = vector("bias", a.conv_bias);
-  const Param mean = vector("norm_mean", a.mean), var = vector("norm_var", a.var);
-  const Param weight = vector("norm_weight", a.weight), bias = vector("norm_bias", a.bias);
-  return {conv_bias, weight, bias, mean, var, float(a.eps)};
-}
-
-void check_image(const char* op, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4, op, ": ", name, " has shape ", shape_of(x), "; allowed: four dimensions (N, C, H, W)");
-  for (int64_t i = 0; i < 4; i++) {
-    STD_TORCH_CHECK(i == 0 || x.size(i) > 0, op, ": ", name, " has shape ", shape_of(x),
-                    "; allowed: at least one channel, row and column");
-    STD_TORCH_CHECK(x.size(i) < kLargest, op, ": ", name, " has shape ", shape_of(x), "; allowed: sizes below 2^31");
-  }
-  check_elements(op, name, {x.size(0), x.size(1), x.size(2), x.size(3)});
-}
-
-void check_padding(const char* op, const std::vector<int64_t>& padding) {
-  STD_TORCH_CHECK(padding.size() == 4, op, ": padding has ", padding.size(),
-                  " numbers; allowed: four (top, bottom, left, right)");
-  for (const int64_t p : padding)
-    STD_TORCH_CHECK(p >= 0 && p < kLargest, op, ": padding=(", padding[0], ", ", padding[1], ", ", padding[2], ", ",
-                    padding[3], "); allowed: four numbers from 0 to 2^31 - 1");
-}
-
-int64_t out_size(const char* op, const char* name, int64_t size, int64_t before, int64_t after, int64_t window,
-                 int64_t stride) {
-  const int64_t padded = size + before + after;
-  STD_TORCH_CHECK(padded >= window, op, ": ", name, "=", size, " with padding ", before, " + ", after,
-                  " is smaller than the window of ", window, "; allowed: at least one output");
-  return (padded - window) / stride + 1;
-}
-
-// Strides of x for kernels that want the channels next to each other; a copy where they are not.
-Tensor to_channels_last(const Tensor& x) {
-  const int64_t c = x.size(1), h = x.size(2), w = x.size(3);
-  const bool channels_adjacent = c == 1 || x.stride(1) == 1;
-  const bool positive = (h == 1 || x.stride(2) > 0) && (w == 1 || x.stride(3) > 0);
-  if (channels_adjacent && positive) return x;
-  refuse_copy("the input");
-  return torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
-}
-
-// Stride from one pixel to the next, row by row, or a copy where rows do not follow each other.
-Tensor to_rows(const Tensor& x, int64_t& stride_p) {
-  Tensor rows = to_channels_last(x);
-  const int64_t h = rows.size(2), w = rows.size(3);
-  stride_p = w > 1 ? rows.stride(3) : h > 1 ? rows.stride(2) : rows.size(1);
-  if (h > 1 && w > 1 && rows.stride(2) != w * rows.stride(3)) {
-    refuse_copy("the input");
-    rows = torch::stable::contiguous(rows, torch::headeronly::MemoryFormat::ChannelsLast);
-    stride_p = rows.size(1);
-  }
-  return rows;
-}
-
-Tensor empty_strided(const Tensor& like, const int64_t* sizes, const int64_t* strides, int64_t dim, ScalarType dtype) {
-  AtenTensorHandle handle = nullptr;
-  const bool cuda = like.is_cuda();
-  const int32_t device_type = cuda ? aoti_torch_device_type_cuda() : aoti_torch_device_type_cpu();
-  int64_t elements = 1;
-  for (int64_t i = 0; i < dim; i++) elements = product({elements, sizes[i]});
-  STD_TORCH_CHECK(elements <= kMostElements, "a tensor of shape ",
-                  shape_of_sizes(std::vector<int64_t>(sizes, sizes + dim)),
-                  " is needed; allowed: sizes whose product is at most 2^54");
-  const size_t bytes = size_t(elements) * (dtype == ScalarType::Float ? 4 : 2);
-  if (cuda || (bytes < cpu::kSmallestPooled && !is_recording())) {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, int32_t(dtype), device_type,
-                                                           cuda ? like.get_device_index() : 0, &handle));
-  } else {
-    // Memory of a recording stays as long as a tensor uses it.
-    auto* const owner = is_recording() ? new std::shared_ptr<cpu::Pool>(recording_memory()) : nullptr;
-    const auto release = [](void* pointer, void* context) {
-      auto* const recording = static_cast<std::shared_ptr<cpu::Pool>*>(context);
-      (recording ? **recording : cpu::pool()).release(pointer);
-      delete recording;
-    };
-    void* data = (owner ? **owner : cpu::pool()).allocate(bytes ? bytes : 1);
-    const AOTITorchError error = torch_from_blob(data, dim, sizes, strides, 0, int32_t(dtype), device_type, -1, &handle,
-                                                 aoti_torch_layout_strided(), nullptr, 0, release, owner);
-    if (error != AOTI_TORCH_SUCCESS) release(data, owner);
-    STABLE_TORCH_ERROR_CODE_CHECK(error);
-  }
-  return Tensor(handle);
-}
-
-// Everything of a depthwise convolution of an (n, c, h, w) tensor but its address; of `a.x` only the dtype and the
-// device count.
-Depthwise describe_depthwise(const char* op, const DepthwiseArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
-                             Keep& keep) {
-  STD_TORCH_CHECK(a.weight.dim() == 4 && a.weight.size(1) == 1, op, ": weight has shape ", shape_of(a.weight),
-                  "; allowed: (C, 1, KH, KW)");
-  const int64_t kernel_h = a.weight.size(2), kernel_w = a.weight.size(3);
-  check_depthwise_kernel(op, kernel_h, kernel_w);
-  STD_TORCH_CHECK(a.stride == 1 || a.stride == 2, op, ": stride=", a.stride, "; allowed: 1, 2");
-  STD_TORCH_CHECK(a.dilation >= 1 && a.dilation < kLargest, op, ": dilation=", a.dilation, "; allowed: 1 to 2^31 - 1");
-  check_padding(op, a.padding);
-
-  Depthwise out;
-  DepthwiseParams& p = out.params;
-  p.dtype = dtype_of(op, "x", a.x);
-  p.activation = activation_of(op, "activation", a.activation);
-  p.weight = param_of(op, "weight", a.weight, a.x, {c, 1, kernel_h, kernel_w}, keep);
-  p.norm = norm_of(op, a.norm, a.x, c, keep);
-  p.batch = n, p.channels = c, p.height = h, p.width = w;
-  p.kernel_h = int32_t(kernel_h), p.kernel_w = int32_t(kernel_w);
-  p.stride = int32_t(a.stride), p.dilation = int32_t(a.dilation);
-  p.out_height = out_size(op, "height", h, a.padding[0], a.padding[1], (kernel_h - 1) * a.dilation + 1, a.stride);
-  p.out_width = out_size(op, "width", w, a.padding[2], a.padding[3], (kernel_w - 1) * a.dilation + 1, a.stride);
-  p.pad_top = int32_t(a.padding[0]), p.pad_left = int32_t(a.padding[2]);
-  check_elements(op, "the result", {n, c, p.out_height, p.out_width});
-  out.y = empty_channels_last(a.x, n, c, p.out_height, p.out_width);
-  p.y = out.y.mutable_data_ptr();
-  return out;
-}
-
-// Everything of a 1x1 convolution but the address of its result.
-Pointwise describe_pointwise(const char* op, const PointwiseArguments& a, Keep& keep) {
-  const Tensor &x = a.x, &weight = a.weight;
-  check_image(op, "x", x);
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  const std::string prefix = a.norm.prefix;
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) == 1 && weight.size(3) == 1, op, ": ",
-                  prefix, "weight has shape ", shape_of(weight), "; allowed: (Cout, Cin, 1, 1)");
-  const int64_t out_channels = weight.size(0);
-  check_elements(op, (prefix + "weight").c_str(), {out_channels, c});
-  check_elements(op, prefix.empty() ? "the result" : "the expanded tensor", {n, out_channels, h, w});
-  Pointwise out;
-  PointwiseParams& p = out.params;
-  p.dtype = dtype_of(op, "x", x);
-  p.activation = activation_of(op, (prefix + "activation").c_str(), a.activation);
-  p.weight = param_of(op, (prefix + "weight").c_str(), weight, x, {out_channels, c, 1, 1}, keep);
-  p.norm = norm_of(op, a.norm, x, out_channels, keep);
-  if (a.gate) {
-    if (!a.gate->is_contiguous()) refuse_copy("gate");
-    p.gate = param_of(op, "gate", *a.gate, x, {n, c}, keep);
-  }
-  p.allow_tf32 = a.allow_tf32;
-  p.batch = n, p.pixels = h * w, p.in_channels = c, p.out_channels = out_channels;
-  const Tensor rows = to_rows(x, p.x_stride_p);
-  keep.push_back(rows);
-  p.x = rows.const_data_ptr(), p.x_stride_n = rows.stride(0);
-  if (a.residual) {
-    const Tensor& r = *a.residual;
-    STD_TORCH_CHECK(r.dim() == 4 && r.size(0) == n && r.size(1) == out_channels && r.size(2) == h && r.size(3) == w, op,
-                    ": residual has shape ", shape_of(r), "; allowed: the output's (", n, ", ", out_channels, ", ", h,
-                    ", ", w, ")");
-    STD_TORCH_CHECK(r.scalar_type() == x.scalar_type(), op, ": residual has dtype ", name_of(r.scalar_type()),
-                    "; allowed: the input's ", name_of(x.scalar_type()));
-    check_device(op, "residual", r, x);
-    const Tensor residual_rows = to_rows(r, p.residual_stride_p);
-    keep.push_back(residual_rows);
-    p.residual = residual_rows.const_data_ptr(), p.residual_stride_n = residual_rows.stride(0);
-  }
-  return out;
-}
-
-void give_result(Pointwise& pointwise, const Tensor& x) {
-  pointwise.y = empty_channels_last(x, x.size(0), pointwise.params.out_channels, x.size(2), x.size(3));
-  pointwise.params.y = pointwise.y.mutable_data_ptr();
-}
-
-}  // namespace
-
-void check_depthwise_kernel(const char* op, int64_t height, int64_t width) {
-  const auto fits = [](int64_t size) { return size >= 1 && size <= kLargestDepthwise; };
-  STD_TORCH_CHECK(fits(height) && fits(width), op, ": weight is a depthwise kernel of ", height, "x", width,
-                  "; allowed: 1 to ", kLargestDepthwise, " for its height and its width");
-}
-
 DType dtype_of(const char* op, const char* name, const Tensor& t) {
   switch (t.scalar_type()) {
     case ScalarType::Float:
@@ -319,25 +80,36 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
   }
 }
 
-Tensor empty_channels_last(const Tensor& like, int64_t n, int64_t c, int64_t h, int64_t w) {
-  const int64_t sizes[] = {n, c, h, w}, strides[] = {c * h * w, 1, w * c, c};
-  return empty_strided(like, sizes, strides, 4, like.scalar_type());
+Activation activation_of(const char* op, const char* name, const std::string& given) {
+  return pick<Activation>(op, name, given,
+                          {{"identity", Activation::kIdentity},
+                           {"relu", Activation::kRelu},
+                           {"relu6", Activation::kRelu6},
+                           {"silu", Activation::kSilu, "swish"},
+                           {"hard_swish", Activation::kHardSwish, "hardswish"},
+                           {"gelu", Activation::kGelu},
+                           {"gelu_tanh", Activation::kGeluTanh}});
 }
 
-Tensor empty_matrix(const Tensor& like, int64_t n, int64_t c, ScalarType dtype) {
-  const int64_t sizes[] = {n, c}, strides[] = {c, 1};
-  return empty_strided(like, sizes, strides, 2, dtype);
+Gate gate_of(const char* op, const char* name, const std::string& given) {
+  return pick<Gate>(op, name, given,
+                    {{"sigmoid", Gate::kSigmoid}, {"hard_sigmoid", Gate::kHardSigmoid, "hardsigmoid"}});
 }
 
-Depthwise make_depthwise(const char* op, const DepthwiseArguments& a, Keep& keep) {
-  check_image(op, "x", a.x);
-  Depthwise out = describe_depthwise(op, a, a.x.size(0), a.x.size(1), a.x.size(2), a.x.size(3), keep);
-  const Tensor x = to_channels_last(a.x);
-  keep.push_back(x);
-  DepthwiseParams& p = out.params;
-  p.x = x.const_data_ptr();
-  p.x_stride_n = x.stride(0), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
-  return out;
+void check_device(const char* op, const char* name, const Tensor& t, const Tensor& x) {
+  STD_TORCH_CHECK(t.is_cuda() == x.is_cuda() && (!x.is_cuda() || t.get_device_index() == x.get_device_index()), op,
+                  ": ", name, " is on ", t.is_cuda() ? "CUDA" : "the CPU", ", the input on ",
+                  x.is_cuda() ? "CUDA" : "the CPU", "; allowed: one device for all");
+}
+
+void check_image(const char* op, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4, op, ": ", name, " has shape ", shape_of(x), "; allowed: four dimensions (N, C, H, W)");
+  for (int64_t i = 0; i < 4; i++) {
+    STD_TORCH_CHECK(i == 0 || x.size(i) > 0, op, ": ", name, " has shape ", shape_of(x),
+                    "; allowed: at least one channel, row and column");
+    STD_TORCH_CHECK(x.size(i) < kLargest, op, ": ", name, " has shape ", shape_of(x), "; allowed: sizes below 2^31");
+  }
+  check_elements(op, name, {x.size(0), x.size(1), x.size(2), x.size(3)});
 }
 
 void check_pooled(const char* op, const Tensor& pooled) {
@@ -351,96 +123,26 @@ void check_pooled(const char* op, const Tensor& pooled) {
                   "; allowed: float32");
 }
 
-SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t batch, int64_t channels,
-                                  const SeArguments& a, ScalarType gate_dtype, Keep& keep) {
-  STD_TORCH_CHECK((a.w_reduce.dim() == 2 || a.w_reduce.dim() == 4) && a.w_reduce.size(0) > 0, op,
-                  ": w_reduce has shape ", shape_of(a.w_reduce), "; allowed: (R, C) or (R, C, 1, 1), R at least 1");
-  const int64_t reduced = a.w_reduce.size(0);
-  check_elements(op, "w_reduce", {reduced, channels});
-  check_elements(op, "the hidden layer", {batch, reduced});
-  // Mixed types: float32 or the gate's own type, so each parameter is checked against a tensor of that type.
-  const Tensor typed = like.scalar_type() == gate_dtype ? like : empty_matrix(like, 0, 1, gate_dtype);
-  SqueezeExcite out;
-  SqueezeExciteParams& p = out.params;
-  p.w_reduce = matrix_of(op, "w_reduce", a.w_reduce, typed, reduced, channels, keep);
-  p.w_expand = matrix_of(op, "w_expand", a.w_expand, typed, channels, reduced, keep);
-  p.b_reduce = param_of(op, "b_reduce", a.b_reduce, typed, reduced, keep);
-  p.b_expand = param_of(op, "b_expand", a.b_expand, typed, channels, keep);
-  p.activation = activation_of(op, a.activation_name, a.activation);
-  p.gate_activation = pick<Gate>(op, "gate_activation", a.gate_activation,
-                                 {{"sigmoid", Gate::kSigmoid}, {"hard_sigmoid", Gate::kHardSigmoid, "hardsigmoid"}});
-  p.batch = batch, p.channels = channels, p.reduced = reduced;
-  out.gate = empty_matrix(like, batch, channels, gate_dtype);
-  p.gate = out.gate.mutable_data_ptr();
-  p.gate_dtype = dtype_of(op, "gate", out.gate);
-  return out;
+void check_padding(const char* op, const std::vector<int64_t>& padding) {
+  STD_TORCH_CHECK(padding.size() == 4, op, ": padding has ", padding.size(),
+                  " numbers; allowed: four (top, bottom, left, right)");
+  for (const int64_t p : padding)
+    STD_TORCH_CHECK(p >= 0 && p < kLargest, op, ": padding=(", padding[0], ", ", padding[1], ", ", padding[2], ", ",
+                    padding[3], "); allowed: four numbers from 0 to 2^31 - 1");
 }
 
-Pointwise make_pointwise(const char* op, const PointwiseArguments& a, Keep& keep) {
-  Pointwise out = describe_pointwise(op, a, keep);
-  give_result(out, a.x);
-  return out;
+void check_depthwise_kernel(const char* op, int64_t height, int64_t width) {
+  const auto fits = [](int64_t size) { return size >= 1 && size <= kLargestDepthwise; };
+  STD_TORCH_CHECK(fits(height) && fits(width), op, ": weight is a depthwise kernel of ", height, "x", width,
+                  "; allowed: 1 to ", kLargestDepthwise, " for its height and its width");
 }
 
-ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArguments& expand,
-                                          const DepthwiseArguments& depthwise, Keep& keep) {
-  const Tensor& x = expand.x;
-  ExpandDepthwise out;
-  out.expand = describe_pointwise(op, expand, keep);
-  out.depthwise =
-      describe_depthwise(op, depthwise, x.size(0), out.expand.params.out_channels, x.size(2), x.size(3), keep);
-  DepthwiseParams& d = out.depthwise.params;
-  out.pooled = empty_matrix(x, d.batch, d.channels, ScalarType::Float);
-  d.pooled = static_cast<float*>(out.pooled.mutable_data_ptr());
-  return out;
-}
-
-void give_expanded(ExpandDepthwise& both, const Tensor& x) {
-  give_result(both.expand, x);
-  const Tensor& expanded = both.expand.y;
-  DepthwiseParams& d = both.depthwise.params;
-  d.x = expanded.const_data_ptr();
-  d.x_stride_n = expanded.stride(0), d.x_stride_h = expanded.stride(2), d.x_stride_w = expanded.stride(3);
-}
-
-ExpandDepthwise make_expand_depthwise(const char* op, const PointwiseArguments& expand,
-                                      const DepthwiseArguments& depthwise, Keep& keep) {
-  ExpandDepthwise out = describe_expand_depthwise(op, expand, depthwise, keep);
-  give_expanded(out, expand.x);
-  return out;
-}
-
-Conv make_conv(const char* op, const ConvArguments& a, Keep& keep) {
-  const Tensor &x = a.x, &weight = a.weight;
-  check_image(op, "x", x);
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
-  STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) > 0 && weight.size(3) > 0, op,
-                  ": weight has shape ", shape_of(weight), "; allowed: (Cout, Cin, KH, KW)");
-  for (int64_t i = 0; i < 4; i++)
-    STD_TORCH_CHECK(weight.size(i) < kLargest, op, ": weight has shape ", shape_of(weight),
-                    "; allowed: sizes below 2^31");
-  check_elements(op, "weight", {weight.size(0), weight.size(1), weight.size(2), weight.size(3)});
-  STD_TORCH_CHECK(a.stride >= 1 && a.stride < kLargest, op, ": stride=", a.stride, "; allowed: 1 to 2^31 - 1");
-  check_padding(op, a.padding);
-  const int64_t out_channels = weight.size(0), kh = weight.size(2), kw = weight.size(3);
-  Conv out;
-  ConvParams& p = out.params;
-  p.dtype = dtype_of(op, "x", x);
-  p.activation = activation_of(op, "activation", a.activation);
-  p.weight = param_of(op, "weight", weight, x, {out_channels, c, kh, kw}, keep);
-  p.norm = norm_of(op, a.norm, x, out_channels, keep);
-  p.allow_tf32 = a.allow_tf32;
-  p.batch = n, p.in_channels = c, p.out_channels = out_channels, p.height = h, p.width = w;
-  p.kernel_h = int32_t(kh), p.kernel_w = int32_t(kw), p.stride = int32_t(a.stride);
-  p.pad_top = int32_t(a.padding[0]), p.pad_left = int32_t(a.padding[2]);
-  p.out_height = out_size(op, "height", h, a.padding[0], a.padding[1], kh, a.stride);
-  p.out_width = out_size(op, "width", w, a.padding[2], a.padding[3], kw, a.stride);
-  check_elements(op, "the result", {n, out_channels, p.out_height, p.out_width});
-  p.x = x.const_data_ptr();
-  p.x_stride_n = x.stride(0), p.x_stride_c = x.stride(1), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
-  out.y = empty_channels_last(x, n, out_channels, p.out_height, p.out_width);
-  p.y = out.y.mutable_data_ptr();
-  return out;
+int64_t out_size(const char* op, const char* name, int64_t size, int64_t before, int64_t after, int64_t window,
+                 int64_t stride) {
+  const int64_t padded = size + before + after;
+  STD_TORCH_CHECK(padded >= window, op, ": ", name, "=", size, " with padding ", before, " + ", after,
+                  " is smaller than the window of ", window, "; allowed: at least one output");
+  return (padded - window) / stride + 1;
 }
 
 }  // namespace effkernels::ops

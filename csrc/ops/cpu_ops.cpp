@@ -30,14 +30,14 @@ void keep_packed(PointwiseParams& p) {
   p.packed = packed;
 }
 
-Tensor depthwise_bn_act(const DepthwiseArguments& a) {
+Tensor depthwise_bn_act(const DepthwiseOpArguments& a) {
   Keep keep;
   Depthwise d = make_depthwise("depthwise_bn_act", a, keep);
   run(cpu::kernels().depthwise, d.params, torch_threads(), keep);
   return d.y;
 }
 
-std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(const DepthwiseArguments& a) {
+std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(const DepthwiseOpArguments& a) {
   Keep keep;
   Depthwise d = make_depthwise("depthwise_bn_act_squeeze", a, keep);
   Tensor pooled = empty_matrix(a.x, d.params.batch, d.params.channels, ScalarType::Float);
@@ -58,7 +58,7 @@ Tensor squeeze_excite_gate(const Tensor& pooled, const SeArguments& a) {
   return s.gate;
 }
 
-std::tuple<Tensor, Tensor> depthwise_with_gate(const char* op, const DepthwiseArguments& depthwise,
+std::tuple<Tensor, Tensor> depthwise_with_gate(const char* op, const DepthwiseOpArguments& depthwise,
                                                const SeArguments& se) {
   Keep keep;
   Depthwise d = make_depthwise(op, depthwise, keep);
@@ -72,11 +72,11 @@ std::tuple<Tensor, Tensor> depthwise_with_gate(const char* op, const DepthwiseAr
   return {d.y, s.gate};
 }
 
-std::tuple<Tensor, Tensor> depthwise_bn_act_gate(const DepthwiseArguments& depthwise, const SeArguments& se) {
+std::tuple<Tensor, Tensor> depthwise_bn_act_gate(const DepthwiseOpArguments& depthwise, const SeArguments& se) {
   return depthwise_with_gate("depthwise_bn_act_gate", depthwise, se);
 }
 
-Tensor depthwise_bn_act_se(const DepthwiseArguments& depthwise, const SeArguments& se) {
+Tensor depthwise_bn_act_se(const DepthwiseOpArguments& depthwise, const SeArguments& se) {
   auto [y, gates] = depthwise_with_gate("depthwise_bn_act_se", depthwise, se);
   ScaleParams p;
   p.y = y.mutable_data_ptr(), p.gate = gates.const_data_ptr();
@@ -95,7 +95,7 @@ Tensor pointwise_bn_act(const PointwiseArguments& a) {
 }
 
 std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& expand,
-                                                    const DepthwiseArguments& depthwise) {
+                                                    const DepthwiseOpArguments& depthwise) {
   Keep keep;
   ExpandDepthwise e = describe_expand_depthwise("expand_depthwise_squeeze", expand, depthwise, keep);
   keep_packed(e.expand.params);

@@ -1,6 +1,6 @@
 // The device and the stream of a CUDA operator's call. cuda_device.cpp asks torch; the tests' emulator answers itself.
 #pragma once
-#include "check.h"
+#include "tensors.h"
 
 namespace effkernels::ops {
 

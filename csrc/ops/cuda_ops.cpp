@@ -33,8 +33,8 @@ float* scratch_floats(const Tensor& like, int64_t count, Keep& keep) {
 }
 
 // What CUDA refused, or null.
-const char* run_depthwise(const char* op, const cuda::DepthwiseCall& call, const cuda::DepthwisePlan& plan,
-                          const Tensor& like, const OnDevice& here, Keep& keep) {
+const char* enqueue_depthwise(const char* op, const cuda::DepthwiseCall& call, const cuda::DepthwisePlan& plan,
+                              const Tensor& like, const OnDevice& here, Keep& keep) {
   const cuda::DepthwiseScratch scratch = cuda::depthwise_scratch(call, plan);
   cuda::DepthwiseWork work;
   work.partial = scratch_floats(like, scratch.partial, keep);
@@ -45,8 +45,8 @@ const char* run_depthwise(const char* op, const cuda::DepthwiseCall& call, const
   return cuda::launch_depthwise(call, plan, work, stream);
 }
 
-const char* run_pointwise(const char* op, const PointwiseParams& p, const cuda::PointwisePlan& plan, const Tensor& like,
-                          const OnDevice& here, Keep& keep) {
+const char* enqueue_pointwise(const char* op, const PointwiseParams& p, const cuda::PointwisePlan& plan,
+                              const Tensor& like, const OnDevice& here, Keep& keep) {
   const cuda::PointwiseScratch scratch = cuda::pointwise_scratch(p, plan);
   cuda::PointwiseWork work;
   work.partial = scratch_floats(like, scratch.partial, keep);
@@ -56,17 +56,17 @@ const char* run_pointwise(const char* op, const PointwiseParams& p, const cuda::
   return cuda::launch_pointwise(p, plan, work, stream);
 }
 
-Tensor depthwise_bn_act(const DepthwiseArguments& a) {
+Tensor depthwise_bn_act(const DepthwiseOpArguments& a) {
   constexpr const char* op = "depthwise_bn_act";
   Keep keep;
   Depthwise d = make_depthwise(op, a, keep);
   const OnDevice here(d.y);
   const cuda::DepthwiseCall call{&d.params, nullptr, false, false};
-  check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
+  check_launch(op, enqueue_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
   return d.y;
 }
 
-std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(const DepthwiseArguments& a) {
+std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(const DepthwiseOpArguments& a) {
   constexpr const char* op = "depthwise_bn_act_squeeze";
   Keep keep;
   Depthwise d = make_depthwise(op, a, keep);
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor> depthwise_bn_act_squeeze(const DepthwiseArguments& a)
   d.params.pooled = static_cast<float*>(pooled.mutable_data_ptr());
   const OnDevice here(d.y);
   const cuda::DepthwiseCall call{&d.params, nullptr, true, false};
-  check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
+  check_launch(op, enqueue_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
   return {d.y, pooled};
 }
 
@@ -91,19 +91,19 @@ Tensor squeeze_excite_gate(const Tensor& pooled, const SeArguments& a) {
   return s.gate;
 }
 
-std::tuple<Tensor, Tensor> depthwise_bn_act_gate(const DepthwiseArguments& a, const SeArguments& se) {
+std::tuple<Tensor, Tensor> depthwise_bn_act_gate(const DepthwiseOpArguments& a, const SeArguments& se) {
   constexpr const char* op = "depthwise_bn_act_gate";
   Keep keep;
   Depthwise d = make_depthwise(op, a, keep);
   const SqueezeExcite s = make_squeeze_excite(op, a.x, d.params.batch, d.params.channels, se, a.x.scalar_type(), keep);
   const OnDevice here(d.y);
   const cuda::DepthwiseCall call{&d.params, &s.params, false, false};
-  check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
+  check_launch(op, enqueue_depthwise(op, call, cuda::plan_depthwise(call, limits_of(op, here)), d.y, here, keep));
   return {d.y, s.gate};
 }
 
 // One launch where a team of blocks holds the result of an image; else the gate, and a second launch that applies it.
-Tensor depthwise_bn_act_se(const DepthwiseArguments& a, const SeArguments& se) {
+Tensor depthwise_bn_act_se(const DepthwiseOpArguments& a, const SeArguments& se) {
   constexpr const char* op = "depthwise_bn_act_se";
   Keep keep;
   Depthwise d = make_depthwise(op, a, keep);
@@ -120,7 +120,7 @@ Tensor depthwise_bn_act_se(const DepthwiseArguments& a, const SeArguments& se) {
     call.gated = largest > 0;
     limits.largest_cluster = std::min(std::max(largest, 1), limits.largest_cluster);
     plan = cuda::plan_depthwise(call, limits);
-    refused = run_depthwise(op, call, plan, d.y, here, keep);
+    refused = enqueue_depthwise(op, call, plan, d.y, here, keep);
   }
   check_launch(op, refused);
   if (plan.team == 0) {
@@ -138,22 +138,22 @@ Tensor pointwise_bn_act(const PointwiseArguments& a) {
   Pointwise p = make_pointwise(op, a, keep);
   const OnDevice here(p.y);
   const cuda::PointwisePlan plan = cuda::plan_pointwise(p.params, limits_of(op, here));
-  check_launch(op, run_pointwise(op, p.params, plan, p.y, here, keep));
+  check_launch(op, enqueue_pointwise(op, p.params, plan, p.y, here, keep));
   return p.y;
 }
 
 // Two launches: the expanded tensor passes through memory, as it does between the two operators.
 std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& expand,
-                                                    const DepthwiseArguments& depthwise) {
+                                                    const DepthwiseOpArguments& depthwise) {
   constexpr const char* op = "expand_depthwise_squeeze";
   Keep keep;
   ExpandDepthwise e = make_expand_depthwise(op, expand, depthwise, keep);
   const OnDevice here(e.depthwise.y);
   const cuda::DeviceLimits limits = limits_of(op, here);
   const cuda::PointwisePlan plan = cuda::plan_pointwise(e.expand.params, limits);
-  check_launch(op, run_pointwise(op, e.expand.params, plan, e.depthwise.y, here, keep));
+  check_launch(op, enqueue_pointwise(op, e.expand.params, plan, e.depthwise.y, here, keep));
   const cuda::DepthwiseCall call{&e.depthwise.params, nullptr, true, false};
-  check_launch(op, run_depthwise(op, call, cuda::plan_depthwise(call, limits), e.depthwise.y, here, keep));
+  check_launch(op, enqueue_depthwise(op, call, cuda::plan_depthwise(call, limits), e.depthwise.y, here, keep));
   return {e.depthwise.y, e.pooled};
 }
 

@@ -9,7 +9,7 @@
 #include "../cuda/pointwise.h"
 #include "../cuda/squeeze_excite.h"
 #include "../sizes.h"
-#include "check.h"
+#include "pack.h"
 #include "registry.h"
 
 namespace effkernels::ops {

@@ -16,7 +16,7 @@
 
 #include "../cpu/kernels.h"
 #include "../cpu/memory.h"
-#include "check.h"
+#include "tensors.h"
 
 namespace effkernels::ops {
 

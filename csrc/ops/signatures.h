@@ -1,7 +1,7 @@
-// From the arguments of a schema (effkernels/ops/schemas.inc) to the structs of check.h, once for each list of
+// From the arguments of a schema (effkernels/ops/schemas.inc) to the structs of pack.h, once for each list of
 // arguments: `depthwise<&f>` takes the arguments of a depthwise operator one by one and calls f with them as a struct.
 #pragma once
-#include "check.h"
+#include "pack.h"
 
 namespace effkernels::ops::signature {
 
@@ -11,7 +11,7 @@ auto depthwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
                double norm_eps, int64_t stride, const std::vector<int64_t>& padding, int64_t dilation,
                const std::string& activation) {
   const NormArguments norm{bias, norm_mean, norm_var, norm_weight, norm_bias, norm_eps};
-  return op(DepthwiseArguments{x, weight, norm, stride, padding, dilation, activation});
+  return op(DepthwiseOpArguments{x, weight, norm, stride, padding, dilation, activation});
 }
 
 template <auto op>
@@ -22,7 +22,7 @@ auto depthwise_se(const Tensor& x, const Tensor& weight, const OptionalTensor& b
                   const Tensor& w_expand, const OptionalTensor& b_expand, const std::string& se_activation,
                   const std::string& gate_activation) {
   const NormArguments norm{bias, norm_mean, norm_var, norm_weight, norm_bias, norm_eps};
-  return op(DepthwiseArguments{x, weight, norm, stride, padding, dilation, activation},
+  return op(DepthwiseOpArguments{x, weight, norm, stride, padding, dilation, activation},
             SeArguments{w_reduce, b_reduce, w_expand, b_expand, se_activation, gate_activation, "se_activation"});
 }
 
@@ -56,7 +56,7 @@ auto expand_depthwise(const Tensor& x, const Tensor& expand_weight, const Option
                                   expand_norm_bias, expand_norm_eps,  "expand_"};
   const NormArguments norm{bias, norm_mean, norm_var, norm_weight, norm_bias, norm_eps};
   return op(PointwiseArguments{x, expand_weight, expand_norm, none, none, expand_activation, allow_tf32},
-            DepthwiseArguments{x, weight, norm, stride, padding, dilation, activation});
+            DepthwiseOpArguments{x, weight, norm, stride, padding, dilation, activation});
 }
 
 template <auto op>

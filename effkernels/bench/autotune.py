@@ -7,7 +7,6 @@ the best at length. The default takes part twice: what the two differ by is the 
 
 from __future__ import annotations
 
-import inspect
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,10 +19,9 @@ from torch import Tensor
 import effkernels
 from effkernels import environment, ops
 from effkernels.bench import timing
-from effkernels.bench.op_calls import Call
-from effkernels.bench.op_case import OpCase
-from effkernels.bench.op_timing import as_run, enlarged, largest_difference, temporary_graphs, triton_launches
+from effkernels.bench.op_timing import as_run, copied, largest_difference, temporary_graphs, triton_launches
 from effkernels.ops import backends, reference
+from effkernels.ops.call import OpCall, PreparedCall, in_float64, input_of, prepared, run
 from effkernels.ops.parity import Errors, errors
 from effkernels.triton import tuned_plan
 from effkernels.triton.tuned_plan import EVEN, BackendKey, Comparison, Configuration, Lookup
@@ -45,19 +43,23 @@ class Job:
     """One call to tune.
 
     Attributes:
-        call: of a network, without its batch.
-        batch: images in x.
+        call: of a network.
         dtype: of images and matrices.
     """
 
-    call: Call
-    batch: int
+    call: OpCall
     dtype: torch.dtype
+
+    def __str__(self) -> str:
+        """The job in words, the same in every run."""
+        return f"{self.call}, {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def key(self) -> BackendKey:
         """Return the key by which `effkernels.ops.backends.choose` finds the call."""
-        return backend_key(self.call.case(self.call.op, 1), self.dtype)
+        arguments = self.call.arguments(self.dtype, "meta")
+        call, weight = self.call, arguments.get("weight")
+        return backends.key_of(call.op, input_of(arguments), weight, call.stride, call.activation)
 
 
 @dataclass(frozen=True)
@@ -119,21 +121,11 @@ class Gain:
 
 
 def jobs(
-    calls: Sequence[Call], batches: Sequence[int], dtypes: Sequence[torch.dtype], only: Sequence[str] = ()
+    calls: Sequence[OpCall], batches: Sequence[int], dtypes: Sequence[torch.dtype], only: Sequence[str] = ()
 ) -> list[Job]:
     """Return the distinct jobs of some calls; ``only`` names operators, none means all of them."""
     wanted = [call for call in dict.fromkeys(calls) if not only or call.op in only]
-    return [Job(call, batch, dtype) for dtype in dtypes for batch in batches for call in wanted]
-
-
-def backend_key(case: OpCase, dtype: torch.dtype) -> BackendKey:
-    """Return the key by which `effkernels.ops.backends.choose` finds a case whose images are in ``dtype``."""
-    x = case.tensors["x" if "x" in case.tensors else "pooled"]
-    default = inspect.signature(getattr(ops, case.op)).parameters["activation"].default
-    activation = case.options.get("activation", default)
-    # As in every operator of effkernels.ops: pooled values come without a weight and are float32.
-    key = backends.key_of(case.op, x, case.tensors.get("weight"), case.options.get("stride", 1), activation)
-    return key._replace(dtype="float32" if "pooled" in case.tensors else str(dtype).removeprefix("torch."))
+    return [Job(call.with_(batch=batch), dtype) for dtype in dtypes for batch in batches for call in wanted]
 
 
 def gains(times: Mapping[str, Sequence[float]], rounds: int) -> dict[str, Gain]:
@@ -171,7 +163,7 @@ class Tuner:
     def __init__(
         self,
         device: torch.device,
-        plan: tuned_plan.Plan,
+        plan: tuned_plan.TunedPlan,
         *,
         force: bool = False,
         timer: Timer = timing.time_in_turns,
@@ -185,8 +177,7 @@ class Tuner:
         key = job.key
         if not backends.can_run_triton(key.op, device=self.device, dtype=job.dtype, kernel_size=key.kernel_size).ok:
             return asked
-        case = enlarged(job.call.case(job.call.op, 1), job.batch, job.dtype, self.device)
-        call = case.prepare(ops, job.dtype, self.device)
+        call = prepared(ops, job.call.op, job.call.arguments(job.dtype, self.device, images=1))
         listening = tuned_plan.answering(lambda lookup: asked.append(lookup))
         with torch.inference_mode(), effkernels.backend("triton"), triton_launches(launch=False), listening:
             call()
@@ -222,7 +213,7 @@ class Tuner:
                 trial = trial or _Trial(job, self.device)
                 with temporary_graphs():
                     self._configuration(trial, lookup, outcome)
-            if compares and (self.force or wanted or job_name(job) not in known_calls):
+            if compares and (self.force or wanted or str(job) not in known_calls):
                 trial = trial or _Trial(job, self.device)
                 with temporary_graphs():
                     self._comparison(trial, outcome)
@@ -321,25 +312,19 @@ def _words(choice: tuple[int, ...]) -> str:
     return ", ".join(f"{name} {value}" for name, value in zip(fields, choice, strict=True)) or str(tuple(choice))
 
 
-def job_name(job: Job) -> str:
-    """Return a job in words, the same in every run."""
-    case = job.call.case(job.call.op, 1)
-    words = case.shape.partition("x")[2]
-    return f"{case.op} {job.batch}x{words}, {str(job.dtype).removeprefix('torch.')}"
-
-
 class _Trial:
     """A job with its tensors on the device, several sets of them, so that none is in the cache when its turn comes."""
 
     def __init__(self, job: Job, device: torch.device) -> None:
-        self.job, self.device, self.name = job, device, job_name(job)
-        self.images = min(job.batch, _IMAGES)
-        case = job.call.case(job.call.op, self.images).rounded(job.dtype)
-        self.truth = case.prepare(reference, torch.float64, device)()
-        self.limits = _limits(case, self.truth, job, device)
-        large = enlarged(case, job.batch, job.dtype, device)
-        self.copies = timing.input_count(large.bytes_moved(job.dtype), environment.last_level_cache_bytes(device))
-        self.calls = [large.prepare(ops, job.dtype, device) for _ in range(self.copies)]
+        self.job, self.device, self.name = job, device, str(job)
+        call, dtype = job.call, job.dtype
+        self.images = min(call.batch, _IMAGES)
+        few = call.with_(batch=self.images).arguments(dtype, device)
+        self.truth = run(reference, call.op, in_float64(few))
+        self.limits = _limits(few, self.truth, job, device)
+        self.copies = timing.input_count(call.bytes_moved(dtype), environment.last_level_cache_bytes(device))
+        arguments = call.arguments(dtype, device, images=self.images)
+        self.calls = [prepared(ops, call.op, copied(arguments)) for _ in range(self.copies)]
         self.pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
 
     def checked(
@@ -347,12 +332,12 @@ class _Trial:
     ) -> list[Callable[[], object]] | None:
         """Return a backend's calls with its look-ups answered; None, with a note, if it is wrong or does not run."""
 
-        def run(call: Callable[[], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        def answered(call: PreparedCall) -> tuple[Tensor, ...]:
             with effkernels.backend(backend), tuned_plan.answering(answer):
                 return call()
 
         try:
-            results = run(self.calls[0])
+            results = answered(self.calls[0])
         except Exception as failure:  # shared memory, a compiler's error: the others are still wanted
             reason = " ".join(str(failure).split())[:200]
             lines = outcome.failed if what in (DEFAULT, *backends.BACKENDS) else outcome.refused
@@ -372,26 +357,21 @@ class _Trial:
                 line = f"{what}: wrong: equal images have results {apart:.1e} apart, limit {most:.1e}"
                 outcome.failed.append(f"{self.name}: {line}")
                 return None
-        return [partial(run, call) for call in self.calls]
+        return [partial(answered, call) for call in self.calls]
 
 
-def _limits(case: OpCase, truth: Sequence[Tensor], job: Job, device: torch.device) -> list[Errors]:
+def _limits(arguments: Mapping[str, Any], truth: Sequence[Tensor], job: Job, device: torch.device) -> list[Errors]:
     """Return the error limit of each result: twice what PyTorch's is, and one rounding (effkernels.ops.parity)."""
-    own = [
-        [errors(plain, true)] for plain, true in zip(case.prepare(reference, job.dtype, device)(), truth, strict=True)
-    ]
+    op = job.call.op
+    plain = run(reference, op, arguments)
+    own = [[errors(one, true)] for one, true in zip(plain, truth, strict=True)]
     if min(true.numel() for true in truth) < _MANY:
-        for draw in range(2, 1 + _DRAWS):
-            other = job.call.case(job.call.op, draw * case.batch).rounded(job.dtype)
-            pairs = zip(
-                other.prepare(reference, job.dtype, device)(),
-                other.prepare(reference, torch.float64, device)(),
-                strict=True,
-            )
-            for found, (plain, true) in zip(own, pairs, strict=True):
-                found.append(errors(plain, true))
-    dtypes = [result.dtype for result in case.prepare(reference, job.dtype, torch.device("meta"))()]
-    roundings = [torch.finfo(dtype).eps / 2 for dtype in dtypes]
+        for seed in range(1, _DRAWS):
+            others = job.call.with_(batch=len(truth[0])).arguments(job.dtype, device, seed=seed)
+            pairs = zip(run(reference, op, others), run(reference, op, in_float64(others)), strict=True)
+            for found, (one, true) in zip(own, pairs, strict=True):
+                found.append(errors(one, true))
+    roundings = [torch.finfo(one.dtype).eps / 2 for one in plain]
     return [
         Errors(2 * max(e.l2 for e in found) + rounding, 2 * max(e.largest for e in found) + rounding)
         for found, rounding in zip(own, roundings, strict=True)

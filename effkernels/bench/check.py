@@ -18,17 +18,9 @@ from torch import Tensor
 
 import effkernels
 from effkernels import _library, ops
-from effkernels.bench.op_case import (
-    DEPTHWISE_OPS,
-    OpCase,
-    conv_case,
-    depthwise_case,
-    expand_case,
-    gate_case,
-    pointwise_case,
-)
 from effkernels.models import EfficientNet
 from effkernels.ops import backends, reference
+from effkernels.ops.call import DEPTHWISE_OPS, OpCall, in_float64, run
 from effkernels.ops.parity import judge
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -36,7 +28,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the check. ``ok`` is None if the backend cannot run the case; then ``reason`` says why."""
+    """One line of the check. ``ok`` is None if the backend cannot run it; then ``reason`` says why."""
 
     subject: str
     backend: str
@@ -55,42 +47,41 @@ class Finding:
         return f"{head}  error {self.error:.1e}, limit {self.limit:.1e}"
 
 
-def op_cases() -> Iterator[OpCase]:
+def op_calls() -> Iterator[OpCall]:
     """Return a few shapes of every operator: a usual one, and odd channel counts, planes and paddings."""
-    for batch, channels, height, width, kernel, stride, padding in (
-        (2, 32, 28, 28, 3, 1, (1, 1, 1, 1)),
-        (1, 40, 13, 14, 5, 2, (1, 2, 2, 1)),
-        (3, 7, 7, 9, 3, 2, (0, 1, 0, 1)),
+    for shape, kernel, stride, padding in (
+        ((2, 32, 28, 28), 3, 1, (1, 1, 1, 1)),
+        ((1, 40, 13, 14), 5, 2, (1, 2, 2, 1)),
+        ((3, 7, 7, 9), 3, 2, (0, 1, 0, 1)),
     ):
         for op in DEPTHWISE_OPS:
-            yield depthwise_case(op, (batch, channels, height, width), kernel, stride, padding)
-        yield gate_case(batch, channels)
+            yield OpCall.on(op, shape, kernel, stride=stride, padding=padding)
+        yield OpCall.on("squeeze_excite_gate", shape[:2])
     for shape, out in (((2, 96, 14, 14), 24), ((1, 40, 7, 9), 7)):
-        yield pointwise_case(shape, out, activation="silu")
-        yield pointwise_case(shape, out, gate=True, residual=True)
-    yield expand_case((2, 16, 28, 28), 96, 3, 1)
-    yield expand_case((1, 24, 13, 14), 40, 5, 2)
-    yield conv_case((1, 3, 65, 65), 32)
-    yield conv_case((2, 8, 14, 14), 12)
+        yield OpCall.on("pointwise_bn_act", shape, out_channels=out)
+        yield OpCall.on("pointwise_bn_act", shape, out_channels=out, activation="identity", gated=True, residual=True)
+    yield OpCall.on("expand_depthwise_squeeze", (2, 16, 28, 28), out_channels=96)
+    yield OpCall.on("expand_depthwise_squeeze", (1, 24, 13, 14), 5, out_channels=40, stride=2)
+    yield OpCall.on("conv_bn_act", (1, 3, 65, 65), out_channels=32, stride=2)
+    yield OpCall.on("conv_bn_act", (2, 8, 14, 14), out_channels=12, stride=2)
 
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def check_op(case: OpCase, backend: str, dtype: torch.dtype, device: torch.device) -> Finding:
+def check_op(call: OpCall, backend: str, dtype: torch.dtype, device: torch.device) -> Finding:
     """Hold one operator on one backend against the rule."""
-    subject = f"{case.op} {case.shape}"
-    rounded = case.rounded(dtype)
+    arguments = call.arguments(dtype, device)
     try:
         with effkernels.backend(backend):
-            result = rounded.prepare(ops, dtype, device)()
+            result = run(ops, call.op, arguments)
     except Exception as error:  # whatever a kernel raises is a finding, and the other lines are still wanted
-        return Finding(subject, backend, _name(dtype), False, reason=f"raised {type(error).__name__}: {error}")
-    plain = rounded.prepare(reference, dtype, device)()
-    truth = rounded.prepare(reference, torch.float64, torch.device("cpu"))()
+        return Finding(str(call), backend, _name(dtype), False, reason=f"raised {type(error).__name__}: {error}")
+    plain = run(reference, call.op, arguments)
+    truth = run(reference, call.op, in_float64(call.arguments(dtype)))
     ok, error_size, limit = judge(result, plain, truth)
-    return Finding(subject, backend, _name(dtype), ok, error_size, limit)
+    return Finding(str(call), backend, _name(dtype), ok, error_size, limit)
 
 
 def _set_statistics(norm: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -168,10 +159,10 @@ def run_checks(device: torch.device) -> Iterator[Finding]:
         refused = {op: decision.reason for op, decision in decisions.items() if not decision.ok}
         for op, reason in refused.items():
             yield Finding(op, backend, "-", None, reason=reason)
-        for case in op_cases():
-            if case.op not in refused:
+        for call in op_calls():
+            if call.op not in refused:
                 for dtype in DTYPES:
-                    yield check_op(case, backend, dtype, device)
+                    yield check_op(call, backend, dtype, device)
         for dtype in DTYPES:
             # With operators missing, the model takes what the automatic choice gives it.
             yield check_model("efficientnet_b0", "auto" if refused else backend, dtype, device)

@@ -1,8 +1,8 @@
 """Whole networks in every form worth comparing, all with the same small interface.
 
-A contender says in one line why it is not available, or prepares a `Runner` for a case. All of them get the same
-weights, those of ``check.sample_model``. "The plain network" is the same architecture out of ordinary PyTorch modules:
-timm's where timm is installed, otherwise this package's with every operator on the reference backend; the runner's
+A contender says in one line why it is not available, or prepares a `ReadyContender` for a case. All of them get the
+same weights, those of ``check.sample_model``. "The plain network" is the same architecture out of ordinary PyTorch
+modules: timm's where timm is installed, otherwise this package's with every operator on the reference backend; the
 label names which one ran.
 """
 
@@ -33,7 +33,7 @@ from effkernels.ops import backends
 
 
 @dataclass(frozen=True)
-class Case:
+class NetworkCase:
     """The model, input and settings of a run. ``channels_last`` is for contenders that do not decide it."""
 
     model: str
@@ -72,7 +72,7 @@ def _noise(batch: int, size: int, number: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Runner:
+class ReadyContender:
     """A contender ready to run a case.
 
     Attributes:
@@ -101,15 +101,15 @@ class Contender:
     name: str
     description: str
     devices: tuple[str, ...]
-    missing: Callable[[Case], str | None]
-    prepare: Callable[[Case], Runner]
+    missing: Callable[[NetworkCase], str | None]
+    prepare: Callable[[NetworkCase], ReadyContender]
     needs: tuple[str, ...] = ()
 
     def not_installed(self) -> tuple[str, ...]:
         """Return the packages of ``needs`` that are not installed."""
         return tuple(package for package in self.needs if importlib.util.find_spec(package) is None)
 
-    def unavailable(self, case: Case) -> str | None:
+    def unavailable(self, case: NetworkCase) -> str | None:
         """Return why this contender cannot run the case, in one line, or None."""
         if case.torch_device.type not in self.devices:
             return f"only for {' and '.join(self.devices)}, not {case.torch_device.type}"
@@ -123,17 +123,17 @@ def _layout(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
-def _module_runner(
+def _ready_module(
     label: str,
-    case: Case,
+    case: NetworkCase,
     module: nn.Module,
     *,
     channels_last: bool,
     packages: tuple[str, ...] = (),
     compiles: bool = False,
     transform: Callable[[nn.Module], Callable[[Tensor], Tensor]] = lambda module: module,
-) -> Runner:
-    """Return a runner for a module with the case's device, dtype and autocast, and the given layout."""
+) -> ReadyContender:
+    """Return a contender that calls a module with the case's device, dtype and autocast, and the given layout."""
     module = module.to(case.torch_device, case.numbers.dtype, memory_format=_layout(channels_last))  # type: ignore[call-overload]
     call = transform(module)
     autocast = case.numbers.autocast
@@ -148,7 +148,7 @@ def _module_runner(
         with torch.autocast(case.torch_device.type, dtype=autocast):
             return call(images)
 
-    return Runner(label, convert, run if autocast is None else run_autocast, packages, compiles)
+    return ReadyContender(label, convert, run if autocast is None else run_autocast, packages, compiles)
 
 
 class _OnReference(nn.Module):
@@ -163,13 +163,13 @@ class _OnReference(nn.Module):
             return self.model(images)  # type: ignore[no-any-return]
 
 
-def _timm_model(case: Case) -> nn.Module:
+def _timm_model(case: NetworkCase) -> nn.Module:
     model: nn.Module = peers.import_timm().create_model(case.model).eval()
     model.load_state_dict(sample_model(case.model, case.seed).state_dict())
     return model
 
 
-def _timm_missing(case: Case) -> str | None:
+def _timm_missing(case: NetworkCase) -> str | None:
     try:
         timm = peers.import_timm()
     except ImportError as error:
@@ -177,49 +177,49 @@ def _timm_missing(case: Case) -> str | None:
     return None if timm.is_model(case.model) else f"timm {timm.__version__} has no model {case.model}"
 
 
-def plain_network(case: Case) -> tuple[nn.Module, str, tuple[str, ...]]:
+def plain_network(case: NetworkCase) -> tuple[nn.Module, str, tuple[str, ...]]:
     """Return the plain network with the case's weights, the name of its source, and the packages it comes from."""
     if _timm_missing(case) is None:
         return _timm_model(case), "timm", ("timm",)
     return _OnReference(copy.deepcopy(sample_model(case.model, case.seed))), "reference", ()
 
 
-def _effkernels_backend(case: Case) -> str:
+def _effkernels_backend(case: NetworkCase) -> str:
     """Return the backend that runs a block's depthwise convolution in this case, as that of the model."""
     x = torch.empty(1, 32, 8, 8, dtype=case.numbers.computes_in, device=case.torch_device)
     weight = torch.empty(32, 1, 3, 3, dtype=x.dtype, device=x.device)
     return backends.choose("depthwise_bn_act_gate", x, weight, activation="silu")
 
 
-def _effkernels_missing(case: Case) -> str | None:
+def _effkernels_missing(case: NetworkCase) -> str | None:
     if _effkernels_backend(case) == "reference":
         reason = _library.load_error() or "no kernel takes this device and dtype (see: effkernels info)"
         return f"not available: {reason}"
     return None
 
 
-def _effkernels(case: Case) -> Runner:
+def _effkernels(case: NetworkCase) -> ReadyContender:
     model = copy.deepcopy(sample_model(case.model, case.seed))
-    return _module_runner(f"effkernels-{_effkernels_backend(case)}", case, model, channels_last=case.channels_last)
+    return _ready_module(f"effkernels-{_effkernels_backend(case)}", case, model, channels_last=case.channels_last)
 
 
-def _optimized_missing(case: Case) -> str | None:
+def _optimized_missing(case: NetworkCase) -> str | None:
     return _effkernels_missing(case) or _timm_missing(case)
 
 
-def _optimized(case: Case) -> Runner:
+def _optimized(case: NetworkCase) -> ReadyContender:
     model = _timm_model(case).to(case.torch_device, case.numbers.dtype)
     effkernels.optimize_(model, strict=True)
-    return _module_runner("optimized (timm)", case, model, channels_last=case.channels_last, packages=("timm",))
+    return _ready_module("optimized (timm)", case, model, channels_last=case.channels_last, packages=("timm",))
 
 
-def _engine_missing(case: Case) -> str | None:
+def _engine_missing(case: NetworkCase) -> str | None:
     if case.numbers.autocast is not None:
         return f"an engine has one dtype, and {case.precision} is autocast"
     return _optimized_missing(case)
 
 
-def _engine(case: Case) -> Runner:
+def _engine(case: NetworkCase) -> ReadyContender:
     """As a user has it: what goes in is copied, what comes out is the caller's."""
     engine = effkernels.InferenceEngine(
         _timm_model(case), dtype=case.numbers.dtype, device=case.torch_device,
@@ -230,20 +230,20 @@ def _engine(case: Case) -> Runner:
     def convert(images: Tensor) -> Tensor:
         return images.to(case.torch_device, case.numbers.dtype).to(memory_format=_layout(case.channels_last))
 
-    return Runner(f"engine, {bucket.runner} (timm)", convert, engine.run, ("timm",))
+    return ReadyContender(f"engine, {bucket.runner} (timm)", convert, engine.run, ("timm",))
 
 
-def _eager(case: Case, channels_last: bool) -> Runner:
+def _eager(case: NetworkCase, channels_last: bool) -> ReadyContender:
     model, source, packages = plain_network(case)
     name = "eager-channels-last" if channels_last else "eager"
-    return _module_runner(f"{name} ({source})", case, model, channels_last=channels_last, packages=packages)
+    return _ready_module(f"{name} ({source})", case, model, channels_last=channels_last, packages=packages)
 
 
-def _timm(case: Case) -> Runner:
-    return _module_runner("timm", case, _timm_model(case), channels_last=case.channels_last, packages=("timm",))
+def _timm(case: NetworkCase) -> ReadyContender:
+    return _ready_module("timm", case, _timm_model(case), channels_last=case.channels_last, packages=("timm",))
 
 
-def _torchvision_missing(case: Case) -> str | None:
+def _torchvision_missing(case: NetworkCase) -> str | None:
     try:
         torchvision = peers.import_torchvision()
     except ImportError as error:
@@ -255,7 +255,7 @@ def _torchvision_missing(case: Case) -> str | None:
     return None
 
 
-def _torchvision(case: Case) -> Runner:
+def _torchvision(case: NetworkCase) -> ReadyContender:
     peers.import_torchvision()
     source = sample_model(case.model, case.seed)
     names = translation(TIMM, TORCHVISION, source.architecture)
@@ -268,20 +268,20 @@ def _torchvision(case: Case) -> Runner:
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eps = source.bn1.eps  # B5 to B7 have another one there
-    return _module_runner("torchvision", case, model, channels_last=case.channels_last, packages=("torchvision",))
+    return _ready_module("torchvision", case, model, channels_last=case.channels_last, packages=("torchvision",))
 
 
 # --------------------------------------------------------------------------------------------- torch.compile
 
 
-def _compiler_missing(case: Case) -> str | None:
+def _compiler_missing(case: NetworkCase) -> str | None:
     if case.torch_device.type == "cuda":
         return None if importlib.util.find_spec("triton") else "not available: pip install triton"
     compiler = os.environ.get("CXX") or "g++"
     return None if shutil.which(compiler) or shutil.which("clang++") else f"not available: no C++ compiler ({compiler})"
 
 
-def _compiled(case: Case, name: str, mode: str | None, graph: bool = False) -> Runner:
+def _compiled(case: NetworkCase, name: str, mode: str | None, graph: bool = False) -> ReadyContender:
     model, source, packages = plain_network(case)
 
     def transform(module: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -299,7 +299,7 @@ def _compiled(case: Case, name: str, mode: str | None, graph: bool = False) -> R
 
     label = f"{name} ({source})"
     # A graph takes its memory while it is recorded, which must not be left out with the compiler's.
-    return _module_runner(
+    return _ready_module(
         label, case, model, channels_last=True, packages=packages, compiles=not graph, transform=transform
     )
 
@@ -307,27 +307,27 @@ def _compiled(case: Case, name: str, mode: str | None, graph: bool = False) -> R
 # ----------------------------------------------------------------------------------------------- CUDA graphs
 
 
-def _as_graph(prepare: Callable[[Case], Runner], case: Case) -> Runner:
-    """Return a runner replayed as one CUDA graph; a call copies its input into the graph's own and replays."""
-    runner = prepare(case)
-    static_input = runner.convert(case.images(0))
+def _as_graph(prepare: Callable[[NetworkCase], ReadyContender], case: NetworkCase) -> ReadyContender:
+    """Return a contender replayed as one CUDA graph; a call copies its input into the graph's own and replays."""
+    ready = prepare(case)
+    static_input = ready.convert(case.images(0))
     side = torch.cuda.Stream(case.torch_device)
     side.wait_stream(torch.cuda.current_stream(case.torch_device))
     with torch.inference_mode(), torch.cuda.stream(side):
         for _ in range(3):
-            runner.run(static_input)
+            ready.run(static_input)
     torch.cuda.current_stream(case.torch_device).wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.inference_mode(), torch.cuda.graph(graph):
-        static_output = runner.run(static_input)
+        static_output = ready.run(static_input)
 
     def run(images: Tensor) -> Tensor:
         static_input.copy_(images)
         graph.replay()
         return static_output  # type: ignore[no-any-return]
 
-    name, _, source = runner.label.partition(" ")
-    return Runner(f"{name}-graph {source}".rstrip(), runner.convert, run, runner.packages, runner.compiles)
+    name, _, source = ready.label.partition(" ")
+    return ReadyContender(f"{name}-graph {source}".rstrip(), ready.convert, run, ready.packages, ready.compiles)
 
 
 # ----------------------------------------------------------------------------------------- ONNX Runtime, OpenVINO
@@ -341,7 +341,7 @@ def _packages_missing(name: str) -> str | None:
 @functools.lru_cache(maxsize=1)
 def _onnx_model(model: str, img_size: int, batch: int, seed: int) -> tuple[bytes, str, tuple[str, ...]]:
     """Return the plain network as an ONNX file in memory, with static shapes, which both runtimes optimise best."""
-    case = Case(model, img_size, batch, seed=seed)
+    case = NetworkCase(model, img_size, batch, seed=seed)
     network, source, packages = plain_network(case)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations, nothing that a reader could act on
@@ -350,13 +350,13 @@ def _onnx_model(model: str, img_size: int, batch: int, seed: int) -> tuple[bytes
     return program.model_proto.SerializeToString(), source, packages
 
 
-def _onnxruntime_missing(case: Case) -> str | None:
+def _onnxruntime_missing(case: NetworkCase) -> str | None:
     if case.numbers.name != "float32":
         return f"ONNX Runtime's CPU kernels have no {case.numbers.name}"
     return _packages_missing("onnxruntime")
 
 
-def _onnxruntime(case: Case) -> Runner:
+def _onnxruntime(case: NetworkCase) -> ReadyContender:
     onnxruntime = importlib.import_module("onnxruntime")
     content, source, packages = _onnx_model(case.model, case.img_size, case.batch, case.seed)
     options = onnxruntime.SessionOptions()
@@ -365,7 +365,7 @@ def _onnxruntime(case: Case) -> Runner:
     options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return Runner(
+    return ReadyContender(
         f"onnxruntime ({source})",
         lambda images: images.numpy(),
         lambda images: session.run(None, {name: images})[0],
@@ -373,7 +373,7 @@ def _onnxruntime(case: Case) -> Runner:
     )
 
 
-def _openvino_missing(case: Case) -> str | None:
+def _openvino_missing(case: NetworkCase) -> str | None:
     missing = _packages_missing("openvino")
     if missing or case.numbers.name == "float32":
         return missing
@@ -383,7 +383,7 @@ def _openvino_missing(case: Case) -> str | None:
     return f"the OpenVINO contender runs float32 and bfloat16, not {case.numbers.name}"
 
 
-def _openvino(case: Case) -> Runner:
+def _openvino(case: NetworkCase) -> ReadyContender:
     openvino = importlib.import_module("openvino")
     content, source, packages = _onnx_model(case.model, case.img_size, case.batch, case.seed)
     core = openvino.Core()
@@ -394,7 +394,7 @@ def _openvino(case: Case) -> Runner:
         "INFERENCE_PRECISION_HINT": "f32" if case.numbers.name == "float32" else "bf16",
     }
     compiled = core.compile_model(core.read_model(content), "CPU", settings)
-    return Runner(
+    return ReadyContender(
         f"openvino ({source})",
         lambda images: images.numpy(),
         lambda images: compiled([images], share_inputs=True)[0],
@@ -402,7 +402,7 @@ def _openvino(case: Case) -> Runner:
     )
 
 
-def _nothing_missing(case: Case) -> str | None:
+def _nothing_missing(case: NetworkCase) -> str | None:
     return None
 
 

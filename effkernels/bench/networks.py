@@ -14,7 +14,7 @@ import effkernels
 from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
-from effkernels.bench.contenders import CONTENDERS, Case, Runner, to_tensor
+from effkernels.bench.contenders import CONTENDERS, NetworkCase, ReadyContender, to_tensor
 from effkernels.bench.peak_memory import peak_memory
 from effkernels.bench.timing import Row
 from effkernels.models import model_config
@@ -50,7 +50,7 @@ def model_size(model: str) -> int:
     return model_config(model).input_size[-1]
 
 
-def case_name(case: Case) -> str:
+def case_name(case: NetworkCase) -> str:
     """Return the case as rows name it: 'efficientnet_b0@224'."""
     return f"{case.model}@{case.img_size}"
 
@@ -61,7 +61,7 @@ def steps(contenders: Sequence[str], options: Options) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _truth(case: Case) -> Tensor:
+def _truth(case: NetworkCase) -> Tensor:
     """Float64 logits of the first images of a case by the reference backend, (min(batch, 4), classes).
 
     On the case's device: a GPU takes milliseconds for what takes a CPU many seconds.
@@ -72,42 +72,42 @@ def _truth(case: Case) -> Tensor:
         return network(images).cpu()  # type: ignore[no-any-return]
 
 
-def _error(runner: Runner, case: Case) -> float:
-    """Relative L2 error of a runner's logits against the float64 reference."""
+def _error(ready: ReadyContender, case: NetworkCase) -> float:
+    """Relative L2 error of a contender's logits against the float64 reference."""
     with torch.inference_mode():
-        logits = to_tensor(runner.run(runner.convert(case.images(0))))[:_PARITY_IMAGES].clone()
+        logits = to_tensor(ready.run(ready.convert(case.images(0))))[:_PARITY_IMAGES].clone()
     return errors(logits, _truth(case)).l2
 
 
 @functools.lru_cache(maxsize=1)
-def _plain_error(case: Case) -> float:
+def _plain_error(case: NetworkCase) -> float:
     """Return the error of plain PyTorch in the precision of a case."""
     return _error(CONTENDERS["eager"].prepare(case), case)
 
 
-def _prepare(name: str, case: Case) -> tuple[Runner, float] | str:
+def _prepare(name: str, case: NetworkCase) -> tuple[ReadyContender, float] | str:
     """Return the contender ready to run, and its error against float64; or why it does not run."""
     reason = CONTENDERS[name].unavailable(case)
     if reason:
         return reason
     try:
-        runner = CONTENDERS[name].prepare(case)
-        error = _error(runner, case)
+        ready = CONTENDERS[name].prepare(case)
+        error = _error(ready, case)
     except Exception as failure:  # a foreign compiler may raise anything, and the other contenders are still wanted
         return f"failed: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
     usual = _plain_error(case)
     if not error <= _WRONG * usual:
         return f"wrong: off by {error:.1e} from float64, plain PyTorch by {usual:.1e}; not timed"
-    return runner, error
+    return ready, error
 
 
-def _as_run(runner: Runner, case: Case, inputs: int) -> timing.Run:
-    batches = [runner.convert(case.images(number)) for number in range(inputs)]
-    return lambda number: runner.run(batches[number % inputs])
+def _as_run(ready: ReadyContender, case: NetworkCase, inputs: int) -> timing.Run:
+    batches = [ready.convert(case.images(number)) for number in range(inputs)]
+    return lambda number: ready.run(batches[number % inputs])
 
 
 def run_case(
-    case: Case,
+    case: NetworkCase,
     contenders: Sequence[str],
     options: Options,
     *,
@@ -135,13 +135,13 @@ def run_case(
         images = case.images(0)
         cache = environment.last_level_cache_bytes(case.torch_device)
         inputs = timing.input_count(images.nbytes, cache)
-        runners: dict[str, Runner] = {}
+        all_ready: dict[str, ReadyContender] = {}
         parity: dict[str, float] = {}
         refusals = []
 
         def line(name: str, times: Sequence[float], what: str) -> str:
             median = timing.summarise(times).median_us / 1e3
-            return f"{case_name(case)}, batch {case.batch}: {runners[name].label}: {what} {median:.2f} ms"
+            return f"{case_name(case)}, batch {case.batch}: {all_ready[name].label}: {what} {median:.2f} ms"
 
         for name in contenders:
             prepared = _prepare(name, case)
@@ -150,28 +150,28 @@ def run_case(
                 for _ in range(steps([name], options) - 1):
                     advance(name)
             else:
-                runners[name], parity[name] = prepared
+                all_ready[name], parity[name] = prepared
                 # Compiling may take minutes: whoever waits sees what is known so far.
-                alone = {name: _as_run(runners[name], case, inputs)}
+                alone = {name: _as_run(all_ready[name], case, inputs)}
                 with torch.inference_mode():
                     first = timing.time_in_turns(alone, device=case.torch_device, warmup=1, rounds=1)
                 report(line(name, first[name], "preliminary, one turn alone:"))
             advance(f"{name} prepared")
-        if not runners:
+        if not all_ready:
             return [], refusals
 
         with torch.inference_mode():
             times = timing.time_in_turns(
-                {name: _as_run(runner, case, inputs) for name, runner in runners.items()},
+                {name: _as_run(ready, case, inputs) for name, ready in all_ready.items()},
                 device=case.torch_device,
                 warmup=options.warmup,
                 rounds=options.rounds,
                 advance=advance,
             )
-        for name in runners:
+        for name in all_ready:
             report(line(name, times[name], "median"))
         rows = []
-        for name, runner in runners.items():
+        for name, ready in all_ready.items():
             peak: int | None = None
             if options.memory:
                 measured = peak_memory(name, case)
@@ -185,12 +185,12 @@ def run_case(
                     timing.summarise(times[name]),
                     suite="model",
                     case=case_name(case),
-                    contender=runner.label,
+                    contender=ready.label,
                     device=environment.device_name(case.torch_device, case.threads),
                     dtype=case.numbers.name,
                     batch=case.batch,
                     date=date,
-                    packages=runner.packages,
+                    packages=ready.packages,
                     peak_bytes=peak,
                     rel_error=parity[name],
                 )

@@ -1,10 +1,9 @@
-"""Tools to time one operator, beyond `benchmark`: large inputs, calls in CUDA graphs, counted launches of Triton."""
+"""Tools to time one operator, beyond `timing`: copied inputs, calls in CUDA graphs, counted launches of Triton."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,27 +11,18 @@ from torch import Tensor
 
 from effkernels import triton
 from effkernels.bench import timing
-from effkernels.bench.op_case import OpCase
-
-BATCHED = ("x", "pooled", "gate", "residual")  # the arguments that have a batch
 
 
-def enlarged(case: OpCase, batch: int, dtype: torch.dtype, device: torch.device) -> OpCase:
-    """Return the case with its images repeated up to a batch, on the device: drawing each anew would take minutes."""
-    words = case.shape.partition("x")[2]
-    repeated = {}
-    for name, tensor in case.tensors.items():
-        value = tensor.to(device, torch.float32 if tensor.ndim == 1 or name == "pooled" else dtype)
-        if name in BATCHED:
-            value = value.repeat(-(-batch // case.batch), *[1] * (value.ndim - 1))[:batch]
-        repeated[name] = value
-    return replace(case, shape=f"{batch}x{words}", batch=batch, tensors=repeated)
+def copied(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with tensors of their own, those of four dimensions in channels_last memory.
 
+    So are the weights of a module that was moved to channels_last, which is what PyTorch is fastest with.
+    """
 
-def first_images(case: OpCase, count: int) -> OpCase:
-    """Return the case with at most so many images."""
-    tensors = {name: tensor[:count] if name in BATCHED else tensor for name, tensor in case.tensors.items()}
-    return replace(case, batch=min(count, case.batch), tensors=tensors)
+    def copy(t: Tensor) -> Tensor:
+        return t.clone(memory_format=torch.channels_last if t.ndim == 4 else torch.preserve_format)
+
+    return {name: copy(a) if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
 def in_graph(calls: Sequence[Callable[[], object]], device: torch.device, pool: Any = None) -> Callable[[], None]:

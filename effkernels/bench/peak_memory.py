@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from effkernels.bench.contenders import CONTENDERS, Case
+from effkernels.bench.contenders import CONTENDERS, NetworkCase
 
 _CALLS = 3
 _TIMEOUT_S = 1800
@@ -40,22 +40,22 @@ def _give_back_free_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def measure_here(contender: str, case: Case) -> int:
+def measure_here(contender: str, case: NetworkCase) -> int:
     """Peak memory of a contender in this process, in bytes; use `peak_memory` for a number that counts."""
     torch.set_num_threads(case.threads)
-    runner = CONTENDERS[contender].prepare(case)
-    images = runner.convert(case.images(0))
+    ready = CONTENDERS[contender].prepare(case)
+    images = ready.convert(case.images(0))
     on_gpu = case.torch_device.type == "cuda"
 
     def call() -> None:
         for _ in range(_CALLS):
-            runner.run(images)
+            ready.run(images)
 
     with torch.inference_mode():
-        if runner.compiles:
+        if ready.compiles:
             call()
         if on_gpu:
-            if runner.compiles:
+            if ready.compiles:
                 torch.cuda.reset_peak_memory_stats(case.torch_device)
             call()
             torch.cuda.synchronize(case.torch_device)
@@ -67,7 +67,7 @@ def measure_here(contender: str, case: Case) -> int:
         return max(0, _status_bytes("VmHWM") - before)
 
 
-def peak_memory(contender: str, case: Case) -> int | str:
+def peak_memory(contender: str, case: NetworkCase) -> int | str:
     """Peak memory of a contender in bytes, measured in a process of its own; or one line why there is none."""
     request = json.dumps({"contender": contender, "case": case.to_dict()})
     command = [sys.executable, "-m", "effkernels.bench.peak_memory", request]
@@ -85,7 +85,7 @@ def peak_memory(contender: str, case: Case) -> int | str:
 def main() -> None:
     """Entry of the process: the request is a JSON argument, the answer one line of JSON on standard output."""
     request = json.loads(sys.argv[1])
-    print(json.dumps({"peak_bytes": measure_here(request["contender"], Case(**request["case"]))}))
+    print(json.dumps({"peak_bytes": measure_here(request["contender"], NetworkCase(**request["case"]))}))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from effkernels.cam.maps import class_activation_map, peaks
 from effkernels.cam.networks import COMPARED, Scalable, Subject, scalings
 from effkernels.models.preprocessing import Preprocessing
+from effkernels.scaling.digits import load_digits, train
 from effkernels.scaling.families import build_sequential
 from effkernels.scaling.network import Stage, StagedNetwork
 
@@ -66,17 +67,18 @@ class HiddenDigits:
     boxes: Tensor
 
 
-def hide_digits(train: bool, generator: torch.Generator) -> HiddenDigits:
+def hide_digits(to_train: bool, generator: torch.Generator) -> HiddenDigits:
     """Draw new pictures: each digit once, in their order, at another place every time.
 
     Args:
-        train: of the digits for training or of those for testing.
+        to_train: hide the digits for training, or those for testing.
         generator: decides places, sizes, fragments and noise.
 
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    digits, classes = _digits(train)
+    part = slice(None, _TRAINED_ON) if to_train else slice(_TRAINED_ON, None)
+    digits, classes = (of[part] for of in load_digits())
     images = len(digits)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -107,17 +109,6 @@ def _placed(digits: Tensor, centre: Tensor, half: Tensor) -> Tensor:
     return F.grid_sample(digits[:, None], grid, align_corners=False)[:, 0]
 
 
-def _digits(train: bool) -> tuple[Tensor, Tensor]:
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError("the digits come with scikit-learn: pip install 'effkernels[scaling]'") from error
-    pixels, classes = load_digits(return_X_y=True)
-    part = slice(None, _TRAINED_ON) if train else slice(_TRAINED_ON, None)
-    digits = torch.from_numpy(pixels[part]).float().reshape(-1, 8, 8) / 16
-    return digits, torch.from_numpy(classes[part]).long()
-
-
 def digits_preprocessing(resolution: int) -> Preprocessing:
     """Return the preprocessing of a network for digits: the whole picture, without a crop."""
     return Preprocessing(resolution, 1.0, "bilinear", (_MEAN,) * 3, (_STD,) * 3)
@@ -130,7 +121,7 @@ def train_on_digits(
     batch_size: int = 50,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    after_epoch: Callable[[int, float], None] | None = None,
+    after_epoch: Callable[[int, float], None] = lambda epoch, loss: None,
 ) -> nn.Module:
     """Train a network to name hidden digits; what it learns depends on the arguments alone.
 
@@ -148,27 +139,21 @@ def train_on_digits(
     Raises:
         ImportError: scikit-learn is not installed.
     """
-    generator = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = network.build(num_classes=CLASSES).to(device).train()
-    steps = epochs * -(-_TRAINED_ON // batch_size)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.01)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps)
-    for epoch in range(epochs):
+
+    def epoch_of(generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         hidden = hide_digits(True, generator)
-        total = 0.0
         for batch in torch.randperm(len(hidden.classes), generator=generator).split(batch_size):
-            inputs = _inputs(hidden.pictures[batch], network.resolution).to(device)
-            loss = F.cross_entropy(model(inputs), hidden.classes[batch].to(device))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            total += loss.item() * len(batch)
-        if after_epoch is not None:
-            after_epoch(epoch + 1, total / len(hidden.classes))
-    return model.eval()
+            yield _inputs(hidden.pictures[batch], network.resolution).to(device), hidden.classes[batch].to(device)
+
+    return train(
+        lambda: network.build(num_classes=CLASSES).to(device),
+        epoch_of,
+        epochs=epochs,
+        steps=-(-_TRAINED_ON // batch_size),
+        learning_rate=4e-3,
+        seed=seed,
+        after_epoch=after_epoch,
+    )
 
 
 def look_at_digits(model: nn.Module, hidden: HiddenDigits, resolution: int) -> dict[str, float]:

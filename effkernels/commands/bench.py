@@ -13,7 +13,7 @@ import torch
 
 from effkernels import console
 from effkernels.bench import timing
-from effkernels.bench.contenders import CONTENDERS, Case
+from effkernels.bench.contenders import CONTENDERS, NetworkCase
 from effkernels.bench.networks import Options, case_name, model_size, run_case, steps
 from effkernels.bench.precision import PRECISIONS
 from effkernels.bench.timing import Row
@@ -74,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
     threads = arguments.threads or torch.get_num_threads()
     options = Options(arguments.warmup, arguments.rounds, memory=not arguments.no_memory)
     cases = [
-        Case(
+        NetworkCase(
             model,
             arguments.img_size or model_size(model),
             batch,
@@ -175,7 +175,7 @@ def _result_table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _print_contenders(device: str, model: str) -> None:
 
-    case = Case(model, 224, 1, device=device)
+    case = NetworkCase(model, 224, 1, device=device)
     cells = [
         [contender.name, contender.description, contender.unavailable(case) or "yes"]
         for contender in CONTENDERS.values()

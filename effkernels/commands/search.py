@@ -17,7 +17,7 @@ from effkernels.commands.common import UsageError, add_json, check_output, devic
 from effkernels.optimize import optimize_
 from effkernels.plan import gpus
 from effkernels.plan.launches import PRECISIONS
-from effkernels.scaling import evaluate as digits
+from effkernels.scaling import digits
 from effkernels.scaling.baseline_search import DIGITS_SPACE, WEIGHT, BaselineResult, search_baseline
 from effkernels.scaling.catalog import FORMS, find_network
 from effkernels.scaling.coefficient_search import SAMPLERS, search
@@ -174,6 +174,8 @@ def _search(arguments: argparse.Namespace) -> SearchResult | BaselineResult:
         "workers": workers,
         "threads": arguments.threads or max(1, cores // workers),
         "backend": arguments.backend,
+        "journal": arguments.journal,
+        "retry_failed": arguments.retry_failed,
         "report": console.note,
     }
     if arguments.what == "baseline":
@@ -185,7 +187,6 @@ def _search(arguments: argparse.Namespace) -> SearchResult | BaselineResult:
             target=arguments.target,
             weight=arguments.weight,
             latency=_latency(arguments, classes, channels, None) if arguments.latency else None,
-            study=arguments.journal,
             **running,
         )
     network = _network(arguments.network)
@@ -203,8 +204,6 @@ def _search(arguments: argparse.Namespace) -> SearchResult | BaselineResult:
         rounding=_rounding(arguments, digits.DIGITS_ROUNDING if small else Rounding()),
         latency=_latency(arguments, classes, channels, network) if wants_latency else None,
         budget_ms=arguments.budget_ms,
-        journal=arguments.journal,
-        retry_failed=arguments.retry_failed,
         **running,
     )
 
@@ -267,12 +266,6 @@ def _latency(arguments: argparse.Namespace, classes: int, channels: int, network
     return MeasuredLatency(str(device), precision=arguments.precision or default, **common)
 
 
-def _best_network(result: SearchResult | BaselineResult) -> Network | None:
-    if result.best is None:
-        return None
-    return result.best.network if isinstance(result, BaselineResult) else result.best.candidate.network
-
-
 def _plot(result: SearchResult | BaselineResult, path: Path | None) -> str | None:
     """Draw the result. Return None, or why it is not drawn."""
     if path is not None:
@@ -287,9 +280,9 @@ def _save(result: SearchResult | BaselineResult, path: Path | None) -> str | Non
     """Write the best network. Return None, or why it is not written."""
     if path is None:
         return None
-    network = _best_network(result)
-    if network is None:
+    if result.best is None:
         return f"--save {path}: no candidate was evaluated"
+    network = result.best.network
     if not isinstance(network, StagedNetwork):
         return f"--save {path}: {network.name} is another library's network, which a file cannot hold"
     try:
@@ -301,10 +294,9 @@ def _save(result: SearchResult | BaselineResult, path: Path | None) -> str | Non
 
 def _report(result: SearchResult | BaselineResult) -> dict[str, Any]:
     report = result.to_dict()
-    network = _best_network(result)
-    if isinstance(network, StagedNetwork):
+    if result.best is not None and isinstance(result.best.network, StagedNetwork):
         try:
-            report["best_network"] = network_to_dict(network)
+            report["best_network"] = network_to_dict(result.best.network)
         except ValueError:  # built by a function of the user's own
             report["best_network"] = None
     return report

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from effkernels import console, triton
-from effkernels.bench.autotune import Job, Outcome, Result, Tuner, job_name, jobs
+from effkernels.bench.autotune import Job, Outcome, Result, Tuner, jobs
 from effkernels.bench.op_calls import calls_of
 from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.commands.common import (
@@ -145,7 +145,7 @@ def _tune(tuner: Tuner, todo: Sequence[Job]) -> tuple[list[Result], list[str], i
             known += outcome.known
             for line in (*outcome.failed, *outcome.refused):
                 console.note(f"tune: {line}")
-            advance(job_name(job))
+            advance(str(job))
     return results, failed, known
 
 
@@ -173,7 +173,7 @@ def _print_todo(device: str, tuner: Tuner, todo: Sequence[Job], as_json: bool) -
         reason = tuner.why_no_comparison(job)
         rows.append(
             {
-                "call": job_name(job),
+                "call": str(job),
                 "candidates": sum(len(lookup.candidates) for lookup in lookups),
                 "known": sum(tuner.is_known(lookup) for lookup in lookups),
                 "open": sum(not tuner.is_known(lookup) for lookup in lookups),

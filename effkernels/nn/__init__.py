@@ -1,4 +1,4 @@
-"""Modules built on the fused operators: in eval mode they run fused, in training mode as plain PyTorch modules.
+"""Modules built on the fused operators: they run fused, in eval mode and, the blocks, in training mode.
 
 `torch.nn` modules hold every parameter, under timm's names; nothing is folded, copied or cached, so weights changed by
 any means take effect at the next call and a state_dict never depends on how a module runs.
@@ -12,6 +12,7 @@ from effkernels.nn.mbconv import DepthwiseSeparable, MBConv
 from effkernels.nn.norm_act import BatchNormAct2d
 from effkernels.nn.padding import PAD_TYPES, PaddedConv2d, explicit_padding, same_padding, symmetric_padding
 from effkernels.nn.squeeze_excite import SqueezeExcite
+from effkernels.nn.training import set_recompute, training_problem, training_report
 
 __all__ = [
     "PAD_TYPES",
@@ -25,5 +26,8 @@ __all__ = [
     "conv_bn_act",
     "explicit_padding",
     "same_padding",
+    "set_recompute",
     "symmetric_padding",
+    "training_problem",
+    "training_report",
 ]

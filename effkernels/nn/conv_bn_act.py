@@ -15,6 +15,7 @@ from effkernels.nn.fusible import (
 )
 from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
+from effkernels.nn.training_norm import in_training_format, train_norm_act
 from effkernels.ops import backends
 from effkernels.ops.reference import ACTIVATIONS, canonical_name
 
@@ -38,7 +39,8 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
     """Compute `norm(conv(x))` with its activation, as one fused operator where the modules allow it.
 
     They allow it in eval mode, when both are what they seem (see `effkernels.nn.fusible`) and the convolution is 1x1,
-    depthwise or dense; otherwise the modules are called one after the other.
+    depthwise or dense; otherwise the modules are called one after the other. In training mode norm and activation are
+    one operator, which saves its input alone for the backward (`effkernels.nn.training`).
 
     Args:
         x: (N, C, H, W), floating.
@@ -54,7 +56,9 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
     """
     fusible = fusible_norm(norm, activation)
     if fusible is None or calls_modules(x):
-        return norm_act(norm, conv(x), activation)
+        z = conv(in_training_format(x, norm, backend))
+        trained = train_norm_act(norm, z, activation, backend)
+        return norm_act(norm, z, activation) if trained is None else trained
     running, follows = fusible
     if is_fusible_pointwise(conv):
         return ops.pointwise_bn_act(x, *conv_arguments(conv), running, activation=follows, backend=backend)

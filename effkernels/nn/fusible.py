@@ -135,7 +135,25 @@ def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
     Returns:
         The norm, and the activation that follows.
     """
-    if norm is None or norm.training or not is_untouched(norm):
+    if norm is None or norm.training:
+        return None
+    found = activation_after(norm, activation)
+    if found is None:
+        return None
+    parameters, buffers = parameters_of(norm), norm._buffers
+    mean, var = buffers.get("running_mean"), buffers.get("running_var")
+    if mean is None or var is None:
+        return None
+    eps: Any = norm.eps
+    return Norm(mean, var, parameters["weight"], parameters["bias"], eps), found
+
+
+def activation_after(norm: nn.Module, activation: str) -> str | None:
+    """Return the activation that `norm` ends with if it is a batch norm that does what it seems to do; else None.
+
+    Arguments as of `fusible_norm`.
+    """
+    if not is_untouched(norm):
         return None
     children = norm._modules
     if type(norm) in _NORMS_WITH_ACTIVATION or (type(norm) in _PLAIN_NORMS and "act" in children):
@@ -147,14 +165,10 @@ def fusible_norm(norm: nn.Module | None, activation: str) -> NormAct | None:
         found = activation
     else:
         return None
-    parameters, buffers = parameters_of(norm), norm._buffers
+    parameters = parameters_of(norm)
     if "weight" not in parameters or "bias" not in parameters:  # taken out, as old parametrizations do
         return None
-    mean, var = buffers.get("running_mean"), buffers.get("running_var")
-    if mean is None or var is None or found is None:
-        return None
-    eps: Any = norm.eps
-    return Norm(mean, var, parameters["weight"], parameters["bias"], eps), found
+    return found
 
 
 def conv_arguments(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:

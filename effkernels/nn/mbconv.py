@@ -3,6 +3,7 @@
 In eval mode a block is two or three fused operators: the 1x1 expand, the depthwise convolution with its norm,
 activation and the squeeze-and-excitation gate, and the 1x1 project that multiplies by the gate as it reads and adds the
 residual as it writes. On the CPU they are cut elsewhere: expand and depthwise in one, the gate by itself, the project.
+In training mode a block is one operator, forward and backward (`effkernels.nn.training`).
 """
 
 # No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
@@ -27,6 +28,7 @@ from effkernels.nn.fusible import (
 from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
 from effkernels.nn.squeeze_excite import SqueezeExcite, SqueezeExciteArguments, fusible_squeeze_excite
+from effkernels.nn.training import train_block
 from effkernels.ops import backends
 
 
@@ -55,6 +57,8 @@ class DepthwiseSeparable(nn.Module):
     Raises:
         ValueError: activation, gate_activation, pad_type or backend unknown, drop_path_rate not a probability.
     """
+
+    recompute: str | None = None  # what the backward computes again: see `effkernels.nn.set_recompute`
 
     def __init__(
         self,
@@ -117,7 +121,8 @@ class DepthwiseSeparable(nn.Module):
             or not _is_idle(parts["drop_path"])
             or calls_modules(x)
         ):
-            return self._forward_plain(x)
+            y = train_block(self, x)
+            return self._forward_plain(x) if y is None else y
         y, gate = _depthwise(x, depthwise, norm1, se, self.backend)
         return _project(y, project, norm2, gate, x if self.has_skip else None, self.backend)
 
@@ -149,6 +154,8 @@ class MBConv(nn.Module):
     Raises:
         ValueError: as of `DepthwiseSeparable`, or expansion below 1.
     """
+
+    recompute: str | None = None  # what the backward computes again: see `effkernels.nn.set_recompute`
 
     def __init__(
         self,
@@ -218,7 +225,8 @@ class MBConv(nn.Module):
             or not _is_idle(parts["drop_path"])
             or calls_modules(x)
         ):
-            return self._forward_plain(x)
+            y = train_block(self, x)
+            return self._forward_plain(x) if y is None else y
         backend = self.backend
         if _keeps_expanded(x, backend):
             y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, se, backend)

@@ -227,7 +227,7 @@ def choose(
     if asked == "reference" and isinstance(x, Tensor):
         return "reference"
     # The ways of nearly every call come first: this runs some fifty times in one forward of a small network.
-    if not (_is_readable(x) and (weight is None or _is_readable(weight))):
+    if not (is_readable(x) and (weight is None or is_readable(weight))):
         return _choose_for_subclass(op, x, weight, asked)
     if _needs_plain_pytorch():
         return "reference"
@@ -266,7 +266,7 @@ def choose(
 _TENSOR_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor, RecordedTensor})
 
 
-def _is_readable(tensor: Tensor) -> bool:
+def is_readable(tensor: Tensor) -> bool:
     """Return False for a subclass of Tensor that handles operators itself, as quantised ones do."""
     if type(tensor) in _TENSOR_TYPES:
         return True
@@ -279,7 +279,7 @@ def _choose_for_subclass(op: str, x: Tensor, weight: Tensor | None, asked: str) 
         raise TypeError(f"{op}: the input is {type(x).__name__}; allowed: Tensor")
     if _checked(asked, "backend") == "auto" or _needs_plain_pytorch():
         return "reference"
-    name, found = ("weight", weight) if _is_readable(x) else ("x", x)
+    name, found = ("weight", weight) if is_readable(x) else ("x", x)
     raise RuntimeError(
         f"{op}: backend={asked!r} was asked for and cannot run: {name} is a {type(found).__name__}; allowed: Tensor, "
         f"Parameter"

@@ -22,7 +22,7 @@ from effkernels.models import create_model, model_config
 from effkernels.ops.reference import ACTIVATIONS, canonical_name
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
-from effkernels.plan.record import Call, record_calls, tensors_in
+from effkernels.plan.record import RecordedCall, record_calls, tensors_in
 from effkernels.plan.time_estimate import MODES, TimeEstimate, estimate, forward_us
 
 PRECISIONS: dict[str, torch.dtype] = {
@@ -31,7 +31,9 @@ PRECISIONS: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
-__all__ = ["PRECISIONS", "Call", "Plan", "PlannedLaunch", "Totals", "plan_call", "plan_model", "record_calls"]
+__all__ = ["PRECISIONS", "Plan", "PlannedLaunch", "RecordedCall", "Totals", "plan_call", "plan_model", "record_calls"]
+
+Call = RecordedCall  # the name by which `effkernels.optimize` imports it
 
 _NAMESPACE, _PYTORCH = "effkernels::", "aten::"
 
@@ -226,7 +228,7 @@ def plan_model(
     return Plan(name, gpu.name, batch_size, img_size, precision, allow_tf32, launches)
 
 
-def plan_call(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
+def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
     """Return the launches of one call.
 
     The first one reads the arguments, computes and writes the results; a second one passes over the result once more,
@@ -284,7 +286,7 @@ def _two(text: str) -> tuple[int, int]:
     return int(x), int(y)
 
 
-def cuda_plan(call: Call, gpu: Gpu, *, allow_tf32: bool) -> list[dict[str, str]]:
+def cuda_plan(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[dict[str, str]]:
     """Return the launches of a call of this project's operators as the compiled library plans them, by field."""
     name = call.op.removeprefix(_NAMESPACE)
     dtype = str(call.dtype).removeprefix("torch.")
@@ -317,13 +319,13 @@ def _stored_bytes(tensor: Tensor) -> int:
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
-def moved_bytes(call: Call) -> int:
+def moved_bytes(call: RecordedCall) -> int:
     """Return the bytes that a call cannot avoid: every argument read once, every result written once."""
     read = {id(tensor): tensor for tensor in tensors_in(call.arguments.values())}
     return sum(_stored_bytes(tensor) for tensor in (*read.values(), *call.results))
 
 
-def _bytes_of_two(call: Call) -> tuple[int, int]:
+def _bytes_of_two(call: RecordedCall) -> tuple[int, int]:
     """Return the same for a call that takes two launches, each by itself."""
     second = 2 * call.results[0].nbytes
     if "w_reduce" in call.arguments:  # the first one writes a gate, which the second one reads
@@ -358,7 +360,7 @@ def special_functions_of(activation: str, dtype: torch.dtype) -> int:
     return _SPECIAL_FUNCTIONS.get(activation, 0)
 
 
-def special_functions(call: Call) -> int:
+def special_functions(call: RecordedCall) -> int:
     """Special-function operations of a call; 0 for one of PyTorch's own, whose kernels are not known here."""
     if not call.op.startswith(_NAMESPACE):
         return 0

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 
 @dataclass(frozen=True)
-class Call:
+class RecordedCall:
     """One call of an operator in a forward on the meta device.
 
     Attributes:
@@ -39,7 +39,7 @@ class Call:
         return self.results[0].dtype
 
 
-def record_calls(model: nn.Module, images: Tensor) -> list[Call]:
+def record_calls(model: nn.Module, images: Tensor) -> list[RecordedCall]:
     """Return the calls of a forward: this project's operators, and PyTorch's that would launch something."""
     recorder = _Recorder(model)
     # On the meta device the CPU's operators represent all: only the shape functions run, which all devices share.
@@ -51,7 +51,7 @@ def record_calls(model: nn.Module, images: Tensor) -> list[Call]:
 class _Recorder(TorchDispatchMode):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.calls: list[Call] = []
+        self.calls: list[RecordedCall] = []
         self._paths = {id(module): path for path, module in model.named_modules()}
         self._owners = {
             id(tensor): path for path, module in model.named_modules() for tensor in module.parameters(recurse=False)
@@ -95,7 +95,7 @@ class _Recorder(TorchDispatchMode):
             layer = self._owners.get(id(weight)) or self._running[-1]
             formula = flop_registry.get(func.overloadpacket)
             flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
-            self.calls.append(Call(func._schema.name, layer, arguments, results, flops))
+            self.calls.append(RecordedCall(func._schema.name, layer, arguments, results, flops))
         return result
 
 

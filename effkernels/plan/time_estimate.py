@@ -15,7 +15,7 @@ from torch import Tensor
 from effkernels.plan import kernel_counts
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.kernel_counts import Counters, KernelCounts
-from effkernels.plan.record import Call, tensors_in
+from effkernels.plan.record import RecordedCall, tensors_in
 from effkernels.plan.work import WARP, Clocks, Cut, Work, work_of
 
 # Clocks of a multiprocessor for one instruction of a warp (CUDA C++ Programming Guide, "Throughput of Native Arithmetic
@@ -159,7 +159,7 @@ def resident_blocks(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -
 
 
 def estimate(
-    line: Mapping[str, str], call: Call, gpu: Gpu, *, moved: int, flops: int, rate: float,
+    line: Mapping[str, str], call: RecordedCall, gpu: Gpu, *, moved: int, flops: int, rate: float,
     counts: Mapping[str, KernelCounts] | None = None,
 ) -> TimeEstimate:  # fmt: skip
     """Return the time of a launch.
@@ -196,7 +196,7 @@ def estimate(
     return _terms(work, cut, gpu, blocks, dram, l2_rate, input_latency)
 
 
-def _images(kernel: str, call: Call) -> list[Tensor]:
+def _images(kernel: str, call: RecordedCall) -> list[Tensor]:
     """Return the bytes that a launch reads of other launches' results, and the bytes that it writes."""
     if kernel in ("norm_act", "scale_by_gate"):  # in place
         return [call.results[0], call.results[0]]

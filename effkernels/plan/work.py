@@ -21,7 +21,7 @@ from effkernels.plan.kernel_counts import (
     reduce_lanes,
     total,
 )
-from effkernels.plan.record import Call
+from effkernels.plan.record import RecordedCall
 
 WARP = 32
 _FLAT = ("identity", "relu", "relu6", "hard_swish")  # no special functions
@@ -97,7 +97,7 @@ def _ceil(value: float, by: float) -> int:
     return int(-(-value // by))
 
 
-def work_of(cut: Cut, call: Call) -> Work | None:
+def work_of(cut: Cut, call: RecordedCall) -> Work | None:
     """Return the work of a launch of a call; None for a kernel whose instructions are not counted."""
     family = _FAMILIES.get(cut.kernel)
     if family is None or not cut.counts.parts:
@@ -107,7 +107,7 @@ def work_of(cut: Cut, call: Call) -> Work | None:
     return family(cut, call)
 
 
-def _half_of_expand(call: Call, *, first: bool) -> Call:
+def _half_of_expand(call: RecordedCall, *, first: bool) -> RecordedCall:
     """Return the pointwise or depthwise operator of one of the two launches of `expand_depthwise_squeeze`."""
     x, weight = call.arguments["x"], call.arguments["expand_weight"]
     hidden = x.new_empty((x.shape[0], weight.shape[0], *x.shape[2:]), device="meta")
@@ -127,7 +127,7 @@ def _with_activation(cut: Cut, part: str, activation: str) -> Counters:
     return cut.counts.part(f"{part}.plain" if activation in _FLAT else part)
 
 
-def _tensor_bytes(call: Call, name: str) -> int:
+def _tensor_bytes(call: RecordedCall, name: str) -> int:
     tensor = call.arguments.get(name)
     return 0 if tensor is None else int(tensor.numel() * tensor.element_size())
 
@@ -210,7 +210,7 @@ def _expand_product(cut: Cut, images: int, reduced: int, channels: int, size: in
     return one * _ceil(channels, WARP), chain
 
 
-def _depthwise(cut: Cut, call: Call) -> Work:
+def _depthwise(cut: Cut, call: RecordedCall) -> Work:
     part = cut.counts.part
     batch, channels, height, width = call.arguments["x"].shape
     out_height, out_width = call.results[0].shape[2:]
@@ -308,7 +308,7 @@ def _resident_tail(
     return issued, chain + exchange + gate, Clocks()
 
 
-def _pointwise(cut: Cut, call: Call) -> Work:
+def _pointwise(cut: Cut, call: RecordedCall) -> Work:
     part = cut.counts.part
     x, weight, size = call.arguments["x"], call.arguments["weight"], call.dtype.itemsize
     pixels, inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1], weight.shape[0]
@@ -353,7 +353,7 @@ def _pointwise(cut: Cut, call: Call) -> Work:
     return Work(issued, cut.counts.registers, l2_bytes, prologue, body, last)
 
 
-def _stem(cut: Cut, call: Call) -> Work:
+def _stem(cut: Cut, call: RecordedCall) -> Work:
     part, size = cut.counts.part, call.dtype.itemsize
     x, warps, channels = call.arguments["x"], cut["warps"], cut["padded_channels"]
     groups, of_block = channels // WARP, min(cut["tiles"], cut["tiles_per_block"])
@@ -369,7 +369,7 @@ def _stem(cut: Cut, call: Call) -> Work:
     return Work(issued, cut.counts.registers, l2_bytes, prologue, body, Clocks())
 
 
-def _vectors(cut: Cut, call: Call, of_vector: Counters, reads: int) -> Work:
+def _vectors(cut: Cut, call: RecordedCall, of_vector: Counters, reads: int) -> Work:
     """Return a pass over the result."""
     part, size = cut.counts.part, call.dtype.itemsize
     elements = call.results[0].numel()
@@ -380,15 +380,15 @@ def _vectors(cut: Cut, call: Call, of_vector: Counters, reads: int) -> Work:
     return Work(issued, cut.counts.registers, reads * elements * size, prologue, body, Clocks())
 
 
-def _norm_act(cut: Cut, call: Call) -> Work:
+def _norm_act(cut: Cut, call: RecordedCall) -> Work:
     return _vectors(cut, call, _with_activation(cut, "vector", call.arguments["activation"]), 2)
 
 
-def _scale(cut: Cut, call: Call) -> Work:
+def _scale(cut: Cut, call: RecordedCall) -> Work:
     return _vectors(cut, call, cut.counts.part("vector"), 2)
 
 
-def _excite(cut: Cut, call: Call) -> Work:
+def _excite(cut: Cut, call: RecordedCall) -> Work:
     part, size = cut.counts.part, call.dtype.itemsize
     (batch, channels), reduced = call.arguments["pooled"].shape, call.arguments["w_reduce"].shape[0]
     images = min(cut["images"], batch)
@@ -400,7 +400,7 @@ def _excite(cut: Cut, call: Call) -> Work:
     return Work(issued, cut.counts.registers, cut.grid * weights, _chain(part("finish")), body, Clocks())
 
 
-_FAMILIES: Mapping[str, Callable[[Cut, Call], Work]] = {
+_FAMILIES: Mapping[str, Callable[[Cut, RecordedCall], Work]] = {
     "depthwise_strips": _depthwise,
     "depthwise_resident": _depthwise,
     "pointwise": _pointwise,

@@ -7,29 +7,26 @@ on where it was stopped.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from effkernels.models.compound import CompoundScaling
 from effkernels.scaling.candidates import Candidate
-from effkernels.scaling.coefficient_search import Evaluate, import_optuna, name_of
-from effkernels.scaling.counting import Cost
 from effkernels.scaling.families import build_sequential
-from effkernels.scaling.latency import Latency
+from effkernels.scaling.figures import scatter
+from effkernels.scaling.journal import Journal
+from effkernels.scaling.latency import Latency, Remembered
 from effkernels.scaling.network import Stage, StagedNetwork
-from effkernels.scaling.results import scatter
-from effkernels.scaling.studies import SETTINGS, held, open_study
+from effkernels.scaling.results import Trial
+from effkernels.scaling.runner import Evaluate, Runner, accuracy_of, name_of
 from effkernels.scaling.table import Column, Table, Value
-from effkernels.scaling.workers import Outcome, run_all
+from effkernels.scaling.workers import Workers
 
 WEIGHT = -0.07
 _UNSCALED = CompoundScaling(1.0, 1.0, 1.0)
-_ASKS_PER_TRIAL = 20  # a sampler that proposes nothing but known networks has seen the whole space
-_TARGET, _RESULT = "target", "result"  # attributes of the study, and of a trial
 
 
 @dataclass(frozen=True)
@@ -146,28 +143,16 @@ def reward(accuracy: float, cost: float, target: float, weight: float = WEIGHT) 
 
 
 @dataclass(frozen=True)
-class BaselineTrial:
-    """A network that was tried.
+class BaselineTrial(Trial):
+    """A network that was evaluated.
 
     Attributes:
-        number: of the trial in the study.
-        network: what was trained.
-        cost: counted.
-        latency_ms: where latency is the cost.
-        values: what the evaluation returned; empty if it failed.
+        number: 1 for the first network that was evaluated.
         reward: the goal; None if the evaluation failed.
-        error: why it failed.
-        seconds: it took.
     """
 
     number: int
-    network: StagedNetwork
-    cost: Cost
-    latency_ms: float | None
-    values: Mapping[str, float]
     reward: float | None
-    error: str | None
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -220,8 +205,8 @@ class BaselineResult:
         notes = [
             f"reward: accuracy * (cost / T)^{self.weight:g}, T = {what}. {len(self.trials)} of "
             f"{self.space_size:.3g} networks were tried.",
-            "stages: 2x6k5c16 is 2 layers, expansion 6, kernel 5x5, 16 channels; s squeeze-and-excitation, - no "
-            "residual.",
+            "stages: 2x6k5c16 is 2 layers, expansion 6, kernel 5x5, 16 channels; s.25 squeeze-and-excitation of that "
+            "ratio, - no residual.",
         ]
         if self.is_by_latency:
             notes.append(f"ms: one forward, {self.cost}.")
@@ -232,11 +217,11 @@ class BaselineResult:
             "rank": rank,
             "trial": trial.number,
             "reward": trial.reward,
-            "accuracy": trial.values.get("accuracy"),
+            "accuracy": trial.accuracy,
             "mflops": trial.cost.multiply_adds / 1e6,
             "parameters_m": trial.cost.parameters / 1e6,
             "latency_ms": trial.latency_ms,
-            "stages": describe(trial.network),
+            "stages": trial.candidate.key,
             "error": trial.error,
         }
 
@@ -265,16 +250,18 @@ class BaselineResult:
             [trial.values["accuracy"] for trial in points],
             errors=None,
             labels=(f"Search for a baseline: {len(points)} networks", of_cost, "accuracy"),
-            best=describe(points[0].network) if points else "",
+            best=points[0].candidate.key if points else "",
         )
 
 
 def describe(network: StagedNetwork) -> str:
-    """Return the stages of MBConv in short: "1x1k3c8 2x6k5c16s"."""
+    """Return the stages of MBConv in short: "1x1k3c8 2x6k5c16s.25"."""
     words = []
     for stage in network.stages[1:-1]:
-        marks = ("s" if stage.options.get("se_ratio") else "") + ("" if stage.options.get("skip", True) else "-")
-        words.append(f"{stage.layers}x{stage.options['expansion']}k{stage.kernel_size}c{stage.channels}{marks}")
+        ratio = stage.options.get("se_ratio")
+        gate = f"s{ratio:g}".replace("0.", ".") if ratio else ""
+        skip = "" if stage.options.get("skip", True) else "-"
+        words.append(f"{stage.layers}x{stage.options['expansion']}k{stage.kernel_size}c{stage.channels}{gate}{skip}")
     return " ".join(words)
 
 
@@ -292,7 +279,8 @@ def search_baseline(
     workers: int = 1,
     threads: int | None = None,
     backend: str = "processes",
-    study: str | Path | None = None,
+    journal: str | Path | None = None,
+    retry_failed: bool = False,
     report: Callable[[str], None] = lambda line: None,
 ) -> BaselineResult:
     """Search a space of MBConv networks for the one with the best accuracy * (cost / target) ** weight.
@@ -302,22 +290,19 @@ def search_baseline(
     Args:
         evaluate: as of `effkernels.scaling.search`.
         space: the networks.
-        trials: networks that have been evaluated when the search ends, those of earlier runs of the study included.
+        trials: networks that have been evaluated when the search ends, those of the journal included.
         target: T: multiply-adds of one image, or milliseconds; it multiplies all rewards alike and changes no order.
             None: the cost of the network of every first choice.
         weight: w, at most 0: doubling the cost has to pay with a factor of 2 ** -w in accuracy.
         latency: makes the measured or planned latency the cost; None: multiply-adds.
         num_classes, in_chans: of the networks.
         seed: of the sampler.
-        workers, threads, backend: as of `effkernels.scaling.search`.
-        study: a file with Optuna's study, from which an interrupted search continues. A trial that was under way
-            is repeated. A study of another search is refused.
+        workers, threads, backend, journal, retry_failed: as of `effkernels.scaling.search`.
         report: called with a line of progress.
 
     Raises:
-        ValueError: an argument that is out of its range, a study of another search, or one that another process is
-            writing to.
-        OSError: the study cannot be written to.
+        ValueError: an argument that is out of its range, or a journal of another search (`JournalError`).
+        OSError: the journal cannot be written to.
         ModuleNotFoundError: Optuna is not installed.
     """
     if trials < 1:
@@ -326,155 +311,47 @@ def search_baseline(
         raise ValueError(f"weight={weight}; allowed: at most 0")
     if target is not None and not target > 0:
         raise ValueError(f"target={target}; allowed: above 0")
+    cost = latency.description if latency else "multiply_adds"
     settings = {
+        "search": "baseline",
         "space": repr(space),
         "target": target,
         "weight": weight,
-        "cost": latency.description if latency else "multiply_adds",
+        "cost": cost,
         "evaluate": name_of(evaluate),
         "num_classes": num_classes,
         "in_chans": in_chans,
     }
-    optuna = import_optuna()
-    with contextlib.nullcontext() if study is None else held(Path(study)):
-        opened = open_study(optuna, study, settings)
-        run = _Run(optuna, opened, evaluate, space, weight, latency, num_classes, in_chans, report)
-        run.prepare(seed)
-        run.until(trials, workers, threads, backend)
-        return run.result()
+    choices = space.choices()
 
+    def candidate(chosen: Mapping[str, Any]) -> Candidate:
+        network = space.network(chosen)
+        counted = network.cost(num_classes=num_classes, in_chans=in_chans)
+        return Candidate(describe(network), network, _UNSCALED, 0.0, counted, num_classes, in_chans)
 
-@dataclass
-class _Run:
-    """One search under way: the study, and what its trials mean."""
+    def cost_of(one: Candidate | Trial) -> float:
+        return float(one.cost.multiply_adds) if one.latency_ms is None else one.latency_ms
 
-    optuna: Any
-    study: Any
-    evaluate: Evaluate
-    space: SearchSpace
-    weight: float
-    latency: Latency | None
-    num_classes: int
-    in_chans: int
-    report: Callable[[str], None]
+    def goal(trial: Trial) -> float | None:
+        return None if trial.accuracy is None else reward(trial.accuracy, cost_of(trial), aim, weight)
 
-    def prepare(self, seed: int) -> None:
-        """Settle T, take up what an earlier run left, and seed the sampler."""
-        if self.study.user_attrs.get(_TARGET) is None:
-            given = self.study.user_attrs[SETTINGS]["target"]
-            self.study.set_user_attr(_TARGET, given or self._first_cost())
-        for trial in self.study.get_trials(deepcopy=False, states=(self._states.RUNNING,)):
-            if _RESULT in trial.user_attrs:  # killed between its result and its end
-                self._end(trial.number, trial.user_attrs[_RESULT])
-                continue
-            self.study.tell(trial.number, state=self._states.FAIL)
-            if trial.params:
-                self.study.enqueue_trial(trial.params)
-        trials = len(self.study.get_trials(deepcopy=False))
-        # Other random numbers after every interruption, or the sampler would propose its first networks again.
-        self.study.sampler = self.optuna.samplers.TPESampler(seed=seed + trials)
-        if tried := len(self._tried()):
-            self.report(f"{tried} networks are in the study")
+    def in_words(trial: Trial) -> str:
+        return f"{accuracy_of(trial)}, reward {goal(trial):.4f}"
 
-    def _first_cost(self) -> float:
-        chosen = {name: choices[0] for name, choices in self.space.choices().items()}
-        candidate = self._candidate(self.space.network(chosen, "first"))
-        return _cost_of(asdict(candidate.cost), candidate.latency_ms)
-
-    @property
-    def _states(self) -> Any:
-        return self.optuna.trial.TrialState
-
-    @property
-    def target(self) -> float:
-        """T."""
-        return float(self.study.user_attrs[_TARGET])
-
-    def _tried(self) -> dict[StagedNetwork, Any]:
-        """Trials of the study by network, of each the one that was evaluated."""
-        trials = [trial for trial in self.study.get_trials(deepcopy=False) if _RESULT in trial.user_attrs]
-        return {self.space.network(trial.params, f"trial {trial.number}"): trial for trial in trials}
-
-    def until(self, trials: int, workers: int, threads: int | None, backend: str) -> None:
-        """Evaluate networks until so many are."""
-        asked = 0
-        while len(tried := self._tried()) < trials and asked < trials * _ASKS_PER_TRIAL:
-            waiting: list[tuple[Any, Candidate]] = []
-            for _ in range(min(workers, trials - len(tried))):
-                asked += 1
-                ask = self.study.ask()
-                chosen = {name: ask.suggest_categorical(name, of) for name, of in self.space.choices().items()}
-                network = self.space.network(chosen, f"trial {ask.number}")
-                if network in tried:
-                    self._end(ask.number, tried[network].user_attrs[_RESULT])
-                elif any(network == other.network for _, other in waiting):
-                    self.study.tell(ask, state=self._states.FAIL)
-                else:
-                    waiting.append((ask, self._candidate(network)))
-            candidates = [candidate for _, candidate in waiting]
-            outcomes = run_all(self.evaluate, candidates, workers=workers, threads=threads, backend=backend)
-            for done, (index, outcome) in enumerate(outcomes, len(tried) + 1):
-                self._tell(*waiting[index], outcome, f"{done}/{trials}")
-        if len(tried) < trials:
-            self.report(f"the sampler proposes nothing new after {len(tried)} networks")
-
-    def _candidate(self, network: StagedNetwork) -> Candidate:
-        cost = network.cost(num_classes=self.num_classes, in_chans=self.in_chans)
-        ms = None if self.latency is None else self.latency(network)
-        return Candidate(network.name, network, _UNSCALED, 0.0, cost, self.num_classes, self.in_chans, ms)
-
-    def _tell(self, ask: Any, candidate: Candidate, outcome: Outcome, position: str) -> None:
-        result = {
-            "values": None if outcome.values is None else dict(outcome.values),
-            "cost": asdict(candidate.cost),
-            "latency_ms": candidate.latency_ms,
-            "error": outcome.error,
-            "seconds": round(outcome.seconds, 3),
-        }
-        ask.set_user_attr(_RESULT, result)  # all at once: a trial has a result or has none
-        value = self._end(ask.number, result)
-        told = outcome.error
-        if value is not None and outcome.values is not None:
-            told = f"accuracy {outcome.values['accuracy']:.4f}, reward {value:.4f} ({outcome.seconds:.1f} s)"
-        assert isinstance(candidate.network, StagedNetwork)
-        self.report(f"{position} {describe(candidate.network)}: {told}")
-
-    def _end(self, number: int, result: Mapping[str, Any]) -> float | None:
-        """End a trial of the study by the result of its network."""
-        value = self._reward(result)
-        if value is None:
-            self.study.tell(number, state=self._states.FAIL)
-        else:
-            self.study.tell(number, value)
-        return value
-
-    def _reward(self, result: Mapping[str, Any]) -> float | None:
-        if result["values"] is None:
-            return None
-        cost = _cost_of(result["cost"], result["latency_ms"])
-        return reward(result["values"]["accuracy"], cost, self.target, self.weight)
-
-    def result(self) -> BaselineResult:
-        """Return the ranking of all trials of the study that were evaluated."""
-        found = sorted(self._trials(), key=lambda t: (t.reward is None, -(t.reward or 0.0), t.cost.multiply_adds))
-        cost = "multiply_adds" if self.latency is None else self.latency.description
-        return BaselineResult(tuple(found), cost, self.target, self.weight, name_of(self.evaluate), self.space.size)
-
-    def _trials(self) -> Iterator[BaselineTrial]:
-        for network, trial in self._tried().items():
-            result = trial.user_attrs[_RESULT]
-            yield BaselineTrial(
-                trial.number,
-                network,
-                Cost(**result["cost"]),
-                result["latency_ms"],
-                result["values"] or {},
-                self._reward(result),
-                result["error"],
-                float(result["seconds"]),
-            )
-
-
-def _cost_of(counted: Mapping[str, int], latency_ms: float | None) -> float:
-    """Return the cost that the reward is about."""
-    return float(counted["multiply_adds"]) if latency_ms is None else latency_ms
+    with Journal(journal, settings) as kept, Workers(workers, threads, backend) as pool:
+        remembered = None if latency is None else Remembered(latency)
+        runner = Runner(evaluate, kept, pool, retry_failed, report, remembered, in_words)
+        first = candidate({name: of[0] for name, of in choices.items()})
+        aim = target or cost_of(runner.with_latency(first))
+        runner.sample(
+            lambda ask: candidate({name: ask.suggest_categorical(name, of) for name, of in choices.items()}),
+            goal,
+            trials=trials,
+            seed=seed,
+        )
+    found = [
+        BaselineTrial(**vars(trial), number=number, reward=goal(trial))
+        for number, trial in enumerate(runner.finished.values(), 1)
+    ]
+    found.sort(key=lambda trial: (trial.reward is None, -(trial.reward or 0.0), trial.cost.multiply_adds))
+    return BaselineResult(tuple(found), cost, aim, weight, name_of(evaluate), space.size)

@@ -1,4 +1,4 @@
-"""Pictures of the tables: stages, variants, scaled families, equation 3, and the growth of FLOPs (figures 3 and 8)."""
+"""Pictures: stages, variants, scaled families, equation 3, growth of FLOPs (figures 3 and 8), results of searches."""
 
 from __future__ import annotations
 
@@ -36,6 +36,43 @@ def save_figure(table: Table, path: str | Path, runs: Sequence[Run] = ()) -> Non
         raise ValueError(f"the table {table.name!r} has no figure; allowed: {', '.join(_DRAWINGS)}")
     figure = _figure()
     _DRAWINGS[table.name](figure, table, runs)
+    _save(figure, path)
+
+
+def scatter(
+    path: str | Path,
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    errors: Sequence[float] | None,
+    labels: tuple[str, str, str],
+    best: str,
+) -> None:
+    """Draw points into a file, the first of which is the best.
+
+    Args:
+        path: its suffix decides the format.
+        x, y: of the points.
+        errors: half the length of a bar on each.
+        labels: title, of x, of y.
+        best: name of the first point.
+    """
+    if not x:
+        raise ValueError(f"{path}: nothing to draw; no candidate was evaluated")
+    figure = _figure()
+    figure.set_size_inches(7, 4.5)
+    axes = figure.add_subplot()
+    axes.errorbar(x, y, yerr=errors, fmt="o", color="#0072b2", ecolor="#b0c4de", markersize=5, label="candidates")
+    axes.plot(x[:1], y[:1], "D", color="#d55e00", markersize=9, zorder=3, label=f"best: {best}")
+    axes.set_title(labels[0], fontsize=10)
+    axes.set_xlabel(labels[1])
+    axes.set_ylabel(labels[2] + ("" if errors is None else " (bars: standard error)"))
+    axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: str | Path) -> None:
     with replacing(path) as part:
         figure.savefig(part, dpi=150, facecolor="white")
 
@@ -45,7 +82,7 @@ def _figure() -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install effkernels[scaling]") from error
+        raise ImportError("figures need matplotlib: pip install 'effkernels[scaling]'") from error
     # No pyplot: the figure belongs to nobody, and a program's own figures and backend stay as they are.
     figure = Figure(layout="constrained")
     FigureCanvasAgg(figure)

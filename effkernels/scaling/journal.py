@@ -44,7 +44,7 @@ class Journal:
         self._file = -1
         if self.path is None:
             return
-        self._file = hold(self.path, "journal")
+        self._file = _hold(self.path)
         try:
             self._read(json.loads(json.dumps(settings)))
         except BaseException:
@@ -55,7 +55,7 @@ class Journal:
         with open(self._file, "rb", closefd=False) as file:
             file.seek(0)
             content = file.read()
-        whole = whole_lines(content)
+        whole = content.rfind(b"\n") + 1  # a last line that a kill or a full disk cut off is dropped
         lines = content[:whole].decode(errors="replace").splitlines()
         if not lines:
             if content and not b'{"journal"'.startswith(content[:10]):
@@ -94,6 +94,10 @@ class Journal:
         """Return what was recorded last under a kind and a key; None if nothing was."""
         return self._records.get((kind, key))
 
+    def records(self, kind: str) -> list[dict[str, Any]]:
+        """Return what was recorded under a kind, in the order in which its keys came."""
+        return [record for (of, _), record in self._records.items() if of == kind]
+
     def add(self, kind: str, key: str, values: Mapping[str, Any]) -> None:
         """Record finished work; on the disk when this returns."""
         self._records[kind, key] = dict(values)
@@ -128,15 +132,8 @@ class Journal:
         self.close()
 
 
-def hold(path: Path, what: str) -> int:
+def _hold(path: Path) -> int:
     """Open a file to append to, made if need be as its folder is, for one process at a time until it is closed.
-
-    Args:
-        path: of the file.
-        what: it is, for the message.
-
-    Returns:
-        The file's descriptor.
 
     Raises:
         JournalError: another process holds it, or it is a pipe or a device.
@@ -146,20 +143,15 @@ def hold(path: Path, what: str) -> int:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     try:
         if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise JournalError(f"{what} {printable(path)} is a pipe or a device; a file is needed")
+            raise JournalError(f"journal {printable(path)} is a pipe or a device; a file is needed")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise JournalError(f"{what} {printable(path)}: another search is writing to it") from error
+            raise JournalError(f"journal {printable(path)}: another search is writing to it") from error
     except BaseException:
         os.close(file)
         raise
     return file
-
-
-def whole_lines(content: bytes) -> int:
-    """Return how many bytes are whole lines, without a last line that a kill or a full disk cut off."""
-    return content.rfind(b"\n") + 1
 
 
 def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:

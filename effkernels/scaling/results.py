@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from effkernels.files import replacing
 from effkernels.scaling.candidates import Candidate
+from effkernels.scaling.counting import Cost
+from effkernels.scaling.figures import scatter
+from effkernels.scaling.network import Network
 from effkernels.scaling.table import Column, Table, Value
 
 _NOISE = 2.0  # standard errors of a difference below which two candidates count as equal
@@ -18,23 +20,41 @@ _SHOWN_APART = ("accuracy", "spread", "seeds")
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate and what came of it.
+    """A candidate and the result of its evaluation.
 
     Attributes:
         candidate: the network.
-        accuracy: what the evaluation returned; None if it failed or nothing was evaluated.
-        values: all that it returned.
-        error: why it failed, in one line; None if it did not.
-        seconds: the evaluation took.
-        is_from_journal: it was evaluated in an earlier run.
+        values: all that the evaluation returned; empty if it failed or nothing was evaluated.
+        error: the reason of a failure, in one line; None if there was none.
+        seconds: duration of the evaluation.
+        is_from_journal: the evaluation was in an earlier run.
     """
 
     candidate: Candidate
-    accuracy: float | None
     values: Mapping[str, float]
     error: str | None
     seconds: float
     is_from_journal: bool
+
+    @property
+    def network(self) -> Network:
+        """The network that was evaluated."""
+        return self.candidate.network
+
+    @property
+    def cost(self) -> Cost:
+        """Its counted cost."""
+        return self.candidate.cost
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Its latency, if one was asked for."""
+        return self.candidate.latency_ms
+
+    @property
+    def accuracy(self) -> float | None:
+        """The accuracy that the evaluation returned; None without an evaluation or after a failure."""
+        return self.values.get("accuracy")
 
 
 @dataclass(frozen=True)
@@ -210,42 +230,3 @@ class SearchResult:
             labels=(self.table().title, "multiply-adds of one image, millions", "accuracy"),
             best=points[0][1].candidate.key if points else "",
         )
-
-
-def scatter(
-    path: str | Path,
-    x: Sequence[float],
-    y: Sequence[float],
-    *,
-    errors: Sequence[float] | None,
-    labels: tuple[str, str, str],
-    best: str,
-) -> None:
-    """Draw points into a file, the first of which is the best.
-
-    Args:
-        path: its suffix decides the format.
-        x, y: of the points.
-        errors: half the length of a bar on each.
-        labels: title, of x, of y.
-        best: what the first point is called.
-    """
-    if not x:
-        raise ValueError(f"{path}: nothing to draw; no candidate was evaluated")
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'effkernels[scaling]'") from error
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasAgg(figure)  # no pyplot: a program's own figures and backend stay as they are
-    axes = figure.add_subplot()
-    axes.errorbar(x, y, yerr=errors, fmt="o", color="#0072b2", ecolor="#b0c4de", markersize=5, label="candidates")
-    axes.plot(x[:1], y[:1], "D", color="#d55e00", markersize=9, zorder=3, label=f"best: {best}")
-    axes.set_title(labels[0], fontsize=10)
-    axes.set_xlabel(labels[1])
-    axes.set_ylabel(labels[2] + ("" if errors is None else " (bars: standard error)"))
-    axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-    with replacing(path) as part:
-        figure.savefig(part, dpi=150, facecolor="white")

@@ -1,6 +1,7 @@
-"""Calls of one function on many arguments: here, in processes of their own, or as tasks of Ray. Failures are results.
+"""Calls of one function on many arguments: in this process, in processes of their own, or as tasks of Ray.
 
-A search evaluates its candidates by this: one that raises, or whose process dies, is one result among the others.
+`concurrent.futures` runs the processes, one executor for each. A call that raises, or whose process dies, is one result
+among the others.
 """
 
 from __future__ import annotations
@@ -8,15 +9,19 @@ from __future__ import annotations
 import importlib
 import multiprocessing
 import os
+import signal
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any, TypeVar
 
 import torch
 
@@ -29,9 +34,9 @@ class Outcome:
     """The outcome of one call.
 
     Attributes:
-        values: what the function returned, {"accuracy": ...} where it was a bare number; None if it failed.
-        error: why it failed, in one line; None if it did not.
-        seconds: it took.
+        values: the numbers that the function returned, {"accuracy": ...} for a bare number; None if it failed.
+        error: the reason of a failure, in one line; None if there was none.
+        seconds: duration of the call.
     """
 
     values: Mapping[str, float] | None
@@ -39,24 +44,18 @@ class Outcome:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Call(Generic[T]):
-    """The function as a worker calls it, picklable if the function is."""
-
-    function: Callable[[T], float | Mapping[str, float]]
-
-    def __call__(self, argument: T) -> Outcome:
-        """Call the function; the outcome holds whatever it raises."""
-        begin = time.perf_counter()
-        try:
-            values = as_values(self.function(argument))
-        except Exception as error:  # a user's function may raise anything, and the other candidates are still wanted
-            return Outcome(None, one_line(error), time.perf_counter() - begin)
-        return Outcome(values, None, time.perf_counter() - begin)
+def outcome_of(function: Callable[[T], float | Mapping[str, float]], argument: T) -> Outcome:
+    """Call a function and return its outcome, which holds whatever the function raises."""
+    begin = time.perf_counter()
+    try:
+        values = as_values(function(argument))
+    except Exception as error:  # a user's function may raise anything, and the other candidates are still wanted
+        return Outcome(None, one_line(error), time.perf_counter() - begin)
+    return Outcome(values, None, time.perf_counter() - begin)
 
 
 def one_line(error: BaseException) -> str:
-    """Type, message and place of an error."""
+    """Return type, message and place of an error."""
     frames = traceback.extract_tb(error.__traceback__)
     place = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
@@ -79,102 +78,128 @@ def as_values(result: float | Mapping[str, float]) -> dict[str, float]:
     return values
 
 
-def run_all(
-    function: Callable[[T], float | Mapping[str, float]],
-    arguments: Sequence[T],
-    *,
-    workers: int = 1,
-    threads: int | None = None,
-    backend: str = "processes",
-) -> Iterator[tuple[int, Outcome]]:
-    """Call a function on every argument.
+class Workers:
+    """Calls functions, several at a time. Use it as a context manager: its processes end with the block.
+
+    Processes start when they are needed and serve all calls of the block. If the block ends by an exception, Ctrl-C
+    included, the calls under way are cut off. The processes also end if this process is killed.
 
     Args:
-        function: for more than one worker picklable: defined at the top of a module.
-        arguments: picklable too.
-        workers: calls at a time; 1 calls in this process, so that a debugger works.
-        threads: of PyTorch in each call; None: this process's, divided by the workers.
+        count: calls at a time; 1 calls in this process, so that a debugger works.
+        threads: threads of PyTorch in each call; None: this process's, divided by `count`.
         backend: "processes" (spawned), or "ray" (tasks on the cluster that `ray.init` finds or starts).
 
-    Yields:
-        Index and outcome, in the order in which they finish.
-
     Raises:
-        ValueError: workers below 1 or an unknown backend.
-        ModuleNotFoundError: "ray" is asked for and not installed.
+        ValueError: count below 1 or an unknown backend.
     """
-    if workers < 1:
-        raise ValueError(f"workers={workers}; allowed: 1 or more")
-    if backend not in BACKENDS:
-        raise ValueError(f"backend={backend!r}; allowed: {', '.join(BACKENDS)}")
-    call = Call(function)
-    if backend == "processes" and (workers == 1 or len(arguments) < 2):
-        for index, argument in enumerate(arguments):
-            with _threads(threads):
-                outcome = call(argument)
-            yield index, outcome
-        return
-    threads = threads or max(1, torch.get_num_threads() // workers)
-    waiting = list(range(len(arguments)))
-    at_a_time = workers
-    while waiting:
-        broken = False
-        with _executor(backend, at_a_time, threads) as executor:
-            running: dict[Future[Outcome], int] = {}
-            while running or (waiting and not broken):
-                while waiting and not broken and len(running) < at_a_time:
-                    index = waiting.pop(0)
-                    running[executor.submit(call, arguments[index])] = index
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    index = running.pop(future)
-                    try:
-                        outcome = future.result()
-                    except BrokenProcessPool:
-                        if at_a_time > 1:
-                            waiting.append(index)  # whose process died is not known: all that ran are called again
-                        else:
-                            yield index, Outcome(None, "its process died (killed, or out of memory)", 0.0)
-                        broken = True
-                    except Exception as error:  # cannot be pickled, or a failure of Ray's own
-                        yield index, Outcome(None, one_line(error), 0.0)
-                    else:
-                        yield index, outcome
-        if broken:
-            at_a_time = 1  # one at a time from here on: the next one that dies is known
+
+    def __init__(self, count: int = 1, threads: int | None = None, backend: str = "processes") -> None:
+        if count < 1:
+            raise ValueError(f"workers={count}; allowed: 1 or more")
+        if backend not in BACKENDS:
+            raise ValueError(f"backend={backend!r}; allowed: {', '.join(BACKENDS)}")
+        self.count = count
+        self._threads = threads or max(1, torch.get_num_threads() // count)
+        self._backend = backend
+        self._started: list[Executor] = []
+        self._idle: list[Executor] = []
+        # Nothing is sent. The workers read from it until this end closes, which the end of this process does too.
+        self._open_end, self._kept_open = multiprocessing.Pipe(duplex=False)
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._kept_open.close()
+        for executor in self._started:
+            executor.shutdown()
+        self._kept_open.close()
+        self._open_end.close()
+
+    def run(
+        self, function: Callable[[T], float | Mapping[str, float]], arguments: Sequence[T]
+    ) -> Iterator[tuple[int, Outcome]]:
+        """Call a function on every argument.
+
+        Args:
+            function: for more than one worker picklable: defined at the top of a module.
+            arguments: picklable too.
+
+        Yields:
+            Index and outcome, in the order in which the calls finish.
+
+        Raises:
+            ModuleNotFoundError: "ray" is asked for and not installed.
+        """
+        if self.count == 1 and self._backend == "processes":
+            for index, argument in enumerate(arguments):
+                with _threads(self._threads):
+                    outcome = outcome_of(function, argument)
+                yield index, outcome
+            return
+        waiting = deque(enumerate(arguments))
+        running: dict[Future[Outcome], tuple[int, Executor]] = {}
+        while waiting or running:
+            while waiting and len(running) < self.count:
+                index, argument = waiting.popleft()
+                future, executor = self._submit(function, argument)
+                running[future] = index, executor
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                index, executor = running.pop(future)
+                try:
+                    outcome = future.result()
+                except BrokenProcessPool:
+                    outcome = Outcome(None, "its process died (killed, or out of memory)", 0.0)
+                except Exception as error:  # cannot be pickled, or a failure of Ray's own
+                    outcome = Outcome(None, one_line(error), 0.0)
+                self._idle.append(executor)
+                yield index, outcome
+
+    def _submit(self, function: Callable[[T], Any], argument: T) -> tuple[Future[Outcome], Executor]:
+        while self._idle:
+            executor = self._idle.pop()
+            with suppress(BrokenProcessPool):  # its process died in this call or the last
+                return executor.submit(outcome_of, function, argument), executor
+        executor = self._start()
+        return executor.submit(outcome_of, function, argument), executor
+
+    def _start(self) -> Executor:
+        """Return an executor of one call at a time, so that a death has one call that it belongs to."""
+        if self._backend == "ray":
+            self._started.append(_RayTasks(self._threads))
+        else:
+            context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads and locks
+            self._started.append(ProcessPoolExecutor(1, context, _prepare_process, (self._threads, self._open_end)))
+        return self._started[-1]
 
 
 @contextmanager
-def _threads(threads: int | None) -> Iterator[None]:
+def _threads(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(threads or before)
+    torch.set_num_threads(threads)
     try:
         yield
     finally:
         torch.set_num_threads(before)
 
 
-def _executor(backend: str, workers: int, threads: int) -> Executor:
-    if backend == "ray":
-        return _RayExecutor(threads)
-    context = multiprocessing.get_context("spawn")  # a fork would inherit PyTorch's threads and locks
-    return ProcessPoolExecutor(workers, context, initializer=_start, initargs=(threads,))
-
-
-def _start(threads: int) -> None:
+def _prepare_process(threads: int, open_end: Connection) -> None:
     torch.set_num_threads(threads)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal reaches all; the search ends its workers
+    threading.Thread(target=_end_with_search, args=(open_end,), daemon=True).start()
 
 
-def _end_with_parent() -> None:
-    """A search that is killed must not leave workers that wait for it for ever."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+def _end_with_search(open_end: Connection) -> None:
+    with suppress(EOFError):
+        open_end.recv()
+    os._exit(1)
 
 
-class _RayExecutor(Executor):
+class _RayTasks(Executor):
     """Ray's tasks as futures. A Ray that runs already is used as it is; one started here ends with the search."""
 
     def __init__(self, threads: int) -> None:
@@ -186,7 +211,7 @@ class _RayExecutor(Executor):
         if self._owns:
             self._ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
         self._threads = threads
-        # A task that died is a failed candidate, as it is in a pool of processes.
+        # A task that died is a failed candidate, as it is with processes.
         self._remote = self._ray.remote(num_cpus=threads, max_retries=0)(_with_threads)
 
     def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:

@@ -239,7 +239,7 @@ def depthwise_kernel(
 
 
 @dataclass(frozen=True)
-class Plan:
+class DepthwisePlan:
     """The division of one launch's work: a pure function of shapes, types and alignment.
 
     Attributes:
@@ -262,7 +262,7 @@ class Plan:
 
 
 class Cut(NamedTuple):
-    """The fields of a `Plan` that `effkernels tune` may choose."""
+    """The fields of a `DepthwisePlan` that `effkernels tune` may choose."""
 
     strip: int
     lanes: int
@@ -324,7 +324,9 @@ def _cut(strip: int, block: int, threads: int, out_height: int, out_width: int, 
     return Cut(strip, lanes, block, max(1, min(threads, lanes * block // vector) // 32))
 
 
-def plan(x: Tensor, y: Tensor, kernel: tuple[int, int], stride: int, dilation: int, op: str | None = None) -> Plan:
+def plan(
+    x: Tensor, y: Tensor, kernel: tuple[int, int], stride: int, dilation: int, op: str | None = None
+) -> DepthwisePlan:
     """Return the plan for an x with adjacent channels; with the name of an operator, the plan tuned for it."""
     images, channels, out_height, out_width = y.shape
     vector = _launch.vector_of(x.dtype) if _launch.vectors_fit(channels, x, y) else 1
@@ -332,7 +334,7 @@ def plan(x: Tensor, y: Tensor, kernel: tuple[int, int], stride: int, dilation: i
     cut = None if op is None else _launch.tuned(op, x, (images, *shape), lambda: candidates(*shape))
     if cut is None:
         cut = cut_of(*shape)
-    return Plan(
+    return DepthwisePlan(
         vector,
         cut.strip,
         cut.lanes,

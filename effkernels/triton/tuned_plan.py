@@ -84,7 +84,7 @@ class Comparison:
 
 
 @dataclass
-class Plan:
+class TunedPlan:
     """The tuned plans of one device.
 
     Attributes:
@@ -106,7 +106,7 @@ class Plan:
                 (found[key],) = winners
         return found
 
-    def add(self, newer: Plan) -> None:
+    def add(self, newer: TunedPlan) -> None:
         """Take over everything in `newer`, over what is known so far."""
         self.configurations |= newer.configurations
         for key, calls in newer.comparisons.items():
@@ -132,7 +132,7 @@ class Plan:
         return f"{{\n{head},\n{lists}\n}}\n"
 
     @classmethod
-    def from_json(cls, text: str, device: str) -> Plan:
+    def from_json(cls, text: str, device: str) -> TunedPlan:
         """Read the plan that `to_json` wrote.
 
         Raises:
@@ -203,25 +203,25 @@ def outdated_files(device: str) -> list[Path]:
     return sorted(file for file in found if file != file_of(device))
 
 
-def read(device: str) -> Plan:
+def read(device: str) -> TunedPlan:
     """Read the plan of a device; an empty one, with a warning where there is a file, if none can be used."""
     file = file_of(device)
     try:
-        return Plan.from_json(read_text(file), device)
+        return TunedPlan.from_json(read_text(file), device)
     except FileNotFoundError:
         for other in outdated_files(device)[:1]:
             _warn(f"{other} is not of this release; `effkernels tune` makes another", other)
     except (OSError, ValueError) as error:
         _warn(f"{file} is ignored: {' '.join(str(error).split())}; `effkernels tune --clear` removes it", file)
-    return Plan(device)
+    return TunedPlan(device)
 
 
-def record(plan: Plan) -> Path:
+def record(plan: TunedPlan) -> Path:
     """Add a plan to its file, which others may be adding to, and which is never seen half written."""
     file = file_of(plan.device)
     file.parent.mkdir(parents=True, exist_ok=True)
     with _locked(file):
-        merged = Plan(plan.device)
+        merged = TunedPlan(plan.device)
         if file.exists():
             merged = read(plan.device)
         merged.add(plan)

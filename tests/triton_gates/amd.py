@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from triton_gates.calls import BFLOAT16, CALLS, Call
+from triton_gates.calls import BFLOAT16, CALLS, CompiledCall
 
 ARCHITECTURE = "gfx942"
 MULTIPROCESSORS = 304  # compute units of an MI300X
@@ -27,22 +27,22 @@ class AmdKernel:
     """
 
     name: str
-    call: Call
+    call: CompiledCall
     scratch: int
     shared: int
     instructions: Counter[str]
 
 
-def calls() -> list[Call]:
+def calls() -> list[CompiledCall]:
     """Return one of each kind in bfloat16; the other types, and other sizes, take the same ways here."""
-    kinds: dict[tuple[object, ...], Call] = {}
+    kinds: dict[tuple[object, ...], CompiledCall] = {}
     for call in CALLS:
         if call.dtype is BFLOAT16:
             kinds.setdefault((call.op, call.kernel, call.stride, call.gated, call.wide), call)
     return list(kinds.values())
 
 
-def read(compiled: Any, name: str, call: Call) -> AmdKernel:
+def read(compiled: Any, name: str, call: CompiledCall) -> AmdKernel:
     text = compiled.asm["amdgcn"]
 
     def number(key: str) -> int:

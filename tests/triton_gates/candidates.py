@@ -13,21 +13,23 @@ from typing import Any
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton_gates import rules, worker
-from triton_gates.calls import BFLOAT16, FLOAT32, Call
+from triton_gates.calls import FLOAT32, CompiledCall
 
 from effkernels.triton import _launch, tuned_plan
 
 CALLS = (
-    Call("pointwise_bn_act", (256, 480, 14, 14), out=80, gated=True, residual=True, activation="identity"),
-    Call("pointwise_bn_act", (256, 40, 28, 28), FLOAT32, out=240),
-    Call("depthwise_bn_act", (256, 240, 28, 28), BFLOAT16, kernel=5, weight=FLOAT32),
-    Call("depthwise_bn_act_squeeze", (256, 144, 56, 56), BFLOAT16, kernel=5, stride=2, weight=FLOAT32),
-    Call("conv_bn_act", (256, 3, 224, 224), BFLOAT16, out=32, stride=2),
-    Call("conv_bn_act", (256, 3, 380, 380), FLOAT32, out=48, kernel=5, stride=2),
+    CompiledCall.on(
+        "pointwise_bn_act", (256, 480, 14, 14), out_channels=80, gated=True, residual=True, activation="identity"
+    ),
+    CompiledCall.on("pointwise_bn_act", (256, 40, 28, 28), out_channels=240, dtype=FLOAT32),
+    CompiledCall.on("depthwise_bn_act", (256, 240, 28, 28), 5, weight=FLOAT32),
+    CompiledCall.on("depthwise_bn_act_squeeze", (256, 144, 56, 56), 5, stride=2, weight=FLOAT32),
+    CompiledCall.on("conv_bn_act", (256, 3, 224, 224), out_channels=32, stride=2),
+    CompiledCall.on("conv_bn_act", (256, 3, 380, 380), 5, out_channels=48, stride=2, dtype=FLOAT32),
 )
 
 
-def look_up(call: Call) -> tuned_plan.Lookup:
+def look_up(call: CompiledCall) -> tuned_plan.Lookup:
     """Return the question that a call asks the tuned plan."""
     asked: list[tuned_plan.Lookup] = []
     _launch.run = lambda *arguments, **options: None
@@ -46,7 +48,7 @@ def main(arch: int) -> None:
         for candidate in look_up(call).candidates:
             count += 1
 
-            def judge(compiled: Any, name: str, call: Call, seconds: float, candidate: Any = candidate) -> None:
+            def judge(compiled: Any, name: str, call: CompiledCall, seconds: float, candidate: Any = candidate) -> None:
                 kernel = worker.read(compiled, name, call, arch, seconds)
                 for rule in (rules.in_registers, rules.shared_fits, rules.short_code):
                     message = rule(kernel)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from triton_gates.calls import FLOAT32, Call
+from triton_gates.calls import FLOAT32, CompiledCall
 
 from benchmarks.kernel_economy.reading import Kernel
 from benchmarks.kernel_economy.rules import (
@@ -41,7 +41,7 @@ class TritonKernel(Kernel):
         seconds: processor time of its compilation.
     """
 
-    call: Call | None
+    call: CompiledCall | None
     roundings: int
     seconds: float
 
@@ -92,7 +92,7 @@ def rounds_to_tf32(kernel: TritonKernel) -> str | None:
 EVERY: tuple[Rule, ...] = (in_registers, shared_fits, short_code, compiles_quickly, resident_threads(256))
 
 
-def _pointwise(call: Call) -> Iterator[Rule]:
+def _pointwise(call: CompiledCall) -> Iterator[Rule]:
     yield exact_products if call.exact else tensor_cores
     if call.allow_tf32:
         yield rounds_to_tf32
@@ -101,10 +101,10 @@ def _pointwise(call: Call) -> Iterator[Rule]:
         yield from _swish(call)
 
 
-def _depthwise(call: Call) -> Iterator[Rule]:
+def _depthwise(call: CompiledCall) -> Iterator[Rule]:
     if not call.wide:
         return
-    yield wide_loads(call.window[1])  # a row of inputs, at the least
+    yield wide_loads(call.kernel[1])  # a row of inputs, at the least
     yield some_wide_stores(1)
     if not call.reduced:
         yield wide_stores
@@ -113,33 +113,33 @@ def _depthwise(call: Call) -> Iterator[Rule]:
             yield no_narrow_loads
 
 
-def _swish(call: Call) -> Iterator[Rule]:
+def _swish(call: CompiledCall) -> Iterator[Rule]:
     if call.activation == "silu" and call.dtype is not FLOAT32:
         yield one_tanh_per_element(stored_elements)
 
 
-def _scale(call: Call) -> Iterator[Rule]:
+def _scale(call: CompiledCall) -> Iterator[Rule]:
     yield from (wide_loads(), wide_stores)
 
 
-def _conv(call: Call) -> Iterator[Rule]:
+def _conv(call: CompiledCall) -> Iterator[Rule]:
     yield exact_products if call.exact else tensor_cores
     if call.allow_tf32:
         yield rounds_to_tf32
-    if call.out * call.dtype.itemsize % 16 == 0:  # the input is gathered, whatever its channels
+    if call.out_channels * call.dtype.itemsize % 16 == 0:  # the input is gathered, whatever its channels
         yield wide_stores
         yield from _swish(call)
 
 
-def _norm_act(call: Call) -> Iterator[Rule]:
+def _norm_act(call: CompiledCall) -> Iterator[Rule]:
     yield from (wide_loads(), no_narrow_loads, wide_stores, *_swish(call))
 
 
-def _squeeze_excite(call: Call) -> Iterator[Rule]:
+def _squeeze_excite(call: CompiledCall) -> Iterator[Rule]:
     yield from ()  # a few kilobytes from L2: nothing but what every kernel promises
 
 
-def _expand_depthwise(call: Call) -> Iterator[Rule]:
+def _expand_depthwise(call: CompiledCall) -> Iterator[Rule]:
     yield exact_products if call.exact else tensor_cores
     if call.allow_tf32:
         yield rounds_to_tf32
@@ -157,7 +157,7 @@ def one_tanh_per_pixel(kernel: TritonKernel) -> str | None:
 
     call = kernel.call
     assert call is not None
-    kernel_size = call.window[0]  # a square one
+    kernel_size = call.kernel[0]  # a square one
     cut = cut_of(kernel_size, call.stride, call.dtype, call.exact, call.wide, kernel.arch // 10)
     stored = 8 * kernel.accesses("STG")[16]
     wanted = stored + stored // cut.strip * call.stride * inputs_of(cut.strip, kernel_size, call.stride)
@@ -166,7 +166,7 @@ def one_tanh_per_pixel(kernel: TritonKernel) -> str | None:
 
 
 # By the name of the kernel: what it promises beside EVERY, for a call that launches it.
-CLAIMS: dict[str, Callable[[Call], Iterator[Rule]]] = {
+CLAIMS: dict[str, Callable[[CompiledCall], Iterator[Rule]]] = {
     "pointwise_kernel": _pointwise,
     "depthwise_kernel": _depthwise,
     "expand_depthwise_kernel": _expand_depthwise,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
-from triton_gates.calls import Call
+from triton_gates.calls import CompiledCall
 from triton_gates.rules import TritonKernel
 from triton_gates.worker import operators, results_and_arguments
 
@@ -27,7 +27,7 @@ _COLUMNS = ("call", "kernel", "MB", "registers", "warps", "shared KB", "16-byte 
             "HMMA, WGMMA", "FFMA", "TANH")  # fmt: skip
 
 
-def megabytes(call: Call) -> float:
+def megabytes(call: CompiledCall) -> float:
     """Return the least a call can move: every argument read once, every result written once."""
     results, *arguments = results_and_arguments(operators()[call.op], call)
     parts: list[Any] = [*arguments, results]

@@ -25,7 +25,7 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton_gates import amd
-from triton_gates.calls import CALLS, Call
+from triton_gates.calls import CALLS, CompiledCall
 from triton_gates.mutants import WAYS
 from triton_gates.rules import MULTIPROCESSORS, TritonKernel
 
@@ -62,7 +62,7 @@ def processor_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def read(compiled: Any, name: str, call: Call | None, arch: int, seconds: float) -> TritonKernel:
+def read(compiled: Any, name: str, call: CompiledCall | None, arch: int, seconds: float) -> TritonKernel:
     """Return what a kernel became, by the disassembler that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -92,12 +92,15 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def compile_calls(
-    calls: Iterable[Call], multiprocessors: int, capability: int, take: Callable[[Any, str, Call, float], None]
+    calls: Iterable[CompiledCall],
+    multiprocessors: int,
+    capability: int,
+    take: Callable[[Any, str, CompiledCall, float], None],
 ) -> None:
     """Compile the kernels of every call as the operator would launch them on a GPU with so many multiprocessors and the
     compute capability `capability`.x, and hand each to `take`.
     """
-    current: list[Call] = []
+    current: list[CompiledCall] = []
 
     def compile_instead(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         before = processor_seconds()
@@ -119,7 +122,7 @@ def compile_calls(
 def compiled_calls(arch: int) -> list[TritonKernel]:
     found: list[TritonKernel] = []
 
-    def take(compiled: Any, name: str, call: Call, seconds: float) -> None:
+    def take(compiled: Any, name: str, call: CompiledCall, seconds: float) -> None:
         found.append(read(compiled, name, call, arch, seconds))
 
     compile_calls(CALLS, MULTIPROCESSORS[arch], arch // 10, take)
@@ -139,14 +142,14 @@ def operators() -> dict[str, Operator[Any]]:
     return {value.op.name: value.op for m in modules for value in vars(m).values() if isinstance(value, Overloads)}
 
 
-def launch(op: Operator[Any], call: Call) -> None:
+def launch(op: Operator[Any], call: CompiledCall) -> None:
     """As effkernels.ops._registration runs a Triton kernel, on tensors without storage."""
     families.implementation(op.name)(*results_and_arguments(op, call))
 
 
-def results_and_arguments(op: Operator[Any], call: Call) -> tuple[Any, ...]:
+def results_and_arguments(op: Operator[Any], call: CompiledCall) -> tuple[Any, ...]:
     """The results that a kernel of `call` fills, and its arguments."""
-    given = gather_norms({"allow_tf32": False, "dilation": 1, **call.arguments()})
+    given = gather_norms({"allow_tf32": False, **call.on_meta()})
     arguments = [given.get(name) for name in op.signature.names]
     return op.results(*arguments), *arguments
 

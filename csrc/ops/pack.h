@@ -1,0 +1,98 @@
+// From the arguments of an operator to the params of csrc/params.h, for the adaptors of the CPU and of CUDA.
+#pragma once
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "tensors.h"
+
+namespace effkernels::ops {
+
+using OptionalTensor = std::optional<Tensor>;
+
+// Bias and norm of a convolution, as the schema passes them.
+struct NormArguments {
+  const OptionalTensor &conv_bias, &mean, &var, &weight, &bias;
+  double eps;
+  const char* prefix = "";  // of the names in messages: an operator may have two norms
+};
+
+struct SeArguments {
+  const Tensor& w_reduce;
+  const OptionalTensor& b_reduce;
+  const Tensor& w_expand;
+  const OptionalTensor& b_expand;
+  const std::string &activation, &gate_activation;
+  const char* activation_name;  // in messages
+};
+
+struct DepthwiseOpArguments {
+  const Tensor &x, &weight;
+  NormArguments norm;
+  int64_t stride;
+  const std::vector<int64_t>& padding;
+  int64_t dilation;
+  const std::string& activation;
+};
+
+struct PointwiseArguments {
+  const Tensor &x, &weight;
+  NormArguments norm;
+  const OptionalTensor &gate, &residual;
+  const std::string& activation;
+  bool allow_tf32;
+};
+
+struct ConvArguments {
+  const Tensor &x, &weight;
+  NormArguments norm;
+  int64_t stride;
+  const std::vector<int64_t>& padding;
+  const std::string& activation;
+  bool allow_tf32;
+};
+
+// Check the arguments, allocate the output and describe both to the kernels. `gate_dtype`: the type of the gate.
+struct Depthwise {
+  DepthwiseParams params;
+  Tensor y;
+};
+Depthwise make_depthwise(const char* op, const DepthwiseOpArguments& arguments, Keep& keep);
+
+struct SqueezeExcite {
+  SqueezeExciteParams params;
+  Tensor gate;
+};
+// The caller sets params.pooled, float32 (batch, channels); a pooled tensor of the user's goes through check_pooled
+// first.
+SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t batch, int64_t channels,
+                                  const SeArguments& arguments, torch::headeronly::ScalarType gate_dtype, Keep& keep);
+
+struct Pointwise {
+  PointwiseParams params;
+  Tensor y;
+};
+Pointwise make_pointwise(const char* op, const PointwiseArguments& arguments, Keep& keep);
+
+// Both halves of `expand_depthwise_squeeze`, whose `depthwise.x` is the x of the first half and counts for its dtype
+// and device alone. make_ allocates the expanded tensor between them; describe_ leaves it out (expand.y,
+// expand.params.y and depthwise.params.x are empty), and give_expanded makes up for it.
+struct ExpandDepthwise {
+  Pointwise expand;
+  Depthwise depthwise;
+  Tensor pooled;
+};
+ExpandDepthwise make_expand_depthwise(const char* op, const PointwiseArguments& expand,
+                                      const DepthwiseOpArguments& depthwise, Keep& keep);
+ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArguments& expand,
+                                          const DepthwiseOpArguments& depthwise, Keep& keep);
+void give_expanded(ExpandDepthwise& both, const Tensor& x);
+
+struct Conv {
+  ConvParams params;
+  Tensor y;
+};
+Conv make_conv(const char* op, const ConvArguments& arguments, Keep& keep);
+
+}  // namespace effkernels::ops

@@ -1,0 +1,115 @@
+"""A batch norm in training mode: fused with its activation, and how its running statistics change."""
+
+# No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from effkernels.nn.fusible import activation_after, calls_modules, parameters_of
+from effkernels.nn.norm_act import BatchNormAct2d
+from effkernels.ops import backends, training
+from effkernels.ops.training_steps import wide
+
+FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+_TRAINABLE_NORMS = (BatchNormAct2d, nn.BatchNorm2d)
+
+
+def train_norm_act(norm: Any, t: Tensor, activation: str, backend: str) -> Tensor | None:
+    """A batch norm in training mode with its activation, saving t alone; None where it has to run as written.
+
+    Args:
+        norm: the batch norm.
+        t: (N, C, H, W), or a proxy of a tracer.
+        activation: as of `norm_act`.
+        backend: of the module around it; "reference" is plain PyTorch.
+    """
+    if calls_modules(t) or not is_batch_norm(norm) or asked_backend(backend) == "reference":
+        return None
+    if t.dim() != 4 or t.dtype not in FLOATING or needs_modules(t) or norm_problem(norm, activation):
+        return None
+    parameters: Any = parameters_of(norm)
+    if _mixed_with_float64(t.dtype, [parameters["weight"], parameters["bias"]]) or not is_enough(t.shape):
+        return None
+    if t.shape[1] != norm.num_features:
+        return None
+    found: Any = activation_after(norm, activation)
+    y, statistics = training.train_norm_act(
+        t.contiguous(memory_format=torch.channels_last), parameters["weight"], parameters["bias"], None, None,
+        norm.eps, found,
+    )  # fmt: skip
+    mean, var = statistics.detach()
+    update_norm(norm, mean, var, t.shape[0] * t.shape[2] * t.shape[3])
+    return y
+
+
+def in_training_format(x: Tensor, norm: Any, backend: str) -> Tensor:
+    """x in channels_last where the norm after its convolution trains fused, which then converts nothing; else x."""
+    if calls_modules(x) or x.dim() != 4 or not is_batch_norm(norm) or asked_backend(backend) == "reference":
+        return x
+    return x if needs_modules(x) else x.contiguous(memory_format=torch.channels_last)
+
+
+def asked_backend(backend: str) -> str:
+    return backends.selected() if backend == "auto" else backend
+
+
+def is_batch_norm(norm: Any) -> bool:
+    """Whether a norm uses the statistics of the batch, as PyTorch's forward decides it."""
+    return isinstance(norm, BatchNorm) and (
+        norm.training or (norm._buffers.get("running_mean") is None and norm._buffers.get("running_var") is None)
+    )
+
+
+def norm_problem(norm: Any, activation: str) -> str | None:
+    if type(norm) not in _TRAINABLE_NORMS:
+        if isinstance(norm, nn.SyncBatchNorm):
+            return "SyncBatchNorm takes its statistics from other processes"
+        return f"{type(norm).__name__} is not a plain batch norm"
+    if activation_after(norm, activation) is None:
+        return "its activation is unknown, or something is attached to it"
+    buffers = norm._buffers
+    if (buffers.get("running_mean") is None) != (buffers.get("running_var") is None):
+        return "it has a running mean or a running variance, and not both"
+    return None
+
+
+def needs_modules(x: Tensor) -> bool:
+    """Whether PyTorch's own operators have to be seen: torch.func, forward-mode gradients, subclasses of Tensor."""
+    if torch.compiler.is_compiling():
+        return False
+    return not backends.is_readable(x) or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _mixed_with_float64(dtype: torch.dtype, parameters: list[Tensor | None]) -> bool:
+    return any(p is not None and (p.dtype == torch.float64) != (dtype == torch.float64) for p in parameters)
+
+
+def is_enough(shape: Any) -> bool:
+    """Whether a batch norm finds more than one value of a channel; PyTorch refuses fewer, and says so."""
+    return bool(shape[0] * shape[2] * shape[3] > 1)
+
+
+def running_statistics(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    return norm._buffers["running_mean"], norm._buffers["running_var"]
+
+
+@torch.no_grad()
+def update_norm(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
+    """The running statistics after a batch of `count` pixels, as `nn.BatchNorm2d` updates them."""
+    if not (norm.training and norm.track_running_stats):
+        return
+    tracked = norm._buffers.get("num_batches_tracked")
+    if tracked is not None:
+        tracked.add_(1)
+    running_mean, running_var = running_statistics(norm)
+    if running_mean is None or running_var is None:
+        return
+    momentum: Any = norm.momentum
+    if momentum is None:  # the mean of all batches
+        momentum = 0.0 if tracked is None else 1.0 / tracked.to(mean.dtype)
+    dtype = wide(running_mean.dtype)
+    for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+        running.copy_(running.to(dtype) * (1.0 - momentum) + new.to(dtype) * momentum)

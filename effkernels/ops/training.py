@@ -1,0 +1,481 @@
+"""A whole MBConv block, and a norm with its activation, as operators that train: forward and backward in one piece.
+
+Plain PyTorch saves the result of every layer for the backward. These operators save the tensors before the norms alone
+(the expanded one, the depthwise one and the projected one), the statistics and the gate; norm, activation, squeeze and
+gating are computed again in the backward, element by element, where they are needed.
+
+Both are operators of `torch.ops.effkernels_training`, opaque to torch.compile, so that a compiled step saves and
+computes what an eager one does. The steps between the matrix products are those of `training_steps.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from effkernels.ops import training_kernels  # noqa: F401  registers shape functions
+from effkernels.ops import training_steps as steps
+from effkernels.ops.training_steps import Excitation, FoldedNorm, nchw, nhwc, wide
+
+NAMESPACE = "effkernels_training"
+
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+# What differentiable arguments an operator takes, in the order of its schema: a gradient is found by its place here.
+BLOCK_PARAMETERS = (
+    *("expand_weight", "expand_bias", "norm1_weight", "norm1_bias"),
+    *("weight", "bias", "norm2_weight", "norm2_bias"),
+    *("w_reduce", "b_reduce", "w_expand", "b_expand"),
+    *("project_weight", "project_bias", "norm3_weight", "norm3_bias"),
+)
+_OPTIONAL = frozenset(BLOCK_PARAMETERS) - {"weight", "project_weight"}
+_PARAMETERS_SCHEMA = ", ".join(f"Tensor{'?' if name in _OPTIONAL else ''} {name}" for name in BLOCK_PARAMETERS)
+# The norms' running statistics where they are used (else None), and the factor of each sample's branch.
+_CONSTANTS_SCHEMA = "".join(f"Tensor? norm{i}_mean, Tensor? norm{i}_var, " for i in (1, 2, 3)) + "Tensor? keep"
+_SETTINGS_SCHEMA = (
+    "bool residual, float[] eps, int stride, SymInt[4] padding, int dilation, str activation, str activation2, "
+    "str se_activation, str gate_activation, bool keep_expanded"
+)
+_SECOND_DERIVATIVE = (
+    "{0}: the fused training operators have no second derivative. Run the model in plain PyTorch where you need one: "
+    'effkernels.backend("reference") around the forward, or model.backend = "reference"'
+)
+
+
+class BlockSettings(NamedTuple):
+    """What of a block is no tensor; `keep_expanded` False computes the expanded tensor again in the backward."""
+
+    residual: bool
+    eps: tuple[float, float, float]
+    stride: int
+    padding: Sequence[int]
+    dilation: int
+    activation: str
+    activation2: str
+    se_activation: str
+    gate_activation: str
+    keep_expanded: bool
+
+
+Parameters: TypeAlias = "tuple[Tensor | None, ...]"
+Constants: TypeAlias = "tuple[Tensor | None, ...]"
+_PARAMETER_COUNT, _CONSTANT_COUNT = len(BLOCK_PARAMETERS), 7
+
+
+class _Saved(NamedTuple):
+    """What the backward of a block needs besides its arguments."""
+
+    expanded: Tensor
+    convolved: Tensor
+    projected: Tensor
+    gate: Tensor
+    statistics: Tensor
+
+
+def train_block(
+    x: Tensor, parameters: Parameters, constants: Constants, settings: BlockSettings
+) -> tuple[Tensor, Tensor]:
+    """A block with the statistics of its batch; differentiable once.
+
+    Args:
+        x: (N, C, H, W), floating; saved for the backward, so channels_last saves it a conversion there.
+        parameters: of the names `BLOCK_PARAMETERS`; expand_weight None: no expansion, w_reduce None: no gate. Weights
+            of convolutions are of x's dtype, those of norms of any.
+        constants: mean and variance of norm 1, 2 and 3 where the norm uses its running statistics, else None, and
+            the factors (N,) of the branch of each sample or None (stochastic depth).
+        settings: see `BlockSettings`; eps are those of the three norms.
+
+    Returns:
+        y: (N, C', H', W') in x's dtype, channels_last.
+        statistics: (2, C1 + C2 + C3), mean and biased variance of what the norms normalise, one after the other, in
+            float32 (float64 where x is); C1 is 0 without an expansion.
+    """
+    y, *_, statistics = torch.ops.effkernels_training.block(x, *parameters, *constants, *settings)
+    return y, statistics
+
+
+def train_norm_act(
+    t: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """activation(norm(t)) with the statistics of the batch, or with mean and var where they are given.
+
+    Args:
+        t: (N, C, H, W), floating. Nothing else is saved for the backward.
+        weight, bias: (C,) or None.
+
+    Returns:
+        y as t in channels_last, and mean and biased variance (2, C) as of `train_block`.
+    """
+    y, statistics = torch.ops.effkernels_training.norm_act(t, weight, bias, mean, var, eps, activation)
+    return y, statistics
+
+
+# ------------------------------------------------------------------------------------------------------- the block
+def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    parameters = dict(zip(BLOCK_PARAMETERS, arguments[:_PARAMETER_COUNT], strict=True))
+    constants, settings = _constants_and_settings(arguments)
+    with torch._C._DisableAutocast():
+        image = nhwc(x)
+        found: list[tuple[Tensor, Tensor]] = []
+        norm1 = None
+        expanded = image
+        if parameters["expand_weight"] is not None:
+            expanded = steps.pointwise(image, parameters["expand_weight"], parameters["expand_bias"])
+            found.append(_frozen(constants, 0, x) or steps.statistics(expanded))
+            norm1 = _norm(found[-1], parameters, 1, settings)
+        convolved, mean, var = steps.depthwise(
+            expanded,
+            norm1,
+            settings.activation,
+            parameters["weight"],
+            parameters["bias"],
+            settings.stride,
+            settings.padding,
+            settings.dilation,
+        )
+        found.append(_frozen(constants, 1, x) or (mean, var))
+        norm2 = _norm(found[-1], parameters, 2, settings)
+        gate = None
+        excitation = _excitation(parameters, settings)
+        if excitation is not None:
+            gate = steps.excite(steps.squeeze(convolved, norm2, settings.activation2), excitation).to(wide(x.dtype))
+        gated = steps.norm_act(convolved, norm2, settings.activation2, gate)
+        projected = steps.pointwise(gated, parameters["project_weight"], parameters["project_bias"])
+        found.append(_frozen(constants, 2, x) or steps.statistics(projected))
+        norm3 = _norm(found[-1], parameters, 3, settings)
+        factor = _factor(constants, projected)
+        y = steps.norm_act(projected, norm3, "identity", factor, image if settings.residual else None)
+    nothing = x.new_empty(0)
+    keeps = settings.keep_expanded and norm1 is not None
+    return (
+        nchw(y),
+        expanded if keeps else nothing,
+        convolved,
+        projected,
+        nothing.to(wide(x.dtype)) if gate is None else gate,
+        torch.cat([torch.stack(pair) for pair in found], 1),
+    )
+
+
+def _block_backward(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    """The gradients of x and of the parameters that `wanted`, the last argument, asks for; the others are empty."""
+    *arguments, wanted = arguments  # type: ignore[assignment]
+    count = len(_Saved._fields)
+    saved, rest = _Saved(*arguments[:count]), arguments[count:]
+    parameters = dict(zip(BLOCK_PARAMETERS, rest[:_PARAMETER_COUNT], strict=True))
+    constants, settings = _constants_and_settings(rest)
+    with torch._C._DisableAutocast():
+        gradients = _block_gradients(nhwc(dy), nhwc(x), saved, parameters, constants, settings, wanted)
+    results = []
+    for name, wants in zip(("x", *BLOCK_PARAMETERS), wanted, strict=True):
+        like = x if name == "x" else parameters[name]
+        if not wants:
+            results.append(x.new_empty(0))
+        elif name == "x":
+            results.append(nchw(gradients[name]))
+        else:
+            results.append(gradients[name].to(like.dtype).reshape(like.shape))
+    return results
+
+
+def _block_gradients(
+    dy: Tensor,
+    image: Tensor,
+    saved: _Saved,
+    parameters: dict[str, Any],
+    constants: Constants,
+    settings: BlockSettings,
+    wanted: Sequence[bool],
+) -> dict[str, Tensor]:
+    needs = dict(zip(("x", *BLOCK_PARAMETERS), wanted, strict=True))
+    gradients: dict[str, Tensor] = {}
+    expand_weight, convolved, projected = parameters["expand_weight"], saved.convolved, saved.projected
+    channels = [t.shape[3] for t in (convolved, projected)]
+    sizes = channels if expand_weight is None else [channels[0], *channels]
+    pairs = [(part[0], part[1]) for part in saved.statistics.split(sizes, 1)]
+    frozen = [constants[0] is not None, constants[2] is not None, constants[4] is not None]
+
+    # The project's norm, and its product.
+    norm3 = _norm(pairs[-1], parameters, 3, settings)
+    sums, _ = steps.gradient_sums(dy, projected, norm3, "identity")
+    factor = _factor(constants, projected)
+    ga, gah = (sums.ga, sums.gah) if factor is None else (factor * sums.ga, factor * sums.gah)
+    total, total_h = ga.sum(0), gah.sum(0)
+    gradients["norm3_weight"], gradients["norm3_bias"] = total_h, total
+    gradients["project_bias"] = norm3.scale * total if frozen[2] else torch.zeros_like(total)
+    coefficients = steps.coefficients_of(norm3, not frozen[2], _pixels(projected), total, total_h)
+    dprojected = steps.norm_backward(dy, projected, norm3, coefficients, factor)
+    norm2 = _norm(pairs[-2], parameters, 2, settings)
+    dgated = steps.pointwise_input_gradient(dprojected, parameters["project_weight"])
+    gate = None if parameters["w_reduce"] is None else saved.gate
+
+    # Squeeze-and-excitation, and the sums of the depthwise norm's gradient, from one pass.
+    sums, gated = steps.gradient_sums(dgated, convolved, norm2, settings.activation2, gate, needs["project_weight"])
+    if needs["project_weight"]:
+        gradients["project_weight"] = steps.pointwise_weight_gradient(dprojected, gated)
+    del gated, dprojected
+    offset = None
+    total, total_h = sums.ga, sums.gah
+    excitation = _excitation(parameters, settings)
+    if gate is not None and excitation is not None:
+        per_pixel = 1.0 / (convolved.shape[1] * convolved.shape[2])
+        dpooled, of_parameters = steps.excite_backward(sums.gy, sums.y * per_pixel, excitation)
+        gradients.update(zip(("w_reduce", "b_reduce", "w_expand", "b_expand"), of_parameters, strict=True))
+        offset = dpooled * per_pixel
+        total, total_h = gate * total + offset * sums.a, gate * total_h + offset * sums.ah
+    total, total_h = total.sum(0), total_h.sum(0)
+    gradients["norm2_weight"], gradients["norm2_bias"] = total_h, total
+    gradients["bias"] = norm2.scale * total if frozen[1] else torch.zeros_like(total)
+    if not any(needs[name] for name in ("x", "weight", *BLOCK_PARAMETERS[:4])):
+        return gradients
+    coefficients = steps.coefficients_of(norm2, not frozen[1], _pixels(convolved), total, total_h)
+
+    # The depthwise convolution.
+    norm1 = None if expand_weight is None else _norm(pairs[0], parameters, 1, settings)
+    expanded = saved.expanded
+    if norm1 is None:
+        expanded = image
+    elif not settings.keep_expanded:
+        expanded = steps.pointwise(image, expand_weight, parameters["expand_bias"])
+    dexpanded, gradients["weight"], total, total_h = steps.depthwise_backward(
+        dgated,
+        convolved,
+        norm2,
+        settings.activation2,
+        gate,
+        None if offset is None else offset.to(norm2.scale.dtype),
+        coefficients,
+        expanded,
+        norm1,
+        settings.activation,
+        parameters["weight"],
+        settings.stride,
+        settings.padding,
+        settings.dilation,
+    )
+    del dgated
+    if norm1 is None:
+        gradients["x"] = dexpanded + dy if settings.residual else dexpanded
+        return gradients
+
+    # The expansion.
+    gradients["norm1_weight"], gradients["norm1_bias"] = total_h, total
+    gradients["expand_bias"] = norm1.scale * total if frozen[0] else torch.zeros_like(total)
+    if needs["x"] or needs["expand_weight"]:
+        coefficients = steps.coefficients_of(norm1, not frozen[0], _pixels(expanded), total, total_h)
+        dexpanded = steps.norm_backward(dexpanded, expanded, norm1, coefficients)
+    if needs["expand_weight"]:
+        gradients["expand_weight"] = steps.pointwise_weight_gradient(dexpanded, image)
+    if needs["x"]:
+        gradients["x"] = steps.pointwise_input_gradient(dexpanded, expand_weight, dy if settings.residual else None)
+    return gradients
+
+
+def _constants_and_settings(arguments: Sequence[Any]) -> tuple[Constants, BlockSettings]:
+    end = _PARAMETER_COUNT + _CONSTANT_COUNT
+    return tuple(arguments[_PARAMETER_COUNT:end]), BlockSettings(*arguments[end:])
+
+
+def _frozen(constants: Constants, which: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+    mean, var = constants[2 * which : 2 * which + 2]
+    return None if mean is None or var is None else (mean.to(wide(x.dtype)), var.to(wide(x.dtype)))
+
+
+def _norm(pair: tuple[Tensor, Tensor], parameters: dict[str, Any], which: int, settings: BlockSettings) -> FoldedNorm:
+    weight, bias = parameters[f"norm{which}_weight"], parameters[f"norm{which}_bias"]
+    return steps.make_norm(*pair, weight, bias, settings.eps[which - 1])
+
+
+def _excitation(parameters: dict[str, Any], settings: BlockSettings) -> Excitation | None:
+    if parameters["w_reduce"] is None:
+        return None
+    reduce, expand = (parameters[name].flatten(1).double() for name in ("w_reduce", "w_expand"))
+    b_reduce, b_expand = (None if parameters[n] is None else parameters[n].double() for n in ("b_reduce", "b_expand"))
+    return Excitation(reduce, b_reduce, expand, b_expand, settings.se_activation, settings.gate_activation)
+
+
+def _factor(constants: Constants, image: Tensor) -> Tensor | None:
+    """The factor of each sample's branch as one of each sample and channel, (N, C)."""
+    keep = constants[6]
+    return None if keep is None else keep.to(wide(image.dtype))[:, None].expand(-1, image.shape[3]).contiguous()
+
+
+def _pixels(image: Tensor) -> int:
+    return image.shape[0] * image.shape[1] * image.shape[2]
+
+
+def _block_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    parameters = dict(zip(BLOCK_PARAMETERS, arguments[:_PARAMETER_COUNT], strict=True))
+    _, settings = _constants_and_settings(arguments)
+    batch, _, height, width = x.shape
+    weight, project_weight, expand_weight = (parameters[n] for n in ("weight", "project_weight", "expand_weight"))
+    top, bottom, left, right = settings.padding
+    window = [settings.dilation * (size - 1) + 1 for size in weight.shape[2:]]
+    out_height = (height + top + bottom - window[0]) // settings.stride + 1
+    out_width = (width + left + right - window[1]) // settings.stride + 1
+    channels, out_channels = weight.shape[0], project_weight.shape[0]
+    norms = channels + out_channels + (0 if expand_weight is None else channels)
+    nothing = x.new_empty(0)
+    keeps = settings.keep_expanded and expand_weight is not None
+    return (
+        nchw(x.new_empty(batch, out_height, out_width, out_channels)),
+        x.new_empty(batch, height, width, channels) if keeps else nothing,
+        x.new_empty(batch, out_height, out_width, channels),
+        x.new_empty(batch, out_height, out_width, out_channels),
+        x.new_empty((0,) if parameters["w_reduce"] is None else (batch, channels), dtype=wide(x.dtype)),
+        x.new_empty(2, norms, dtype=wide(x.dtype)),
+    )
+
+
+def _block_backward_fake(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    parameters = arguments[len(_Saved._fields) :][:_PARAMETER_COUNT]
+    results = []
+    for wants, like in zip(arguments[-1], (x, *parameters), strict=True):
+        if not wants:
+            results.append(x.new_empty(0))
+        elif like is x:
+            batch, channels, height, width = x.shape
+            results.append(nchw(x.new_empty(batch, height, width, channels)))
+        else:
+            results.append(like.new_empty(like.shape))
+    return results
+
+
+# ------------------------------------------------------------------------------------------- a norm with its activation
+def _norm_act_forward(
+    t: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float, activation: str
+) -> tuple[Tensor, Tensor]:
+    with torch._C._DisableAutocast():
+        image = nhwc(t)
+        pair = _frozen((mean, var), 0, t) or steps.statistics(image)
+        y = steps.norm_act(image, steps.make_norm(*pair, weight, bias, eps), activation)
+    return nchw(y), torch.stack(pair)
+
+
+def _norm_act_backward(
+    dy: Tensor, t: Tensor, statistics: Tensor, weight: Any, bias: Any, frozen: bool, eps: float, activation: str,
+    wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    with torch._C._DisableAutocast():
+        image = nhwc(t)
+        norm = steps.make_norm(statistics[0], statistics[1], weight, bias, eps)
+        gradient = nhwc(dy)
+        sums, _ = steps.gradient_sums(gradient, image, norm, activation)
+        total, total_h = sums.ga.sum(0), sums.gah.sum(0)
+        results = [t.new_empty(0)] * 3
+        if wanted[0]:
+            coefficients = steps.coefficients_of(norm, not frozen, _pixels(image), total, total_h)
+            results[0] = nchw(steps.norm_backward(gradient, image, norm, coefficients, None, activation))
+        if wanted[1]:
+            results[1] = total_h.to(weight.dtype)
+        if wanted[2]:
+            results[2] = total.to(bias.dtype)
+    return [result.clone() if i and result is results[0] else result for i, result in enumerate(results)]
+
+
+def _norm_act_fake(
+    t: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float, activation: str
+) -> tuple[Tensor, Tensor]:
+    batch, channels, height, width = t.shape
+    return nchw(t.new_empty(batch, height, width, channels)), t.new_empty(2, channels, dtype=wide(t.dtype))
+
+
+def _norm_act_backward_fake(
+    dy: Tensor, t: Tensor, statistics: Tensor, weight: Any, bias: Any, frozen: bool, eps: float, activation: str,
+    wanted: Sequence[bool],
+) -> list[Tensor]:  # fmt: skip
+    batch, channels, height, width = t.shape
+    made = nchw(t.new_empty(batch, height, width, channels)), weight, bias
+    results = []
+    for wants, like in zip(wanted, made, strict=True):
+        results.append(t.new_empty(0) if not wants else like if like is made[0] else like.new_empty(like.shape))
+    return results
+
+
+# --------------------------------------------------------------------------------------------------- registration
+def _define(name: str, schema: str, kernel: Any, fake: Any) -> None:
+    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+
+
+def _block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*output[1:])
+    tensors = inputs[: 1 + _PARAMETER_COUNT + _CONSTANT_COUNT]
+    ctx.settings = inputs[len(tensors) :]
+    ctx.save_for_backward(*tensors, *output[1:])
+
+
+def _block_autograd(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[: 1 + _PARAMETER_COUNT])
+    nothing = (None,) * (_CONSTANT_COUNT + len(ctx.settings))
+    if dy is None:
+        return (None,) * len(wanted) + nothing
+    tensors = ctx.saved_tensors
+    end = 1 + _PARAMETER_COUNT + _CONSTANT_COUNT
+    found = torch.ops.effkernels_training.block_backward(
+        dy, tensors[0], *tensors[end:], *tensors[1:end], *ctx.settings, wanted
+    )
+    return (*(g if wants else None for g, wants in zip(found, wanted, strict=True)), *nothing)
+
+
+def _norm_act_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    t, weight, bias, mean, _, eps, activation = inputs
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(output[1])
+    ctx.settings = mean is not None, eps, activation
+    ctx.save_for_backward(t, output[1], weight, bias)
+
+
+def _norm_act_autograd(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    wanted = list(ctx.needs_input_grad[:3])
+    if dy is None:
+        return (None,) * 7
+    found = torch.ops.effkernels_training.norm_act_backward(dy, *ctx.saved_tensors, *ctx.settings, wanted)
+    return (*(g if wants else None for g, wants in zip(found, wanted, strict=True)), None, None, None, None)
+
+
+def _refuse_second_derivative(name: str) -> Any:
+    def refuse(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(_SECOND_DERIVATIVE.format(name))
+
+    return refuse
+
+
+def _register() -> None:
+    block = f"{_PARAMETERS_SCHEMA}, {_CONSTANTS_SCHEMA}, {_SETTINGS_SCHEMA}"
+    saved = ", ".join(f"Tensor {name}" for name in _Saved._fields)
+    norm = "Tensor? weight, Tensor? bias"
+    five = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    _define("block", f"(Tensor x, {block}) -> {five}", _block_forward, _block_fake)
+    _define(
+        "block_backward",
+        f"(Tensor dy, Tensor x, {saved}, {block}, bool[] wanted) -> Tensor[]",
+        _block_backward,
+        _block_backward_fake,
+    )
+    _define(
+        "norm_act",
+        f"(Tensor t, {norm}, Tensor? mean, Tensor? var, float eps, str activation) -> (Tensor, Tensor)",
+        _norm_act_forward,
+        _norm_act_fake,
+    )
+    _define(
+        "norm_act_backward",
+        f"(Tensor dy, Tensor t, Tensor statistics, {norm}, bool frozen, float eps, str activation, bool[] wanted) "
+        "-> Tensor[]",
+        _norm_act_backward,
+        _norm_act_backward_fake,
+    )
+    differentiable = {"block": (_block_autograd, _block_setup), "norm_act": (_norm_act_autograd, _norm_act_setup)}
+    for name, (backward, setup) in differentiable.items():
+        torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup, lib=_LIBRARY)
+        torch.library.register_autograd(f"{NAMESPACE}::{name}_backward", _refuse_second_derivative(name), lib=_LIBRARY)
+
+
+_register()
