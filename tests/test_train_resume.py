@@ -15,7 +15,8 @@ from training_runs import PROGRAM, arguments_for, assert_same_weights, log_of, m
 
 # What draws random numbers or keeps a state: augmentation, dropping, averaging, loss scaling, momentum, the schedule.
 RECIPE = ("--epochs", "4", "--checkpoint-steps", "2", "--model-ema-decay", "0.9", "--drop-path", "0.3",
-          "--precision", "amp_float16", "--augment", "randaugment", "--clip-grad", "5")  # fmt: skip
+          "--precision", "amp_float16", "--augment", "randaugment", "--clip-grad", "5",
+          "--img-size", "16")  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
 
 
