@@ -61,6 +61,14 @@ def test_folder_to_predictions(photos: Path, tmp_path: Path, capsys: pytest.Capt
     assert [prediction["scores"][0]["label"] for prediction in predictions] == ["red", "blue"]
 
 
+@pytest.mark.slow
+def test_digits_reach_97_percent(tmp_path: Path) -> None:
+    more = ["--epochs", "5", "--batch-size", "32", "--lr", "5e-3"]
+    assert status_of(arguments_for("digits", tmp_path, *more)) == 0
+    accuracies = [record["accuracy"] for record in log_of(tmp_path)]
+    assert accuracies[-1] >= 0.97, accuracies
+
+
 def test_folders_train_and_val(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_folder(tmp_path / "data" / "train", 8)
     make_folder(tmp_path / "data" / "val", 2)

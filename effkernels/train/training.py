@@ -295,7 +295,7 @@ class Training:
             skip=lambda failure: self._skip_all([failure]),
         )
         for skipped in self._processes.gather(self._skipped):
-            self._skipped.update(skipped)
+            self._skip_all([Failure(file, reason) for file, reason in skipped.items()])
         train_loss = loss_sum / count
         if not evaluation.images:
             raise TrainingError("no image to evaluate with can be read")
