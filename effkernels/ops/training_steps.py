@@ -8,7 +8,9 @@ from them per channel, in float64, as PyTorch's batch norm does on a CPU: a grad
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -54,8 +56,24 @@ class GradientSums(NamedTuple):
     ah: Tensor
 
 
+@contextmanager
+def by_kernels() -> Iterator[None]:
+    """Let tensors of the meta device take the kernels' operators in this thread, so that a plan can record them."""
+    _planning.active = True
+    try:
+        yield
+    finally:
+        _planning.active = False
+
+
+_planning = threading.local()
+
+
 def _has_kernel(t: Tensor) -> bool:
-    return t.is_cpu and t.dtype in backends.DTYPES and _library.is_loaded() and backends.selected() in ("auto", "cpu")
+    if t.is_meta:
+        return getattr(_planning, "active", False) and backends.selected() != "reference"
+    supported = t.is_cpu and t.dtype in backends.DTYPES and t.numel() > 0
+    return supported and _library.is_loaded() and backends.selected() in ("auto", "cpu")
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -74,6 +92,9 @@ def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance (C,) of t (N, H, W, C)."""
     if _has_kernel(t):
         return torch.ops.effkernels.training_statistics(t)  # type: ignore[no-any-return]
+    if t.numel() == 0:  # all of the batch is in other processes
+        nothing = t.new_zeros(t.shape[3], dtype=wide(t.dtype))
+        return nothing, nothing
     var, mean = torch.var_mean(t.to(wide(t.dtype)), (0, 1, 2), correction=0)
     return mean, var
 
@@ -196,7 +217,9 @@ def depthwise_backward(
     return dx.to(t.dtype), dweight.to(wide(t.dtype)), *_sums(dx, t, norm)
 
 
-def coefficients_of(norm: FoldedNorm, batch_statistics: bool, count: int, dy: Tensor, dyh: Tensor) -> Coefficients:
+def coefficients_of(
+    norm: FoldedNorm, batch_statistics: bool, count: int | Tensor, dy: Tensor, dyh: Tensor
+) -> Coefficients:
     """Of the gradient of a norm's input, from the sums (C,) of dy and of dy * h over `count` pixels of a batch.
 
     A norm that uses running statistics does not differentiate through them.
@@ -229,12 +252,13 @@ def norm_backward(
     return (alpha * dy + coefficients.beta * (t - norm.mean) + coefficients.delta).to(t.dtype)
 
 
-def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """1x1 convolution of x (N, H, W, Cin) by weight (Cout, Cin, 1, 1)."""
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
+    """1x1 convolution of x (N, H, W, Cin) by weight (Cout, Cin, 1, 1), plus the residual."""
     if _has_kernel(x):
-        return nhwc(_product(nchw(x), weight.to(x.dtype), bias, None))
+        return nhwc(_product(nchw(x), weight.to(x.dtype), bias, None if residual is None else nchw(residual)))
     matrix = weight.reshape(weight.shape[:2]).to(x.dtype)
-    return F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+    y = F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
+    return y if residual is None else y + residual
 
 
 def pointwise_input_gradient(dz: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -88,7 +88,7 @@ class _Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         results = list(tensors_in([result]))
-        if _launches(func, results):
+        if launches(func, results):
             names = [argument.name for argument in func._schema.arguments]
             arguments = dict(zip(names, args, strict=False)) | kwargs
             weight = arguments.get("weight", arguments.get("w_reduce"))
@@ -99,7 +99,7 @@ class _Recorder(TorchDispatchMode):
         return result
 
 
-def _launches(func: Any, results: Sequence[Tensor]) -> bool:
+def launches(func: Any, results: Sequence[Tensor]) -> bool:
     """Return whether an operator runs something on the device: views, allocations and queries of a tensor do not."""
     if not results or func.is_view or torch.Tag.inplace_view in func.tags:
         return False

@@ -1,0 +1,76 @@
+"""Backward of a 1x1 convolution and of the norm after it, without the norm's input.
+
+With t = x W' + b and the gradient dz = alpha g + beta (t - mean) + delta of a norm's input, t is linear in x, and dz does
+not have to be formed:
+
+    dx = dz W  = g (alpha W) + x (W' beta W) + W' (delta + beta (b - mean))
+    dW = dz' x = alpha (g' x) + beta (n W cov(x) + (W sum(x) + n (b - mean)) mean(x)') + delta sum(x)'
+
+The matrices in the middle have the size of the input's channels, which are a fourth or a sixth of the output's in an
+MBConv block. Neither t nor dz moves: a third of the bytes of the expansion's backward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effkernels.ops import training_steps as steps
+from effkernels.ops.training_steps import Coefficients, FoldedNorm, wide
+
+
+def keeps_gradient(x: Tensor) -> bool:
+    """Return whether dz has to be formed: products of 16-bit types have no float32 result on a CPU."""
+    return x.is_cpu and x.dtype in (torch.float16, torch.bfloat16)
+
+
+def product_backward(
+    g: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: FoldedNorm,
+    coefficients: Coefficients,
+    residual: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of x (with `residual` added) and of the weight, each where it is wanted.
+
+    Args:
+        g: (N, H, W, Cout), the gradient of the norm's result.
+        x: (N, H, W, Cin).
+        weight: (Cout, Cin, 1, 1), bias (Cout,).
+        norm: after the convolution.
+        coefficients: of the gradient of the norm's input.
+        residual: (N, H, W, Cin).
+    """
+    alpha, beta, delta = coefficients
+    w = weight.flatten(1).to(wide(x.dtype))
+    shift = -norm.mean if bias is None else bias.to(norm.mean.dtype) - norm.mean
+    dx = dweight = None
+    if wanted[0]:
+        own = torch.addmv(w.t() @ delta, (beta[:, None] * w).t(), shift)
+        middle = steps.pointwise(x, (w.t() @ (beta[:, None] * w))[:, :, None, None], own, residual)
+        dx = steps.pointwise_input_gradient(g, (alpha[:, None] * w)[:, :, None, None], middle)
+    if wanted[1]:
+        pixels = x.numel() // x.shape[3]
+        mean, covariance = _moments(x)
+        of_mean = delta + beta * (torch.mv(w, mean) + shift)
+        dweight = alpha[:, None] * _weight_gradient(g, x)
+        dweight += pixels * torch.addmm(of_mean[:, None] * mean, beta[:, None] * w, covariance)
+    return dx, dweight
+
+
+def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (C,) and covariance (C, C) of the pixels of x (N, H, W, C), in the wide dtype."""
+    mean, _ = steps.statistics(x)
+    rows = x.reshape(-1, x.shape[3]) - mean
+    return mean, (rows.t() @ rows) / rows.shape[0]
+
+
+def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:
+    """g' x (Cout, Cin) in the wide dtype."""
+    if g.dtype == wide(g.dtype):
+        return steps.pointwise_weight_gradient(g, x).flatten(1)
+    rows = g.reshape(-1, g.shape[3]).t()
+    return torch.mm(rows, x.reshape(-1, x.shape[3]), out_dtype=wide(g.dtype))
