@@ -92,6 +92,12 @@ def _add_running(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Train, and print what came of it."""
+    try:
+        import numpy  # noqa: F401
+        import PIL  # noqa: F401
+        import safetensors  # noqa: F401
+    except ImportError as error:
+        raise UsageError(f"train needs {error.name}: pip install 'effkernels[train]'") from error
     given = dict(vars(arguments))
     as_json, force = given.pop("json", False), given.pop("force", False)
     folder = given.pop("resume", None)
@@ -136,7 +142,7 @@ def _resumed(folder: str, given: dict[str, Any]) -> tuple[TrainOptions, dict[str
         return replace(TrainOptions.from_dict(state["options"]), output=folder, **given), state
     except OptionError:
         raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise UsageError(f"--resume {printable(folder)}: {reason}") from error
 
@@ -177,7 +183,7 @@ def _train(options: TrainOptions, state: dict[str, Any] | None, as_json: bool) -
                 )
         except OptionError:
             raise
-        except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
             if state is None:
                 raise
             raise UsageError(f"--resume {printable(options.output)}: {error}") from error  # it does not fit

@@ -16,7 +16,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from effkernels.engine.images import Failure
-from effkernels.export import export_model
+from effkernels.export import ExportError, export_model
 from effkernels.files import printable, write_text
 from effkernels.models import EfficientNet
 from effkernels.models.preprocessing import Preprocessing
@@ -174,9 +174,13 @@ class Training:
 
     def _load(self, state: dict[str, Any]) -> None:
         if state["classes"] != list(self.data.classes) or state["images"] != len(self.data.train.labels):
-            found = f"{len(self.data.train.labels)} images to train with of {len(self.data.classes)} classes"
-            wanted = f"{state['images']} of {len(state['classes'])}"
-            raise OptionError("data", self.options.data, f"{found}, and the training began with {wanted}")
+            images, classes = len(self.data.train.labels), len(self.data.classes)
+            raise OptionError(
+                "data",
+                self.options.data,
+                f"{images} images to train with of {classes} classes, and the training began with {state['images']} of "
+                f"{len(state['classes'])}",
+            )
         if state["processes"] != self._processes.count:
             raise ValueError(
                 f"the training began with {state['processes']} processes, and there are {self._processes.count}; "
@@ -202,8 +206,8 @@ class Training:
         try:
             write()
             self._problems.pop(name, None)
-        except OSError as error:
-            self._problems[name] = f"{printable(self._folder / name)}: {error.strerror or error}"
+        except (OSError, ExportError) as error:
+            self._problems[name] = f"{printable(self._folder / name)}: {getattr(error, 'strerror', None) or error}"
             self._say(f"{self._problems[name]}; the training goes on and tries again")
 
     # ------------------------------------------------------------------------------------------------------ running
