@@ -94,7 +94,7 @@ def test_images_that_cannot_be_read_are_skipped_and_named(tmp_path: Path, capsys
         whole = (folder / "blue" / "001.png").read_bytes()
         (folder / "blue" / "001.png").write_bytes(whole[: len(whole) // 2])
     output = tmp_path / "run"
-    assert status_of(arguments_for(tmp_path / "data", output, "--epochs", "2", "--warmup-epochs", "0")) == 0
+    assert status_of(arguments_for(tmp_path / "data", output, "--epochs", "2")) == 0
     captured = capsys.readouterr()
     skipped = [line for line in captured.err.splitlines() if line.startswith("train: skipped ")]
     assert len(skipped) == 4, "each is named once, not in each epoch"
@@ -185,7 +185,7 @@ def test_a_training_is_not_overwritten_without_force(
     assert status_of(arguments_for(photos, tmp_path)) == 2
     assert "log.jsonl exist; --force overwrites, --resume goes on" in capsys.readouterr().err
     assert (tmp_path / "log.jsonl").read_text() == "{}\n"
-    assert status_of(arguments_for(photos, tmp_path, "--force", "--epochs", "1", "--warmup-epochs", "0")) == 0
+    assert status_of(arguments_for(photos, tmp_path, "--force", "--epochs", "1")) == 0
     assert len(log_of(tmp_path)) == 1
 
 
@@ -227,7 +227,7 @@ def test_augmentation_none_is_the_evaluation(photos: Path) -> None:
 def test_a_loss_that_is_no_number_ends_the_training(
     photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--lr", "1e30", "--opt", "sgd", "--epochs", "3", "--warmup-epochs", "0"]
+    more = ["--lr", "1e30", "--opt", "sgd", "--epochs", "3"]
     assert status_of(arguments_for(photos, tmp_path, *more)) == 1
     message = capsys.readouterr().err
     assert "epoch 1: the loss is nan" in message
@@ -249,7 +249,7 @@ class TestFineTuning:
     ) -> None:
         # So small a rate leaves the weights as they were read.
         more = ["--weights", str(weights), "--num-classes", str(classes), "--lr", "1e-30", "--epochs", "1",
-                "--weight-decay", "0", "--warmup-epochs", "0"]  # fmt: skip
+                "--weight-decay", "0"]  # fmt: skip
         assert status_of(arguments_for(photos, tmp_path / "run", *more)) == 0
         says = capsys.readouterr().err
         given = torch.load(weights, weights_only=True)["state_dict"]
@@ -267,7 +267,7 @@ class TestFineTuning:
         model = effkernels.create_model(NAME, num_classes=3, pad_type="same", bn_eps=1e-3)
         effkernels.export_model(model, tmp_path / "given.safetensors", "safetensors", batch_size=1)
         output = tmp_path / "run"
-        more = ["--weights", str(tmp_path / "given.safetensors"), "--epochs", "1", "--warmup-epochs", "0"]
+        more = ["--weights", str(tmp_path / "given.safetensors"), "--epochs", "1"]
         assert status_of(arguments_for(photos, output, *more)) == 0
         (output / "model.safetensors").unlink()
         assert status_of(["train", "--resume", str(output)]) == 0

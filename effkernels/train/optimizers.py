@@ -52,7 +52,8 @@ def make_schedule(optimizer: Optimizer, options: TrainOptions, steps: int) -> LR
     Args:
         steps: of an epoch.
     """
-    warmup = round(options.warmup_epochs * steps)
+    epochs = min(1.0, options.epochs / 10) if options.warmup_epochs is None else options.warmup_epochs
+    warmup = round(epochs * steps)
     cosine = CosineAnnealingLR(optimizer, max(1, options.epochs * steps - warmup), options.min_lr)
     if warmup == 0:
         return cosine

@@ -50,7 +50,8 @@ class TrainOptions:
         lr: the highest learning rate; None: that of `effkernels.train.optimizers.DEFAULTS`, as for weight_decay.
         weight_decay: of weights; biases and norms have none.
         momentum: of sgd and rmsprop.
-        warmup_epochs: in which the learning rate grows linearly to `lr`; then it falls to `min_lr` as a cosine.
+        warmup_epochs: in which the learning rate grows linearly to `lr`; then it falls to `min_lr` as a cosine. None:
+            a tenth of `epochs`, at most 1.
         min_lr: the learning rate after the last step.
         smoothing: of the labels, in [0, 1).
         drop: dropout before the classifier, in [0, 1); None: the paper's for the model.
@@ -84,7 +85,7 @@ class TrainOptions:
     lr: float | None = None
     weight_decay: float | None = None
     momentum: float = 0.9
-    warmup_epochs: float = 1.0
+    warmup_epochs: float | None = None
     min_lr: float = 0.0
     smoothing: float = 0.1
     drop: float | None = None
@@ -106,7 +107,7 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and not is_allowed(value):
                 raise OptionError(name, value, f"allowed: {allowed}")
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs > 0:
+        if self.warmup_epochs is not None and self.warmup_epochs >= self.epochs:
             raise OptionError("warmup_epochs", self.warmup_epochs, f"allowed: 0 to less than epochs={self.epochs}")
         if self.weights is not None and self.pretrained:
             raise OptionError("weights", self.weights, "allowed: weights or pretrained, not both")
