@@ -211,6 +211,35 @@ def test_statistics_do_not_cancel(mean: float) -> None:
     assert float(found[1][0]) == 0.0
 
 
+@pytest.mark.parametrize("mean", [1e3, -1e3])
+def test_statistics_of_the_depthwise_convolution_do_not_cancel(mean: float) -> None:
+    """As above, of a convolution whose result is its input."""
+    t = (images(4, 33, 31, 20) + mean).permute(0, 2, 3, 1).contiguous()
+    t[..., 0] = mean
+    weight = torch.zeros(20, 1, 3, 3)
+    weight[:, :, 1, 1] = 1.0
+    z, *found = training_steps.depthwise(t, None, "identity", weight, None, 1, (1, 1, 1, 1), 1)
+    assert torch.equal(z, t)
+    own, truth = (torch.var_mean(one, (0, 1, 2), correction=0)[::-1] for one in (t, t.double()))
+    for one, plain, wanted in zip(found, own, truth, strict=True):
+        assert_parity(one, plain.contiguous(), wanted)
+    assert float(found[1][0]) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_steps_have_the_same_bits_also_with_deterministic_algorithms(dtype: torch.dtype) -> None:
+    block = build("mbconv", dtype)
+    x = image(block).to(dtype)
+    wanted = step(copy.deepcopy(block), x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        results = [step(copy.deepcopy(block), x) for _ in range(2)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for found in results:
+        assert all(torch.equal(found[name], value) for name, value in wanted.items())
+
+
 def test_partial_gradients() -> None:
     names = [name for name, _ in build("mbconv").named_parameters()]
     for trained in (["conv_pwl.weight"], ["conv_dw.weight", "bn2.bias"], ["bn1.weight"], names[:1], names[3:]):

@@ -66,7 +66,7 @@ EFFKERNELS_INLINE void partial_statistics(const T* t, int64_t stride, int64_t pi
   Vec rest = {};  // what rounding left of the mean
   DoubleSum total;
   for (i = 0; i < pixels;) {
-    const int64_t end = min_of<int64_t>(i + 32, pixels);
+    const int64_t end = min_of<int64_t>(i + 8, pixels);
     a = Vec{};
     for (; i < end; i++) {
       const Vec d = load_up_to(t + i * stride, n) - middle;

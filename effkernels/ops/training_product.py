@@ -1,7 +1,7 @@
 """Backward of a 1x1 convolution and of the norm after it, without the norm's input.
 
-With t = x W' + b and the gradient dz = alpha g + beta (t - mean) + delta of a norm's input, t is linear in x, and dz does
-not have to be formed:
+With t = x W' + b and dz = alpha g + beta (t - mean) + delta, the gradient of a norm's input, t is linear in x, so dz
+need not be formed:
 
     dx = dz W  = g (alpha W) + x (W' beta W) + W' (delta + beta (b - mean))
     dW = dz' x = alpha (g' x) + beta (n W cov(x) + (W sum(x) + n (b - mean)) mean(x)') + delta sum(x)'
