@@ -28,7 +28,14 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def start(arguments: list[str], launcher: list[str] | None = None) -> subprocess.Popen[str]:
     command = [*(launcher or [sys.executable]), str(PROGRAM), *arguments]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, to be killed as one
+    )
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -140,7 +147,13 @@ def test_two_processes_train_as_one_network(photos: Path, tmp_path: Path) -> Non
     status, _, err = finished(start(["train", "--resume", str(output)]))
     assert status == 2
     assert "go on with torchrun --nproc-per-node 2" in err
+
     killed = tmp_path / "killed"
-    killed.mkdir()
-    status, _, err = finished(start(["train", "--resume", str(output)], TORCHRUN))
+    process = start(arguments_for(photos, killed, *RECIPE), TORCHRUN)
+    wait_for_checkpoint(killed, process, 1)
+    os.killpg(process.pid, signal.SIGKILL)  # torchrun and what it started
+    process.communicate()
+    status, _, err = finished(start(["train", "--resume", str(killed)], TORCHRUN))
     assert status == 0, err
+    assert numbers_of(killed) == numbers_of(output)
+    assert_same_weights(killed, output)

@@ -64,9 +64,7 @@ def _add_recipe(group: Any) -> None:
     group.add_argument("--lr", type=float, metavar="RATE", help=f"the highest (default: {lrs})")
     group.add_argument("--weight-decay", type=float, metavar="W", help=f"default: {decays}")
     group.add_argument("--momentum", type=float, metavar="M", help="of sgd and rmsprop (default: 0.9)")
-    group.add_argument(
-        "--warmup-epochs", type=float, metavar="N", help="before the cosine (default: at most 1)"
-    )
+    group.add_argument("--warmup-epochs", type=float, metavar="N", help="before the cosine (default: at most 1)")
     group.add_argument("--min-lr", type=float, metavar="RATE", help="at the end of the cosine (default: 0)")
     group.add_argument("--smoothing", type=float, metavar="S", help="of the labels (default: 0.1)")
     group.add_argument("--clip-grad", type=float, metavar="NORM", help="largest norm of the gradient")
