@@ -33,7 +33,7 @@ from effkernels.nn.training_norm import (
     needs_modules,
     norm_problem,
     running_statistics,
-    update_norm,
+    update_norms,
 )
 from effkernels.ops import backends, training, training_flops  # noqa: F401  training_flops registers formulas
 
@@ -318,10 +318,12 @@ def _sample_factors(drop_path: Any, x: Tensor, dtype: torch.dtype) -> Tensor | N
 
 def _update_norms(chain: Chain, statistics: Tensor) -> None:
     begin = 0
+    batches = []
     for norm in chain.norms:
         if norm is None:
             continue
         end = begin + norm.num_features
         if is_batch_norm(norm):
-            update_norm(norm, statistics[:, begin:end])
+            batches.append((norm, statistics[:, begin:end]))
         begin = end
+    update_norms(batches)

@@ -42,7 +42,7 @@ def train_norm_act(norm: Any, t: Tensor, activation: str, backend: str) -> Tenso
         t.contiguous(memory_format=torch.channels_last), parameters["weight"], parameters["bias"], None, None,
         norm.eps, found, group_of(norm),
     )  # fmt: skip
-    update_norm(norm, statistics.detach())
+    update_norms([(norm, statistics.detach())])
     return y
 
 
@@ -113,25 +113,33 @@ def running_statistics(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 
 @torch.no_grad()
-def update_norm(norm: Any, statistics: Tensor) -> None:
-    """The running statistics after a batch, as `nn.BatchNorm2d` updates them.
+def update_norms(batches: Sequence[tuple[Any, Tensor]]) -> None:
+    """Update the running statistics after a batch, as `nn.BatchNorm2d` does.
+
+    Those of norms with the same momentum are updated by the same few launches.
 
     Args:
-        norm: the batch norm.
-        statistics: (3, C), mean, biased and unbiased variance of the batch.
+        batches: batch norms, each with its statistics (3, C): mean, biased and unbiased variance of the batch.
     """
-    mean, _, var = statistics
-    if not (norm.training and norm.track_running_stats):
-        return
-    tracked = norm._buffers.get("num_batches_tracked")
-    if tracked is not None:
-        tracked.add_(1)
-    running_mean, running_var = running_statistics(norm)
-    if running_mean is None or running_var is None:
-        return
-    momentum: Any = norm.momentum
-    if momentum is None:  # the mean of all batches
-        momentum = 0.0 if tracked is None else 1.0 / tracked.to(mean.dtype)
-    dtype = wide(running_mean.dtype)
-    for running, new in ((running_mean, mean), (running_var, var)):
-        running.copy_(running.to(dtype) * (1.0 - momentum) + new.to(dtype) * momentum)
+    batches = [(norm, found) for norm, found in batches if norm.training and norm.track_running_stats]
+    tracked = [norm._buffers["num_batches_tracked"] for norm, _ in batches]
+    if counted := [count for count in tracked if count is not None]:
+        torch._foreach_add_(counted, 1)
+    together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+    for (norm, (mean, _, var)), count in zip(batches, tracked, strict=True):
+        for running, new in zip(running_statistics(norm), (mean, var), strict=True):
+            if running is None:
+                continue
+            if norm.momentum is not None and running.dtype == new.dtype:
+                both = together.setdefault(norm.momentum, ([], []))
+                both[0].append(running)
+                both[1].append(new)
+                continue
+            momentum: Any = norm.momentum
+            if momentum is None:  # the mean of all batches
+                momentum = 0.0 if count is None else 1.0 / count.to(mean.dtype)
+            dtype = wide(running.dtype)
+            running.copy_(running.to(dtype) * (1.0 - momentum) + new.to(dtype) * momentum)
+    for share, (running_tensors, new_tensors) in together.items():
+        torch._foreach_mul_(running_tensors, 1.0 - share)
+        torch._foreach_add_(running_tensors, new_tensors, alpha=share)

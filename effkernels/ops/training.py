@@ -172,7 +172,7 @@ def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         convolved,
         projected,
         nothing.to(wide(x.dtype)) if gate is None else gate,
-        torch.cat([torch.stack(one) for one in found], 1),
+        torch.cat([one[row] for row in range(3) for one in found]).view(3, -1),
     )
 
 
@@ -211,20 +211,21 @@ def _block_gradients(
     expand_weight, convolved, projected = parameters["expand_weight"], saved.convolved, saved.projected
     channels = [t.shape[3] for t in (convolved, projected)]
     sizes = channels if expand_weight is None else [channels[0], *channels]
-    pairs = [part.unbind() for part in saved.statistics.split(sizes, 1)]
+    norms = _norms(saved.statistics, sizes, parameters, settings)
     frozen = [constants[0] is not None, constants[2] is not None, constants[4] is not None]
 
     # The project's norm, and its product.
-    norm3 = _norm(pairs[-1], parameters, 3, settings)
+    norm3 = norms[-1]
     sums, _ = steps.gradient_sums(dy, projected, norm3, "identity")
     factor = _factor(constants, projected)
     ga, gah = (sums.ga, sums.gah) if factor is None else (factor * sums.ga, factor * sums.gah)
     total, total_h = ga.sum(0), gah.sum(0)
     gradients["norm3_weight"], gradients["norm3_bias"] = total_h, total
-    gradients["project_bias"] = norm3.scale * total if frozen[2] else torch.zeros_like(total)
+    if needs["project_bias"]:
+        gradients["project_bias"] = norm3.scale * total if frozen[2] else torch.zeros_like(total)
     coefficients = _coefficients(norm3, frozen[2], projected, total, total_h, settings.groups[2])
     dprojected = steps.norm_backward(dy, projected, norm3, coefficients, factor)
-    norm2 = _norm(pairs[-2], parameters, 2, settings)
+    norm2 = norms[-2]
     dgated = steps.pointwise_input_gradient(dprojected, parameters["project_weight"])
     gate = None if parameters["w_reduce"] is None else saved.gate
 
@@ -244,13 +245,14 @@ def _block_gradients(
         total, total_h = gate * total + offset * sums.a, gate * total_h + offset * sums.ah
     total, total_h = total.sum(0), total_h.sum(0)
     gradients["norm2_weight"], gradients["norm2_bias"] = total_h, total
-    gradients["bias"] = norm2.scale * total if frozen[1] else torch.zeros_like(total)
+    if needs["bias"]:
+        gradients["bias"] = norm2.scale * total if frozen[1] else torch.zeros_like(total)
     if not any(needs[name] for name in ("x", "weight", *BLOCK_PARAMETERS[:4])):
         return gradients
     coefficients = _coefficients(norm2, frozen[1], convolved, total, total_h, settings.groups[1])
 
     # The depthwise convolution.
-    norm1 = None if expand_weight is None else _norm(pairs[0], parameters, 1, settings)
+    norm1 = None if expand_weight is None else norms[0]
     expanded = saved.expanded
     if norm1 is None:
         expanded = image
@@ -279,7 +281,8 @@ def _block_gradients(
 
     # The expansion.
     gradients["norm1_weight"], gradients["norm1_bias"] = total_h, total
-    gradients["expand_bias"] = norm1.scale * total if frozen[0] else torch.zeros_like(total)
+    if needs["expand_bias"]:
+        gradients["expand_bias"] = norm1.scale * total if frozen[0] else torch.zeros_like(total)
     if not needs["x"] and not needs["expand_weight"]:
         return gradients
     coefficients = _coefficients(norm1, frozen[0], expanded, total, total_h, settings.groups[0])
@@ -329,12 +332,32 @@ def _norm(statistics: Sequence[Tensor], parameters: dict[str, Any], which: int, 
     return steps.make_norm(statistics[0], statistics[1], weight, bias, settings.eps[which - 1])
 
 
+def _norms(
+    statistics: Tensor, sizes: Sequence[int], parameters: dict[str, Any], settings: BlockSettings
+) -> list[FoldedNorm]:
+    """Return the norms of a block, 2 and 3 or all three, in as few launches as their parameters allow."""
+    first = 4 - len(sizes)
+    weights = [parameters[f"norm{i}_weight"] for i in range(first, 4)]
+    eps = set(settings.eps[first - 1 :])
+    parts = [part.unbind() for part in statistics.split(sizes, 1)]
+    if len(eps) > 1 or any(weight is None or weight.dtype != statistics.dtype for weight in weights):
+        return [_norm(part, parameters, i, settings) for i, part in enumerate(parts, first)]
+    inverses = torch.rsqrt(statistics[1] + eps.pop()).split(sizes)
+    scales = torch._foreach_mul(inverses, weights)
+    biases = [parameters[f"norm{i}_bias"] for i in range(first, 4)]
+    return [
+        steps.folded(part[0], inverse, scale, bias)
+        for part, inverse, scale, bias in zip(parts, inverses, scales, biases, strict=True)
+    ]
+
+
 def _excitation(parameters: dict[str, Any], settings: BlockSettings) -> Excitation | None:
     if parameters["w_reduce"] is None:
         return None
-    reduce, expand = (parameters[name].flatten(1).double() for name in ("w_reduce", "w_expand"))
-    b_reduce, b_expand = (None if parameters[n] is None else parameters[n].double() for n in ("b_reduce", "b_expand"))
-    return Excitation(reduce, b_reduce, expand, b_expand, settings.se_activation, settings.gate_activation)
+    dtype = torch.float64 if parameters["w_reduce"].is_cpu else wide(parameters["w_reduce"].dtype)
+    w_reduce, w_expand = (parameters[name].flatten(1).to(dtype) for name in ("w_reduce", "w_expand"))
+    b_reduce, b_expand = (None if parameters[n] is None else parameters[n].to(dtype) for n in ("b_reduce", "b_expand"))
+    return Excitation(w_reduce, b_reduce, w_expand, b_expand, settings.se_activation, settings.gate_activation)
 
 
 def _factor(constants: Constants, image: Tensor) -> Tensor | None:

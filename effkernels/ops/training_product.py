@@ -20,8 +20,8 @@ from effkernels.ops.training_steps import Coefficients, FoldedNorm, wide
 
 
 def keeps_gradient(x: Tensor) -> bool:
-    """Return whether dz has to be formed: products of 16-bit types have no float32 result on a CPU."""
-    return x.is_cpu and x.dtype in (torch.float16, torch.bfloat16)
+    """Return whether dz has to be formed: products of 16-bit types have no float32 result on a CPU, no pixels no mean."""
+    return x.numel() == 0 or (x.is_cpu and x.dtype in (torch.float16, torch.bfloat16))
 
 
 def product_backward(

@@ -85,6 +85,11 @@ def make_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | N
     """The norm of these statistics, (C,) each, in their dtype."""
     inverse_deviation = torch.rsqrt(var + eps)
     scale = inverse_deviation if weight is None else inverse_deviation * weight.to(mean.dtype)
+    return folded(mean, inverse_deviation, scale, bias)
+
+
+def folded(mean: Tensor, inverse_deviation: Tensor, scale: Tensor, bias: Tensor | None) -> FoldedNorm:
+    """The norm of which everything but the bias is in the statistics' dtype."""
     return FoldedNorm(mean, inverse_deviation, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype))
 
 
@@ -228,8 +233,8 @@ def coefficients_of(
     if not batch_statistics:
         zeros = torch.zeros_like(norm.scale)
         return Coefficients(norm.scale, zeros, zeros)
-    per_pixel = norm.scale.double() * (-1.0 / count)
-    return Coefficients(norm.scale, (per_pixel * norm.inverse_deviation * dyh).to(dtype), (per_pixel * dy).to(dtype))
+    of_mean, of_h = (torch.stack((dy, dyh)) * (norm.scale * (-1.0 / count))).to(dtype)
+    return Coefficients(norm.scale, of_h * norm.inverse_deviation, of_mean)
 
 
 def norm_backward(
@@ -290,7 +295,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
 
 
 class Excitation(NamedTuple):
-    """The parameters of squeeze-and-excitation, in float64, as the means are: they are few."""
+    """The parameters of squeeze-and-excitation, in float64 on a CPU, as the means are: they are few. Elsewhere wide."""
 
     w_reduce: Tensor
     b_reduce: Tensor | None
@@ -302,7 +307,7 @@ class Excitation(NamedTuple):
 
 def excite(pooled: Tensor, e: Excitation) -> Tensor:
     """The gate (N, C) of the means (N, C)."""
-    hidden = activate(F.linear(pooled, e.w_reduce, e.b_reduce), e.activation)
+    hidden = activate(F.linear(pooled.to(e.w_reduce.dtype), e.w_reduce, e.b_reduce), e.activation)
     return apply_gate(F.linear(hidden, e.w_expand, e.b_expand), e.gate)
 
 
@@ -310,6 +315,7 @@ def excite_backward(
     dgate: Tensor, pooled: Tensor, e: Excitation
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
     """The gradients of the means, and of w_reduce, b_reduce, w_expand and b_expand."""
+    pooled, dgate = pooled.to(e.w_reduce.dtype), dgate.to(e.w_reduce.dtype)
     before = F.linear(pooled, e.w_reduce, e.b_reduce)
     hidden = activate(before, e.activation)
     logits = F.linear(hidden, e.w_expand, e.b_expand)
