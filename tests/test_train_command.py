@@ -20,7 +20,7 @@ from effkernels.models.preprocessing import Preprocessing
 from effkernels.train import TrainOptions
 from effkernels.train import training as training_module
 from effkernels.train.data import load_data
-from effkernels.train.loading import training_transform
+from effkernels.train.loading import Batch, training_transform
 
 import_torchvision()  # image folders and augmentation are its; a plain import fails beside a CPU-only torch
 
@@ -233,6 +233,37 @@ def test_a_loss_that_is_no_number_ends_the_training(
     assert "epoch 1: the loss is nan" in message
     assert "a lower --lr" in message
     assert "no checkpoint was written yet" in message
+
+
+@pytest.mark.parametrize("stop", [1, 8, 14, 15])
+def test_a_training_stopped_at_any_step_goes_on_bit_for_bit(
+    stop: int, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An epoch has seven steps: before the first checkpoint, at the first and the last step of one, inside of one."""
+    more = ["--epochs", "3", "--checkpoint-steps", "3", "--model-ema-decay", "0.9", "--drop-path", "0.2"]
+    whole, output = tmp_path / "whole", tmp_path / "run"
+    assert status_of(arguments_for(photos, whole, *more)) == 0
+    step, done = training_module.Training._train_step, 0
+
+    def stopping_step(training: training_module.Training, batch: Batch) -> None:
+        nonlocal done
+        done += 1
+        if done == stop:
+            raise KeyboardInterrupt
+        step(training, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training_module.Training, "_train_step", stopping_step)
+        assert status_of(arguments_for(photos, output, *more)) == 130
+    if stop == 1:
+        assert "no checkpoint was written yet" in capsys.readouterr().err
+        return
+    steps = (stop - 1) % 7 // 3 * 3 % 7
+    checkpoint = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert (checkpoint["epoch"], checkpoint["step"]) == ((stop - 1) // 7, steps)
+    assert status_of(["train", "--resume", str(output)]) == 0
+    assert numbers_of(output) == numbers_of(whole)
+    assert_same_weights(output, whole)
 
 
 class TestFineTuning:

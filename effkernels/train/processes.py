@@ -85,6 +85,15 @@ class Processes:
             for buffer in model.buffers():
                 dist.broadcast(buffer, 0)
 
+    def wait(self) -> None:
+        """Wait for all processes.
+
+        Also needed before they part: a thread of gloo that still holds the tensors of the last exchange needs Python's
+        lock to free them, and the end of the group waits for the thread with the lock held.
+        """
+        if self.count > 1:
+            dist.barrier()
+
     def gather(self, value: Any) -> list[Any]:
         """Return the value of each process."""
         if self.count == 1:

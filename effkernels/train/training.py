@@ -232,6 +232,7 @@ class Training:
             self._train_epoch(advance)
         if self._processes.is_first:
             self._write_results()
+        self._processes.wait()
         last = self.history[-1]
         return Result(
             epochs=self._epoch,
