@@ -17,7 +17,7 @@ DOCS := build/docs-venv
 TEST_ARGS ?=
 # One process per core, each with one thread: the tests are many and small.
 TEST_WORKERS ?= $(shell cores=$$(nproc 2>/dev/null || echo 2); [ $$cores -gt 8 ] && echo 8 || echo $$cores)
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadgroup --durations=40 --durations-min=5
 BENCH_ARGS ?=
 # What a clone is built for: this machine's GPUs, or sm_90 where there is none. One architecture takes 45 seconds on two
 # cores; `make wheel` builds for all of them.

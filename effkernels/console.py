@@ -27,6 +27,8 @@ Advance = Callable[[str], None]
 
 # Without a terminal, a step is printed if nothing was for this long.
 _SECONDS_OF_SILENCE = 5.0
+# A bar is drawn anew by the step that ends this long after the last drawing: no thread of its own does it.
+_SECONDS_OF_A_BAR = 0.1
 
 
 def note(message: str) -> None:
@@ -85,9 +87,15 @@ def progress(title: str, total: int) -> Iterator[Advance]:
             *columns, console=rich.console.Console(stderr=True), transient=True, auto_refresh=False
         ) as bar:
             task = bar.add_task(title, total=total)
+            shown = 0.0
 
             def advance_bar(step: str) -> None:
-                bar.update(task, advance=1, description=f"{title}: {rich.markup.escape(printable(step))}")
+                nonlocal shown
+                now = time.monotonic()
+                is_due = now - shown >= _SECONDS_OF_A_BAR
+                shown = now if is_due else shown
+                description = f"{title}: {rich.markup.escape(printable(step))}"
+                bar.update(task, advance=1, description=description, refresh=is_due)
 
             yield advance_bar
         return

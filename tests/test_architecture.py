@@ -15,7 +15,7 @@ KERNEL_FILES = [file for room in ("cpu", "cuda") for file in sorted((ROOT / "csr
 # The table of docs/architecture.md from its bottom to its top: a module may import its own layer and every lower one.
 # What is not listed is the command line, which may import everything.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"cam"}),
+    frozenset({"cam", "train"}),
     frozenset({"scaling"}),
     frozenset({"bench"}),
     # `import effkernels`, and the names for users of files further down.

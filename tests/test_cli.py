@@ -452,6 +452,21 @@ class TestConsole:
                 advance(f"at {now}")
         assert capsys.readouterr().err.splitlines() == ["work: 2/1000 at 6.0", "work: 5/1000 at 11.0"]
 
+    @pytest.mark.skipif(not console.HAVE_RICH, reason="the bar is rich's")
+    def test_progress_on_a_terminal_moves(self) -> None:
+        code = (
+            "import time; from effkernels import console\n"
+            "with console.progress('work', 3) as advance:\n"
+            "    for step in range(3): time.sleep(0.2); advance(f'step {step}')\n"
+        )
+        terminal, end = os.openpty()
+        environment = {**os.environ, "TERM": "xterm"}
+        subprocess.run([sys.executable, "-c", code], stderr=end, check=True, env=environment)
+        os.close(end)
+        shown = os.read(terminal, 100_000).decode()
+        os.close(terminal)
+        assert all(f"{done}/3" in shown for done in range(4))
+
     def test_progress_of_nothing(self) -> None:
         with console.progress("work", 0):
             pass

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -48,6 +50,16 @@ class TestFlops:
         effkernels.nn.set_recompute(block, "expand")
         _, again = flops_of(block, x)
         assert again - kept == 2 * 2 * 8 * 8 * 16 * 96
+
+    def test_are_known_without_the_plan(self) -> None:
+        code = (
+            "import torch, effkernels; from torch.utils.flop_counter import FlopCounterMode\n"
+            "block = effkernels.nn.MBConv(8, 8).train()\n"
+            "with FlopCounterMode(display=False) as flops: block(torch.randn(2, 8, 4, 4))\n"
+            "print(flops.get_total_flops())"
+        )
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        assert int(run.stdout) == 2 * 2 * 4 * 4 * (8 * 48 + 9 * 48 + 48 * 8)
 
 
 def step_of(block: MBConv, of: str = "fused") -> Step:

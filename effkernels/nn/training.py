@@ -35,7 +35,7 @@ from effkernels.nn.training_norm import (
     running_statistics,
     update_norm,
 )
-from effkernels.ops import backends, training
+from effkernels.ops import backends, training, training_flops  # noqa: F401  training_flops registers formulas
 
 RECOMPUTE = (None, "expand")
 

@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 from effkernels import _library
 from effkernels.models import create_model, model_config
 from effkernels.nn import set_recompute
-from effkernels.ops import training, training_flops, training_steps  # noqa: F401  training_flops registers formulas
+from effkernels.ops import training, training_steps
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.launches import PRECISIONS

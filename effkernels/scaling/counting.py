@@ -1,4 +1,7 @@
-"""Count the costs of a network by one training forward on the meta device, which allocates nothing."""
+"""Count the costs of a network by one training forward on the meta device, which allocates nothing.
+
+The costs are those of a network in plain PyTorch, which do not depend on what runs fused here.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
+
+from effkernels.ops.backends import backend
 
 # A prime, so that what holds a whole number of images is distinguished from a layer's own (saved batch statistics).
 _IMAGES = 97
@@ -21,10 +26,10 @@ class Cost:
         multiply_adds: of all convolutions and matrix products, half of what `torch.utils.flop_counter` counts; the
             paper's "FLOPS".
         parameters: trained numbers.
-        activation_bytes: what a forward in training keeps for the backward, in float32: every tensor that autograd
-            saves, the image included, counted once however many layers save it or views share it. Results computed in
-            place and results that no gradient needs cost nothing. Parameters are not in it, nor are the batch
-            statistics of a norm, which do not grow with the batch.
+        activation_bytes: what a forward in training keeps for the backward in plain PyTorch, in float32: every tensor
+            that autograd saves, the image included, counted once however many layers save it or views share it.
+            Results computed in place and results that no gradient needs cost nothing. Parameters are not in it, nor
+            are the batch statistics of a norm, which do not grow with the batch.
     """
 
     multiply_adds: int
@@ -73,7 +78,8 @@ def count(module: nn.Module, image: tuple[int, int, int]) -> Cost:
         raise ValueError(f"count: {off} is not on the meta device; build the module with device='meta'")
     kept = _Kept(module.train())
     images = torch.empty(_IMAGES, *image, device="meta")
-    with FlopCounterMode(display=False) as flops, torch.enable_grad(), saved_tensors_hooks(kept, _never_unpacked):
+    keeping = saved_tensors_hooks(kept, _never_unpacked)
+    with backend("reference"), torch.enable_grad(), FlopCounterMode(display=False) as flops, keeping:
         module(images)
     parameters = sum(p.numel() for p in module.parameters())
     return Cost(flops.get_total_flops() // (2 * _IMAGES), parameters, kept.bytes // _IMAGES)

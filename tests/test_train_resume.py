@@ -1,0 +1,159 @@
+"""A training that is stopped, by a signal or in any other way, goes on bit for bit; several processes train as one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import PROGRAM, arguments_for, assert_same_weights, log_of, make_folder, numbers_of
+
+# What draws random numbers or keeps a state: augmentation, dropping, averaging, loss scaling, momentum, the schedule.
+RECIPE = ("--epochs", "4", "--checkpoint-steps", "2", "--model-ema-decay", "0.9", "--drop-path", "0.3",
+          "--precision", "amp_float16", "--augment", "randaugment", "--clip-grad", "5",
+          "--img-size", "16")  # fmt: skip
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("photos"), 16)
+
+
+def start(arguments: list[str], launcher: list[str] | None = None) -> subprocess.Popen[str]:
+    command = [*(launcher or [sys.executable]), str(PROGRAM), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,  # a group of its own, to be killed as one
+    )
+
+
+def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+def wait_for_checkpoint(output: Path, process: subprocess.Popen[str], epoch: int) -> None:
+    """Wait until a training has written a checkpoint in the middle of an epoch, the given or a later one."""
+    while process.poll() is None:
+        if (output / "checkpoint.pt").exists():
+            state = torch.load(output / "checkpoint.pt", weights_only=True)
+            if state["epoch"] >= epoch and state["step"]:
+                return
+        time.sleep(0.05)
+    raise AssertionError(process.communicate())
+
+
+@pytest.fixture(scope="module")
+def unbroken(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("unbroken") / "run"
+    status, _, err = finished(start(arguments_for(photos, output, *RECIPE)))
+    assert status == 0, err
+    return output
+
+
+def test_a_killed_training_goes_on_bit_for_bit(photos: Path, unbroken: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start(arguments_for(photos, output, *RECIPE))
+    for epoch in (0, 2):  # killed twice
+        wait_for_checkpoint(output, process, epoch)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        process = start(["train", "--resume", str(output)])
+    status, _, err = finished(process)
+    assert status == 0, err
+    assert numbers_of(output) == numbers_of(unbroken)
+    assert_same_weights(output, unbroken)
+
+
+def test_the_number_of_workers_changes_no_bit(photos: Path, unbroken: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    status, _, err = finished(start(arguments_for(photos, output, *RECIPE, "--workers", "2")))
+    assert status == 0, err
+    assert_same_weights(output, unbroken)
+
+
+def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(photos: Path, unbroken: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    process = start(arguments_for(photos, output, *RECIPE))
+    wait_for_checkpoint(output, process, 1)
+    process.send_signal(signal.SIGINT)
+    status, _, err = finished(process)
+    assert status == 130
+    assert "Traceback" not in err
+    assert f"this goes on from there: effkernels train --resume {output}" in err.splitlines()[-1]
+    status, _, err = finished(start(["train", "--resume", str(output)]))
+    assert status == 0, err
+    assert_same_weights(output, unbroken)
+
+
+def test_a_finished_training_writes_its_results_again(unbroken: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    output.mkdir()
+    (output / "checkpoint.pt").write_bytes((unbroken / "checkpoint.pt").read_bytes())
+    status, out, err = finished(start(["train", "--resume", str(output)]))
+    assert status == 0, err
+    assert "after 4 epochs" in out
+    assert numbers_of(output) == numbers_of(unbroken)
+    assert_same_weights(output, unbroken)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "is not a checkpoint of a training, or is damaged"), ("weights", "format=None; allowed: 'effkernels")],
+    ids=["empty", "weights"],
+)
+def test_what_is_no_checkpoint_of_a_training(content: bytes | str, message: str, tmp_path: Path) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / "checkpoint.pt").write_bytes(content)
+    else:
+        torch.save({"weight": torch.ones(1)}, tmp_path / "checkpoint.pt")
+    status, _, err = finished(start(["train", "--resume", str(tmp_path)]))
+    assert status == 2
+    assert f"--resume {tmp_path}: " in err
+    assert message in err
+
+
+def test_other_images_than_the_training_began_with(photos: Path, unbroken: Path, tmp_path: Path) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes((unbroken / "checkpoint.pt").read_bytes())
+    fewer = make_folder(tmp_path / "fewer", 8)
+    status, _, err = finished(start(["train", "--resume", str(tmp_path), "--data", str(fewer)]))
+    assert status == 2
+    assert "images to train with of 3 classes, and the training began with 39 of 3" in err
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_network(photos: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    status, out, err = finished(start(arguments_for(photos, output, *RECIPE), TORCHRUN))
+    assert status == 0, err
+    assert len(out.splitlines()) == 2, "only the first process prints"
+    assert [record["epoch"] for record in log_of(output)] == [1, 2, 3, 4]
+    state = torch.load(output / "checkpoint.pt", weights_only=True)
+    assert state["processes"] == 2
+    assert state["model"]["bn1.num_batches_tracked"] == 4 * (39 // 2 // 8)
+
+    status, _, err = finished(start(["train", "--resume", str(output)]))
+    assert status == 2
+    assert "go on with torchrun --nproc-per-node 2" in err
+
+    killed = tmp_path / "killed"
+    process = start(arguments_for(photos, killed, *RECIPE), TORCHRUN)
+    wait_for_checkpoint(killed, process, 1)
+    os.killpg(process.pid, signal.SIGKILL)  # torchrun and what it started
+    process.communicate()
+    status, _, err = finished(start(["train", "--resume", str(killed)], TORCHRUN))
+    assert status == 0, err
+    assert numbers_of(killed) == numbers_of(output)
+    assert_same_weights(killed, output)
