@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 import effkernels
 from effkernels.models.peers import import_timm, import_torchvision
+from effkernels.nn import set_recompute
 from effkernels.optimize import NotFusedError
 
 # Blocks that train fused; stem and head, and whatever else is no block, train as written.
@@ -133,6 +134,17 @@ def test_timms_b0_saves_a_part_of_what_it_did(layout: torch.memory_format) -> No
     before = saved_bytes(model, x)
     effkernels.optimize_(model, mode="training")
     assert saved_bytes(model, x) <= 0.40 * before
+    set_recompute(model, "expand")
+    assert saved_bytes(copy.deepcopy(model), x) <= 0.25 * before
+
+
+def test_recomputing_gives_the_same_bits() -> None:
+    model = block()
+    effkernels.optimize_(model, mode="training")
+    other, x = copy.deepcopy(model), images(3, 9, 11, 8)
+    set_recompute(other, "expand")
+    assert torch.equal(step(model, x), step(other, x))
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def block(**options: object) -> nn.Module:

@@ -102,6 +102,7 @@ def set_recompute(model: nn.Module, recompute: str | None) -> None:
     """Choose what the fused blocks of `model` save for the backward.
 
     Args:
+        model: of `create_model`, or one that `optimize_(model, mode="training")` has changed.
         recompute: None saves the block's input and the tensors before its norms; "expand" leaves out the expanded one
             and computes it again by one more 1x1 convolution.
 
@@ -114,6 +115,8 @@ def set_recompute(model: nn.Module, recompute: str | None) -> None:
     for module in model.modules():
         if _is_block(module):
             module.recompute = recompute
+        elif hasattr(type(module), "_effkernels_set_recompute"):  # a block that `optimize_` runs fused
+            module._effkernels_set_recompute(recompute)
 
 
 class Chain(NamedTuple):

@@ -69,6 +69,11 @@ class _Swapped:
     _effkernels_programs = {}  # type: ignore[var-annotated] # noqa: RUF012  for an instance that somebody's code makes of the class
     _effkernels_training = {}  # type: ignore[var-annotated] # noqa: RUF012  as above, and for a module without any
 
+    def _effkernels_set_recompute(self, recompute: Any) -> None:
+        """Choose what the programs for training save, for `effkernels.nn.set_recompute`."""
+        for program in self._effkernels_training.values():
+            program.recompute = recompute
+
     def __prepare_scriptable__(self) -> Any:
         """Return what torch.jit.script compiles instead of this module: the same without programs."""
         from effkernels.optimize.twins import Twins

@@ -84,12 +84,14 @@ class TrainingProgram:
         recipe: what it is made of.
         plain: the program for eval mode, whose arguments it shares.
         guard: which has the modules, and declines where they are not what they were.
+        recompute: as of `effkernels.nn.set_recompute`, which sets it.
     """
 
-    def __init__(self, recipe: Recipe, plain: Program, guard: Guard) -> None:
+    def __init__(self, recipe: Recipe, plain: Program, guard: Guard, recompute: str | None = None) -> None:
         self.recipe = recipe
         self.plain = plain
         self.guard = guard
+        self.recompute = recompute
 
     def run(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
         """Return the result of a call; None where the original forward has to run."""
@@ -118,7 +120,7 @@ class TrainingProgram:
         residual = self.recipe.residual
         active = [drop for drop in drops if drop.training and type(drop) is not nn.Identity]
         joins = residual and dtype == x.dtype and not active and not rate
-        y = _like(train_chain(chain, x, padding, dtype, joins, None), x)
+        y = _like(train_chain(chain, x, padding, dtype, joins, None, self.recompute), x)
         for drop in active:
             y = drop(y)
         if rate and residual:
@@ -126,7 +128,7 @@ class TrainingProgram:
         return x + y if residual and not joins else y
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return TrainingProgram, (self.recipe, self.plain, self.guard)
+        return TrainingProgram, (self.recipe, self.plain, self.guard, self.recompute)
 
 
 def training_program(method: Method, plain: Program) -> TrainingProgram:
