@@ -22,7 +22,6 @@ from effkernels.commands.common import (
     UsageError,
     add_device,
     add_json,
-    check_models,
     device_of,
     positive,
     writing,
@@ -68,7 +67,6 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.list_contenders:
         _print_contenders(str(device), arguments.model[0])
         return 0
-    check_models(arguments.model)
     results = _results_file(arguments.results_file)
     contenders = _known_contenders(arguments.contender, device)
     threads = arguments.threads or torch.get_num_threads()
