@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from effkernels.models.sources import ModelSource
+from effkernels.models.sources import ModelSource, unwrapped
 from effkernels.optimize import Report, optimize_
 from effkernels.optimize.twins import Twins
 
@@ -26,7 +26,7 @@ def fused_on_meta(
     Raises:
         ValueError, ImportError, OSError: as of `ModelSource.build`.
     """
-    model = source.build()
+    model = unwrapped(source.build())
     report = optimize_(model, input_size=input_size)
 
     def without_memory(tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from effkernels.commands.common import (
     reading,
 )
 from effkernels.export import FORMATS, Exported, ExportError, export_model
-from effkernels.models.sources import ModelSource
+from effkernels.models.sources import ModelSource, unwrapped
 from effkernels.optimize import optimize_
 
 TEXT = "Export a network to a file that runs without this package, and check that it computes the same."
@@ -67,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     model = _model(source, arguments)
     # What is not ours calls the fused operators only after optimize_; an ONNX file has none of them.
     if not source.is_own and not FORMATS[arguments.format].on_reference:
-        report = optimize_(model)
+        report = optimize_(unwrapped(model))
         console.note(f"export: optimize_ fused {report.fused} of {len(report.blocks)} blocks of {arguments.model}")
     try:
         exported = export_model(

@@ -27,7 +27,7 @@ from effkernels.commands.common import (
 )
 from effkernels.files import printable
 from effkernels.models import EfficientNet
-from effkernels.models.sources import ModelSource
+from effkernels.models.sources import ModelSource, unwrapped
 
 TEXT = "Classify photographs."
 
@@ -168,7 +168,7 @@ def _fused_classes(model: nn.Module, img_size: int, name: str) -> int:
     Raises:
         UsageError: it takes no photographs, or returns no logits.
     """
-    effkernels.optimize_(model, input_size=(3, img_size, img_size))
+    effkernels.optimize_(unwrapped(model), input_size=(3, img_size, img_size))
     try:
         with torch.inference_mode():
             logits = model(torch.zeros(1, 3, img_size, img_size))

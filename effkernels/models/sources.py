@@ -51,6 +51,11 @@ class LogitsOnly(nn.Module):
         return self.model(images).logits  # type: ignore[no-any-return]
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that `optimize_` and `load_state_dict` are for: what `LogitsOnly` holds, any other as it is."""
+    return model.model if isinstance(model, LogitsOnly) else model
+
+
 @dataclass(frozen=True)
 class ModelSource:
     """A model that a text names.
@@ -99,7 +104,7 @@ class ModelSource:
         if self.is_own:
             return load_checkpoint(self.text, checkpoint).eval()
         model = self.make(False)
-        load_weights(model.model if isinstance(model, LogitsOnly) else model, checkpoint)
+        load_weights(unwrapped(model), checkpoint)
         return model.eval()
 
     def preprocessing(self, img_size: int | None = None) -> Preprocessing:
