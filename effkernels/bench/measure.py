@@ -22,6 +22,15 @@ WRONG = 10
 
 
 @dataclass(frozen=True)
+class Refusal:
+    """A contender that was asked for and did not run, and why, in one line."""
+
+    contender: str
+    case: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Options:
     """Options of a measurement.
 

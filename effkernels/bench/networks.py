@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,7 +15,7 @@ from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
 from effkernels.bench.contenders import CONTENDERS, NetworkCase, ReadyContender, plain_network, to_tensor
-from effkernels.bench.measure import WRONG, Options, measure
+from effkernels.bench.measure import WRONG, Options, Refusal, measure
 from effkernels.bench.peak_memory import peak_memory
 from effkernels.bench.timing import Row
 from effkernels.models.sources import find_model, input_size_of_source
@@ -26,15 +25,6 @@ __all__ = ["Interrupted", "Options", "Refusal", "case_name", "model_size", "netw
 
 # Images whose logits are compared; the float64 reference is slow, and a batch repeats the same work.
 _PARITY_IMAGES = 4
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """A contender that was asked for and did not run, and why, in one line."""
-
-    contender: str
-    case: str
-    reason: str
 
 
 class Interrupted(KeyboardInterrupt):
