@@ -164,10 +164,13 @@ def run_case(
         all_ready: dict[str, ReadyContender] = {}
         parity: dict[str, float] = {}
         refusals = []
+        title = f"{case_name(case)}, batch {case.batch}"
+        if case.numbers.name != "float32":
+            title += f", {case.numbers.name}"
 
         def line(name: str, times: Sequence[float], what: str) -> str:
             median = timing.summarise(times).median_us / 1e3
-            return f"{case_name(case)}, batch {case.batch}: {all_ready[name].label}: {what} {median:.2f} ms"
+            return f"{title}: {all_ready[name].label}: {what} {median:.2f} ms"
 
         for name in contenders:
             prepared = _prepare(name, case)
@@ -192,7 +195,7 @@ def run_case(
                 case.torch_device,
                 options,
                 advance=advance,
-                report=lambda text: report(f"{case_name(case)}, batch {case.batch}: {text}"),
+                report=lambda text: report(f"{title}: {text}"),
             )
         rows = []
         for name, ready in all_ready.items():
