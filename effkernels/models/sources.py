@@ -271,7 +271,7 @@ def _of_torchvision(text: str, name: str) -> ModelSource:
             return Preprocessing(img_size or DEFAULT_SIZE)
         size = transform.crop_size[0]
         return Preprocessing(
-            img_size or size, size / transform.resize_size[0], transform.interpolation.value,
+            img_size or size, _share(size, transform.resize_size[0]), transform.interpolation.value,
             tuple(transform.mean), tuple(transform.std),
         )  # fmt: skip
 
@@ -355,8 +355,10 @@ def _preprocessing_of(found: dict[str, Any], img_size: int | None, default: int)
     mean, std = tuple(found.get("image_mean") or own.mean), tuple(found.get("image_std") or own.std)
     if found.get("include_top"):  # transformers' EfficientNet divides by it twice, as the network was trained
         std = tuple(value * value for value in std)
-    share = min(1.0, size / resized) if crops and size and resized else (1.0 if size else own.crop_pct)
-    share = min(1.0, found.get("crop_pct") or share)  # ConvNeXT's name for it
+    share = own.crop_pct if size is None else 1.0
+    if crops and size and resized and size <= resized:
+        share = _share(size, resized)
+    share = found.get("crop_pct") or share  # ConvNeXT's name for it
     keeps_ratio = crops or (isinstance(found.get("size"), dict) and "shortest_edge" in found["size"])
     return Preprocessing(
         img_size or size or default, share, _RESAMPLINGS.get(found.get("resample", 3), "bicubic"), mean, std,
@@ -429,9 +431,7 @@ def _run_file(text: str, file: str) -> ModuleType:
         spec.loader.exec_module(module)
     except Exception as error:  # anybody's code
         del sys.modules[name]
-        raise ValueError(
-            f"{printable(text)}: running the file: {type(error).__name__}: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"{printable(text)}: its file raised {type(error).__name__}: {_first_line(error)}") from error
     finally:
         sys.path.remove(str(path.parent))
     return module
@@ -453,6 +453,11 @@ def input_size_of_source(source: ModelSource, model: nn.Module | None = None) ->
         return stated
     first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
     return (3 if first is None else first.in_channels), DEFAULT_SIZE, DEFAULT_SIZE
+
+
+def _share(crop: int, resized: int) -> float:
+    """Return the `crop_pct` for which exactly `resized` pixels come out: half a pixel more, which is rounded down."""
+    return crop / (resized + 0.5)
 
 
 def _no_weights(text: str, error: BaseException) -> Exception:
