@@ -22,7 +22,6 @@ from effkernels.models.sources import (
     ModelSource,
     find_model,
     input_size_of_source,
-    is_foreign,
     unwrapped,
 )
 
@@ -96,7 +95,7 @@ class TestForms:
     def test_libraries(self, text: str, library: str, size: tuple[int, int, int], classes: int) -> None:
         source = find_model(text)
         assert (source.library, source.input_size, source.text) == (library, size, text)
-        assert is_foreign(text) == (library != "effkernels") == (not source.is_own)
+        assert source.is_own == (library == "effkernels")
         model = source.build()
         assert not model.training
         assert logits(source, model).shape == (2, classes)
@@ -105,7 +104,6 @@ class TestForms:
         source = find_model(f"{file}:small")
         model = source.build()
         assert source.library == "file"
-        assert is_foreign(source.text)
         assert input_size_of_source(source) == (3, 224, 224)
         assert logits(source, model).shape == (2, 7)
         assert isinstance(pickle.loads(pickle.dumps(model)), type(model))
@@ -269,6 +267,7 @@ class TestPreprocessing:
 
     def test_hugging_face(self, folder: Path) -> None:
         transformers = import_transformers()
+        image = self.image.resize((300, 300))  # the middle of a crop is rounded differently where it is half a pixel
         for processor in (
             transformers.ConvNextImageProcessor(size={"shortest_edge": 64}),
             transformers.EfficientNetImageProcessor(size={"height": 96, "width": 96}, resample=3),
@@ -277,11 +276,10 @@ class TestPreprocessing:
             processor.save_pretrained(folder)
             find_model.cache_clear()
             ours = find_model(f"hf:{folder}").preprocessing()
-            theirs = processor(self.image, return_tensors="pt")["pixel_values"][0]
+            theirs = processor(image, return_tensors="pt")["pixel_values"][0]
             assert (ours.img_size,) * 2 == tuple(theirs.shape[1:])
-            mean, std = (torch.tensor(values)[:, None, None] for values in (ours.mean, ours.std))
-            pixels = ours(self.image) * std + mean, theirs * std + mean
-            assert (pixels[0] - pixels[1]).abs().mean() < 0.02, "the same picture, up to the way of resizing"
+            std = torch.tensor(ours.std)[:, None, None]
+            assert ((ours(image) - theirs) * std).abs().max() <= 1.01 / 255 / min(ours.std) * max(ours.std)
 
     def test_another_size(self, file: Path) -> None:
         assert find_model(f"{file}:small").preprocessing(96).img_size == 96

@@ -54,7 +54,7 @@ def gpu_state(device: torch.device, nvml: Any) -> tuple[dict[str, float], set[st
     """Return clocks, temperature and power of a GPU, and why its clock is held back; what NVML refuses is absent."""
     found: dict[str, float] = {}
     reasons: set[str] = set()
-    with contextlib.suppress(nvml.NVMLError):
+    with contextlib.suppress(nvml.NVMLError, AttributeError):
         handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode())
         read: dict[str, Callable[[], float]] = {
             "sm_mhz": lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
@@ -63,12 +63,12 @@ def gpu_state(device: torch.device, nvml: Any) -> tuple[dict[str, float], set[st
             "power_w": lambda: nvml.nvmlDeviceGetPowerUsage(handle) / 1e3,
         }
         for name, value in read.items():
-            with contextlib.suppress(nvml.NVMLError):
+            with contextlib.suppress(nvml.NVMLError, AttributeError):
                 found[name] = round(value())
         # NVML calls them event reasons since its version 12, and throttle reasons before.
         ask = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None)
         ask = ask or nvml.nvmlDeviceGetCurrentClocksThrottleReasons
-        with contextlib.suppress(nvml.NVMLError):
+        with contextlib.suppress(nvml.NVMLError, AttributeError):
             bits = ask(handle)
             reasons = {reason for bit, reason in _THROTTLING.items() if bits & bit}
     return found, reasons

@@ -154,9 +154,8 @@ class Settings:
             return tuple(known)
         for name in self.contenders:
             if name not in known:
-                raise ValueError(
-                    f"--contender {name}: not known in the suite {suite}; allowed: all, {', '.join(known)}"
-                )
+                where = "" if suite == "model" else f" in the suite {suite}"
+                raise ValueError(f"--contender {name}: not known{where}; allowed: all, {', '.join(known)}")
         return tuple(dict.fromkeys(self.contenders))
 
 

@@ -148,11 +148,6 @@ def find_model(text: str) -> ModelSource:
     )  # fmt: skip
 
 
-def is_foreign(text: str) -> bool:
-    """Return whether a text has the form of another library's model, or of a user's own function."""
-    return text.partition(":")[0] in _LIBRARIES or ".py:" in text or text.endswith(".py")
-
-
 def load_weights(model: nn.Module, file: str | Path) -> None:
     """Load a checkpoint file of a model's own state dict into it, in place.
 
@@ -443,11 +438,19 @@ def _run_file(text: str, file: str) -> ModuleType:
 def input_size_of_source(source: ModelSource, model: nn.Module | None = None) -> tuple[int, int, int]:
     """Return the (channels, height, width) of a source's images; a model of a file is built for it if it is not given.
 
-    `DEFAULT_SIZE` square, three channels, where nobody says.
+    `DEFAULT_SIZE` square, with the channels of the first convolution, where nobody says.
     """
     if source.input_size is not None:
         return source.input_size
-    model = source.make(False) if model is None else model
+    return _stated_size(source) if model is None else _stated_by(model)
+
+
+@functools.lru_cache(maxsize=16)
+def _stated_size(source: ModelSource) -> tuple[int, int, int]:
+    return _stated_by(source.build())
+
+
+def _stated_by(model: nn.Module) -> tuple[int, int, int]:
     stated = stated_input_size(model)
     if stated is not None:
         return stated
