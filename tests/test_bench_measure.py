@@ -109,7 +109,7 @@ class TestMeasure:
         assert clock.turns == 2
         assert measured.fields("a")["steady"] is True
         assert measured.fields("a")["attempts"] == 2
-        assert lines == ["the machine's own speed drifted by 50%: measured again"]
+        assert lines == ["the machine's own speed drifted by 50.0%: measured again"]
         assert len(turns) == 10, "the second attempt does not move the progress bar past its end"
 
     def test_a_drift_that_stays_is_flagged(self, clock: SimpleNamespace) -> None:

@@ -118,7 +118,7 @@ def measure(
     """
     measured = _attempt(runs, device, options, 1, advance)
     if measured.drift is not None and measured.drift > LARGEST_DRIFT:
-        report(f"the machine's own speed drifted by {measured.drift:.0%}: measured again")
+        report(f"the machine's own speed drifted by {measured.drift:.1%}: measured again")
         measured = _attempt(runs, device, options, 2, lambda name: None)
     return measured
 
