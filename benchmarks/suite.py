@@ -8,23 +8,21 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import cases
-from effkernels import console, environment, ops
+from effkernels import console, environment
 from effkernels.bench import timing
 from effkernels.bench.contenders import CONTENDERS
 from effkernels.bench.networks import Options, case_name, run_case, steps
-from effkernels.bench.op_timing import copied
+from effkernels.bench.op_cases import CONTENDERS as CONTENDERS_OF_OPS
+from effkernels.bench.op_cases import dtype_name, measure_op
 from effkernels.bench.timing import Row
 from effkernels.commands.common import UsageError, device_of, positive
-from effkernels.ops import backends, reference
-from effkernels.ops.call import OpCall, in_float64, input_of, prepared, run
-from effkernels.ops.parity import errors
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SUITES = ("overhead", "op", "model")
@@ -63,43 +61,14 @@ class Suite:
         for batch in cases.OP_BATCHES[self.device.type]:
             for call in cases.op_calls(batch):
                 for dtype in cases.OP_DTYPES[self.device.type]:
-                    console.note(f"op {call}, {_name(dtype)}")
-                    self._append(self._op_rows(call, dtype))
-
-    def _op_rows(self, call: OpCall, dtype: torch.dtype) -> list[Row]:
-        torch._dynamo.reset()
-        arguments = call.arguments(dtype, self.device)
-        modules = {f"effkernels-{_backend_of(call, arguments)}": ops, "eager": reference}
-        modules["compile"] = _Compiled(call.op)
-        truth = run(reference, call.op, in_float64(call.arguments(dtype)))
-        size = call.bytes_moved(dtype)
-        copies = timing.input_count(size, environment.last_level_cache_bytes(self.device))
-        runs: dict[str, timing.Run] = {}
-        parity = {}
-        with torch.inference_mode():
-            for name, module in modules.items():
-                calls = [prepared(module, call.op, copied(arguments)) for _ in range(copies)]
-                results = calls[0]()
-                parity[name] = max(errors(got, true).l2 for got, true in zip(results, truth, strict=True))
-                runs[name] = lambda number, calls=calls: calls[number % len(calls)]()  # type: ignore[misc]
-            times = timing.time_in_turns(
-                runs, device=self.device, warmup=self.options.warmup, rounds=self.options.rounds
-            )
-        return [
-            timing.make_row(
-                timing.summarise(times[name]),
-                suite="op",
-                case=str(call),
-                contender=name,
-                device=self.device_name,
-                dtype=_name(dtype),
-                batch=call.batch,
-                date=self.date,
-                rel_error=parity[name],
-                bytes=size,
-            )
-            for name in modules
-        ]
+                    console.note(f"op {call}, {dtype_name(dtype)}")
+                    rows, refusals = measure_op(
+                        call, dtype, list(CONTENDERS_OF_OPS), self.device, self.options, threads=self.threads,
+                        date=self.date,
+                    )  # fmt: skip
+                    self._append(rows)
+                    for refusal in refusals:
+                        console.note(f"  {refusal.contender}: {refusal.reason}")
 
     def overhead(self) -> None:
         """The cost of one call of an operator with next to no work."""
@@ -129,23 +98,8 @@ class Suite:
         )
 
 
-class _Compiled:
-    """The reference of one operator under torch.compile, in place of a module that holds it."""
-
-    def __init__(self, op: str) -> None:
-        setattr(self, op, torch.compile(getattr(reference, op), dynamic=False))
-
-
 def _ignoring_number(call: Callable[[], object]) -> timing.Run:
     return lambda number: call()
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _backend_of(call: OpCall, arguments: Mapping[str, Any]) -> str:
-    return backends.choose(call.op, input_of(arguments), arguments.get("weight"))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,5 +1,5 @@
-"""The command line: ``effkernels info | check | bench | predict | explain | tune | convert | export | scale | search |
-cam | train``.
+"""The command line: ``effkernels info | check | bench | compare | predict | explain | tune | convert | export | scale |
+search | cam | train``.
 
 Flags have timm's names if it has them.
 """
@@ -15,7 +15,21 @@ from typing import NoReturn, Protocol
 
 import effkernels
 from effkernels import console
-from effkernels.commands import bench, cam, check, convert, explain, export, info, predict, scale, search, train, tune
+from effkernels.commands import (
+    bench,
+    cam,
+    check,
+    compare,
+    convert,
+    explain,
+    export,
+    info,
+    predict,
+    scale,
+    search,
+    train,
+    tune,
+)
 from effkernels.commands.common import UsageError
 from effkernels.files import printable_lines
 
@@ -36,6 +50,7 @@ COMMANDS: dict[str, Command] = {
     "info": info,
     "check": check,
     "bench": bench,
+    "compare": compare,
     "predict": predict,
     "explain": explain,
     "tune": tune,

@@ -20,7 +20,7 @@ from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
 from effkernels.bench.contenders import CONTENDERS, Contender, NetworkCase, ReadyContender
-from effkernels.bench.networks import Options, run_case, steps
+from effkernels.bench.networks import Options, network_case, run_case, steps
 from effkernels.bench.op_timing import copied
 from effkernels.bench.peak_memory import measure_here, peak_memory
 from effkernels.bench.precision import PRECISIONS, Precision
@@ -31,9 +31,11 @@ from effkernels.ops.call import OpCall, tensors
 FIELDS = [
     "suite", "case", "contender", "device", "dtype", "batch", "median_us", "p95_us", "p99_us", "images_per_s",
     "peak_bytes", "rel_error", "floor_us", "bytes", "launches", "commit", "dirty", "date", "versions",
+    "name", "rounds", "round_low_us", "round_high_us", "spread", "host_us", "calibration", "drift", "steady",
+    "attempts", "machine",
 ]  # fmt: skip
 SMALL = NetworkCase("efficientnet_b0", 32, 1, threads=1)
-QUICK = Options(warmup=1, rounds=2, memory=False)
+QUICK = Options(warmup=1, rounds=2, memory=False, calibrate=False)
 
 
 def make_row(**changes: object) -> Row:
@@ -149,6 +151,12 @@ class TestRows:
         assert file.read_text().startswith(before)
         assert timing.read_rows(file) == [first, second]
 
+    def test_rows_from_before_the_later_fields_are_read(self, tmp_path: Path) -> None:
+        row = make_row(name="effkernels", spread=0.1)
+        values = {name: value for name, value in json.loads(row.to_json()).items() if name in FIELDS[:19]}
+        (tmp_path / "old.jsonl").write_text(json.dumps(values) + "\n")
+        assert timing.read_rows(tmp_path / "old.jsonl") == [make_row()]
+
     @pytest.mark.parametrize("line", ["no json", "{}", "[1]"])
     def test_damaged_file_names_the_line(self, tmp_path: Path, line: str) -> None:
         file = tmp_path / "rows.jsonl"
@@ -259,6 +267,21 @@ class TestContenders:
         assert reason is not None
         assert reason.startswith("not available: pip install ")
         assert "openvino" in reason
+
+    @pytest.mark.parametrize("model", ["timm:mobilenetv3_small_050", "torchvision:mobilenet_v2", "hf:mobilenet_v2"])
+    def test_models_of_other_libraries(self, model: str) -> None:
+        library = model.partition(":")[0]
+        case = network_case(model, 1, img_size=32)
+        names = ["effkernels", "optimized", "engine", "eager", "timm"]
+        rows, refusals = run_case(case, names, QUICK, date="now")
+        for row in rows:
+            assert row.case == f"{model}@32"
+            assert library in row.contender
+            assert row.rel_error is not None
+            assert 0 < row.rel_error < 1e-3
+        refused = [refusal.contender for refusal in refusals]
+        assert refused == (["effkernels"] if library == "timm" else ["effkernels", "timm"])
+        assert refusals[0].reason == f"runs this package's own networks; optimized and engine run {model}"
 
     def test_models_nobody_else_has(self) -> None:
         reason = CONTENDERS["torchvision"].unavailable(dataclasses.replace(SMALL, model="tf_efficientnet_b0"))

@@ -134,7 +134,7 @@ def gains(times: Mapping[str, Sequence[float]], rounds: int) -> dict[str, Gain]:
     Args:
         times: of calls, in the order of `benchmark.time_in_turns`, which has as many of a contender in every round.
     """
-    by_round = {name: _round_medians(samples, rounds) for name, samples in times.items()}
+    by_round = {name: timing.round_medians(samples, rounds) for name, samples in times.items()}
     default = by_round[DEFAULT]
     twins = [abs(again / first - 1) for first, again in zip(default, by_round[AGAIN], strict=True)]
     noise = max(LEAST_NOISE, statistics.quantiles(twins, n=4)[2] if len(twins) > 1 else twins[0])
@@ -142,11 +142,6 @@ def gains(times: Mapping[str, Sequence[float]], rounds: int) -> dict[str, Gain]:
         name: Gain(statistics.median(own / first for own, first in zip(medians, default, strict=True)), noise)
         for name, medians in by_round.items()
     }
-
-
-def _round_medians(samples: Sequence[float], rounds: int) -> list[float]:
-    each = max(1, len(samples) // rounds)
-    return [statistics.median(samples[first : first + each]) for first in range(0, each * rounds, each)]
 
 
 class Tuner:

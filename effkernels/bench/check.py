@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import copy
 import functools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 import effkernels
 from effkernels import _library, ops
+from effkernels.bench.samples import draw_weights_
 from effkernels.models import EfficientNet
 from effkernels.ops import backends, reference
 from effkernels.ops.call import DEPTHWISE_OPS, OpCall, in_float64, run
@@ -84,43 +83,18 @@ def check_op(call: OpCall, backend: str, dtype: torch.dtype, device: torch.devic
     return Finding(str(call), backend, _name(dtype), ok, error_size, limit)
 
 
-def _set_statistics(norm: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
-    """Give a batch norm random parameters that bring the input it is about to see to a size of about 1."""
-    assert isinstance(norm, torch.nn.BatchNorm2d)
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    size = inputs[0].square().mean((0, 2, 3)).sqrt()
-    norm.running_mean.normal_(0, 0.1).mul_(size)
-    norm.running_var.uniform_(0.8, 1.2).mul_(size.square())
-    norm.weight.uniform_(0.8, 1.2)
-    norm.bias.normal_(0, 0.1)
-
-
 @functools.lru_cache(maxsize=2)
 def sample_model(name: str, seed: int = 0) -> EfficientNet:
-    """Return a float32 model on the CPU, in eval mode, with random weights whose activations have a realistic size.
+    """Return a float32 model on the CPU, in eval mode, with the random weights of `samples.draw_weights_`.
 
-    In a freshly initialised network, whose norms have statistics of 0 and 1, the signal dies out on the way, and then
-    every implementation agrees. So each norm gets its statistics from what reaches it in one pass over noise. They
-    are root mean squares: dividing by the small standard deviations of noise would make a network that multiplies
-    every rounding error a thousandfold. So would squeeze-and-excitation with the usual initialisation, by fan-out:
-    its gates would be open or shut. The result is shared: do not change it.
+    The result is shared: do not change it.
     """
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.default_generator.manual_seed(seed)
         model = effkernels.create_model(name).eval()
         assert isinstance(model, EfficientNet)
-        for module in model.modules():
-            if isinstance(module, torch.nn.Conv2d):
-                module.weight.normal_(0, 1 / math.sqrt(module.weight[0].numel()))
-                if module.bias is not None:
-                    module.bias.normal_(0, 0.1)
-        norms = [module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d)]
-        hooks = [norm.register_forward_pre_hook(_set_statistics) for norm in norms]
         with effkernels.backend("reference"):
-            model(torch.randn(4, 3, 192, 192))
-        for hook in hooks:
-            hook.remove()
+            draw_weights_(model, 3, 192)
     return model
 
 

@@ -1,9 +1,9 @@
 """Whole networks in every form worth comparing, all with the same small interface.
 
-A contender says in one line why it is not available, or prepares a `ReadyContender` for a case. All of them get the
-same weights, those of ``check.sample_model``. "The plain network" is the same architecture out of ordinary PyTorch
-modules: timm's where timm is installed, otherwise this package's with every operator on the reference backend; the
-label names which one ran.
+All of them get the same weights. "The plain network" is the architecture out of ordinary PyTorch modules. For one of
+this package's networks it is timm's where timm is installed, otherwise this package's with every operator on the
+reference backend, with the weights of ``check.sample_model``; for any other model it is that model, with the weights of
+``samples.sample_foreign``. The label names which one ran.
 """
 
 from __future__ import annotations
@@ -17,103 +17,23 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 import effkernels
 from effkernels import _library
 from effkernels.bench.check import sample_model
-from effkernels.bench.precision import Precision
+from effkernels.bench.network_case import Contender, NetworkCase, ReadyContender
+from effkernels.bench.samples import sample_foreign
 from effkernels.models import peers
 from effkernels.models.layouts import TIMM, TORCHVISION, translation
+from effkernels.models.sources import unwrapped
 from effkernels.ops import backends
 
-
-@dataclass(frozen=True)
-class NetworkCase:
-    """The model, input and settings of a run. ``channels_last`` is for contenders that do not decide it."""
-
-    model: str
-    img_size: int
-    batch: int
-    precision: str = "float32"
-    device: str = "cpu"
-    threads: int = 1
-    channels_last: bool = False
-    seed: int = 0
-
-    @property
-    def torch_device(self) -> torch.device:
-        return torch.device(self.device)
-
-    @property
-    def numbers(self) -> Precision:
-        """The precision as dtypes."""
-        return Precision.of(self.precision, self.torch_device.type)
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def images(self, number: int) -> Tensor:
-        """Input number ``number``: float32 noise, (batch, 3, img_size, img_size), on the CPU.
-
-        The tensor is shared: do not change it.
-        """
-        return _noise(self.batch, self.img_size, number)
-
-
-@functools.lru_cache(maxsize=2)  # every contender asks for the same ones, and a large batch takes a second to draw
-def _noise(batch: int, size: int, number: int) -> Tensor:
-    generator = torch.Generator().manual_seed(1000 + number)
-    return torch.randn(batch, 3, size, size, generator=generator)
-
-
-@dataclass(frozen=True)
-class ReadyContender:
-    """A contender ready to run a case.
-
-    Attributes:
-        label: the name for tables and rows; says which implementation ran where there are several.
-        convert: brings a float32 NCHW batch on the CPU into the contender's own input type, device, dtype and layout.
-        run: one call; everything in it is timed.
-        packages: distributions whose version decides the speed, besides torch and triton.
-        compiles: preparing and the first calls compile; the compiler's own memory is not what inference needs.
-    """
-
-    label: str
-    convert: Callable[[Tensor], Any]
-    run: Callable[[Any], Any]
-    packages: tuple[str, ...] = ()
-    compiles: bool = False
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A name on the command line, a line of description, the devices it is for, and how to get it.
-
-    ``missing`` returns why the contender cannot run a case, None if it can; ``prepare`` is called only then.
-    ``needs`` are the packages besides torch without which it cannot run.
-    """
-
-    name: str
-    description: str
-    devices: tuple[str, ...]
-    missing: Callable[[NetworkCase], str | None]
-    prepare: Callable[[NetworkCase], ReadyContender]
-    needs: tuple[str, ...] = ()
-
-    def not_installed(self) -> tuple[str, ...]:
-        """Return the packages of ``needs`` that are not installed."""
-        return tuple(package for package in self.needs if importlib.util.find_spec(package) is None)
-
-    def unavailable(self, case: NetworkCase) -> str | None:
-        """Return why this contender cannot run the case, in one line, or None."""
-        if case.torch_device.type not in self.devices:
-            return f"only for {' and '.join(self.devices)}, not {case.torch_device.type}"
-        return self.missing(case)
+__all__ = ["CONTENDERS", "Contender", "NetworkCase", "ReadyContender", "plain_network", "to_tensor"]
 
 
 # ------------------------------------------------------------------------------------------- PyTorch modules
@@ -179,6 +99,10 @@ def _timm_missing(case: NetworkCase) -> str | None:
 
 def plain_network(case: NetworkCase) -> tuple[nn.Module, str, tuple[str, ...]]:
     """Return the plain network with the case's weights, the name of its source, and the packages it comes from."""
+    source = case.source
+    if not source.is_own:
+        model = sample_foreign(case.model, case.channels, case.img_size, case.seed)
+        return copy.deepcopy(model), source.library, source.packages
     if _timm_missing(case) is None:
         return _timm_model(case), "timm", ("timm",)
     return _OnReference(copy.deepcopy(sample_model(case.model, case.seed))), "reference", ()
@@ -191,11 +115,17 @@ def _effkernels_backend(case: NetworkCase) -> str:
     return backends.choose("depthwise_bn_act_gate", x, weight, activation="silu")
 
 
-def _effkernels_missing(case: NetworkCase) -> str | None:
+def _kernels_missing(case: NetworkCase) -> str | None:
     if _effkernels_backend(case) == "reference":
         reason = _library.load_error() or "no kernel takes this device and dtype (see: effkernels info)"
         return f"not available: {reason}"
     return None
+
+
+def _effkernels_missing(case: NetworkCase) -> str | None:
+    if not case.source.is_own:
+        return f"runs this package's own networks; optimized and engine run {case.model}"
+    return _kernels_missing(case)
 
 
 def _effkernels(case: NetworkCase) -> ReadyContender:
@@ -204,13 +134,15 @@ def _effkernels(case: NetworkCase) -> ReadyContender:
 
 
 def _optimized_missing(case: NetworkCase) -> str | None:
-    return _effkernels_missing(case) or _timm_missing(case)
+    return _kernels_missing(case) or (_timm_missing(case) if case.source.is_own else None)
 
 
 def _optimized(case: NetworkCase) -> ReadyContender:
-    model = _timm_model(case).to(case.torch_device, case.numbers.dtype)
-    effkernels.optimize_(model, strict=True)
-    return _ready_module("optimized (timm)", case, model, channels_last=case.channels_last, packages=("timm",))
+    model, source, packages = plain_network(case)
+    model = unwrapped(model).to(case.torch_device, case.numbers.dtype)
+    # Of another library's model a part may well stay as it is.
+    effkernels.optimize_(model, strict=case.source.is_own, input_size=case.input_size)
+    return _ready_module(f"optimized ({source})", case, model, channels_last=case.channels_last, packages=packages)
 
 
 def _engine_missing(case: NetworkCase) -> str | None:
@@ -221,16 +153,17 @@ def _engine_missing(case: NetworkCase) -> str | None:
 
 def _engine(case: NetworkCase) -> ReadyContender:
     """As a user has it: what goes in is copied, what comes out is the caller's."""
+    model, source, packages = plain_network(case)
     engine = effkernels.InferenceEngine(
-        _timm_model(case), dtype=case.numbers.dtype, device=case.torch_device,
-        batch_sizes=(case.batch,), input_size=case.img_size,
+        unwrapped(model), dtype=case.numbers.dtype, device=case.torch_device, batch_sizes=(case.batch,),
+        input_size=case.input_size,
     )  # fmt: skip
     (bucket,) = engine.report.buckets
 
     def convert(images: Tensor) -> Tensor:
         return images.to(case.torch_device, case.numbers.dtype).to(memory_format=_layout(case.channels_last))
 
-    return ReadyContender(f"engine, {bucket.runner} (timm)", convert, engine.run, ("timm",))
+    return ReadyContender(f"engine, {bucket.runner} ({source})", convert, engine.run, packages)
 
 
 def _eager(case: NetworkCase, channels_last: bool) -> ReadyContender:
@@ -239,7 +172,21 @@ def _eager(case: NetworkCase, channels_last: bool) -> ReadyContender:
     return _ready_module(f"{name} ({source})", case, model, channels_last=channels_last, packages=packages)
 
 
+def _as_it_comes_missing(library: str, own: Callable[[NetworkCase], str | None], case: NetworkCase) -> str | None:
+    """Return why a library's unchanged model cannot run: ``own`` for one of this package's networks."""
+    if case.source.is_own:
+        return own(case)
+    return None if case.source.library == library else f"{case.model} is not one of {library}'s models"
+
+
+def _foreign(case: NetworkCase) -> ReadyContender:
+    model, source, packages = plain_network(case)
+    return _ready_module(source, case, model, channels_last=case.channels_last, packages=packages)
+
+
 def _timm(case: NetworkCase) -> ReadyContender:
+    if not case.source.is_own:
+        return _foreign(case)
     return _ready_module("timm", case, _timm_model(case), channels_last=case.channels_last, packages=("timm",))
 
 
@@ -256,6 +203,8 @@ def _torchvision_missing(case: NetworkCase) -> str | None:
 
 
 def _torchvision(case: NetworkCase) -> ReadyContender:
+    if not case.source.is_own:
+        return _foreign(case)
     peers.import_torchvision()
     source = sample_model(case.model, case.seed)
     names = translation(TIMM, TORCHVISION, source.architecture)
@@ -339,9 +288,9 @@ def _packages_missing(name: str) -> str | None:
 
 
 @functools.lru_cache(maxsize=1)
-def _onnx_model(model: str, img_size: int, batch: int, seed: int) -> tuple[bytes, str, tuple[str, ...]]:
+def _onnx_model(model: str, channels: int, img_size: int, batch: int, seed: int) -> tuple[bytes, str, tuple[str, ...]]:
     """Return the plain network as an ONNX file in memory, with static shapes, which both runtimes optimise best."""
-    case = NetworkCase(model, img_size, batch, seed=seed)
+    case = NetworkCase(model, img_size, batch, seed=seed, channels=channels)
     network, source, packages = plain_network(case)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the exporter's own deprecations, nothing that a reader could act on
@@ -358,7 +307,7 @@ def _onnxruntime_missing(case: NetworkCase) -> str | None:
 
 def _onnxruntime(case: NetworkCase) -> ReadyContender:
     onnxruntime = importlib.import_module("onnxruntime")
-    content, source, packages = _onnx_model(case.model, case.img_size, case.batch, case.seed)
+    content, source, packages = _onnx_model(case.model, case.channels, case.img_size, case.batch, case.seed)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = case.threads
     # Its threads otherwise spin for a while after a call and take the cores from whoever has the next turn.
@@ -368,7 +317,7 @@ def _onnxruntime(case: NetworkCase) -> ReadyContender:
     return ReadyContender(
         f"onnxruntime ({source})",
         lambda images: images.numpy(),
-        lambda images: session.run(None, {name: images})[0],
+        lambda images: session.run(None, {name: images}),
         ("onnxruntime", "onnx", *packages),
     )
 
@@ -385,7 +334,7 @@ def _openvino_missing(case: NetworkCase) -> str | None:
 
 def _openvino(case: NetworkCase) -> ReadyContender:
     openvino = importlib.import_module("openvino")
-    content, source, packages = _onnx_model(case.model, case.img_size, case.batch, case.seed)
+    content, source, packages = _onnx_model(case.model, case.channels, case.img_size, case.batch, case.seed)
     core = openvino.Core()
     settings = {
         "INFERENCE_NUM_THREADS": case.threads,
@@ -397,7 +346,7 @@ def _openvino(case: NetworkCase) -> ReadyContender:
     return ReadyContender(
         f"openvino ({source})",
         lambda images: images.numpy(),
-        lambda images: compiled([images], share_inputs=True)[0],
+        lambda images: list(compiled([images], share_inputs=True).values()),
         ("openvino", "onnx", *packages),
     )
 
@@ -442,16 +391,21 @@ CONTENDERS: dict[str, Contender] = {
             "compile-max-autotune-graph", "tuned by measurement, with CUDA graphs", ("cuda",), _compiler_missing,
             functools.partial(_compiled, name="compile-max-autotune-graph", mode="max-autotune", graph=True),
         ),
-        Contender("timm", "timm's model, unchanged", ("cpu", "cuda"), _timm_missing, _timm, ("timm",)),
         Contender(
-            "optimized", "timm's model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized, ("timm",)
+            "timm", "timm's model, unchanged", ("cpu", "cuda"),
+            functools.partial(_as_it_comes_missing, "timm", _timm_missing), _timm, ("timm",),
         ),
         Contender(
-            "engine", "timm's model in an InferenceEngine, which allocates memory before the calls", ("cpu", "cuda"),
+            "optimized", "timm's or any other model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized,
+            ("timm",),
+        ),
+        Contender(
+            "engine", "the same model in an InferenceEngine, which allocates memory before the calls", ("cpu", "cuda"),
             _engine_missing, _engine, ("timm",),
         ),
         Contender(
-            "torchvision", "torchvision's model, unchanged", ("cpu", "cuda"), _torchvision_missing, _torchvision,
+            "torchvision", "torchvision's model, unchanged", ("cpu", "cuda"),
+            functools.partial(_as_it_comes_missing, "torchvision", _torchvision_missing), _torchvision,
             ("torchvision",),
         ),
         Contender(
@@ -466,5 +420,6 @@ CONTENDERS: dict[str, Contender] = {
 
 
 def to_tensor(output: Any) -> Tensor:
-    """Return a contender's output as a tensor."""
-    return output if isinstance(output, Tensor) else torch.as_tensor(output)
+    """Return a contender's output as a tensor; several tensors become one, (N, all their values)."""
+    tensors = [torch.as_tensor(leaf) for leaf in tree_leaves(output) if leaf is not None]
+    return tensors[0] if len(tensors) == 1 else torch.cat([tensor.flatten(1) for tensor in tensors], 1)

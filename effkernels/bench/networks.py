@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,40 +14,57 @@ import effkernels
 from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
-from effkernels.bench.contenders import CONTENDERS, NetworkCase, ReadyContender, to_tensor
+from effkernels.bench.contenders import CONTENDERS, NetworkCase, ReadyContender, plain_network, to_tensor
+from effkernels.bench.measure import WRONG, Options, Refusal, measure
 from effkernels.bench.peak_memory import peak_memory
 from effkernels.bench.timing import Row
-from effkernels.models import model_config
+from effkernels.models.sources import find_model, input_size_of_source
 from effkernels.ops.parity import errors
+
+__all__ = ["Interrupted", "Options", "Refusal", "case_name", "model_size", "network_case", "run_case", "steps"]
 
 # Images whose logits are compared; the float64 reference is slow, and a batch repeats the same work.
 _PARITY_IMAGES = 4
-# Beyond this many times what plain PyTorch is off in the same precision it is no inaccuracy but another function, and
-# the speed of a wrong answer is worth nothing.
-_WRONG = 10
 
 
-@dataclass(frozen=True)
-class Refusal:
-    """A contender that was asked for and did not run, and why, in one line."""
+class Interrupted(KeyboardInterrupt):
+    """An interrupt after the times of a case were known.
 
-    contender: str
-    case: str
-    reason: str
+    Attributes:
+        rows: of the case, without the memory that was still to be measured.
+        refusals: contenders that did not run.
+    """
 
-
-@dataclass(frozen=True)
-class Options:
-    """Options of a measurement: calls before the first round, rounds, and whether peak memory is wanted too."""
-
-    warmup: int = 3
-    rounds: int = 20
-    memory: bool = True
+    def __init__(self, rows: list[Row], refusals: list[Refusal]) -> None:
+        super().__init__()
+        self.rows = rows
+        self.refusals = refusals
 
 
 def model_size(model: str) -> int:
-    """Height and width of the images that a model was designed for, in pixels."""
-    return model_config(model).input_size[-1]
+    """Height and width of the images that a model was designed for, in pixels; 224 if it does not say so."""
+    return input_size_of_source(find_model(model))[-1]
+
+
+def network_case(
+    model: str,
+    batch: int,
+    precision: str = "float32",
+    *,
+    img_size: int | None = None,
+    device: torch.device | str = "cpu",
+    threads: int = 1,
+    channels_last: bool = False,
+) -> NetworkCase:
+    """Return the case of a model, at its own image size unless another one is given.
+
+    Raises:
+        ValueError, ImportError, OSError: as of `find_model`, and of building a model of a file.
+    """
+    channels, _, width = input_size_of_source(find_model(model))
+    return NetworkCase(
+        model, img_size or width, batch, precision, str(device), threads, channels_last, channels=channels
+    )
 
 
 def case_name(case: NetworkCase) -> str:
@@ -62,14 +79,18 @@ def steps(contenders: Sequence[str], options: Options) -> int:
 
 @functools.lru_cache(maxsize=1)
 def _truth(case: NetworkCase) -> Tensor:
-    """Float64 logits of the first images of a case by the reference backend, (min(batch, 4), classes).
+    """Float64 logits of the first images of a case in plain PyTorch, (min(batch, 4), classes).
 
     On the case's device: a GPU takes milliseconds for what takes a CPU many seconds.
     """
     images = case.images(0)[:_PARITY_IMAGES].to(case.torch_device, torch.float64)
-    network = copy.deepcopy(sample_model(case.model, case.seed)).to(case.torch_device, torch.float64)
+    if case.source.is_own:
+        network: torch.nn.Module = copy.deepcopy(sample_model(case.model, case.seed))
+    else:
+        network, _, _ = plain_network(case)
+    network = network.to(case.torch_device, torch.float64)
     with effkernels.backend("reference"), torch.inference_mode():
-        return network(images).cpu()  # type: ignore[no-any-return]
+        return to_tensor(network(images)).cpu()
 
 
 def _error(ready: ReadyContender, case: NetworkCase) -> float:
@@ -96,7 +117,7 @@ def _prepare(name: str, case: NetworkCase) -> tuple[ReadyContender, float] | str
     except Exception as failure:  # a foreign compiler may raise anything, and the other contenders are still wanted
         return f"failed: {type(failure).__name__}: {' '.join(str(failure).split())[:300]}"
     usual = _plain_error(case)
-    if not error <= _WRONG * usual:
+    if not error <= WRONG * usual:
         return f"wrong: off by {error:.1e} from float64, plain PyTorch by {usual:.1e}; not timed"
     return ready, error
 
@@ -114,11 +135,13 @@ def run_case(
     date: str,
     advance: Callable[[str], None] = lambda step: None,
     report: Callable[[str], None] = lambda line: None,
+    suite: str = "model",
 ) -> tuple[list[Row], list[Refusal]]:
     """Measure a case with every contender that can run it.
 
     Args:
         contenders: names of ``contenders.CONTENDERS``.
+        suite: of the rows.
         date: the stamp of the run, see ``benchmark.run_date``.
         advance: called after each step, `steps` times in all.
         report: called with one line for each contender when it is prepared, which has the time of a first turn, and
@@ -126,6 +149,9 @@ def run_case(
 
     Returns:
         Rows in the order of ``contenders``, and the contenders that did not run.
+
+    Raises:
+        Interrupted: (a KeyboardInterrupt) while memory was measured; it has the rows.
     """
     # Compiled functions of earlier cases count against the limit of recompilations of the same code.
     torch._dynamo.reset()
@@ -138,10 +164,13 @@ def run_case(
         all_ready: dict[str, ReadyContender] = {}
         parity: dict[str, float] = {}
         refusals = []
+        title = f"{case_name(case)}, batch {case.batch}"
+        if case.numbers.name != "float32":
+            title += f", {case.numbers.name}"
 
         def line(name: str, times: Sequence[float], what: str) -> str:
             median = timing.summarise(times).median_us / 1e3
-            return f"{case_name(case)}, batch {case.batch}: {all_ready[name].label}: {what} {median:.2f} ms"
+            return f"{title}: {all_ready[name].label}: {what} {median:.2f} ms"
 
         for name in contenders:
             prepared = _prepare(name, case)
@@ -161,40 +190,40 @@ def run_case(
             return [], refusals
 
         with torch.inference_mode():
-            times = timing.time_in_turns(
+            measured = measure(
                 {name: _as_run(ready, case, inputs) for name, ready in all_ready.items()},
-                device=case.torch_device,
-                warmup=options.warmup,
-                rounds=options.rounds,
+                case.torch_device,
+                options,
                 advance=advance,
+                report=lambda text: report(f"{title}: {text}"),
             )
-        for name in all_ready:
-            report(line(name, times[name], "median"))
         rows = []
         for name, ready in all_ready.items():
-            peak: int | None = None
-            if options.memory:
-                measured = peak_memory(name, case)
-                if isinstance(measured, str):
-                    refusals.append(Refusal(name, case_name(case), measured))
-                else:
-                    peak = measured
-                advance(f"{name} memory")
-            rows.append(
-                timing.make_row(
-                    timing.summarise(times[name]),
-                    suite="model",
-                    case=case_name(case),
-                    contender=ready.label,
-                    device=environment.device_name(case.torch_device, case.threads),
-                    dtype=case.numbers.name,
-                    batch=case.batch,
-                    date=date,
-                    packages=ready.packages,
-                    peak_bytes=peak,
-                    rel_error=parity[name],
-                )
+            report(line(name, measured.times[name], "median"))
+            row = timing.make_row(
+                timing.summarise(measured.times[name]),
+                suite=suite,
+                case=case_name(case),
+                contender=ready.label,
+                device=environment.device_name(case.torch_device, case.threads),
+                dtype=case.numbers.name,
+                batch=case.batch,
+                date=date,
+                packages=ready.packages,
+                rel_error=parity[name],
             )
+            rows.append(dataclasses.replace(row, name=name, **measured.fields(name)))
+        if options.memory:
+            try:
+                for index, name in enumerate(all_ready):
+                    peak = peak_memory(name, case)
+                    if isinstance(peak, str):
+                        refusals.append(Refusal(name, case_name(case), peak))
+                    else:
+                        rows[index] = dataclasses.replace(rows[index], peak_bytes=peak)
+                    advance(f"{name} memory")
+            except KeyboardInterrupt as interrupt:
+                raise Interrupted(rows, refusals) from interrupt
         return rows, refusals
     finally:
         torch.set_num_threads(threads)

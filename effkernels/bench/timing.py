@@ -13,8 +13,10 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
+from statistics import median
+from typing import Any
 
 import torch
 
@@ -51,8 +53,24 @@ def summarise(samples_us: Sequence[float]) -> Statistics:
     times = torch.tensor(list(samples_us), dtype=torch.float64)
     if not bool(torch.isfinite(times).all()):
         raise ValueError("summarise: a sample is not finite; times are finite microseconds")
-    median, p95, p99 = (float(torch.quantile(times, q)) for q in (0.5, 0.95, 0.99))
-    return Statistics(median, p95, p99, len(samples_us))
+    middle, p95, p99 = (float(torch.quantile(times, q)) for q in (0.5, 0.95, 0.99))
+    return Statistics(middle, p95, p99, len(samples_us))
+
+
+def round_medians(samples: Sequence[float], rounds: int) -> list[float]:
+    """Return the median of each round of a contender's times, which has as many of them in every round."""
+    each = max(1, len(samples) // rounds)
+    return [float(median(samples[start : start + each])) for start in range(0, each * rounds, each)]
+
+
+def spread_of(medians: Sequence[float]) -> tuple[float, float, float]:
+    """Return (low, median, high) of the medians of rounds: low and high leave out a tenth of them on either side.
+
+    A single hiccup of the machine does not widen it, and what is left is what a repeated round would give.
+    """
+    values = torch.tensor(list(medians), dtype=torch.float64)
+    low, middle, high = (float(torch.quantile(values, share)) for share in (0.1, 0.5, 0.9))
+    return low, middle, high
 
 
 def input_count(bytes_each: int, cache_bytes: int) -> int:
@@ -147,6 +165,18 @@ class Row:
     """One measurement: one contender on one case. None if nobody measured or computed the value.
 
     Every row of one run carries the same ``date``: a ratio counts only between such rows.
+
+    Attributes of the last fields, which say how far the times can be believed:
+        name: of the contender on the command line; ``contender`` also says which implementation ran.
+        rounds: turns of each contender.
+        round_low_us, round_high_us: the medians of the rounds, without the lowest and the highest tenth of them.
+        spread: their distance over the median of the rounds.
+        host_us: until a call returns to the host, on a GPU.
+        calibration: rates of the machine before and after, see `calibration.Calibration`.
+        drift: by which share the rate that changed more changed.
+        steady: whether that is no more than `calibration.LARGEST_DRIFT`.
+        attempts: how often the case was measured; a first attempt that drifted is thrown away.
+        machine: [lowest, highest] of the load, the clocks and so on, see `machine.Watch`.
     """
 
     suite: str
@@ -168,6 +198,18 @@ class Row:
     dirty: bool | None
     date: str
     versions: dict[str, str | None]
+    # Rows from before these fields lack them.
+    name: str | None = None
+    rounds: int | None = None
+    round_low_us: float | None = None
+    round_high_us: float | None = None
+    spread: float | None = None
+    host_us: float | None = None
+    calibration: dict[str, list[float]] | None = None
+    drift: float | None = None
+    steady: bool | None = None
+    attempts: int | None = None
+    machine: dict[str, Any] | None = None
 
     def to_json(self) -> str:
         """Return the row as one line of strict JSON."""
@@ -243,13 +285,15 @@ def read_rows(file: Path) -> list[Row]:
         ValueError: a line is not JSON or lacks a field; the message names file and line.
     """
     rows = []
-    names = [field.name for field in fields(Row)]
+    names = [field.name for field in fields(Row) if field.default is MISSING]
+    later = [field.name for field in fields(Row) if field.default is not MISSING]
     for number, line in enumerate(read_text(file).splitlines(), 1):
         if not line.strip():
             continue
         try:
             values = parse_json(line)
-            rows.append(Row(**{name: values[name] for name in names}))
+            needed = {name: values[name] for name in names}
+            rows.append(Row(**needed, **{name: values[name] for name in later if name in values}))
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{file}:{number}: not a result row: {error!r}; needed fields: {', '.join(names)}"

@@ -11,9 +11,13 @@ from pathlib import Path
 import torch
 
 from effkernels.files import printable
-from effkernels.models import CheckpointError, model_config
+from effkernels.models import CheckpointError
+from effkernels.models.sources import FORMS, ModelSource, find_model
 
 DEFAULT_MODEL = "efficientnet_b0"
+
+
+MODEL_HELP = f"{FORMS.replace('effkernels.list_models()', 'ours')}; default: {DEFAULT_MODEL}"
 
 
 class UsageError(Exception):
@@ -105,13 +109,23 @@ def device_of(name: str | None) -> torch.device:
     return device
 
 
-def check_models(names: Sequence[str]) -> None:
-    """Refuse a model name that the registry does not know."""
-    for name in names:
-        try:
-            model_config(name)
-        except ValueError as error:
-            raise UsageError(f"--model: {error}") from error
+def model_source(text: str, flag: str = "--model") -> ModelSource:
+    """Return the model that a text names, one of `FORMS`.
+
+    Raises:
+        UsageError: nothing of that name, or its library is not installed, or the hub cannot be reached.
+    """
+    with building(flag):
+        return find_model(text)
+
+
+@contextmanager
+def building(flag: str = "--model") -> Iterator[None]:
+    """Turn errors in finding or building a model into errors in the use of the flag that names it."""
+    try:
+        yield
+    except (ValueError, ImportError, OSError) as error:
+        raise UsageError(f"{flag}: {error}".removeprefix(": ")) from error
 
 
 def positive(text: str) -> int:

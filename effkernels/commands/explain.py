@@ -6,10 +6,12 @@ import argparse
 import textwrap
 
 from effkernels import console
-from effkernels.commands.common import UsageError, add_json, positive
+from effkernels.bench.foreign import fused_on_meta
+from effkernels.commands.common import UsageError, add_json, building, model_source, positive
+from effkernels.models.sources import FORMS, input_size_of_source
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
-from effkernels.plan.launches import PRECISIONS, Plan, Totals, plan_model
+from effkernels.plan.launches import PRECISIONS, Plan, Totals, plan_model, plan_network
 from effkernels.plan.time_estimate import (
     CLOCKS_PER_INSTRUCTION,
     COPY_SHARE,
@@ -27,7 +29,9 @@ WIDTH = 120
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("model", metavar="MODEL", help="such as efficientnet_b0")
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"{FORMS}; models of others are planned as optimize_ leaves them"
+    )
     parser.add_argument("--batch-size", type=positive, default=1, metavar="N", help="default: %(default)s")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: the model's own")
     parser.add_argument("--precision", choices=tuple(PRECISIONS), default="bfloat16", help="default: %(default)s")
@@ -65,14 +69,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.train:
         return _explain_training(arguments, gpu)
     try:
-        plan = plan_model(
-            arguments.model,
-            gpu=gpu,
-            batch_size=arguments.batch_size,
-            img_size=arguments.img_size,
-            precision=arguments.precision,
-            allow_tf32=not arguments.no_tf32,
-        )
+        plan = _plan(arguments, gpu)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     if arguments.json:
@@ -93,6 +90,28 @@ def run(arguments: argparse.Namespace) -> int:
     print(_meaning(plan, gpu))
     print(f"launches: {plan.totals.launches}")
     return 0
+
+
+def _plan(arguments: argparse.Namespace, gpu: Gpu) -> Plan:
+    source = model_source(arguments.model, "MODEL")
+    options = {
+        "gpu": gpu,
+        "batch_size": arguments.batch_size,
+        "precision": arguments.precision,
+        "allow_tf32": not arguments.no_tf32,
+    }
+    if source.is_own:
+        return plan_model(arguments.model, img_size=arguments.img_size, **options)
+    with building("MODEL"):
+        channels, height, width = input_size_of_source(source)
+        if arguments.img_size is not None:
+            height = width = arguments.img_size
+        network, report = fused_on_meta(source, (channels, height, width), PRECISIONS[arguments.precision])
+    console.note(
+        f"explain: {arguments.model} as optimize_ leaves it on this machine's CPU: {report.fused} of "
+        f"{len(report.blocks)} blocks fused; all else is PyTorch's"
+    )
+    return plan_network(network, (channels, height, width), name=arguments.model, **options)
 
 
 def _explain_training(arguments: argparse.Namespace, gpu: Gpu) -> int:

@@ -6,12 +6,24 @@ import argparse
 import json
 
 import torch
+from torch import nn
 
 from effkernels import console
 from effkernels.bench.precision import Precision
-from effkernels.commands.common import DEFAULT_MODEL, UsageError, add_json, check_models, device_of, positive, reading
+from effkernels.commands.common import (
+    DEFAULT_MODEL,
+    MODEL_HELP,
+    UsageError,
+    add_json,
+    building,
+    device_of,
+    model_source,
+    positive,
+    reading,
+)
 from effkernels.export import FORMATS, Exported, ExportError, export_model
-from effkernels.models import create_model, load_checkpoint
+from effkernels.models.sources import ModelSource, unwrapped
+from effkernels.optimize import optimize_
 
 TEXT = "Export a network to a file that runs without this package, and check that it computes the same."
 PRECISIONS = ("float32", "bfloat16", "float16")
@@ -20,13 +32,15 @@ PRECISIONS = ("float32", "bfloat16", "float16")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     holds = "; ".join(f"{name}: {kind.holds}" for name, kind in FORMATS.items())
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help="default: %(default)s")
-    parser.add_argument(
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="NAME", help=MODEL_HELP)
+    weights = parser.add_mutually_exclusive_group()
+    weights.add_argument(
         "--checkpoint",
         "--weights",
         metavar="FILE",
         help=".pth or .safetensors of timm, torchvision, lukemelas, Hugging Face or NVIDIA",
     )
+    weights.add_argument("--pretrained", action="store_true", help="the weights that the model's library publishes")
     parser.add_argument("--format", required=True, choices=FORMATS, help=holds)
     parser.add_argument("--output", required=True, metavar="FILE", help="ends in .pt2, .onnx or .safetensors")
     parser.add_argument(
@@ -48,18 +62,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Export a network."""
-    check_models([arguments.model])
+    source = model_source(arguments.model)
     device = device_of(arguments.device)
-    if arguments.checkpoint is None:
-        console.note(
-            f"WARNING: no --checkpoint given: the weights of {arguments.model} are RANDOM and the file is only "
-            "good for a trial"
-        )
-        torch.manual_seed(0)
-        model = create_model(arguments.model)
-    else:
-        with reading("--checkpoint", arguments.checkpoint):
-            model = load_checkpoint(arguments.model, arguments.checkpoint)
+    model = _model(source, arguments)
+    # What is not ours calls the fused operators only after optimize_; an ONNX file has none of them.
+    if not source.is_own and not FORMATS[arguments.format].on_reference:
+        report = optimize_(unwrapped(model))
+        console.note(f"export: optimize_ fused {report.fused} of {len(report.blocks)} blocks of {arguments.model}")
     try:
         exported = export_model(
             model,
@@ -78,12 +87,28 @@ def run(arguments: argparse.Namespace) -> int:
     except (ValueError, ImportError, OSError) as error:
         raise UsageError(str(error)) from error
     if arguments.json:
-        print(
-            json.dumps({"model": arguments.model, "checkpoint": arguments.checkpoint, **exported.to_dict()}, indent=2)
-        )
+        weights = {"checkpoint": arguments.checkpoint, "pretrained": arguments.pretrained}
+        print(json.dumps({"model": arguments.model, **weights, **exported.to_dict()}, indent=2))
     else:
         _print(arguments.model, exported)
     return 0
+
+
+def _model(source: ModelSource, arguments: argparse.Namespace) -> nn.Module:
+    if arguments.checkpoint is not None:
+        with reading("--checkpoint", arguments.checkpoint):
+            return source.build(checkpoint=arguments.checkpoint)
+    if arguments.pretrained:
+        with building("--pretrained"):
+            return source.build(pretrained=True)
+    if source.library != "file":  # a function of a file decides on its weights
+        console.note(
+            f"WARNING: no --checkpoint given: the weights of {arguments.model} are RANDOM and the file is only "
+            "good for a trial"
+        )
+    torch.manual_seed(0)
+    with building():
+        return source.build()
 
 
 def _print(model: str, exported: Exported) -> None:

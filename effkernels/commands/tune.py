@@ -17,10 +17,12 @@ from effkernels.bench.op_calls import calls_of
 from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.commands.common import (
     DEFAULT_MODEL,
+    MODEL_HELP,
     UsageError,
     add_json,
-    check_models,
+    building,
     device_of,
+    model_source,
     positive,
     why_no_gpu,
 )
@@ -32,7 +34,7 @@ TEXT = "Measure which Triton tiles, and which backend, are fastest for the calls
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
-    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help=f"default: {DEFAULT_MODEL}")
+    parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help=MODEL_HELP)
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")
     parser.add_argument(
@@ -49,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Tune the calls of some models."""
-    check_models(arguments.model)
+    for model in arguments.model:
+        model_source(model)
     for op in arguments.ops:
         if op not in backends.OPERATORS:
             raise UsageError(f"--ops {op}: not an operator; allowed: {', '.join(backends.OPERATORS)}")
@@ -119,7 +122,8 @@ def _clear(device: str, as_json: bool) -> int:
 
 
 def _jobs(arguments: argparse.Namespace, device: torch.device) -> list[Job]:
-    calls = [call for model in arguments.model for call in calls_of(model, arguments.img_size)]
+    with building():
+        calls = [call for model in arguments.model for call in calls_of(model, arguments.img_size)]
     dtypes = [Precision.of(name, device.type).computes_in for name in arguments.precision]
     return jobs(calls, list(dict.fromkeys(arguments.batch_size)), list(dict.fromkeys(dtypes)), arguments.ops)
 

@@ -1,4 +1,4 @@
-"""Imports of the libraries effkernels is compared with: timm, torchvision and lukemelas' efficientnet_pytorch.
+"""Imports of the libraries effkernels is compared with: timm, torchvision, transformers and efficientnet_pytorch.
 
 None of them is needed to run effkernels. They are the other side of the parity tests and of the benchmarks, and their
 checkpoints are what users bring. Import them through these functions: beside a CPU-only torch, torchvision from PyPI
@@ -38,6 +38,16 @@ def import_torchvision() -> ModuleType:
     """
     _define_torchvision_schemas()
     return _import("torchvision", "torchvision")
+
+
+def import_transformers() -> ModuleType:
+    """Hugging Face's transformers (pip package ``transformers``), with torchvision, which it imports, made to work.
+
+    Raises:
+        ImportError: transformers is not installed; the message says how to install it.
+    """
+    _define_torchvision_schemas()
+    return _import("transformers", "transformers")
 
 
 def import_lukemelas() -> ModuleType:

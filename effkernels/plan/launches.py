@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effkernels import _library
 from effkernels.models import create_model, model_config
@@ -31,7 +31,17 @@ PRECISIONS: dict[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
 }
 
-__all__ = ["PRECISIONS", "Plan", "PlannedLaunch", "RecordedCall", "Totals", "plan_call", "plan_model", "record_calls"]
+__all__ = [
+    "PRECISIONS",
+    "Plan",
+    "PlannedLaunch",
+    "RecordedCall",
+    "Totals",
+    "plan_call",
+    "plan_model",
+    "plan_network",
+    "record_calls",
+]
 
 Call = RecordedCall  # the name by which `effkernels.optimize` imports it
 
@@ -204,10 +214,58 @@ def plan_model(
         ValueError: unknown model, GPU or precision, batch_size or img_size below 1; the message lists what is allowed.
         RuntimeError: the compiled library, which holds the plans, is not there.
     """
+    size = model_config(name).input_size[-1] if img_size is None else img_size
+    _check(batch_size, size, precision)
+    network = create_model(name, device="meta", dtype=PRECISIONS[precision], backend="cpu").eval()
+    return plan_network(
+        network, (3, size, size), name=name, gpu=gpu, batch_size=batch_size, precision=precision, allow_tf32=allow_tf32
+    )
+
+
+def plan_network(
+    network: nn.Module,
+    input_size: tuple[int, int, int],
+    *,
+    name: str,
+    gpu: Gpu | str = gpus.DEFAULT_GPU,
+    batch_size: int = 1,
+    precision: str = "bfloat16",
+    allow_tf32: bool = True,
+) -> Plan:
+    """Plan a forward of a network of any origin, images in channels_last memory.
+
+    Fused are the calls of this package's operators that the forward makes: those of `create_model`, and those that
+    `effkernels.optimize_` put into another library's network. Every other operator is a launch of PyTorch's own.
+
+    Args:
+        network: on the meta device, in eval mode, of the precision's dtype.
+        input_size: (channels, height, width) of an image, a square.
+        name: of the network in the plan.
+        gpu, batch_size, precision, allow_tf32: as of `plan_model`.
+
+    Raises:
+        ValueError, RuntimeError: as `plan_model`.
+    """
+    channels, size, width = input_size
+    if size != width:
+        raise ValueError(f"input_size={input_size}; allowed: squares")
+    _check(batch_size, size, precision)
+    gpu = gpus.find(gpu) if isinstance(gpu, str) else gpu
+    images = torch.empty(
+        (batch_size, channels, size, size),
+        dtype=PRECISIONS[precision],
+        device="meta",
+        memory_format=torch.channels_last,
+    )
+    launches = tuple(
+        launch for call in record_calls(network, images) for launch in plan_call(call, gpu, allow_tf32=allow_tf32)
+    )
+    return Plan(name, gpu.name, batch_size, size, precision, allow_tf32, launches)
+
+
+def _check(batch_size: int, img_size: int, precision: str) -> None:
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known; allowed: {', '.join(PRECISIONS)}")
-    gpu = gpus.find(gpu) if isinstance(gpu, str) else gpu
-    img_size = model_config(name).input_size[-1] if img_size is None else img_size
     for argument, value in (("batch_size", batch_size), ("img_size", img_size)):
         if value < 1:
             raise ValueError(f"{argument}={value} must be at least 1")
@@ -215,17 +273,6 @@ def plan_model(
         raise RuntimeError(
             f"a plan needs the compiled library, which holds the kernels' plans: {_library.load_error()}"
         )
-    model = create_model(name, device="meta", dtype=PRECISIONS[precision], backend="cpu").eval()
-    images = torch.empty(
-        (batch_size, 3, img_size, img_size),
-        dtype=PRECISIONS[precision],
-        device="meta",
-        memory_format=torch.channels_last,
-    )
-    launches = tuple(
-        launch for call in record_calls(model, images) for launch in plan_call(call, gpu, allow_tf32=allow_tf32)
-    )
-    return Plan(name, gpu.name, batch_size, img_size, precision, allow_tf32, launches)
 
 
 def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:

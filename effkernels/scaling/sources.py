@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from effkernels.models.compound import PUBLISHED, round_filters
 from effkernels.models.peers import import_timm, import_torchvision
+from effkernels.models.sources import check_timm, check_torchvision
 from effkernels.scaling.counting import Cost, count
 from effkernels.scaling.network import Rounding, StageRow
 
@@ -198,9 +199,7 @@ def from_timm(name: str, *, resolution: int | None = None, **options: Any) -> Bu
         ValueError: no such model, or none that timm can scale; the message says why.
         ImportError: timm is not installed.
     """
-    timm = import_timm()
-    if name not in timm.list_models():
-        raise ValueError(f"from_timm: timm {timm.__version__} has no model {name!r}; timm.list_models() has the names")
+    timm = check_timm(name)
     entry = timm.model_entrypoint(name)
     own = timm.get_pretrained_cfg(name)
     size = resolution or (own.input_size[1] if own is not None else 224)
@@ -294,10 +293,7 @@ def from_torchvision(name: str, *, resolution: int | None = None, **options: Any
         ValueError: no such model, or none that torchvision can scale; the message says why.
         ImportError: torchvision is not installed.
     """
-    torchvision = import_torchvision()
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise ValueError(f"from_torchvision: torchvision {torchvision.__version__} has no classifier {name!r}; "
-                         "torchvision.models.list_models() has the names")  # fmt: skip
+    check_torchvision(name)
     family = next((prefix for prefix in _TORCHVISION if name.startswith(prefix)), None)
     if family is None:
         raise ValueError(f"from_torchvision: torchvision has no arguments to scale {name!r} by; it has for "
