@@ -20,7 +20,7 @@ from effkernels.ops.training_steps import Coefficients, FoldedNorm, wide
 
 
 def keeps_gradient(x: Tensor) -> bool:
-    """Return whether dz has to be formed: products of 16-bit types have no float32 result on a CPU, no pixels no mean."""
+    """Return whether dz has to be formed: no pixels have no mean, and on a CPU 16-bit products no float32 result."""
     return x.numel() == 0 or (x.is_cpu and x.dtype in (torch.float16, torch.bfloat16))
 
 
