@@ -42,7 +42,7 @@ int fan_of(int64_t tiles) {
 int64_t nodes_of(int64_t tiles, int fan) { return divide_up(tiles, fan); }
 
 // Blocks along the channels, and along the items so that the device is full `waves` times.
-PassPlan plan_pass(DType dtype, int64_t batch, int64_t pixels, int64_t channels, int vector, int rows, int blocks,
+PassPlan plan_pass(int64_t batch, int64_t pixels, int64_t channels, int vector, int rows, int blocks,
                    const DeviceLimits& limits) {
   PassPlan plan;
   plan.vector = vector;
@@ -70,7 +70,7 @@ int64_t floats_of(int64_t rows, const PassPlan& plan) { return rows * plan.block
 
 template <class Params>
 PassPlan plan_sums(const Params& p, int vector, int parameters, int sums, int blocks, const DeviceLimits& limits) {
-  PassPlan plan = plan_pass(p.dtype, p.batch, p.pixels, p.channels, vector, kRowsOfSum, blocks, limits);
+  PassPlan plan = plan_pass(p.batch, p.pixels, p.channels, vector, kRowsOfSum, blocks, limits);
   plan.shared_bytes = (floats_of(parameters + sums * plan.lanes, plan) + 4) * int64_t(sizeof(float));
   return plan;
 }
@@ -189,7 +189,7 @@ TrainDepthwisePlan plan_tiles(const TrainShape& of, int vector, int blocks, cons
 
 PassPlan plan_statistics(const training::StatisticsParams& p, const DeviceLimits& limits) {
   const int vector = vector_for(p.dtype, p.channels, {p.t});
-  PassPlan plan = plan_pass(p.dtype, 1, p.pixels, p.channels, vector, 1, kPassBlocks, limits);
+  PassPlan plan = plan_pass(1, p.pixels, p.channels, vector, 1, kPassBlocks, limits);
   const int64_t resident = int64_t(limits.multiprocessors) * kPassBlocks;
   const int64_t fewest = int64_t(plan.lanes) * kStatisticsRows;  // pixels of a block
   const int64_t tiles = std::min(std::max<int64_t>(1, resident / plan.channel_groups), divide_up(p.pixels, fewest));
@@ -203,7 +203,7 @@ PassPlan plan_statistics(const training::StatisticsParams& p, const DeviceLimits
 
 PassPlan plan_norm_act(const training::NormActParams& p, const DeviceLimits& limits) {
   const int vector = vector_for(p.dtype, p.channels, {p.t, p.y, p.residual});
-  PassPlan plan = plan_pass(p.dtype, p.batch, p.pixels, p.channels, vector, kRowsOfPass, kPassBlocks, limits);
+  PassPlan plan = plan_pass(p.batch, p.pixels, p.channels, vector, kRowsOfPass, kPassBlocks, limits);
   plan.shared_bytes = floats_of(3, plan) * int64_t(sizeof(float));
   return plan;
 }
@@ -218,7 +218,7 @@ PassPlan plan_gradient_sums(const training::GradientSumsParams& p, const DeviceL
 
 PassPlan plan_norm_backward(const training::NormBackwardParams& p, const DeviceLimits& limits) {
   const int vector = vector_for(p.dtype, p.channels, {p.dy, p.t, p.dt});
-  PassPlan plan = plan_pass(p.dtype, p.batch, p.pixels, p.channels, vector, kRowsOfPass, kPassBlocks, limits);
+  PassPlan plan = plan_pass(p.batch, p.pixels, p.channels, vector, kRowsOfPass, kPassBlocks, limits);
   plan.shared_bytes = floats_of(6, plan) * int64_t(sizeof(float));
   return plan;
 }
@@ -238,7 +238,7 @@ TrainDepthwisePlan plan_depthwise_backward(const training::DepthwiseBackwardPara
   const auto units = [&](int64_t size, int64_t padding, int64_t results, int64_t kernel) {
     return std::max(divide_up(size + padding, s.stride), results + (kernel - 1) / s.stride);
   };
-  return plan_depthwise(
+  return plan_tiles(
       {s, true, trained_kernel(s.kernel_h, s.kernel_w, vector), units(s.height, s.pad_top, s.out_height, s.kernel_h),
        units(s.width, s.pad_left, s.out_width, s.kernel_w), kTrainStrip},
       vector, kTrainBackwardBlocks, limits);
