@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainForwardBlocks)
           unpack(load_shared<V>(place), 0, value);
 #pragma unroll
           for (int i = 0; i < V; ++i) value[i] = fmaf(value[i] - mean[i], scale[i], bias[i]);
-          activate<T>(value, p.activation);
+          activate<Precision<T>>(value, p.activation);
           raw = pack<T>(value);
         }
         *reinterpret_cast<Vector<T, V>*>(place) = raw;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainForwardBlocks)
         }
 #pragma unroll
         for (int part = 0; part < V; part += kQuad<V>) {
-          Vector<float, kQuad<V>>&shift = moments_of(lane_rows, part), &offset = moments_of(lane_rows + 1, part);
+          Vector<float, kQuad<V>>&mean = moments_of(lane_rows, part), &rest = moments_of(lane_rows + 1, part);
           Vector<float, kQuad<V>>& squares = moments_of(lane_rows + 2, part);
 #pragma unroll
           for (int i = 0; i < kQuad<V>; ++i) {
@@ -213,10 +213,10 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainForwardBlocks)
               sum += distance;
               sum_of_squares = fmaf(distance, distance, sum_of_squares);
             }
-            RunningMoments moments = {first_value, 0.f, 0.f};
-            if (count > 0) moments = {shift.at[i], offset.at[i], squares.at[i]};
+            RunningMoments moments = {};
+            if (count > 0) moments = {mean.at[i], rest.at[i], squares.at[i]};
             add_tile(moments, first_value, sum, sum_of_squares, inverse, share, before);
-            shift.at[i] = moments.shift, offset.at[i] = moments.offset, squares.at[i] = moments.squares;
+            mean.at[i] = moments.mean, rest.at[i] = moments.rest, squares.at[i] = moments.squares;
           }
         }
         count += pixels;

@@ -11,8 +11,8 @@
 // (2) adds to dweight the products of the results J rows above, a thread a row of taps over strips of 4 results.
 //
 // Sums. A thread adds the products of a step in registers and puts them to its own in shared memory; the block adds its
-// lanes in order, the blocks are joined in two levels by those that come last: the same bits every time, in one launch,
-// without atomic additions of floats.
+// lanes in order, after every few items, the blocks are joined in two levels by those that come last: the same bits
+// every time, in one launch, without atomic additions of floats.
 //
 // Traffic: g, z, t once (columns at the border of a tile and the first rows of a band twice), dt once; of a channel and
 // block 4 bytes for each tap and 16 for the sums, written and read.
@@ -33,17 +33,18 @@ struct TrainBackwardArguments {
 
 // Shared memory: rows of parameters, of sums and of dweight, a flag, the rings.
 struct BackwardShared {
-  // Rows after the taps. factor and offset: times alpha, of the item's image.
-  enum Row { kZMean, kZScale, kZBias, kFactor, kOffset, kBeta, kDelta, kMean, kInverse, kScale, kBias, kRows };
-  static constexpr int kSums = 4;  // of dt and what rounding left of it, of dt * h likewise
+  // Rows after the taps. factor and offset: of the item's image.
+  enum Row { kZMean, kZScale, kZBias, kFactor, kOffset, kAlpha, kBeta, kDelta, kMean, kInverse, kScale, kBias, kRows };
+  static constexpr int kSums = 4;  // of dt and what rounding left of it, of dt * h likewise; then those of dweight
 
   float* rows;
-  int norm, block_sums, lane_sums, dweight;  // first rows
+  int norm, block_sums, block_dweight, lane_sums, dweight;  // first rows
   unsigned* flag;
   unsigned char* rings;
 
   __device__ __forceinline__ BackwardShared(const TrainDepthwisePlan& plan, float* memory) {
-    norm = plan.taps, block_sums = norm + kRows, lane_sums = block_sums + kSums;
+    norm = plan.taps, block_sums = norm + kRows, block_dweight = block_sums + kSums;
+    lane_sums = block_dweight + 2 * plan.taps;
     dweight = lane_sums + 2 * plan.lanes;
     const int floats = (dweight + plan.sum_lanes * plan.taps) * plan.channel_vectors * plan.vector;
     rows = memory;
@@ -172,10 +173,8 @@ __device__ __noinline__ void finish_backward(const TrainBackwardArguments& a) {
     if (at.first_channel + channel >= channels) continue;
     float value = shared.rows[(shared.block_sums + row - taps) * pixel + place];
     if (row < taps) {
-      ExactSum total;
-      for (int lane = 0; lane < plan.sum_lanes; ++lane)
-        total.add(shared.rows[(shared.dweight + lane * taps + row) * pixel + place]);
-      value = total.result();
+      const float* sum = shared.rows + (shared.block_dweight + 2 * row) * pixel + place;
+      value = sum[0] + sum[pixel];
     }
     partial[(at.tile * rows + row) * channels + channel] = value;
   }
@@ -245,7 +244,8 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
     fill_row<V>(shared.rows, shared.norm + row, pixel, from, at.first_channel, s.channels, missing);
   };
   fill(Row::kZMean, p.z_norm.mean, 0.f), fill(Row::kZScale, p.z_norm.scale, 1.f);
-  fill(Row::kZBias, p.z_norm.bias, 0.f), fill(Row::kBeta, p.beta, 0.f), fill(Row::kDelta, p.delta, 0.f);
+  fill(Row::kZBias, p.z_norm.bias, 0.f), fill(Row::kAlpha, p.alpha, 0.f), fill(Row::kBeta, p.beta, 0.f),
+      fill(Row::kDelta, p.delta, 0.f);
   fill(Row::kMean, p.norm.mean, 0.f), fill(Row::kInverse, p.norm.inverse_deviation, 0.f);
   fill(Row::kScale, p.norm.scale, 1.f), fill(Row::kBias, p.norm.bias, 0.f);
   for (int i = threadIdx.x; i < (shared.dweight - shared.block_sums + plan.sum_lanes * plan.taps) * pixel;
@@ -261,6 +261,8 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
   T* const stored = t_ring + plan.tile_rows * t_size;
 
   const TileImage input(s.height, s.width, s.channels), result(s.out_height, s.out_width, s.channels);
+  constexpr int kMostPending = 128;  // products of a thread, about
+  int pending = 0;
   const int64_t last = min(plan.items, (at.tile + 1) * plan.items_per_block);
   for (int64_t index = at.tile * plan.items_per_block; index < last; ++index) {
     const TileItem item(plan, index);
@@ -308,10 +310,11 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
       cp_async_commit();
     };
     const auto prepare_results = [&](int row) {
-      float mean[V], scale[V], bias[V], factor[V], offset[V], beta[V], delta[V];
+      float mean[V], scale[V], bias[V], factor[V], offset[V], alpha[V], beta[V], delta[V];
       my.read(shared.norm + Row::kZMean, mean), my.read(shared.norm + Row::kZScale, scale);
       my.read(shared.norm + Row::kZBias, bias), my.read(shared.norm + Row::kFactor, factor);
-      my.read(shared.norm + Row::kOffset, offset), my.read(shared.norm + Row::kBeta, beta);
+      my.read(shared.norm + Row::kOffset, offset), my.read(shared.norm + Row::kAlpha, alpha);
+      my.read(shared.norm + Row::kBeta, beta);
       my.read(shared.norm + Row::kDelta, delta);
       each_result(row, [&](T* place, const T* place_z, int, int, bool inside) {
         Vector<T, V> raw = {};
@@ -327,11 +330,12 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
               centred[i] -= mean[part + i];
               value[i] = fmaf(centred[i], scale[part + i], bias[part + i]);
             }
-            activate_with_slope<T>(value, slope, p.z_activation);
+            activate_with_slope<Precision<T>>(value, slope, p.z_activation);
 #pragma unroll
             for (int i = 0; i < kQuad<V>; ++i) {
-              const float scaled = fmaf(dy[i], factor[part + i], offset[part + i]) * slope[i];
-              raw.at[part + i] = from_float<T>(scaled + fmaf(beta[part + i], centred[i], delta[part + i]));
+              const float of_norm = fmaf(dy[i], factor[part + i], offset[part + i]) * slope[i];
+              const float of_mean = fmaf(beta[part + i], centred[i], delta[part + i]);
+              raw.at[part + i] = from_float<T>(fmaf(alpha[part + i], of_norm, of_mean));
             }
           }
         }
@@ -355,7 +359,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
 #pragma unroll
             for (int i = 0; i < kQuad<V>; ++i)
               value[i] = fmaf(value[i] - mean[part + i], scale[part + i], bias[part + i]);
-            activate<T>(value, p.activation);
+            activate<Precision<T>>(value, p.activation);
 #pragma unroll
             for (int i = 0; i < kQuad<V>; ++i) raw.at[part + i] = from_float<T>(value[i]);
           }
@@ -397,7 +401,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
                 h[e] -= mean.at[e];
                 value[e] = fmaf(h[e], scale.at[e], bias.at[e]);
               }
-              activate_with_slope<T>(value, slope, p.activation);
+              activate_with_slope<Precision<T>>(value, slope, p.activation);
 #pragma unroll
               for (int e = 0; e < kQuad<V>; ++e) {
                 const float dy = acc[i][part + e] * slope[e];
@@ -454,14 +458,8 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
       }
     };
 
-    for (int i = threadIdx.x; i < pixel; i += blockDim.x) {
-      const int64_t channel = at.first_channel + i;
-      if (channel >= s.channels) break;
-      const float alpha = load_global(p.alpha + channel);
-      float* const to = shared.rows + shared.norm * pixel + place_in_row<V>(i, pixel);
-      to[Row::kFactor * pixel] = p.factor != nullptr ? alpha * load_global(p.factor + image_vector + channel) : alpha;
-      to[Row::kOffset * pixel] = p.offset != nullptr ? alpha * load_global(p.offset + image_vector + channel) : 0.f;
-    }
+    fill(Row::kFactor, p.factor != nullptr ? p.factor + image_vector : nullptr, 1.f);
+    fill(Row::kOffset, p.offset != nullptr ? p.offset + image_vector : nullptr, 0.f);
     __syncthreads();  // parameters and factors are there, the item before has been read
     fetch(start);
     for (int row = start; row < end_row; row += plan.step) {
@@ -476,19 +474,27 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
       }
       __syncthreads();  // the stored rows of the step have been read
     }
-    if (has_norm) {
-      for (int task = threadIdx.x; task < 2 * pixel; task += blockDim.x) {
-        const int which = task / pixel, place = place_in_row<V>(task % pixel, pixel);
-        float* const total_of = shared.rows + (shared.block_sums + 2 * which) * pixel + place;
-        ExactSum total;
-        total.value = total_of[0], total.rest = total_of[pixel];
-        for (int lane = 0; lane < plan.lanes; ++lane) {
-          float& sum = shared.rows[(shared.lane_sums + 2 * lane + which) * pixel + place];
-          total.add(sum);
-          sum = 0.f;
-        }
-        total_of[0] = total.value, total_of[pixel] = total.rest;
+    // What the lanes have summed goes to the block before there is too much of it for a plain sum.
+    pending += plan.rows * plan.columns;
+    if (pending < kMostPending * plan.sum_lanes && index + 1 < last) continue;
+    pending = 0;
+    const auto add_lanes = [&](int total_row, int row, int rows, int lanes, int place) {
+      float* const total_of = shared.rows + total_row * pixel + place;
+      ExactSum total;
+      total.value = total_of[0], total.rest = total_of[pixel];
+      for (int lane = 0; lane < lanes; ++lane) {
+        float& sum = shared.rows[(row + lane * rows) * pixel + place];
+        total.add(sum);
+        sum = 0.f;
       }
+      total_of[0] = total.value, total_of[pixel] = total.rest;
+    };
+    for (int task = threadIdx.x; task < (plan.taps + (has_norm ? 2 : 0)) * pixel; task += blockDim.x) {
+      const int row = task / pixel, place = place_in_row<V>(task % pixel, pixel), which = row - plan.taps;
+      if (which < 0)
+        add_lanes(shared.block_dweight + 2 * row, shared.dweight + row, plan.taps, plan.sum_lanes, place);
+      else
+        add_lanes(shared.block_sums + 2 * which, shared.lane_sums + which, 2, plan.lanes, place);
     }
   }
   __syncthreads();

@@ -6,6 +6,13 @@
 
 namespace effkernels::cuda {
 
+// Adds to a mean that is the sum of two floats: the first keeps what it can hold.
+__device__ __forceinline__ void add_to_mean(float& mean, float& rest, float addend) {
+  const float added = rest + addend, sum = mean + added, kept = sum - mean;
+  rest = (mean - (sum - kept)) + (added - kept);
+  mean = sum;
+}
+
 // Of `count` values: the mean as the sum of two floats, and the sum of their squared distances from it.
 struct alignas(16) Moments {
   float mean = 0.f, rest = 0.f, squares = 0.f, count = 0.f;
@@ -19,28 +26,28 @@ struct alignas(16) Moments {
     const float share = other.count / (count + other.count);
     const float distance = (other.mean - mean) + (other.rest - rest);
     squares += fmaf(distance * distance, share * count, other.squares);
-    // Of the two floats of the mean the first keeps what it can hold.
-    const float added = fmaf(distance, share, rest), sum = mean + added, kept = sum - mean;
-    rest = (mean - (sum - kept)) + (added - kept);
-    mean = sum;
+    add_to_mean(mean, rest, distance * share);
     count += other.count;
   }
 };
 
-// The moments of a thread that adds one tile after the other, for one channel: the mean is `shift` + `offset`, `shift`
-// the first value there was, so that the sums stay small wherever the mean is.
+// The same of a thread that adds one tile after the other, for one channel.
 struct RunningMoments {
-  float shift, offset, squares;
+  float mean, rest, squares;
 };
 
 // Adds a tile of values, given as sums of distances from one of them (`first`): of a few values these cannot cancel by
 // more than their number. `share`: of the tile among all values with it; `before`: number of values without it.
 __device__ __forceinline__ void add_tile(RunningMoments& to, float first, float sum, float sum_of_squares,
                                          float inverse_count, float share, float before) {
-  const float step = sum * inverse_count, distance = (first - to.shift) + step - to.offset;
-  const float within = fmaf(-sum, step, sum_of_squares);
-  to.offset = fmaf(distance, share, to.offset);
-  to.squares += fmaf(distance * distance, share * before, within < 0.f ? 0.f : within);
+  const float step = sum * inverse_count, found = fmaf(-sum, step, sum_of_squares), within = found < 0.f ? 0.f : found;
+  if (before == 0.f) {
+    to = {first, step, within};
+    return;
+  }
+  const float distance = (first - to.mean) + (step - to.rest);
+  to.squares += fmaf(distance * distance, share * before, within);
+  add_to_mean(to.mean, to.rest, distance * share);
 }
 
 __device__ __forceinline__ Moments load_moments(const Moments* from) {

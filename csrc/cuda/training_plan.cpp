@@ -105,7 +105,7 @@ int64_t fill(const TrainShape& of, int columns, int step, TrainDepthwisePlan& pl
   plan.strips = columns / of.strip;
   plan.z_rows = plan.reach_rows + 2 * step, plan.z_columns = columns + plan.reach_columns;
   plan.tile_rows = plan.z_rows * s.stride, plan.tile_columns = plan.z_columns * s.stride;
-  rows = plan.taps + 11 + 4 + 2 * plan.lanes + int64_t(plan.sum_lanes) * plan.taps;
+  rows = 3 * plan.taps + 12 + 4 + 2 * plan.lanes + int64_t(plan.sum_lanes) * plan.taps;
   pixels = int64_t(plan.z_rows + step) * plan.z_columns + int64_t(plan.tile_rows + step * s.stride) * plan.tile_columns;
   return (rows * channels / 4 + 1) * 16 + pixels * channels * element;
 }
@@ -189,8 +189,8 @@ TrainDepthwisePlan plan_tiles(const TrainShape& of, int vector, int blocks, cons
 
 PassPlan plan_statistics(const training::StatisticsParams& p, const DeviceLimits& limits) {
   const int vector = vector_for(p.dtype, p.channels, {p.t});
-  PassPlan plan = plan_pass(1, p.pixels, p.channels, vector, 1, kPassBlocks, limits);
-  const int64_t resident = int64_t(limits.multiprocessors) * kPassBlocks;
+  PassPlan plan = plan_pass(1, p.pixels, p.channels, vector, 1, kSumsBlocks, limits);
+  const int64_t resident = int64_t(limits.multiprocessors) * kSumsBlocks;
   const int64_t fewest = int64_t(plan.lanes) * kStatisticsRows;  // pixels of a block
   const int64_t tiles = std::min(std::max<int64_t>(1, resident / plan.channel_groups), divide_up(p.pixels, fewest));
   plan.chunk = divide_up(p.pixels, tiles);

@@ -1,11 +1,18 @@
 // Activations together with their derivatives, which are those of PyTorch's backward functions where an activation has
 // a corner.
 #pragma once
+#include <type_traits>
+
 #include "numeric.cuh"
 
 namespace effkernels::cuda {
 
-// 1 / (1 + exp(-x)); in 16-bit types by one special-function instruction, as silu in numeric.cuh.
+// The type by whose precision the kernels of training choose special functions for images of type T. The error of
+// tanh.approx is no larger than a rounding to bfloat16; statistics and gradients of float16 would show it.
+template <class T>
+using Precision = std::conditional_t<is_bfloat16<T>, T, float>;
+
+// 1 / (1 + exp(-x)); for 16-bit types by one special-function instruction, as silu in numeric.cuh.
 template <class T>
 __device__ __forceinline__ float sigmoid(float x) {
   if constexpr (sizeof(T) == 2)

@@ -15,7 +15,7 @@
 namespace effkernels::cuda {
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads, kPassBlocks)
+__global__ void __launch_bounds__(kPassThreads, kSumsBlocks)
     training_statistics(const training::StatisticsParams p, const PassPlan plan, const TrainingWork work) {
   wait_for_previous();
   allow_next();
@@ -60,7 +60,6 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
         }
 #pragma unroll
         for (int i = 0; i < kQuad<V>; ++i) {
-          if (count == 0) my[part + i].shift = first[i];
           add_tile(my[part + i], first[i], sum[i], squares[i], inverse, share, before);
         }
       }
@@ -70,7 +69,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
   if (at.lane < plan.lanes)
 #pragma unroll
     for (int i = 0; i < V; ++i)
-      shared[at.lane * block_channels + at.vector * V + i] = {my[i].shift, my[i].offset, my[i].squares,
+      shared[at.lane * block_channels + at.vector * V + i] = {my[i].mean, my[i].rest, my[i].squares,
                                                               static_cast<float>(count)};
   __syncthreads();
   Moments* const partial = reinterpret_cast<Moments*>(work.partial);
