@@ -5,7 +5,7 @@
 // in registers and slides over the row of inputs once. Of a kernel whose size is known at run time only, it keeps 4
 // taps of a row at a time.
 //
-// Statistics: of z as it is stored. A thread takes those of a strip by sums of distances from its first pixel and joins
+// Statistics: of z as it is stored. A thread takes mean and squared distances of a strip from its registers and joins
 // them to those of its strips before (training_moments.cuh); the block joins its lanes in order, the blocks are joined
 // in two levels by those that come last: the same bits every time.
 //
@@ -161,7 +161,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainForwardBlocks)
           unpack(load_shared<V>(place), 0, value);
 #pragma unroll
           for (int i = 0; i < V; ++i) value[i] = fmaf(value[i] - mean[i], scale[i], bias[i]);
-          activate<Precision<T>>(value, p.activation);
+          activate_as_trained<T>(value, p.activation);
           raw = pack<T>(value);
         }
         *reinterpret_cast<Vector<T, V>*>(place) = raw;
@@ -206,16 +206,18 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainForwardBlocks)
 #pragma unroll
           for (int i = 0; i < kQuad<V>; ++i) {
             const float first_value = acc[0][part + i];
-            float sum = 0.f, sum_of_squares = 0.f;
+            float step = 0.f, within = 0.f;
 #pragma unroll
-            for (int ox = 1; ox < kStrip; ++ox) {
-              const float distance = ox < pixels ? acc[ox][part + i] - first_value : 0.f;
-              sum += distance;
-              sum_of_squares = fmaf(distance, distance, sum_of_squares);
+            for (int ox = 1; ox < kStrip; ++ox) step += ox < pixels ? acc[ox][part + i] - first_value : 0.f;
+            step *= inverse;
+#pragma unroll
+            for (int ox = 0; ox < kStrip; ++ox) {
+              const float distance = ox < pixels ? acc[ox][part + i] - first_value - step : 0.f;
+              within = fmaf(distance, distance, within);
             }
             RunningMoments moments = {};
             if (count > 0) moments = {mean.at[i], rest.at[i], squares.at[i]};
-            add_tile(moments, first_value, sum, sum_of_squares, inverse, share, before);
+            add_tile(moments, first_value, step, within, share, before);
             mean.at[i] = moments.mean, rest.at[i] = moments.rest, squares.at[i] = moments.squares;
           }
         }

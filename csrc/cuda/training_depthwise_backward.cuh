@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
               centred[i] -= mean[part + i];
               value[i] = fmaf(centred[i], scale[part + i], bias[part + i]);
             }
-            activate_with_slope<Precision<T>>(value, slope, p.z_activation);
+            activate_with_slope<T>(value, slope, p.z_activation);
 #pragma unroll
             for (int i = 0; i < kQuad<V>; ++i) {
               const float of_norm = fmaf(dy[i], factor[part + i], offset[part + i]) * slope[i];
@@ -359,7 +359,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
 #pragma unroll
             for (int i = 0; i < kQuad<V>; ++i)
               value[i] = fmaf(value[i] - mean[part + i], scale[part + i], bias[part + i]);
-            activate<Precision<T>>(value, p.activation);
+            activate_as_trained<T>(value, p.activation);
 #pragma unroll
             for (int i = 0; i < kQuad<V>; ++i) raw.at[part + i] = from_float<T>(value[i]);
           }
@@ -401,7 +401,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
                 h[e] -= mean.at[e];
                 value[e] = fmaf(h[e], scale.at[e], bias.at[e]);
               }
-              activate_with_slope<Precision<T>>(value, slope, p.activation);
+              activate_with_slope<T>(value, slope, p.activation);
 #pragma unroll
               for (int e = 0; e < kQuad<V>; ++e) {
                 const float dy = acc[i][part + e] * slope[e];

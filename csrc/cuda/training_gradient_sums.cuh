@@ -59,7 +59,7 @@ __global__ void __launch_bounds__(kPassThreads, kSumsBlocks)
             value[i] = fmaf(h[i], scale.at[i], bias.at[i]);
             h[i] *= inverse.at[i];
           }
-          activate_with_slope<Precision<T>>(value, slope, p.activation);
+          activate_with_slope<T>(value, slope, p.activation);
 #pragma unroll
           for (int i = 0; i < kQuad<V>; ++i) {
             const int c = part + i;

@@ -36,11 +36,10 @@ struct RunningMoments {
   float mean, rest, squares;
 };
 
-// Adds a tile of values, given as sums of distances from one of them (`first`): of a few values these cannot cancel by
-// more than their number. `share`: of the tile among all values with it; `before`: number of values without it.
-__device__ __forceinline__ void add_tile(RunningMoments& to, float first, float sum, float sum_of_squares,
-                                         float inverse_count, float share, float before) {
-  const float step = sum * inverse_count, found = fmaf(-sum, step, sum_of_squares), within = found < 0.f ? 0.f : found;
+// Adds a tile of values: their mean is first + step, `within` the sum of their squared distances from it. `share`: of
+// the tile among all values with it; `before`: number of values without it.
+__device__ __forceinline__ void add_tile(RunningMoments& to, float first, float step, float within, float share,
+                                         float before) {
   if (before == 0.f) {
     to = {first, step, within};
     return;

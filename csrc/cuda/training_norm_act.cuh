@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
         unpack(raw_residual, part, residual);
 #pragma unroll
         for (int i = 0; i < kQuad<V>; ++i) value[i] = fmaf(value[i] - mean.at[i], scale.at[i], bias.at[i]);
-        activate<Precision<T>>(value, p.activation);
+        activate_as_trained<T>(value, p.activation);
 #pragma unroll
         for (int i = 0; i < kQuad<V>; ++i)
           y.at[part + i] = from_float<T>(fmaf(value[i], factor[part + i], residual[i]));

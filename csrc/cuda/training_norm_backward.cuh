@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
           t[i] -= mean.at[i];
           value[i] = fmaf(t[i], scale.at[i], bias.at[i]);
         }
-        activate_with_slope<Precision<T>>(value, slope, p.activation);
+        activate_with_slope<T>(value, slope, p.activation);
 #pragma unroll
         for (int i = 0; i < kQuad<V>; ++i)
           dt.at[part + i] =

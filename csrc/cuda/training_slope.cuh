@@ -1,22 +1,16 @@
 // Activations together with their derivatives, which are those of PyTorch's backward functions where an activation has
 // a corner.
 #pragma once
-#include <type_traits>
-
 #include "numeric.cuh"
 
 namespace effkernels::cuda {
 
-// The type by whose precision the kernels of training choose special functions for images of type T. The error of
-// tanh.approx is no larger than a rounding to bfloat16; statistics and gradients of float16 would show it.
-template <class T>
-using Precision = std::conditional_t<is_bfloat16<T>, T, float>;
-
-// 1 / (1 + exp(-x)); for 16-bit types by one special-function instruction, as silu in numeric.cuh.
+// 1 / (1 + exp(-x)); for 16-bit types by the two special-function instructions alone, whose error is some 2^-21. Not by
+// tanh.approx, as silu in numeric.cuh: its error of 2^-11 would show in statistics and in sums of gradients.
 template <class T>
 __device__ __forceinline__ float sigmoid(float x) {
   if constexpr (sizeof(T) == 2)
-    return fmaf(0.5f, tanh_approx(0.5f * x), 0.5f);
+    return __fdividef(1.f, 1.f + __expf(-x));
   else
     return 1.f / (1.f + expf(-x));
 }
@@ -72,6 +66,13 @@ __device__ __forceinline__ void activate_with_slope(float (&x)[kCount], float (&
       }
       break;
   }
+}
+
+// The activation alone.
+template <class T, int kCount>
+__device__ __forceinline__ void activate_as_trained(float (&x)[kCount], Activation activation) {
+  float unused[kCount];
+  activate_with_slope<T>(x, unused, activation);
 }
 
 }  // namespace effkernels::cuda

@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
             for (int i = 0; i < kQuad<V>; ++i)
               value[j * kQuad<V> + i] = fmaf(t[i] - mean.at[i], scale.at[i], bias.at[i]);
           }
-          activate<Precision<T>>(value, p.activation);
+          activate_as_trained<T>(value, p.activation);
 #pragma unroll
           for (int j = 0; j < kRows; ++j)
             if (row + j * plan.lanes < item.pixels)

@@ -1,7 +1,7 @@
 // Mean and biased variance of every channel over all pixels of a batch.
 //
 // Threads and data: those of training_pass.cuh, the batch as one image, one item for each block. A thread reads 8
-// pixels at once, forms their sums of distances from the first of them, and joins these tiles in order
+// pixels at once, forms their mean and the sum of squared distances from it, and joins these tiles in order
 // (training_moments.cuh). The block joins its lanes in order, the blocks are joined in two levels by those that come
 // last: the same bits every time, in one launch.
 //
@@ -44,24 +44,27 @@ __global__ void __launch_bounds__(kPassThreads, kSumsBlocks)
       const float before = static_cast<float>(count), share = static_cast<float>(rows) / (before + rows);
 #pragma unroll
       for (int part = 0; part < V; part += kQuad<V>) {
-        float first[kQuad<V>], sum[kQuad<V>] = {}, squares[kQuad<V>] = {};
+        float first[kQuad<V>], step[kQuad<V>] = {}, squares[kQuad<V>] = {};
         unpack(raw[0], part, first);
+        const auto each_row = [&](const auto& act) {
 #pragma unroll
-        for (int j = 1; j < kRows; ++j) {
-          float value[kQuad<V>];
-          unpack(raw[j], part, value);
-          if (j < rows)
+          for (int j = 0; j < kRows; ++j) {
+            float value[kQuad<V>];
+            unpack(raw[j], part, value);
+            if (j < rows)
 #pragma unroll
-            for (int i = 0; i < kQuad<V>; ++i) {
-              const float distance = value[i] - first[i];
-              sum[i] += distance;
-              squares[i] = fmaf(distance, distance, squares[i]);
-            }
-        }
+              for (int i = 0; i < kQuad<V>; ++i) act(i, value[i] - first[i]);
+          }
+        };
+        each_row([&](int i, float distance) { step[i] += distance; });
 #pragma unroll
-        for (int i = 0; i < kQuad<V>; ++i) {
-          add_tile(my[part + i], first[i], sum[i], squares[i], inverse, share, before);
-        }
+        for (int i = 0; i < kQuad<V>; ++i) step[i] *= inverse;
+        each_row([&](int i, float distance) {
+          const float from_mean = distance - step[i];
+          squares[i] = fmaf(from_mean, from_mean, squares[i]);
+        });
+#pragma unroll
+        for (int i = 0; i < kQuad<V>; ++i) add_tile(my[part + i], first[i], step[i], squares[i], share, before);
       }
       count += rows;
     }
