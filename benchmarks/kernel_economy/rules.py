@@ -355,8 +355,8 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(
         rf"training_squeeze<(?:{_TYPE16}, 8|float32, 4)>",
-        "16-byte loads of two pixels at once, 3 blocks of 256 threads, no atomic addition of floats",
-        (wide_loads(2), launch_bounds_kept, resident_threads(768), adds_in_order),
+        "16-byte loads of two pixels at once, 2 blocks of 256 threads, no atomic addition of floats",
+        (wide_loads(2), launch_bounds_kept, resident_threads(512), adds_in_order),
     ),
     Claim(
         rf"training_gradient_sums<(?:{_TYPE16}, 8|float32, 4)>",

@@ -209,7 +209,7 @@ PassPlan plan_norm_act(const training::NormActParams& p, const DeviceLimits& lim
 }
 
 PassPlan plan_squeeze(const training::NormActParams& p, const DeviceLimits& limits) {
-  return plan_sums(p, vector_for(p.dtype, p.channels, {p.t}), 3, 1, kPassBlocks, limits);
+  return plan_sums(p, vector_for(p.dtype, p.channels, {p.t}), 3, 1, kSumsBlocks, limits);
 }
 
 PassPlan plan_gradient_sums(const training::GradientSumsParams& p, const DeviceLimits& limits) {

@@ -12,7 +12,7 @@
 namespace effkernels::cuda {
 
 template <class T, int V>
-__global__ void __launch_bounds__(kPassThreads, kPassBlocks)
+__global__ void __launch_bounds__(kPassThreads, kSumsBlocks)
     training_squeeze(const training::NormActParams p, const PassPlan plan, const TrainingWork work) {
   wait_for_previous();
   allow_next();
