@@ -87,6 +87,15 @@ __global__ void __launch_bounds__(128) two_special_functions(const T* x, T* y) {
   store(y + threadIdx.x * kVectorOf<T>, value);
 }
 
+// Sums whose order differs from run to run.
+template <class T>
+__global__ void __launch_bounds__(128) float_atomics(const T* x, float* y) {
+  wait_for_previous();
+  float value[kVectorOf<T>];
+  load(x + threadIdx.x * kVectorOf<T>, value);
+  atomicAdd(y, value[0]);
+}
+
 // Not bad: a product on the tensor cores, its factors by cp.async and ldmatrix.
 template <class T>
 __global__ void __launch_bounds__(32) product(const T* x, T* y) {
@@ -117,5 +126,6 @@ template __global__ void read_only_loads<bfloat16>(const bfloat16*, bfloat16*);
 template __global__ void does_not_wait<bfloat16>(const bfloat16*, bfloat16*);
 template __global__ void scalar_stores<bfloat16>(const bfloat16*, bfloat16*);
 template __global__ void two_special_functions<bfloat16>(const bfloat16*, bfloat16*);
+template __global__ void float_atomics<bfloat16>(const bfloat16*, float*);
 
 }  // namespace mutants

@@ -41,10 +41,10 @@ class TestSchedule:
         assert schedule.chosen([]) == list(PARTS)
 
     def test_what_is_most_worth_knowing_comes_first(self) -> None:
-        assert [part.name for part in PARTS[:7]] == [
-            "build", "wrappers", "launches", "models", "ops", "parity", "profile",
+        assert [part.name for part in PARTS[:8]] == [
+            "build", "wrappers", "launches", "models", "ops", "train_steps", "parity", "profile",
         ]  # fmt: skip
-        assert {part.name for part in PARTS[7:]} == {"sanitizer", "triton", "tune", "training"}
+        assert {part.name for part in PARTS[8:]} == {"sanitizer", "triton", "tune", "training"}
 
     def test_unknown_ones_are_refused_with_what_is_allowed(self) -> None:
         with pytest.raises(ValueError, match=r"unknown part speed; allowed: build, wrappers, .*training"):

@@ -299,6 +299,7 @@ class TestTheRules:
             (rules.launch_bounds_kept, GOOD, "two_special_functions<bfloat16>"),
             (rules.resident_threads(1024), GOOD, "hungry<bfloat16, 128>"),
             (rules.one_tanh_per_element(rules.stored_elements), GOOD, "two_special_functions<bfloat16>"),
+            (rules.adds_in_order, GOOD, "float_atomics<bfloat16>"),
             (rules.tensor_cores, PRODUCT, GOOD),
             (rules.copies_asynchronously, PRODUCT, GOOD),
             (rules.exact_products, "hungry<bfloat16, 128>", PRODUCT),

@@ -63,11 +63,14 @@ def step(block: nn.Module, x: Tensor, seed: int = 1) -> dict[str, Tensor]:
     return found | {name: b.clone() for name, b in block.named_buffers()}
 
 
-def assert_step(block: nn.Module, x: Tensor, draws: int = 3) -> None:
+def assert_step(block: nn.Module, x: Tensor, draws: int = 3, device: str = "cpu") -> None:
     """The fused step keeps to the tolerance rule: against the plain one in the same dtype and in float64.
 
     Several draws of x are judged together: the gradient of a norm is what sums of both signs leave, and for the few
     numbers of one draw PyTorch's own error is a matter of luck.
+
+    Args:
+        device: where the fused step runs; the others run on the CPU.
     """
     assert training_problem(block) is None
     results: dict[str, list[list[Tensor]]] = {}
@@ -80,7 +83,8 @@ def assert_step(block: nn.Module, x: Tensor, draws: int = 3) -> None:
         # PyTorch has two ways that are equally right; its own error is the larger one.
         layouts = image, image.contiguous(memory_format=torch.channels_last)
         own, other = (step(copy.deepcopy(plain), layout) for layout in layouts)
-        found = step(copy.deepcopy(block), image)
+        found = step(copy.deepcopy(block).to(device), image.to(device))
+        found = {name: value.cpu() for name, value in found.items()}
         assert found.keys() == own.keys() == truth.keys()
         for name, wanted in truth.items():
             if name.endswith("num_batches_tracked"):

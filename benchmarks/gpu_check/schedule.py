@@ -43,6 +43,7 @@ PARTS: tuple[Part, ...] = (
     Part(
         "ops", "operators and whole blocks against PyTorch and cuDNN, and their share of the copy bandwidth", 0.25, 20
     ),
+    Part("train_steps", "depthwise steps of training, backward and forward, against PyTorch and cuDNN", 0.10, 15),
     Part("parity", "every parity test on the device by the CUDA kernels", 0.20, 25),
     Part("profile", "Nsight Compute on the main kernels", 0.10, 15),
     Part("sanitizer", "compute-sanitizer: memcheck, racecheck, synccheck", 0.15, 20),

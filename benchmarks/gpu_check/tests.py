@@ -17,6 +17,7 @@ from benchmarks.gpu_check.progress import PartProgress, Progress
 # Every test file that asks for the backend fixture, the most telling ones first.
 FILES = (
     "tests/test_ops_parity.py",
+    "tests/test_training_steps.py",
     "tests/test_ops_special_values.py",
     "tests/test_ops_pooled_means.py",
     "tests/test_nn_blocks.py",

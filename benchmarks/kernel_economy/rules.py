@@ -92,6 +92,38 @@ def exact_products(kernel: Kernel) -> str | None:
     return None if kernel.count("FFMA") else "no fused multiply-add (FFMA)"
 
 
+def adds_in_order(kernel: Kernel) -> str | None:
+    """No atomic addition of floats, whose order would differ from run to run."""
+    found = [
+        name
+        for name in kernel.instructions
+        if name.split(".")[0] in ("RED", "ATOM", "ATOMG", "ATOMS", "REDG")
+        and {"F32", "F64", "F16x2"} & set(name.split("."))
+    ]
+    return f"atomic additions of floats: {', '.join(sorted(found))}" if found else None
+
+
+def training_tile_stored_wide(kernel: Kernel) -> str | None:
+    """Every pixel of a thread's strip is stored by one instruction of 16 bytes."""
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    pixels = 7 if kernel.family == "training_depthwise" and size and stride == 1 else 4  # trained_strip in training.h
+    found = kernel.accesses("STG")[16]
+    return None if found >= pixels else f"{found} stores of 16 bytes for {pixels} pixels of a strip"
+
+
+def training_products(kernel: Kernel) -> str | None:
+    """The multiply-adds of a row of taps are in the code one after the other, of a strip or, backward, of both
+    gradients: nothing is looked up by an index.
+    """
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    vector = 16 // kernel.element_bytes
+    pixels = 7 if stride == 1 else 4
+    # Backward: 4 pixels of the input by the taps that reach them, and 4 results by a row of taps.
+    wanted = size * vector * (pixels if kernel.family == "training_depthwise" else 4 // stride + 4)
+    found = kernel.count("FFMA")
+    return None if found >= wanted else f"{found} FFMA; the claim is at least {wanted}"
+
+
 def resident_threads(at_least: int) -> Rule:
     """Registers leave room for so many threads on a multiprocessor, in blocks of the size of __launch_bounds__."""
 
@@ -311,6 +343,46 @@ CLAIMS: tuple[Claim, ...] = (
     ),
     Claim(r"(?:norm_act|scale_by_gate)<\w+, 1>", "element by element, 1024 threads", (resident_threads(1024),)),
     Claim(r"squeeze_excite_gate<\w+>", "2 blocks of 256 threads", (launch_bounds_kept, resident_threads(512))),
+    Claim(
+        rf"training_statistics<(?:{_TYPE16}, 8|float32, 4)>",
+        "8 loads of 16 bytes before the first is used, 2 blocks of 256 threads, no atomic addition of floats",
+        (wide_loads(8), launch_bounds_kept, resident_threads(512), adds_in_order),
+    ),
+    Claim(
+        rf"training_(?:norm_act|norm_backward)<(?:{_TYPE16}, 8|float32, 4)>",
+        "16-byte loads and stores, 3 blocks of 256 threads",
+        (wide_loads(2), wide_stores, launch_bounds_kept, resident_threads(768)),
+    ),
+    Claim(
+        rf"training_squeeze<(?:{_TYPE16}, 8|float32, 4)>",
+        "16-byte loads of two pixels at once, 2 blocks of 256 threads, no atomic addition of floats",
+        (wide_loads(2), launch_bounds_kept, resident_threads(512), adds_in_order),
+    ),
+    Claim(
+        rf"training_gradient_sums<(?:{_TYPE16}, 8|float32, 4)>",
+        "16-byte loads and stores, 2 blocks of 256 threads, no atomic addition of floats",
+        (wide_loads(2), wide_stores, launch_bounds_kept, resident_threads(512), adds_in_order),
+    ),
+    Claim(
+        rf"training_depthwise(?:_backward)?<(?:{_TYPE16}, [35], [12], 8|float32, [35], [12], 4)>",
+        "16-byte cp.async, a 16-byte store for each pixel of a strip, 3 blocks of 128 threads, the multiply-adds of a "
+        "row of taps without a loop, no atomic addition of floats",
+        (
+            *(copies_asynchronously, training_tile_stored_wide, training_products),
+            *(launch_bounds_kept, resident_threads(384), adds_in_order),
+        ),
+    ),
+    Claim(
+        rf"training_depthwise(?:_backward)?<(?:{_TYPE16}, 0, [12], 8|float32, 0, [12], 4)>",
+        "16-byte cp.async, a 16-byte store for each pixel of a strip, 3 blocks of 128 threads, no atomic addition of "
+        "floats",
+        (copies_asynchronously, training_tile_stored_wide, launch_bounds_kept, resident_threads(384), adds_in_order),
+    ),
+    Claim(
+        r"training_\w+<\w+(?:, 0, [12])?, 1>",
+        "any channel count: element by element, as many blocks as asked for, no atomic addition of floats",
+        (launch_bounds_kept, adds_in_order),
+    ),
 )
 
 

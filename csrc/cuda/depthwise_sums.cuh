@@ -35,6 +35,12 @@ struct ExactSum {
   __device__ __forceinline__ float result() const { return rest == rest ? value + rest : value; }
 };
 
+// The value in double of a sum and what was rounded off.
+__device__ __forceinline__ double double_of(const ExactSum& sum) {
+  return sum.rest == sum.rest ? static_cast<double>(sum.value) + static_cast<double>(sum.rest)
+                              : static_cast<double>(sum.value);
+}
+
 // Adds the lanes' sums of one image in lane order into `sums`, (block_channels), and clears them for the next image.
 // Called by all threads; ends with a barrier.
 __device__ __forceinline__ void add_lanes(const DepthwisePlan& plan, float* lane_sums, float* sums) {

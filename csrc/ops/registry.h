@@ -11,3 +11,4 @@
 // One more level of macros, so that the names above are expanded before torch's macros paste them.
 #define EFFKERNELS_LIBRARY(ns, m) STABLE_TORCH_LIBRARY(ns, m)
 #define EFFKERNELS_LIBRARY_IMPL(ns, key, m) STABLE_TORCH_LIBRARY_IMPL(ns, key, m)
+#define EFFKERNELS_LIBRARY_FRAGMENT(ns, m) STABLE_TORCH_LIBRARY_FRAGMENT(ns, m)

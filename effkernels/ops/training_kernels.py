@@ -1,4 +1,4 @@
-"""Shape functions of the CPU's training kernels, which `training_steps.py` calls.
+"""Shape functions of the compiled training kernels, which `training_steps.py` calls.
 
 A trace never meets them inside of the operators of `training.py`, which are opaque to it; they are for whoever calls
 the kernels by themselves.

@@ -1,9 +1,10 @@
 """The steps of a fused training block: what its forward and its backward do between two matrix products.
 
-Every function here is plain PyTorch on any device and in any floating dtype, and the compiled CPU kernel of the same
-meaning where there is one. Images are (N, H, W, C) and contiguous, the memory of channels_last. What is applied to
-every element is computed in float32 (float64 where the image is), `wide(dtype)`; sums over pixels, and what is computed
-from them per channel, in float64, as PyTorch's batch norm does on a CPU: a gradient is what differences of them leave.
+Every function here is plain PyTorch on any device and in any floating dtype, and the compiled kernel of the same
+meaning, of the CPU or of CUDA, where there is one. Images are (N, H, W, C) and contiguous, the memory of channels_last.
+What is applied to every element is computed in float32 (float64 where the image is), `wide(dtype)`; sums over pixels,
+and what is computed from them per channel, in float64, as PyTorch's batch norm does on a CPU: a gradient is what
+differences of them leave.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from effkernels import _library
-from effkernels.ops import backends
+from effkernels.ops import _tf32, backends
 from effkernels.ops.reference import activate, apply_gate
 
 aten: Any = torch.ops.aten
@@ -68,12 +69,21 @@ def by_kernels() -> Iterator[None]:
 
 _planning = threading.local()
 
+_HAS_CUDA_KERNELS = _library.is_loaded() and torch._C._dispatch_has_kernel_for_dispatch_key(
+    "effkernels::training_statistics", "CUDA"
+)
+
 
 def _has_kernel(t: Tensor) -> bool:
     if t.is_meta:
         return getattr(_planning, "active", False) and backends.selected() != "reference"
-    supported = t.is_cpu and t.dtype in backends.DTYPES and t.numel() > 0
-    return supported and _library.is_loaded() and backends.selected() in ("auto", "cpu")
+    if t.dtype not in backends.DTYPES or t.numel() == 0 or not _library.is_loaded():
+        return False
+    if t.is_cpu:
+        return backends.selected() in ("auto", "cpu")
+    if not (t.is_cuda and _HAS_CUDA_KERNELS and backends.selected() in ("auto", "cuda")):
+        return False
+    return backends.can_run_cuda("pointwise_bn_act", device=t.device, dtype=t.dtype).ok
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -233,7 +243,7 @@ def coefficients_of(
     if not batch_statistics:
         zeros = torch.zeros_like(norm.scale)
         return Coefficients(norm.scale, zeros, zeros)
-    of_mean, of_h = (torch.stack((dy, dyh)) * (norm.scale * (-1.0 / count))).to(dtype)
+    of_mean, of_h = (torch.stack((dy, dyh)) * (norm.scale.double() * (-1.0 / count))).to(dtype)
     return Coefficients(norm.scale, of_h * norm.inverse_deviation, of_mean)
 
 
@@ -281,6 +291,8 @@ def pointwise_input_gradient(dz: Tensor, weight: Tensor, residual: Tensor | None
 
 def pointwise_weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
     """The gradient (Cout, Cin, 1, 1) of the weight of a 1x1 convolution, in x's dtype."""
+    if x.is_cuda:  # a product of two matrices as they are: cuDNN may convert or pad them, and add by atomics
+        return torch.mm(dz.flatten(0, 2).t(), x.flatten(0, 2))[:, :, None, None]
     like = x.new_empty(dz.shape[3], x.shape[3], 1, 1)
     nothing = [0, 0]
     return aten.convolution_backward(  # type: ignore[no-any-return]
@@ -290,7 +302,7 @@ def pointwise_weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     return torch.ops.effkernels.pointwise_bn_act(  # type: ignore[no-any-return]
-        x, weight, bias, None, None, None, None, 0.0, None, residual, "identity", False
+        x, weight, bias, None, None, None, None, 0.0, None, residual, "identity", _tf32.resolve(None, x)
     )
 
 
@@ -344,7 +356,7 @@ def _sums(dy: Tensor, t: Tensor, norm: FoldedNorm) -> tuple[Tensor, Tensor]:
 
 
 def _is_plain_depthwise(t: Tensor, weight: Tensor, padding: Sequence[int], dilation: int) -> bool:
-    """Whether the CPU's kernels compute it: they hold rows of the image in a cache."""
+    """Whether the kernels compute it: those of the CPU hold rows of the image in a cache."""
     height, width = weight.shape[2:]
     pads = max(padding[:2]) < height and max(padding[2:]) < width
     return dilation == 1 and pads and max(height, width) <= 13 and t.shape[2] <= 4096

@@ -1,0 +1,8 @@
+// The depthwise kernels of training, backward, for float32.
+#include "training_depthwise_backward.cuh"
+
+namespace effkernels::cuda {
+
+template cudaError_t run_train_backward<float>(const TrainBackwardArguments&, const Launch&);
+
+}  // namespace effkernels::cuda
