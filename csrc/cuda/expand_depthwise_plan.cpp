@@ -114,46 +114,44 @@ struct Work {
   }
 };
 
-// As few tiles of columns as leave room for three blocks on a multiprocessor, or else for two. One alone would leave it
-// idle at every barrier.
-bool choose_columns(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
-                    ExpandDepthwisePlan& plan) {
-  const DepthwiseParams& p = *call.depthwise;
-  const int strip = plan.depthwise.strip;
-  plan.group_rows = p.stride;
-  for (const int64_t wanted : {kExpandDepthwiseBlocks, 2}) {
-    for (int64_t tiles = 1;; ++tiles) {
-      const int64_t columns = divide_up(divide_up(p.out_width, tiles), strip) * strip;
-      if (tiles > 1 && columns < kFewestColumns) break;
-      if (in_columns(p, columns) * p.stride > kMostPixels * 2) continue;  // not a table of lay_out's sizes
-      plan.columns = static_cast<int>(columns);
-      lay_out(expand, call, plan);
-      if (plan.shared_bytes <= limits.shared_per_block && blocks_of_multiprocessor(plan, limits) >= wanted) return true;
-      if (columns == strip) break;
-    }
-  }
-  return false;
+// Clocks of a multiprocessor full of blocks for a row of the result: what its blocks wait for, whose dependent
+// instructions are two clocks apart, or the instructions that it issues, four a clock.
+int64_t clocks_of_row(const Work& work, const DepthwiseParams& p, const ExpandDepthwisePlan& plan, int64_t resident) {
+  const int64_t group = std::max(2 * work.chain(p, plan) / resident, work.all(p, plan) / 4);
+  return group * plan.column_tiles / plan.group_out_rows;
 }
 
-// Rows of a group: more of them share the barriers and fill the fragments, and take shared memory.
-void choose_rows(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
+// Columns of a tile and rows of a group, for three blocks on a multiprocessor or for two: one alone would leave it idle
+// at every barrier. Few tiles, because neighbours expand their borders twice; many rows, which share the barriers and
+// fill the fragments and the warps.
+bool choose_tile(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
                  ExpandDepthwisePlan& plan) {
   const DepthwiseParams& p = *call.depthwise;
-  const int64_t resident = blocks_of_multiprocessor(plan, limits);
-  ExpandDepthwisePlan best = plan;
+  const int strip = plan.depthwise.strip, stride = p.stride;
   const Work work(expand, p, plan);
-  const auto cost = [&](const ExpandDepthwisePlan& one) {  // for each row, as the mean of the two
-    return (2 * work.chain(p, one) * kWarps + 2 * work.all(p, one)) / one.group_out_rows;
-  };
-  int64_t least = cost(best);
-  const int64_t rows = divide_up(p.height, p.stride) * p.stride;
-  for (plan.group_rows = 2 * p.stride; plan.group_rows <= rows; plan.group_rows += p.stride) {
-    if (plan.group_rows * in_columns(p, plan.columns) > kMostPixels) break;
-    lay_out(expand, call, plan);
-    if (plan.shared_bytes > limits.shared_per_block || blocks_of_multiprocessor(plan, limits) < resident) break;
-    if (cost(plan) < least) least = cost(plan), best = plan;
+  const int64_t most_rows = divide_up(p.height, stride) * stride;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  ExpandDepthwisePlan one = plan;
+  for (int64_t resident = kExpandDepthwiseBlocks; resident >= 2; --resident) {
+    bool found = false;
+    for (int64_t tiles = 1; !found; ++tiles) {
+      const int64_t columns = divide_up(divide_up(p.out_width, tiles), strip) * strip;
+      if (tiles > 1 && columns < kFewestColumns) break;
+      const int64_t pixels = in_columns(p, columns);  // of a row
+      if (pixels * stride > 2 * kMostPixels) continue;
+      one.columns = static_cast<int>(columns);
+      for (int64_t rows = stride; rows <= most_rows; rows += stride) {
+        if (rows > stride && rows * pixels > kMostPixels) break;
+        one.group_rows = static_cast<int>(rows);
+        lay_out(expand, call, one);
+        if (one.shared_bytes > limits.shared_per_block || blocks_of_multiprocessor(one, limits) < resident) break;
+        found = true;
+        const int64_t clocks = clocks_of_row(work, p, one, resident);
+        if (clocks < least) least = clocks, plan = one;
+      }
+    }
   }
-  plan = best;
+  return least < std::numeric_limits<int64_t>::max();
 }
 
 // Bands: blocks for every multiprocessor where the images are few, although each expands the K - 1 rows above it too.
@@ -192,8 +190,7 @@ ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const D
   d.channel_groups = static_cast<int>(divide_up(p.channels, kExpandedChannels));
   d.units = p.batch;
   d.out_height = static_cast<int>(p.out_height);
-  if (!choose_columns(expand, call, limits, plan)) return plan;
-  choose_rows(expand, call, limits, plan);
+  if (!choose_tile(expand, call, limits, plan)) return plan;
   choose_bands(expand, p, limits, plan);
   d.tiles = plan.bands * plan.column_tiles;
   d.strips = strips_of_row(plan) * d.out_height;
