@@ -48,7 +48,7 @@ __device__ __forceinline__ void convolve_ring(const DepthwiseParams& p, const Ex
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, V = Traits::kVector;
   const int above = top < 0 ? -top : 0, row = top + above - first_row;
-  int slot = row - SmallDivisor(plan.by_ring_rows)(row) * plan.ring_rows;
+  int slot = row - static_cast<int>(SmallDivisor(plan.by_ring_rows)(row)) * plan.ring_rows;
   const unsigned char* from = column + slot * plan.ring_row_bytes;
   const int end = static_cast<int>(p.height) - top < K ? static_cast<int>(p.height) - top : K;
 #pragma unroll 1
@@ -82,24 +82,28 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
   const SumsInShared shared(division, parameters, K * K);
 
   const int group = blockIdx.x % division.channel_groups, tile = blockIdx.x / division.channel_groups % division.tiles;
-  const int image = blockIdx.x / division.channel_groups / division.tiles;
-  const DepthwiseLane at(p, division, group, tile, image);
+  const DepthwiseLane at(p, division, group, tile, blockIdx.x / division.channel_groups / division.tiles);
+  const int first_image = at.unit * division.images,
+            images = min(division.images, static_cast<int>(p.batch) - first_image);
   const int band = tile / plan.column_tiles, first_column = tile % plan.column_tiles * plan.columns;
   const int out_columns = min(plan.columns, static_cast<int>(p.out_width) - first_column);
   const ExpandColumns columns(p, first_column, out_columns);
 
-  // Rows of y of the band; of x under them. `made`: of y; `expanded`: of x.
-  const int out_end = min((band + 1) * plan.band_rows, static_cast<int>(p.out_height));
-  int made = band * plan.band_rows;
-  const int first_row = max(made * S - p.pad_top, 0);
+  // Rows of y of the band, and those of x under them.
+  const int first_out = band * plan.band_rows,
+            out_end = min(first_out + plan.band_rows, static_cast<int>(p.out_height));
+  const int first_row = max(first_out * S - p.pad_top, 0);
   const int end_row = min((out_end - 1) * S - p.pad_top + K, static_cast<int>(p.height));
-  const T* const x =
-      static_cast<const T*>(expand.x) + int64_t(image) * expand.x_stride_n + columns.first * expand.x_stride_p;
+  const T* x =
+      static_cast<const T*>(expand.x) + int64_t(first_image) * expand.x_stride_n + columns.first * expand.x_stride_p;
   const int width = static_cast<int>(p.width);
+  const auto load_rows = [&](int row) {
+    load_expand_rows(expand, plan, columns, x, width, row, min(plan.group_rows, end_row - row), stage);
+    cp_async_commit();
+  };
 
   load_expand_weights<T>(expand, plan, group * kExpandedChannels, weights);
-  load_expand_rows(expand, plan, columns, x, width, first_row, min(plan.group_rows, end_row - first_row), stage);
-  cp_async_commit();
+  load_rows(first_row);
   for (int i = threadIdx.x * 16; i < plan.ring_rows * plan.ring_row_bytes; i += kDepthwiseThreads * 16)
     *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
   const int norm_channel = kDepthwiseThreads - 1 - static_cast<int>(threadIdx.x);  // of threads without taps' norm
@@ -114,55 +118,59 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
 
   const ThreadParameters<V> my(parameters, kExpandedChannels, at.vector);
   float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;
-  T* const y = static_cast<T*>(p.y) + int64_t(image) * p.out_height * p.out_width * p.channels + at.channel;
+  const int out_width = static_cast<int>(p.out_width), channels = static_cast<int>(p.channels);
+  T* y = static_cast<T*>(p.y) + int64_t(first_image) * p.out_height * p.out_width * p.channels + at.channel;
   const StripCursor first_strip(at.lane, division.lanes, plan.group_out_rows);
   const int strips_of_row = (out_columns + kStrip - 1) / kStrip;
 
-  int slot = 0;  // of the ring, for the first row of the group
 #pragma unroll 1
-  for (int expanded = first_row; expanded < end_row;) {
-    const int rows = min(plan.group_rows, end_row - expanded);
-    cp_async_wait<0>();
-    __syncthreads();
-    expand_rows<T>(expand, plan, columns, stage, weights, norm, rows, slot, ring);
-    __syncthreads();
-    expanded += rows, slot += rows;
-    if (slot >= plan.ring_rows) slot -= plan.ring_rows;
-    if (expanded < end_row) {
-      load_expand_rows(expand, plan, columns, x, width, expanded, min(plan.group_rows, end_row - expanded), stage);
-      cp_async_commit();
-    }
+  for (int m = 0; m < images; ++m) {
+    int made = first_out, slot = 0;  // rows of y; of the ring, for the first row of the group
+#pragma unroll 1
+    for (int expanded = first_row; expanded < end_row;) {
+      const int rows = min(plan.group_rows, end_row - expanded);
+      cp_async_wait<0>();
+      __syncthreads();
+      expand_rows<T>(expand, plan, columns, stage, weights, norm, rows, slot, ring);
+      __syncthreads();
+      expanded += rows, slot += rows;
+      if (slot >= plan.ring_rows) slot -= plan.ring_rows;
+      const bool ends = expanded == end_row;
+      if (ends) x += expand.x_stride_n;
+      if (!ends || m + 1 < images) load_rows(ends ? first_row : expanded);
 
-    // Rows of y whose windows are complete: all where nothing of x is left.
-    const int below = expanded + p.pad_top - K;
-    const int possible = expanded == end_row ? out_end : below < 0 ? 0 : min(below / S + 1, out_end);
+      // Rows of y whose windows are complete: all where nothing of x is left.
+      const int below = expanded + p.pad_top - K;
+      const int possible = ends ? out_end : below < 0 ? 0 : min(below / S + 1, out_end);
 #pragma unroll 1
-    while (made < possible) {
-      const int rows_here = min(plan.group_out_rows, possible - made);
+      while (made < possible) {
+        const int rows_here = min(plan.group_out_rows, possible - made);
 #pragma unroll 1
-      for (StripCursor strip = first_strip; at.active && strip.column < strips_of_row; strip.advance()) {
-        if (strip.row >= rows_here) continue;
-        const int row = made + strip.row, column = strip.column * kStrip;
-        float acc[kStrip][V] = {}, sum[V] = {};
-        convolve_ring<Traits>(p, plan, ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
-                              row * S - p.pad_top, first_row, my, acc);
-        finish_strip<T>(my, K * K, p.activation, acc);
-        T* const to = y + (row * static_cast<int>(p.out_width) + first_column + column) * static_cast<int>(p.channels);
-        const int pixels = out_columns - column;
+        for (StripCursor strip = first_strip; at.active && strip.column < strips_of_row; strip.advance()) {
+          if (strip.row >= rows_here) continue;
+          const int row = made + strip.row, column = strip.column * kStrip;
+          float acc[kStrip][V] = {}, sum[V] = {};
+          convolve_ring<Traits>(p, plan, ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
+                                row * S - p.pad_top, first_row, my, acc);
+          finish_strip<T>(my, K * K, p.activation, acc);
+          T* const to = y + (row * out_width + first_column + column) * channels;
+          const int pixels = out_columns - column;
 #pragma unroll
-        for (int ox = 0; ox < kStrip; ++ox) {
-          if (ox >= pixels) break;
+          for (int ox = 0; ox < kStrip; ++ox) {
+            if (ox >= pixels) break;
 #pragma unroll
-          for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
-          store_global(to + ox * static_cast<int>(p.channels), acc[ox]);
+            for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
+            store_global(to + ox * channels, acc[ox]);
+          }
+          add_to_lane(sum, my_sums);
         }
-        add_to_lane(sum, my_sums);
+        made += rows_here;
       }
-      made += rows_here;
     }
+    add_lanes(division, shared.lane_sums, shared.sums + m * kExpandedChannels);
+    y += p.out_height * p.out_width * p.channels;
   }
-  add_lanes(division, shared.lane_sums, shared.sums);
-  finish_sums<T>(a.depthwise, group, tile, image, parameters);
+  finish_sums<T>(a.depthwise, group, tile, at.unit, parameters);
 }
 
 template <class T, int S>

@@ -25,10 +25,10 @@ struct ExpandDepthwisePlan {
   int group_out_rows = 1;   // rows of y that they make possible
   int ring_rows = 1;        // rows of the expanded tensor in shared memory
   int ring_row_bytes = 0;
-  int stage_pixels = 0;                      // of x in shared memory: those of a group, in whole fragments of 16
-  int slices = 1;                            // of 64 bytes of a pixel of x
-  int chunks = 2;                            // of 16 bytes of a pixel of x, in whole fragments of 32 bytes
-  uint32_t by_chunks = 0, by_ring_rows = 0;  // multiplier_of them
+  int stage_pixels = 0;       // of x in shared memory: those of a group, in whole fragments of 16
+  int slices = 1;             // of 64 bytes of a pixel of x
+  int chunks = 2;             // of 16 bytes of a pixel of x, in whole fragments of 32 bytes
+  uint32_t by_ring_rows = 0;  // multiplier_of them
   int norm_at = 0, weights_at = 0, x_at = 0, ring_at = 0;  // in shared memory, in bytes
   int64_t shared_bytes = 0;
 };

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../sizes.h"
+#include "squeeze_excite.h"
 
 namespace effkernels::cuda {
 namespace {
@@ -43,8 +44,8 @@ bool is_supported(const PointwiseParams& expand, const DepthwiseCall& call) {
 // Taps, scale and shift, sums of the lanes, of the block, a flag, hidden values: see SumsInShared.
 int64_t sum_bytes(const DepthwiseCall& call, const DepthwisePlan& plan) {
   const int64_t taps = int64_t(call.depthwise->kernel_h) * call.depthwise->kernel_w;
-  int64_t floats = (taps + 2 + plan.lanes + 1) * kExpandedChannels + 4;
-  if (call.se != nullptr) floats += call.se->reduced;
+  int64_t floats = (taps + 2 + plan.lanes + plan.images) * kExpandedChannels + 4;
+  if (call.se != nullptr) floats += plan.images * call.se->reduced;
   return floats * int64_t(sizeof(float));
 }
 
@@ -76,7 +77,7 @@ void lay_out(const PointwiseParams& expand, const DepthwiseCall& call, ExpandDep
   plan.stage_pixels = static_cast<int>(divide_up(plan.group_rows * in_columns(p, plan.columns), kFragment)) * kFragment;
   plan.chunks = static_cast<int>(divide_up(expand.in_channels, kFragment)) * 2;
   plan.slices = (plan.chunks + 3) / 4;
-  plan.by_chunks = multiplier_of(plan.chunks), plan.by_ring_rows = multiplier_of(plan.ring_rows);
+  plan.by_ring_rows = multiplier_of(plan.ring_rows);
   plan.norm_at = static_cast<int>(divide_up(sum_bytes(call, plan.depthwise), 16)) * 16;
   plan.weights_at = up(plan.norm_at + 2 * kExpandedChannels * int64_t(sizeof(float)));
   plan.x_at = plan.weights_at + plan.slices * kExpandedChannels * kPointwiseSliceBytes;
@@ -155,25 +156,38 @@ bool choose_tile(const PointwiseParams& expand, const DepthwiseCall& call, const
 }
 
 // Bands: blocks for every multiprocessor where the images are few, although each expands the K - 1 rows above it too.
-void choose_bands(const PointwiseParams& expand, const DepthwiseParams& p, const DeviceLimits& limits,
-                  ExpandDepthwisePlan& plan) {
-  constexpr int64_t kPrologue = 1500;  // instructions of a warp: parameters, and the waits for them
-  const int64_t columns = p.batch * plan.depthwise.channel_groups * plan.column_tiles;
+// Several images for a block, which share its parameters and weights, where planes are small and the images many.
+void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
+                   ExpandDepthwisePlan& plan) {
+  constexpr int64_t kFixed = 2000;  // instructions of a warp for parameters and sums, and the waits for them
+  const DepthwiseParams& p = *call.depthwise;
   const int64_t resident = blocks_of_multiprocessor(plan, limits);
   const Work work(expand, p, plan);
   const int64_t chain = work.chain(p, plan), all = work.all(p, plan);
   int64_t least = std::numeric_limits<int64_t>::max();
-  for (int64_t bands = 1; bands <= std::min<int64_t>(p.out_height, 32); bands += bands < 4 ? 1 : bands / 3) {
-    const int64_t rows = divide_up(p.out_height, bands), used = divide_up(p.out_height, rows);
+  const auto is_less = [&](int64_t bands, int64_t images) {
+    const int64_t rows = divide_up(p.out_height, bands);
     const int64_t in_rows = std::min<int64_t>(p.height, (rows - 1) * p.stride + p.kernel_h);
-    const int64_t groups = divide_up(in_rows, plan.group_rows), blocks = columns * used;
+    const int64_t groups = divide_up(in_rows, plan.group_rows) * images;
+    const int64_t blocks = divide_up(p.batch, images) * plan.depthwise.channel_groups * plan.column_tiles * bands;
     // Dependent instructions are two clocks apart; a multiprocessor issues four a clock.
-    const int64_t waits = divide_up(blocks, limits.multiprocessors * resident) * (kPrologue + groups * chain) * 2;
-    const int64_t issues = divide_up(blocks, limits.multiprocessors) * (kPrologue * kWarps + groups * all) / 4;
-    const int64_t cost = std::max(waits, issues);
-    if (cost >= least) continue;
-    least = cost;
-    plan.bands = static_cast<int>(used), plan.band_rows = static_cast<int>(rows);
+    const int64_t waits = divide_up(blocks, limits.multiprocessors * resident) * (kFixed + groups * chain) * 2;
+    const int64_t issues = divide_up(blocks, limits.multiprocessors) * (kFixed * kWarps + groups * all) / 4;
+    const bool less = std::max(waits, issues) < least;
+    if (less) least = std::max(waits, issues);
+    return less;
+  };
+  for (int64_t wanted = 1; wanted <= std::min<int64_t>(p.out_height, 32); wanted += wanted < 4 ? 1 : wanted / 3) {
+    const int64_t rows = divide_up(p.out_height, wanted), bands = divide_up(p.out_height, rows);
+    if (is_less(bands, 1)) plan.bands = static_cast<int>(bands), plan.band_rows = static_cast<int>(rows);
+  }
+  if (plan.bands * plan.column_tiles > 1) return;  // the sums of blocks are added for one image
+  for (int images = 2; images <= std::min<int64_t>(kMostImagesOfGate, p.batch); ++images) {
+    ExpandDepthwisePlan more = plan;
+    more.depthwise.images = images;
+    lay_out(expand, call, more);
+    if (more.shared_bytes > limits.shared_per_block || blocks_of_multiprocessor(more, limits) < resident) break;
+    if (is_less(1, images)) plan = more;
   }
 }
 
@@ -188,11 +202,11 @@ ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const D
   d.vector = kVector, d.channel_vectors = kVectors, d.unrolled = true;
   d.strip = depthwise_strip(compiled_kernel(p.kernel_h, p.kernel_w), p.stride);
   d.channel_groups = static_cast<int>(divide_up(p.channels, kExpandedChannels));
-  d.units = p.batch;
   d.out_height = static_cast<int>(p.out_height);
   if (!choose_tile(expand, call, limits, plan)) return plan;
-  choose_bands(expand, p, limits, plan);
+  choose_blocks(expand, call, limits, plan);
   d.tiles = plan.bands * plan.column_tiles;
+  d.units = divide_up(p.batch, d.images);
   d.strips = strips_of_row(plan) * d.out_height;
   d.shared_bytes = plan.shared_bytes;
   plan.fits = product({d.units, d.tiles, d.channel_groups}) <= std::numeric_limits<int32_t>::max();

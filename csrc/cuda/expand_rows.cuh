@@ -20,8 +20,8 @@ struct SmallDivisor {
   uint32_t multiplier;
 
   __device__ __forceinline__ explicit SmallDivisor(uint32_t multiplier_) : multiplier(multiplier_) {}
-  __device__ __forceinline__ int operator()(int value) const {
-    return static_cast<int>(static_cast<uint64_t>(static_cast<uint32_t>(value)) * multiplier >> 31);
+  __device__ __forceinline__ unsigned operator()(unsigned value) const {
+    return static_cast<unsigned>(static_cast<uint64_t>(value) * multiplier >> 31);
   }
 };
 
@@ -47,27 +47,40 @@ __device__ __forceinline__ int expanded_channel_of(int row) {
   return row % 8 / 2 * kOwn + row / 8 * 2 + row % 2;
 }
 
+// The share of a thread in what a block copies to slices: one chunk of every slice, of rows `at_once` apart, which are
+// swizzled alike.
+struct ExpandShare {
+  unsigned row, chunk, at_once;  // the first row; of 16 bytes in a slice; rows that the block copies at once
+
+  __device__ __forceinline__ explicit ExpandShare(const ExpandDepthwisePlan& plan) {
+    const unsigned lanes = plan.chunks > 2 ? kSliceChunks : 2;  // of a row
+    row = threadIdx.x / lanes, chunk = threadIdx.x % lanes, at_once = kDepthwiseThreads / lanes;
+  }
+};
+
 // Weights of T by cp.async, float32 ones through registers. Channels after the last one repeat it.
 template <class T>
 __device__ __forceinline__ void load_expand_weights(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                     int first_channel, unsigned char* weights) {
   constexpr int V = kVectorOf<T>;
-  const SmallDivisor by_chunks(plan.by_chunks);
+  const ExpandShare share(plan);
   const int in_channels = static_cast<int>(p.in_channels), last = static_cast<int>(p.out_channels) - 1;
 #pragma unroll 1
-  for (int i = threadIdx.x; i < kExpandedChannels * plan.chunks; i += kDepthwiseThreads) {
-    const int row = by_chunks(i), chunk = i - row * plan.chunks, k = chunk * V;
-    const int wanted = first_channel + expanded_channel_of(row), channel = wanted < last ? wanted : last;
-    const bool inside = k < in_channels;
-    const int64_t from = int64_t(channel) * in_channels + (inside ? k : 0);
-    unsigned char* const to = weights + chunk / kSliceChunks * (kExpandedChannels * kPointwiseSliceBytes) +
-                              chunk_offset(row, chunk % kSliceChunks);
-    if (p.weight.dtype != DType::kFloat32) {
-      cp_async_16(shared_address(to), static_cast<const T*>(p.weight.data) + from, inside ? 16 : 0);
-    } else {
-      float value[V] = {};
-      if (inside) load(static_cast<const float*>(p.weight.data) + from, value);
-      store(reinterpret_cast<T*>(to), value);
+  for (unsigned row = share.row; row < kExpandedChannels; row += share.at_once) {
+    const int wanted = first_channel + expanded_channel_of(static_cast<int>(row));
+    const int64_t from = int64_t(wanted < last ? wanted : last) * in_channels;
+    unsigned char* to = weights + chunk_offset(static_cast<int>(row), static_cast<int>(share.chunk));
+#pragma unroll 1
+    for (int chunk = static_cast<int>(share.chunk); chunk < plan.chunks; chunk += kSliceChunks) {
+      const int k = chunk * V, inside = k < in_channels ? k : 0, valid = k < in_channels ? 16 : 0;
+      if (p.weight.dtype != DType::kFloat32) {
+        cp_async_16(shared_address(to), static_cast<const T*>(p.weight.data) + (from + inside), valid);
+      } else {
+        float value[V] = {};
+        if (valid > 0) load(static_cast<const float*>(p.weight.data) + (from + inside), value);
+        store(reinterpret_cast<T*>(to), value);
+      }
+      to += kExpandedChannels * kPointwiseSliceBytes;
     }
   }
 }
@@ -77,21 +90,27 @@ template <class T>
 __device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                  const ExpandColumns& columns, const T* image, int width, int first_row,
                                                  int rows, unsigned char* stage) {
-  constexpr int V = kVectorOf<T>;
-  const SmallDivisor by_chunks(plan.by_chunks);
-  const int pixels = rows * columns.count, padded = (pixels + 15) / 16 * 16;
-  const int in_channels = static_cast<int>(p.in_channels), stride = static_cast<int>(p.x_stride_p);
-  const SharedAddress to = shared_address(stage);
+  constexpr int kBytes = kSliceChunks * 16;
+  const ExpandShare share(plan);
+  const unsigned pixels = rows * columns.count, padded = (pixels + 15) / 16 * 16;
+  const unsigned left_out = width - columns.count, pixel_bytes = static_cast<unsigned>(p.x_stride_p) * sizeof(T);
+  const int x_bytes = static_cast<int>(p.in_channels) * static_cast<int>(sizeof(T)), end = plan.chunks * 16;
+  const int slice_bytes = plan.stage_pixels * kPointwiseSliceBytes;
+  const unsigned char* const from =
+      reinterpret_cast<const unsigned char*>(image) + int64_t(first_row * width) * pixel_bytes;
+  const SharedAddress first = shared_address(stage) +
+                              chunk_offset(static_cast<int>(share.row), static_cast<int>(share.chunk)) -
+                              share.row * kPointwiseSliceBytes;
+#pragma unroll 1
+  for (unsigned place = share.row; place < padded; place += share.at_once) {
+    const unsigned pixel = place < pixels ? place : pixels - 1;
+    const unsigned char* const of_pixel = from + (pixel + columns.rows(pixel) * left_out) * pixel_bytes;
+    SharedAddress to = first + place * kPointwiseSliceBytes;
 #pragma unroll 2
-  for (int i = threadIdx.x; i < padded * plan.chunks; i += kDepthwiseThreads) {
-    const int place = by_chunks(i), chunk = i - place * plan.chunks, k = chunk * V;
-    const int pixel = place < pixels ? place : pixels - 1;
-    const int row = columns.rows(pixel), column = pixel - row * columns.count;
-    const bool inside = k < in_channels;
-    const unsigned from = static_cast<unsigned>((first_row + row) * width + column) * static_cast<unsigned>(stride);
-    cp_async_16(to + chunk / kSliceChunks * (plan.stage_pixels * kPointwiseSliceBytes) +
-                    chunk_offset(place, chunk % kSliceChunks),
-                image + from + (inside ? k : 0), inside ? 16 : 0);
+    for (int at = static_cast<int>(share.chunk) * 16; at < end; at += kBytes) {
+      cp_async_16(to, at < x_bytes ? of_pixel + at : of_pixel, at < x_bytes ? 16 : 0);
+      to += slice_bytes;
+    }
   }
 }
 
@@ -132,7 +151,8 @@ __device__ __forceinline__ void expand_rows(const PointwiseParams& p, const Expa
     for (int half = 0; half < 2; ++half) {
       const int pixel = first + half * 8 + g;
       if (pixel >= pixels) break;
-      const int row = columns.rows(pixel), column = pixel - row * columns.count + columns.in_ring;
+      const int row = static_cast<int>(columns.rows(pixel));
+      const int column = pixel - row * columns.count + columns.in_ring;
       int slot = first_slot + row;
       if (slot >= plan.ring_rows) slot -= plan.ring_rows;
       T* const to = reinterpret_cast<T*>(ring + slot * plan.ring_row_bytes) + column * kExpandedChannels + t * kOwn;

@@ -113,10 +113,10 @@ std::string cut_of(const DepthwiseParams& p, const cuda::ExpandDepthwisePlan& pl
   const cuda::DepthwisePlan& d = plan.depthwise;
   std::ostringstream out;
   out << variant("expand_depthwise", p.dtype, p.kernel_h, p.stride, d.strip) << " lanes=" << d.lanes
-      << " strip=" << d.strip << " channel_groups=" << d.channel_groups << " tiles=" << d.tiles
-      << " bands=" << plan.bands << " band_rows=" << plan.band_rows << " column_tiles=" << plan.column_tiles
-      << " columns=" << plan.columns << " group_rows=" << plan.group_rows << " ring_rows=" << plan.ring_rows
-      << " slices=" << plan.slices;
+      << " strip=" << d.strip << " images=" << d.images << " channel_groups=" << d.channel_groups
+      << " tiles=" << d.tiles << " bands=" << plan.bands << " band_rows=" << plan.band_rows
+      << " column_tiles=" << plan.column_tiles << " columns=" << plan.columns << " group_rows=" << plan.group_rows
+      << " ring_rows=" << plan.ring_rows << " slices=" << plan.slices;
   return out.str();
 }
 
