@@ -163,8 +163,10 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     groups = only([one for one in loops if one.count("BAR") == 2 and one.count("HMMA")], "over groups of rows")
     images = only([one for one in loops if inside(groups, one)], "over images")
     in_group = [one for one in loops if inside(one, groups)]
-    slices = only([one for one in innermost(in_group) if one.count("HMMA")], "over slices of input channels")
-    fragments = only([one for one in in_group if inside(slices, one)], "over fragments of pixels")
+    slices = sorted((one for one in innermost(in_group) if one.count("HMMA")), key=lambda one: one.count("HMMA"))
+    if len(slices) != 2:
+        raise PartMissing(f"{len(slices)} loops over slices of input channels; wanted: 2, of one fragment and of two")
+    single, pair = (only([one for one in in_group if inside(k, one)], "over fragments of pixels") for k in slices)
     rows = only([one for one in in_group if _is(one, FFMA=size * pixels * vector, MUFU=0)], "over rows of taps")
     strips = only([one for one in in_group if inside(rows, one) and one.count("STG") == pixels], "over strips")
     chunks = only([one for one in innermost(in_group) if one.count("LDGSTS")], "over slices of a pixel of x")
@@ -193,9 +195,12 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
         "taps": around(flow, last),
         "image": around(flow, images, [groups, *of_image]),
         "group": around(flow, groups, outermost(in_group)),
-        "fragment": around(flow, fragments, [slices]),
-        "fragment.plain": around(flow, fragments, [slices], plain),
-        "slice": around(flow, slices),
+        "fragment": around(flow, single, slices),
+        "fragment.plain": around(flow, single, slices, plain),
+        "fragment.slice": around(flow, slices[0]),
+        "pair": around(flow, pair, slices),
+        "pair.plain": around(flow, pair, slices, plain),
+        "pair.slice": around(flow, slices[1]),
         "strip": around(flow, strips, [rows]),
         "strip.plain": around(flow, strips, [rows], plain),
         "row": around(flow, rows),

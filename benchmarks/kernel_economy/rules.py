@@ -171,8 +171,8 @@ def strip_stored_wide(kernel: Kernel) -> str | None:
 
 
 def group_elements(kernel: Kernel) -> int:
-    """Elements that expand_depthwise activates in its code: those of a thread in a fragment, and those of a strip."""
-    return EXPANDED_VALUES + strip_elements(kernel)
+    """Elements that expand_depthwise activates in its code: a thread's of one fragment, of two, and of a strip."""
+    return 3 * EXPANDED_VALUES + strip_elements(kernel)
 
 
 def tile_stored_wide(kernel: Kernel) -> str | None:

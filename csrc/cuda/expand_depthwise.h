@@ -10,6 +10,13 @@ namespace effkernels::cuda {
 constexpr int kExpandedChannels = 48;
 constexpr int kExpandDepthwiseBlocks = 3;  // of kDepthwiseThreads, on a multiprocessor: 168 registers for a thread
 
+// Pixels of a group up to which a warp multiplies one fragment of 16 at a time, above that two.
+constexpr int kPixelsOfSingles = kDepthwiseThreads / 32 * 16;
+constexpr int padded_pixels(int pixels) {
+  const int unit = pixels > kPixelsOfSingles ? 32 : 16;
+  return (pixels + unit - 1) / unit * unit;
+}
+
 // n / divisor for n * divisor < 2^31 by a multiply: n * multiplier >> 31.
 constexpr uint32_t multiplier_of(int divisor) { return (1u << 31) / static_cast<uint32_t>(divisor) + 1; }
 
@@ -25,7 +32,7 @@ struct ExpandDepthwisePlan {
   int group_out_rows = 1;   // rows of y that they make possible
   int ring_rows = 1;        // rows of the expanded tensor in shared memory
   int ring_row_bytes = 0;
-  int stage_pixels = 0;       // of x in shared memory: those of a group, in whole fragments of 16
+  int stage_pixels = 0;       // of x in shared memory: those of a group, padded_pixels
   int slices = 1;             // of 64 bytes of a pixel of x
   int chunks = 2;             // of 16 bytes of a pixel of x, in whole fragments of 32 bytes
   uint32_t by_ring_rows = 0;  // multiplier_of them

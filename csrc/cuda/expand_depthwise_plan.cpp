@@ -74,7 +74,7 @@ void lay_out(const PointwiseParams& expand, const DepthwiseCall& call, ExpandDep
   plan.ring_row_bytes = units * 16;
 
   const auto up = [](int64_t bytes) { return static_cast<int>(divide_up(bytes, 128) * 128); };
-  plan.stage_pixels = static_cast<int>(divide_up(plan.group_rows * in_columns(p, plan.columns), kFragment)) * kFragment;
+  plan.stage_pixels = padded_pixels(static_cast<int>(plan.group_rows * in_columns(p, plan.columns)));
   plan.chunks = static_cast<int>(divide_up(expand.in_channels, kFragment)) * 2;
   plan.slices = (plan.chunks + 3) / 4;
   plan.by_ring_rows = multiplier_of(plan.ring_rows);
@@ -93,25 +93,29 @@ int64_t blocks_of_multiprocessor(const ExpandDepthwisePlan& plan, const DeviceLi
 
 // Instructions of a warp for its parts of a group, roughly: what the choices below weigh. A model, no measurement.
 struct Work {
-  int64_t fragment, strip, barriers;
+  int64_t single, pair, strip, barriers;  // of a fragment by itself, of two
 
-  Work(const PointwiseParams& expand, const DepthwiseParams& p, const ExpandDepthwisePlan& plan)
-      : fragment(200 + 12 * divide_up(expand.in_channels, kFragment)), barriers(200) {
+  Work(const PointwiseParams& expand, const DepthwiseParams& p, const ExpandDepthwisePlan& plan) : barriers(120) {
+    const int64_t products = divide_up(expand.in_channels, kFragment);
+    single = 200 + 19 * products, pair = 380 + 27 * products;
     const int64_t pixels = plan.depthwise.strip, inputs = (pixels - 1) * p.stride + p.kernel_w;
     strip = pixels * p.kernel_h * p.kernel_w * kVector + p.kernel_h * inputs * 9 + pixels * 40;
   }
 
   // Of the warp that has most, one after the other, in a steady group.
   int64_t chain(const DepthwiseParams& p, const ExpandDepthwisePlan& plan) const {
-    const int64_t fragments = divide_up(plan.group_rows * in_columns(p, plan.columns), kFragment);
+    const int64_t pixels = plan.group_rows * in_columns(p, plan.columns);
     const int64_t strips = int64_t(plan.group_out_rows) * strips_of_row(plan);
-    return divide_up(fragments, kWarps) * fragment + divide_up(strips, plan.depthwise.lanes) * strip + barriers;
+    const int64_t products = pixels > kPixelsOfSingles ? divide_up(pixels, 2 * kFragment * kWarps) * pair : single;
+    return products + divide_up(strips, plan.depthwise.lanes) * strip + barriers;
   }
   // Of all warps of a block.
   int64_t all(const DepthwiseParams& p, const ExpandDepthwisePlan& plan) const {
-    const int64_t fragments = divide_up(plan.group_rows * in_columns(p, plan.columns), kFragment);
+    const int64_t pixels = plan.group_rows * in_columns(p, plan.columns);
     const int64_t strips = int64_t(plan.group_out_rows) * strips_of_row(plan);
-    return fragments * fragment + divide_up(strips * kVectors, 32) * strip + kWarps * barriers;
+    const int64_t products =
+        pixels > kPixelsOfSingles ? divide_up(pixels, 2 * kFragment) * pair : divide_up(pixels, kFragment) * single;
+    return products + divide_up(strips * kVectors, 32) * strip + kWarps * barriers;
   }
 };
 

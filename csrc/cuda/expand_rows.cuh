@@ -2,10 +2,11 @@
 // cores.
 //
 // Threads and data. The pixels of a group, of all of its rows, are one matrix, cut into fragments of 16 pixels. A warp
-// takes every fourth fragment and all kExpandedChannels channels of it: it reads the pixels by ldmatrix once and the
-// weights once for each fragment. Both are in shared memory in slices of 64 bytes of a row (pointwise_product.cuh),
-// pixels after each other. The rows of the weights are in such an order that a thread's sums of a pixel are those of 12
-// neighbouring channels: 24 bytes, which a warp stores without a conflict of banks.
+// takes one or two of them at a time, and all kExpandedChannels channels: it reads the pixels by ldmatrix once and the
+// weights once for each one or two fragments; two where each warp has some. Both are in shared memory in slices of 64
+// bytes of a row (pointwise_product.cuh), pixels after each other. The rows of the weights are in such an order that a
+// thread's sums of a pixel are those of 12 neighbouring channels: 24 bytes, which a warp stores without a conflict of
+// banks.
 //
 // Traffic. Weights from memory once for each block. x by cp.async, for the next group while the depthwise convolution
 // of this one is computed. Input channels outside of x become zero, pixels after the last one repeat it.
@@ -92,7 +93,8 @@ __device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const
                                                  int rows, unsigned char* stage) {
   constexpr int kBytes = kSliceChunks * 16;
   const ExpandShare share(plan);
-  const unsigned pixels = rows * columns.count, padded = (pixels + 15) / 16 * 16;
+  const unsigned pixels = rows * columns.count, unit = pixels > kPixelsOfSingles ? 32 : 16;
+  const unsigned padded = (pixels + unit - 1) / unit * unit;  // as padded_pixels of the plan
   const unsigned left_out = width - columns.count, pixel_bytes = static_cast<unsigned>(p.x_stride_p) * sizeof(T);
   const int x_bytes = static_cast<int>(p.in_channels) * static_cast<int>(sizeof(T)), end = plan.chunks * 16;
   const int slice_bytes = plan.stage_pixels * kPointwiseSliceBytes;
@@ -114,19 +116,20 @@ __device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const
   }
 }
 
-// Expands the `rows` rows in `stage` into the ring, the first into row `first_slot`. `norm`: scales, then shifts.
-template <class T>
-__device__ __forceinline__ void expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
-                                            const ExpandColumns& columns, const unsigned char* stage,
-                                            const unsigned char* weights, const float* norm, int rows, int first_slot,
-                                            unsigned char* ring) {
+// Expands the `rows` rows in `stage` into the ring, the first into row `first_slot`; a warp M fragments at a time.
+// `norm`: scales, then shifts.
+template <class T, int M>
+__device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
+                                                 const ExpandColumns& columns, const unsigned char* stage,
+                                                 const unsigned char* weights, const float* norm, int rows,
+                                                 int first_slot, unsigned char* ring) {
   constexpr int kOwn = kExpandedChannels / 4, kFragments = kExpandedChannels / 8;
   const int warp = static_cast<int>(threadIdx.x) / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const int pixels = rows * columns.count;
-  const TileGate<1> no_gate;
+  const TileGate<M> no_gate;
 #pragma unroll 1
-  for (int first = warp * 16; first < pixels; first += kDepthwiseThreads / 32 * 16) {
-    float acc[1][kFragments][4] = {};
+  for (int first = warp * 16 * M; first < pixels; first += kDepthwiseThreads / 32 * 16 * M) {
+    float acc[M][kFragments][4] = {};
     const unsigned char* x = stage + first * kPointwiseSliceBytes;
     const unsigned char* weight = weights;
 #pragma unroll 1
@@ -134,21 +137,21 @@ __device__ __forceinline__ void expand_rows(const PointwiseParams& p, const Expa
       multiply_tensor16<T>(acc, x, weight, no_gate, left);
       x += plan.stage_pixels * kPointwiseSliceBytes, weight += kExpandedChannels * kPointwiseSliceBytes;
     }
-    float value[2 * kOwn];
+    float value[2 * M][kOwn];
 #pragma unroll
     for (int c = 0; c < kOwn; c += 4) {
       const Vector<float, 4> scale = *reinterpret_cast<const Vector<float, 4>*>(norm + t * kOwn + c);
       const Vector<float, 4> shift =
           *reinterpret_cast<const Vector<float, 4>*>(norm + kExpandedChannels + t * kOwn + c);
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int half = 0; half < 2 * M; ++half)
 #pragma unroll
         for (int e = 0; e < 4; ++e)
-          value[half * kOwn + c + e] = fmaf(acc[0][c / 2 + e / 2][half * 2 + e % 2], scale.at[e], shift.at[e]);
+          value[half][c + e] = fmaf(acc[half / 2][c / 2 + e / 2][half % 2 * 2 + e % 2], scale.at[e], shift.at[e]);
     }
-    activate<T>(value, p.activation);
+    activate<T>(reinterpret_cast<float (&)[2 * M * kOwn]>(value), p.activation);
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < 2 * M; ++half) {
       const int pixel = first + half * 8 + g;
       if (pixel >= pixels) break;
       const int row = static_cast<int>(columns.rows(pixel));
@@ -160,11 +163,22 @@ __device__ __forceinline__ void expand_rows(const PointwiseParams& p, const Expa
       for (int c = 0; c < kOwn; c += 4) {
         float part[4];
 #pragma unroll
-        for (int e = 0; e < 4; ++e) part[e] = value[half * kOwn + c + e];
+        for (int e = 0; e < 4; ++e) part[e] = value[half][c + e];
         store(to + c, part);
       }
     }
   }
+}
+
+template <class T>
+__device__ __forceinline__ void expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
+                                            const ExpandColumns& columns, const unsigned char* stage,
+                                            const unsigned char* weights, const float* norm, int rows, int first_slot,
+                                            unsigned char* ring) {
+  if (rows * columns.count > kPixelsOfSingles)
+    expand_fragments<T, 2>(p, plan, columns, stage, weights, norm, rows, first_slot, ring);
+  else
+    expand_fragments<T, 1>(p, plan, columns, stage, weights, norm, rows, first_slot, ring);
 }
 
 }  // namespace effkernels::cuda

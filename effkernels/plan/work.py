@@ -290,20 +290,22 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     rows = sum(under(*band, padding[0], height) for band in bands) / len(bands)
     groups = sum(_ceil(under(*band, padding[0], height), group_rows) for band in bands) / len(bands)
     pixels = sum(under(*one, padding[2], width) for one in columns) / tiles  # of a row
-    fragments = _ceil(rows / groups * pixels, 16)
+    # A warp multiplies one fragment of 16 pixels at a time, or two where every warp has some.
+    name, unit = ("pair", 32) if rows / groups * pixels > 16 * cut.warps else ("fragment", 16)
+    fragments = _ceil(rows / groups * pixels, unit)
     strips = sum(_ceil(end - first, cut["strip"]) for first, end in columns) / tiles * out_height / len(bands) / groups
     rounds = _ceil(strips, lanes)
     taps_inside = sum(
         0 <= row * stride - padding[0] + tap < height for row in range(out_height) for tap in range(kernel)
     )
 
-    fragment = _with_activation(cut, "fragment", call.arguments["expand_activation"])
-    fragment = fragment + part("slice") * (inner / (64 / size))
+    fragment = _with_activation(cut, name, call.arguments["expand_activation"])
+    fragment = fragment + part(f"{name}.slice") * (inner / (64 / size))
     strip = _with_activation(cut, "strip", call.arguments["activation"]) + part("row") * (taps_inside / out_height)
     # Of a thread in a group, and once for a block: a pixel and a row of weights has as many threads as a slice chunks.
     chunks = _ceil(inner, 16) * 2
     share, of_share = min(chunks, 4), _ceil(chunks, 4)
-    load = (part("load") + part("load.chunk") * of_share) * _ceil(fragments * 16 * share, cut.threads)
+    load = (part("load") + part("load.chunk") * of_share) * _ceil(fragments * unit * share, cut.threads)
     weights = (part("weights") + part("weights.chunk") * of_share) * _ceil(_EXPANDED * share, cut.threads)
     zeros = cut["ring_rows"] * (pixels + kernel - 1) * _EXPANDED * size / 16 / cut.threads
     taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
