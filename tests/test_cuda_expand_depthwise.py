@@ -3,8 +3,9 @@ between one launch and two."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import cache
 
 import op_cases
@@ -14,11 +15,14 @@ from emulation.control import A100, H200, Emulation, Emulator
 from op_cases import EXPAND_OP, Case
 from parity import assert_parity
 from test_cuda_kernels import call, launches, planned
+from test_plan import recorded
 
 import effkernels
 from benchmarks.gpu_check.shapes import calls_of
 from effkernels.ops.call import OpCall
+from effkernels.plan import gpus
 from effkernels.plan.gpus import GPUS
+from effkernels.plan.launches import plan_call
 
 HALVES = (torch.float16, torch.bfloat16)
 PLANES = ((7, 9), (13, 14), (9, 21))
@@ -233,3 +237,30 @@ class TestPlan:
             [one], [many] = plan_of(block, H200), plan_of(block.with_(batch=256), H200)
             assert int(one["grid"]) >= 132 / 3
             assert int(many["bands"]) <= 2
+
+    def test_explain_shows_one_launch_with_bytes_and_estimate(self) -> None:
+        """x, y and the parameters, each byte once, and nothing of the expanded tensor; all terms of the estimate."""
+        for batch in (1, 256):
+            for block in blocks_of("efficientnet_b0"):
+                one = block.with_(batch=batch)
+                (recorded_call,) = recorded(one, torch.bfloat16)
+                (launch,) = plan_call(recorded_call, gpus.find("h200"), allow_tf32=True)
+                assert launch.kernel == "expand_depthwise"
+                assert launch.bytes - 2 * launch.workspace_bytes == one.bytes_moved(torch.bfloat16)
+                assert launch.unit == "tensor"
+                assert launch.time.counted
+                assert all(math.isfinite(value) and value >= 0 for value in astuple(launch.time))
+                expanded = batch * one.out_channels * one.height * one.width
+                results = recorded_call.results[0].numel()
+                assert launch.special_functions == expanded + results + 2 * one.out_channels
+
+    def test_two_launches_pass_the_expanded_tensor_on(self) -> None:
+        one = OpCall.on(EXPAND_OP, (2, 24, 13, 14), out_channels=40)
+        (recorded_call,) = recorded(one, torch.float32)
+        first, second = plan_call(recorded_call, gpus.find("h200"), allow_tf32=False)
+        expanded = 4 * 2 * 40 * 13 * 14
+        assert first.bytes + second.bytes - 2 * (first.workspace_bytes + second.workspace_bytes) == (
+            one.bytes_moved(torch.float32) + 2 * expanded
+        )
+        assert first.bytes - 2 * first.workspace_bytes == 4 * (2 * 24 * 13 * 14 + 24 * 40 + 4 * 40) + expanded
+        assert first.special_functions == 2 * 2 * 40 * 13 * 14 + 40
