@@ -1,15 +1,16 @@
 // y = activation(norm(depthwise convolution of e)), e = expand_activation(expand_norm(x * expand_weight^T)), and the
 // channel means of y, in one launch: e is never in memory.
 //
-//     x: group of rows          e: ring of rows              y               A block has kExpandedChannels channels of
-//   +------------------+      +------------------+                           one image, a band of its rows and a tile
-//   of |                  |      |   K - 1 older    |                           its columns. It walks down the band:
-//   the
-//   +------------------+      +------------------+    +--------------+       next group of rows of x is multiplied by
-//   |  group_rows rows | ---> | group_rows rows  |--> | group_out_   |       the weights, which stay in shared memory,
-//   +------------------+      +------------------+    |   rows rows  |       into the ring (expand_rows.cuh), and the
-//                                                     +--------------+       rows of y that it makes possible are
-//                                                                            computed from the ring.
+//   x: a group of rows      e: a ring of rows        y
+//   +----------------+      +------------------+
+//   |                |      |  K - 1 older     |
+//   +----------------+      +------------------+     +---------------------+
+//   |  group_rows    | ---> |  group_rows      | --> |  group_out_rows     |
+//   +----------------+ mma  +------------------+     +---------------------+
+//
+// A block has kExpandedChannels channels of an image, or of several images after each other, a band of its rows and a
+// tile of its columns. It walks down the band: the next group of rows of x is multiplied by the weights, which stay in
+// shared memory, into the ring (expand_rows.cuh), and the rows of y that it makes possible are computed from the ring.
 //
 // Each row of x is expanded once for a band, so that the window's overlap costs nothing along the walk; bands and tiles
 // of columns expand their borders again. The padding of e is zero, not activation(shift): its columns in the ring are
