@@ -237,6 +237,15 @@ class TestPlan:
             assert int(one["grid"]) >= 132 / 3
             assert int(many["bands"]) <= 2
 
+    def test_planes_beyond_32_bits_are_two_launches(self) -> None:
+        """Offsets in an image have 32 bits, and rows of x are counted by a multiply that is exact below 2^31."""
+        small = Case(EXPAND_OP, torch.bfloat16, channels=8, out_channels=8, batch=1)
+        kernels = {}
+        for height, width in ((1 << 21, 1), ((1 << 21) + 1, 1), (1 << 13, 1 << 13), (1 << 14, 1 << 13)):
+            [first, *_] = plan_of(small.with_(height=height, width=width), H200)
+            kernels[height, width] = first["kernel"]
+        assert list(kernels.values()) == ["expand_depthwise", "pointwise", "expand_depthwise", "pointwise"]
+
     def test_explain_shows_one_launch_with_bytes_and_estimate(self) -> None:
         """x, y and the parameters, each byte once, and nothing of the expanded tensor; all terms of the estimate."""
         for batch in (1, 256):

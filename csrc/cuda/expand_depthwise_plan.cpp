@@ -16,6 +16,7 @@ constexpr int kPixelBytes = kExpandedChannels * 2;
 constexpr int kFragment = 16;                     // pixels
 constexpr int64_t kMostPixels = 256;              // of a group
 constexpr int64_t kFewestColumns = 12;            // of a tile: narrower ones would expand their borders too often
+constexpr int64_t kMostRows = 1 << 21;            // and columns: of x; times a row of the ring they stay below 2^31
 constexpr int64_t kMostBytes = int64_t(1) << 31;  // of an image, so that offsets in it have 32 bits
 
 bool vectors_fit(const PointwiseParams& expand, const DepthwiseParams& p) {
@@ -36,7 +37,8 @@ bool is_supported(const PointwiseParams& expand, const DepthwiseCall& call) {
   const DepthwiseParams& p = *call.depthwise;
   const int compiled = compiled_kernel(p.kernel_h, p.kernel_w);
   return p.dtype != DType::kFloat32 && (compiled == 3 || compiled == 5) && (p.stride == 1 || p.stride == 2) &&
-         p.dilation == 1 && !call.gated && p.batch > 0 && expand.pixels > 0 && windows_meet_image(p) &&
+         p.dilation == 1 && !call.gated && std::max(p.height, p.width) <= kMostRows && p.batch > 0 &&
+         expand.pixels > 0 && windows_meet_image(p) &&
          product({p.height, p.width, expand.x_stride_p, 2}) < kMostBytes &&
          product({p.out_height, p.out_width, p.channels}) < kMostBytes && vectors_fit(expand, p);
 }
