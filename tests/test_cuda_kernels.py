@@ -33,6 +33,9 @@ CASES = {
         "pointwise_bn_act", torch.bfloat16, channels=144, out_channels=24, gated=True, residual=True
     ),
     "conv_bn_act": Case("conv_bn_act", torch.bfloat16, channels=3, out_channels=32, stride=2, layout="contiguous"),
+    "expand_depthwise_squeeze": Case(
+        "expand_depthwise_squeeze", torch.bfloat16, channels=24, out_channels=104, height=30, width=29
+    ),
 }
 
 
@@ -455,6 +458,9 @@ def cut_cases(dtype: torch.dtype) -> list[Case]:
         product.with_(gated=True, residual=True, activation="identity", height=3, width=3, batch=41),
     ):
         cases += [gated.with_(out_channels=out_channels) for out_channels in (16, 24, 40, 48, 80, 320)]
+    for stride, half in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        expand = Case(op_cases.EXPAND_OP, dtype, channels=40, out_channels=104, height=29, width=27, batch=2)
+        cases.append(expand.with_(kernel=(2 * half + 1,) * 2, padding=(half,) * 4, stride=stride))
     # More slices than there are stages in the ring, and weights that are not kept.
     cases += [
         product.with_(channels=1160, out_channels=64, height=9, gated=True),

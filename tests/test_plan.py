@@ -308,6 +308,9 @@ def small_calls() -> list[OpCall]:
         OpCall.on("depthwise_bn_act_se", (2, 64, 14, 14), 5),
         OpCall.on("depthwise_bn_act_se", (2, 7, 14, 14)),
         OpCall.on("squeeze_excite_gate", (3, 40)),
+        OpCall.on("expand_depthwise_squeeze", (2, 24, 13, 14), out_channels=104),
+        OpCall.on("expand_depthwise_squeeze", (1, 16, 30, 31), 5, out_channels=96, stride=2),
+        OpCall.on("expand_depthwise_squeeze", (1, 7, 9, 9), out_channels=12),
     ]
 
 

@@ -20,7 +20,7 @@ from effkernels.bench.op_timing import triton_launches
 from effkernels.ops import backends
 from effkernels.ops.call import DEPTHWISE_OPS, OpCall, prepared
 
-# Operators that take one launch at every size; depthwise_bn_act_se takes one or two, expand_depthwise_squeeze two, as
+# Operators that take one launch at every size; depthwise_bn_act_se and expand_depthwise_squeeze take one or two, as
 # their plans say.
 ONE_LAUNCH = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "squeeze_excite_gate",
               "pointwise_bn_act", "conv_bn_act")  # fmt: skip

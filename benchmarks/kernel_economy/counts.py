@@ -156,6 +156,60 @@ def depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     return parts
 
 
+def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
+    """Count the walk of expand_depthwise.cuh: prologue, images, groups of rows, and the loops in a group."""
+    size, pixels, vector = int(kernel.arguments[1]), strip(kernel), 16 // kernel.element_bytes
+    loops = loops_of(flow)
+    groups = only([one for one in loops if one.count("BAR") == 2 and one.count("HMMA")], "over groups of rows")
+    images = only([one for one in loops if inside(groups, one)], "over images")
+    in_group = [one for one in loops if inside(one, groups)]
+    slices = sorted((one for one in innermost(in_group) if one.count("HMMA")), key=lambda one: one.count("HMMA"))
+    if len(slices) != 2:
+        raise PartMissing(f"{len(slices)} loops over slices of input channels; wanted: 2, of one fragment and of two")
+    single, pair = (only([one for one in in_group if inside(k, one)], "over fragments of pixels") for k in slices)
+    rows = only([one for one in in_group if _is(one, FFMA=size * pixels * vector, MUFU=0)], "over rows of taps")
+    strips = only([one for one in in_group if inside(rows, one) and one.count("STG") == pixels], "over strips")
+    chunks = only([one for one in innermost(in_group) if one.count("LDGSTS")], "over slices of a pixel of x")
+    loads = only([one for one in in_group if inside(chunks, one)], "over pixels of x")
+    before = [one for one in loops if one.last < images.first]
+    of_weights = [one for one in before if one.count("LDGSTS") and one.count("LDG")]
+    weight = only(innermost(of_weights), "over slices of a row of weights")
+    weights = only([one for one in of_weights if inside(weight, one)], "over rows of weights")
+    ring = only([one for one in before if one.count("STS") > 1 and not one.count("LDG")], "over the ring")
+    taps = [one for one in before if one.count("LDG") and not one.count("LDGSTS")]
+    last = max(taps, key=lambda one: one.first, default=None)  # of weights in the images' type
+    if last is None:
+        raise PartMissing("no loop over taps")
+    of_image = [one for one in loops if inside(one, images) and one.first > groups.last]
+    sums = only([one for one in of_image if one.count("LDS")], "over the lanes' sums")
+    after = [one for one in loops if one.first > images.last]
+    called = _called(flow, images.last, min((one.first for one in after), default=0))
+    tiles = only([one for one in innermost(after) if one.count("LDG") == TILES_AHEAD], "over tiles")
+    return {
+        "prologue": counters(way(flow, 0, images.first, with_norm, outermost(before), ends=False)),
+        "weights": around(flow, weights, [weight]),
+        "weights.chunk": around(flow, weight),
+        "load": around(flow, loads, [chunks]),
+        "load.chunk": around(flow, chunks) * (1 / chunks.count("LDGSTS")),
+        "zero": around(flow, ring) * (1 / ring.count("STS")),
+        "taps": around(flow, last),
+        "image": around(flow, images, [groups, *of_image]),
+        "group": around(flow, groups, outermost(in_group)),
+        "fragment": around(flow, single, slices),
+        "fragment.plain": around(flow, single, slices, plain),
+        "fragment.slice": around(flow, slices[0]),
+        "pair": around(flow, pair, slices),
+        "pair.plain": around(flow, pair, slices, plain),
+        "pair.slice": around(flow, slices[1]),
+        "strip": around(flow, strips, [rows]),
+        "strip.plain": around(flow, strips, [rows], plain),
+        "row": around(flow, rows),
+        "lane": around(flow, sums) * (1 / sums.count("LDS")),
+        "finish": counters(way(flow, called, None, longest, outermost(after))),
+        "tile": around(flow, tiles) * (1 / TILES_AHEAD),
+    }
+
+
 def _called(flow: Flow, after: int, before: int) -> int:
     """Return the first block of the work after the images: that of a function of its own, or the one that follows."""
     starts = {block[0].address: number for number, block in enumerate(flow.blocks)}
@@ -251,6 +305,7 @@ _PARTS: Mapping[str, Callable[[Kernel, Flow], Parts]] = {
     "depthwise_strips": depthwise_parts,
     "depthwise_resident": depthwise_parts,
     "pointwise": lambda _, flow: pointwise_parts(flow),
+    "expand_depthwise": expand_depthwise_parts,
     "conv_stem": lambda _, flow: stem_parts(flow),
     "norm_act": lambda _, flow: norm_act_parts(flow),
     "scale_by_gate": lambda _, flow: scale_parts(flow),

@@ -18,12 +18,18 @@ from effkernels.plan.kernel_counts import Counters
 LANE_VALUES = 2 * 16 * 32 // 32
 # kPointwiseStages - 1 of pointwise.h: what a block loads before its first step.
 _STAGES_AHEAD = 3
+# kExpandedChannels of expand_depthwise.h by a fragment of 16 pixels, for the 32 lanes of a warp.
+EXPANDED_VALUES = 48 * 16 // 32
 # Weights of the stem that a thread copies at once: the 3x3 window of an input channel.
 _STEM_WINDOW = 9
 
 # By size and stride; of a strip of 2 by size.
 _STRIP = {(3, 1): 26, (3, 2): 33, (5, 1): 50, (5, 2): 62}
 _SHORT_STRIP = {3: 55, 5: 112}
+# Of expand_depthwise: a value of a strip by size and stride, and its product.
+_EXPAND_STRIP = {(3, 1): 24, (3, 2): 30, (5, 1): 47, (5, 2): 57}
+_EXPANDED_VALUE, _EXPAND_PIXEL, _EXPAND_CHUNK = 9, 50, 12
+_EXPAND_SLICE, _EXPAND_PAIR_SLICE = 40, 55
 _STEM_VALUE, _STEM_BLOCK = 14, 480
 _POINTWISE_BLOCK = 875
 # By epilogue, rows and columns of a tile: of a tile, of a step.
@@ -115,4 +121,23 @@ def _pointwise(kernel: Kernel, parts: Mapping[str, Counters]) -> list[Issued]:
     ]
 
 
-_FAMILIES = {"depthwise_strips": _depthwise, "conv_stem": _stem, "pointwise": _pointwise}
+def _expand_depthwise(kernel: Kernel, parts: Mapping[str, Counters]) -> list[Issued]:
+    size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
+    value = (parts["strip"] + parts["row"] * size) * (1 / strip_elements(kernel))
+    return [
+        Issued("value", value, _EXPAND_STRIP.get((size, stride))),
+        Issued("expanded value, but for products", parts["pair"] * (1 / 2 / EXPANDED_VALUES), _EXPANDED_VALUE),
+        Issued("16 pixels by 32 input channels", parts["fragment.slice"], _EXPAND_SLICE),
+        Issued("32 pixels by 32 input channels", parts["pair.slice"], _EXPAND_PAIR_SLICE),
+        Issued("pixel of x for each lane", parts["load"], _EXPAND_PIXEL),
+        Issued("16 bytes of it", parts["load.chunk"], _EXPAND_CHUNK),
+        Issued("group of rows", parts["group"]),
+    ]
+
+
+_FAMILIES = {
+    "depthwise_strips": _depthwise,
+    "expand_depthwise": _expand_depthwise,
+    "conv_stem": _stem,
+    "pointwise": _pointwise,
+}

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.kernel_economy.counts import strip, strip_elements
-from benchmarks.kernel_economy.limits import LANE_VALUES, issued_by
+from benchmarks.kernel_economy.limits import EXPANDED_VALUES, LANE_VALUES, issued_by
 from benchmarks.kernel_economy.pointwise import epilogue_of, tile_of
 from benchmarks.kernel_economy.reading import Kernel
 
@@ -202,6 +202,11 @@ def strip_stored_wide(kernel: Kernel) -> str | None:
     return None if found >= strip(kernel) else f"{found} stores of 16 bytes for {strip(kernel)} pixels of a strip"
 
 
+def group_elements(kernel: Kernel) -> int:
+    """Elements that expand_depthwise activates in its code: a thread's of one fragment, of two, and of a strip."""
+    return 3 * EXPANDED_VALUES + strip_elements(kernel)
+
+
 def tile_stored_wide(kernel: Kernel) -> str | None:
     """A thread's values of a row are stored by one instruction for each 16 bytes, what is left of a warp's columns by
     one of 8 or 4 bytes, where there are so few.
@@ -293,6 +298,15 @@ CLAIMS: tuple[Claim, ...] = (
         rf"pointwise<{_TYPE16}, 0, \d+, 2, false>",
         "16-byte cp.async, tensor cores, the blocks that its tile claims, one copy of the activations",
         (copies_asynchronously, tensor_cores, launch_bounds_kept, one_tanh_per_element(tile_elements)),
+    ),
+    Claim(
+        rf"expand_depthwise<{_TYPE16}, [35], [12], [47]>",
+        "16-byte cp.async, tensor cores, 16-byte stores of every pixel, 3 blocks of 128 threads; instructions within "
+        "their limits",
+        (
+            *(copies_asynchronously, tensor_cores, wide_stores, strip_stored_wide, within_limits),
+            *(launch_bounds_kept, resident_threads(384), one_tanh_per_element(group_elements)),
+        ),
     ),
     Claim(
         r"pointwise<float32, 1, \d+, 2, false>",

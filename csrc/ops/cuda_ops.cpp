@@ -5,6 +5,7 @@
 #include "../cuda/conv.h"
 #include "../cuda/counters.h"
 #include "../cuda/depthwise.h"
+#include "../cuda/expand_depthwise.h"
 #include "../cuda/pointwise.h"
 #include "../cuda/squeeze_excite.h"
 #include "cuda_device.h"
@@ -32,17 +33,23 @@ float* scratch_floats(const Tensor& like, int64_t count, Keep& keep) {
   return static_cast<float*>(keep.back().mutable_data_ptr());
 }
 
-// What CUDA refused, or null.
-const char* enqueue_depthwise(const char* op, const cuda::DepthwiseCall& call, const cuda::DepthwisePlan& plan,
-                              const Tensor& like, const OnDevice& here, Keep& keep) {
+// Scratch memory of a depthwise launch, and its counters on `stream`.
+cuda::DepthwiseWork depthwise_work(const char* op, const cuda::DepthwiseCall& call, const cuda::DepthwisePlan& plan,
+                                   const Tensor& like, const OnDevice& here, void* stream, Keep& keep) {
   const cuda::DepthwiseScratch scratch = cuda::depthwise_scratch(call, plan);
   cuda::DepthwiseWork work;
   work.partial = scratch_floats(like, scratch.partial, keep);
   work.hidden = scratch_floats(like, scratch.hidden, keep);
-  void* stream = here.stream();
   if (scratch.arrivals > 0)
     check_launch(op, cuda::acquire_counters(here.index(), stream, scratch.arrivals, &work.arrivals));
-  return cuda::launch_depthwise(call, plan, work, stream);
+  return work;
+}
+
+// What CUDA refused, or null.
+const char* enqueue_depthwise(const char* op, const cuda::DepthwiseCall& call, const cuda::DepthwisePlan& plan,
+                              const Tensor& like, const OnDevice& here, Keep& keep) {
+  void* stream = here.stream();
+  return cuda::launch_depthwise(call, plan, depthwise_work(op, call, plan, like, here, stream, keep), stream);
 }
 
 const char* enqueue_pointwise(const char* op, const PointwiseParams& p, const cuda::PointwisePlan& plan,
@@ -142,19 +149,28 @@ Tensor pointwise_bn_act(const PointwiseArguments& a) {
   return p.y;
 }
 
-// Two launches: the expanded tensor passes through memory, as it does between the two operators.
+// One launch where the expanded tensor stays on the chip; else two, and it passes through memory.
 std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& expand,
                                                     const DepthwiseOpArguments& depthwise) {
   constexpr const char* op = "expand_depthwise_squeeze";
   Keep keep;
-  ExpandDepthwise e = make_expand_depthwise(op, expand, depthwise, keep);
-  const OnDevice here(e.depthwise.y);
+  ExpandDepthwise e = describe_expand_depthwise(op, expand, depthwise, keep);
+  const Tensor& y = e.depthwise.y;
+  const OnDevice here(y);
   const cuda::DeviceLimits limits = limits_of(op, here);
-  const cuda::PointwisePlan plan = cuda::plan_pointwise(e.expand.params, limits);
-  check_launch(op, enqueue_pointwise(op, e.expand.params, plan, e.depthwise.y, here, keep));
   const cuda::DepthwiseCall call{&e.depthwise.params, nullptr, true, false};
-  check_launch(op, enqueue_depthwise(op, call, cuda::plan_depthwise(call, limits), e.depthwise.y, here, keep));
-  return {e.depthwise.y, e.pooled};
+  const cuda::ExpandDepthwisePlan together = cuda::plan_expand_depthwise(e.expand.params, call, limits);
+  if (together.fits) {
+    void* stream = here.stream();
+    const cuda::DepthwiseWork work = depthwise_work(op, call, together.depthwise, y, here, stream, keep);
+    check_launch(op, cuda::launch_expand_depthwise(e.expand.params, call, together, work, stream));
+    return {y, e.pooled};
+  }
+  give_expanded(e, expand.x);
+  const cuda::PointwisePlan plan = cuda::plan_pointwise(e.expand.params, limits);
+  check_launch(op, enqueue_pointwise(op, e.expand.params, plan, y, here, keep));
+  check_launch(op, enqueue_depthwise(op, call, cuda::plan_depthwise(call, limits), y, here, keep));
+  return {y, e.pooled};
 }
 
 // PyTorch's convolution of x: (N, Cin, H, W) with explicit padding, without bias.

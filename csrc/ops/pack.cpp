@@ -200,13 +200,6 @@ void give_expanded(ExpandDepthwise& both, const Tensor& x) {
   d.x_stride_n = expanded.stride(0), d.x_stride_h = expanded.stride(2), d.x_stride_w = expanded.stride(3);
 }
 
-ExpandDepthwise make_expand_depthwise(const char* op, const PointwiseArguments& expand,
-                                      const DepthwiseOpArguments& depthwise, Keep& keep) {
-  ExpandDepthwise out = describe_expand_depthwise(op, expand, depthwise, keep);
-  give_expanded(out, expand.x);
-  return out;
-}
-
 Conv make_conv(const char* op, const ConvArguments& a, Keep& keep) {
   const Tensor &x = a.x, &weight = a.weight;
   check_image(op, "x", x);

@@ -76,15 +76,13 @@ struct Pointwise {
 Pointwise make_pointwise(const char* op, const PointwiseArguments& arguments, Keep& keep);
 
 // Both halves of `expand_depthwise_squeeze`, whose `depthwise.x` is the x of the first half and counts for its dtype
-// and device alone. make_ allocates the expanded tensor between them; describe_ leaves it out (expand.y,
-// expand.params.y and depthwise.params.x are empty), and give_expanded makes up for it.
+// and device alone. The expanded tensor between them is left out (expand.y, expand.params.y and depthwise.params.x are
+// empty) until give_expanded allocates it.
 struct ExpandDepthwise {
   Pointwise expand;
   Depthwise depthwise;
   Tensor pooled;
 };
-ExpandDepthwise make_expand_depthwise(const char* op, const PointwiseArguments& expand,
-                                      const DepthwiseOpArguments& depthwise, Keep& keep);
 ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArguments& expand,
                                           const DepthwiseOpArguments& depthwise, Keep& keep);
 void give_expanded(ExpandDepthwise& both, const Tensor& x);

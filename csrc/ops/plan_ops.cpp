@@ -6,6 +6,7 @@
 
 #include "../cuda/conv.h"
 #include "../cuda/depthwise.h"
+#include "../cuda/expand_depthwise.h"
 #include "../cuda/pointwise.h"
 #include "../cuda/squeeze_excite.h"
 #include "../sizes.h"
@@ -108,6 +109,17 @@ std::string cut_of(const PointwiseParams& p, const cuda::PointwisePlan& plan) {
   return out.str();
 }
 
+std::string cut_of(const DepthwiseParams& p, const cuda::ExpandDepthwisePlan& plan) {
+  const cuda::DepthwisePlan& d = plan.depthwise;
+  std::ostringstream out;
+  out << variant("expand_depthwise", p.dtype, p.kernel_h, p.stride, d.strip) << " lanes=" << d.lanes
+      << " strip=" << d.strip << " images=" << d.images << " channel_groups=" << d.channel_groups
+      << " tiles=" << d.tiles << " bands=" << plan.bands << " band_rows=" << plan.band_rows
+      << " column_tiles=" << plan.column_tiles << " columns=" << plan.columns << " group_rows=" << plan.group_rows
+      << " ring_rows=" << plan.ring_rows << " slices=" << plan.slices;
+  return out.str();
+}
+
 std::string cut_of(const ConvParams& p, const cuda::ConvPlan& plan) {
   if (!plan.fused) return variant("norm_act", p.dtype, plan.norm_act.vectors ? vector_of(p.dtype) : 1);
   std::ostringstream out;
@@ -157,7 +169,9 @@ void check_elements(const std::string& op, const char* name, const Shape& sizes)
                   " has too many elements; allowed: sizes whose product is at most 2^54");
 }
 
-DescribedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+bool excites(const std::string& op) { return op == "depthwise_bn_act_gate" || op == "depthwise_bn_act_se"; }
+
+DepthwiseParams depthwise_of(const std::string& op, DType dtype, const Shape& s) {
   check_count(op, "shape", s, 13);
   DepthwiseParams p;
   p.x = p.y = somewhere();
@@ -173,15 +187,19 @@ DescribedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Sh
   check_elements(op, "the result", {p.batch, p.channels, p.out_height, p.out_width});
   check_elements(op, "the hidden layer", {p.batch, p.channels, s[12]});
   p.x_stride_w = p.channels, p.x_stride_h = p.width * p.channels, p.x_stride_n = p.height * p.x_stride_h;
+  check_reduced(s[12]);
+  STD_TORCH_CHECK(excites(op) == (s[12] > 0), "cuda_plan: reduced=", s[12], " of ", op,
+                  "; allowed: ", excites(op) ? "1 or more" : "0");
+  return p;
+}
+
+DescribedLaunches plan_of_depthwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  const DepthwiseParams p = depthwise_of(op, dtype, s);
   SqueezeExciteParams se;
   se.w_reduce = se.w_expand = some(dtype), se.b_reduce = se.b_expand = some(DType::kFloat32);
   se.gate = somewhere(), se.gate_dtype = dtype;
   se.batch = s[0], se.channels = s[1], se.reduced = s[12];
-  const bool excites = op == "depthwise_bn_act_gate" || op == "depthwise_bn_act_se";
-  check_reduced(s[12]);
-  STD_TORCH_CHECK(excites == (s[12] > 0), "cuda_plan: reduced=", s[12], " of ", op,
-                  "; allowed: ", excites ? "1 or more" : "0");
-  const cuda::DepthwiseCall call{&p, excites ? &se : nullptr, op == "depthwise_bn_act_squeeze",
+  const cuda::DepthwiseCall call{&p, excites(op) ? &se : nullptr, op == "depthwise_bn_act_squeeze",
                                  op == "depthwise_bn_act_se"};
   const cuda::DepthwisePlan plan = cuda::plan_depthwise(call, limits);
   DescribedLaunches launches;
@@ -217,7 +235,7 @@ DescribedLaunches plan_of_gate(const std::string& op, DType dtype, const Shape& 
   return launches;
 }
 
-DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+PointwiseParams pointwise_of(const std::string& op, DType dtype, const Shape& s) {
   const Activation activation = activation_after(op, s, 8);
   check_elements(op, "x", {s[0], s[1], s[2], s[3]});
   check_elements(op, "the result", {s[0], s[1], s[2], s[4]});
@@ -232,6 +250,11 @@ DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Sh
   p.allow_tf32 = s[7] != 0, p.activation = activation;
   p.x_stride_p = p.in_channels, p.x_stride_n = p.pixels * p.in_channels;
   p.residual_stride_p = p.out_channels, p.residual_stride_n = p.pixels * p.out_channels;
+  return p;
+}
+
+DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  const PointwiseParams p = pointwise_of(op, dtype, s);
   const cuda::PointwisePlan plan = cuda::plan_pointwise(p, limits);
   DescribedLaunches launches;
   append(launches, cuda::planned_launches(p, plan), cut_of(p, plan));
@@ -242,9 +265,18 @@ DescribedLaunches plan_of_pointwise(const std::string& op, DType dtype, const Sh
 // the first product's activation.
 DescribedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   const int64_t activation = int64_t(activation_after(op, s, 15));
-  DescribedLaunches launches =
-      plan_of_pointwise("pointwise_bn_act", dtype, {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14], activation}, limits);
+  const Shape pointwise = {s[0], s[2], s[3], s[13], s[1], 0, 0, s[14], activation};
   const Shape depthwise(s.begin(), s.begin() + 13);
+  const PointwiseParams expand = pointwise_of("pointwise_bn_act", dtype, pointwise);
+  const DepthwiseParams p = depthwise_of("depthwise_bn_act_squeeze", dtype, depthwise);
+  const cuda::DepthwiseCall call{&p, nullptr, true, false};
+  const cuda::ExpandDepthwisePlan plan = cuda::plan_expand_depthwise(expand, call, limits);
+  DescribedLaunches launches;
+  if (plan.fits) {
+    append(launches, cuda::planned_launches(expand, call, plan), cut_of(p, plan));
+    return launches;
+  }
+  launches = plan_of_pointwise("pointwise_bn_act", dtype, pointwise, limits);
   for (DescribedLaunch& one : plan_of_depthwise("depthwise_bn_act_squeeze", dtype, depthwise, limits))
     launches.push_back(std::move(one));
   return launches;

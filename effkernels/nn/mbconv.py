@@ -312,8 +312,8 @@ def _project(
 def _keeps_expanded(x: Tensor, backend: str) -> bool:
     """Return whether the expanded tensor of a block is never written to memory.
 
-    The CPU kernel takes the depthwise rows out of the cache where it has just expanded them. On a GPU the two
-    convolutions are two launches either way, and the depthwise one computes the gate on its side.
+    The CPU kernel takes the depthwise rows out of the cache where it has just expanded them. On a GPU the depthwise
+    operator computes the gate on its side; after `expand_depthwise_squeeze` the gate would take a launch of its own.
     """
     return x.is_cpu and (backends.selected() if backend == "auto" else backend) in ("auto", "cpu")
 

@@ -45,9 +45,10 @@ def expand_depthwise_squeeze(
         e = pointwise_bn_act(x, expand_weight, expand_bias, expand_norm, activation=expand_activation)
         y, pooled = depthwise_bn_act_squeeze(e, weight, bias, norm, stride=..., padding=..., activation=activation)
 
-    where the zeros of the padding are zeros of `e`, after the activation. The Triton and the CPU kernels compute `e`
-    tile by tile and keep it on the chip (Triton in x's dtype, the CPU in float32); the compiled CUDA kernels are two
-    launches.
+    where the zeros of the padding are zeros of `e`, after the activation. The kernels compute `e` tile by tile and keep
+    it on the chip, in x's dtype on a GPU and in float32 on the CPU. On a GPU they are one launch, where not: two. The
+    compiled CUDA kernel takes float16 and bfloat16, kernels of 3x3 and 5x5 without dilation, and C_in and C that 8
+    divides.
 
     Args:
         x: (N, C_in, H, W), float32, float16 or bfloat16; float64 and other devices run the reference. Any strides;

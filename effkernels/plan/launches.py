@@ -280,7 +280,8 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
 
     The first one reads the arguments, computes and writes the results; a second one passes over the result once more,
     reading and writing it: the norm and activation after a convolution of PyTorch's, or the product with the gate in
-    `depthwise_bn_act_se`, which goes from the first to the second.
+    `depthwise_bn_act_se`, which goes from the first to the second. The two of `expand_depthwise_squeeze`, where it is
+    not one, are its two convolutions, and the expanded tensor goes from the first to the second.
     """
     lines = [{"kernel": call.op}]
     if call.op.startswith(_NAMESPACE):
@@ -295,6 +296,9 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
         moved += moved_bytes(call) if len(lines) == 1 else _bytes_of_two(call)[position]
         flops = call.flops if first else 0
         special = special_functions(call) if kernel == activating else 0
+        if len(lines) == 2 and _expands(call):
+            of_expand = _special_functions_of_expand(call)
+            special = of_expand if first else special_functions(call) - of_expand
         unit = _unit(kernel, call.dtype, allow_tf32)
         rate = {"tensor": gpu.tensor, "tf32": gpu.tf32, "float32": gpu.float32}[unit]
         times = {
@@ -366,6 +370,16 @@ def _stored_bytes(tensor: Tensor) -> int:
     return min(tensor.nbytes, tensor.untyped_storage().nbytes())
 
 
+def _expands(call: RecordedCall) -> bool:
+    return "expand_weight" in call.arguments
+
+
+def _expanded(call: RecordedCall) -> int:
+    """Return the elements of the tensor between the convolutions of `expand_depthwise_squeeze`."""
+    batch, _, height, width = call.arguments["x"].shape
+    return int(batch * call.arguments["expand_weight"].shape[0] * height * width)
+
+
 def moved_bytes(call: RecordedCall) -> int:
     """Return the bytes that a call cannot avoid: every argument read once, every result written once."""
     read = {id(tensor): tensor for tensor in tensors_in(call.arguments.values())}
@@ -374,6 +388,10 @@ def moved_bytes(call: RecordedCall) -> int:
 
 def _bytes_of_two(call: RecordedCall) -> tuple[int, int]:
     """Return the same for a call that takes two launches, each by itself."""
+    if _expands(call):
+        inputs = [value for name, value in call.arguments.items() if name == "x" or name.startswith("expand_")]
+        of_expand, hidden = sum(map(_stored_bytes, tensors_in(inputs))), _expanded(call) * call.dtype.itemsize
+        return of_expand + hidden, hidden + moved_bytes(call) - of_expand
     second = 2 * call.results[0].nbytes
     if "w_reduce" in call.arguments:  # the first one writes a gate, which the second one reads
         gate = math.prod(call.results[0].shape[:2]) * call.dtype.itemsize
@@ -385,7 +403,7 @@ def _bytes_of_two(call: RecordedCall) -> tuple[int, int]:
 
 def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
     """Return the unit that computes the FLOPs of a kernel."""
-    if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "conv", "conv_stem"):
+    if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "expand_depthwise", "conv", "conv_stem"):
         if dtype != torch.float32:
             return "tensor"
         # PyTorch lets convolutions run in TF32 by default, and other matrix products not.
@@ -420,9 +438,18 @@ def special_functions(call: RecordedCall) -> int:
         count += call.results[0].numel() * special_functions_of(arguments["activation"], call.dtype)
     if arguments.get("norm_var") is not None:
         count += arguments["norm_var"].numel()
+    if _expands(call):
+        count += _special_functions_of_expand(call)
     if "w_reduce" in arguments:  # computed in float32 whatever the dtype
         batch = call.results[0].shape[0]
         reduced, channels = arguments["w_reduce"].shape[:2]
         count += batch * reduced * special_functions_of(arguments[inner], torch.float32)
         count += batch * channels * special_functions_of(arguments["gate_activation"], torch.float32)
     return count
+
+
+def _special_functions_of_expand(call: RecordedCall) -> int:
+    """Return those of the first convolution of `expand_depthwise_squeeze`."""
+    norm = call.arguments["expand_norm_var"]
+    count = _expanded(call) * special_functions_of(call.arguments["expand_activation"], call.dtype)
+    return count + (0 if norm is None else norm.numel())

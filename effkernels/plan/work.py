@@ -24,6 +24,7 @@ from effkernels.plan.kernel_counts import (
 from effkernels.plan.record import RecordedCall
 
 WARP = 32
+_EXPANDED = 48  # channels of a block of expand_depthwise: kExpandedChannels
 _FLAT = ("identity", "relu", "relu6", "hard_swish")  # no special functions
 
 
@@ -102,7 +103,7 @@ def work_of(cut: Cut, call: RecordedCall) -> Work | None:
     family = _FAMILIES.get(cut.kernel)
     if family is None or not cut.counts.parts:
         return None
-    if call.op.endswith("expand_depthwise_squeeze"):
+    if call.op.endswith("expand_depthwise_squeeze") and cut.kernel != "expand_depthwise":
         call = _half_of_expand(call, first=cut.kernel == "pointwise")
     return family(cut, call)
 
@@ -271,6 +272,59 @@ def _depthwise(cut: Cut, call: RecordedCall) -> Work:
     return Work(issued, cut.counts.registers, l2_bytes, prologue, body, last)
 
 
+def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
+    """Follow the walk of csrc/cuda/expand_depthwise.cuh, the averages over bands and tiles for each of them."""
+    part = cut.counts.part
+    batch, inner, height, width = (int(side) for side in call.arguments["x"].shape)
+    out_height, out_width = (int(side) for side in call.results[0].shape[2:])
+    channels, stride, padding = int(call.results[0].shape[1]), int(call.arguments["stride"]), call.arguments["padding"]
+    kernel, size = int(call.arguments["weight"].shape[2]), call.dtype.itemsize
+    group_rows, lanes, tiles = cut["group_rows"], cut["lanes"], cut["column_tiles"]
+
+    def under(first: int, end: int, before: int, most: int) -> int:
+        """Return the rows or columns of x under some of y."""
+        return min(most, (end - 1) * stride - before + kernel) - max(0, first * stride - before)
+
+    bands = [(first, min(first + cut["band_rows"], out_height)) for first in range(0, out_height, cut["band_rows"])]
+    columns = [(first, min(first + cut["columns"], out_width)) for first in range(0, out_width, cut["columns"])]
+    rows = sum(under(*band, padding[0], height) for band in bands) / len(bands)
+    groups = sum(_ceil(under(*band, padding[0], height), group_rows) for band in bands) / len(bands)
+    pixels = sum(under(*one, padding[2], width) for one in columns) / tiles  # of a row
+    # A warp multiplies one fragment of 16 pixels at a time, or two where every warp has some.
+    name, unit = ("pair", 32) if rows / groups * pixels > 16 * cut.warps else ("fragment", 16)
+    fragments = _ceil(rows / groups * pixels, unit)
+    strips = sum(_ceil(end - first, cut["strip"]) for first, end in columns) / tiles * out_height / len(bands) / groups
+    rounds = _ceil(strips, lanes)
+    taps_inside = sum(
+        0 <= row * stride - padding[0] + tap < height for row in range(out_height) for tap in range(kernel)
+    )
+
+    fragment = _with_activation(cut, name, call.arguments["expand_activation"])
+    fragment = fragment + part(f"{name}.slice") * (inner / (64 / size))
+    strip = _with_activation(cut, "strip", call.arguments["activation"]) + part("row") * (taps_inside / out_height)
+    # Of a thread in a group, and once for a block: a pixel and a row of weights has as many threads as a slice chunks.
+    chunks = _ceil(inner, 16) * 2
+    share, of_share = min(chunks, 4), _ceil(chunks, 4)
+    load = (part("load") + part("load.chunk") * of_share) * _ceil(fragments * unit * share, cut.threads)
+    weights = (part("weights") + part("weights.chunk") * of_share) * _ceil(_EXPANDED * share, cut.threads)
+    zeros = cut["ring_rows"] * (pixels + kernel - 1) * _EXPANDED * size / 16 / cut.threads
+    taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
+    load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1)))
+    first = total(((part("prologue"), 1), (weights, 1), (load, 1), (part("zero"), zeros)))
+    warps_of_strips = strips * (_EXPANDED * size / 16) / WARP
+    group = (part("group") + load) * cut.warps + fragment * fragments + strip * warps_of_strips
+    of_image = group * groups + part("image") * cut.warps + part("lane") * (lanes * _ceil(_EXPANDED, WARP))
+    images = batch / _ceil(batch, cut["images"])
+    issued = ((first + load_taps) * cut.warps + of_image * images) * cut.grid
+    chain = part("group") + load + fragment * _ceil(fragments, cut.warps) + strip * rounds
+    # The rows of x of a group are asked for while the strips of the one before it are computed.
+    body = _chain((chain * groups + part("image") + part("lane") * lanes) * images, inputs=1)
+    more, in_body, last = _arrival_tail(cut, 0, channels, _EXPANDED, size)
+    prologue = _chain(first) + _chain(load_taps, parameters=load_taps.trips)
+    l2_bytes = cut.grid * (images * rows * pixels + _EXPANDED) * inner * size + call.results[0].numel() * size
+    return Work(issued + more, cut.counts.registers, l2_bytes, prologue, body + in_body, last)
+
+
 def _arrival_tail(
     cut: Cut, reduced: int, channels: int, block_channels: int, size: int
 ) -> tuple[Counters, Clocks, Clocks]:
@@ -404,6 +458,7 @@ _FAMILIES: Mapping[str, Callable[[Cut, RecordedCall], Work]] = {
     "depthwise_strips": _depthwise,
     "depthwise_resident": _depthwise,
     "pointwise": _pointwise,
+    "expand_depthwise": _expand_depthwise,
     "conv_stem": _stem,
     "norm_act": _norm_act,
     "scale_by_gate": _scale,

@@ -1,0 +1,192 @@
+// y = activation(norm(depthwise convolution of e)), e = expand_activation(expand_norm(x * expand_weight^T)), and the
+// channel means of y, in one launch: e is never in memory.
+//
+//   x: a group of rows      e: a ring of rows        y
+//   +----------------+      +------------------+
+//   |                |      |  K - 1 older     |
+//   +----------------+      +------------------+     +---------------------+
+//   |  group_rows    | ---> |  group_rows      | --> |  group_out_rows     |
+//   +----------------+ mma  +------------------+     +---------------------+
+//
+// A block has kExpandedChannels channels of an image, or of several images after each other, a band of its rows and a
+// tile of its columns. It walks down the band: the next group of rows of x is multiplied by the weights, which stay in
+// shared memory, into the ring (expand_rows.cuh), and the rows of y that it makes possible are computed from the ring.
+//
+// Each row of x is expanded once for a band, so that the window's overlap costs nothing along the walk; bands and tiles
+// of columns expand their borders again. The padding of e is zero, not activation(shift): its columns in the ring are
+// zeroed once and never written, its rows are skipped.
+//
+// Threads of the depthwise convolution are those of depthwise.cuh: kExpandedChannels / 8 along the channels, times
+// lanes, each a strip of neighbouring pixels; lanes that follow each other take strips below each other. e is rounded
+// to the type of x as the two launches round it.
+//
+// Traffic. Memory: x, y, the parameters. L2: x once for every kExpandedChannels channels. Two barriers a group. Sums as
+// in depthwise_sums.cuh: the same bits every time.
+//
+// Limits: 16-bit types, K of 3 and 5, strides 1 and 2, channels that vectors of 8 divide, two blocks on a
+// multiprocessor by their shared memory (plan_expand_depthwise); all else takes two launches.
+//
+// Shared memory: parameters, sums, flag | expand's scale and shift | weights | group of rows of x | ring.
+#pragma once
+#include "depthwise.cuh"
+#include "expand_rows.cuh"
+
+namespace effkernels::cuda {
+
+struct ExpandDepthwiseArguments {
+  PointwiseParams expand;
+  DepthwiseArguments depthwise;  // its plan is that of the ExpandDepthwisePlan
+  ExpandDepthwisePlan plan;
+};
+
+// One strip from the ring, whose first output looks at row `top` of x and the following; `first_row`: of the band.
+// Columns outside of x are zeros in the ring.
+template <class Traits>
+__device__ __forceinline__ void convolve_ring(const DepthwiseParams& p, const ExpandDepthwisePlan& plan,
+                                              const unsigned char* column, int top, int first_row,
+                                              const ThreadParameters<Traits::kVector>& taps,
+                                              float (&acc)[Traits::kStrip][Traits::kVector]) {
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, V = Traits::kVector;
+  const int above = top < 0 ? -top : 0, row = top + above - first_row;
+  int slot = row - static_cast<int>(SmallDivisor(plan.by_ring_rows)(row)) * plan.ring_rows;
+  const unsigned char* from = column + slot * plan.ring_row_bytes;
+  const int end = static_cast<int>(p.height) - top < K ? static_cast<int>(p.height) - top : K;
+#pragma unroll 1
+  for (int ky = above; ky < end; ++ky) {
+    Vector<T, V> inputs[Traits::kInputs];
+#pragma unroll
+    for (int ix = 0; ix < Traits::kInputs; ++ix)
+      inputs[ix] = *reinterpret_cast<const Vector<T, V>*>(from + ix * (kExpandedChannels * sizeof(T)));
+    add_row<Traits>(inputs, ky, taps, acc);
+    from += plan.ring_row_bytes;
+    if (++slot == plan.ring_rows) slot = 0, from = column;
+  }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
+    expand_depthwise(const __grid_constant__ ExpandDepthwiseArguments a) {
+  wait_for_previous();
+  allow_next();
+  using T = typename Traits::T;
+  constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
+  const PointwiseParams& expand = a.expand;
+  const DepthwiseParams& p = a.depthwise.depthwise;
+  const DepthwisePlan& division = a.depthwise.plan;
+  const ExpandDepthwisePlan& plan = a.plan;
+  float* const parameters = dynamic_shared<float>();
+  unsigned char* const shared_bytes = dynamic_shared<unsigned char>();
+  float* const norm = reinterpret_cast<float*>(shared_bytes + plan.norm_at);
+  unsigned char *const weights = shared_bytes + plan.weights_at, *const stage = shared_bytes + plan.x_at;
+  unsigned char* const ring = shared_bytes + plan.ring_at;
+  const SumsInShared shared(division, parameters, K * K);
+
+  const int group = blockIdx.x % division.channel_groups, tile = blockIdx.x / division.channel_groups % division.tiles;
+  const DepthwiseLane at(p, division, group, tile, blockIdx.x / division.channel_groups / division.tiles);
+  const int first_image = at.unit * division.images,
+            images = min(division.images, static_cast<int>(p.batch) - first_image);
+  const int band = tile / plan.column_tiles, first_column = tile % plan.column_tiles * plan.columns;
+  const int out_columns = min(plan.columns, static_cast<int>(p.out_width) - first_column);
+  const ExpandColumns columns(p, first_column, out_columns);
+
+  // Rows of y of the band, and those of x under them.
+  const int first_out = band * plan.band_rows,
+            out_end = min(first_out + plan.band_rows, static_cast<int>(p.out_height));
+  const int first_row = max(first_out * S - p.pad_top, 0);
+  const int end_row = min((out_end - 1) * S - p.pad_top + K, static_cast<int>(p.height));
+  const T* x =
+      static_cast<const T*>(expand.x) + int64_t(first_image) * expand.x_stride_n + columns.first * expand.x_stride_p;
+  const int width = static_cast<int>(p.width);
+  const auto load_rows = [&](int row) {
+    load_expand_rows(expand, plan, columns, x, width, row, min(plan.group_rows, end_row - row), stage);
+    cp_async_commit();
+  };
+
+  load_expand_weights<T>(expand, plan, group * kExpandedChannels, weights);
+  load_rows(first_row);
+  for (int i = threadIdx.x * 16; i < plan.ring_rows * plan.ring_row_bytes; i += kDepthwiseThreads * 16)
+    *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
+  const int norm_channel = kDepthwiseThreads - 1 - static_cast<int>(threadIdx.x);  // of threads without taps' norm
+  if (norm_channel < kExpandedChannels) {
+    const int64_t channel = int64_t(group) * kExpandedChannels + norm_channel;
+    ScaleShift of = {0.f, 0.f};
+    if (channel < p.channels) of = scale_shift(expand.norm, channel);
+    norm[norm_channel] = of.scale, norm[kExpandedChannels + norm_channel] = of.shift;
+  }
+  clear_lanes(division, shared.lane_sums);
+  load_parameters<T, V, K * K>(p, K * K, int64_t(group) * kExpandedChannels, kExpandedChannels, parameters);
+
+  const ThreadParameters<V> my(parameters, kExpandedChannels, at.vector);
+  float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;
+  const int out_width = static_cast<int>(p.out_width), channels = static_cast<int>(p.channels);
+  T* y = static_cast<T*>(p.y) + int64_t(first_image) * p.out_height * p.out_width * p.channels + at.channel;
+  const StripCursor first_strip(at.lane, division.lanes, plan.group_out_rows);
+  const int strips_of_row = (out_columns + kStrip - 1) / kStrip;
+
+#pragma unroll 1
+  for (int m = 0; m < images; ++m) {
+    int made = first_out, slot = 0;  // rows of y; of the ring, for the first row of the group
+#pragma unroll 1
+    for (int expanded = first_row; expanded < end_row;) {
+      const int rows = min(plan.group_rows, end_row - expanded);
+      cp_async_wait<0>();
+      __syncthreads();
+      expand_rows<T>(expand, plan, columns, stage, weights, norm, rows, slot, ring);
+      __syncthreads();
+      expanded += rows, slot += rows;
+      if (slot >= plan.ring_rows) slot -= plan.ring_rows;
+      const bool ends = expanded == end_row;
+      if (ends) x += expand.x_stride_n;
+      if (!ends || m + 1 < images) load_rows(ends ? first_row : expanded);
+
+      // Rows of y whose windows are complete: all where nothing of x is left.
+      const int below = expanded + p.pad_top - K;
+      const int possible = ends ? out_end : below < 0 ? 0 : min(below / S + 1, out_end);
+#pragma unroll 1
+      while (made < possible) {
+        const int rows_here = min(plan.group_out_rows, possible - made);
+#pragma unroll 1
+        for (StripCursor strip = first_strip; at.active && strip.column < strips_of_row; strip.advance()) {
+          if (strip.row >= rows_here) continue;
+          const int row = made + strip.row, column = strip.column * kStrip;
+          float acc[kStrip][V] = {}, sum[V] = {};
+          convolve_ring<Traits>(p, plan, ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
+                                row * S - p.pad_top, first_row, my, acc);
+          finish_strip<T>(my, K * K, p.activation, acc);
+          T* const to = y + (row * out_width + first_column + column) * channels;
+          const int pixels = out_columns - column;
+#pragma unroll
+          for (int ox = 0; ox < kStrip; ++ox) {
+            if (ox >= pixels) break;
+#pragma unroll
+            for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
+            store_global(to + ox * channels, acc[ox]);
+          }
+          add_to_lane(sum, my_sums);
+        }
+        made += rows_here;
+      }
+    }
+    add_lanes(division, shared.lane_sums, shared.sums + m * kExpandedChannels);
+    y += p.out_height * p.out_width * p.channels;
+  }
+  finish_sums<T>(a.depthwise, group, tile, at.unit, parameters);
+}
+
+template <class T, int S>
+cudaError_t run_expand_depthwise_of(const ExpandDepthwiseArguments& a, const Launch& at) {
+  return a.depthwise.depthwise.kernel_w == 3 ? launch(expand_depthwise<DepthwiseTraits<T, 3, S>>, at, a)
+                                             : launch(expand_depthwise<DepthwiseTraits<T, 5, S>>, at, a);
+}
+
+// Instantiated in one file per type.
+template <class T>
+cudaError_t run_expand_depthwise(const ExpandDepthwiseArguments& a, const Launch& at) {
+  return a.depthwise.depthwise.stride == 1 ? run_expand_depthwise_of<T, 1>(a, at)
+                                           : run_expand_depthwise_of<T, 2>(a, at);
+}
+extern template cudaError_t run_expand_depthwise<__half>(const ExpandDepthwiseArguments&, const Launch&);
+extern template cudaError_t run_expand_depthwise<__nv_bfloat16>(const ExpandDepthwiseArguments&, const Launch&);
+
+}  // namespace effkernels::cuda

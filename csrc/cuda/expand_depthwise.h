@@ -1,0 +1,54 @@
+// expand_depthwise_squeeze on CUDA in one launch, as the adaptor sees it: plain C++.
+#pragma once
+#include "depthwise.h"
+#include "pointwise.h"
+
+namespace effkernels::cuda {
+
+// Expanded channels of a block. Networks expand a multiple of 8 channels by 6 (or by 4), so that 48 divide what they
+// expand to, and the weights of 48 channels leave room for three blocks on a multiprocessor.
+constexpr int kExpandedChannels = 48;
+constexpr int kExpandDepthwiseBlocks = 3;  // of kDepthwiseThreads, on a multiprocessor: 168 registers for a thread
+
+// Pixels of a group up to which a warp multiplies one fragment of 16 at a time, above that two.
+constexpr int kPixelsOfSingles = kDepthwiseThreads / 32 * 16;
+constexpr int padded_pixels(int pixels) {
+  const int unit = pixels > kPixelsOfSingles ? 32 : 16;
+  return (pixels + unit - 1) / unit * unit;
+}
+
+// n / divisor for n * divisor < 2^31 by a multiply: n * multiplier >> 31.
+constexpr uint32_t multiplier_of(int divisor) { return (1u << 31) / static_cast<uint32_t>(divisor) + 1; }
+
+// The division of the work; expand_depthwise.cuh explains the terms.
+struct ExpandDepthwisePlan {
+  bool fits = false;        // else two launches: pointwise and depthwise
+  DepthwisePlan depthwise;  // threads along the channels and strips; blocks; tiles are bands * column_tiles
+  int bands = 1;            // blocks along the rows of one image
+  int band_rows = 1;        // output rows of a band, at most
+  int column_tiles = 1;     // blocks along the columns of one image
+  int columns = 1;          // output columns of a tile, at most
+  int group_rows = 1;       // rows of x between two barriers
+  int group_out_rows = 1;   // rows of y that they make possible
+  int ring_rows = 1;        // rows of the expanded tensor in shared memory
+  int ring_row_bytes = 0;
+  int stage_pixels = 0;       // of x in shared memory: those of a group, padded_pixels
+  int slices = 1;             // of 64 bytes of a pixel of x
+  int chunks = 2;             // of 16 bytes of a pixel of x, in whole fragments of 32 bytes
+  uint32_t by_ring_rows = 0;  // multiplier_of them
+  int norm_at = 0, weights_at = 0, x_at = 0, ring_at = 0;  // in shared memory, in bytes
+  int64_t shared_bytes = 0;
+};
+
+// A pure function of sizes, strides, types, the alignment of the pointers, and the limits of the device. The result of
+// `expand` and the input of `call.depthwise` are the same tensor, which is never written; their pointers do not count.
+ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
+                                          const DeviceLimits& limits);
+PlannedLaunches planned_launches(const PointwiseParams& expand, const DepthwiseCall& call,
+                                 const ExpandDepthwisePlan& plan);
+
+// Of a plan that fits; scratch memory as of depthwise_scratch(call, plan.depthwise).
+const char* launch_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
+                                    const ExpandDepthwisePlan& plan, const DepthwiseWork& work, void* stream);
+
+}  // namespace effkernels::cuda

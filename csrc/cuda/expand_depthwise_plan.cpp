@@ -1,0 +1,233 @@
+#include "expand_depthwise.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "../sizes.h"
+#include "squeeze_excite.h"
+
+namespace effkernels::cuda {
+namespace {
+
+constexpr int kVector = 8;  // channels of a thread: 16 bytes
+constexpr int kVectors = kExpandedChannels / kVector;
+constexpr int kWarps = kDepthwiseThreads / 32;
+constexpr int kPixelBytes = kExpandedChannels * 2;
+constexpr int kFragment = 16;                     // pixels
+constexpr int64_t kMostPixels = 256;              // of a group
+constexpr int64_t kFewestColumns = 12;            // of a tile: narrower ones would expand their borders too often
+constexpr int64_t kMostRows = 1 << 21;            // and columns: of x; times a row of the ring they stay below 2^31
+constexpr int64_t kMostBytes = int64_t(1) << 31;  // of an image, so that offsets in it have 32 bits
+
+bool vectors_fit(const PointwiseParams& expand, const DepthwiseParams& p) {
+  const auto divides = [](int64_t value) { return value % kVector == 0; };
+  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
+  return divides(expand.in_channels) && divides(expand.out_channels) && (p.batch == 1 || divides(expand.x_stride_n)) &&
+         (expand.pixels == 1 || divides(expand.x_stride_p)) && aligned(expand.x) && aligned(expand.weight.data) &&
+         aligned(p.y);
+}
+
+// Every window has a pixel of the image, so that there are rows to walk over, and columns in every tile.
+bool windows_meet_image(const DepthwiseParams& p) {
+  return p.pad_top < p.kernel_h && p.pad_left < p.kernel_w && (p.out_height - 1) * p.stride - p.pad_top < p.height &&
+         (p.out_width - 1) * p.stride - p.pad_left < p.width;
+}
+
+bool is_supported(const PointwiseParams& expand, const DepthwiseCall& call) {
+  const DepthwiseParams& p = *call.depthwise;
+  const int compiled = compiled_kernel(p.kernel_h, p.kernel_w);
+  return p.dtype != DType::kFloat32 && (compiled == 3 || compiled == 5) && (p.stride == 1 || p.stride == 2) &&
+         p.dilation == 1 && !call.gated && std::max(p.height, p.width) <= kMostRows && p.batch > 0 &&
+         expand.pixels > 0 && windows_meet_image(p) &&
+         product({p.height, p.width, expand.x_stride_p, 2}) < kMostBytes &&
+         product({p.out_height, p.out_width, p.channels}) < kMostBytes && vectors_fit(expand, p);
+}
+
+// Taps, scale and shift, sums of the lanes, of the block, a flag, hidden values: see SumsInShared.
+int64_t sum_bytes(const DepthwiseCall& call, const DepthwisePlan& plan) {
+  const int64_t taps = int64_t(call.depthwise->kernel_h) * call.depthwise->kernel_w;
+  int64_t floats = (taps + 2 + plan.lanes + plan.images) * kExpandedChannels + 4;
+  if (call.se != nullptr) floats += plan.images * call.se->reduced;
+  return floats * int64_t(sizeof(float));
+}
+
+int64_t in_columns(const DepthwiseParams& p, int64_t out_columns) {
+  return std::min<int64_t>(p.width, (out_columns - 1) * p.stride + p.kernel_w);
+}
+
+int strips_of_row(const ExpandDepthwisePlan& plan) {
+  return static_cast<int>(divide_up(plan.columns, plan.depthwise.strip));
+}
+
+// Sets what follows from columns and group_rows.
+void lay_out(const PointwiseParams& expand, const DepthwiseCall& call, ExpandDepthwisePlan& plan) {
+  const DepthwiseParams& p = *call.depthwise;
+  const int strips = strips_of_row(plan), stride = p.stride;
+  plan.column_tiles = static_cast<int>(divide_up(p.out_width, plan.columns));
+  plan.group_out_rows = plan.group_rows / stride;
+  plan.ring_rows = plan.group_rows + p.kernel_h - 1;
+  plan.depthwise.lanes = std::min(kDepthwiseThreads / kVectors, strips * plan.group_out_rows);
+
+  // Lanes that follow each other take strips below each other. Their 96 bytes are in different banks if the distance
+  // of these rows is 96 more than a multiple of 128.
+  const int pixels = (strips * plan.depthwise.strip - 1) * stride + p.kernel_w;
+  int units = pixels * kPixelBytes / 16;
+  while (units * stride % 8 != 6) ++units;
+  plan.ring_row_bytes = units * 16;
+
+  const auto up = [](int64_t bytes) { return static_cast<int>(divide_up(bytes, 128) * 128); };
+  plan.stage_pixels = padded_pixels(static_cast<int>(plan.group_rows * in_columns(p, plan.columns)));
+  plan.chunks = static_cast<int>(divide_up(expand.in_channels, kFragment)) * 2;
+  plan.slices = (plan.chunks + 3) / 4;
+  plan.by_ring_rows = multiplier_of(plan.ring_rows);
+  plan.norm_at = static_cast<int>(divide_up(sum_bytes(call, plan.depthwise), 16)) * 16;
+  plan.weights_at = up(plan.norm_at + 2 * kExpandedChannels * int64_t(sizeof(float)));
+  plan.x_at = plan.weights_at + plan.slices * kExpandedChannels * kPointwiseSliceBytes;
+  plan.ring_at = up(plan.x_at + plan.slices * int64_t(plan.stage_pixels) * kPointwiseSliceBytes);
+  plan.shared_bytes = plan.ring_at + int64_t(plan.ring_rows) * plan.ring_row_bytes;
+}
+
+int64_t blocks_of_multiprocessor(const ExpandDepthwisePlan& plan, const DeviceLimits& limits) {
+  constexpr int64_t kOfTheSystem = 1024;  // bytes that it takes for each block
+  return std::min<int64_t>(kExpandDepthwiseBlocks,
+                           limits.shared_per_multiprocessor / (plan.shared_bytes + kOfTheSystem));
+}
+
+// Instructions of a warp for its parts of a group, roughly: what the choices below weigh. A model, no measurement.
+struct Work {
+  int64_t single, pair, strip, barriers;  // of a fragment by itself, of two
+
+  Work(const PointwiseParams& expand, const DepthwiseParams& p, const ExpandDepthwisePlan& plan) : barriers(120) {
+    const int64_t products = divide_up(expand.in_channels, kFragment);
+    single = 200 + 19 * products, pair = 380 + 27 * products;
+    const int64_t pixels = plan.depthwise.strip, inputs = (pixels - 1) * p.stride + p.kernel_w;
+    strip = pixels * p.kernel_h * p.kernel_w * kVector + p.kernel_h * inputs * 9 + pixels * 40;
+  }
+
+  // Of the warp that has most, one after the other, in a steady group.
+  int64_t chain(const DepthwiseParams& p, const ExpandDepthwisePlan& plan) const {
+    const int64_t pixels = plan.group_rows * in_columns(p, plan.columns);
+    const int64_t strips = int64_t(plan.group_out_rows) * strips_of_row(plan);
+    const int64_t products = pixels > kPixelsOfSingles ? divide_up(pixels, 2 * kFragment * kWarps) * pair : single;
+    return products + divide_up(strips, plan.depthwise.lanes) * strip + barriers;
+  }
+  // Of all warps of a block.
+  int64_t all(const DepthwiseParams& p, const ExpandDepthwisePlan& plan) const {
+    const int64_t pixels = plan.group_rows * in_columns(p, plan.columns);
+    const int64_t strips = int64_t(plan.group_out_rows) * strips_of_row(plan);
+    const int64_t products =
+        pixels > kPixelsOfSingles ? divide_up(pixels, 2 * kFragment) * pair : divide_up(pixels, kFragment) * single;
+    return products + divide_up(strips * kVectors, 32) * strip + kWarps * barriers;
+  }
+};
+
+// Clocks of a multiprocessor full of blocks for a row of the result: what its blocks wait for, whose dependent
+// instructions are two clocks apart, or the instructions that it issues, four a clock.
+int64_t clocks_of_row(const Work& work, const DepthwiseParams& p, const ExpandDepthwisePlan& plan, int64_t resident) {
+  const int64_t group = std::max(2 * work.chain(p, plan) / resident, work.all(p, plan) / 4);
+  return group * plan.column_tiles / plan.group_out_rows;
+}
+
+// Columns of a tile and rows of a group, for three blocks on a multiprocessor or for two: one alone would leave it idle
+// at every barrier. Few tiles, because neighbours expand their borders twice; many rows, which share the barriers and
+// fill the fragments and the warps.
+bool choose_tile(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
+                 ExpandDepthwisePlan& plan) {
+  const DepthwiseParams& p = *call.depthwise;
+  const int strip = plan.depthwise.strip, stride = p.stride;
+  const Work work(expand, p, plan);
+  const int64_t most_rows = divide_up(p.height, stride) * stride;
+  int64_t least = std::numeric_limits<int64_t>::max();
+  ExpandDepthwisePlan one = plan;
+  for (int64_t resident = kExpandDepthwiseBlocks; resident >= 2; --resident) {
+    bool found = false;
+    for (int64_t tiles = 1; !found; ++tiles) {
+      const int64_t columns = divide_up(divide_up(p.out_width, tiles), strip) * strip;
+      if (tiles > 1 && columns < kFewestColumns) break;
+      const int64_t pixels = in_columns(p, columns);  // of a row
+      if (pixels * stride > 2 * kMostPixels) continue;
+      one.columns = static_cast<int>(columns);
+      for (int64_t rows = stride; rows <= most_rows; rows += stride) {
+        if (rows > stride && rows * pixels > kMostPixels) break;
+        one.group_rows = static_cast<int>(rows);
+        lay_out(expand, call, one);
+        if (one.shared_bytes > limits.shared_per_block || blocks_of_multiprocessor(one, limits) < resident) break;
+        found = true;
+        const int64_t clocks = clocks_of_row(work, p, one, resident);
+        if (clocks < least) least = clocks, plan = one;
+      }
+    }
+  }
+  return least < std::numeric_limits<int64_t>::max();
+}
+
+// Bands: blocks for every multiprocessor where the images are few, although each expands the K - 1 rows above it too.
+// Several images for a block, which share its parameters and weights, where planes are small and the images many.
+void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
+                   ExpandDepthwisePlan& plan) {
+  constexpr int64_t kFixed = 2000;  // instructions of a warp for parameters and sums, and the waits for them
+  const DepthwiseParams& p = *call.depthwise;
+  const int64_t resident = blocks_of_multiprocessor(plan, limits);
+  const Work work(expand, p, plan);
+  const int64_t chain = work.chain(p, plan), all = work.all(p, plan);
+  int64_t least = std::numeric_limits<int64_t>::max();
+  const auto is_less = [&](int64_t bands, int64_t images) {
+    const int64_t rows = divide_up(p.out_height, bands);
+    const int64_t in_rows = std::min<int64_t>(p.height, (rows - 1) * p.stride + p.kernel_h);
+    const int64_t groups = divide_up(in_rows, plan.group_rows) * images;
+    const int64_t blocks = divide_up(p.batch, images) * plan.depthwise.channel_groups * plan.column_tiles * bands;
+    // Dependent instructions are two clocks apart; a multiprocessor issues four a clock.
+    const int64_t waits = divide_up(blocks, limits.multiprocessors * resident) * (kFixed + groups * chain) * 2;
+    const int64_t issues = divide_up(blocks, limits.multiprocessors) * (kFixed * kWarps + groups * all) / 4;
+    const bool less = std::max(waits, issues) < least;
+    if (less) least = std::max(waits, issues);
+    return less;
+  };
+  for (int64_t wanted = 1; wanted <= std::min<int64_t>(p.out_height, 32); wanted += wanted < 4 ? 1 : wanted / 3) {
+    const int64_t rows = divide_up(p.out_height, wanted), bands = divide_up(p.out_height, rows);
+    if (is_less(bands, 1)) plan.bands = static_cast<int>(bands), plan.band_rows = static_cast<int>(rows);
+  }
+  if (plan.bands * plan.column_tiles > 1) return;  // the sums of blocks are added for one image
+  for (int images = 2; images <= std::min<int64_t>(kMostImagesOfGate, p.batch); ++images) {
+    ExpandDepthwisePlan more = plan;
+    more.depthwise.images = images;
+    lay_out(expand, call, more);
+    if (more.shared_bytes > limits.shared_per_block || blocks_of_multiprocessor(more, limits) < resident) break;
+    if (is_less(1, images)) plan = more;
+  }
+}
+
+}  // namespace
+
+ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
+                                          const DeviceLimits& limits) {
+  const DepthwiseParams& p = *call.depthwise;
+  ExpandDepthwisePlan plan;
+  if (!is_supported(expand, call)) return plan;
+  DepthwisePlan& d = plan.depthwise;
+  d.vector = kVector, d.channel_vectors = kVectors, d.unrolled = true;
+  d.strip = depthwise_strip(compiled_kernel(p.kernel_h, p.kernel_w), p.stride);
+  d.channel_groups = static_cast<int>(divide_up(p.channels, kExpandedChannels));
+  d.out_height = static_cast<int>(p.out_height);
+  if (!choose_tile(expand, call, limits, plan)) return plan;
+  choose_blocks(expand, call, limits, plan);
+  d.tiles = plan.bands * plan.column_tiles;
+  d.units = divide_up(p.batch, d.images);
+  d.strips = strips_of_row(plan) * d.out_height;
+  d.shared_bytes = plan.shared_bytes;
+  plan.fits = product({d.units, d.tiles, d.channel_groups}) <= std::numeric_limits<int32_t>::max();
+  return plan;
+}
+
+PlannedLaunches planned_launches(const PointwiseParams&, const DepthwiseCall& call, const ExpandDepthwisePlan& plan) {
+  const DepthwiseScratch scratch = depthwise_scratch(call, plan.depthwise);
+  PlannedLaunch one;
+  one.kernel = "expand_depthwise";
+  one.grid = plan.depthwise.blocks();
+  one.block_x = kDepthwiseThreads;
+  one.shared_bytes = plan.shared_bytes;
+  one.workspace_bytes = (scratch.partial + scratch.hidden + scratch.arrivals) * int64_t(sizeof(float));
+  return {one};
+}
+
+}  // namespace effkernels::cuda
