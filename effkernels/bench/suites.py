@@ -88,13 +88,14 @@ class SuiteCase:
         Empty if one of the contenders that can run is missing: a ratio counts only inside of one run.
         """
         commit, dirty = environment.commit()
+        versions = environment.versions().items()
         own = [
             row
             for row in rows
             if (row.suite, row.case, row.dtype, row.batch) == (self.suite, self.case, self.dtype, self.batch)
             and row.device == self.device
             and (row.commit, row.dirty) == (commit, dirty)
-            and environment.versions().items() <= row.versions.items()
+            and versions <= row.versions.items()
         ]
         newest = max((row.date for row in own), default="")
         own = [row for row in own if row.date == newest]
