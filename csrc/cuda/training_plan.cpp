@@ -51,10 +51,11 @@ PassPlan plan_pass(int64_t batch, int64_t pixels, int64_t channels, int vector, 
   plan.lanes = kPassThreads / plan.channel_vectors;
   plan.channel_groups = static_cast<int>(divide_up(vectors, plan.channel_vectors));
   const int64_t resident = int64_t(limits.multiprocessors) * blocks;
-  // Items as long as a thread may add, shorter where there would be too few of them.
+  // Items as long as a thread may add, shorter where there would be too few of them: down to a quarter, because an item
+  // costs partial sums.
   const int64_t longest = divide_up(pixels, int64_t(plan.lanes) * rows);
   const int64_t wanted = divide_up(resident, batch * plan.channel_groups);
-  const int64_t most = divide_up(pixels, int64_t(plan.lanes) * 2);
+  const int64_t most = divide_up(pixels, int64_t(plan.lanes) * std::max(1, rows / 4));
   plan.chunks = std::max(longest, std::min(wanted, most));
   plan.chunk = divide_up(pixels, plan.chunks);
   plan.chunks = divide_up(pixels, plan.chunk);
