@@ -1,4 +1,4 @@
-"""The training kernels of every backend: as exact as PyTorch, one launch each, the same bits in every order."""
+"""The training kernels of CUDA: as exact as PyTorch, one launch each, the same bits in every order of threads."""
 
 from __future__ import annotations
 
@@ -197,9 +197,11 @@ def by_pytorch(i: Inputs, activation: str) -> dict[str, Tensor | list[Tensor]]:
 
 @pytest.fixture
 def kernels(backend: Backend) -> Backend:
-    """A backend that has the training kernels."""
-    if backend.name == "triton" or (backend.name == "cuda" and backend.emulated is None and not _has_cuda()):
-        pytest.skip(f"{backend} has no training kernels")
+    """A backend that has the training kernels of CUDA, emulated or on a GPU."""
+    if backend.name != "cuda":
+        pytest.skip("the training kernels of CUDA are tested here, those of the CPU in tests/test_training_kernels.py")
+    if backend.emulated is None and not _has_cuda():
+        pytest.skip(f"the library has no training kernels for {backend}")
     return backend
 
 
