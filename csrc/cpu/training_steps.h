@@ -63,24 +63,27 @@ EFFKERNELS_INLINE void partial_statistics(const T* t, int64_t stride, int64_t pi
   }
   if (i < pixels) a += load_up_to(t + i * stride, n);
   const Vec middle = (a + b) * (1.f / float(pixels));
-  Vec rest = {};  // what rounding left of the mean
-  DoubleSum total;
+  DoubleSum squares_sum, rest_sum;  // of distances from `middle`, which rounding leaves beside the mean
   for (i = 0; i < pixels;) {
     const int64_t end = min_of<int64_t>(i + 8, pixels);
-    a = Vec{};
+    Vec of_squares = {}, of_rest = {};
     for (; i < end; i++) {
       const Vec d = load_up_to(t + i * stride, n) - middle;
-      a += d * d, rest += d;
+      of_squares += d * d, of_rest += d;
     }
-    total.add(a);
+    squares_sum.add(of_squares), rest_sum.add(of_rest);
   }
-  double lanes[kLanes];
-  float sums[kLanes];
-  store(lanes, total.low), store(lanes + kLanes / 2, total.high);
-  for (int k = 0; k < kLanes; k++) sums[k] = float(lanes[k]);
+  double lanes[2][kLanes];
+  float sums[kLanes], rests[kLanes];
+  store(lanes[0], squares_sum.low), store(lanes[0] + kLanes / 2, squares_sum.high);
+  store(lanes[1], rest_sum.low), store(lanes[1] + kLanes / 2, rest_sum.high);
+  for (int k = 0; k < kLanes; k++) {
+    const double rest = lanes[1][k] / double(pixels), about_mean = lanes[0][k] - lanes[1][k] * rest;
+    rests[k] = float(rest), sums[k] = about_mean > 0 ? float(about_mean) : 0.f;
+  }
   store_up_to(mean, middle, n);
   store_up_to(squares, load(sums), n);
-  store_up_to(mean + kLanes, rest * (1.f / float(pixels)), n);
+  store_up_to(mean + kLanes, load(rests), n);
 }
 
 // Partial statistics of a batch, in parts cut by the shape alone: [part][vector of channels] of mean, rest of the mean

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from effkernels import environment
-from effkernels.bench import block_cases, contenders, op_cases
+from effkernels.bench import block_cases, contenders, op_cases, train_cases
 from effkernels.bench.block_cases import blocks_of, measure_block
 from effkernels.bench.measure import Options, Refusal
 from effkernels.bench.network_case import NetworkCase
@@ -237,6 +237,22 @@ def _blocks(settings: Settings) -> Iterator[SuiteCase]:
                     )  # fmt: skip
 
 
+def _training(settings: Settings) -> Iterator[SuiteCase]:
+    names = settings.chosen("train", list(train_cases.CONTENDERS), list(train_cases.CONTENDERS))
+    for model in settings.models:
+        for precision in settings.precisions:
+            for batch in settings.batches:
+                case = network_case(
+                    model, batch, precision, img_size=settings.img_size, device=settings.device,
+                    threads=settings.threads, channels_last=settings.channels_last,
+                )  # fmt: skip
+                run = partial(train_cases.measure_training, case, names)
+                yield SuiteCase(
+                    "train", case_name(case), case.numbers.name, batch, settings.device_name, names, settings.options,
+                    _threaded(run, settings.threads), partial(train_cases.unavailable, case),
+                )  # fmt: skip
+
+
 def _threaded(run: Callable[..., tuple[list[Row], list[Refusal]]], threads: int) -> Measure:
     """Return what measures a case with a number of CPU threads, which is put back afterwards."""
 
@@ -251,10 +267,11 @@ def _threaded(run: Callable[..., tuple[list[Row], list[Refusal]]], threads: int)
     return measure
 
 
-# A suite is a name and what makes its cases; one for training has its place here.
+# A suite is a name and what makes its cases.
 SUITES: dict[str, Callable[[Settings], Iterator[SuiteCase]]] = {
     "op": _ops,
     "block": _blocks,
     "model": _models,
     "latency": _latency,
+    "train": _training,
 }

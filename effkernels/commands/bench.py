@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--suite", nargs="+", choices=SUITES, default=["model"], metavar="NAME",
         help="op: the operator calls of the models; block: their blocks; model: the networks; latency: the networks "
-        "with one image a call, each waited for; default: model",
+        "with one image a call, each waited for; train: their training steps; default: model",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")
@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--contender", nargs="+", metavar="NAME",
         help=f"or 'all'; default: {' '.join(DEFAULT_CONTENDERS)}; of other libraries' models: "
-        f"{' '.join(FOREIGN_CONTENDERS)}; of op and block: effkernels eager compile",
+        f"{' '.join(FOREIGN_CONTENDERS)}; of op and block: effkernels eager compile; of train: all that it has",
     )  # fmt: skip
     parser.add_argument(
         "--list-contenders", action="store_true", help="list contenders and whether they can run, and stop"
