@@ -80,7 +80,9 @@ def run_gate(batch: int) -> tuple[torch.Tensor, ...]:
 @pytest.mark.usefixtures("compiled")
 def test_operators_run_on_the_emulator(emulated: Emulator) -> None:
     """For the length of a block only, and with the results that the operator in the emulator's own namespace has."""
-    assert emulated.operators() == set(backends.OPERATORS)
+    training = {name for name in emulated.operators() if name.startswith("training_")}
+    assert len(training) == 7
+    assert emulated.operators() - training == set(backends.OPERATORS)
     run_gate(2)
     assert emulated.launches() == []
     with emulated.in_place_of_cpu():

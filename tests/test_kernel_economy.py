@@ -34,6 +34,10 @@ def need_tools(*names: str) -> None:
         pytest.skip(str(missing))
 
 
+# One process compiles or reads the kernels; the others go on meanwhile.
+pytestmark = pytest.mark.xdist_group("kernel-economy")
+
+
 @pytest.fixture(scope="module")
 def shipped(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
     """The kernels of the library that ships; disassembled once for all processes of a test run, it takes 20 seconds."""

@@ -34,8 +34,23 @@ def start(arguments: list[str], launcher: list[str] | None = None) -> subprocess
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,  # a group of its own, to be killed as one
+        start_new_session=True,  # Ctrl-C of a test ends this process and not the test's
     )
+
+
+def kill_tree(pid: int) -> None:
+    """Kill a process and all that it started, at once."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except OSError:  # ended meanwhile
+            continue
+    family = [pid]
+    for member in family:
+        family += [child for child, parent in parents.items() if parent == member]
+    for member in family:
+        os.kill(member, signal.SIGKILL)
 
 
 def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -151,7 +166,7 @@ def test_two_processes_train_as_one_network(photos: Path, tmp_path: Path) -> Non
     killed = tmp_path / "killed"
     process = start(arguments_for(photos, killed, *RECIPE), TORCHRUN)
     wait_for_checkpoint(killed, process, 1)
-    os.killpg(process.pid, signal.SIGKILL)  # torchrun and what it started
+    kill_tree(process.pid)  # the processes of torchrun have groups of their own, and would wait for each other
     process.communicate()
     status, _, err = finished(start(["train", "--resume", str(killed)], TORCHRUN))
     assert status == 0, err

@@ -117,9 +117,9 @@ def _block() -> MBConv:
 
 
 def _uneven(rank: int) -> dict[str, Tensor]:
-    """One process has a single value of a channel and the other eight, then one has none."""
+    """One process has a single value of a channel and the other 32, then one has none."""
     block, found = _block(), {}
-    x = images(9, 1, 1, 8)
+    x = images(33, 1, 1, 8)
     for name, first in (("one", 1), ("none", 0)):
         part = (x[:first] if rank == 0 else x[first:]).clone().requires_grad_()
         block.zero_grad()
@@ -136,7 +136,7 @@ def test_a_process_with_one_value_or_none(case: str, tmp_path: Path) -> None:
     plain = _block()
     plain.backend = "reference"
     exact = copy.deepcopy(plain).double()
-    x = images(9, 1, 1, 8)
+    x = images(33, 1, 1, 8)
     own, truth = {}, {}
     for one, found in ((plain, own), (exact, truth)):
         image = x.to(one.conv_pw.weight.dtype, copy=True).requires_grad_()

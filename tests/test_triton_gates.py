@@ -43,6 +43,10 @@ ARCHITECTURES = (80, 90)
 COMPILED_BY = os.environ.get("EFFKERNELS_TEST_GATES_PYTHON") or sys.executable
 
 
+# One process compiles or reads the kernels; the others go on meanwhile.
+pytestmark = pytest.mark.xdist_group("triton-gates")
+
+
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what triton_gates.worker read; compiled once for all processes of a test run."""

@@ -20,8 +20,8 @@ from benchmarks.gpu_check import measure
 from benchmarks.gpu_check.common import Options, run_part
 from benchmarks.gpu_check.results import Results
 from effkernels.bench import op_calls, timing
-from effkernels.bench.op_calls import Call
 from effkernels.ops import training_steps as steps
+from effkernels.ops.call import OpCall
 from effkernels.ops.parity import full_float32, judge
 from effkernels.ops.reference import activate
 
@@ -48,10 +48,10 @@ class Step:
     padding: Sequence[int]
 
     @classmethod
-    def of(cls, call: Call, batch: int, dtype: torch.dtype, device: torch.device) -> Step:
+    def of(cls, call: OpCall, batch: int, dtype: torch.dtype, device: torch.device) -> Step:
         """Return a step of this call with drawn tensors, rounded to the dtype."""
         generator = torch.Generator().manual_seed(0)
-        c, (height, width), kernel = call.channels, call.plane, call.kernel
+        c, height, width, kernel = call.channels, call.height, call.width, call.kernel[0]
 
         def draw(*size: int) -> Tensor:
             return torch.randn(*size, generator=generator).to(dtype).to(device)
@@ -130,14 +130,14 @@ def bytes_of(direction: str, step: Step) -> int:
     return sum(image.nbytes for image in images)
 
 
-def calls() -> list[Call]:
+def calls() -> list[OpCall]:
     """Return the depthwise convolutions of the network, those that move the most first."""
     found = [call for call in op_calls.calls_of(MODEL) if call.op.startswith("depthwise")]
-    shapes = {(c.channels, c.plane, c.kernel, c.stride): c for c in found}
-    return sorted(shapes.values(), key=lambda call: -call.channels * call.plane[0] * call.plane[1])
+    shapes = {(c.channels, c.height, c.width, c.kernel, c.stride): c for c in found}
+    return sorted(shapes.values(), key=lambda call: -call.channels * call.height * call.width)
 
 
-def error_of(direction: str, call: Call, dtype: torch.dtype, device: torch.device) -> tuple[bool, float, float]:
+def error_of(direction: str, call: OpCall, dtype: torch.dtype, device: torch.device) -> tuple[bool, float, float]:
     """Return whether the kernels keep to the rule of parity, their error and its limit."""
     ours, plain = DIRECTIONS[direction]
     step = Step.of(call, _PARITY_IMAGES, dtype, device)
@@ -158,7 +158,7 @@ def train_steps(options: Options) -> str:
     chosen = calls()[-1:] if options.smoke else calls()
     batch = 2 if options.smoke else BATCH
     cases = {
-        f"{direction} {call.channels}x{call.plane[0]}x{call.plane[1]} k{call.kernel} s{call.stride}": (direction, call)
+        f"{direction} {call.channels}x{call.height}x{call.width} k{call.kernel[0]} s{call.stride}": (direction, call)
         for call in chosen
         for direction in DIRECTIONS
     }

@@ -151,7 +151,7 @@ class Training:
 
     # ------------------------------------------------------------------------------------------------------- state
 
-    def _state(self) -> dict[str, Any]:
+    def _state(self, of_processes: list[tuple[list[float], dict[str, str]]]) -> dict[str, Any]:
         state = {
             "options": self.options.to_dict(),
             "classes": list(self.data.classes),
@@ -160,9 +160,8 @@ class Training:
             "meaning": self._meaning,
             "epoch": self._epoch,
             "step": self._step,
-            "sums": self._sums.cpu(),
             "history": self.history,
-            "skipped": self._skipped,
+            "of_processes": of_processes,
             "model": self._model.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
@@ -187,9 +186,9 @@ class Training:
                 f"go on with torchrun --nproc-per-node {state['processes']}"
             )
         self._epoch, self._step = state["epoch"], state["step"]
-        self._sums.copy_(state["sums"])
         self.history = state["history"]
-        self._skipped = state["skipped"]
+        sums, self._skipped = state["of_processes"][self._processes.rank]
+        self._sums.copy_(torch.tensor(sums, dtype=torch.float64))
         self._model.load_state_dict(state["model"])
         if self._averaged is not None:
             self._averaged.load_state_dict(state["model_ema"])
@@ -198,8 +197,10 @@ class Training:
         self._scaler.load_state_dict(state["scaler"])
 
     def _save(self) -> None:
+        # Sums and skipped files are each process' own until the epoch ends.
+        of_processes = self._processes.gather((self._sums.tolist(), self._skipped))
         if self._processes.is_first:
-            self._try(FILE_NAME, lambda: save_checkpoint(self._folder / FILE_NAME, self._state()))
+            self._try(FILE_NAME, lambda: save_checkpoint(self._folder / FILE_NAME, self._state(of_processes)))
 
     def _try(self, name: str, write: Callable[[], None]) -> None:
         """Write a file. If that fails the training goes on, and the file is tried again at the next occasion."""
