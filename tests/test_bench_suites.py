@@ -12,15 +12,16 @@ import pytest
 import torch
 from test_cli import run, run_json
 
-from effkernels.bench import suites, timing
+from effkernels.bench import suites, timing, train_cases
 from effkernels.bench.block_cases import blocks_of, measure_block
 from effkernels.bench.measure import Options, Refusal
 from effkernels.bench.network_case import NetworkCase
-from effkernels.bench.networks import Interrupted, case_name
+from effkernels.bench.networks import Interrupted, case_name, network_case
 from effkernels.bench.op_calls import calls_of
 from effkernels.bench.op_cases import measure_op
 from effkernels.bench.suites import SUITES, Settings
 from effkernels.bench.timing import Row, read_rows
+from effkernels.bench.train_cases import measure_training
 
 CPU = torch.device("cpu")
 FOREIGN = "timm:mobilenetv3_small_050"
@@ -109,6 +110,29 @@ class TestMeasuring:
             (name, "block", block.case(3)) for name in ("effkernels", "eager")
         ]
         assert all(row.rel_error is not None and 0 < row.rel_error < 1e-5 for row in rows)
+
+    @pytest.mark.usefixtures("compiled")
+    @pytest.mark.parametrize("model", ["efficientnet_b0", FOREIGN])
+    def test_training_steps(self, model: str) -> None:
+        names = ("effkernels", "optimized", "eager", "eager-channels-last")
+        case = network_case(model, 2, img_size=96)
+        rows, refusals = measure_training(case, names, QUICK, threads=1, date="now")
+        own = model == "efficientnet_b0"
+        assert [row.name for row in rows] == list(names if own else names[1:])
+        assert [refusal.contender for refusal in refusals] == ([] if own else ["effkernels"])
+        assert all(row.suite == "train" and row.rounds == 2 for row in rows)
+        assert all(row.rel_error is not None and 0 < row.rel_error < 1e-2 for row in rows)
+
+    @pytest.mark.usefixtures("compiled")
+    def test_wrong_gradients_are_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def wrong(model: torch.nn.Module, **_: Any) -> None:
+            next(model.parameters()).register_hook(lambda gradient: 2.0 * gradient)
+
+        monkeypatch.setattr(train_cases.effkernels, "optimize_", wrong)
+        case = network_case("efficientnet_b0", 2, img_size=96)
+        rows, refusals = measure_training(case, ["optimized", "eager"], QUICK, threads=1, date="now")
+        assert [row.name for row in rows] == ["eager"]
+        assert refusals[0].reason.startswith("wrong: gradients off by")
 
     @pytest.mark.usefixtures("compiled")
     def test_operators(self) -> None:
