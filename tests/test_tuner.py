@@ -278,12 +278,12 @@ class TestTuning:
     def test_what_was_tuned_is_what_is_launched(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from effkernels.triton import _launch
 
-        run = _launch.run
+        launch = _launch.run
         launched: list[dict[str, Any]] = []
 
         def noted(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
             launched.append(options)
-            run(kernel, grid, *arguments, **options)
+            launch(kernel, grid, *arguments, **options)
 
         monkeypatch.setattr(_launch, "run", noted)
         arguments = self.call().arguments()
