@@ -34,8 +34,6 @@ CONTENDERS = {
 }
 _PARITY_IMAGES = 2
 
-Step = Callable[[Tensor, Tensor], None]
-
 
 def unavailable(case: NetworkCase, name: str) -> str | None:
     """Return why a contender cannot train a case, in one line, or None."""

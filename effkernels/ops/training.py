@@ -288,8 +288,17 @@ def _block_gradients(
     coefficients = _coefficients(norm1, frozen[0], expanded, total, total_h, settings.groups[0])
     residual = dy if settings.residual else None
     if not keeps_gradient(image):
-        bias, wanted_here = parameters["expand_bias"], (needs["x"], needs["expand_weight"])
-        found = product_backward(dexpanded, image, expand_weight, bias, norm1, coefficients, residual, wanted_here)
+        found = product_backward(
+            dexpanded,
+            image,
+            expand_weight,
+            parameters["expand_bias"],
+            norm1,
+            coefficients,
+            residual,
+            frozen[0],
+            (needs["x"], needs["expand_weight"]),
+        )
         gradients |= {name: g for name, g in zip(("x", "expand_weight"), found, strict=True) if g is not None}
         return gradients
     dexpanded = steps.norm_backward(dexpanded, expanded, norm1, coefficients)

@@ -32,6 +32,7 @@ def product_backward(
     norm: FoldedNorm,
     coefficients: Coefficients,
     residual: Tensor | None,
+    frozen: bool,
     wanted: tuple[bool, bool],
 ) -> tuple[Tensor | None, Tensor | None]:
     """Return the gradients of x (with `residual` added) and of the weight, each where it is wanted.
@@ -43,20 +44,24 @@ def product_backward(
         norm: after the convolution.
         coefficients: of the gradient of the norm's input.
         residual: (N, H, W, Cin).
+        frozen: the norm used its running statistics, so that dz = alpha g.
     """
     alpha, beta, delta = coefficients
     w = weight.flatten(1).to(wide(x.dtype))
     shift = -norm.mean if bias is None else bias.to(norm.mean.dtype) - norm.mean
     dx = dweight = None
     if wanted[0]:
-        own = torch.addmv(w.t() @ delta, (beta[:, None] * w).t(), shift)
-        middle = steps.pointwise(x, (w.t() @ (beta[:, None] * w))[:, :, None, None], own, residual)
-        dx = steps.pointwise_input_gradient(g, (alpha[:, None] * w)[:, :, None, None], middle)
+        added = residual
+        if not frozen:
+            own = torch.addmv(w.t() @ delta, (beta[:, None] * w).t(), shift)
+            added = steps.pointwise(x, (w.t() @ (beta[:, None] * w))[:, :, None, None], own, residual)
+        dx = steps.pointwise_input_gradient(g, (alpha[:, None] * w)[:, :, None, None], added)
     if wanted[1]:
+        dweight = alpha[:, None] * _weight_gradient(g, x)
+    if dweight is not None and not frozen:
         pixels = x.numel() // x.shape[3]
         mean, covariance = _moments(x)
         of_mean = delta + beta * (torch.mv(w, mean) + shift)
-        dweight = alpha[:, None] * _weight_gradient(g, x)
         dweight += pixels * torch.addmm(of_mean[:, None] * mean, beta[:, None] * w, covariance)
     return dx, dweight
 
