@@ -75,7 +75,8 @@ test-triton: setup ## run the Triton kernels on the CPU, by Triton's interpreter
 	EFFKERNELS_TEST_FLAVOUR=triton $(PYTEST) -m interpreted $(TEST_ARGS)
 
 test-gates: setup ## check what Triton compiles for GPUs, that of another environment too (GATES_PYTHON=/path/to/python)
-	EFFKERNELS_TEST_GATES_PYTHON="$(GATES_PYTHON)" $(PYTEST) tests/test_triton_gates.py $(TEST_ARGS)
+	EFFKERNELS_TEST_THOROUGH=1 EFFKERNELS_TEST_GATES_PYTHON="$(GATES_PYTHON)" \
+	  $(PYTEST) tests/test_triton_gates.py $(TEST_ARGS)
 
 bench: $(BENCH_LIBRARY) $(STAMPS)/bench ## time EfficientNet-B0, ours and timm's made fast, against eager PyTorch and torch.compile (BENCH_ARGS adds flags)
 	$(BIN)/python -m effkernels bench --model efficientnet_b0 --batch-size 1 16 \

@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import op_cases
 import pytest
@@ -44,7 +45,7 @@ CPU_INSTRUCTION_SETS = ("avx512", "avx2", "plain")
 # "triton": they run on interpreted Triton kernels alone (make test-triton).
 FLAVOUR = os.environ.get("EFFKERNELS_TEST_FLAVOUR") or "plain"
 
-# Runs what the default run leaves to chance: see _is_left_to_another.
+# Runs what the default run leaves out: see _is_left_to_another, and the marker "thorough".
 THOROUGH = os.environ.get("EFFKERNELS_TEST_THOROUGH", "") not in ("", "0")
 
 ABOUT_VALUES = (
@@ -164,6 +165,17 @@ def _parameters() -> list[object]:
     return found or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
 
 
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Leave out a file that has no test for a flavour, unread: to import all of them takes as long as many tests.
+
+    A test for a flavour names a fixture, which is named in its file.
+    """
+    if FLAVOUR == "plain" or not collection_path.match("test_*.py"):
+        return None
+    text = collection_path.read_text(encoding="utf-8")
+    return True if not any(name in text for name in ("backend", "emulated", "interpreted")) else None
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what runs on the emulator, leave out what a flavour cannot show, and let tests that differ only in the
     backend follow each other, so that they can share one yardstick.
@@ -178,14 +190,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items
         if isinstance(case := getattr(getattr(item, "callspec", None), "params", {}).get("case"), op_cases.Case)
     }
-    left_out = [
-        item
-        for item in items
-        if _is_of_another_flavour(item) or (not THOROUGH and _is_left_to_another(item, all_cases))
-    ]
+    kept, left_out = [], []
+    for item in items:
+        elsewhere = item.get_closest_marker("thorough") is not None or _is_left_to_another(item, all_cases)
+        (left_out if _is_of_another_flavour(item) or (elsewhere and not THOROUGH) else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in set(left_out)]
+        items[:] = kept
     first_seen: dict[tuple[object, ...], int] = {}
     for position, item in enumerate(items):
         first_seen.setdefault(_apart_from_backend(item), position)
@@ -249,7 +260,7 @@ def _shows_more_when_interpreted(item: pytest.Item) -> bool:
 
 
 def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_cases.Case]]) -> bool:
-    """Return whether a test of the same shape in another dtype covers this one, unless EFFKERNELS_TEST_THOROUGH is set.
+    """Return whether a test of the same shape in another dtype covers this one.
 
     On the emulator, a test with several parameters runs in one of the three thread orders, on both devices and with
     both moments of landing. Neighbouring parameters take the next order, so that the three dtypes of a shape meet all

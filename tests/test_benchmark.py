@@ -245,8 +245,23 @@ class TestContenders:
 
     @pytest.mark.slow
     @pytest.mark.parametrize("name", ["compile", "onnxruntime", "openvino"])
-    def test_compilers_run_with_the_same_weights(self, name: str) -> None:
-        self.test_run_with_the_same_weights(name)
+    def test_compilers_run_with_the_same_weights(self, name: str, tmp_path: Path) -> None:
+        """A network of two blocks: to compile a whole EfficientNet takes a minute."""
+        (tmp_path / "networks.py").write_text(
+            "from torch import nn\n"
+            "from effkernels.nn import MBConv\n"
+            "def two_blocks():\n"
+            "    blocks = [MBConv(8, 8, se_channels=2), MBConv(8, 16, stride=2)]\n"
+            "    head = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)]\n"
+            "    return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), *blocks, *head)\n"
+        )
+        case = network_case(f"{tmp_path / 'networks.py'}:two_blocks", 1, img_size=32)
+        if reason := CONTENDERS[name].unavailable(case):
+            pytest.skip(reason)
+        rows, refusals = run_case(case, [name], QUICK, date="now")
+        assert refusals == []
+        assert rows[0].rel_error is not None
+        assert 0 < rows[0].rel_error < 1e-4
 
     @pytest.mark.parametrize("precision", ["bfloat16", "amp"])
     def test_low_precision(self, precision: str) -> None:

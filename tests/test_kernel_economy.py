@@ -95,12 +95,13 @@ class TestThePage:
             table.SECTION.replaced("# CUDA kernels", "text")
 
 
-# sm_90 is what continuous integration builds. Of sm_80 it compiles the kernels that networks spend their time in; the
-# other types differ in the conversions only.
+# sm_90 is what continuous integration builds and reads. Of sm_80 a release reads the kernels that networks spend their
+# time in; the other types differ in the conversions only.
 COMPILED_HERE = ("conv.cu", "depthwise_bfloat16.cu", "expand_depthwise_bfloat16.cu", "pointwise_bfloat16.cu")
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_claims_hold_for_sm_80(tmp_path: Path) -> None:
     need_tools("nvcc", "cuobjdump", "nvdisasm")
     binaries = reading.compile_sources([reading.SOURCES / name for name in COMPILED_HERE], 80, tmp_path)

@@ -32,7 +32,14 @@ def test_logits_equal_timms_at_odd_resolutions(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in list_models() if name[-1] in "0123"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name[-1] == "0" else [pytest.mark.thorough])
+        for name in list_models()
+        if name[-1] in "0123"
+    ],
+)
 def test_logits_equal_timms_at_native_resolutions(name: str) -> None:
     peer = timm_model(name)
     ours = twin(name, peer)

@@ -40,6 +40,8 @@ from effkernels import triton as families
 
 TESTS = Path(__file__).parent
 ARCHITECTURES = (80, 90)
+# The one of the usual run; the others, and AMD's, are of a thorough one.
+USUAL = 90
 COMPILED_BY = os.environ.get("EFFKERNELS_TEST_GATES_PYTHON") or sys.executable
 
 
@@ -47,7 +49,13 @@ COMPILED_BY = os.environ.get("EFFKERNELS_TEST_GATES_PYTHON") or sys.executable
 pytestmark = pytest.mark.xdist_group("triton-gates")
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(arch, marks=[pytest.mark.thorough] if arch != USUAL else [], id=f"sm_{arch}")
+        for arch in ARCHITECTURES
+    ],
+)
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return what triton_gates.worker read; compiled once for all processes of a test run."""
     need_triton()
@@ -100,6 +108,7 @@ class TestTheKernels:
         assert wanted <= {(call.op, call.dtype.itemsize) for call in CALLS}
 
 
+@pytest.mark.thorough
 class TestForAmd:
     def test_kernels_are_sound(self, kernels: list[AmdKernel]) -> None:
         assert {kernel.name for kernel in kernels} == set(rules.CLAIMS)

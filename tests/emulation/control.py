@@ -103,6 +103,7 @@ class Emulator:
         records: list[dict[str, Any]] = self.module.launches()
         return records
 
+    @functools.cache  # noqa: B019  there is one emulator of a flavour in a process
     def operators(self) -> frozenset[str]:
         """Return the operators of the library that this one runs over emulated kernels."""
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
