@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effkernels.ops._trace import constant_in_a_trace
+
 
 def resolve(allow_tf32: bool | None, x: Tensor) -> bool:
     """Return the `allow_tf32` to hand to a kernel: as given, or PyTorch's setting for cuDNN convolutions.
@@ -18,7 +20,7 @@ def resolve(allow_tf32: bool | None, x: Tensor) -> bool:
     return x.is_cuda and x.dtype == torch.float32 and _convolutions_may_use_tf32()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_a_trace
 def _convolutions_may_use_tf32() -> bool:
     # Not torch.backends.cudnn.allow_tf32: it raises where convolutions and recurrent nets are set differently. A trace
     # keeps the answer of its own time; reading the property inside the trace would break the graph.

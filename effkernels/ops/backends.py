@@ -31,6 +31,7 @@ from torch._subclasses.functional_tensor import FunctionalTensor
 
 from effkernels import _library, triton
 from effkernels._recorded_tensor import RecordedTensor
+from effkernels.ops._trace import constant_in_a_trace
 from effkernels.ops.reference import canonical_name
 from effkernels.triton import tuned_plan
 from effkernels.triton.tuned_plan import BackendKey
@@ -287,7 +288,7 @@ def _choose_for_subclass(op: str, x: Tensor, weight: Tensor | None, asked: str) 
 
 
 # Called by a trace of torch.compile and torch.export too: what it looks at is not for their graphs.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_a_trace
 def _needs_plain_pytorch() -> bool:
     """Return whether the context knows PyTorch's own operators only: torch.func, torch.jit.trace, torch.onnx.export.
 
@@ -358,7 +359,7 @@ def _can_run_call(op: str, dtype: torch.dtype, kernel_size: int | tuple[int, int
 
 
 # A trace must not see the dictionaries that this fills on the way: it would guard their state of before.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_a_trace
 def _cuda_runs(index: int) -> bool:
     """Return whether the compiled kernels run on a GPU. The first call reads the tuned plans of all GPUs."""
     found = _cuda_runs_on.get(index)
@@ -382,7 +383,7 @@ def _read_faster_by_triton(index: int) -> dict[tuple[object, ...], str]:
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_a_trace
 def _cuda_problem(index: int | None) -> str:
     """Why this process's GPU cannot run the compiled kernels; "" where it can. Constant per device, hence cached."""
     index = torch.cuda.current_device() if index is None else index
