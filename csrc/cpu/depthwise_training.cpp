@@ -25,16 +25,31 @@ DepthwiseParams params_of(const DepthwiseShape& s) {
   return p;
 }
 
-// dweight of one row of taps: sums[kx] += sum over ox of dz[ox] * input[ox * Stride + kx]. Three taps are three chains
-// of additions, fewer than the processor has under way; two columns at a time make them six.
+// dweight of one row of taps: sums[kx] += sum over ox of dz[ox] * input[ox * stride + kx]. Three taps are three chains
+// of additions, fewer than the processor has under way; two columns at a time make them six. With a stride of 1 each
+// vector of the input is loaded once and stays in a register for all its taps.
 template <int Width>
 void sum_taps(const float* dz, const float* input, int64_t columns, int64_t stride, int64_t width, Vec* sums) {
   constexpr int kTaps = Width ? Width : kLargestDepthwise;
+  constexpr bool kTwoChains = Width == 3;
   if constexpr (Width) width = Width;
   Vec even[kTaps], odd[kTaps];
   for (int kx = 0; kx < kTaps; kx++) even[kx] = Vec{}, odd[kx] = Vec{};
   int64_t ox = 0;
-  if constexpr (Width == 3) {
+  if constexpr (Width) {
+    if (stride == 1) {
+      Vec window[kTaps + 1];
+      for (int kx = 0; kx < kTaps - 1; kx++) window[kx] = load(input + kx * kLanes);
+      for (; ox + 1 < columns; ox += 2) {
+        const Vec d = load(dz + ox * kLanes), e = load(dz + (ox + 1) * kLanes);
+        for (int kx = kTaps - 1; kx <= kTaps; kx++) window[kx] = load(input + (ox + kx) * kLanes);
+        for (int kx = 0; kx < kTaps; kx++) even[kx] += d * window[kx];
+        for (int kx = 0; kx < kTaps; kx++) (kTwoChains ? odd : even)[kx] += e * window[kx + 1];
+        for (int kx = 0; kx < kTaps - 1; kx++) window[kx] = window[kx + 2];
+      }
+    }
+  }
+  if constexpr (kTwoChains) {
     for (; ox + 1 < columns; ox += 2) {
       const Vec d = load(dz + ox * stride * kLanes), e = load(dz + (ox + 1) * stride * kLanes);
       const float *from = input + ox * stride * kLanes, *next = from + stride * kLanes;
@@ -88,6 +103,7 @@ struct BackwardTask {
   const Strip& strip;
   SumTaps sum_taps_of_row;
   float *dz_ring, *values, *slopes, *normalised, *row, *turned;
+  bool past;  // the gradient goes past the caches
   int64_t image, c, n;
   NormLanes z_norm, norm;
   Vec factor, offset, alpha, beta, delta;
@@ -98,27 +114,36 @@ struct BackwardTask {
     const int64_t at = ((image * s.out_height + oy) * s.out_width) * s.channels + c;
     const T *g = static_cast<const T*>(p.g) + at, *z = static_cast<const T*>(p.z) + at;
     float* to = dz_ring + oy % r.dz_rows * r.dz_size() + r.dz_left * kLanes;
-    for (int64_t ox = 0; ox < s.out_width; ox++) {
-      const Vec centred = load_up_to(z + ox * s.channels, n) - z_norm.mean;
-      Vec dy = load_up_to(g + ox * s.channels, n) * factor + offset;
-      dy = dy * with_slope<Z>(centred * z_norm.scale + z_norm.bias).slope;
-      store(to + ox * s.stride * kLanes, alpha * dy + beta * centred + delta);
+    const Vec mean = z_norm.mean, scale = z_norm.scale, bias = z_norm.bias;
+    const Vec f = factor, o = offset, a = alpha, b = beta, d = delta;
+    const int64_t channels = s.channels, width = s.out_width, step = s.stride * kLanes, count = n;
+    const int64_t ahead = oy + 1 < s.out_height ? width * channels : 0;
+    for (int64_t ox = 0; ox < width; ox++, g += channels, z += channels, to += step) {
+      __builtin_prefetch(g + ahead), __builtin_prefetch(z + ahead);  // of the next row
+      const Vec centred = load_up_to(z, count) - mean;
+      const Vec dy = (load_up_to(g, count) * f + o) * with_slope<Z>(centred * scale + bias).slope;
+      store(to, a * dy + b * centred + d);
     }
   }
 
   void load_input(int64_t iy) {
     const T* t = static_cast<const T*>(p.t) + ((image * s.height + iy) * s.width) * s.channels + c;
     const int64_t slot = iy % r.rows * r.row_size() + s.pad_left * kLanes;
-    for (int64_t ix = 0; ix < s.width; ix++) {
-      const Vec x = load_up_to(t + ix * s.channels, n);
+    const NormLanes lanes = norm;
+    float* const value = values + slot;
+    const int64_t channels = s.channels, width = s.width, count = n;
+    const int64_t ahead = iy + 1 < s.height ? width * channels : 0;
+    for (int64_t ix = 0; ix < width; ix++, t += channels) {
+      __builtin_prefetch(t + ahead);
+      const Vec x = load_up_to(t, count);
       if constexpr (kNorm) {
-        const Vec centred = x - norm.mean;
-        const Sloped found = with_slope<A>(centred * norm.scale + norm.bias);
-        store(values + slot + ix * kLanes, found.value);
+        const Vec centred = x - lanes.mean;
+        const Sloped found = with_slope<A>(centred * lanes.scale + lanes.bias);
+        store(value + ix * kLanes, found.value);
         store(slopes + slot + ix * kLanes, found.slope);
-        store(normalised + slot + ix * kLanes, centred * norm.inverse_deviation);
+        store(normalised + slot + ix * kLanes, centred * lanes.inverse_deviation);
       } else {
-        store(values + slot + ix * kLanes, x);
+        store(value + ix * kLanes, x);
       }
     }
   }
@@ -147,16 +172,18 @@ struct BackwardTask {
       strip.sum(rows, row_taps, count, ix, s.kernel_w, 1, row + ix * kLanes);
     T* dt = static_cast<T*>(p.dt) + ((image * s.height + iy) * s.width) * s.channels + c;
     if constexpr (!kNorm) {
-      for (int64_t ix = 0; ix < s.width; ix++) store_up_to(dt + ix * s.channels, load(row + ix * kLanes), n);
+      for (int64_t ix = 0; ix < s.width; ix++) store_past(dt + ix * s.channels, load(row + ix * kLanes), n, past);
     } else {
       // A row that nothing reads was never loaded, and its gradient is zero.
       const int64_t slot = iy % r.rows * r.row_size() + s.pad_left * kLanes;
+      const float *slope = slopes + slot, *h = normalised + slot, *from = row;
+      const int64_t channels = s.channels, width = s.width, lanes = n;
       Vec sum = {}, sum_h = {};
-      for (int64_t ix = 0; ix < s.width; ix++) {
-        const Vec dy = count ? load(row + ix * kLanes) * load(slopes + slot + ix * kLanes) : Vec{};
-        store_up_to(dt + ix * s.channels, dy, n);
+      for (int64_t ix = 0; ix < width; ix++) {
+        const Vec dy = count ? load(from + ix * kLanes) * load(slope + ix * kLanes) : Vec{};
+        store_past(dt + ix * channels, dy, lanes, past);
         sum += dy;
-        if (count) sum_h += dy * load(normalised + slot + ix * kLanes);
+        if (count) sum_h += dy * load(h + ix * kLanes);
       }
       total.add(sum), total_h.add(sum_h);
     }
@@ -256,6 +283,7 @@ void depthwise_backward(const DepthwiseBackwardParams& p, const Parallel& parall
   double* const sum = sums.get();
   const SumTaps sum_taps_of_row = pick_sum_taps(s.kernel_w);
   const bool has_norm = p.norm.mean != nullptr;
+  const bool past = is_past_caches(p.dt, s.dtype, s.batch * s.height * s.width, s.channels);
   parallel_for(
       threads_for(parallel, double(s.batch * s.channels * s.height * s.width) * double(taps)), s.batch * vecs,
       [=](int64_t begin, int64_t end) {
@@ -298,6 +326,7 @@ void depthwise_backward(const DepthwiseBackwardParams& p, const Parallel& parall
                       normalised,
                       row,
                       turned,
+                      past,
                       image,
                       c,
                       n,

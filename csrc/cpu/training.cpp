@@ -67,6 +67,7 @@ void norm_act(const NormActParams& p, const Parallel& parallel) {
     return;
   }
   const int64_t runs = ceil_div(p.pixels, kRunPixels);
+  const bool past = is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.channels);
   parallel_for(threads, p.batch * runs, [=](int64_t begin, int64_t end) {
     with_type(p.dtype, [&](auto type) {
       using T = decltype(type);
@@ -86,7 +87,7 @@ void norm_act(const NormActParams& p, const Parallel& parallel) {
               Vec value = activate<decltype(activation)::value>(apply(norm, load_up_to(t + i * p.channels, n)));
               if (p.factor) value = value * factor;
               if (residual) value += load_up_to(residual + i * p.channels, n);
-              store_up_to(y + i * p.channels, value, n);
+              store_past(y + i * p.channels, value, n, past);
             }
           }
         }
@@ -98,6 +99,7 @@ void norm_act(const NormActParams& p, const Parallel& parallel) {
 void gradient_sums(const GradientSumsParams& p, const Parallel& parallel) {
   const int64_t vecs = ceil_div(p.channels, kLanes), blocks = ceil_div(vecs, kBlockVecs);
   const int64_t plane = p.batch * p.channels;
+  const bool past = is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.channels);
   parallel_for(
       threads_for(parallel, double(p.batch * p.pixels) * double(p.channels)), p.batch * blocks,
       [=](int64_t begin, int64_t end) {
@@ -122,7 +124,7 @@ void gradient_sums(const GradientSumsParams& p, const Parallel& parallel) {
                     const Sloped s = with_slope<decltype(activation)::value>(centred * norm.scale + norm.bias);
                     const Vec gs = dy * s.slope;
                     y += s.value, gy += dy * s.value, ga += gs, a += s.slope, gah += gs * h, ah += s.slope * h;
-                    if (to) store_up_to(to + k * p.channels, s.value * factor, n);
+                    if (to) store_past(to + k * p.channels, s.value * factor, n, past);
                   }
                   DoubleSum* total = totals[v - v0];
                   total[0].add(y), total[1].add(gy), total[2].add(ga);
@@ -143,6 +145,7 @@ void gradient_sums(const GradientSumsParams& p, const Parallel& parallel) {
 
 void norm_backward(const NormBackwardParams& p, const Parallel& parallel) {
   const int64_t runs = ceil_div(p.pixels, kRunPixels), vecs = ceil_div(p.channels, kLanes);
+  const bool past = is_past_caches(p.dt, p.dtype, p.batch * p.pixels, p.channels);
   parallel_for(threads_for(parallel, double(p.batch * p.pixels) * double(p.channels)), p.batch * runs,
                [=](int64_t begin, int64_t end) {
                  with_type(p.dtype, [&](auto type) {
@@ -166,7 +169,7 @@ void norm_backward(const NormBackwardParams& p, const Parallel& parallel) {
                            Vec g = load_up_to(dy + i * p.channels, n);
                            if constexpr (decltype(activation)::value != Activation::kIdentity)
                              g = g * with_slope<decltype(activation)::value>(centred * norm.scale + norm.bias).slope;
-                           store_up_to(dt + i * p.channels, alpha * g + beta * centred + delta, n);
+                           store_past(dt + i * p.channels, alpha * g + beta * centred + delta, n, past);
                          }
                        }
                      }
