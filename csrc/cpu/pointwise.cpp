@@ -20,6 +20,7 @@ struct Product {
   const float* packed;
   Norm norm;
   Activation activation;
+  bool past;  // the result goes past the caches
 };
 
 // prepare(first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, chunk j of row r at
@@ -55,7 +56,8 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
             for (int64_t c = 0; c < channels; c += kPanel) {
               const int columns = int(min_of<int64_t>(kPanel, channels - c));
               (columns > kLanes ? wide : narrow)(tile, packed + c * p.k, p.k, acc);
-              write<T, decltype(activation)::value>(acc, rows, row_count, first + c, columns, scale + c, shift + c);
+              write<T, decltype(activation)::value>(acc, rows, row_count, first + c, columns, scale + c, shift + c,
+                                                    p.past);
             }
           }
         });
@@ -169,7 +171,10 @@ void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prep
 }  // namespace
 
 void pointwise(const PointwiseParams& p, const Parallel& parallel) {
-  const Product product{p.batch * p.pixels, p.out_channels, p.in_channels, p.weight, p.packed, p.norm, p.activation};
+  const Product product{p.batch * p.pixels, p.out_channels,
+                        p.in_channels,      p.weight,
+                        p.packed,           p.norm,
+                        p.activation,       is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.out_channels)};
   if (product.m == 0) return;
   with_type(p.dtype, [&](auto type) {
     using T = decltype(type);

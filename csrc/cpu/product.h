@@ -32,17 +32,18 @@ struct Row {
   const T* residual;
 };
 
-// y = activation(acc * scale + shift) + residual for columns [n0, n0 + columns) of row_count rows.
+// y = activation(acc * scale + shift) + residual for columns [n0, n0 + columns) of row_count rows; past: see
+// is_past_caches.
 template <class T, Activation A>
 inline void write(const float* acc, const Row<T>* rows, int row_count, int64_t n0, int columns, const float* scale,
-                  const float* shift) {
+                  const float* shift, bool past = false) {
   const int width = int(round_up(columns, kLanes));
   for (int r = 0; r < row_count; r++)
     for (int c = 0; c < columns; c += kLanes) {
       const int n = columns - c;
       Vec v = activate<A>(load(acc + r * width + c) * load(scale + c) + load(shift + c));
       if (rows[r].residual) v += load_up_to(rows[r].residual + n0 + c, n);
-      store_up_to(rows[r].y + n0 + c, v, n);
+      store_past(rows[r].y + n0 + c, v, n, past);
     }
 }
 
