@@ -25,7 +25,7 @@ from effkernels.optimize.training import TrainingProgram, training_program, with
 from effkernels.optimize.twins import Mapped, Twins
 from effkernels.optimize.unknown import Unknown
 
-_SIZES = ((4, 9, 11), (3, 6, 5))  # batch, height, width: with norms that use the batch, and with frozen ones
+_SIZES = ((2, 7, 9), (2, 6, 5))  # batch, height, width: with norms that use the batch, and with frozen ones
 _RATE = 0.5
 _MOST = 1e-7
 _SMALLEST = 1e-4  # of the largest gradient; one that is zero in exact arithmetic has no scale of its own
