@@ -8,6 +8,7 @@ forward, so the bytes of plain PyTorch are underestimated.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -211,7 +212,12 @@ class _Recorder(TorchDispatchMode):
         if whole is not None:  # an operator that is several launches
             with self:
                 return whole(*args, **kwargs)
+        if _is_composite(func.name()):
+            with self:
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
+        if func._schema.name == "aten::convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+            result = result.contiguous(memory_format=torch.channels_last)  # as on a GPU; the meta device forgets it
         results = list(tensors_in([result]))
         if launches(func, results):
             self._count(func, args, kwargs, result, results)
@@ -229,6 +235,16 @@ class _Recorder(TorchDispatchMode):
         sums = self._found.setdefault((self.phase, func._schema.name), [0, 0, 0, 0.0])
         for i, value in enumerate((1, moved, flops, floor)):
             sums[i] += value
+
+
+@functools.cache
+def _is_composite(name: str) -> bool:
+    """Whether PyTorch puts an operator together of others on every device, as casts and copies of several kinds.
+
+    Inside the operators of this project such a call is not taken apart before it is seen.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, "CPU")
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:
