@@ -10,11 +10,23 @@ struct NormVectors {
   const float *mean = nullptr, *inverse_deviation = nullptr, *scale = nullptr, *bias = nullptr;
 };
 
+// The rows of what a norm needs after its statistics; the variance is divided by the number of pixels, the unbiased one
+// by that less 1.
+enum NormRow { kMeanRow, kVarianceRow, kUnbiasedRow, kInverseRow, kScaleRow, kBiasRow, kNormRows };
+
+// Where mean and variance of a batch go, and what else of a norm follows from them: scale = weight / sqrt(var + eps).
+struct NormFold {
+  Param weight, bias;  // (C,); not given: 1 and 0
+  float eps = 0.f;
+  float unbiased = 1.f;      // unbiased variance by the biased one
+  float* vectors = nullptr;  // (kNormRows, C)
+};
+
 struct StatisticsParams {
   const void* t = nullptr;
   DType dtype = DType::kFloat32;
-  int64_t pixels = 0, channels = 0;       // of the whole batch
-  float *mean = nullptr, *var = nullptr;  // (C,), the variance divided by the number of pixels
+  int64_t pixels = 0, channels = 0;  // of the whole batch
+  NormFold fold;
 };
 
 // y = activation(norm(t)) * factor + residual, or the means of activation(norm(t)) where y is null.
@@ -53,6 +65,16 @@ struct NormBackwardParams {
   int64_t batch = 0, pixels = 0, channels = 0;
 };
 
+// z = weight @ (activation(norm(x)) * factor) + bias of the convolution over all pixels, and the norm of z by its
+// statistics.
+struct ProductParams {
+  PointwiseParams product;        // x, weight, z as y; of its norm the bias of the convolution alone
+  NormVectors norm;               // none: x as it is
+  const float* factor = nullptr;  // (N, Cin) or null
+  Activation activation = Activation::kIdentity;
+  NormFold fold;
+};
+
 // The shape of a depthwise convolution without dilation.
 struct DepthwiseShape {
   Param weight;  // (C, 1, KH, KW)
@@ -61,7 +83,7 @@ struct DepthwiseShape {
   int32_t kernel_h = 3, kernel_w = 3, stride = 1, pad_top = 0, pad_left = 0;
 };
 
-// z = depthwise convolution of activation(norm(t)), and the statistics of z.
+// z = depthwise convolution of activation(norm(t)), and the norm of z by its statistics.
 struct DepthwiseTrainParams {
   DepthwiseShape shape;
   const void* t = nullptr;
@@ -69,7 +91,7 @@ struct DepthwiseTrainParams {
   NormVectors norm;
   Activation activation = Activation::kIdentity;
   void* z = nullptr;
-  float *mean = nullptr, *var = nullptr;
+  NormFold fold;
 };
 
 // dy = (g * factor + offset) * slope of z_activation at z_norm(z), dz = alpha * dy + beta * (z - mean) + delta; then

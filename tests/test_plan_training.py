@@ -72,10 +72,8 @@ class TestStep:
         rows = {(row.phase, row.op): row for row in step_of(MBConv(16, 16, expansion=4)).rows}
         forward = rows["forward", "effkernels::training_depthwise"]
         image, vectors, weight = 4 * 2 * 10 * 10 * 64, 4 * 64, 4 * 64 * 9
-        assert (forward.launches, forward.bytes) == (
-            1,
-            2 * image + 6 * vectors + weight,
-        )  # in and out; norm, statistics
+        # In and out; the norm before, weight and bias of the norm after, and the six vectors of it.
+        assert (forward.launches, forward.bytes) == (1, 2 * image + 12 * vectors + weight)
         assert forward.flops == 2 * 2 * 10 * 10 * 64 * 9
         assert forward.floor_us == pytest.approx(1e6 * max(forward.bytes / GPU.bandwidth, forward.flops / GPU.float32))
         backward = rows["backward", "effkernels::training_depthwise_backward"]
@@ -100,9 +98,10 @@ class TestStep:
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_b4"])
-def test_a_step_moves_fewer_bytes_than_plain_pytorch(name: str) -> None:
+def test_a_step_moves_half_the_bytes_of_plain_pytorch_in_no_more_launches(name: str) -> None:
     plan = plan_step(name, batch_size=64)
-    assert plan.share_of_bytes <= 0.6
+    assert plan.share_of_bytes <= 0.5
+    assert plan.fused.launches <= plan.plain.launches
     assert plan.share_of_saved <= 0.40
     report = json.loads(plan.to_json())
     assert report["fused"]["totals"]["bytes"] == plan.fused.bytes

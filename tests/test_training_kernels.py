@@ -46,20 +46,21 @@ def results(
     first, second = norm(), norm()
     padding = (kernel // 2, kernel // 2 - 1, kernel // 2, kernel // 2)
     found: dict[str, Tensor] = {}
-    found["z"], found["mean"], found["var"] = steps.depthwise(
-        t, first, activation, weight, draw(channels), stride, padding, 1
-    )
+    own = steps.NormParameters(draw(channels), draw(channels), 1e-3)
+    found["z"], vectors = steps.depthwise(t, first, activation, weight, draw(channels), stride, padding, 1, own)
+    found |= steps.NormVectors(*vectors)._asdict()
     z, g = (draw(*found["z"].shape).to(rounded).to(dtype) for _ in range(2))
     factor, offset = draw(3, channels), draw(3, channels)
     coefficients = steps.Coefficients(draw(channels), draw(channels), draw(channels))
     sums, found["y"] = steps.gradient_sums(g, z, second, activation, factor, True)
-    found |= sums._asdict() | {"y_sum": sums.y, "y": found["y"]}
+    sums = steps.GradientSums(*sums)._asdict()
+    found |= sums | {"y_sum": sums["y"], "y": found["y"]}
     found["squeeze"] = steps.squeeze(z, second, activation)
     found["norm_act"] = steps.norm_act(z, second, activation, factor, g)
     found["norm_backward"] = steps.norm_backward(g, z, second, coefficients, factor, activation)
     for name, of in (("with norm", first), ("without norm", None)):
         found |= zip(
-            (f"dx {name}", f"dweight {name}", f"sum {name}", f"sum h {name}"),
+            (f"dx {name}", f"dweight {name}", f"sums {name}"),
             steps.depthwise_backward(
                 g, z, second, activation, factor, offset, coefficients, t, of, activation, weight, stride, padding, 1
             ),

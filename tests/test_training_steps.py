@@ -79,6 +79,8 @@ class Inputs:
         pads = (sum(shape.padding[:2]), sum(shape.padding[2:]))
         oh, ow = ((s + p - k) // shape.stride + 1 for s, p, k in zip((h, w), pads, shape.kernel, strict=True))
         self.z, self.g, self.residual = draw(n, oh, ow, c), draw(n, oh, ow, c), draw(n, oh, ow, c)
+        outputs = c // 2 + 8 if c % 8 else (c // 2 + 8) // 8 * 8
+        self.matrix, self.matrix_bias = draw(outputs, c, 1, 1) * 0.25, draw(outputs)
         self.norm, self.z_norm = norm(), norm()
         self.factor, self.offset = draw(n, c), draw(n, c)
         self.coefficients = steps.Coefficients(draw(c), draw(c) * 0.1, draw(c) * 0.1)
@@ -87,9 +89,9 @@ class Inputs:
         """The same numbers with images and with what is known per channel in other dtypes."""
         other = object.__new__(Inputs)
         other.shape, other.dtype = self.shape, image
-        for name in ("t", "z", "g", "residual"):
+        for name in ("t", "z", "g", "residual", "matrix"):
             setattr(other, name, getattr(self, name).to(device, image))
-        for name in ("weight", "bias", "factor", "offset"):
+        for name in ("weight", "bias", "factor", "offset", "matrix_bias"):
             setattr(other, name, getattr(self, name).to(device, vectors))
         for name in ("norm", "z_norm", "coefficients"):
             value = getattr(self, name)
@@ -114,24 +116,26 @@ def by_steps(i: Inputs, activation: str) -> Results:
     """Results of every function of training_steps."""
     shape = i.shape
     found: Results = {}
-    found["mean of t"], found["variance of t"] = steps.statistics(i.t)
-    found["z"], found["mean of z"], found["variance of z"] = steps.depthwise(
-        i.t, i.norm, activation, i.weight, i.bias, shape.stride, shape.padding, 1
-    )
+    found["mean of t"], found["variance of t"] = steps.statistics(i.t)[:2]
+    found["z"], vectors = steps.depthwise(i.t, i.norm, activation, i.weight, i.bias, shape.stride, shape.padding, 1)
+    found["mean of z"], found["variance of z"] = vectors[:2]
     found["z without norm"] = steps.depthwise(i.t, None, "identity", i.weight, None, shape.stride, shape.padding, 1)[0]
     sums, found["y times factor"] = steps.gradient_sums(i.g, i.z, i.z_norm, activation, i.factor, True)
-    found |= {f"sum {name}": value for name, value in sums._asdict().items()}
+    found |= {f"sum {name}": value for name, value in steps.GradientSums(*sums)._asdict().items()}
+    found["product"], vectors = steps.product(i.z, i.matrix, i.matrix_bias, i.z_norm, activation, i.factor)
+    found["mean of product"], found["variance of product"] = vectors[:2]
+    found["product alone"] = steps.product(i.z, i.matrix, None)[0]
     found["squeeze"] = steps.squeeze(i.z, i.z_norm, activation)
     found["norm_act"] = steps.norm_act(i.z, i.z_norm, activation, i.factor, i.residual)
     found["norm_act alone"] = steps.norm_act(i.z, i.z_norm, activation)
     found["norm_backward"] = steps.norm_backward(i.g, i.z, i.z_norm, i.coefficients, i.factor, activation)
     for name, norm in (("with norm", i.norm), ("without norm", None)):
-        outputs = steps.depthwise_backward(
+        *outputs, sums = steps.depthwise_backward(
             i.g, i.z, i.z_norm, activation, i.factor, i.offset, i.coefficients, i.t, norm, activation, i.weight,
             shape.stride, shape.padding, 1,
         )  # fmt: skip
         names = ("dt", "dweight", "sum of dt", "sum of dt h") if norm is not None else ("dt", "dweight")
-        found |= {f"{of} {name}": value for of, value in zip(names, outputs, strict=False)}
+        found |= {f"{of} {name}": value for of, value in zip(names, [*outputs, *sums], strict=True)}
     return found
 
 
@@ -169,6 +173,9 @@ def by_pytorch(i: Inputs, activation: str) -> dict[str, Tensor | list[Tensor]]:
     products = {"y": a64, "gy": g64 * a64, "ga": ga64, "a": slope64, "gah": ga64 * h64, "ah": slope64 * h64}
     found |= {f"sum {name}": value.sum((1, 2)) for name, value in products.items()}
     found["squeeze"] = a64.mean((1, 2))
+    matrix = i.matrix[:, :, 0, 0].to(dtype)
+    found["product"] = F.linear(a * per_image(i.factor), matrix, i.matrix_bias.to(dtype))
+    found["product alone"] = F.linear(i.z, matrix)
     found["norm_act"] = a * per_image(i.factor) + i.residual
     found["norm_act alone"] = a
     alpha, beta, delta = i.coefficients
@@ -225,10 +232,10 @@ def assert_as_exact_as_pytorch(kernels: Backend, shape: Shape, dtype: torch.dtyp
         with effkernels.backend("reference"):
             truth = by_steps(drawn.to(torch.float64, torch.float64), activation)
         plain = by_pytorch(drawn.to(dtype, torch.float32), activation)
-        # The statistics of a convolution are those of the result that it stored.
-        names, z = ("mean of z", "variance of z"), found["z"].cpu()
-        truth |= zip(names, reversed(torch.var_mean(z.double(), (0, 1, 2), correction=0)), strict=True)
-        plain |= zip(names, map(list, zip(*moments_of_batch_norm(z), strict=True)), strict=True)
+        for name in ("z", "product"):  # the statistics of a convolution are those of the result that it stored
+            names, z = (f"mean of {name}", f"variance of {name}"), found[name].cpu()
+            truth |= zip(names, reversed(torch.var_mean(z.double(), (0, 1, 2), correction=0)), strict=True)
+            plain |= zip(names, map(list, zip(*moments_of_batch_norm(z), strict=True)), strict=True)
         assert found.keys() == truth.keys() == plain.keys()
         for name, value in found.items():
             ways = plain[name] if isinstance(plain[name], list) else [plain[name]]
@@ -260,7 +267,7 @@ def test_statistics_do_not_cancel(kernels: Backend, channels: int) -> None:
     t[..., 1] = 1000.1
     t[0, 0, 0, 2] = -1e4
     t[..., 3] *= 1e-6
-    mean, var = (value.cpu() for value in steps.statistics(t.to(kernels.device)))
+    mean, var = steps.statistics(t.to(kernels.device))[:2].cpu()
     own_means, own_vars = zip(*moments_of_batch_norm(t), strict=True)
     true_var, true_mean = torch.var_mean(t.double(), (0, 1, 2), correction=0)
     for channel in range(channels):  # each by itself: they differ by orders of magnitude
@@ -276,12 +283,15 @@ def test_statistics_do_not_cancel(kernels: Backend, channels: int) -> None:
 def test_statistics_of_a_convolution_do_not_cancel(kernels: Backend) -> None:
     """Its bias moves the mean to 1e3; the variance stays that of the products."""
     i = Inputs(Shape(3, 40, 30, 16), torch.float32).to(torch.float32, torch.float32, kernels.device)
-    z, mean, var = steps.depthwise(i.t, None, "identity", i.weight, i.bias + 1e3, 1, i.shape.padding, 1)
-    z = z.cpu()
-    own_means, own_vars = zip(*moments_of_batch_norm(z), strict=True)
-    true_var, true_mean = torch.var_mean(z.double(), (0, 1, 2), correction=0)
-    assert_within(mean.cpu(), [errors(own, true_mean) for own in own_means], true_mean, "mean")
-    assert_within(var.cpu(), [errors(own, true_var) for own in own_vars], true_var, "variance")
+    for z, vectors in (
+        steps.depthwise(i.t, None, "identity", i.weight, i.bias + 1e3, 1, i.shape.padding, 1),
+        steps.product(i.t, i.matrix, i.matrix_bias + 1e3),
+    ):
+        z, (mean, var) = z.cpu(), vectors[:2].cpu()
+        own_means, own_vars = zip(*moments_of_batch_norm(z), strict=True)
+        true_var, true_mean = torch.var_mean(z.double(), (0, 1, 2), correction=0)
+        assert_within(mean, [errors(own, true_mean) for own in own_means], true_mean, "mean")
+        assert_within(var, [errors(own, true_var) for own in own_vars], true_var, "variance")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -306,7 +316,7 @@ def test_a_step_is_one_launch(emulated: Emulator) -> None:
         by_steps(i, "silu")  # the first launches on a device may take memory for counters
         emulated.module.clear_launches()
         by_steps(i, "silu")
-    assert len(emulated.launches()) == 10
+    assert len(emulated.launches()) == 12
 
 
 def test_every_byte_moves_once(emulated: Emulator) -> None:
@@ -315,6 +325,7 @@ def test_every_byte_moves_once(emulated: Emulator) -> None:
         pytest.skip("the race flavour counts bytes: make test-race")
     shape = Shape(2, 28, 28, 96)
     i = Inputs(shape, torch.float16).to(torch.float16, torch.float32)
+    i.square = torch.randn(96, 96, 1, 1).half()
     size = 2 * 28 * 28 * 96 * 2
     moved = {
         "statistics": (1, 0, lambda: steps.statistics(i.t)),
@@ -322,6 +333,7 @@ def test_every_byte_moves_once(emulated: Emulator) -> None:
         "squeeze": (1, 0, lambda: steps.squeeze(i.z, i.z_norm, "silu")),
         "gradient_sums": (2, 1, lambda: steps.gradient_sums(i.g, i.z, i.z_norm, "silu", i.factor, True)),
         "norm_backward": (2, 1, lambda: steps.norm_backward(i.g, i.z, i.z_norm, i.coefficients, i.factor, "silu")),
+        "product": (1, 1, lambda: steps.product(i.z, i.square, None, i.z_norm, "silu", i.factor)),
         "depthwise": (
             *(1, 1),
             lambda: steps.depthwise(i.t, i.norm, "silu", i.weight, i.bias, 1, shape.padding, 1),

@@ -81,7 +81,8 @@ class Step:
 
     def forward(self) -> Outputs:
         """Return the result and its statistics, by the kernels there are."""
-        return steps.depthwise(self.t, self.norm, ACTIVATION, self.weight, None, self.stride, self.padding, 1)
+        z, vectors = steps.depthwise(self.t, self.norm, ACTIVATION, self.weight, None, self.stride, self.padding, 1)
+        return z, vectors[0], vectors[1]
 
     def backward(self) -> Outputs:
         """Return the gradients of the norm's result and of the weight, by the kernels there are."""

@@ -266,7 +266,7 @@ void depthwise_train(const DepthwiseTrainParams& q, const Parallel& parallel) {
   const int64_t last = p.out_height - (bands - 1) * kBandRows;
   partial.join(
       p.batch * bands, [&](int64_t part) { return (part % bands == bands - 1 ? last : kBandRows) * p.out_width; },
-      q.mean, q.var);
+      q.fold);
 }
 
 void depthwise_backward(const DepthwiseBackwardParams& p, const Parallel& parallel) {

@@ -33,7 +33,7 @@ void statistics(const StatisticsParams& p, const Parallel& parallel) {
       }
     });
   });
-  partial.join(parts, [&](int64_t part) { return min_of(kPart, p.pixels - part * kPart); }, p.mean, p.var);
+  partial.join(parts, [&](int64_t part) { return min_of(kPart, p.pixels - part * kPart); }, p.fold);
 }
 
 void norm_act(const NormActParams& p, const Parallel& parallel) {

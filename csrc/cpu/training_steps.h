@@ -1,5 +1,6 @@
 // What the training kernels share: a norm's vectors, an activation with its slope, and partial statistics.
 #pragma once
+#include <cmath>
 #include <memory>
 
 #include "depthwise_rows.h"
@@ -99,7 +100,7 @@ struct PartialStatistics {
     return memory + (part * vecs + vec) * 3 * kLanes;
   }
   template <class Count>
-  void join(int64_t parts, const Count& count_of, float* mean_out, float* var_out) const {
+  void join(int64_t parts, const Count& count_of, const NormFold& fold) const {
     for (int64_t c = 0; c < channels; c++) {
       double count = 0, mean = 0, squares = 0;
       for (int64_t part = 0; part < parts; part++) {
@@ -109,7 +110,14 @@ struct PartialStatistics {
         mean += d * n / count;
         squares += double(p[2 * kLanes]) + d * d * n * (count - n) / count;
       }
-      mean_out[c] = float(mean), var_out[c] = float(squares / count);
+      const float var = float(squares / count), inverse = float(1.0 / std::sqrt(double(var + fold.eps)));
+      const float rows[] = {float(mean),
+                            var,
+                            var * fold.unbiased,
+                            inverse,
+                            inverse * load_param(fold.weight, c, 1, 1.f)[0],
+                            load_param(fold.bias, c, 1, 0.f)[0]};
+      for (int row = 0; row < kNormRows; row++) fold.vectors[row * channels + c] = rows[row];
     }
   }
 };

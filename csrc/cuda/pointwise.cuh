@@ -59,9 +59,10 @@ __device__ __forceinline__ int64_t divided(int64_t value, const PointwiseDivisor
   return static_cast<int64_t>(static_cast<uint64_t>(value) * by.multiplier >> by.shift);
 }
 
-template <class Tr>
-__global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
-    pointwise(const PointwiseParams p, const PointwisePlan plan, const PointwiseWork work) {
+// The product of a block. `More` is what training adds to it (training_product.cuh).
+template <class Tr, class More>
+__device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const PointwisePlan& plan,
+                                               const PointwiseWork& work, const More& more) {
   wait_for_previous();
   allow_next();
   constexpr int kStages = kPointwiseStages, kAhead = kStages - 1;
@@ -72,6 +73,7 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
   unsigned char* const weights = ring + plan.ring_bytes;
   unsigned char* const residual = weights + plan.weight_bytes;
   float* const sums_at = reinterpret_cast<float*>(residual + plan.residual_bytes);
+  typename More::template Columns<Tr> columns(sums_at + plan.sum_bytes / sizeof(float), flag);
 
   const int64_t cell = divided(blockIdx.x, plan.by_columns), group = divided(cell, plan.by_parts);
   const int first_column = static_cast<int>(blockIdx.x - cell * plan.column_tiles) * Tr::kColumns;
@@ -79,7 +81,8 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
   const int first_k = part * plan.steps * Tr::kStep;
   const int tiles = plan.tiles - (group + (plan.tiles - 1) * plan.row_groups >= plan.row_tiles ? 1 : 0);
   const PointwisePlace<Tr> place;
-  std::conditional_t<Tr::kConverts, PointwiseConverter<Tr>, PointwiseCopier<Tr>> loader(p, plan, first_column);
+  std::conditional_t<Tr::kConverts, PointwiseConverter<Tr, More>, PointwiseCopier<Tr>> loader(p, plan, first_column,
+                                                                                              more);
 
   // Weights and norm first: they are the same for all tiles.
 #pragma unroll 1
@@ -126,12 +129,14 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
     const int64_t first_row = row_of(tile);
     TileGate<Tr::M> gate;
     if (Tr::kTakesMore && plan.gate_images > 0) find_images(p, plan, first_row, place, &gate);
+    typename More::template Rows<Tr> rows(p, plan, more, first_row);
     float acc[Tr::M][Tr::N][4] = {};
     constexpr bool kRuns = Tr::kProduct == PointwiseProduct::kMultiplyAdd;
     float total[kRuns ? Tr::M : 1][kRuns ? Tr::N : 1][4] = {};
 #pragma unroll 1
     for (int step = 0; step < plan.steps; ++step) {
       cp_async_wait<kStages - 2>();
+      rows.prepare(ring + in_use * plan.stage_bytes, first_k + step * Tr::kStep);
       __syncthreads();
       if (Tr::kTakesMore && plan.residual_bytes > 0 && step == 0 && tile > 0)
         load_residual(p, plan, first_row, first_column, place, residual);
@@ -197,7 +202,32 @@ __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
                                  group * plan.column_tiles + first_column / Tr::kColumns);
       }
     }
+    columns.add(p, first_row, row_count, first_column);
   }
+  columns.finish(p, plan, work, more, group, first_column);
+}
+
+// The product alone.
+struct NothingMore {
+  template <class Tr>
+  struct Columns {
+    __device__ __forceinline__ Columns(float*, unsigned*) {}
+    __device__ __forceinline__ void add(const PointwiseParams&, int64_t, int, int) {}
+    __device__ __forceinline__ void finish(const PointwiseParams&, const PointwisePlan&, const PointwiseWork&,
+                                           const NothingMore&, int64_t, int) {}
+  };
+  template <class Tr>
+  struct Rows {
+    __device__ __forceinline__ Rows(const PointwiseParams&, const PointwisePlan&, const NothingMore&, int64_t) {}
+    __device__ __forceinline__ void prepare(unsigned char*, int) const {}
+  };
+  static constexpr bool kChanges = false;  // x on its way
+};
+
+template <class Tr>
+__global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
+    pointwise(const PointwiseParams p, const PointwisePlan plan, const PointwiseWork work) {
+  multiply_tiles<Tr>(p, plan, work, NothingMore());
 }
 
 template <class T, PointwiseProduct kProduct, PointwiseEpilogue kEpilogue, bool kConverts, int kTile = 0>

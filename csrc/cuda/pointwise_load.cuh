@@ -15,16 +15,17 @@ constexpr int pointwise_group(int first, int fragments, int most) {
   return size;
 }
 
-template <class T_, PointwiseProduct kProduct_, int kTile, PointwiseEpilogue kEpilogue_, bool kConverts_>
+template <class T_, PointwiseProduct kProduct_, int kTile, PointwiseEpilogue kEpilogue_, bool kConverts_,
+          bool kTrains = false>
 struct PointwiseTraits {
   using T = T_;
   static constexpr PointwiseProduct kProduct = kProduct_;
   static constexpr PointwiseEpilogue kEpilogue = kEpilogue_;
   static constexpr PointwiseTile kShape = kPointwiseTiles[kTile];
-  static constexpr int kResident = pointwise_resident(kTile, kProduct);
+  static constexpr int kResident = kTrains ? training_resident(kTile, kProduct) : pointwise_resident(kTile, kProduct);
   static constexpr bool kConverts = kConverts_;
-  // Gate and residual in shared memory: not converted, and not for an expansion.
-  static constexpr bool kTakesMore = !kConverts && kEpilogue != PointwiseEpilogue::kSilu;
+  // Gate and residual in shared memory: not converted, and not for an expansion or for training.
+  static constexpr bool kTakesMore = !kConverts && !kTrains && kEpilogue != PointwiseEpilogue::kSilu;
   static constexpr int kRows = kShape.rows, kColumns = kShape.columns, kThreads = kShape.threads();
   static constexpr int kWarpsK = kShape.warps_k;
   static constexpr int kWarpRows = kShape.warp_rows(), kWarpColumns = kShape.warp_columns();
@@ -126,7 +127,9 @@ class PointwiseCopier {
  public:
   using T = typename Tr::T;
 
-  __device__ __forceinline__ PointwiseCopier(const PointwiseParams& p, const PointwisePlan& plan, int first_column)
+  template <class More>
+  __device__ __forceinline__ PointwiseCopier(const PointwiseParams& p, const PointwisePlan& plan, int first_column,
+                                             const More&)
       : p_(p), plan_(plan) {
     weight_ = bytes_of(static_cast<const T*>(p.weight.data) + first_column * p.in_channels);
     const int last = static_cast<int>(p.out_channels) - 1 - first_column;
@@ -200,15 +203,16 @@ class PointwiseCopier {
   const PointwisePlan& plan_;
 };
 
-// Any strides, types and alignment. Also multiplies the gate in.
-template <class Tr>
+// Any strides, types and alignment. Also multiplies the gate in, and changes x as training does (`More`).
+template <class Tr, class More>
 class PointwiseConverter {
  public:
   using T = typename Tr::T;
   using Chunk = Vector<T, Tr::kVector>;
 
-  __device__ __forceinline__ PointwiseConverter(const PointwiseParams& p, const PointwisePlan& plan, int first_column)
-      : p_(p), plan_(plan), first_column_(first_column) {}
+  __device__ __forceinline__ PointwiseConverter(const PointwiseParams& p, const PointwisePlan& plan, int first_column,
+                                                const More& more)
+      : p_(p), plan_(plan), more_(more), first_column_(first_column) {}
 
   __device__ __forceinline__ void move(int64_t first_row) { first_row_ = first_row; }
 
@@ -261,6 +265,14 @@ class PointwiseConverter {
       for (int e = 0; e < Tr::kVector; ++e)
         if (e < count) chunk->at[e] = from[e];
     }
+    if constexpr (More::kChanges) {
+#pragma unroll 1
+      for (int e = 0; e < count; ++e) {
+        float value[1] = {to_float(chunk->at[e])};
+        more_.template change<T>(p_, image, k + e, value);
+        chunk->at[e] = from_float<T>(value[0]);
+      }
+    }
     if (p_.gate.data == nullptr) return;
 #pragma unroll
     for (int e = 0; e < Tr::kVector; ++e) {
@@ -273,6 +285,7 @@ class PointwiseConverter {
   PointwiseShare<Tr> share_;
   const PointwiseParams& p_;
   const PointwisePlan& plan_;
+  const More& more_;
   int first_column_;
   int64_t first_row_ = 0;
 };

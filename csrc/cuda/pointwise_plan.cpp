@@ -58,12 +58,21 @@ void lay_out(const PointwiseParams& p, bool keeps_weight, PointwisePlan* plan) {
                         ? shape.rows * shape.columns * shape.warps_k * static_cast<int>(sizeof(float))
                         : 0;
   const int head_bytes = 2 * shape.columns * static_cast<int>(sizeof(float)) + 16;
-  plan->shared_bytes = head_bytes + plan->ring_bytes + plan->weight_bytes + plan->residual_bytes + plan->sum_bytes;
+  plan->moment_bytes = 0;
+  if (plan->trains) {  // a vector of the thread has 16 bytes, or one element while converting
+    const int floats =
+        plan->converts ? kMomentFloats : std::max<int>(kMomentFloats, 2 * 16 / static_cast<int>(element));
+    plan->moment_bytes = (kMomentFloats * shape.columns + floats * shape.threads()) * static_cast<int>(sizeof(float));
+  }
+  plan->shared_bytes =
+      head_bytes + plan->ring_bytes + plan->weight_bytes + plan->residual_bytes + plan->sum_bytes + plan->moment_bytes;
 }
 
 int resident_blocks(const PointwisePlan& plan, const DeviceLimits& limits) {
   const int fitting = limits.shared_per_multiprocessor / (plan.shared_bytes + kReservedShared);
-  return std::max(1, std::min(pointwise_resident(plan.tile, plan.product), fitting));
+  const int most =
+      plan.trains ? training_resident(plan.tile, plan.product) : pointwise_resident(plan.tile, plan.product);
+  return std::max(1, std::min(most, fitting));
 }
 
 // Cycles of the busiest multiprocessor, from figures of sm_80 to sm_90 to a digit: to rank the plans, not to predict.
@@ -173,6 +182,11 @@ bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int par
   return plan->shared_bytes <= limits.shared_per_block;
 }
 
+bool tile_built(int tile, const PointwisePlan& plan) {
+  return plan.trains ? training_tile_built(tile, plan.product, plan.epilogue, plan.converts)
+                     : pointwise_tile_built(tile, plan.product, plan.epilogue, plan.converts);
+}
+
 PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const PointwisePlan& plan) {
   const bool expands = p.activation == Activation::kSilu && p.gate.data == nullptr && p.residual == nullptr;
   const PointwiseEpilogue own = expands                                 ? PointwiseEpilogue::kSilu
@@ -181,17 +195,17 @@ PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const Pointwis
   return pointwise_tile_built(tile, plan.product, own, plan.converts) ? own : PointwiseEpilogue::kAny;
 }
 
-}  // namespace
-
-PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limits) {
+// `vectors`: what the kernel of training reads beside x and weight is aligned, too.
+PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const DeviceLimits& limits) {
   const int vector = p.dtype == DType::kFloat32 ? 4 : 8;
   PointwisePlan plan;
+  plan.trains = trains;
   plan.product = p.dtype != DType::kFloat32 ? PointwiseProduct::kTensor16
                  : p.allow_tf32             ? PointwiseProduct::kTf32
                                             : PointwiseProduct::kMultiplyAdd;
   plan.x_vectors = p.in_channels % vector == 0 && rows_aligned(p, p.x, p.x_stride_n, p.x_stride_p, vector);
   // By way of registers goes what is rare: other types and alignments, and parts of larger images.
-  plan.converts = !plan.x_vectors || !rows_even(p, p.x_stride_n, p.x_stride_p) ||
+  plan.converts = !vectors || !plan.x_vectors || !rows_even(p, p.x_stride_n, p.x_stride_p) ||
                   std::max(p.in_channels, p.out_channels) > kMostDistance || p.weight.dtype != p.dtype ||
                   !aligned(p.weight.data) || p.out_channels % vector != 0 || !aligned(p.y) || !aligned(p.gate.data) ||
                   (p.gate.data != nullptr && p.gate.dtype != p.dtype) ||
@@ -204,8 +218,8 @@ PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limit
     double lowest = 0;
     for (int tile = 0; tile < kPointwiseTileCount; ++tile) {
       plan.epilogue = epilogue_of(p, tile, plan);
-      if (!pointwise_tile_built(tile, plan.product, plan.epilogue, plan.converts)) continue;
-      const bool shares = plan.epilogue == PointwiseEpilogue::kAny && !plan.converts;
+      if (!tile_built(tile, plan)) continue;
+      const bool shares = plan.epilogue == PointwiseEpilogue::kAny && !plan.converts && !trains;
       for (int parts = 1; parts <= (shares ? kMostParts : 1); ++parts)
         for (const bool keeps_weight : {false, true}) {
           PointwisePlan with = plan;
@@ -220,8 +234,24 @@ PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limit
   return plan;
 }
 
+}  // namespace
+
+PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limits) {
+  return plan_of(p, false, true, limits);
+}
+
+PointwisePlan plan_training_pointwise(const PointwiseParams& p, bool vectors, const DeviceLimits& limits) {
+  PointwisePlan plan = plan_of(p, true, vectors, limits);
+  while (int64_t(plan.fan) * plan.fan < plan.row_groups) ++plan.fan;
+  return plan;
+}
+
 PointwiseScratch pointwise_scratch(const PointwiseParams& p, const PointwisePlan& plan) {
   PointwiseScratch scratch;
+  if (plan.trains) {
+    const int64_t nodes = divide_up(plan.row_groups, plan.fan);
+    return {product({plan.row_groups + nodes, p.out_channels, kMomentFloats}), plan.column_tiles * (nodes + 1)};
+  }
   if (plan.parts == 1) return scratch;
   scratch.partial = product({plan.parts, p.batch, p.pixels, p.out_channels});
   scratch.arrivals = plan.row_tiles * plan.column_tiles;
@@ -232,7 +262,7 @@ PlannedLaunches planned_launches(const PointwiseParams& p, const PointwisePlan& 
   if (p.batch * p.pixels * p.out_channels == 0) return {};
   const PointwiseScratch scratch = pointwise_scratch(p, plan);
   PlannedLaunch one;
-  one.kernel = "pointwise";
+  one.kernel = plan.trains ? "training_product" : "pointwise";
   one.grid = plan.blocks;
   one.block_x = kPointwiseTiles[plan.tile].threads();
   one.shared_bytes = plan.shared_bytes;

@@ -2,6 +2,7 @@
 #pragma once
 #include "../training_params.h"
 #include "device.h"
+#include "pointwise.h"
 
 namespace effkernels::cuda {
 
@@ -67,6 +68,7 @@ struct TrainingScratch {
 
 // Pure functions of sizes, types, alignments and the limits of the device.
 PassPlan plan_statistics(const training::StatisticsParams& params, const DeviceLimits& limits);
+PointwisePlan plan_training_product(const training::ProductParams& params, const DeviceLimits& limits);
 PassPlan plan_norm_act(const training::NormActParams& params, const DeviceLimits& limits);
 PassPlan plan_squeeze(const training::NormActParams& params, const DeviceLimits& limits);
 PassPlan plan_gradient_sums(const training::GradientSumsParams& params, const DeviceLimits& limits);
@@ -85,6 +87,8 @@ constexpr int kGradientSums = 6;  // of an image and channel
 // Null, or what CUDA refused.
 const char* launch_statistics(const training::StatisticsParams& params, const PassPlan& plan, const TrainingWork& work,
                               void* stream);
+const char* launch_training_product(const training::ProductParams& params, const PointwisePlan& plan,
+                                    const PointwiseWork& work, void* stream);
 const char* launch_norm_act(const training::NormActParams& params, const PassPlan& plan, void* stream);
 const char* launch_squeeze(const training::NormActParams& params, const PassPlan& plan, const TrainingWork& work,
                            void* stream);

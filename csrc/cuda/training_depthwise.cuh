@@ -1,4 +1,4 @@
-// z = depthwise convolution of activation(norm(t)), and mean and biased variance of z, in one launch.
+// z = depthwise convolution of activation(norm(t)), and mean, variance and norm of z, in one launch.
 //
 // Threads and data: the walk of training_tile.cuh; norm and activation are applied once per input element, on its way
 // into the ring. A thread computes strips of neighbouring pixels of one output row: it keeps the taps of one kernel row
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainForwardBlocks)
   const int64_t nodes = (plan.tiles + plan.fan - 1) / plan.fan;
   join_blocks(plan.tiles, plan.fan, at.tile, a.work.arrivals + at.group * (nodes + 1), shared.flag,
               [&](int64_t first, int number, int64_t into) {
-                join_moments(partial, first, number, into, s.channels, at.first_channel, pixel, p.mean, p.var,
+                join_moments(partial, first, number, into, s.channels, at.first_channel, pixel, p.fold,
                              reinterpret_cast<Moments*>(shared.lanes));
               });
 }

@@ -1,6 +1,7 @@
 // Mean and variance of a channel without cancellation: results over runs of pixels that are joined in a fixed order
 // (Chan, Golub and LeVeque 1979, equation 2.1), and the tree by which the blocks of a launch join theirs.
 #pragma once
+#include "../training_params.h"
 #include "arrival.cuh"
 #include "numeric.cuh"
 
@@ -75,10 +76,24 @@ __device__ __forceinline__ void join_blocks(int64_t tiles, int fan, int64_t tile
   join(tiles, static_cast<int>(nodes), int64_t(-1));
 }
 
+// Everything of a channel's norm that follows from its statistics.
+__device__ __forceinline__ void store_norm(const training::NormFold& fold, int64_t channels, int64_t channel,
+                                           float mean, float variance) {
+  const float inverse = 1.f / sqrtf(variance + fold.eps);
+  const float rows[] = {mean,
+                        variance,
+                        variance * fold.unbiased,
+                        inverse,
+                        inverse * parameter(fold.weight, channel, 1.f),
+                        parameter(fold.bias, channel, 0.f)};
+#pragma unroll
+  for (int row = 0; row < training::kNormRows; ++row) fold.vectors[row * channels + channel] = rows[row];
+}
+
 // The join of Moments by all threads of a block: of channels `first_channel` on, `block_channels` of them. `shared`:
 // one Moments for each thread.
 __device__ __forceinline__ void join_moments(Moments* partial, int64_t first, int count, int64_t to, int64_t channels,
-                                             int64_t first_channel, int block_channels, float* mean, float* var,
+                                             int64_t first_channel, int block_channels, const training::NormFold& fold,
                                              Moments* shared) {
   const int parts = blockDim.x / block_channels, part = threadIdx.x / block_channels;
   const int channel = threadIdx.x % block_channels;
@@ -106,7 +121,7 @@ __device__ __forceinline__ void join_moments(Moments* partial, int64_t first, in
     if (to >= 0)
       partial[to * channels + at] = total;
     else
-      mean[at] = total.mean + total.rest, var[at] = total.squares / total.count;
+      store_norm(fold, channels, at, total.mean + total.rest, total.squares / total.count);
   }
 }
 

@@ -202,6 +202,13 @@ PassPlan plan_statistics(const training::StatisticsParams& p, const DeviceLimits
   return plan;
 }
 
+PointwisePlan plan_training_product(const training::ProductParams& p, const DeviceLimits& limits) {
+  bool vectors = true;
+  for (const float* read : {p.norm.mean, p.norm.scale, p.norm.bias, p.factor})
+    vectors = vectors && reinterpret_cast<uintptr_t>(read) % 16 == 0;
+  return plan_training_pointwise(p.product, vectors, limits);
+}
+
 PassPlan plan_norm_act(const training::NormActParams& p, const DeviceLimits& limits) {
   const int vector = vector_for(p.dtype, p.channels, {p.t, p.y, p.residual});
   PassPlan plan = plan_pass(p.batch, p.pixels, p.channels, vector, kRowsOfPass, kPassBlocks, limits);

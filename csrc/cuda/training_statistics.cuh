@@ -1,4 +1,4 @@
-// Mean and biased variance of every channel over all pixels of a batch.
+// Mean and variance of every channel over all pixels of a batch, and the vectors of its norm.
 //
 // Threads and data: those of training_pass.cuh, the batch as one image, one item for each block. A thread reads 8
 // pixels at once, forms their mean and the sum of squared distances from it, and joins these tiles in order
@@ -84,8 +84,7 @@ __global__ void __launch_bounds__(kPassThreads, kSumsBlocks)
   const int64_t nodes = (plan.tiles + plan.fan - 1) / plan.fan;
   join_blocks(plan.tiles, plan.fan, at.tile, work.arrivals + at.group * (nodes + 1), flag,
               [&](int64_t first, int number, int64_t to) {
-                join_moments(partial, first, number, to, p.channels, at.first_channel, block_channels, p.mean, p.var,
-                             shared);
+                join_moments(partial, first, number, to, p.channels, at.first_channel, block_channels, p.fold, shared);
               });
 }
 

@@ -3,7 +3,6 @@
 #include "registry.h"
 
 namespace effkernels::ops {
-namespace {
 
 using torch::headeronly::ScalarType;
 
@@ -11,20 +10,6 @@ bool on_device_of(const Tensor& t, const Tensor& like) {
   return t.is_cuda() == like.is_cuda() && (!t.is_cuda() || t.get_device_index() == like.get_device_index());
 }
 
-void check_nhwc(const char* op, const char* name, const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4 && t.is_contiguous() && t.numel() > 0, op, ": ", name,
-                  " is not a contiguous (N, H, W, C) with elements; allowed: that");
-}
-
-void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
-  check_nhwc(op, name, t);
-  bool same = t.scalar_type() == like.scalar_type() && on_device_of(t, like);
-  for (int64_t i = 0; i < 4; i++) same = same && t.size(i) == like.size(i);
-  STD_TORCH_CHECK(same, op, ": ", name,
-                  " has another shape, dtype or device than the image it belongs to; allowed: the same");
-}
-
-// `image`: on whose device the numbers have to be.
 const float* floats(const char* op, const char* name, const Tensor& t, int64_t elements, const Tensor& image) {
   STD_TORCH_CHECK(
       on_device_of(t, image) && t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == elements, op,
@@ -35,16 +20,6 @@ const float* floats(const char* op, const char* name, const Tensor& t, int64_t e
 
 const float* floats(const char* op, const char* name, const OptionalTensor& t, int64_t elements, const Tensor& image) {
   return t ? floats(op, name, *t, elements, image) : nullptr;
-}
-
-training::NormVectors norm_of(const char* op, const TrainingNormArguments& a, const Tensor& image) {
-  const bool given = bool(a.mean);
-  STD_TORCH_CHECK(given == bool(a.inverse_deviation) && given == bool(a.scale) && given == bool(a.bias), op,
-                  ": some of mean, inverse_deviation, scale and bias are given; allowed: all or none");
-  const int64_t channels = image.size(3);
-  return {floats(op, "mean", a.mean, channels, image),
-          floats(op, "inverse_deviation", a.inverse_deviation, channels, image),
-          floats(op, "scale", a.scale, channels, image), floats(op, "bias", a.bias, channels, image)};
 }
 
 Activation activation_named(const char* op, const std::string& name) {
@@ -59,13 +34,57 @@ Activation activation_named(const char* op, const std::string& name) {
                   "' is not known; allowed: identity, relu, relu6, silu, hard_swish, gelu, gelu_tanh");
 }
 
+Param parameter_of(const char* op, const char* name, const OptionalTensor& t, int64_t elements, const Tensor& image) {
+  if (!t) return {};
+  STD_TORCH_CHECK(on_device_of(*t, image) && t->is_contiguous() && t->numel() == elements, op, ": ", name, " has ",
+                  t->numel(), " elements, or is not contiguous on the image's device; allowed: ", elements,
+                  " of them there");
+  return {t->const_data_ptr(), dtype_of(op, name, *t)};
+}
+
+namespace {
+
+void check_nhwc(const char* op, const char* name, const Tensor& t) {
+  STD_TORCH_CHECK(t.dim() == 4 && t.is_contiguous() && t.numel() > 0, op, ": ", name,
+                  " is not a contiguous (N, H, W, C) with elements; allowed: that");
+}
+
+void check_like(const char* op, const char* name, const Tensor& t, const Tensor& like) {
+  check_nhwc(op, name, t);
+  bool same = t.scalar_type() == like.scalar_type() && on_device_of(t, like);
+  for (int64_t i = 0; i < 4; i++) same = same && t.size(i) == like.size(i);
+  STD_TORCH_CHECK(same, op, ": ", name,
+                  " has another shape, dtype or device than the image it belongs to; allowed: the same");
+}
+
+training::NormVectors norm_of(const char* op, const TrainingNormArguments& a, const Tensor& image) {
+  const bool given = bool(a.mean);
+  STD_TORCH_CHECK(given == bool(a.inverse_deviation) && given == bool(a.scale) && given == bool(a.bias), op,
+                  ": some of mean, inverse_deviation, scale and bias are given; allowed: all or none");
+  const int64_t channels = image.size(3);
+  return {floats(op, "mean", a.mean, channels, image),
+          floats(op, "inverse_deviation", a.inverse_deviation, channels, image),
+          floats(op, "scale", a.scale, channels, image), floats(op, "bias", a.bias, channels, image)};
+}
+
 // From the pool of results: fresh pages cost more than the work on them.
 Tensor empty_as(const Tensor& like) { return empty_nhwc(like, like.size(0), like.size(1), like.size(2), like.size(3)); }
-Tensor empty_vector(const Tensor& like, int64_t c) { return torch::stable::new_empty(like, {c}, ScalarType::Float); }
 
 template <class T>
 T* data_of(const Tensor& t) {
   return static_cast<T*>(t.mutable_data_ptr());
+}
+
+// `pixels`: of the batch.
+training::NormFold fold_of(const char* op, const TrainingFoldArguments& a, const Tensor& image, int64_t channels,
+                           int64_t pixels, Tensor& vectors) {
+  vectors = torch::stable::new_empty(image, {training::kNormRows, channels}, ScalarType::Float);
+  training::NormFold fold;
+  fold.weight = parameter_of(op, "norm_weight", a.weight, channels, image);
+  fold.bias = parameter_of(op, "norm_bias", a.bias, channels, image);
+  fold.eps = float(a.eps), fold.vectors = data_of<float>(vectors);
+  fold.unbiased = pixels > 1 ? float(double(pixels) / double(pixels - 1)) : 1.f;
+  return fold;
 }
 
 training::NormActParams norm_act_params(const char* op, const Tensor& t, const TrainingNormArguments& norm,
@@ -109,15 +128,42 @@ training::DepthwiseShape shape_of_depthwise(const char* op, const Tensor& t, con
 
 }  // namespace
 
-TrainingStatistics make_training_statistics(const Tensor& t) {
+TrainingStatistics make_training_statistics(const Tensor& t, const TrainingFoldArguments& fold) {
   constexpr const char* op = "training_statistics";
   check_nhwc(op, "t", t);
-  const int64_t c = t.size(3);
   TrainingStatistics out;
-  out.mean = empty_vector(t, c), out.var = empty_vector(t, c);
   training::StatisticsParams& p = out.params;
-  p.t = t.const_data_ptr(), p.dtype = dtype_of(op, "t", t), p.pixels = t.numel() / c, p.channels = c;
-  p.mean = data_of<float>(out.mean), p.var = data_of<float>(out.var);
+  p.t = t.const_data_ptr(), p.dtype = dtype_of(op, "t", t);
+  p.channels = t.size(3), p.pixels = t.numel() / p.channels;
+  p.fold = fold_of(op, fold, t, p.channels, p.pixels, out.vectors);
+  return out;
+}
+
+TrainingProduct make_training_product(const TrainingProductArguments& a) {
+  constexpr const char* op = "training_product";
+  check_nhwc(op, "x", a.x);
+  const int64_t batch = a.x.size(0), pixels = a.x.size(1) * a.x.size(2), in_channels = a.x.size(3);
+  STD_TORCH_CHECK(a.weight.dim() == 4 && a.weight.size(0) > 0 && a.weight.size(1) == in_channels &&
+                      a.weight.size(2) == 1 && a.weight.size(3) == 1 && a.weight.is_contiguous() &&
+                      a.weight.scalar_type() == a.x.scalar_type() && on_device_of(a.weight, a.x),
+                  op, ": weight has shape ", shape_of(a.weight), " and dtype ", name_of(a.weight.scalar_type()),
+                  "; allowed: a contiguous (Cout, ", in_channels, ", 1, 1) of x's dtype and device");
+  const int64_t out_channels = a.weight.size(0);
+  TrainingProduct out;
+  out.z = empty_nhwc(a.x, batch, a.x.size(1), a.x.size(2), out_channels);
+  training::ProductParams& p = out.params;
+  PointwiseParams& product = p.product;
+  product.x = a.x.const_data_ptr(), product.y = out.z.mutable_data_ptr(), product.dtype = dtype_of(op, "x", a.x);
+  product.weight = {a.weight.const_data_ptr(), product.dtype};
+  product.norm.conv_bias = parameter_of(op, "conv_bias", a.conv_bias, out_channels, a.x);
+  product.allow_tf32 = a.allow_tf32;
+  product.batch = batch, product.pixels = pixels, product.in_channels = in_channels;
+  product.out_channels = out_channels;
+  product.x_stride_n = pixels * in_channels, product.x_stride_p = in_channels;
+  p.norm = norm_of(op, a.norm, a.x), p.activation = activation_named(op, a.activation);
+  p.factor = floats(op, "factor", a.factor, batch * in_channels, a.x);
+  STD_TORCH_CHECK(p.norm.mean || !p.factor, op, ": factor is given without a norm; allowed: None");
+  p.fold = fold_of(op, a.fold, a.x, out_channels, batch * pixels, out.vectors);
   return out;
 }
 
@@ -191,8 +237,8 @@ TrainingDepthwise make_training_depthwise(const TrainingDepthwiseArguments& a) {
   p.t = a.t.const_data_ptr(), p.norm = norm_of(op, a.norm, a.t), p.activation = activation_named(op, a.activation);
   if (a.conv_bias) p.conv_bias = {floats(op, "conv_bias", *a.conv_bias, s.channels, a.t), DType::kFloat32};
   out.z = empty_nhwc(a.t, s.batch, s.out_height, s.out_width, s.channels);
-  out.mean = empty_vector(a.t, s.channels), out.var = empty_vector(a.t, s.channels);
-  p.z = out.z.mutable_data_ptr(), p.mean = data_of<float>(out.mean), p.var = data_of<float>(out.var);
+  p.z = out.z.mutable_data_ptr();
+  p.fold = fold_of(op, a.fold, a.t, s.channels, s.batch * s.out_height * s.out_width, out.vectors);
   return out;
 }
 
@@ -230,7 +276,11 @@ TrainingDepthwiseBackward make_training_depthwise_backward(const TrainingDepthwi
 
 EFFKERNELS_LIBRARY_FRAGMENT(EFFKERNELS_NAMESPACE, m) {
   // The four vectors of a norm are those of training::NormVectors.
-  m.def("training_statistics(Tensor t) -> (Tensor, Tensor)");
+  m.def("training_statistics(Tensor t, Tensor? norm_weight, Tensor? norm_bias, float norm_eps) -> Tensor");
+  m.def(
+      "training_product(Tensor x, Tensor weight, Tensor? conv_bias, Tensor? mean, Tensor? inverse_deviation, "
+      "Tensor? scale, Tensor? bias, str activation, Tensor? factor, Tensor? norm_weight, Tensor? norm_bias, "
+      "float norm_eps, bool allow_tf32) -> (Tensor, Tensor)");
   m.def(
       "training_norm_act(Tensor t, Tensor? mean, Tensor? inverse_deviation, Tensor? scale, Tensor? bias, "
       "str activation, Tensor? factor, Tensor? residual) -> Tensor");
@@ -245,7 +295,8 @@ EFFKERNELS_LIBRARY_FRAGMENT(EFFKERNELS_NAMESPACE, m) {
       "Tensor? bias, str activation, Tensor alpha, Tensor beta, Tensor delta, Tensor? factor) -> Tensor");
   m.def(
       "training_depthwise(Tensor t, Tensor? mean, Tensor? inverse_deviation, Tensor? scale, Tensor? bias, "
-      "str activation, Tensor weight, Tensor? conv_bias, int stride, int[] padding) -> (Tensor, Tensor, Tensor)");
+      "str activation, Tensor weight, Tensor? conv_bias, int stride, int[] padding, Tensor? norm_weight, "
+      "Tensor? norm_bias, float norm_eps) -> (Tensor, Tensor)");
   m.def(
       "training_depthwise_backward(Tensor g, Tensor z, Tensor z_mean, Tensor z_inverse_deviation, Tensor z_scale, "
       "Tensor z_bias, str z_activation, Tensor? factor, Tensor? offset, Tensor alpha, Tensor beta, Tensor delta, "

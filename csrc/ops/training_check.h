@@ -6,9 +6,33 @@
 
 namespace effkernels::ops {
 
+// On whose device the numbers have to be: `image`.
+bool on_device_of(const Tensor& t, const Tensor& image);
+const float* floats(const char* op, const char* name, const Tensor& t, int64_t elements, const Tensor& image);
+const float* floats(const char* op, const char* name, const OptionalTensor& t, int64_t elements, const Tensor& image);
+Activation activation_named(const char* op, const std::string& name);
+// A parameter as a module keeps it, in any of the three types.
+Param parameter_of(const char* op, const char* name, const OptionalTensor& t, int64_t elements, const Tensor& image);
+
 // A norm as an operator takes it: all four (C,), or none.
 struct TrainingNormArguments {
   const OptionalTensor &mean, &inverse_deviation, &scale, &bias;
+};
+
+// What a norm by the statistics of a result has of its own.
+struct TrainingFoldArguments {
+  const OptionalTensor &weight, &bias;
+  double eps;
+};
+
+struct TrainingProductArguments {
+  const Tensor &x, &weight;
+  const OptionalTensor& conv_bias;
+  TrainingNormArguments norm;
+  const std::string& activation;
+  const OptionalTensor& factor;
+  TrainingFoldArguments fold;
+  bool allow_tf32;
 };
 
 struct TrainingDepthwiseArguments {
@@ -19,6 +43,7 @@ struct TrainingDepthwiseArguments {
   const OptionalTensor& conv_bias;
   int64_t stride;
   const std::vector<int64_t>& padding;
+  TrainingFoldArguments fold;
 };
 
 struct TrainingDepthwiseBackwardArguments {
@@ -34,11 +59,18 @@ struct TrainingDepthwiseBackwardArguments {
   const std::vector<int64_t>& padding;
 };
 
+// `vectors`: (training::kNormRows, C).
 struct TrainingStatistics {
   training::StatisticsParams params;
-  Tensor mean, var;
+  Tensor vectors;
 };
-TrainingStatistics make_training_statistics(const Tensor& t);
+TrainingStatistics make_training_statistics(const Tensor& t, const TrainingFoldArguments& fold);
+
+struct TrainingProduct {
+  training::ProductParams params;
+  Tensor z, vectors;
+};
+TrainingProduct make_training_product(const TrainingProductArguments& arguments);
 
 struct TrainingNormAct {
   training::NormActParams params;
@@ -69,7 +101,7 @@ TrainingNormBackward make_training_norm_backward(const Tensor& dy, const Tensor&
 
 struct TrainingDepthwise {
   training::DepthwiseTrainParams params;
-  Tensor z, mean, var, weight;
+  Tensor z, vectors, weight;
 };
 TrainingDepthwise make_training_depthwise(const TrainingDepthwiseArguments& arguments);
 

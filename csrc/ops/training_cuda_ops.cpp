@@ -44,14 +44,23 @@ class Call {
   Tensor partial_;
 };
 
-std::tuple<Tensor, Tensor> statistics(const Tensor& t) {
+Tensor statistics(const TrainingStatistics& made) {
   constexpr const char* op = "training_statistics";
-  const TrainingStatistics made = make_training_statistics(t);
-  Call call(op, made.mean);
+  Call call(op, made.vectors);
   const cuda::PassPlan plan = cuda::plan_statistics(made.params, call.limits());
   const cuda::TrainingWork work = call.work(cuda::statistics_scratch(plan, made.params.channels));
   check_launch(op, cuda::launch_statistics(made.params, plan, work, call.stream()));
-  return {made.mean, made.var};
+  return made.vectors;
+}
+
+std::tuple<Tensor, Tensor> product(const TrainingProduct& made) {
+  constexpr const char* op = "training_product";
+  Call call(op, made.z);
+  const cuda::PointwisePlan plan = cuda::plan_training_product(made.params, call.limits());
+  const cuda::PointwiseScratch scratch = cuda::pointwise_scratch(made.params.product, plan);
+  const cuda::TrainingWork work = call.work({scratch.partial, scratch.arrivals});
+  check_launch(op, cuda::launch_training_product(made.params, plan, {work.partial, work.arrivals}, call.stream()));
+  return {made.z, made.vectors};
 }
 
 Tensor norm_act(const TrainingNormAct& made) {
@@ -89,13 +98,13 @@ Tensor norm_backward(const TrainingNormBackward& made) {
   return made.dt;
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise(const TrainingDepthwise& made) {
+std::tuple<Tensor, Tensor> depthwise(const TrainingDepthwise& made) {
   constexpr const char* op = "training_depthwise";
   Call call(op, made.z);
   const cuda::TrainDepthwisePlan plan = cuda::plan_depthwise_train(made.params, call.limits());
   const cuda::TrainingWork work = call.work(cuda::depthwise_train_scratch(plan, made.params.shape.channels));
   check_launch(op, cuda::launch_depthwise_train(made.params, plan, work, call.stream()));
-  return {made.z, made.mean, made.var};
+  return {made.z, made.vectors};
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const TrainingDepthwiseBackward& made) {
@@ -112,7 +121,8 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const TrainingDepthwiseBac
 
 EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, EFFKERNELS_CUDA_KEY, m) {
   using namespace effkernels::ops;
-  m.impl("training_statistics", TORCH_BOX(&statistics));
+  m.impl("training_statistics", TORCH_BOX(&signature::training_statistics<&statistics>));
+  m.impl("training_product", TORCH_BOX(&signature::training_product<&product>));
   m.impl("training_norm_act", TORCH_BOX(&signature::training_norm_act<&norm_act>));
   m.impl("training_squeeze", TORCH_BOX(&signature::training_squeeze<&squeeze>));
   m.impl("training_gradient_sums", TORCH_BOX(&signature::training_gradient_sums<&gradient_sums>));

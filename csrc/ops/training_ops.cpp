@@ -16,10 +16,9 @@ cpu::Parallel torch_threads() {
   return parallel;
 }
 
-std::tuple<Tensor, Tensor> statistics(const Tensor& t) {
-  const TrainingStatistics made = make_training_statistics(t);
+Tensor statistics(const TrainingStatistics& made) {
   cpu::kernels().training.statistics(made.params, torch_threads());
-  return {made.mean, made.var};
+  return made.vectors;
 }
 
 // Of the squeeze, too, whose result is the means.
@@ -38,9 +37,9 @@ Tensor norm_backward(const TrainingNormBackward& made) {
   return made.dt;
 }
 
-std::tuple<Tensor, Tensor, Tensor> depthwise(const TrainingDepthwise& made) {
+std::tuple<Tensor, Tensor> depthwise(const TrainingDepthwise& made) {
   cpu::kernels().training.depthwise_train(made.params, torch_threads());
-  return {made.z, made.mean, made.var};
+  return {made.z, made.vectors};
 }
 
 std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const TrainingDepthwiseBackward& made) {
@@ -53,7 +52,7 @@ std::tuple<Tensor, Tensor, Tensor> depthwise_backward(const TrainingDepthwiseBac
 
 STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
   using namespace effkernels::ops;
-  m.impl("training_statistics", TORCH_BOX(&statistics));
+  m.impl("training_statistics", TORCH_BOX(&signature::training_statistics<&statistics>));
   m.impl("training_norm_act", TORCH_BOX(&signature::training_norm_act<&norm_act>));
   m.impl("training_squeeze", TORCH_BOX(&signature::training_squeeze<&norm_act>));
   m.impl("training_gradient_sums", TORCH_BOX(&signature::training_gradient_sums<&gradient_sums>));

@@ -5,6 +5,28 @@
 namespace effkernels::ops::signature {
 
 template <auto op>
+Tensor training_statistics(const Tensor& t, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                           double norm_eps) {
+  return op(make_training_statistics(t, {norm_weight, norm_bias, norm_eps}));
+}
+
+template <auto op>
+auto training_product(const Tensor& x, const Tensor& weight, const OptionalTensor& conv_bias,
+                      const OptionalTensor& mean, const OptionalTensor& inverse_deviation, const OptionalTensor& scale,
+                      const OptionalTensor& bias, const std::string& activation, const OptionalTensor& factor,
+                      const OptionalTensor& norm_weight, const OptionalTensor& norm_bias, double norm_eps,
+                      bool allow_tf32) {
+  return op(make_training_product({x,
+                                   weight,
+                                   conv_bias,
+                                   {mean, inverse_deviation, scale, bias},
+                                   activation,
+                                   factor,
+                                   {norm_weight, norm_bias, norm_eps},
+                                   allow_tf32}));
+}
+
+template <auto op>
 auto training_norm_act(const Tensor& t, const OptionalTensor& mean, const OptionalTensor& inverse_deviation,
                        const OptionalTensor& scale, const OptionalTensor& bias, const std::string& activation,
                        const OptionalTensor& factor, const OptionalTensor& residual) {
@@ -38,9 +60,16 @@ template <auto op>
 auto training_depthwise(const Tensor& t, const OptionalTensor& mean, const OptionalTensor& inverse_deviation,
                         const OptionalTensor& scale, const OptionalTensor& bias, const std::string& activation,
                         const Tensor& weight, const OptionalTensor& conv_bias, int64_t stride,
-                        const std::vector<int64_t>& padding) {
-  return op(make_training_depthwise(
-      {t, {mean, inverse_deviation, scale, bias}, activation, weight, conv_bias, stride, padding}));
+                        const std::vector<int64_t>& padding, const OptionalTensor& norm_weight,
+                        const OptionalTensor& norm_bias, double norm_eps) {
+  return op(make_training_depthwise({t,
+                                     {mean, inverse_deviation, scale, bias},
+                                     activation,
+                                     weight,
+                                     conv_bias,
+                                     stride,
+                                     padding,
+                                     {norm_weight, norm_bias, norm_eps}}));
 }
 
 template <auto op>

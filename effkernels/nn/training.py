@@ -229,10 +229,8 @@ def train_chain(
     for norm in chain.norms:
         constants += (None, None) if norm is None or is_batch_norm(norm) else running_statistics(norm)
     constants.append(factors)
-    y, statistics = training.train_block(
-        image, parameters, tuple(constants), training.BlockSettings(residual, *settings)
-    )
-    _update_norms(chain, statistics.detach())
+    y, norms = training.train_block(image, parameters, tuple(constants), training.BlockSettings(residual, *settings))
+    _update_norms(chain, norms)
     return y
 
 
@@ -319,14 +317,6 @@ def _sample_factors(drop_path: Any, x: Tensor, dtype: torch.dtype) -> Tensor | N
     return x.new_empty((x.shape[0], 1, 1, 1), dtype=dtype).bernoulli_(keep).div_(keep).flatten()
 
 
-def _update_norms(chain: Chain, statistics: Tensor) -> None:
-    begin = 0
-    batches = []
-    for norm in chain.norms:
-        if norm is None:
-            continue
-        end = begin + norm.num_features
-        if is_batch_norm(norm):
-            batches.append((norm, statistics[:, begin:end]))
-        begin = end
-    update_norms(batches)
+def _update_norms(chain: Chain, vectors: Sequence[Tensor]) -> None:
+    norms = [norm for norm in chain.norms if norm is not None]
+    update_norms([(norm, found) for norm, found in zip(norms, vectors, strict=True) if is_batch_norm(norm)])

@@ -13,6 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 from effkernels.nn.fusible import activation_after, calls_modules, parameters_of
 from effkernels.nn.norm_act import BatchNormAct2d, SyncBatchNormAct
 from effkernels.ops import backends, training
+from effkernels.ops import training_steps as steps
 from effkernels.ops.training_steps import wide
 
 FLOATING = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -42,7 +43,7 @@ def train_norm_act(norm: Any, t: Tensor, activation: str, backend: str) -> Tenso
         t.contiguous(memory_format=torch.channels_last), parameters["weight"], parameters["bias"], None, None,
         norm.eps, found, group_of(norm),
     )  # fmt: skip
-    update_norms([(norm, statistics.detach())])
+    update_norms([(norm, statistics)])
     return y
 
 
@@ -112,6 +113,22 @@ def running_statistics(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     return norm._buffers["running_mean"], norm._buffers["running_var"]
 
 
+def _update_by_kernel(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
+    """Update norms by one kernel, where there is one and it knows them all; return those that are left to do."""
+    if not batches or len(batches) > 3 or not steps.has_running_kernel(batches[0][1]):
+        return batches
+    running: list[Tensor] = []
+    for norm, _ in batches:
+        of_norm = [t for t in running_statistics(norm) if t is not None and t.dtype in backends.DTYPES]
+        if norm.momentum is None or len(of_norm) < 2:
+            return batches
+        running += of_norm
+    counts = [norm._buffers["num_batches_tracked"] for norm, _ in batches]
+    vectors, momenta = [found for _, found in batches], [norm.momentum for norm, _ in batches]
+    steps.update_running(running, vectors, [count for count in counts if count is not None], momenta)
+    return []
+
+
 @torch.no_grad()
 def update_norms(batches: Sequence[tuple[Any, Tensor]]) -> None:
     """Update the running statistics after a batch, as `nn.BatchNorm2d` does.
@@ -119,14 +136,16 @@ def update_norms(batches: Sequence[tuple[Any, Tensor]]) -> None:
     Those of norms with the same momentum are updated by the same few launches.
 
     Args:
-        batches: batch norms, each with its statistics (3, C): mean, biased and unbiased variance of the batch.
+        batches: batch norms, each with its rows (6, C) of `effkernels.ops.training_steps.NormVectors`.
     """
-    batches = [(norm, found) for norm, found in batches if norm.training and norm.track_running_stats]
+    batches = [(norm, found.detach()) for norm, found in batches if norm.training and norm.track_running_stats]
+    batches = _update_by_kernel(batches)
     tracked = [norm._buffers["num_batches_tracked"] for norm, _ in batches]
     if counted := [count for count in tracked if count is not None]:
         torch._foreach_add_(counted, 1)
     together: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
-    for (norm, (mean, _, var)), count in zip(batches, tracked, strict=True):
+    for (norm, vectors), count in zip(batches, tracked, strict=True):
+        mean, _, var = vectors[:3].unbind()
         for running, new in zip(running_statistics(norm), (mean, var), strict=True):
             if running is None:
                 continue

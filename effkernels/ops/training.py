@@ -19,7 +19,7 @@ from torch import Tensor
 from effkernels.ops import training_kernels  # noqa: F401  registers shape functions
 from effkernels.ops import training_steps as steps
 from effkernels.ops.training_product import keeps_gradient, product_backward
-from effkernels.ops.training_steps import Excitation, FoldedNorm, nchw, nhwc, wide
+from effkernels.ops.training_steps import Excitation, FoldedNorm, NormParameters, NormVectors, nchw, nhwc, wide
 from effkernels.ops.training_sync import joint_statistics, joint_sums
 
 NAMESPACE = "effkernels_training"
@@ -73,7 +73,6 @@ class BlockSettings(NamedTuple):
     groups: Sequence[str]
 
 
-Statistics: TypeAlias = "tuple[Tensor, Tensor, Tensor]"
 Parameters: TypeAlias = "tuple[Tensor | None, ...]"
 Constants: TypeAlias = "tuple[Tensor | None, ...]"
 _PARAMETER_COUNT, _CONSTANT_COUNT = len(BLOCK_PARAMETERS), 7
@@ -86,12 +85,14 @@ class _Saved(NamedTuple):
     convolved: Tensor
     projected: Tensor
     gate: Tensor
-    statistics: Tensor
+    norm1: Tensor
+    norm2: Tensor
+    norm3: Tensor
 
 
 def train_block(
     x: Tensor, parameters: Parameters, constants: Constants, settings: BlockSettings
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, list[Tensor]]:
     """A block with the statistics of its batch; differentiable once.
 
     Args:
@@ -104,11 +105,11 @@ def train_block(
 
     Returns:
         y: (N, C', H', W') in x's dtype, channels_last.
-        statistics: (3, C1 + C2 + C3), mean, biased and unbiased variance of what the norms normalise, one after the
-            other, in float32 (float64 where x is); C1 is 0 without an expansion.
+        statistics: (6, C) of each of the norms that there are, as the rows of `NormVectors`, in float32 (float64 where
+            x is).
     """
-    y, *_, statistics = torch.ops.effkernels_training.block(x, *parameters, *constants, *settings)
-    return y, statistics
+    y, _, _, _, _, *norms = torch.ops.effkernels_training.block(x, *parameters, *constants, *settings)
+    return y, norms if parameters[0] is not None else norms[1:]
 
 
 def train_norm_act(
@@ -123,7 +124,7 @@ def train_norm_act(
         group: name of the process group that shares the statistics, "" for the process alone.
 
     Returns:
-        y as t in channels_last, and statistics (3, C) as of `train_block`.
+        y as t in channels_last, and statistics (6, C) as of `train_block`.
     """
     y, statistics = torch.ops.effkernels_training.norm_act(t, weight, bias, mean, var, eps, activation, group)
     return y, statistics
@@ -135,14 +136,13 @@ def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     constants, settings = _constants_and_settings(arguments)
     with torch._C._DisableAutocast():
         image = nhwc(x)
-        found: list[Statistics] = []
-        norm1 = None
-        expanded = image
+        expanded, norm1, vectors1 = image, None, x.new_empty(0, dtype=wide(x.dtype))
         if parameters["expand_weight"] is not None:
-            expanded = steps.pointwise(image, parameters["expand_weight"], parameters["expand_bias"])
-            found.append(_frozen(constants, 0, x) or _joint(steps.statistics(expanded), expanded, settings.groups[0]))
-            norm1 = _norm(found[-1], parameters, 1, settings)
-        convolved, mean, var = steps.depthwise(
+            own = _own(parameters, constants, settings, 1)
+            expanded, vectors1 = steps.product(image, parameters["expand_weight"], parameters["expand_bias"], own=own)
+            vectors1 = _joint(vectors1, expanded, parameters, constants, settings, 1)
+            norm1 = steps.norm_of(vectors1)
+        convolved, vectors2 = steps.depthwise(
             expanded,
             norm1,
             settings.activation,
@@ -151,19 +151,26 @@ def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
             settings.stride,
             settings.padding,
             settings.dilation,
+            _norm_parameters(parameters, settings, 2),
         )
-        found.append(_frozen(constants, 1, x) or _joint((mean, var), convolved, settings.groups[1]))
-        norm2 = _norm(found[-1], parameters, 2, settings)
+        vectors2 = _joint(vectors2, convolved, parameters, constants, settings, 2)
+        norm2 = steps.norm_of(vectors2)
         gate = None
         excitation = _excitation(parameters, settings)
         if excitation is not None:
             gate = steps.excite(steps.squeeze(convolved, norm2, settings.activation2), excitation).to(wide(x.dtype))
-        gated = steps.norm_act(convolved, norm2, settings.activation2, gate)
-        projected = steps.pointwise(gated, parameters["project_weight"], parameters["project_bias"])
-        found.append(_frozen(constants, 2, x) or _joint(steps.statistics(projected), projected, settings.groups[2]))
-        norm3 = _norm(found[-1], parameters, 3, settings)
+        projected, vectors3 = steps.product(
+            convolved,
+            parameters["project_weight"],
+            parameters["project_bias"],
+            norm2,
+            settings.activation2,
+            gate,
+            _own(parameters, constants, settings, 3),
+        )
+        vectors3 = _joint(vectors3, projected, parameters, constants, settings, 3)
         factor = _factor(constants, projected)
-        y = steps.norm_act(projected, norm3, "identity", factor, image if settings.residual else None)
+        y = steps.norm_act(projected, steps.norm_of(vectors3), "identity", factor, image if settings.residual else None)
     nothing = x.new_empty(0)
     keeps = settings.keep_expanded and norm1 is not None
     return (
@@ -172,7 +179,9 @@ def _block_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         convolved,
         projected,
         nothing.to(wide(x.dtype)) if gate is None else gate,
-        torch.cat([one[row] for row in range(3) for one in found]).view(3, -1),
+        vectors1,
+        vectors2,
+        vectors3,
     )
 
 
@@ -209,23 +218,30 @@ def _block_gradients(
     needs = dict(zip(("x", *BLOCK_PARAMETERS), wanted, strict=True))
     gradients: dict[str, Tensor] = {}
     expand_weight, convolved, projected = parameters["expand_weight"], saved.convolved, saved.projected
-    channels = [t.shape[3] for t in (convolved, projected)]
-    sizes = channels if expand_weight is None else [channels[0], *channels]
-    norms = _norms(saved.statistics, sizes, parameters, settings)
+    norm2, norm3 = steps.norm_of(saved.norm2), steps.norm_of(saved.norm3)
     frozen = [constants[0] is not None, constants[2] is not None, constants[4] is not None]
 
     # The project's norm, and its product.
-    norm3 = norms[-1]
+    def norm_gradient(which: int, sums: Tensor, image: Tensor, *factors: Tensor | None) -> steps.Coefficients:
+        norm = steps.norm_of((saved.norm1, saved.norm2, saved.norm3)[which - 1])
+        own, group, is_frozen = (
+            _norm_parameters(parameters, settings, which),
+            settings.groups[which - 1],
+            frozen[which - 1],
+        )
+        found = _norm_gradient(sums, norm, image, is_frozen, own, group, *factors)
+        gradients[f"norm{which}_weight"], gradients[f"norm{which}_bias"] = found.weight, found.bias
+        bias = ("expand_bias", "bias", "project_bias")[which - 1]
+        if needs[bias]:
+            gradients[bias] = (
+                norm.scale * steps.totals(sums, *factors)[0] if is_frozen else torch.zeros_like(norm.scale)
+            )
+        return found.coefficients
+
     sums, _ = steps.gradient_sums(dy, projected, norm3, "identity")
     factor = _factor(constants, projected)
-    ga, gah = (sums.ga, sums.gah) if factor is None else (factor * sums.ga, factor * sums.gah)
-    total, total_h = ga.sum(0), gah.sum(0)
-    gradients["norm3_weight"], gradients["norm3_bias"] = total_h, total
-    if needs["project_bias"]:
-        gradients["project_bias"] = norm3.scale * total if frozen[2] else torch.zeros_like(total)
-    coefficients = _coefficients(norm3, frozen[2], projected, total, total_h, settings.groups[2])
+    coefficients = norm_gradient(3, sums, projected, factor, None)
     dprojected = steps.norm_backward(dy, projected, norm3, coefficients, factor)
-    norm2 = norms[-2]
     dgated = steps.pointwise_input_gradient(dprojected, parameters["project_weight"])
     gate = None if parameters["w_reduce"] is None else saved.gate
 
@@ -235,30 +251,23 @@ def _block_gradients(
         gradients["project_weight"] = steps.pointwise_weight_gradient(dprojected, gated)
     del gated, dprojected
     offset = None
-    total, total_h = sums.ga, sums.gah
     excitation = _excitation(parameters, settings)
-    if gate is not None and excitation is not None:
-        per_pixel = 1.0 / (convolved.shape[1] * convolved.shape[2])
-        dpooled, of_parameters = steps.excite_backward(sums.gy, sums.y * per_pixel, excitation)
+    if excitation is not None:
+        pixels = convolved.shape[1] * convolved.shape[2]
+        offset, of_parameters = steps.excite_backward(sums, pixels, excitation)
         gradients.update(zip(("w_reduce", "b_reduce", "w_expand", "b_expand"), of_parameters, strict=True))
-        offset = dpooled * per_pixel
-        total, total_h = gate * total + offset * sums.a, gate * total_h + offset * sums.ah
-    total, total_h = total.sum(0), total_h.sum(0)
-    gradients["norm2_weight"], gradients["norm2_bias"] = total_h, total
-    if needs["bias"]:
-        gradients["bias"] = norm2.scale * total if frozen[1] else torch.zeros_like(total)
+    coefficients = norm_gradient(2, sums, convolved, gate, offset)
     if not any(needs[name] for name in ("x", "weight", *BLOCK_PARAMETERS[:4])):
         return gradients
-    coefficients = _coefficients(norm2, frozen[1], convolved, total, total_h, settings.groups[1])
 
     # The depthwise convolution.
-    norm1 = None if expand_weight is None else norms[0]
+    norm1 = None if expand_weight is None else steps.norm_of(saved.norm1)
     expanded = saved.expanded
     if norm1 is None:
         expanded = image
     elif not settings.keep_expanded:
         expanded = steps.pointwise(image, expand_weight, parameters["expand_bias"])
-    dexpanded, gradients["weight"], total, total_h = steps.depthwise_backward(
+    dexpanded, gradients["weight"], sums = steps.depthwise_backward(
         dgated,
         convolved,
         norm2,
@@ -280,12 +289,9 @@ def _block_gradients(
         return gradients
 
     # The expansion.
-    gradients["norm1_weight"], gradients["norm1_bias"] = total_h, total
-    if needs["expand_bias"]:
-        gradients["expand_bias"] = norm1.scale * total if frozen[0] else torch.zeros_like(total)
+    coefficients = norm_gradient(1, sums, expanded)
     if not needs["x"] and not needs["expand_weight"]:
         return gradients
-    coefficients = _coefficients(norm1, frozen[0], expanded, total, total_h, settings.groups[0])
     residual = dy if settings.residual else None
     if not keeps_gradient(image):
         found = product_backward(
@@ -314,59 +320,79 @@ def _constants_and_settings(arguments: Sequence[Any]) -> tuple[Constants, BlockS
     return tuple(arguments[_PARAMETER_COUNT:end]), BlockSettings(*arguments[end:])
 
 
-def _frozen(constants: Constants, which: int, x: Tensor) -> Statistics | None:
-    mean, var = constants[2 * which : 2 * which + 2]
-    if mean is None or var is None:
-        return None
-    mean, var = mean.to(wide(x.dtype)), var.to(wide(x.dtype))
-    return mean, var, var
+def _norm_parameters(parameters: dict[str, Any], settings: BlockSettings, which: int) -> NormParameters:
+    return NormParameters(parameters[f"norm{which}_weight"], parameters[f"norm{which}_bias"], settings.eps[which - 1])
 
 
-def _joint(own: tuple[Tensor, Tensor], image: Tensor, group: str) -> Statistics:
-    """The statistics of `image` (N, H, W, C) and of its parts in other processes."""
-    return joint_statistics(_pixels(image), *own, group)
+def _frozen(constants: Constants, which: int) -> tuple[Tensor, Tensor] | None:
+    """Mean and variance of a norm that uses its running statistics."""
+    mean, var = constants[2 * which - 2 : 2 * which]
+    return None if mean is None or var is None else (mean, var)
 
 
-def _coefficients(
-    norm: FoldedNorm, frozen: bool, image: Tensor, dy: Tensor, dyh: Tensor, group: str
-) -> steps.Coefficients:
-    """Those of `steps.coefficients_of`, over all processes that share the norm's statistics."""
-    if frozen:
-        group = ""
-    return steps.coefficients_of(norm, not frozen, *joint_sums(_pixels(image), dy, dyh, group))
+def _own(
+    parameters: dict[str, Any], constants: Constants, settings: BlockSettings, which: int
+) -> NormParameters | None:
+    """The parameters of a norm that uses the statistics of the batch."""
+    return None if _frozen(constants, which) else _norm_parameters(parameters, settings, which)
 
 
-def _norm(statistics: Sequence[Tensor], parameters: dict[str, Any], which: int, settings: BlockSettings) -> FoldedNorm:
-    weight, bias = parameters[f"norm{which}_weight"], parameters[f"norm{which}_bias"]
-    return steps.make_norm(statistics[0], statistics[1], weight, bias, settings.eps[which - 1])
+def _joint(
+    vectors: Tensor,
+    image: Tensor,
+    parameters: dict[str, Any],
+    constants: Constants,
+    settings: BlockSettings,
+    which: int,
+) -> Tensor:
+    """The norm of `image` and of its parts in other processes from that of its own part, rows of `NormVectors`."""
+    own = _norm_parameters(parameters, settings, which)
+    return _used_norm(vectors, image, _frozen(constants, which), own, settings.groups[which - 1])
 
 
-def _norms(
-    statistics: Tensor, sizes: Sequence[int], parameters: dict[str, Any], settings: BlockSettings
-) -> list[FoldedNorm]:
-    """Return the norms of a block, 2 and 3 or all three, in as few launches as their parameters allow."""
-    first = 4 - len(sizes)
-    weights = [parameters[f"norm{i}_weight"] for i in range(first, 4)]
-    eps = set(settings.eps[first - 1 :])
-    parts = [part.unbind() for part in statistics.split(sizes, 1)]
-    if len(eps) > 1 or any(weight is None or weight.dtype != statistics.dtype for weight in weights):
-        return [_norm(part, parameters, i, settings) for i, part in enumerate(parts, first)]
-    inverses = torch.rsqrt(statistics[1] + eps.pop()).split(sizes)
-    scales = torch._foreach_mul(inverses, weights)
-    biases = [parameters[f"norm{i}_bias"] for i in range(first, 4)]
-    return [
-        steps.folded(part[0], inverse, scale, bias)
-        for part, inverse, scale, bias in zip(parts, inverses, scales, biases, strict=True)
-    ]
+def _used_norm(
+    vectors: Tensor, image: Tensor, frozen: tuple[Tensor, Tensor] | None, own: NormParameters, group: str
+) -> Tensor:
+    if frozen is not None:
+        mean, var = (t.to(wide(image.dtype)) for t in frozen)
+        return steps.fold(mean, var, var, own)
+    if not group:
+        return vectors
+    found = NormVectors(*vectors.unbind())
+    return steps.fold(*joint_statistics(_pixels(image), found.mean, found.variance, group), own)
+
+
+def _norm_gradient(
+    sums: Tensor,
+    norm: FoldedNorm,
+    image: Tensor,
+    frozen: bool,
+    own: NormParameters,
+    group: str,
+    factor: Tensor | None = None,
+    offset: Tensor | None = None,
+) -> steps.NormGradient:
+    """`steps.norm_gradient` over all processes that share the norm's statistics."""
+    pixels = _pixels(image)
+    shares = bool(group) and not frozen
+
+    def joint(dy: Tensor, dyh: Tensor) -> tuple[int | Tensor, Tensor, Tensor]:
+        return joint_sums(pixels, dy, dyh, group)
+
+    return steps.norm_gradient(sums, norm, pixels, not frozen, own, factor, offset, joint if shares else None)
 
 
 def _excitation(parameters: dict[str, Any], settings: BlockSettings) -> Excitation | None:
     if parameters["w_reduce"] is None:
         return None
-    dtype = torch.float64 if parameters["w_reduce"].is_cpu else wide(parameters["w_reduce"].dtype)
-    w_reduce, w_expand = (parameters[name].flatten(1).to(dtype) for name in ("w_reduce", "w_expand"))
-    b_reduce, b_expand = (None if parameters[n] is None else parameters[n].to(dtype) for n in ("b_reduce", "b_expand"))
-    return Excitation(w_reduce, b_reduce, w_expand, b_expand, settings.se_activation, settings.gate_activation)
+    return Excitation(
+        parameters["w_reduce"],
+        parameters["b_reduce"],
+        parameters["w_expand"],
+        parameters["b_expand"],
+        settings.se_activation,
+        settings.gate_activation,
+    )
 
 
 def _factor(constants: Constants, image: Tensor) -> Tensor | None:
@@ -389,7 +415,7 @@ def _block_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     out_height = (height + top + bottom - window[0]) // settings.stride + 1
     out_width = (width + left + right - window[1]) // settings.stride + 1
     channels, out_channels = weight.shape[0], project_weight.shape[0]
-    norms = channels + out_channels + (0 if expand_weight is None else channels)
+    norms = 0 if expand_weight is None else channels, channels, out_channels
     nothing = x.new_empty(0)
     keeps = settings.keep_expanded and expand_weight is not None
     return (
@@ -398,7 +424,7 @@ def _block_fake(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         x.new_empty(batch, out_height, out_width, channels),
         x.new_empty(batch, out_height, out_width, out_channels),
         x.new_empty((0,) if parameters["w_reduce"] is None else (batch, channels), dtype=wide(x.dtype)),
-        x.new_empty(3, norms, dtype=wide(x.dtype)),
+        *(x.new_empty((6, c) if c else 0, dtype=wide(x.dtype)) for c in norms),
     )
 
 
@@ -422,9 +448,11 @@ def _norm_act_forward(
 ) -> tuple[Tensor, Tensor]:
     with torch._C._DisableAutocast():
         image = nhwc(t)
-        found = _frozen((mean, var), 0, t) or _joint(steps.statistics(image), image, group)
-        y = steps.norm_act(image, steps.make_norm(found[0], found[1], weight, bias, eps), activation)
-    return nchw(y), torch.stack(found)
+        own = NormParameters(weight, bias, eps)
+        frozen = _frozen((mean, var), 1)
+        vectors = _used_norm(image if frozen else steps.statistics(image, own), image, frozen, own, group)
+        y = steps.norm_act(image, steps.norm_of(vectors), activation)
+    return nchw(y), vectors
 
 
 def _norm_act_backward(
@@ -433,18 +461,18 @@ def _norm_act_backward(
 ) -> list[Tensor]:  # fmt: skip
     with torch._C._DisableAutocast():
         image = nhwc(t)
-        norm = steps.make_norm(statistics[0], statistics[1], weight, bias, eps)
+        norm = steps.norm_of(statistics)
         gradient = nhwc(dy)
         sums, _ = steps.gradient_sums(gradient, image, norm, activation)
-        total, total_h = sums.ga.sum(0), sums.gah.sum(0)
+        own = NormParameters(weight, bias)
+        found = _norm_gradient(sums, norm, image, frozen, own, group)
         results = [t.new_empty(0)] * 3
         if wanted[0]:
-            coefficients = _coefficients(norm, frozen, image, total, total_h, group)
-            results[0] = nchw(steps.norm_backward(gradient, image, norm, coefficients, None, activation))
+            results[0] = nchw(steps.norm_backward(gradient, image, norm, found.coefficients, None, activation))
         if wanted[1]:
-            results[1] = total_h.to(weight.dtype)
+            results[1] = found.weight
         if wanted[2]:
-            results[2] = total.to(bias.dtype)
+            results[2] = found.bias
     return [result.clone() if i and result is results[0] else result for i, result in enumerate(results)]
 
 
@@ -452,7 +480,7 @@ def _norm_act_fake(
     t: Tensor, weight: Any, bias: Any, mean: Any, var: Any, eps: float, activation: str, group: str
 ) -> tuple[Tensor, Tensor]:
     batch, channels, height, width = t.shape
-    return nchw(t.new_empty(batch, height, width, channels)), t.new_empty(3, channels, dtype=wide(t.dtype))
+    return nchw(t.new_empty(batch, height, width, channels)), t.new_empty(6, channels, dtype=wide(t.dtype))
 
 
 def _norm_act_backward_fake(
@@ -523,8 +551,8 @@ def _register() -> None:
     block = f"{_PARAMETERS_SCHEMA}, {_CONSTANTS_SCHEMA}, {_SETTINGS_SCHEMA}"
     saved = ", ".join(f"Tensor {name}" for name in _Saved._fields)
     norm = "Tensor? weight, Tensor? bias"
-    five = "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    _define("block", f"(Tensor x, {block}) -> {five}", _block_forward, _block_fake)
+    saved_results = ", ".join(["Tensor"] * (1 + len(_Saved._fields)))
+    _define("block", f"(Tensor x, {block}) -> ({saved_results})", _block_forward, _block_fake)
     _define(
         "block_backward",
         f"(Tensor dy, Tensor x, {saved}, {block}, bool[] wanted) -> Tensor[]",

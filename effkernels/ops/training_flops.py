@@ -33,7 +33,7 @@ def block(x: Shape, *arguments: Any, out_shape: Any, **_: Any) -> int:
 @register_flop_formula(_block_backward)
 def block_backward(dy: Shape, x: Shape, expanded: Shape, convolved: Shape, *arguments: Any, **_: Any) -> int:
     """Return the FLOPs of a block's backward: each product once for its input and once for its weight, if asked for."""
-    shapes = dict(zip(BLOCK_PARAMETERS, arguments[3:], strict=False))
+    shapes = dict(zip(BLOCK_PARAMETERS, arguments[5:], strict=False))
     keeps_expanded, _, wanted = arguments[-3:]
     wants = dict(zip(("x", *BLOCK_PARAMETERS), wanted, strict=True))
     products = _products(x, convolved, shapes)
@@ -59,6 +59,14 @@ def _products(x: Shape, convolved: Shape, shapes: dict[str, Any]) -> dict[str, i
     }
 
 
+def _product(x: Shape, weight: Shape, *_: Any, **__: Any) -> int:
+    return int(2 * math.prod(x[:3]) * math.prod(weight))
+
+
+def _product_weights(weight: Shape, *_: Any, **__: Any) -> int:
+    return int(2 * math.prod(weight) * weight[1])
+
+
 def _depthwise(*shapes: Any, out_shape: Any, **_: Any) -> int:
     return int(2 * math.prod(out_shape[0][:3]) * math.prod(shapes[6]))
 
@@ -68,5 +76,8 @@ def _depthwise_backward(g: Shape, *shapes: Any, **_: Any) -> int:
 
 
 if _library.is_loaded():
+    register_flop_formula(torch.ops.effkernels.training_product)(_product)
+    register_flop_formula(torch.ops.effkernels.training_product_weights)(_product_weights)
+    register_flop_formula(torch.ops.effkernels.training_product_gradient)(_product_weights)
     register_flop_formula(torch.ops.effkernels.training_depthwise)(_depthwise)
     register_flop_formula(torch.ops.effkernels.training_depthwise_backward)(_depthwise_backward)

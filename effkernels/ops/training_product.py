@@ -46,31 +46,30 @@ def product_backward(
         residual: (N, H, W, Cin).
         frozen: the norm used its running statistics, so that dz = alpha g.
     """
-    alpha, beta, delta = coefficients
-    w = weight.flatten(1).to(wide(x.dtype))
-    shift = -norm.mean if bias is None else bias.to(norm.mean.dtype) - norm.mean
     dx = dweight = None
     if wanted[0]:
-        added = residual
-        if not frozen:
-            own = torch.addmv(w.t() @ delta, (beta[:, None] * w).t(), shift)
-            added = steps.pointwise(x, (w.t() @ (beta[:, None] * w))[:, :, None, None], own, residual)
-        dx = steps.pointwise_input_gradient(g, (alpha[:, None] * w)[:, :, None, None], added)
+        scaled, middle, shift = steps.product_weights(weight, bias, norm, coefficients, x.dtype)
+        added = residual if frozen else steps.pointwise(x, middle, shift, residual)
+        dx = steps.pointwise(g, scaled, None, added)
     if wanted[1]:
-        dweight = alpha[:, None] * _weight_gradient(g, x)
-    if dweight is not None and not frozen:
         pixels = x.numel() // x.shape[3]
-        mean, covariance = _moments(x)
-        of_mean = delta + beta * (torch.mv(w, mean) + shift)
-        dweight += pixels * torch.addmm(of_mean[:, None] * mean, beta[:, None] * w, covariance)
+        moments = None if frozen else _moments(x)
+        dweight = steps.product_gradient(_weight_gradient(g, x), moments, pixels, weight, bias, norm, coefficients)
     return dx, dweight
 
 
-def _moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (C,) and covariance (C, C) of the pixels of x (N, H, W, C), in the wide dtype."""
-    mean, _ = steps.statistics(x)
-    rows = x.reshape(-1, x.shape[3]) - mean
-    return mean, (rows.t() @ rows) / rows.shape[0]
+def _moments(x: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """Mean (C,) and sum of products (C, C) of the pixels of x (N, H, W, C), and whether those are of x - mean.
+
+    A difference from the mean would be a float32 image where x has a 16-bit type. There the products are of x itself:
+    the digits that they lose where a mean is large are fewer than x has lost.
+    """
+    mean = steps.NormVectors(*steps.statistics(x).unbind()).mean
+    rows = x.reshape(-1, x.shape[3])
+    if x.dtype != wide(x.dtype):
+        return mean, torch.mm(rows.t(), rows, out_dtype=wide(x.dtype)), False
+    rows = rows - mean
+    return mean, rows.t() @ rows, True
 
 
 def _weight_gradient(g: Tensor, x: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ differences of them leave.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -24,11 +24,34 @@ from effkernels.ops.reference import activate, apply_gate
 
 aten: Any = torch.ops.aten
 
+# Channels that the kernels of csrc/cuda/training_vectors.h have shared memory for.
+_MOST_EXCITED = 12 << 10
+_MOST_PRODUCT_CHANNELS = 16 << 10
+
 
 class FoldedNorm(NamedTuple):
     """A norm of which scale = weight * inverse_deviation is computed: (t - mean) * scale + bias; each (C,)."""
 
     mean: Tensor
+    inverse_deviation: Tensor
+    scale: Tensor
+    bias: Tensor
+
+
+class NormParameters(NamedTuple):
+    """What a norm has besides its statistics: weight and bias, (C,) or None for 1 and 0."""
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    eps: float = 0.0
+
+
+class NormVectors(NamedTuple):
+    """Everything of a norm by the statistics of a batch, the rows of a tensor (6, C) that the kernels write."""
+
+    mean: Tensor
+    variance: Tensor
+    unbiased: Tensor
     inverse_deviation: Tensor
     scale: Tensor
     bias: Tensor
@@ -74,7 +97,12 @@ _HAS_CUDA_KERNELS = _library.is_loaded() and torch._C._dispatch_has_kernel_for_d
 )
 
 
-def _has_kernel(t: Tensor) -> bool:
+def _has_kernel(t: Tensor, name: str = "") -> bool:
+    """Whether a compiled kernel takes t; `name`: of an operator that not all devices have."""
+    if name and not t.is_meta:
+        device = "CUDA" if t.is_cuda else "CPU"
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"effkernels::{name}", device):
+            return False
     if t.is_meta:
         return getattr(_planning, "active", False) and backends.selected() != "reference"
     if t.dtype not in backends.DTYPES or t.numel() == 0 or not _library.is_loaded():
@@ -95,23 +123,55 @@ def make_norm(mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | N
     """The norm of these statistics, (C,) each, in their dtype."""
     inverse_deviation = torch.rsqrt(var + eps)
     scale = inverse_deviation if weight is None else inverse_deviation * weight.to(mean.dtype)
-    return folded(mean, inverse_deviation, scale, bias)
+    bias = torch.zeros_like(mean) if bias is None else bias.to(mean.dtype)
+    return FoldedNorm(mean, inverse_deviation, scale, bias)
 
 
-def folded(mean: Tensor, inverse_deviation: Tensor, scale: Tensor, bias: Tensor | None) -> FoldedNorm:
-    """The norm of which everything but the bias is in the statistics' dtype."""
-    return FoldedNorm(mean, inverse_deviation, scale, torch.zeros_like(mean) if bias is None else bias.to(mean.dtype))
+def fold(mean: Tensor, variance: Tensor, unbiased: Tensor, own: NormParameters) -> Tensor:
+    """The rows (6, C) of `NormVectors` from statistics (C,) that are known."""
+    norm = make_norm(mean, variance, *own)
+    return torch.stack((mean, variance, unbiased, *norm[1:]))
 
 
-def statistics(t: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of t (N, H, W, C)."""
+def norm_of(vectors: Tensor) -> FoldedNorm:
+    """The norm of the rows (6, C) of `NormVectors`; views."""
+    rows = NormVectors(*vectors.unbind())
+    return FoldedNorm(rows.mean, rows.inverse_deviation, rows.scale, rows.bias)
+
+
+def statistics(t: Tensor, own: NormParameters = NormParameters()) -> Tensor:  # noqa: B008  it cannot change
+    """The norm of t (N, H, W, C) by its statistics, as rows (6, C) of `NormVectors`."""
     if _has_kernel(t):
-        return torch.ops.effkernels.training_statistics(t)  # type: ignore[no-any-return]
+        return torch.ops.effkernels.training_statistics(t, *_of_kernels(own))  # type: ignore[no-any-return]
     if t.numel() == 0:  # all of the batch is in other processes
         nothing = t.new_zeros(t.shape[3], dtype=wide(t.dtype))
-        return nothing, nothing
+        return fold(nothing, nothing, nothing, own)
     var, mean = torch.var_mean(t.to(wide(t.dtype)), (0, 1, 2), correction=0)
-    return mean, var
+    count = t.numel() // t.shape[3]
+    return fold(mean, var, var * (count / (count - 1)) if count > 1 else var, own)
+
+
+def _of_kernels(own: NormParameters) -> NormParameters:
+    """As the kernels take it: in any dtype that they have."""
+    weight, bias = (t if t is None or t.dtype in backends.DTYPES else t.float() for t in (own.weight, own.bias))
+    return NormParameters(weight, bias, own.eps)
+
+
+def has_running_kernel(vectors: Tensor) -> bool:
+    """Whether `update_running` takes norms with these rows (6, C)."""
+    return _has_kernel(vectors, "training_running")
+
+
+def update_running(running: list[Tensor], vectors: list[Tensor], counts: list[Tensor], momenta: list[float]) -> None:
+    """Update the running statistics of at most 4 norms after a batch, in one launch.
+
+    Args:
+        running: mean and variance (C,) of each norm; changed in place.
+        vectors: rows (6, C) of `NormVectors` of each norm.
+        counts: numbers of batches, of those norms that count them; changed in place.
+        momenta: of each norm.
+    """
+    torch.ops.effkernels.training_running(running, vectors, counts, momenta)
 
 
 def norm_act(
@@ -144,31 +204,67 @@ def depthwise(
     stride: int,
     padding: Sequence[int],
     dilation: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Depthwise convolution of activation(norm(t)), or of t where there is no norm; (N, H', W', C), mean, variance."""
+    own: NormParameters = NormParameters(),  # noqa: B008  it cannot change
+) -> tuple[Tensor, Tensor]:
+    """Depthwise convolution of activation(norm(t)), or of t where there is no norm.
+
+    Returns:
+        z (N, H', W', C), and its norm as rows (6, C) of `NormVectors`; `own` are the parameters of that norm.
+    """
     if _has_kernel(t) and _is_plain_depthwise(t, weight, padding, dilation):
         arguments = (None,) * 4 if norm is None else norm
         bias = None if bias is None else bias.float()
         return torch.ops.effkernels.training_depthwise(  # type: ignore[no-any-return]
-            t, *arguments, activation, weight.contiguous(), bias, stride, padding
+            t, *arguments, activation, weight.contiguous(), bias, stride, padding, *_of_kernels(own)
         )
     y = _padded(t if norm is None else norm_act(t, norm, activation), padding)
     z = F.conv2d(y, weight.to(y.dtype), None if bias is None else bias.to(y.dtype), stride, 0, dilation, y.shape[1])
     z = nhwc(z)
-    return z, *statistics(z)
+    return z, statistics(z, own)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: FoldedNorm | None = None,
+    activation: str = "identity",
+    factor: Tensor | None = None,
+    own: NormParameters | None = NormParameters(),  # noqa: B008  it cannot change
+) -> tuple[Tensor, Tensor]:
+    """1x1 convolution of activation(norm(x)) * factor, or of x where there is no norm.
+
+    Args:
+        x: (N, H, W, Cin); factor: (N, Cin).
+        weight: (Cout, Cin, 1, 1), bias (Cout,).
+        own: parameters of the norm of the result; None: that norm does not use the statistics of the batch.
+
+    Returns:
+        z (N, H, W, Cout), and its norm as rows (6, C) of `NormVectors`, which mean nothing where `own` is None.
+    """
+    if _has_kernel(x, "training_product"):
+        arguments = (None,) * 4 if norm is None else norm
+        bias = bias if bias is None or bias.dtype in backends.DTYPES else bias.float()
+        return torch.ops.effkernels.training_product(  # type: ignore[no-any-return]
+            x, weight.to(x.dtype).contiguous(), bias, *arguments, activation, factor,
+            *_of_kernels(own or NormParameters()), _tf32.resolve(None, x),
+        )  # fmt: skip
+    z = pointwise(x if norm is None else norm_act(x, norm, activation, factor), weight, bias)
+    return z, z.new_empty(0) if own is None else statistics(z, own)
 
 
 def gradient_sums(
     g: Tensor, t: Tensor, norm: FoldedNorm, activation: str, factor: Tensor | None = None, with_y: bool = False
-) -> tuple[GradientSums, Tensor]:
-    """The sums of `GradientSums`, and y * factor (N, H, W, C) in t's dtype where it is asked for (else nothing)."""
+) -> tuple[Tensor, Tensor]:
+    """The sums of `GradientSums`, (6, N, C), and y * factor (N, H, W, C) in t's dtype if asked for, else nothing."""
     if _has_kernel(t):
-        found, y = torch.ops.effkernels.training_gradient_sums(g, t, *norm, activation, factor, with_y)
-        return GradientSums(*found), y
+        return torch.ops.effkernels.training_gradient_sums(  # type: ignore[no-any-return]
+            g, t, *norm, activation, factor, with_y
+        )
     z, g = _normalised(t, norm), g.to(wide(g.dtype))
     y, slope = activate(z, activation), _activation_backward(torch.ones_like(z), z, activation)
     h, gs = (t - norm.mean) * norm.inverse_deviation, g * slope
-    sums = GradientSums(*(s.sum((1, 2), dtype=torch.float64) for s in (y, g * y, gs, slope, gs * h, slope * h)))
+    sums = torch.stack([s.sum((1, 2), dtype=torch.float64) for s in (y, g * y, gs, slope, gs * h, slope * h)])
     if factor is not None:
         y = y * factor.to(y.dtype)[:, None, None, :]
     return sums, y.to(t.dtype) if with_y else y.new_empty(0)
@@ -189,7 +285,7 @@ def depthwise_backward(
     stride: int,
     padding: Sequence[int],
     dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Backward of a depthwise convolution and of the activations on both of its sides.
 
     Args:
@@ -201,16 +297,15 @@ def depthwise_backward(
 
     Returns:
         The gradient of norm(t), or of t where there is no norm, in t's dtype; that of the weight, in the wide dtype;
-        the sums (C,) of the first and of the first times (t - mean) * inverse_deviation.
+        the sums (2, C) of the first and of the first times (t - mean) * inverse_deviation, nothing without a norm.
     """
     one_activation = norm is None or activation == z_activation
     if _has_kernel(t) and one_activation and _is_plain_depthwise(t, weight, padding, dilation):
         arguments = (None,) * 4 if norm is None else norm
-        dx, dweight, sums = torch.ops.effkernels.training_depthwise_backward(
+        return torch.ops.effkernels.training_depthwise_backward(  # type: ignore[no-any-return]
             g, z, *z_norm, z_activation, factor, offset, *coefficients, t, *arguments, activation,
             weight.contiguous(), stride, padding,
         )  # fmt: skip
-        return (dx, dweight, *sums) if norm is not None else (dx, dweight, sums, sums)
     dy = g.to(wide(g.dtype))
     if factor is not None:
         dy = dy * factor[:, None, None, :]
@@ -226,10 +321,63 @@ def depthwise_backward(
     top, _, left, _ = padding
     dx = nhwc(dx[:, :, top : top + t.shape[1], left : left + t.shape[2]])
     if norm is None:
-        nothing = dx.new_empty(0)
-        return dx, dweight.to(wide(t.dtype)), nothing, nothing
+        return dx, dweight.to(wide(t.dtype)), dx.new_empty(0)
     dx = _activation_backward(dx.to(wide(t.dtype)), _normalised(t, norm), activation)
-    return dx.to(t.dtype), dweight.to(wide(t.dtype)), *_sums(dx, t, norm)
+    return dx.to(t.dtype), dweight.to(wide(t.dtype)), _sums(dx, t, norm)
+
+
+class NormGradient(NamedTuple):
+    """The gradients of a norm's weight and bias, (C,), and what the gradient of its input needs."""
+
+    weight: Tensor
+    bias: Tensor
+    coefficients: Coefficients
+
+
+def norm_gradient(
+    sums: Tensor,
+    norm: FoldedNorm,
+    pixels: int,
+    batch_statistics: bool,
+    own: NormParameters,
+    factor: Tensor | None = None,
+    offset: Tensor | None = None,
+    joint: Callable[[Tensor, Tensor], tuple[int | Tensor, Tensor, Tensor]] | None = None,
+) -> NormGradient:
+    """The gradients of a norm from sums over `pixels` pixels of a batch.
+
+    Args:
+        sums: (6, N, C) of `gradient_sums`, or (2, C) of `depthwise_backward`.
+        batch_statistics: False for a norm that uses running statistics, and does not differentiate through them.
+        own: the parameters, whose dtypes the gradients have; where there are none they are wide.
+        factor, offset: (N, C) or None; the gradient of the norm's result is factor * g a' + offset * a'.
+        joint: from two sums (C,) of this process to number of pixels and sums of all that share the statistics.
+    """
+    if joint is None and _has_kernel(norm.scale, "training_norm_gradient"):
+        parameters = _of_kernels(own)
+        weight, bias, vectors = torch.ops.effkernels.training_norm_gradient(
+            sums, factor, offset, norm.scale, norm.inverse_deviation, pixels, batch_statistics, *parameters[:2]
+        )
+        return NormGradient(weight, bias, Coefficients(norm.scale, *vectors))
+    total, total_h = totals(sums, factor, offset)
+    everywhere = (pixels, total, total_h) if joint is None else joint(total, total_h)
+    weight, bias = (
+        t.to(norm.scale.dtype if like is None else like.dtype) for t, like in ((total_h, own.weight), (total, own.bias))
+    )
+    return NormGradient(weight, bias, coefficients_of(norm, batch_statistics, *everywhere))
+
+
+def totals(sums: Tensor, factor: Tensor | None, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The sums (C,) over a batch of the gradient of a norm's result, and of it times h; as `norm_gradient`."""
+    if sums.dim() == 2:
+        return sums[0], sums[1]
+    found = GradientSums(*sums)
+    total, total_h = found.ga, found.gah
+    if factor is not None:
+        total, total_h = factor * total, factor * total_h
+    if offset is not None:
+        total, total_h = total + offset * found.a, total_h + offset * found.ah
+    return total.sum(0), total_h.sum(0)
 
 
 def coefficients_of(
@@ -289,6 +437,74 @@ def pointwise_input_gradient(dz: Tensor, weight: Tensor, residual: Tensor | None
     return torch.addmm(residual.reshape(-1, matrix.shape[1]), rows, matrix).reshape(shape)
 
 
+def product_weights(
+    weight: Tensor, bias: Tensor | None, norm: FoldedNorm, coefficients: Coefficients, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The weights by which the gradient of a norm after a 1x1 convolution reaches the convolution's input.
+
+    Args:
+        weight: (Cout, Cin, 1, 1); bias (Cout,).
+        norm, coefficients: of the norm after it.
+        dtype: that the products are computed in.
+
+    Returns:
+        (alpha W)' as (Cin, Cout, 1, 1), W' beta W as (Cin, Cin, 1, 1), W' (delta + beta (bias - mean)) as (Cin,).
+    """
+    if _has_product_kernel(weight) and dtype == weight.dtype:
+        return torch.ops.effkernels.training_product_weights(  # type: ignore[no-any-return]
+            weight.contiguous(), bias, norm.mean, *coefficients
+        )
+    alpha, beta, delta = coefficients
+    w = weight.flatten(1).to(wide(dtype))
+    shift = -norm.mean if bias is None else bias.to(norm.mean.dtype) - norm.mean
+    scaled, middle = (alpha[:, None] * w).t(), w.t() @ (beta[:, None] * w)
+    return (
+        scaled[:, :, None, None],
+        middle[:, :, None, None],
+        torch.addmv(w.t() @ delta, (beta[:, None] * w).t(), shift),
+    )
+
+
+def product_gradient(
+    products: Tensor,
+    moments: tuple[Tensor, Tensor, bool] | None,
+    pixels: int,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: FoldedNorm,
+    coefficients: Coefficients,
+) -> Tensor:
+    """The gradient of a 1x1 convolution's weight through the norm after it, as `training_product` explains.
+
+    Args:
+        products: g'x (Cout, Cin).
+        moments: mean (Cin,) and sum of products (Cin, Cin) of the input, and whether those are of x - mean; None for a
+            norm that uses running statistics.
+        pixels: of the batch.
+    """
+    if _has_product_kernel(weight):
+        mean, squares, centred = (None, None, False) if moments is None else moments
+        return torch.ops.effkernels.training_product_gradient(  # type: ignore[no-any-return]
+            weight.contiguous(), bias, norm.mean, *coefficients, products, mean, squares, pixels, centred
+        )
+    alpha, beta, delta = coefficients
+    dweight = alpha[:, None] * products
+    if moments is None:
+        return dweight
+    mean, squares, centred = moments
+    if not centred:
+        squares = squares - pixels * mean[:, None] * mean
+    w = weight.flatten(1).to(mean.dtype)
+    shift = -norm.mean if bias is None else bias.to(norm.mean.dtype) - norm.mean
+    of_mean = delta + beta * (torch.mv(w, mean) + shift)
+    return dweight + torch.addmm((pixels * of_mean)[:, None] * mean, beta[:, None] * w, squares)
+
+
+def _has_product_kernel(weight: Tensor) -> bool:
+    fits = max(weight.shape[:2]) <= _MOST_PRODUCT_CHANNELS
+    return fits and _has_kernel(weight, "training_product_weights")
+
+
 def pointwise_weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
     """The gradient (Cout, Cin, 1, 1) of the weight of a 1x1 convolution, in x's dtype."""
     if x.is_cuda:  # a product of two matrices as they are: cuDNN may convert or pad them, and add by atomics
@@ -307,7 +523,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | 
 
 
 class Excitation(NamedTuple):
-    """The parameters of squeeze-and-excitation, in float64 on a CPU, as the means are: they are few. Elsewhere wide."""
+    """The parameters of squeeze-and-excitation, of its two 1x1 convolutions."""
 
     w_reduce: Tensor
     b_reduce: Tensor | None
@@ -319,15 +535,26 @@ class Excitation(NamedTuple):
 
 def excite(pooled: Tensor, e: Excitation) -> Tensor:
     """The gate (N, C) of the means (N, C)."""
+    if _has_excite_kernel(e):
+        return torch.ops.effkernels.training_excite(pooled, *_contiguous(e))  # type: ignore[no-any-return]
+    e = _as_computed(e)
     hidden = activate(F.linear(pooled.to(e.w_reduce.dtype), e.w_reduce, e.b_reduce), e.activation)
     return apply_gate(F.linear(hidden, e.w_expand, e.b_expand), e.gate)
 
 
-def excite_backward(
-    dgate: Tensor, pooled: Tensor, e: Excitation
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """The gradients of the means, and of w_reduce, b_reduce, w_expand and b_expand."""
-    pooled, dgate = pooled.to(e.w_reduce.dtype), dgate.to(e.w_reduce.dtype)
+def excite_backward(sums: Tensor, pixels: int, e: Excitation) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """The gradients of what was averaged, (N, C), and of w_reduce, b_reduce, w_expand and b_expand.
+
+    Args:
+        sums: (6, N, C) of `gradient_sums`.
+        pixels: of an image.
+    """
+    if _has_excite_kernel(e):
+        offset, *of_parameters = torch.ops.effkernels.training_excite_backward(sums, pixels, *_contiguous(e))
+        return offset, tuple(of_parameters)
+    e = _as_computed(e)
+    found = GradientSums(*sums)
+    pooled, dgate = (found.y * (1.0 / pixels)).to(e.w_reduce.dtype), found.gy.to(e.w_reduce.dtype)
     before = F.linear(pooled, e.w_reduce, e.b_reduce)
     hidden = activate(before, e.activation)
     logits = F.linear(hidden, e.w_expand, e.b_expand)
@@ -337,7 +564,26 @@ def excite_backward(
         dlogits = aten.hardsigmoid_backward(dgate, logits)
     dbefore = _activation_backward(dlogits @ e.w_expand, before, e.activation)
     parameters = (dbefore.t() @ pooled, dbefore.sum(0), dlogits.t() @ hidden, dlogits.sum(0))
-    return dbefore @ e.w_reduce, parameters
+    return (dbefore @ e.w_reduce) * (1.0 / pixels), parameters
+
+
+def _has_excite_kernel(e: Excitation) -> bool:
+    channels = sum(e.w_reduce.shape[:2])
+    same = all(t is None or t.dtype in backends.DTYPES for t in e[:4])
+    return same and channels <= _MOST_EXCITED and _has_kernel(e.w_reduce, "training_excite")
+
+
+def _contiguous(e: Excitation) -> tuple[Any, ...]:
+    w_reduce, w_expand = e.w_reduce.contiguous(), e.w_expand.contiguous()
+    return w_reduce, e.b_reduce, w_expand, e.b_expand, e.activation, e.gate
+
+
+def _as_computed(e: Excitation) -> Excitation:
+    """The parameters as matrices in float64 on a CPU, as the means are: they are few. Elsewhere wide."""
+    dtype = torch.float64 if e.w_reduce.is_cpu else wide(e.w_reduce.dtype)
+    w_reduce, w_expand = (t.flatten(1).to(dtype) for t in (e.w_reduce, e.w_expand))
+    b_reduce, b_expand = (None if t is None else t.to(dtype) for t in (e.b_reduce, e.b_expand))
+    return Excitation(w_reduce, b_reduce, w_expand, b_expand, e.activation, e.gate)
 
 
 def nhwc(t: Tensor) -> Tensor:
@@ -350,9 +596,9 @@ def nchw(t: Tensor) -> Tensor:
     return t.permute(0, 3, 1, 2)
 
 
-def _sums(dy: Tensor, t: Tensor, norm: FoldedNorm) -> tuple[Tensor, Tensor]:
+def _sums(dy: Tensor, t: Tensor, norm: FoldedNorm) -> Tensor:
     h = (t - norm.mean) * norm.inverse_deviation
-    return dy.sum((0, 1, 2), dtype=torch.float64), (dy * h).sum((0, 1, 2), dtype=torch.float64)
+    return torch.stack([s.sum((0, 1, 2), dtype=torch.float64) for s in (dy, dy * h)])
 
 
 def _is_plain_depthwise(t: Tensor, weight: Tensor, padding: Sequence[int], dilation: int) -> bool:

@@ -8,6 +8,7 @@ forward, so the bytes of plain PyTorch are underestimated.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ class StepLaunches:
     Attributes:
         phase: one of `PHASES`.
         op: the operator, 'effkernels::...' or 'aten::...'.
-        launches: how many; an operator counts as one launch.
+        launches: how many; an operator counts as one launch, if this project does not know better.
         bytes: each argument read once, each result written once.
         flops: two per multiply-add of convolutions and matrix products.
         floor_us: the sum of what each launch takes at the least, by its bytes or by its FLOPs at the GPU's rates.
@@ -211,14 +212,21 @@ class _Recorder(TorchDispatchMode):
         if whole is not None:  # an operator that is several launches
             with self:
                 return whole(*args, **kwargs)
+        if _is_composite(func.name()):
+            with self:
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
+        if func._schema.name == "aten::convolution" and args[0].is_contiguous(memory_format=torch.channels_last):
+            result = result.contiguous(memory_format=torch.channels_last)  # as on a GPU; the meta device forgets it
         results = list(tensors_in([result]))
-        if launches(func, results):
+        if launches(func, results) or _changes_lists(func):
             self._count(func, args, kwargs, result, results)
         return result
 
     def _count(self, func: Any, args: Any, kwargs: Any, result: Any, results: list[Tensor]) -> None:
         read = {id(t): t for t in tensors_in((*args, *kwargs.values()))}
+        if not results:
+            results = list(tensors_in(args[:1]))
         moved = sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in (*read.values(), *results))
         flops = _flops(func, args, kwargs, result)
         dtype = next(iter(read.values()), results[0]).dtype
@@ -227,8 +235,29 @@ class _Recorder(TorchDispatchMode):
         rate = self._gpu.float32 if plain else self._gpu.tensor
         floor = 1e6 * max(moved / self._gpu.bandwidth, flops / rate)
         sums = self._found.setdefault((self.phase, func._schema.name), [0, 0, 0, 0.0])
-        for i, value in enumerate((1, moved, flops, floor)):
+        launched = _SEVERAL_LAUNCHES.get(func._schema.name, 1)
+        for i, value in enumerate((launched, moved, flops, floor)):
             sums[i] += value
+
+
+# Operators of this project that are more than one launch.
+_SEVERAL_LAUNCHES = {"effkernels::training_excite_backward": 2}
+
+
+@functools.cache
+def _is_composite(name: str) -> bool:
+    """Whether PyTorch puts an operator together of others on every device, as casts and copies of several kinds.
+
+    Inside the operators of this project such a call is not taken apart before it is seen.
+    """
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return has_kernel(name, "CompositeImplicitAutograd") and not has_kernel(name, "CPU")
+
+
+def _changes_lists(func: Any) -> bool:
+    """Whether an operator without a result works in place on lists of tensors: one launch for all of them."""
+    returns, arguments = func._schema.returns, func._schema.arguments
+    return not returns and any(a.alias_info is not None and a.alias_info.is_write for a in arguments)
 
 
 def _flops(func: Any, args: Any, kwargs: Any, result: Any) -> int:

@@ -1,0 +1,6 @@
+#include "training_product.cuh"
+
+namespace effkernels::cuda {
+template cudaError_t run_training_product<float>(const training::ProductParams&, const PointwisePlan&,
+                                                 const PointwiseWork&, const Launch&);
+}
