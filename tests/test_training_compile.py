@@ -58,12 +58,12 @@ def test_the_kernels_keep_their_contracts() -> None:
     norm, ops = _norm(20), torch.ops.effkernels
     pads = [1, 1, 1, 1]
     for op, arguments in (
-        (ops.training_statistics, (t,)),
+        (ops.training_statistics, (t, vector, vector, 1e-3)),
         (ops.training_norm_act, (t, *norm, "silu", factor, g)),
         (ops.training_squeeze, (t, *norm, "relu6")),
         (ops.training_gradient_sums, (g, t, *norm, "gelu", factor, True)),
         (ops.training_norm_backward, (g, t, *norm, "silu", vector, vector, vector, factor)),
-        (ops.training_depthwise, (t, *norm, "silu", weight, vector, 1, pads)),
+        (ops.training_depthwise, (t, *norm, "silu", weight, vector, 1, pads, vector, None, 1e-3)),
         (
             ops.training_depthwise_backward,
             (g, t, *norm, "silu", factor, factor, vector, vector, vector, t, *norm, "silu", weight, 1, pads),

@@ -46,9 +46,8 @@ def results(
     first, second = norm(), norm()
     padding = (kernel // 2, kernel // 2 - 1, kernel // 2, kernel // 2)
     found: dict[str, Tensor] = {}
-    own = steps.NormParameters(draw(channels), draw(channels), 1e-3)
-    found["z"], vectors = steps.depthwise(t, first, activation, weight, draw(channels), stride, padding, 1, own)
-    found |= steps.NormVectors(*vectors)._asdict()
+    found["z"], vectors = steps.depthwise(t, first, activation, weight, draw(channels), stride, padding, 1)
+    found["mean"], found["var"] = vectors[:2]
     z, g = (draw(*found["z"].shape).to(rounded).to(dtype) for _ in range(2))
     factor, offset = draw(3, channels), draw(3, channels)
     coefficients = steps.Coefficients(draw(channels), draw(channels), draw(channels))
@@ -86,6 +85,25 @@ def test_kernels_keep_to_the_tolerance_rule(
         # Sums of rounded numbers, in float64: what is added is of float32.
         result, plain = (r[name].float() if r[name].dtype == torch.float64 else r[name] for r in (found, own))
         assert_parity(result, plain, wanted, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_norm_by_the_statistics_of_a_batch(isa: str, dtype: torch.dtype) -> None:
+    """What follows from mean and variance, with parameters in any dtype."""
+    image, (weight, bias) = torch.randn(3, 5, 6, 37), torch.randn(2, 37).to(dtype)
+    for own in (steps.NormParameters(weight, bias, 1e-3), steps.NormParameters(None, None, 1e-5)):
+        assert_norm_follows(steps.statistics(image, own), own, 90)
+
+
+def assert_norm_follows(vectors: Tensor, own: steps.NormParameters, pixels: int) -> None:
+    """Assert that the rows (6, C) are the norm of mean and variance, the first two."""
+    mean, variance = vectors[:2]
+    share = pixels / (pixels - 1)
+    plain = steps.fold(mean, variance, variance * share, own)
+    exact = steps.NormParameters(*(None if t is None else t.double() for t in own[:2]), own.eps)
+    truth = steps.fold(mean.double(), variance.double(), variance.double() * share, exact)
+    for name, found, of_pytorch, wanted in zip(steps.NormVectors._fields, vectors, plain, truth, strict=True):
+        assert_parity(found, of_pytorch, wanted, name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Backend
 from parity import assert_parity
+from test_training_kernels import assert_norm_follows
 from test_training_steps import kernels  # noqa: F401  a fixture
 from torch import Tensor
 
@@ -60,13 +61,7 @@ def test_a_norm_by_the_statistics_of_a_batch(kernels: Backend, channels: int, dt
     image, (weight, bias) = torch.randn(3, 5, 6, channels), torch.randn(2, channels).to(dtype)
     for own in (NormParameters(weight, bias, 1e-3), NormParameters(None, None, 1e-5)):
         moved = NormParameters(*(None if t is None else t.to(kernels.device) for t in own[:2]), own.eps)
-        found = steps.NormVectors(*steps.statistics(image.to(kernels.device), moved).cpu())
-        mean, variance = found.mean, found.variance
-        plain = steps.fold(mean, variance, variance * (90 / 89), own)
-        wide = NormParameters(*(None if t is None else t.double() for t in own[:2]), own.eps)
-        truth = steps.fold(mean.double(), variance.double(), variance.double() * (90 / 89), wide)
-        for name, value, of_pytorch, exact in zip(found._fields, found, plain, truth, strict=True):
-            assert_parity(value, of_pytorch, exact, name)
+        assert_norm_follows(steps.statistics(image.to(kernels.device), moved).cpu(), own, 90)
 
 
 @pytest.mark.parametrize("dtype", backends.DTYPES, ids=str)

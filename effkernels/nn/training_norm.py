@@ -115,6 +115,8 @@ def running_statistics(norm: nn.Module) -> tuple[Tensor | None, Tensor | None]:
 
 def _update_by_kernel(batches: list[tuple[Any, Tensor]]) -> list[tuple[Any, Tensor]]:
     """Update norms by one kernel, where there is one and it knows them all; return those that are left to do."""
+    if torch.compiler.is_compiling():  # Inductor makes one kernel of PyTorch's operators
+        return batches
     if not batches or len(batches) > 3 or not steps.has_running_kernel(batches[0][1]):
         return batches
     running: list[Tensor] = []
