@@ -107,6 +107,24 @@ class TestExplain:
         assert not any("batch_norm" in launch["op"] for launch in launches), "every norm is fused"
 
     @pytest.mark.usefixtures("compiled")
+    @pytest.mark.parametrize("model", [TIMM, TORCHVISION])
+    def test_a_training_step_moves_fewer_bytes_than_before(
+        self, capsys: pytest.CaptureFixture[str], model: str
+    ) -> None:
+        status, out, err = run(capsys, "explain", model, "--train", "--img-size", "64", "--batch-size", "16", "--json")
+        report = json.loads(out)
+        assert status == 0
+        assert 'as optimize_(model, mode="training") leaves it' in err
+        assert (report["model"], report["img_size"]) == (model, 64)
+        assert any(row["op"] == "effkernels::training_depthwise" for row in report["fused"]["rows"])
+        assert not any(row["op"].startswith("effkernels") for row in report["plain"]["rows"])
+        assert report["share_of_bytes"] < 0.8
+        assert report["share_of_saved"] < 0.6
+        status, _, err = run(capsys, "explain", model, "--train", "--recompute", "expand")
+        assert status == 2
+        assert "--recompute is for a model of effkernels.list_models()" in err
+
+    @pytest.mark.usefixtures("compiled")
     def test_plan_of_a_network(self) -> None:
         network, report = fused_on_meta(find_model(TIMM), (3, 64, 64), torch.bfloat16)
         assert all(parameter.is_meta for parameter in network.parameters())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from effkernels.models.sources import ModelSource, unwrapped
-from effkernels.optimize import Report, optimize_
+from effkernels.models.sources import LogitsOnly, ModelSource, unwrapped
+from effkernels.optimize import Report, optimize_, restore_
 from effkernels.optimize.twins import Twins
 
 
@@ -28,8 +28,34 @@ def fused_on_meta(
     """
     model = unwrapped(source.build())
     report = optimize_(model, input_size=input_size)
+    return _without_memory(model, dtype), report
 
-    def without_memory(tensor: Tensor) -> Tensor:
+
+def training_on_meta(source: ModelSource, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module, Report]:
+    """Return a model after ``optimize_(model, mode="training")`` and as it was, on the meta device, and the report.
+
+    Both are in training mode, with parameters that need a gradient, and return logits.
+
+    Args:
+        dtype: of the results' parameters.
+
+    Raises:
+        ValueError, ImportError, OSError: as of `ModelSource.build`.
+    """
+    built = source.build()
+    model = unwrapped(built).train()
+    report = optimize_(model, mode="training")
+    fused = _without_memory(model, dtype)
+    restore_(model)
+    networks = [fused, _without_memory(model, dtype)]
+    for network in networks:
+        network.train().requires_grad_()
+    first, second = (LogitsOnly(one) if isinstance(built, LogitsOnly) else one for one in networks)
+    return first, second, report
+
+
+def _without_memory(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    def convert(tensor: Tensor) -> Tensor:
         return torch.empty_like(tensor, device="meta", dtype=dtype if tensor.is_floating_point() else None)
 
-    return Twins(model, plain=False, convert=without_memory).root, report
+    return Twins(model, plain=False, convert=convert).root

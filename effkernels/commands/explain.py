@@ -6,7 +6,7 @@ import argparse
 import textwrap
 
 from effkernels import console
-from effkernels.bench.foreign import fused_on_meta
+from effkernels.bench.foreign import fused_on_meta, training_on_meta
 from effkernels.commands.common import UsageError, add_json, building, model_source, positive
 from effkernels.models.sources import FORMS, input_size_of_source
 from effkernels.plan import gpus
@@ -21,7 +21,7 @@ from effkernels.plan.time_estimate import (
     OVERLAPPING,
     TERMS,
 )
-from effkernels.plan.training_step import StepPlan, plan_step
+from effkernels.plan.training_step import StepPlan, plan_step, plan_step_of
 
 TEXT = "List the kernels that a model launches on a GPU, with bytes, FLOPs and floor times. Needs no GPU."
 WIDTH = 120
@@ -120,14 +120,7 @@ def _explain_training(arguments: argparse.Namespace, gpu: Gpu) -> int:
         given = "--model-time" if arguments.model_time else "--no-tf32"
         raise UsageError(f"{given} is for the forward of a model in eval mode; allowed: without --train")
     try:
-        plan = plan_step(
-            arguments.model,
-            gpu=gpu,
-            batch_size=arguments.batch_size,
-            img_size=arguments.img_size,
-            precision=arguments.precision,
-            recompute=arguments.recompute,
-        )
+        plan = _plan_step(arguments, gpu)
     except (ValueError, RuntimeError) as error:
         raise UsageError(str(error)) from error
     if arguments.json:
@@ -140,6 +133,23 @@ def _explain_training(arguments: argparse.Namespace, gpu: Gpu) -> int:
     print()
     print(_meaning_of_step())
     return 0
+
+
+def _plan_step(arguments: argparse.Namespace, gpu: Gpu) -> StepPlan:
+    source = model_source(arguments.model, "MODEL")
+    options = {"gpu": gpu, "batch_size": arguments.batch_size, "precision": arguments.precision}
+    if source.is_own:
+        return plan_step(arguments.model, img_size=arguments.img_size, recompute=arguments.recompute, **options)
+    if arguments.recompute:
+        raise UsageError(f"--recompute is for a model of effkernels.list_models(), and MODEL is {arguments.model}")
+    with building("MODEL"):
+        img_size = arguments.img_size or input_size_of_source(source)[-1]
+        fused, plain, report = training_on_meta(source, PRECISIONS[arguments.precision])
+    console.note(
+        f'explain: {arguments.model} as optimize_(model, mode="training") leaves it: {report.fused} of '
+        f"{len(report.blocks)} blocks fused; all else is PyTorch's"
+    )
+    return plan_step_of(fused, plain, name=arguments.model, img_size=img_size, **options)
 
 
 _FEW_BYTES = 0.002  # of a step: such operators share a row

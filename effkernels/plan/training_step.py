@@ -152,21 +152,60 @@ def plan_step(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision={precision!r} is not known; allowed: {', '.join(PRECISIONS)}")
-    gpu = gpus.find(gpu) if isinstance(gpu, str) else gpu
     img_size = model_config(name).input_size[-1] if img_size is None else img_size
+    networks = []
+    for backend in ("auto", "reference"):
+        model = create_model(name, device="meta", dtype=PRECISIONS[precision], backend=backend).train()
+        set_recompute(model, recompute)
+        networks.append(model)
+    return plan_step_of(
+        *networks,
+        name=name,
+        gpu=gpu,
+        batch_size=batch_size,
+        img_size=img_size,
+        precision=precision,
+        recompute=recompute,
+    )
+
+
+def plan_step_of(
+    fused: nn.Module,
+    plain: nn.Module,
+    *,
+    name: str,
+    img_size: int,
+    gpu: Gpu | str = gpus.DEFAULT_GPU,
+    batch_size: int = 1,
+    precision: str = "bfloat16",
+    recompute: str | None = None,
+) -> StepPlan:
+    """Plan a training step of any network, of RGB images, in channels_last memory, without loss and optimizer.
+
+    Args:
+        fused, plain: the network with this package's training operators, and in PyTorch's own; on the meta device, in
+            training mode, with parameters in the dtype of `precision`.
+        name: for the plan's title.
+        img_size, gpu, batch_size, precision: as of `plan_step`.
+        recompute: what was set in `fused`.
+
+    Raises:
+        ValueError: unknown GPU or precision, batch_size or img_size below 1.
+        RuntimeError: the compiled library is not there.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision={precision!r} is not known; allowed: {', '.join(PRECISIONS)}")
+    gpu = gpus.find(gpu) if isinstance(gpu, str) else gpu
     for argument, value in (("batch_size", batch_size), ("img_size", img_size)):
         if value < 1:
             raise ValueError(f"{argument}={value} must be at least 1")
     if not _library.is_loaded():
         raise RuntimeError(f"a plan needs the compiled library: {_library.load_error()}")
-    dtype = PRECISIONS[precision]
-    images = torch.empty((batch_size, 3, img_size, img_size), dtype=dtype, device="meta")
+    images = torch.empty((batch_size, 3, img_size, img_size), dtype=PRECISIONS[precision], device="meta")
     images = images.contiguous(memory_format=torch.channels_last)
     steps = []
-    for of, backend in (("fused", "auto"), ("plain", "reference")):
-        model = create_model(name, device="meta", dtype=dtype, backend=backend).train()
+    for of, model in (("fused", fused), ("plain", plain)):
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        set_recompute(model, recompute)
         steps.append(record_step(model, images, gpu, of))
     return StepPlan(name, gpu.name, batch_size, img_size, precision, recompute, *steps)
 
