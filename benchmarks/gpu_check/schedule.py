@@ -44,12 +44,14 @@ PARTS: tuple[Part, ...] = (
         "ops", "operators and whole blocks against PyTorch and cuDNN, and their share of the copy bandwidth", 0.25, 20
     ),
     Part("train_steps", "depthwise steps of training, backward and forward, against PyTorch and cuDNN", 0.10, 15),
+    Part(
+        "training", "training steps of B0 and B4: gradients, time, peak memory; fine-tuning with frozen norms", 0.15, 20
+    ),
     Part("parity", "every parity test on the device by the CUDA kernels", 0.20, 25),
     Part("profile", "Nsight Compute on the main kernels", 0.10, 15),
     Part("sanitizer", "compute-sanitizer: memcheck, racecheck, synccheck", 0.15, 20),
     Part("triton", "every parity test on the device by the Triton kernels", 0.25, 25),
     Part("tune", "how Triton kernels are best cut on this GPU", 0.20, 20),
-    Part("training", "gradients with frozen norms: parity and time of a step", 0.15, 20),
 )
 
 

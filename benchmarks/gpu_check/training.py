@@ -1,14 +1,16 @@
-"""Part `training`: fine-tuning EfficientNet-B0 with frozen norms: gradients against float64, and the time of a step.
+"""Part `training`: training steps of EfficientNet-B0 and B4, and fine-tuning B0 with frozen norms.
 
-With its norms in eval mode the network runs the fused operators in training, too; with norms that learn it runs
-PyTorch's modules, and there is nothing of this package to measure.
+A step of a network whose norms learn is forward and backward in bfloat16 by autocast, against eager PyTorch in
+channels_last memory and torch.compile, in turns: time, peak memory, and all gradients against float64 first. With
+frozen norms the network runs other operators, those of inference: their gradients against float64, and their time.
 """
 
 from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,19 @@ from benchmarks.gpu_check.common import Options, run_part
 from benchmarks.gpu_check.results import Results
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
-from effkernels.bench.networks import model_size
+from effkernels.bench.contenders import NetworkCase
+from effkernels.bench.networks import Options as Measuring
+from effkernels.bench.networks import Refusal, model_size
+from effkernels.bench.timing import Row
+from effkernels.bench.train_cases import measure_training
 from effkernels.ops.parity import judge
 
 MODEL = "efficientnet_b0"
 BATCHES = (32, 128)
+LEARNING = {"efficientnet_b0": 128, "efficientnet_b4": 32}
+"""Networks whose norms learn, with the images of a batch."""
+ROUNDS = {"ready at once": ("effkernels", "eager-channels-last"), "compile": ("compile",)}
+"""What is added to the contenders, in the order of what is most worth knowing."""
 _PARITY_IMAGES = 2
 _ROUNDS = 5
 
@@ -81,41 +91,92 @@ def error_of(backend: str, device: torch.device, size: int) -> tuple[bool, float
     return max(verdicts, key=lambda verdict: verdict[2])
 
 
+@dataclass(frozen=True)
+class Learning:
+    """A network whose norms learn, and the contenders that take turns."""
+
+    model: str
+    batch: int
+    contenders: tuple[str, ...]
+
+
+Step = Learning | str | int  # a backend whose gradients are compared, and a batch with frozen norms
+
+
+def plan(backends: Sequence[str], smoke: bool) -> dict[str, Step]:
+    """Return every step by name, in the order of what is most worth knowing."""
+    found: dict[str, Step] = {}
+    networks = {MODEL: 2} if smoke else LEARNING
+    contenders: tuple[str, ...] = ()
+    for title, added in list(ROUNDS.items())[: 1 if smoke else None]:  # a compiler takes minutes on a CPU
+        contenders += added
+        for model, batch in networks.items():
+            found[f"{model}, batch {batch}: {title}"] = Learning(model, batch, contenders)
+        if title == next(iter(ROUNDS)):
+            found |= {f"gradients with frozen norms by {name}": name for name in backends}
+    found |= {f"frozen norms, batch {batch}": batch for batch in ((2,) if smoke else BATCHES)}
+    return found
+
+
 def training(options: Options) -> str:
-    """Gradients of a step, and its time."""
+    """Time training steps, and compare their gradients."""
     options.needs_gpu()
     work = options.work("training")
     device = torch.device(options.device)
-    size = 32 if options.smoke else model_size(MODEL)
     backends = measure.ours("depthwise_bn_act_gate", torch.bfloat16, device)
     results = Results(options)
-    steps: dict[str, str | int] = {f"gradients by {name}": name for name in backends}
-    steps |= {f"time of a step at batch {batch}": batch for batch in ((2,) if options.smoke else BATCHES)}
-    for name, what in work.steps(steps, lambda step: 0.0 if options.smoke else 12.0):
-        if isinstance(what, str):
-            ok, error, limit = error_of(what, device, size)
+    for name, step in work.steps(plan(backends, options.smoke), lambda step: 0.0 if options.smoke else 15.0):
+        results.restart()
+        if isinstance(step, str):
+            ok, error, limit = error_of(step, device, 32 if options.smoke else model_size(MODEL))
             print(f"{name}: error {error:.1e}, limit {limit:.1e}", flush=True)
             if not ok:
                 work.wrong(name, f"{name}: error {error:.1e}, limit {limit:.1e}")
             continue
-        images = noise(what, size, device)
-        contenders = {f"effkernels-{backend}": backend for backend in backends} | {"eager-channels-last": "reference"}
-        runs = {}
-        for contender, backend in contenders.items():
-            step = step_of(network(torch.bfloat16, device), images, backend)
-            runs[contender] = lambda number, step=step: step()
-        results.restart()
-        found = timing.time_in_turns(runs, device=device, warmup=2, rounds=_ROUNDS)
-        rows = [
-            timing.make_row(
-                timing.summarise(samples), suite="training", case=f"{MODEL}@{size} with frozen norms",
-                contender=contender, device=results.device_name, dtype="bfloat16", batch=what, date=results.date,
-            )
-            for contender, samples in found.items()
-        ]  # fmt: skip
+        if isinstance(step, Learning):
+            rows, refusals = _learn(step, options, results.date)
+            for refusal in refusals:
+                print(f"  {refusal.contender}: {refusal.reason}", flush=True)
+                if refusal.contender == "effkernels":
+                    work.wrong(name, f"{name}: {refusal.reason}")
+        else:
+            rows = _with_frozen_norms(step, backends, options, results)
         results.add(rows)
-        print(f"{name}: " + " | ".join(f"{row.contender} {row.median_us:.0f} us" for row in rows), flush=True)
+        print(f"{name}: " + " | ".join(map(_line, rows)), flush=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return work.end(f"gradients of {', '.join(backends)}; rows in {results.file.name}")
+
+
+def _learn(step: Learning, options: Options, date: str) -> tuple[list[Row], list[Refusal]]:
+    size = 32 if options.smoke else model_size(step.model)
+    case = NetworkCase(step.model, size, step.batch, "amp_bfloat16", options.device, torch.get_num_threads())
+    measuring = Measuring(warmup=1, rounds=2 if options.smoke else _ROUNDS, memory=False)
+    return measure_training(case, step.contenders, measuring, threads=torch.get_num_threads(), date=date)
+
+
+def _with_frozen_norms(batch: int, backends: Sequence[str], options: Options, results: Results) -> list[Row]:
+    device = torch.device(options.device)
+    size = 32 if options.smoke else model_size(MODEL)
+    images = noise(batch, size, device)
+    contenders = {f"effkernels-{backend}": backend for backend in backends} | {"eager-channels-last": "reference"}
+    runs = {}
+    for contender, backend in contenders.items():
+        step = step_of(network(torch.bfloat16, device), images, backend)
+        runs[contender] = lambda number, step=step: step()
+    found = timing.time_in_turns(runs, device=device, warmup=2, rounds=_ROUNDS)
+    return [
+        timing.make_row(
+            timing.summarise(samples), suite="training", case=f"{MODEL}@{size} with frozen norms",
+            contender=contender, device=results.device_name, dtype="bfloat16", batch=batch, date=results.date,
+        )
+        for contender, samples in found.items()
+    ]  # fmt: skip
+
+
+def _line(row: Row) -> str:
+    memory = "" if row.peak_bytes is None else f", {row.peak_bytes / 1e6:.0f} MB"
+    return f"{row.contender} {row.median_us:.0f} us{memory}"
 
 
 if __name__ == "__main__":
