@@ -60,13 +60,14 @@ def finished(process: subprocess.Popen[str]) -> tuple[int, str, str]:
 
 def wait_for_checkpoint(output: Path, process: subprocess.Popen[str], epoch: int) -> None:
     """Wait until a training has written a checkpoint of the given epoch or a later one."""
-    while process.poll() is None:
+    while True:
+        ended = process.poll() is not None
         if (output / "checkpoint.pt").exists():
             state = torch.load(output / "checkpoint.pt", weights_only=True)
             if state["epoch"] >= epoch:
                 return
+        assert not ended, process.communicate()
         time.sleep(0.02)
-    raise AssertionError(process.communicate())
 
 
 @pytest.fixture(scope="module")
@@ -100,11 +101,14 @@ def test_the_number_of_workers_changes_no_bit(photos: Path, unbroken: Path, tmp_
 
 
 def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(photos: Path, unbroken: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    process = start(arguments_for(photos, output, *RECIPE))
-    wait_for_checkpoint(output, process, 1)
-    process.send_signal(signal.SIGINT)
-    status, _, err = finished(process)
+    for trial in range(5):  # on a loaded machine a training may end before its checkpoint is noticed
+        output = tmp_path / f"run{trial}"
+        process = start(arguments_for(photos, output, *RECIPE))
+        wait_for_checkpoint(output, process, 1)
+        process.send_signal(signal.SIGINT)
+        status, _, err = finished(process)
+        if status != 0:
+            break
     assert status == 130
     assert "Traceback" not in err
     assert f"this goes on from there: effkernels train --resume {output}" in err.splitlines()[-1]
