@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import pytest
@@ -325,7 +326,6 @@ def test_every_byte_moves_once(emulated: Emulator) -> None:
         pytest.skip("the race flavour counts bytes: make test-race")
     shape = Shape(2, 28, 28, 96)
     i = Inputs(shape, torch.float16).to(torch.float16, torch.float32)
-    i.square = torch.randn(96, 96, 1, 1).half()
     size = 2 * 28 * 28 * 96 * 2
     moved = {
         "statistics": (1, 0, lambda: steps.statistics(i.t)),
@@ -333,7 +333,6 @@ def test_every_byte_moves_once(emulated: Emulator) -> None:
         "squeeze": (1, 0, lambda: steps.squeeze(i.z, i.z_norm, "silu")),
         "gradient_sums": (2, 1, lambda: steps.gradient_sums(i.g, i.z, i.z_norm, "silu", i.factor, True)),
         "norm_backward": (2, 1, lambda: steps.norm_backward(i.g, i.z, i.z_norm, i.coefficients, i.factor, "silu")),
-        "product": (1, 1, lambda: steps.product(i.z, i.square, None, i.z_norm, "silu", i.factor)),
         "depthwise": (
             *(1, 1),
             lambda: steps.depthwise(i.t, i.norm, "silu", i.weight, i.bias, 1, shape.padding, 1),
@@ -356,6 +355,23 @@ def test_every_byte_moves_once(emulated: Emulator) -> None:
             assert max(beside) <= 0.25 * size, f"{name}: {beside}"
             assert launch["bytes_read_by_16"] >= reads * size, name
             assert launch["bytes_written_by_16"] >= writes * size, name
+
+
+def test_a_product_moves_its_images_once(emulated: Emulator) -> None:
+    """It takes its result back for the statistics, from the L2 cache, reads x once, and stores no activated x."""
+    if emulated.flavour != "race":
+        pytest.skip("the race flavour counts bytes: make test-race")
+    i = Inputs(Shape(2, 28, 28, 96), torch.float16).to(torch.float16, torch.float32)
+    matrix, size = torch.randn(96, 96, 1, 1).half(), 2 * 28 * 28 * 96 * 2
+    with emulated.in_place_of_cpu(), effkernels.backend("cpu"):
+        emulated.configure(Emulation(limits=A100, flavour="race"))
+        steps.product(i.z, matrix, None, i.z_norm, "silu", i.factor)
+    (launch,) = emulated.launches()
+    blocks = launch["grid"][0]
+    statistics = 16 * 96 * (blocks + 2 * math.isqrt(blocks) + 2)  # of the blocks, and of those that join them
+    parameters = matrix.numel() * 2 + 6 * 96 * 4 + i.factor.numel() * 4
+    assert size <= launch["unique_bytes_written"] <= size + statistics + parameters
+    assert launch["unique_bytes_read"] <= 2 * size + statistics + parameters
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -358,6 +358,36 @@ CLAIMS: tuple[Claim, ...] = (
     Claim(r"(?:norm_act|scale_by_gate)<\w+, 1>", "element by element, 1024 threads", (resident_threads(1024),)),
     Claim(r"squeeze_excite_gate<\w+>", "2 blocks of 256 threads", (launch_bounds_kept, resident_threads(512))),
     Claim(
+        rf"training_product<{_TYPE16}, 0, \d+, [02], false>",
+        "16-byte cp.async, tensor cores, 16-byte stores, the blocks that its tile claims, no atomic addition of floats",
+        (copies_asynchronously, tensor_cores, some_wide_stores(1), launch_bounds_kept, adds_in_order),
+    ),
+    Claim(
+        r"training_product<float32, 1, \d+, 2, false>",
+        "16-byte cp.async, tensor cores, 16-byte stores, the blocks that its tile claims, no atomic addition of floats",
+        (copies_asynchronously, tensor_cores, some_wide_stores(1), launch_bounds_kept, adds_in_order),
+    ),
+    Claim(
+        r"training_product<float32, 2, \d+, 2, false>",
+        "16-byte cp.async, exact multiply-adds, 16-byte stores, 3 blocks, no atomic addition of floats",
+        (copies_asynchronously, exact_products, some_wide_stores(1), launch_bounds_kept, adds_in_order),
+    ),
+    Claim(
+        r"training_product<\w+, [01], \d+, 2, true>",
+        "any type and alignment: element by element, tensor cores, no atomic addition of floats",
+        (tensor_cores, launch_bounds_kept, adds_in_order),
+    ),
+    Claim(
+        r"training_product<float32, 2, \d+, 2, true>",
+        "any type and alignment: element by element, exact multiply-adds, no atomic addition of floats",
+        (exact_products, launch_bounds_kept, adds_in_order),
+    ),
+    Claim(
+        r"training_(?:running|norm_gradient|excite|excite_backward|excite_parameters|product_weights|product_gradient)",
+        "vectors of channels and small matrices: 1024 threads, no atomic addition of floats",
+        (resident_threads(1024), adds_in_order),
+    ),
+    Claim(
         rf"training_statistics<(?:{_TYPE16}, 8|float32, 4)>",
         "8 loads of 16 bytes before the first is used, 2 blocks of 256 threads, no atomic addition of floats",
         (wide_loads(8), launch_bounds_kept, resident_threads(512), adds_in_order),

@@ -94,17 +94,18 @@ struct PointwisePlan {
 // What training adds takes registers: one block less, so that nothing spills.
 constexpr int training_resident(int tile, PointwiseProduct product) {
   const int resident = pointwise_resident(tile, product);
-  return resident > 3 ? resident - 1 : resident;
+  return resident > 2 ? resident - 1 : resident;
 }
 
 constexpr int kMomentFloats = 4;  // of a column: csrc/cuda/training_moments.cuh
 
-// The kernels that are compiled for training, whose results have no activation and no residual.
+// The kernels that are compiled for training, whose results have no activation and no residual. The widest tile has no
+// register for more.
 constexpr bool training_tile_built(int tile, PointwiseProduct product, PointwiseEpilogue epilogue, bool converts) {
   const PointwiseTile t = kPointwiseTiles[tile];
   const bool direct = pointwise_tile_built(tile, product, PointwiseEpilogue::kIdentity, converts);
   return epilogue != PointwiseEpilogue::kSilu && pointwise_tile_built(tile, product, epilogue, converts) &&
-         (epilogue == PointwiseEpilogue::kIdentity || !direct) && t.columns <= t.threads();
+         (epilogue == PointwiseEpilogue::kIdentity || !direct) && t.columns < 128;
 }
 
 // Scratch memory of a launch whose tiles are shared by several blocks; sizes are functions of the plan.

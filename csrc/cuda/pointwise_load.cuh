@@ -15,17 +15,16 @@ constexpr int pointwise_group(int first, int fragments, int most) {
   return size;
 }
 
-template <class T_, PointwiseProduct kProduct_, int kTile, PointwiseEpilogue kEpilogue_, bool kConverts_,
-          bool kTrains = false>
+template <class T_, PointwiseProduct kProduct_, int kTile, PointwiseEpilogue kEpilogue_, bool kConverts_>
 struct PointwiseTraits {
   using T = T_;
   static constexpr PointwiseProduct kProduct = kProduct_;
   static constexpr PointwiseEpilogue kEpilogue = kEpilogue_;
   static constexpr PointwiseTile kShape = kPointwiseTiles[kTile];
-  static constexpr int kResident = kTrains ? training_resident(kTile, kProduct) : pointwise_resident(kTile, kProduct);
+  static constexpr int kResident = pointwise_resident(kTile, kProduct);
   static constexpr bool kConverts = kConverts_;
-  // Gate and residual in shared memory: not converted, and not for an expansion or for training.
-  static constexpr bool kTakesMore = !kConverts && !kTrains && kEpilogue != PointwiseEpilogue::kSilu;
+  // Gate and residual in shared memory: not converted, and not for an expansion.
+  static constexpr bool kTakesMore = !kConverts && kEpilogue != PointwiseEpilogue::kSilu;
   static constexpr int kRows = kShape.rows, kColumns = kShape.columns, kThreads = kShape.threads();
   static constexpr int kWarpsK = kShape.warps_k;
   static constexpr int kWarpRows = kShape.warp_rows(), kWarpColumns = kShape.warp_columns();
@@ -266,12 +265,7 @@ class PointwiseConverter {
         if (e < count) chunk->at[e] = from[e];
     }
     if constexpr (More::kChanges) {
-#pragma unroll 1
-      for (int e = 0; e < count; ++e) {
-        float value[1] = {to_float(chunk->at[e])};
-        more_.template change<T>(p_, image, k + e, value);
-        chunk->at[e] = from_float<T>(value[0]);
-      }
+      more_.template change<T>(p_, image, k, count, *chunk);
     }
     if (p_.gate.data == nullptr) return;
 #pragma unroll

@@ -20,6 +20,13 @@
 
 namespace effkernels::cuda {
 
+// Those of the product, with what training adds to it.
+template <class T, PointwiseProduct kProduct, int kTile, PointwiseEpilogue kEpilogue, bool kConverts>
+struct TrainingProductTraits : PointwiseTraits<T, kProduct, kTile, kEpilogue, kConverts> {
+  static constexpr int kResident = training_resident(kTile, kProduct);
+  static constexpr bool kTakesMore = false;
+};
+
 struct TrainingProduct {
   const training::NormVectors& norm;
   const float* factor;
@@ -28,14 +35,23 @@ struct TrainingProduct {
 
   static constexpr bool kChanges = true;
 
-  // One value of x, in the way of the converter.
-  template <class T>
-  __device__ __forceinline__ void change(const PointwiseParams& p, int64_t image, int64_t channel,
-                                         float (&value)[1]) const {
+  // `count` values of x from channel `first` on, in the way of the converter.
+  template <class T, int V>
+  __device__ __forceinline__ void change(const PointwiseParams& p, int64_t image, int64_t first, int count,
+                                         Vector<T, V>& chunk) const {
     if (norm.mean == nullptr) return;
-    value[0] = fmaf(value[0] - norm.mean[channel], norm.scale[channel], norm.bias[channel]);
+    float value[V];
+    unpack(chunk, 0, value);
+#pragma unroll
+    for (int e = 0; e < V; ++e)
+      if (e < count) value[e] = fmaf(value[e] - norm.mean[first + e], norm.scale[first + e], norm.bias[first + e]);
     activate_as_trained<T>(value, activation);
-    if (factor != nullptr) value[0] *= factor[image * p.in_channels + channel];
+#pragma unroll
+    for (int e = 0; e < V; ++e) {
+      if (e >= count) break;
+      if (factor != nullptr) value[e] *= factor[image * p.in_channels + first + e];
+      chunk.at[e] = from_float<T>(value[e]);
+    }
   }
 
   // The chunks of x that a thread copied: those of PointwiseShare.
@@ -210,7 +226,7 @@ cudaError_t run_training_tile(const training::ProductParams& p, const PointwiseP
   if constexpr (kTile < kPointwiseTileCount) {
     if constexpr (training_tile_built(kTile, kProduct, kEpilogue, kConverts))
       if (plan.tile == kTile)
-        return launch(training_product<PointwiseTraits<T, kProduct, kTile, kEpilogue, kConverts, true>>, at, p, plan,
+        return launch(training_product<TrainingProductTraits<T, kProduct, kTile, kEpilogue, kConverts>>, at, p, plan,
                       work);
     return run_training_tile<T, kProduct, kEpilogue, kConverts, kTile + 1>(p, plan, work, at);
   }
