@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import effkernels
 from effkernels import environment
@@ -54,6 +56,18 @@ class Block:
         words = ["x".join(map(str, shape)) for shape in ((batch, *self.shape), self.out)]
         return f"{self.model} {self.path} {words[0]} to {words[1]}"
 
+    def least_work(self, batch: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Return the bytes and the FLOPs that no version of the block can avoid.
+
+        Images and parameters are read once and the result is written once; a multiply-add is two FLOPs.
+        """
+        block = _OnReference(self.plain().to("meta"))
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            block(torch.empty(batch, *self.shape, device="meta"))
+        values = batch * (math.prod(self.shape) + math.prod(self.out))
+        values += sum(weight.numel() for weight in block.module.parameters())
+        return values * dtype.itemsize, int(counter.get_total_flops())
+
     def plain(self) -> nn.Module:
         """Return a copy of the block in plain PyTorch, float32 on the CPU."""
         return copy.deepcopy(_plain(self.model, self.size).get_submodule(self.path))
@@ -84,6 +98,21 @@ def _fused(model: str, size: tuple[int, int, int]) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=4)
+def block_paths(model: str, size: tuple[int, int, int]) -> tuple[str, ...]:
+    """Return the paths of all blocks of a network that run fused, in the order of the modules.
+
+    Args:
+        size: (channels, height, width) of its images.
+    """
+    if find_model(model).is_own:
+        stages = _plain(model, size).get_submodule("blocks").children()
+        return tuple(f"blocks.{i}.{j}" for i, stage in enumerate(stages) for j, _ in enumerate(stage.children()))
+    swapped = [path for path, module in _fused(model, size).named_modules() if path and is_swapped(module)]
+    # A module around blocks is fused too, to keep the memory format; the blocks are the innermost ones.
+    return tuple(path for path in swapped if not any(other.startswith(f"{path}.") for other in swapped))
+
+
+@functools.lru_cache(maxsize=4)
 def blocks_of(model: str, img_size: int | None = None) -> tuple[Block, ...]:
     """Return the blocks of a network that run fused and differ in shapes, in the order of the forward.
 
@@ -95,17 +124,7 @@ def blocks_of(model: str, img_size: int | None = None) -> tuple[Block, ...]:
     size = input_size_of_source(find_model(model))
     if img_size is not None:
         size = (size[0], img_size, img_size)
-    network, fused = _plain(model, size), _fused(model, size)
-    if find_model(model).is_own:
-        paths = [
-            f"blocks.{i}.{j}"
-            for i, stage in enumerate(network.get_submodule("blocks").children())
-            for j, _ in enumerate(stage.children())
-        ]
-    else:
-        swapped = [path for path, module in fused.named_modules() if path and is_swapped(module)]
-        # A module around blocks is fused too, to keep the memory format; the blocks are the innermost ones.
-        paths = [path for path in swapped if not any(other.startswith(f"{path}.") for other in swapped)]
+    network = _plain(model, size)
     found: dict[tuple[object, ...], Block] = {}
 
     def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -118,7 +137,7 @@ def blocks_of(model: str, img_size: int | None = None) -> tuple[Block, ...]:
 
         return hook
 
-    handles = [network.get_submodule(path).register_forward_hook(note(path)) for path in paths]
+    handles = [network.get_submodule(path).register_forward_hook(note(path)) for path in block_paths(model, size)]
     try:
         with torch.inference_mode(), effkernels.backend("reference"):
             network(torch.zeros(1, *size))
@@ -189,9 +208,11 @@ def measure_block(
             {name: _as_run(function, inputs) for name, function in functions.items()},
             device,
             options,
+            dtype=dtype,
             advance=advance,
             report=lambda line: report(f"{case}, {dtype_name(dtype)}: {line}"),
         )
+    moved, flops = block.least_work(batch, dtype)
     rows = []
     for name in functions:
         row = timing.make_row(
@@ -204,6 +225,9 @@ def measure_block(
             batch=batch,
             date=date,
             rel_error=parity[name],
+            bytes=moved,
+            flops=flops,
+            floor_us=measured.floor_us(moved, flops),
         )
         rows.append(dataclasses.replace(row, name=name, **measured.fields(name)))
     return rows, refusals

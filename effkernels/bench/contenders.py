@@ -68,7 +68,10 @@ def _ready_module(
         with torch.autocast(case.torch_device.type, dtype=autocast):
             return call(images)
 
-    return ReadyContender(label, convert, run if autocast is None else run_autocast, packages, compiles)
+    return ReadyContender(
+        label, convert, run if autocast is None else run_autocast, packages, compiles,
+        module if call is module else None,
+    )  # fmt: skip
 
 
 class _OnReference(nn.Module):

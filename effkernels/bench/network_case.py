@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effkernels.bench.precision import Precision
 from effkernels.models.sources import ModelSource, find_model
@@ -82,6 +82,7 @@ class ReadyContender:
         run: one call; everything in it is timed.
         packages: distributions whose version decides the speed, besides torch and triton.
         compiles: preparing and the first calls compile; the compiler's own memory is not what inference needs.
+        module: that ``run`` calls, part by part; None: there are no parts to see.
     """
 
     label: str
@@ -89,6 +90,7 @@ class ReadyContender:
     run: Callable[[Any], Any]
     packages: tuple[str, ...] = ()
     compiles: bool = False
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help=MODEL_HELP)
     parser.add_argument(
         "--suite", nargs="+", choices=SUITES, default=["model"], metavar="NAME",
-        help="op: the operator calls of the models; block: their blocks; model: the networks; latency: the networks "
-        "with one image a call, each waited for; train: their training steps; default: model",
+        help="op: the operator calls of the models; block: their blocks; layer: their time block by block; model: the "
+        "networks; latency: the networks with one image a call, each waited for; train: their training steps; "
+        "default: model",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")
@@ -236,15 +237,21 @@ def _rows_of(file: Path) -> list[Row]:
 
 
 def _print_tables(measured: Sequence[tuple[SuiteCase, list[Row]]]) -> None:
-    """Print a table for each network, and one for all operators or blocks of a precision and a batch."""
+    """Print a table for each network and its layers, and one for all operators or blocks of a precision and a batch."""
     for case, rows in measured:
         if rows and case.suite in ("model", "latency"):
             of_suite = "" if case.suite == "model" else f"{case.suite}: "
             title = f"{of_suite}{case.case}, batch {case.batch}, {case.dtype}, {rows[0].device}"
             console.table(title, *_result_table(rows))
+        if rows and case.suite == "layer":
+            by_part: dict[str | None, list[Row]] = {}
+            for row in rows:
+                by_part.setdefault(row.part, []).append(row)
+            title = f"layers of {case.case}, batch {case.batch}, {case.dtype}, {rows[0].device}: microseconds"
+            console.table(title, *_parts_table(list(by_part.values())))
     parts: dict[tuple[str, str, int], list[list[Row]]] = {}
     for case, rows in measured:
-        if rows and case.suite not in ("model", "latency"):
+        if rows and case.suite not in ("model", "latency", "layer"):
             parts.setdefault((case.suite, case.dtype, case.batch), []).append(rows)
     for (suite, dtype, batch), groups in parts.items():
         title = f"{suite}s, batch {batch}, {dtype}, {groups[0][0].device}: microseconds"
@@ -306,7 +313,7 @@ def _parts_table(groups: Sequence[Sequence[Row]]) -> tuple[list[str], list[list[
     cells = []
     for rows in groups:
         times = {row.name: row.median_us for row in rows}
-        line = [rows[0].case]
+        line = [rows[0].part or rows[0].case]
         for name in names:
             time, base = times.get(name), times.get(names[0])
             line.append("-" if time is None else f"{time:.1f}")
