@@ -1,5 +1,5 @@
-"""The command line: ``effkernels info | check | bench | compare | report | predict | explain | tune | convert | export |
-scale | search | cam | train``.
+"""The command line: ``effkernels info | check | bench | compare | report | predict | explain | tune | convert |
+export | scale | search | cam | train``.
 
 Flags have timm's names if it has them.
 """

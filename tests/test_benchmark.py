@@ -248,6 +248,24 @@ class TestContenders:
     def test_compilers_run_with_the_same_weights(self, name: str) -> None:
         self.test_run_with_the_same_weights(name)
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["onnxruntime-int8", "openvino-int8"])
+    def test_int8_is_another_computation_that_says_its_error(self, name: str) -> None:
+        if reason := CONTENDERS[name].unavailable(SMALL):
+            pytest.skip(reason)
+        rows, refusals = run_case(SMALL, [name], QUICK, date="now")
+        assert refusals == []
+        assert rows[0].contender.startswith(f"{name} (")
+        assert rows[0].rel_error is not None
+        assert 1e-4 < rows[0].rel_error < 0.5
+        assert "--precision float32" in str(CONTENDERS[name].unavailable(dataclasses.replace(SMALL, precision="amp")))
+
+    def test_tensorrt_names_its_install_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        case = dataclasses.replace(SMALL, device="cuda")
+        assert CONTENDERS["tensorrt"].unavailable(case) == "not available: pip install torch_tensorrt"
+        assert CONTENDERS["tensorrt"].unavailable(SMALL) == "only for cuda, not cpu"
+
     @pytest.mark.parametrize("precision", ["bfloat16", "amp"])
     def test_low_precision(self, precision: str) -> None:
         case = dataclasses.replace(SMALL, precision=precision)

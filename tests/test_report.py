@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -71,7 +72,7 @@ class TestCharts:
             float(element.get("y", "0")) for element in image.iter(f"{SVG}text") if element.text in series
         )  # fmt: skip
         assert len(places) == 8
-        assert all(after - before > 14 for before, after in zip(places, places[1:], strict=False))
+        assert all(after - before > 14 for before, after in itertools.pairwise(places))
 
     def test_bars_are_as_long_as_their_values(self) -> None:
         image = ElementTree.fromstring(charts.bars("Title", "", [("case", {"a": 2.0, "b": 6.0})], "ms"))

@@ -5,18 +5,18 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import effkernels
 from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
+from effkernels.bench.least_work import least_work
 from effkernels.bench.measure import WRONG, Options, Refusal, measure
 from effkernels.bench.op_cases import dtype_name
 from effkernels.bench.samples import sample_foreign
@@ -31,6 +31,25 @@ CONTENDERS = {
     "compile": "the same under torch.compile",
 }
 _PARITY_IMAGES = 2
+
+
+class Part(Protocol):
+    """What is timed: a module and the images that it takes."""
+
+    def case(self, batch: int) -> str:
+        """Return the case as rows name it."""
+
+    def least_work(self, batch: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Return the bytes and the FLOPs that no version can avoid."""
+
+    def plain(self) -> nn.Module:
+        """Return a copy in plain PyTorch, float32 on the CPU."""
+
+    def fused(self) -> nn.Module:
+        """Return a copy that calls this package's operators, float32 on the CPU."""
+
+    def images(self, batch: int) -> Tensor:
+        """Return random inputs, float32 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +76,8 @@ class Block:
         return f"{self.model} {self.path} {words[0]} to {words[1]}"
 
     def least_work(self, batch: int, dtype: torch.dtype) -> tuple[int, int]:
-        """Return the bytes and the FLOPs that no version of the block can avoid.
-
-        Images and parameters are read once and the result is written once; a multiply-add is two FLOPs.
-        """
-        block = _OnReference(self.plain().to("meta"))
-        with FlopCounterMode(display=False) as counter, torch.inference_mode():
-            block(torch.empty(batch, *self.shape, device="meta"))
-        values = batch * (math.prod(self.shape) + math.prod(self.out))
-        values += sum(weight.numel() for weight in block.module.parameters())
-        return values * dtype.itemsize, int(counter.get_total_flops())
+        """Return the bytes and the FLOPs that no version of the block can avoid, see `least_work`."""
+        return least_work(self.plain(), (batch, *self.shape), (batch, *self.out), dtype)
 
     def plain(self) -> nn.Module:
         """Return a copy of the block in plain PyTorch, float32 on the CPU."""
@@ -159,7 +170,7 @@ class _OnReference:
 
 
 def measure_block(
-    block: Block,
+    block: Part,
     batch: int,
     dtype: torch.dtype,
     contenders: Sequence[str],
@@ -170,8 +181,9 @@ def measure_block(
     date: str,
     advance: Callable[[str], None] = lambda step: None,
     report: Callable[[str], None] = lambda line: None,
+    suite: str = "block",
 ) -> tuple[list[Row], list[Refusal]]:
-    """Measure a block; arguments and results as of `op_cases.measure_op`."""
+    """Measure a block or another part; arguments and results as of `op_cases.measure_op`."""
     torch._dynamo.reset()
     case = block.case(batch)
     few = block.images(min(batch, _PARITY_IMAGES))
@@ -183,7 +195,7 @@ def measure_block(
         images = few.repeat(-(-batch // len(few)), 1, 1, 1)[:batch].to(device, dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         count = timing.input_count(images.nbytes, environment.last_level_cache_bytes(device))
-        inputs = [images.clone(memory_format=torch.channels_last) for _ in range(count)]
+        inputs = [images, *(images.clone(memory_format=torch.channels_last) for _ in range(count - 1))]
         functions: dict[str, Callable[[Tensor], Tensor]] = {}
         parity: dict[str, float] = {}
         refusals: list[Refusal] = []
@@ -217,7 +229,7 @@ def measure_block(
     for name in functions:
         row = timing.make_row(
             timing.summarise(measured.times[name]),
-            suite="block",
+            suite=suite,
             case=case,
             contender=name,
             device=environment.device_name(device, threads),
@@ -233,9 +245,12 @@ def measure_block(
     return rows, refusals
 
 
-def _contender(name: str, block: Block, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _contender(name: str, block: Part, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     if name == "effkernels":
         return _moved(block.fused(), device, dtype)
+    if name == "eager-nchw":
+        plain = block.plain().to(device, dtype)
+        return lambda images: plain(images)
     plain = _OnReference(_moved(block.plain(), device, dtype))
     return plain if name == "eager" else torch.compile(plain, dynamic=False)
 

@@ -98,7 +98,8 @@ class Contender:
     """A name on the command line, a line of description, the devices it is for, and how to get it.
 
     ``missing`` returns why the contender cannot run a case, None if it can; ``prepare`` is called only then.
-    ``needs`` are the packages besides torch without which it cannot run.
+    ``needs`` are the packages besides torch without which it cannot run; ``lossy`` whether it computes in fewer bits
+    than the case asks for, so that its error is not judged by the case's precision.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Contender:
     missing: Callable[[NetworkCase], str | None]
     prepare: Callable[[NetworkCase], ReadyContender]
     needs: tuple[str, ...] = ()
+    lossy: bool = False
 
     def not_installed(self) -> tuple[str, ...]:
         """Return the packages of ``needs`` that are not installed."""

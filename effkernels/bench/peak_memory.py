@@ -1,10 +1,10 @@
 """Peak memory of one contender, in inference or in training, measured in a process of its own.
 
 On a CPU it is the growth of the resident set, in bytes, from "ready" to the highest point of the next few calls:
-activations and workspaces, and in training gradients, without weights, interpreter and libraries. "Ready" is just before the first call. Where the
-first calls compile, it is after them, because the compiler's own memory is not needed to serve; PyTorch gives
-activations back to the system, so nothing is hidden by that. Linux only: the high-water mark of the resident set is
-reset through /proc/self/clear_refs.
+activations and workspaces, and in training gradients, without weights, interpreter and libraries. "Ready" is just
+before the first call. Where the first calls compile, it is after them, because the compiler's own memory is not needed
+to serve; PyTorch gives activations back to the system, so nothing is hidden by that. Linux only: the high-water mark of
+the resident set is reset through /proc/self/clear_refs.
 
 On a GPU it is the most that PyTorch's allocator had handed out at once, weights and CUDA graphs included.
 """

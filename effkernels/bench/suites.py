@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from effkernels import environment
-from effkernels.bench import block_cases, contenders, layer_cases, op_cases, train_cases
+from effkernels.bench import block_cases, contenders, kernelbench, layer_cases, op_cases, paper_cases, train_cases
 from effkernels.bench.block_cases import blocks_of, measure_block
 from effkernels.bench.measure import Options, Refusal
 from effkernels.bench.network_case import NetworkCase
@@ -247,6 +247,28 @@ def _training(settings: Settings) -> Iterator[SuiteCase]:
                 )  # fmt: skip
 
 
+def _kernelbench(settings: Settings) -> Iterator[SuiteCase]:
+    names = settings.chosen("kernelbench", list(kernelbench.CONTENDERS), list(kernelbench.CONTENDERS))
+    for dtype in settings.dtypes("kernelbench"):
+        for problem in kernelbench.PROBLEMS:
+            run = partial(kernelbench.measure_problem, problem, problem.batch, dtype, names, settings.device)
+            yield SuiteCase(
+                "kernelbench", problem.case(problem.batch), dtype_name(dtype), problem.batch, settings.device_name,
+                names, settings.options, _threaded(run, settings.threads), lambda name: None,
+            )  # fmt: skip
+
+
+def _paper(settings: Settings) -> Iterator[SuiteCase]:
+    names = settings.chosen("paper", paper_cases.CONTENDERS, paper_cases.DEFAULT)
+    device = environment.device_name(torch.device("cpu"), paper_cases.THREADS)
+    for pair in paper_cases.PAIRS:
+        run = partial(paper_cases.measure_pair, pair, names, img_size=settings.img_size)
+        yield SuiteCase(
+            "paper", pair.case, "float32", 1, device, names, settings.options, _threaded(run, paper_cases.THREADS),
+            partial(paper_cases.unavailable, pair),
+        )  # fmt: skip
+
+
 def _layers(settings: Settings) -> Iterator[SuiteCase]:
     for model in settings.models:
         first = "effkernels" if find_model(model).is_own else "optimized"
@@ -290,4 +312,6 @@ SUITES: dict[str, Callable[[Settings], Iterator[SuiteCase]]] = {
     "model": _models,
     "latency": _latency,
     "train": _training,
+    "kernelbench": _kernelbench,
+    "paper": _paper,
 }

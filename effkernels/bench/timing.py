@@ -215,6 +215,11 @@ class Row:
     part: str | None = None
     flops: int | None = None
 
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU was measured: its name says the number of threads."""
+        return self.device.endswith((" thread", " threads"))
+
     def to_json(self) -> str:
         """Return the row as one line of strict JSON."""
         return json.dumps(asdict(self), allow_nan=False)

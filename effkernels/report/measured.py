@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from effkernels import environment
+from effkernels.bench import kernelbench, paper_cases
 from effkernels.bench.timing import Row
 from effkernels.report import charts
 from effkernels.report.charts import Ceiling, Point
@@ -22,11 +23,13 @@ SUITE_TITLES = {
     "block": "Blocks",
     "op": "Operators",
     "train": "Training steps",
+    "kernelbench": "KernelBench's problems",
+    "paper": "Table 4 of the EfficientNet paper, one core",
     "training": "Fine-tuning with frozen norms, forward and backward",
     "overhead": "Cost of one call with next to no work",
 }
 # Suites whose cases are many and small: they share a table.
-_SMALL = ("op", "block")
+_SMALL = ("op", "block", "kernelbench")
 
 
 @dataclass(frozen=True)
@@ -165,6 +168,36 @@ def small_tables(groups: Sequence[Group]) -> Iterator[Table]:
         yield _ratio_table(f"{dtype}, batch {batch}", lines, "case")
 
 
+def paper_tables(groups: Sequence[Group]) -> Iterator[Table]:
+    """Return the ratios of table 4 of the paper beside the paper's own."""
+    found = paper_cases.ratios([row for group in groups for row in group.rows])
+    if found:
+        cells = [
+            [
+                f"{ratio.pair.rival} / {ratio.pair.small}", ratio.rival, ratio.small, f"{ratio.here:.1f}",
+                f"{ratio.pair.paper_ratio:.1f} ({ratio.pair.paper_rival})",
+            ]
+            for ratio in found
+        ]  # fmt: skip
+        columns = ["times", "the first by", "the second by", "ratio here", "ratio in the paper"]
+        yield Table("Ratios beside the paper's", columns, cells, Origin.MEASURED)
+
+
+def published_tables(groups: Sequence[Group]) -> Iterator[Table]:
+    """Return KernelBench's published times beside those of a GPU; nothing for rows of a CPU."""
+    cells = []
+    for group in groups:
+        times = kernelbench.published(group.case)
+        if group.suite == "kernelbench" and group.dtype == "float32" and times and not group.base.on_cpu:
+            own = f"{group.base.median_us / 1e3:.2f}"
+            cells.append([group.case, own, *(f"{ms:.2f}" for ms in times)])
+    if cells:
+        columns = ["case", f"{groups[0].base.contender} here, ms"]
+        columns += [f"{way} on {kernelbench.HARDWARE}, published, ms" for way in ("eager", "compiled")]
+        note = "The published times are of models in training mode, those here of models in eval mode."
+        yield Table("Beside the published times", columns, cells, Origin.MEASURED, note)
+
+
 # ----------------------------------------------------------------------------------------------------- pictures
 
 
@@ -244,7 +277,7 @@ def rooflines(groups: Sequence[Group]) -> Iterator[Picture]:
     for (device, dtype, batch), members in _by(groups, lambda group: (group.device, group.dtype, group.batch)):
         rows = [row for group in members for row in group.rows if row.flops and row.bytes]
         ceiling = _ceiling(rows)
-        if ceiling is None or (dtype == "float32" and "thread" not in str(device)):
+        if ceiling is None or (dtype == "float32" and not rows[0].on_cpu):
             continue
         points = [
             Point(
@@ -324,7 +357,9 @@ def tables(groups: Sequence[Group]) -> list[Table]:
     """Return all tables of the groups of one suite."""
     suite = groups[0].suite
     if suite in _SMALL:
-        return list(small_tables(groups))
+        return [*small_tables(groups), *published_tables(groups)]
+    if suite == "paper":
+        return [*map(case_table, groups), *paper_tables(groups)]
     return [layer_table(group) if suite == "layer" else case_table(group) for group in groups]
 
 

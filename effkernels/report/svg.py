@@ -99,7 +99,7 @@ class Drawing:
 
     def marker(self, x: float, y: float, marker: str, kind: str, tip: str = "", size: float = 4.5) -> None:
         """Draw one of `MARKERS`."""
-        shapes = {
+        shapes: dict[str, list[tuple[float, float]]] = {
             "square": [(-1, -1), (1, -1), (1, 1), (-1, 1)],
             "triangle": [(0, -1.25), (1.15, 0.9), (-1.15, 0.9)],
             "diamond": [(0, -1.35), (1.35, 0), (0, 1.35), (-1.35, 0)],
