@@ -29,6 +29,9 @@ MODELS = {
     ),
 }
 
+# Contenders of the networks that are left out: they compile for minutes, or compute something else.
+LEFT_OUT = {"cpu": ("compile-max-autotune", "onnxruntime-int8", "openvino-int8"), "cuda": ()}
+
 OP_BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
 OP_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16,)}
 

@@ -47,7 +47,11 @@ class Suite:
 
     def model(self) -> None:
         """Networks, with every contender of the device."""
-        names = [name for name, contender in CONTENDERS.items() if self.device.type in contender.devices]
+        names = [
+            name
+            for name, contender in CONTENDERS.items()
+            if self.device.type in contender.devices and name not in cases.LEFT_OUT[self.device.type]
+        ]
         for case in cases.model_cases(self.device, self.threads):
             console.note(f"model {case_name(case)}, batch {case.batch}, {case.numbers.name}")
             with console.progress("suite", steps(names, self.options)) as advance:

@@ -1,5 +1,5 @@
-"""The command line: ``effkernels info | check | bench | compare | predict | explain | tune | convert | export | scale |
-search | cam | train``.
+"""The command line: ``effkernels info | check | bench | compare | report | predict | explain | tune | convert |
+export | scale | search | cam | train``.
 
 Flags have timm's names if it has them.
 """
@@ -25,6 +25,7 @@ from effkernels.commands import (
     export,
     info,
     predict,
+    report,
     scale,
     search,
     train,
@@ -51,6 +52,7 @@ COMMANDS: dict[str, Command] = {
     "check": check,
     "bench": bench,
     "compare": compare,
+    "report": report,
     "predict": predict,
     "explain": explain,
     "tune": tune,

@@ -17,6 +17,7 @@ KERNEL_FILES = [file for room in ("cpu", "cuda") for file in sorted((ROOT / "csr
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"cam", "train"}),
     frozenset({"scaling"}),
+    frozenset({"report"}),
     frozenset({"bench"}),
     # `import effkernels`, and the names for users of files further down.
     frozenset({"__init__", "peers", "predict"}),

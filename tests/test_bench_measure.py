@@ -35,7 +35,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
                 advance(name)
         return times
 
-    monkeypatch.setattr(measure, "calibrate", lambda device: next(found.calibrations))
+    monkeypatch.setattr(measure, "calibrate", lambda device, dtype: next(found.calibrations))
     monkeypatch.setattr(timing, "time_in_turns", turns)
     return found
 

@@ -33,7 +33,7 @@ FIELDS = [
     "suite", "case", "contender", "device", "dtype", "batch", "median_us", "p95_us", "p99_us", "images_per_s",
     "peak_bytes", "rel_error", "floor_us", "bytes", "launches", "commit", "dirty", "date", "versions",
     "name", "rounds", "round_low_us", "round_high_us", "spread", "host_us", "calibration", "drift", "steady",
-    "attempts", "machine",
+    "attempts", "machine", "part", "flops",
 ]  # fmt: skip
 SMALL = NetworkCase("efficientnet_b0", 32, 1, threads=1)
 QUICK = Options(warmup=1, rounds=2, memory=False, calibrate=False)
@@ -263,6 +263,24 @@ class TestContenders:
         assert rows[0].rel_error is not None
         assert 0 < rows[0].rel_error < 1e-4
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("name", ["onnxruntime-int8", "openvino-int8"])
+    def test_int8_is_another_computation_that_says_its_error(self, name: str) -> None:
+        if reason := CONTENDERS[name].unavailable(SMALL):
+            pytest.skip(reason)
+        rows, refusals = run_case(SMALL, [name], QUICK, date="now")
+        assert refusals == []
+        assert rows[0].contender.startswith(f"{name} (")
+        assert rows[0].rel_error is not None
+        assert 1e-4 < rows[0].rel_error < 0.5
+        assert "--precision float32" in str(CONTENDERS[name].unavailable(dataclasses.replace(SMALL, precision="amp")))
+
+    def test_tensorrt_names_its_install_command(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        case = dataclasses.replace(SMALL, device="cuda")
+        assert CONTENDERS["tensorrt"].unavailable(case) == "not available: pip install torch_tensorrt"
+        assert CONTENDERS["tensorrt"].unavailable(SMALL) == "only for cuda, not cpu"
+
     @pytest.mark.parametrize("precision", ["bfloat16", "amp"])
     def test_low_precision(self, precision: str) -> None:
         case = dataclasses.replace(SMALL, precision=precision)
@@ -462,10 +480,31 @@ class TestReport:
         assert self.run(folder) == 0
         assert self.run(folder, "--check") == 0
 
-    def test_plots_are_made(self, folder: Path) -> None:
+    def test_pictures_are_made(self, folder: Path) -> None:
         self.run(folder)
         for suite in ("model", "op"):
-            assert (folder / f"a-cpu-2-threads-{suite}.png").read_bytes().startswith(b"\x89PNG")
+            assert (folder / f"a-cpu-2-threads-{suite}.svg").read_text().startswith("<svg ")
+            assert f"(a-cpu-2-threads-{suite}.svg)" in (folder / "REPORT.md").read_text()
+
+    def test_machines_with_the_same_networks_are_side_by_side(self, folder: Path) -> None:
+        other = "B CPU, 2 threads"
+        timing.append_rows(
+            folder / "b-cpu.jsonl",
+            [
+                make_row(device=other, median_us=4000.0),
+                make_row(device=other, contender="engine", median_us=3000.0),
+                make_row(device="A GPU", case="efficientnet_b4@380", batch=256),
+            ],
+        )
+        assert self.run(folder) == 0
+        readme = (folder / "README.md").read_text()
+        assert "EfficientNet on A CPU, 2 threads / B CPU, 2 threads, median time of a call:" in readme
+        assert "| effkernels-cpu | 1.00 / 4.00 ms |" in readme
+        assert "| eager (timm) | 2.50 / - ms |" in readme
+        assert "EfficientNet on A GPU, median time of a call:" in readme
+        text = (folder / "REPORT.md").read_text()
+        assert "| effkernels-cpu | 1.00 ms | 1.00 | 4.00 ms | 1.00 |" in text
+        assert "| engine |  |  | 3.00 ms | 0.75 |" in text
 
     def test_without_results(self, tmp_path: Path) -> None:
         (tmp_path / "README.md").write_text(f"{report.SECTION.begin}{report.SECTION.end}")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ import effkernels
 from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
+from effkernels.bench.least_work import least_work
 from effkernels.bench.measure import WRONG, Options, Refusal, measure
 from effkernels.bench.op_cases import dtype_name
 from effkernels.bench.samples import sample_foreign
@@ -29,6 +31,25 @@ CONTENDERS = {
     "compile": "the same under torch.compile",
 }
 _PARITY_IMAGES = 2
+
+
+class Part(Protocol):
+    """What is timed: a module and the images that it takes."""
+
+    def case(self, batch: int) -> str:
+        """Return the case as rows name it."""
+
+    def least_work(self, batch: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Return the bytes and the FLOPs that no version can avoid."""
+
+    def plain(self) -> nn.Module:
+        """Return a copy in plain PyTorch, float32 on the CPU."""
+
+    def fused(self) -> nn.Module:
+        """Return a copy that calls this package's operators, float32 on the CPU."""
+
+    def images(self, batch: int) -> Tensor:
+        """Return random inputs, float32 on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,10 @@ class Block:
         """Return the case as rows name it."""
         words = ["x".join(map(str, shape)) for shape in ((batch, *self.shape), self.out)]
         return f"{self.model} {self.path} {words[0]} to {words[1]}"
+
+    def least_work(self, batch: int, dtype: torch.dtype) -> tuple[int, int]:
+        """Return the bytes and the FLOPs that no version of the block can avoid, see `least_work`."""
+        return least_work(self.plain(), (batch, *self.shape), (batch, *self.out), dtype)
 
     def plain(self) -> nn.Module:
         """Return a copy of the block in plain PyTorch, float32 on the CPU."""
@@ -84,6 +109,21 @@ def _fused(model: str, size: tuple[int, int, int]) -> nn.Module:
 
 
 @functools.lru_cache(maxsize=4)
+def block_paths(model: str, size: tuple[int, int, int]) -> tuple[str, ...]:
+    """Return the paths of all blocks of a network that run fused, in the order of the modules.
+
+    Args:
+        size: (channels, height, width) of its images.
+    """
+    if find_model(model).is_own:
+        stages = _plain(model, size).get_submodule("blocks").children()
+        return tuple(f"blocks.{i}.{j}" for i, stage in enumerate(stages) for j, _ in enumerate(stage.children()))
+    swapped = [path for path, module in _fused(model, size).named_modules() if path and is_swapped(module)]
+    # A module around blocks is fused too, to keep the memory format; the blocks are the innermost ones.
+    return tuple(path for path in swapped if not any(other.startswith(f"{path}.") for other in swapped))
+
+
+@functools.lru_cache(maxsize=4)
 def blocks_of(model: str, img_size: int | None = None) -> tuple[Block, ...]:
     """Return the blocks of a network that run fused and differ in shapes, in the order of the forward.
 
@@ -95,17 +135,7 @@ def blocks_of(model: str, img_size: int | None = None) -> tuple[Block, ...]:
     size = input_size_of_source(find_model(model))
     if img_size is not None:
         size = (size[0], img_size, img_size)
-    network, fused = _plain(model, size), _fused(model, size)
-    if find_model(model).is_own:
-        paths = [
-            f"blocks.{i}.{j}"
-            for i, stage in enumerate(network.get_submodule("blocks").children())
-            for j, _ in enumerate(stage.children())
-        ]
-    else:
-        swapped = [path for path, module in fused.named_modules() if path and is_swapped(module)]
-        # A module around blocks is fused too, to keep the memory format; the blocks are the innermost ones.
-        paths = [path for path in swapped if not any(other.startswith(f"{path}.") for other in swapped)]
+    network = _plain(model, size)
     found: dict[tuple[object, ...], Block] = {}
 
     def note(path: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -118,7 +148,7 @@ def blocks_of(model: str, img_size: int | None = None) -> tuple[Block, ...]:
 
         return hook
 
-    handles = [network.get_submodule(path).register_forward_hook(note(path)) for path in paths]
+    handles = [network.get_submodule(path).register_forward_hook(note(path)) for path in block_paths(model, size)]
     try:
         with torch.inference_mode(), effkernels.backend("reference"):
             network(torch.zeros(1, *size))
@@ -140,7 +170,7 @@ class _OnReference:
 
 
 def measure_block(
-    block: Block,
+    block: Part,
     batch: int,
     dtype: torch.dtype,
     contenders: Sequence[str],
@@ -151,8 +181,9 @@ def measure_block(
     date: str,
     advance: Callable[[str], None] = lambda step: None,
     report: Callable[[str], None] = lambda line: None,
+    suite: str = "block",
 ) -> tuple[list[Row], list[Refusal]]:
-    """Measure a block; arguments and results as of `op_cases.measure_op`."""
+    """Measure a block or another part; arguments and results as of `op_cases.measure_op`."""
     torch._dynamo.reset()
     case = block.case(batch)
     few = block.images(min(batch, _PARITY_IMAGES))
@@ -164,7 +195,7 @@ def measure_block(
         images = few.repeat(-(-batch // len(few)), 1, 1, 1)[:batch].to(device, dtype)
         images = images.contiguous(memory_format=torch.channels_last)
         count = timing.input_count(images.nbytes, environment.last_level_cache_bytes(device))
-        inputs = [images.clone(memory_format=torch.channels_last) for _ in range(count)]
+        inputs = [images, *(images.clone(memory_format=torch.channels_last) for _ in range(count - 1))]
         functions: dict[str, Callable[[Tensor], Tensor]] = {}
         parity: dict[str, float] = {}
         refusals: list[Refusal] = []
@@ -189,14 +220,16 @@ def measure_block(
             {name: _as_run(function, inputs) for name, function in functions.items()},
             device,
             options,
+            dtype=dtype,
             advance=advance,
             report=lambda line: report(f"{case}, {dtype_name(dtype)}: {line}"),
         )
+    moved, flops = block.least_work(batch, dtype)
     rows = []
     for name in functions:
         row = timing.make_row(
             timing.summarise(measured.times[name]),
-            suite="block",
+            suite=suite,
             case=case,
             contender=name,
             device=environment.device_name(device, threads),
@@ -204,14 +237,20 @@ def measure_block(
             batch=batch,
             date=date,
             rel_error=parity[name],
+            bytes=moved,
+            flops=flops,
+            floor_us=measured.floor_us(moved, flops),
         )
         rows.append(dataclasses.replace(row, name=name, **measured.fields(name)))
     return rows, refusals
 
 
-def _contender(name: str, block: Block, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _contender(name: str, block: Part, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     if name == "effkernels":
         return _moved(block.fused(), device, dtype)
+    if name == "eager-nchw":
+        plain = block.plain().to(device, dtype)
+        return lambda images: plain(images)
     plain = _OnReference(_moved(block.plain(), device, dtype))
     return plain if name == "eager" else torch.compile(plain, dynamic=False)
 

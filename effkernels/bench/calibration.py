@@ -23,7 +23,8 @@ class Calibration:
     """Rates of the machine at one moment.
 
     Attributes:
-        product_gflops: of a square matrix product, in 1e9 FLOPs a second: float32 on a CPU, bfloat16 on a GPU.
+        product_gflops: of a square matrix product, in 1e9 FLOPs a second: in the dtype asked for on a CPU, in bfloat16
+            on a GPU.
         copy_gb_s: of a copy of memory larger than the caches, bytes read and written, in 1e9 a second.
     """
 
@@ -39,9 +40,8 @@ class Calibration:
 
 
 @functools.lru_cache(maxsize=1)
-def _tensors(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _tensors(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     size = _PRODUCT_SIZE[device.type]
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     generator = torch.Generator().manual_seed(0)
     factor = torch.randn(size, size, generator=generator).to(device, dtype)
     wanted = 2 * environment.last_level_cache_bytes(device)
@@ -49,10 +49,14 @@ def _tensors(device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return factor, torch.empty_like(factor), copied, torch.zeros_like(copied)
 
 
-def calibrate(device: torch.device | str = "cpu") -> Calibration:
-    """Measure the rates of a device, with the threads that PyTorch has now; takes a few tenths of a second."""
+def calibrate(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Calibration:
+    """Measure the rates of a device, with the threads that PyTorch has now; takes a few tenths of a second.
+
+    Args:
+        dtype: of the product on a CPU.
+    """
     device = torch.device(device)
-    factor, product, source, target = _tensors(device)
+    factor, product, source, target = _tensors(device, dtype if device.type == "cpu" else torch.bfloat16)
     with torch.inference_mode():
         times = timing.time_in_turns(
             {

@@ -84,7 +84,7 @@ Key = tuple[str, ...]
 def _newest(rows: Sequence[Row], with_device: bool) -> dict[Key, Row]:
     found: dict[Key, Row] = {}
     for row in rows:
-        key: Key = (row.suite, row.case, row.dtype, str(row.batch), row.contender)
+        key: Key = (row.suite, row.case, row.part or "", row.dtype, str(row.batch), row.contender)
         key = (*key, row.device) if with_device else key
         if key not in found or row.date >= found[key].date:
             found[key] = row
@@ -92,7 +92,7 @@ def _newest(rows: Sequence[Row], with_device: bool) -> dict[Key, Row]:
 
 
 def compare(before: Sequence[Row], after: Sequence[Row], *, least_change: float = LEAST_CHANGE) -> Comparison:
-    """Match rows by suite, case, dtype, batch and contender; of each the newest counts.
+    """Match rows by suite, case, part, dtype, batch and contender; of each the newest counts.
 
     A file of one device may be compared with one of another device. With several devices in a file, the device must be
     the same too.

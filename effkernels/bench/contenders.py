@@ -1,9 +1,7 @@
 """Whole networks in every form worth comparing, all with the same small interface.
 
-All of them get the same weights. "The plain network" is the architecture out of ordinary PyTorch modules. For one of
-this package's networks it is timm's where timm is installed, otherwise this package's with every operator on the
-reference backend, with the weights of ``check.sample_model``; for any other model it is that model, with the weights of
-``samples.sample_foreign``. The label names which one ran.
+All of them get the same weights, those of the plain network (`plain.py`). The label names which one ran. `runtimes.py`
+has the contenders that other programs than PyTorch run.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +24,8 @@ import effkernels
 from effkernels import _library
 from effkernels.bench.check import sample_model
 from effkernels.bench.network_case import Contender, NetworkCase, ReadyContender
-from effkernels.bench.samples import sample_foreign
+from effkernels.bench.plain import plain_network, timm_missing, timm_model
+from effkernels.bench.runtimes import RUNTIMES
 from effkernels.models import peers
 from effkernels.models.layouts import TIMM, TORCHVISION, translation
 from effkernels.models.sources import unwrapped
@@ -68,44 +66,10 @@ def _ready_module(
         with torch.autocast(case.torch_device.type, dtype=autocast):
             return call(images)
 
-    return ReadyContender(label, convert, run if autocast is None else run_autocast, packages, compiles)
-
-
-class _OnReference(nn.Module):
-    """A model of this package with every operator in plain PyTorch, whatever the backend in force."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        with effkernels.backend("reference"):
-            return self.model(images)  # type: ignore[no-any-return]
-
-
-def _timm_model(case: NetworkCase) -> nn.Module:
-    model: nn.Module = peers.import_timm().create_model(case.model).eval()
-    model.load_state_dict(sample_model(case.model, case.seed).state_dict())
-    return model
-
-
-def _timm_missing(case: NetworkCase) -> str | None:
-    try:
-        timm = peers.import_timm()
-    except ImportError as error:
-        return f"not available: {error}"
-    return None if timm.is_model(case.model) else f"timm {timm.__version__} has no model {case.model}"
-
-
-def plain_network(case: NetworkCase) -> tuple[nn.Module, str, tuple[str, ...]]:
-    """Return the plain network with the case's weights, the name of its source, and the packages it comes from."""
-    source = case.source
-    if not source.is_own:
-        model = sample_foreign(case.model, case.channels, case.img_size, case.seed)
-        return copy.deepcopy(model), source.library, source.packages
-    if _timm_missing(case) is None:
-        return _timm_model(case), "timm", ("timm",)
-    return _OnReference(copy.deepcopy(sample_model(case.model, case.seed))), "reference", ()
+    return ReadyContender(
+        label, convert, run if autocast is None else run_autocast, packages, compiles,
+        module if call is module else None,
+    )  # fmt: skip
 
 
 def _effkernels_backend(case: NetworkCase) -> str:
@@ -134,7 +98,7 @@ def _effkernels(case: NetworkCase) -> ReadyContender:
 
 
 def _optimized_missing(case: NetworkCase) -> str | None:
-    return _kernels_missing(case) or (_timm_missing(case) if case.source.is_own else None)
+    return _kernels_missing(case) or (timm_missing(case) if case.source.is_own else None)
 
 
 def _optimized(case: NetworkCase) -> ReadyContender:
@@ -187,7 +151,7 @@ def _foreign(case: NetworkCase) -> ReadyContender:
 def _timm(case: NetworkCase) -> ReadyContender:
     if not case.source.is_own:
         return _foreign(case)
-    return _ready_module("timm", case, _timm_model(case), channels_last=case.channels_last, packages=("timm",))
+    return _ready_module("timm", case, timm_model(case), channels_last=case.channels_last, packages=("timm",))
 
 
 def _torchvision_missing(case: NetworkCase) -> str | None:
@@ -279,78 +243,6 @@ def _as_graph(prepare: Callable[[NetworkCase], ReadyContender], case: NetworkCas
     return ReadyContender(f"{name}-graph {source}".rstrip(), ready.convert, run, ready.packages, ready.compiles)
 
 
-# ----------------------------------------------------------------------------------------- ONNX Runtime, OpenVINO
-
-
-def _packages_missing(name: str) -> str | None:
-    missing = CONTENDERS[name].not_installed()
-    return f"not available: pip install {' '.join(missing)}" if missing else None
-
-
-@functools.lru_cache(maxsize=1)
-def _onnx_model(model: str, channels: int, img_size: int, batch: int, seed: int) -> tuple[bytes, str, tuple[str, ...]]:
-    """Return the plain network as an ONNX file in memory, with static shapes, which both runtimes optimise best."""
-    case = NetworkCase(model, img_size, batch, seed=seed, channels=channels)
-    network, source, packages = plain_network(case)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the exporter's own deprecations, nothing that a reader could act on
-        program = torch.onnx.export(network.eval(), (case.images(0),), dynamo=True, external_data=False, verbose=False)
-    assert program is not None
-    return program.model_proto.SerializeToString(), source, packages
-
-
-def _onnxruntime_missing(case: NetworkCase) -> str | None:
-    if case.numbers.name != "float32":
-        return f"ONNX Runtime's CPU kernels have no {case.numbers.name}"
-    return _packages_missing("onnxruntime")
-
-
-def _onnxruntime(case: NetworkCase) -> ReadyContender:
-    onnxruntime = importlib.import_module("onnxruntime")
-    content, source, packages = _onnx_model(case.model, case.channels, case.img_size, case.batch, case.seed)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = case.threads
-    # Its threads otherwise spin for a while after a call and take the cores from whoever has the next turn.
-    options.add_session_config_entry("session.force_spinning_stop", "1")
-    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
-    name = session.get_inputs()[0].name
-    return ReadyContender(
-        f"onnxruntime ({source})",
-        lambda images: images.numpy(),
-        lambda images: session.run(None, {name: images}),
-        ("onnxruntime", "onnx", *packages),
-    )
-
-
-def _openvino_missing(case: NetworkCase) -> str | None:
-    missing = _packages_missing("openvino")
-    if missing or case.numbers.name == "float32":
-        return missing
-    if case.numbers.name == "bfloat16":
-        capabilities = importlib.import_module("openvino").Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return None if "BF16" in capabilities else "OpenVINO has no bfloat16 on this processor"
-    return f"the OpenVINO contender runs float32 and bfloat16, not {case.numbers.name}"
-
-
-def _openvino(case: NetworkCase) -> ReadyContender:
-    openvino = importlib.import_module("openvino")
-    content, source, packages = _onnx_model(case.model, case.channels, case.img_size, case.batch, case.seed)
-    core = openvino.Core()
-    settings = {
-        "INFERENCE_NUM_THREADS": case.threads,
-        "PERFORMANCE_HINT": "LATENCY",
-        # Left alone it takes bfloat16 wherever the processor has it, also for a float32 model.
-        "INFERENCE_PRECISION_HINT": "f32" if case.numbers.name == "float32" else "bf16",
-    }
-    compiled = core.compile_model(core.read_model(content), "CPU", settings)
-    return ReadyContender(
-        f"openvino ({source})",
-        lambda images: images.numpy(),
-        lambda images: list(compiled([images], share_inputs=True).values()),
-        ("openvino", "onnx", *packages),
-    )
-
-
 def _nothing_missing(case: NetworkCase) -> str | None:
     return None
 
@@ -372,7 +264,7 @@ CONTENDERS: dict[str, Contender] = {
             functools.partial(_compiled, name="compile", mode=None),
         ),
         Contender(
-            "compile-max-autotune", "the same, kernels tuned by measurement", ("cuda",), _compiler_missing,
+            "compile-max-autotune", "the same, kernels tuned by measurement", ("cpu", "cuda"), _compiler_missing,
             functools.partial(_compiled, name="compile-max-autotune", mode="max-autotune-no-cudagraphs"),
         ),
         Contender(
@@ -393,7 +285,7 @@ CONTENDERS: dict[str, Contender] = {
         ),
         Contender(
             "timm", "timm's model, unchanged", ("cpu", "cuda"),
-            functools.partial(_as_it_comes_missing, "timm", _timm_missing), _timm, ("timm",),
+            functools.partial(_as_it_comes_missing, "timm", timm_missing), _timm, ("timm",),
         ),
         Contender(
             "optimized", "timm's or any other model after optimize_", ("cpu", "cuda"), _optimized_missing, _optimized,
@@ -408,13 +300,7 @@ CONTENDERS: dict[str, Contender] = {
             functools.partial(_as_it_comes_missing, "torchvision", _torchvision_missing), _torchvision,
             ("torchvision",),
         ),
-        Contender(
-            "onnxruntime", "ONNX Runtime", ("cpu",), _onnxruntime_missing, _onnxruntime,
-            ("onnx", "onnxscript", "onnxruntime"),
-        ),
-        Contender(
-            "openvino", "OpenVINO", ("cpu",), _openvino_missing, _openvino, ("onnx", "onnxscript", "openvino"),
-        ),
+        *RUNTIMES,
     )
 }  # fmt: skip
 

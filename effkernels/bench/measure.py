@@ -74,6 +74,19 @@ class Measurement:
         """Return by how much the machine's own speed changed during the turns; None: not measured."""
         return None if self.calibrations is None else self.calibrations[0].drift(self.calibrations[1])
 
+    def floor_us(self, moved: int, flops: int) -> float | None:
+        """Return the least time of a case at the rates of the calibrations, in microseconds; None: not measured.
+
+        Args:
+            moved: bytes that it must read and write at least.
+            flops: two for each multiply-add.
+        """
+        if self.calibrations is None:
+            return None
+        product = max(one.product_gflops for one in self.calibrations)
+        copy = max(one.copy_gb_s for one in self.calibrations)
+        return round(max(flops / product, moved / copy) / 1e3, 3)
+
     def fields(self, name: str) -> dict[str, Any]:
         """Return the fields of a `timing.Row` that say how far a contender's times can be believed."""
         low, median, high = timing.spread_of(timing.round_medians(self.times[name], self.rounds))
@@ -104,6 +117,7 @@ def measure(
     device: torch.device,
     options: Options,
     *,
+    dtype: torch.dtype = torch.float32,
     advance: Callable[[str], None] = lambda name: None,
     report: Callable[[str], None] = lambda line: None,
 ) -> Measurement:
@@ -113,18 +127,24 @@ def measure(
 
     Args:
         runs: as of `timing.time_in_turns`.
+        dtype: that they compute in, and that the calibration takes.
         advance: called after each turn of the first attempt.
         report: called with a line if there is a second attempt.
     """
-    measured = _attempt(runs, device, options, 1, advance)
+    measured = _attempt(runs, device, dtype, options, 1, advance)
     if measured.drift is not None and measured.drift > LARGEST_DRIFT:
         report(f"the machine's own speed drifted by {measured.drift:.1%}: measured again")
-        measured = _attempt(runs, device, options, 2, lambda name: None)
+        measured = _attempt(runs, device, dtype, options, 2, lambda name: None)
     return measured
 
 
 def _attempt(
-    runs: Mapping[str, Run], device: torch.device, options: Options, attempt: int, advance: Callable[[str], None]
+    runs: Mapping[str, Run],
+    device: torch.device,
+    dtype: torch.dtype,
+    options: Options,
+    attempt: int,
+    advance: Callable[[str], None],
 ) -> Measurement:
     watch = Watch(device)
     watch.sample()
@@ -134,7 +154,7 @@ def _attempt(
         if device.type == "cuda":
             watch.sample()
 
-    before = calibrate(device) if options.calibrate else None
+    before = calibrate(device, dtype) if options.calibrate else None
     if options.waited and device.type == "cuda":
         runs = {name: _waiting(run, device) for name, run in runs.items()}
     times = timing.time_in_turns(
@@ -145,7 +165,7 @@ def _attempt(
         advance=turn_done,
     )
     host_us = host_times(runs, device) if device.type == "cuda" and not options.waited else {}
-    after = calibrate(device) if options.calibrate else None
+    after = calibrate(device, dtype) if options.calibrate else None
     watch.sample()
     calibrations = None if before is None or after is None else (before, after)
     return Measurement(times, options.rounds, host_us, calibrations, attempt, watch.summary())

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from effkernels.bench.precision import Precision
 from effkernels.models.sources import ModelSource, find_model
@@ -82,6 +82,7 @@ class ReadyContender:
         run: one call; everything in it is timed.
         packages: distributions whose version decides the speed, besides torch and triton.
         compiles: preparing and the first calls compile; the compiler's own memory is not what inference needs.
+        module: that ``run`` calls, part by part; None: there are no parts to see.
     """
 
     label: str
@@ -89,6 +90,7 @@ class ReadyContender:
     run: Callable[[Any], Any]
     packages: tuple[str, ...] = ()
     compiles: bool = False
+    module: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,8 @@ class Contender:
     """A name on the command line, a line of description, the devices it is for, and how to get it.
 
     ``missing`` returns why the contender cannot run a case, None if it can; ``prepare`` is called only then.
-    ``needs`` are the packages besides torch without which it cannot run.
+    ``needs`` are the packages besides torch without which it cannot run; ``lossy`` whether it computes in fewer bits
+    than the case asks for, so that its error is not judged by the case's precision.
     """
 
     name: str
@@ -105,6 +108,7 @@ class Contender:
     missing: Callable[[NetworkCase], str | None]
     prepare: Callable[[NetworkCase], ReadyContender]
     needs: tuple[str, ...] = ()
+    lossy: bool = False
 
     def not_installed(self) -> tuple[str, ...]:
         """Return the packages of ``needs`` that are not installed."""

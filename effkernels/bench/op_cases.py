@@ -65,7 +65,7 @@ def measure_op(
     torch._dynamo.reset()
     arguments = call.arguments(dtype, device)
     truth = run(reference, call.op, in_float64(call.arguments(dtype)))
-    size = call.bytes_moved(dtype)
+    size, flops = call.bytes_moved(dtype), call.flops()
     copies = timing.input_count(size, environment.last_level_cache_bytes(device))
     labels: dict[str, str] = {}
     parity: dict[str, float] = {}
@@ -97,7 +97,12 @@ def measure_op(
         if not runs:
             return [], refusals
         measured = measure(
-            runs, device, options, advance=advance, report=lambda line: report(f"{call}, {dtype_name(dtype)}: {line}")
+            runs,
+            device,
+            options,
+            dtype=dtype,
+            advance=advance,
+            report=lambda line: report(f"{call}, {dtype_name(dtype)}: {line}"),
         )
     rows = []
     for name in runs:
@@ -112,6 +117,8 @@ def measure_op(
             date=date,
             rel_error=parity[name],
             bytes=size,
+            flops=flops,
+            floor_us=measured.floor_us(size, flops),
         )
         rows.append(dataclasses.replace(row, name=name, **measured.fields(name)))
     return rows, refusals

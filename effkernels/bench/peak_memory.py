@@ -1,10 +1,10 @@
-"""Peak memory of one contender, measured in a process of its own.
+"""Peak memory of one contender, in inference or in training, measured in a process of its own.
 
 On a CPU it is the growth of the resident set, in bytes, from "ready" to the highest point of the next few calls:
-activations and workspaces, without weights, interpreter and libraries. "Ready" is just before the first call. Where the
-first calls compile, it is after them, because the compiler's own memory is not needed to serve; PyTorch gives
-activations back to the system, so nothing is hidden by that. Linux only: the high-water mark of the resident set is
-reset through /proc/self/clear_refs.
+activations and workspaces, and in training gradients, without weights, interpreter and libraries. "Ready" is just
+before the first call. Where the first calls compile, it is after them, because the compiler's own memory is not needed
+to serve; PyTorch gives activations back to the system, so nothing is hidden by that. Linux only: the high-water mark of
+the resident set is reset through /proc/self/clear_refs.
 
 On a GPU it is the most that PyTorch's allocator had handed out at once, weights and CUDA graphs included.
 """
@@ -17,6 +17,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,31 +46,43 @@ def measure_here(contender: str, case: NetworkCase) -> int:
     torch.set_num_threads(case.threads)
     ready = CONTENDERS[contender].prepare(case)
     images = ready.convert(case.images(0))
-    on_gpu = case.torch_device.type == "cuda"
+    with torch.inference_mode():
+        return peak_of(lambda: ready.run(images), case.torch_device, compiles=ready.compiles)
+
+
+def peak_of(run: Callable[[], object], device: torch.device, *, compiles: bool) -> int:
+    """Return the peak memory of a few calls in this process, in bytes.
+
+    Args:
+        compiles: the first call compiles, and does not count.
+    """
 
     def call() -> None:
         for _ in range(_CALLS):
-            ready.run(images)
+            run()
 
-    with torch.inference_mode():
-        if ready.compiles:
-            call()
-        if on_gpu:
-            if ready.compiles:
-                torch.cuda.reset_peak_memory_stats(case.torch_device)
-            call()
-            torch.cuda.synchronize(case.torch_device)
-            return torch.cuda.max_memory_allocated(case.torch_device)
-        _give_back_free_memory()
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        before = _status_bytes("VmRSS")
+    if compiles:
         call()
-        return max(0, _status_bytes("VmHWM") - before)
+    if device.type == "cuda":
+        if compiles:
+            torch.cuda.reset_peak_memory_stats(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)
+    _give_back_free_memory()
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    before = _status_bytes("VmRSS")
+    call()
+    return max(0, _status_bytes("VmHWM") - before)
 
 
-def peak_memory(contender: str, case: NetworkCase) -> int | str:
-    """Peak memory of a contender in bytes, measured in a process of its own; or one line why there is none."""
-    request = json.dumps({"contender": contender, "case": case.to_dict()})
+def peak_memory(contender: str, case: NetworkCase, *, training: bool = False) -> int | str:
+    """Peak memory of a contender in bytes, measured in a process of its own; or one line why there is none.
+
+    Args:
+        training: of training steps; then the contender is one of `train_cases.CONTENDERS`.
+    """
+    request = json.dumps({"contender": contender, "case": case.to_dict(), "training": training})
     command = [sys.executable, "-m", "effkernels.bench.peak_memory", request]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
@@ -85,7 +98,12 @@ def peak_memory(contender: str, case: NetworkCase) -> int | str:
 def main() -> None:
     """Entry of the process: the request is a JSON argument, the answer one line of JSON on standard output."""
     request = json.loads(sys.argv[1])
-    print(json.dumps({"peak_bytes": measure_here(request["contender"], NetworkCase(**request["case"]))}))
+    measure = measure_here
+    if request["training"]:
+        from effkernels.bench import train_cases  # which imports this module
+
+        measure = train_cases.measure_memory_here
+    print(json.dumps({"peak_bytes": measure(request["contender"], NetworkCase(**request["case"]))}))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 from effkernels import environment
-from effkernels.bench import block_cases, contenders, op_cases, train_cases
+from effkernels.bench import block_cases, contenders, kernelbench, layer_cases, op_cases, paper_cases, train_cases
 from effkernels.bench.block_cases import blocks_of, measure_block
 from effkernels.bench.measure import Options, Refusal
 from effkernels.bench.network_case import NetworkCase
@@ -169,10 +169,7 @@ def _networks(settings: Settings, suite: str, batches: Sequence[int], options: O
         names = settings.chosen(suite, known if "all" in settings.contenders else list(contenders.CONTENDERS), default)
         for precision in settings.precisions:
             for batch in batches:
-                case = network_case(
-                    model, batch, precision, img_size=settings.img_size, device=settings.device,
-                    threads=settings.threads, channels_last=settings.channels_last,
-                )  # fmt: skip
+                case = _case(settings, model, batch, precision)
                 yield SuiteCase(
                     suite, case_name(case), case.numbers.name, batch, settings.device_name, names, options,
                     partial(_run_network, case, names, suite), partial(_network_unavailable, case),
@@ -242,15 +239,55 @@ def _training(settings: Settings) -> Iterator[SuiteCase]:
     for model in settings.models:
         for precision in settings.precisions:
             for batch in settings.batches:
-                case = network_case(
-                    model, batch, precision, img_size=settings.img_size, device=settings.device,
-                    threads=settings.threads, channels_last=settings.channels_last,
-                )  # fmt: skip
+                case = _case(settings, model, batch, precision)
                 run = partial(train_cases.measure_training, case, names)
                 yield SuiteCase(
                     "train", case_name(case), case.numbers.name, batch, settings.device_name, names, settings.options,
                     _threaded(run, settings.threads), partial(train_cases.unavailable, case),
                 )  # fmt: skip
+
+
+def _kernelbench(settings: Settings) -> Iterator[SuiteCase]:
+    names = settings.chosen("kernelbench", list(kernelbench.CONTENDERS), list(kernelbench.CONTENDERS))
+    for dtype in settings.dtypes("kernelbench"):
+        for problem in kernelbench.PROBLEMS:
+            run = partial(kernelbench.measure_problem, problem, problem.batch, dtype, names, settings.device)
+            yield SuiteCase(
+                "kernelbench", problem.case(problem.batch), dtype_name(dtype), problem.batch, settings.device_name,
+                names, settings.options, _threaded(run, settings.threads), lambda name: None,
+            )  # fmt: skip
+
+
+def _paper(settings: Settings) -> Iterator[SuiteCase]:
+    names = settings.chosen("paper", paper_cases.CONTENDERS, paper_cases.DEFAULT)
+    device = environment.device_name(torch.device("cpu"), paper_cases.THREADS)
+    for pair in paper_cases.PAIRS:
+        run = partial(paper_cases.measure_pair, pair, names, img_size=settings.img_size)
+        yield SuiteCase(
+            "paper", pair.case, "float32", 1, device, names, settings.options, _threaded(run, paper_cases.THREADS),
+            partial(paper_cases.unavailable, pair),
+        )  # fmt: skip
+
+
+def _layers(settings: Settings) -> Iterator[SuiteCase]:
+    for model in settings.models:
+        first = "effkernels" if find_model(model).is_own else "optimized"
+        names = settings.chosen("layer", layer_cases.CONTENDERS, (first, "eager", "eager-channels-last"))
+        for precision in settings.precisions:
+            for batch in settings.batches:
+                case = _case(settings, model, batch, precision)
+                run = partial(layer_cases.measure_layers, case, names)
+                yield SuiteCase(
+                    "layer", case_name(case), case.numbers.name, batch, settings.device_name, names, settings.options,
+                    _threaded(run, settings.threads), partial(layer_cases.unavailable, case),
+                )  # fmt: skip
+
+
+def _case(settings: Settings, model: str, batch: int, precision: str) -> NetworkCase:
+    return network_case(
+        model, batch, precision, img_size=settings.img_size, device=settings.device, threads=settings.threads,
+        channels_last=settings.channels_last,
+    )  # fmt: skip
 
 
 def _threaded(run: Callable[..., tuple[list[Row], list[Refusal]]], threads: int) -> Measure:
@@ -271,7 +308,10 @@ def _threaded(run: Callable[..., tuple[list[Row], list[Refusal]]], threads: int)
 SUITES: dict[str, Callable[[Settings], Iterator[SuiteCase]]] = {
     "op": _ops,
     "block": _blocks,
+    "layer": _layers,
     "model": _models,
     "latency": _latency,
     "train": _training,
+    "kernelbench": _kernelbench,
+    "paper": _paper,
 }

@@ -177,6 +177,8 @@ class Row:
         steady: whether that is no more than `calibration.LARGEST_DRIFT`.
         attempts: how often the case was measured; a first attempt that drifted is thrown away.
         machine: [lowest, highest] of the load, the clocks and so on, see `machine.Watch`.
+        part: of the network that the times are of, in the suite layer; None: of the whole case.
+        flops: that the case must compute at least, two for each multiply-add.
     """
 
     suite: str
@@ -210,6 +212,13 @@ class Row:
     steady: bool | None = None
     attempts: int | None = None
     machine: dict[str, Any] | None = None
+    part: str | None = None
+    flops: int | None = None
+
+    @property
+    def on_cpu(self) -> bool:
+        """Whether a CPU was measured: its name says the number of threads."""
+        return self.device.endswith((" thread", " threads"))
 
     def to_json(self) -> str:
         """Return the row as one line of strict JSON."""
@@ -236,6 +245,7 @@ def make_row(
     rel_error: float | None = None,
     floor_us: float | None = None,
     bytes: int | None = None,
+    flops: int | None = None,
     launches: int | None = None,
 ) -> Row:
     """Return a row with the commit and versions of this process filled in.
@@ -243,7 +253,7 @@ def make_row(
     Args:
         packages: distributions besides torch and triton whose versions decide this measurement.
         rel_error: relative L2 distance to the float64 reference.
-        bytes: what the case must move at least, in bytes; ``floor_us`` the time that takes on this device.
+        bytes, flops: what the case must move and compute at least; ``floor_us`` the time that takes on this device.
     """
     commit, dirty = environment.commit()
     return Row(
@@ -266,6 +276,7 @@ def make_row(
         dirty=dirty,
         date=date,
         versions=environment.versions(*packages),
+        flops=flops,
     )
 
 

@@ -20,6 +20,7 @@ from effkernels.bench.check import sample_model
 from effkernels.bench.contenders import plain_network, to_tensor
 from effkernels.bench.measure import WRONG, Options, Refusal, measure
 from effkernels.bench.network_case import NetworkCase
+from effkernels.bench.peak_memory import peak_memory, peak_of
 from effkernels.bench.timing import Row
 from effkernels.models.sources import unwrapped
 from effkernels.nn import DropPath
@@ -55,7 +56,7 @@ def measure_training(
     """Measure the training steps of a case.
 
     Arguments and results are those of `networks.run_case`. A row's error is that of all gradients together on two
-    images, against plain PyTorch in float64; its memory the peak of a step on a GPU.
+    images, against plain PyTorch in float64; its memory the peak of a few steps in a process of its own.
     """
     torch._dynamo.reset()
     name_of_case = f"{case.model}@{case.img_size}"
@@ -86,10 +87,14 @@ def measure_training(
         return [], refusals
     images = case.images(0).to(case.torch_device, case.numbers.dtype)
     runs = {name: _as_run(model, images, case, name) for name, model in models.items()}
-    peaks = {name: _peak_bytes(run, case.torch_device) for name, run in runs.items()}
     title = f"{name_of_case}, batch {case.batch}, training"
     measured = measure(
-        runs, case.torch_device, options, advance=advance, report=lambda line: report(f"{title}: {line}")
+        runs,
+        case.torch_device,
+        options,
+        dtype=case.numbers.computes_in,
+        advance=advance,
+        report=lambda line: report(f"{title}: {line}"),
     )
     rows = []
     for name in models:
@@ -103,10 +108,16 @@ def measure_training(
             batch=case.batch,
             date=date,
             packages=() if name == "effkernels" else plain_network(case)[2],
-            peak_bytes=peaks[name],
             rel_error=parity[name],
         )
-        rows.append(dataclasses.replace(row, name=name, **measured.fields(name)))
+        row = dataclasses.replace(row, name=name, **measured.fields(name))
+        if options.memory:
+            peak = peak_memory(name, case, training=True)
+            if isinstance(peak, str):
+                refusals.append(Refusal(name, name_of_case, peak))
+            else:
+                row = dataclasses.replace(row, peak_bytes=peak)
+        rows.append(row)
         report(f"{title}: {name}: median {row.median_us / 1e3:.2f} ms, {row.images_per_s:.1f} images/s")
     return rows, refusals
 
@@ -195,13 +206,9 @@ def _as_run(model: nn.Module, images: Tensor, case: NetworkCase, name: str) -> t
     return run
 
 
-def _peak_bytes(run: timing.Run, device: torch.device) -> int | None:
-    """Return the most memory that a step has allocated on a GPU; None on a CPU."""
-    run(0)
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    run(1)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device)
+def measure_memory_here(contender: str, case: NetworkCase) -> int:
+    """Peak memory of a contender's steps in this process, in bytes; use `peak_memory` for a number that counts."""
+    torch.set_num_threads(case.threads)
+    images = case.images(0).to(case.torch_device, case.numbers.dtype)
+    run = _as_run(_prepared(contender, case), images, case, contender)
+    return peak_of(lambda: run(0), case.torch_device, compiles=contender == "compile")

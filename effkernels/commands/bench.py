@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from effkernels import console
-from effkernels.bench import timing
+from effkernels.bench import kernelbench, paper_cases, timing
 from effkernels.bench.calibration import LARGEST_DRIFT
 from effkernels.bench.contenders import CONTENDERS
 from effkernels.bench.measure import Options, Refusal
@@ -47,8 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", nargs="+", default=[DEFAULT_MODEL], metavar="NAME", help=MODEL_HELP)
     parser.add_argument(
         "--suite", nargs="+", choices=SUITES, default=["model"], metavar="NAME",
-        help="op: the operator calls of the models; block: their blocks; model: the networks; latency: the networks "
-        "with one image a call, each waited for; train: their training steps; default: model",
+        help="op: the operator calls of the models; block: their blocks; layer: their time block by block; model: the "
+        "networks; latency: the networks with one image a call, each waited for; train: their training steps; "
+        "kernelbench: KernelBench's problems and paper: table 4 of the EfficientNet paper on one core, both whatever "
+        "--model and --batch-size are; default: model",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")
@@ -206,7 +208,10 @@ def _note_not_installed(compared: Sequence[str], device: torch.device) -> None:
     absent = {
         name: contender.not_installed()
         for name, contender in CONTENDERS.items()
-        if name not in compared and device.type in contender.devices and contender.not_installed()
+        if name not in compared
+        and device.type in contender.devices
+        and not contender.lossy
+        and contender.not_installed()
     }
     if absent:
         packages = dict.fromkeys(package for names in absent.values() for package in names)
@@ -236,15 +241,24 @@ def _rows_of(file: Path) -> list[Row]:
 
 
 def _print_tables(measured: Sequence[tuple[SuiteCase, list[Row]]]) -> None:
-    """Print a table for each network, and one for all operators or blocks of a precision and a batch."""
+    """Print a table for each network and its layers, and one for all operators or blocks of a precision and a batch."""
     for case, rows in measured:
-        if rows and case.suite in ("model", "latency"):
+        if rows and case.suite in ("model", "latency", "paper"):
             of_suite = "" if case.suite == "model" else f"{case.suite}: "
             title = f"{of_suite}{case.case}, batch {case.batch}, {case.dtype}, {rows[0].device}"
             console.table(title, *_result_table(rows))
+        if rows and case.suite == "paper":
+            for ratio in paper_cases.ratios(rows):
+                console.say(ratio.line)
+        if rows and case.suite == "layer":
+            by_part: dict[str | None, list[Row]] = {}
+            for row in rows:
+                by_part.setdefault(row.part, []).append(row)
+            title = f"layers of {case.case}, batch {case.batch}, {case.dtype}, {rows[0].device}: microseconds"
+            console.table(title, *_parts_table(list(by_part.values())))
     parts: dict[tuple[str, str, int], list[list[Row]]] = {}
     for case, rows in measured:
-        if rows and case.suite not in ("model", "latency"):
+        if rows and case.suite not in ("model", "latency", "layer", "paper"):
             parts.setdefault((case.suite, case.dtype, case.batch), []).append(rows)
     for (suite, dtype, batch), groups in parts.items():
         title = f"{suite}s, batch {batch}, {dtype}, {groups[0][0].device}: microseconds"
@@ -303,15 +317,25 @@ def _parts_table(groups: Sequence[Sequence[Row]]) -> tuple[list[str], list[list[
     columns = ["case"]
     for name in names:
         columns += [name] if name == names[0] else [name, f"x {names[0]}"]
+    # Times of another machine are beside those of a GPU alone, and of the precision that they were published in.
+    of_others = [
+        kernelbench.published(rows[0].case) if rows[0].dtype == "float32" and not rows[0].on_cpu else None
+        for rows in groups
+    ]
+    if any(of_others):
+        columns += [f"{kernelbench.HARDWARE} eager (published, training mode)", "compile (same)"]
     cells = []
     for rows in groups:
         times = {row.name: row.median_us for row in rows}
-        line = [rows[0].case]
+        line = [rows[0].part or rows[0].case]
         for name in names:
             time, base = times.get(name), times.get(names[0])
             line.append("-" if time is None else f"{time:.1f}")
             if name != names[0]:
                 line.append("-" if time is None or base is None else f"{time / base:.2f}")
+        if any(of_others):
+            times_of_others = of_others[len(cells)]
+            line += ["-", "-"] if times_of_others is None else [f"{1e3 * time:.0f}" for time in times_of_others]
         cells.append([*line, _spread(rows)])
     return [*columns, "spread"], cells
 

@@ -64,7 +64,8 @@ def _origin(rows: Sequence[Row]) -> str:
 
 
 def _title(row: Row) -> str:
-    return f"{row.suite} {row.case}, {row.dtype}, batch {row.batch}"
+    part = f" {row.part}" if row.part else ""
+    return f"{row.suite} {row.case}{part}, {row.dtype}, batch {row.batch}"
 
 
 def _table(differences: Sequence[Difference]) -> tuple[list[str], list[list[str]]]:
@@ -98,7 +99,7 @@ def _print_meaning(found: Comparison) -> None:
 
 def _report(found: Comparison) -> dict[str, object]:
     def key(row: Row) -> dict[str, object]:
-        return {name: getattr(row, name) for name in ("suite", "case", "dtype", "batch", "contender", "device")}
+        return {name: getattr(row, name) for name in ("suite", "case", "part", "dtype", "batch", "contender", "device")}
 
     return {
         "differences": [

@@ -7,7 +7,8 @@ import textwrap
 
 from effkernels import console
 from effkernels.bench.foreign import fused_on_meta, training_on_meta
-from effkernels.commands.common import UsageError, add_json, building, model_source, positive
+from effkernels.commands.common import UsageError, add_json, building, check_output, model_source, positive, writing
+from effkernels.files import printable, write_text
 from effkernels.models.sources import FORMS, input_size_of_source
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
@@ -22,6 +23,7 @@ from effkernels.plan.time_estimate import (
     TERMS,
 )
 from effkernels.plan.training_step import StepPlan, plan_step, plan_step_of
+from effkernels.report import planned
 
 TEXT = "List the kernels that a model launches on a GPU, with bytes, FLOPs and floor times. Needs no GPU."
 WIDTH = 120
@@ -55,6 +57,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--recompute", choices=("expand",), help="with --train: what the backward computes again, to save memory"
     )
+    parser.add_argument(
+        "--html", metavar="FILE", help="write the forward's estimates as a page with pictures; instead of the tables"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite FILE")
     add_json(parser)
 
 
@@ -66,6 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(f"--device: {error}") from error
     if arguments.recompute and not arguments.train:
         raise UsageError("--recompute is for a training step; allowed: with --train")
+    if arguments.html and (arguments.train or arguments.json):
+        raise UsageError(f"--html is for the forward of a model; allowed: without {_other(arguments)}")
+    file = arguments.html and check_output("--html", arguments.html, force=arguments.force, suffixes=(".html", ".htm"))
     if arguments.train:
         return _explain_training(arguments, gpu)
     try:
@@ -74,6 +83,11 @@ def run(arguments: argparse.Namespace) -> int:
         raise UsageError(str(error)) from error
     if arguments.json:
         print(plan.to_json())
+        return 0
+    if file:
+        with writing("--html", file):
+            write_text(file, planned.page(plan, gpu).html())
+        console.note(f"explain: {printable(file)}")
         return 0
     title = f"{plan.model}@{plan.img_size}, batch {plan.batch_size}, {plan.precision} on {gpu.title}"
     if arguments.model_time:
@@ -90,6 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
     print(_meaning(plan, gpu))
     print(f"launches: {plan.totals.launches}")
     return 0
+
+
+def _other(arguments: argparse.Namespace) -> str:
+    return "--train" if arguments.train else "--json"
 
 
 def _plan(arguments: argparse.Namespace, gpu: Gpu) -> Plan:

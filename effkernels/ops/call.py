@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from effkernels._norm import gather_norms
 from effkernels.ops import reference
@@ -234,6 +235,12 @@ class OpCall:
         arguments = self.arguments(dtype, "meta")
         results = run(reference, self.op, arguments)
         return sum(t.nbytes for t in (*(t for _, t in tensors(arguments)), *results))
+
+    def flops(self) -> int:
+        """Return the FLOPs of its convolutions and matrix products, two for each multiply-add."""
+        with FlopCounterMode(display=False) as counter:
+            run(reference, self.op, self.arguments(device="meta"))
+        return int(counter.get_total_flops())
 
 
 @cache
