@@ -43,6 +43,7 @@ class Case(OpCall):
     batch: int = 2
     channels: int = 24
     out_channels: int = 20
+    expanded: int = 96
     reduced: int = 6
     height: int = 13
     width: int = 14
@@ -145,7 +146,7 @@ def overload(op: str) -> Any:
 
 def positional(op: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """`arguments` by name as the positional arguments that the schema of the compiled operator wants."""
-    defaults = {"norm_eps": 1e-5, "expand_norm_eps": 1e-5, "allow_tf32": False}
+    defaults = {"norm_eps": 1e-5, "expand_norm_eps": 1e-5, "project_norm_eps": 1e-5, "allow_tf32": False}
     names = [argument.name for argument in overload(op)._schema.arguments]
     assert set(arguments) <= set(names)
     return tuple(arguments.get(name, defaults.get(name)) for name in names)

@@ -44,6 +44,7 @@ OPERATORS: tuple[str, ...] = (
     "depthwise_bn_act_se",
     "pointwise_bn_act",
     "expand_depthwise_squeeze",
+    "mbconv",
     "conv_bn_act",
 )
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
@@ -352,7 +353,7 @@ def _can_run_call(op: str, dtype: torch.dtype, kernel_size: int | tuple[int, int
     if dtype not in DTYPES:
         return Decision(False, f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
     problem = ""
-    if kernel_size is not None and "depthwise" in op:
+    if kernel_size is not None and ("depthwise" in op or op == "mbconv"):
         problem = depthwise_kernel_problem(*((kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size))
     return Decision(not problem, problem)
 
