@@ -114,8 +114,7 @@ def _check(
     elif b_reduce is not None or b_expand is not None:
         given = "b_expand" if b_reduce is None else "b_reduce"
         raise ValueError(
-            f"{op}: {given} needs w_reduce and w_expand, which are None; "
-            f"allowed: all of squeeze-and-excitation or none"
+            f"{op}: {given} needs w_reduce and w_expand, which are None; allowed: all of squeeze-and-excitation or none"
         )
     project_weight, project_bias, project_norm, residual = project
     convolved = x.new_empty(()).expand(shape)
