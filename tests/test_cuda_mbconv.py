@@ -25,7 +25,7 @@ from effkernels.ops.call import OpCall
 from effkernels.plan.gpus import GPUS
 
 HALVES = (torch.float16, torch.bfloat16)
-PLANES = ((7, 7), (5, 9), (12, 11))
+PLANES = ((7, 7), (5, 9), (10, 6))
 # Other sizes of the largest cluster; with 1 there are none. On one multiprocessor a cluster takes images in turn.
 DEVICES = {"H200": H200, "portable": (*H200[:7], 8), "few": (90, 1, *H200[2:]), "A100": A100}
 
@@ -77,35 +77,40 @@ def small_cases() -> Iterator[Case]:
     """Every late block of B0 and some of B4 on small planes, tf_ padding, without squeeze-and-excitation."""
     for number, block in enumerate(late_blocks("efficientnet_b0")):
         height, width = PLANES[number % 3]
-        for dtype in HALVES:
-            for batch in (1, 3):
-                yield case_of(block, dtype, number, height=height, width=width, batch=batch)
-            padding = same_padding(block, width, height)
-            yield case_of(block, dtype, number, height=width, width=height, padding=padding, batch=1)
-        yield case_of(block, HALVES[number % 2], number, height=height, width=width, batch=2, reduced=0)
+        one, other = HALVES[number % 2], HALVES[1 - number % 2]
+        yield case_of(block, one, number, height=height, width=width, batch=1)
+        yield case_of(block, other, number + 1, height=height, width=width, batch=3)
+        padding = same_padding(block, width, height)
+        yield case_of(block, one, number + 1, height=width, width=height, padding=padding, batch=1)
+        yield case_of(block, other, number, height=height, width=width, batch=2, reduced=0)
     wide = {(b.channels, b.kernel, b.stride): b for b in blocks_of("efficientnet_b4") if b.channels in (160, 272, 448)}
     for number, block in enumerate(wide.values()):
         shape = {"expanded": 104, "height": 6, "width": 5, "batch": 2}
         yield case_of(block, HALVES[number % 2], number, **shape)
 
 
-def odd_cases() -> Iterator[Case]:
-    """What no network has: channels that 48 do not divide, images of a pixel, paddings of every kind."""
-    for dtype in HALVES:
-        base = Case(BLOCK_OP, dtype, channels=24, expanded=56, out_channels=40, height=11, width=10, parameters="same")
-        for channels, expanded, out in ((8, 8, 8), (16, 200, 24), (72, 104, 136)):
-            yield base.with_(channels=channels, expanded=expanded, out_channels=out)
-        for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
-            one = base.with_(kernel=(kernel, kernel), stride=stride)
-            half, most = kernel // 2, kernel - 1
-            yield one.with_(padding=(0, 0, 0, 0), bias=True)
-            yield one.with_(padding=(most, 0, 0, most), norm="statistics", reduced=1)
-            yield one.with_(padding=(0, half, most, 1), batch=7, residual=True)
-            yield one.with_(padding=(half,) * 4, height=1, width=1, batch=1)
-            yield one.with_(padding=(half,) * 4, height=20, width=17, batch=1, expanded=200)
-            yield one.with_(padding=(half,) * 4, height=3, width=60, batch=1, reduced=0)
-            yield one.with_(padding=(half,) * 4, activation="hard_swish", expand_activation="gelu", norm="none")
-        yield from (base.with_(layout=layout) for layout in ("sliced", "sliced_rows", "contiguous", "expanded"))
+def odd_cases() -> Iterator[tuple[str, Case]]:
+    """What no network has: channels that 48 do not divide, images of a pixel, paddings of every kind; on a device."""
+    base = Case(BLOCK_OP, channels=24, expanded=56, out_channels=40, height=11, width=10, parameters="same")
+    cases = []
+    for channels, expanded, out in ((8, 8, 8), (16, 200, 24), (72, 104, 136)):
+        cases.append(base.with_(channels=channels, expanded=expanded, out_channels=out))
+    for kernel, stride in ((3, 1), (3, 2), (5, 1), (5, 2)):
+        one = base.with_(kernel=(kernel, kernel), stride=stride)
+        half, most = kernel // 2, kernel - 1
+        cases += [
+            one.with_(padding=(0, 0, 0, 0), bias=True),
+            one.with_(padding=(most, 0, 0, most), norm="statistics", reduced=1),
+            one.with_(padding=(0, half, most, 1), batch=7, residual=True),
+            one.with_(padding=(half,) * 4, height=1, width=1, batch=1),
+            one.with_(padding=(half,) * 4, height=20, width=17, batch=1, expanded=200),
+            one.with_(padding=(half,) * 4, height=3, width=60, batch=1, reduced=0),
+            one.with_(padding=(half,) * 4, activation="hard_swish", expand_activation="gelu", norm="none"),
+        ]
+    cases += [base.with_(layout=layout) for layout in ("sliced", "sliced_rows", "contiguous", "expanded")]
+    for number, case in enumerate(cases):
+        yield list(DEVICES)[number % 3], case.with_(dtype=HALVES[number % 2])
+    yield from ((device, base.with_(dtype=torch.float16, batch=5)) for device in DEVICES)
 
 
 def check(case: Case, emulated: Emulator) -> None:
@@ -138,9 +143,10 @@ class TestParity:
         check(case, emulated)
         assert launches(emulated) - before == 1
 
-    @pytest.mark.parametrize("device", DEVICES)
-    @pytest.mark.parametrize("case", named(odd_cases()))
-    def test_odd_shapes(self, case: Case, device: str, emulated: Emulator) -> None:
+    @pytest.mark.parametrize(
+        ("device", "case"), [pytest.param(*one, id="-".join(map(str, one))) for one in odd_cases()]
+    )
+    def test_odd_shapes(self, device: str, case: Case, emulated: Emulator) -> None:
         order, copies = {
             "H200": ("reverse", "early"),
             "portable": ("forward", "late"),
@@ -151,7 +157,7 @@ class TestParity:
         check(case, emulated)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize("number", range(7))
+    @pytest.mark.parametrize("number", range(6))
     def test_late_blocks_of_b0_at_full_size(self, number: int, emulated: Emulator) -> None:
         emulated.configure(Emulation("random", "late", H200, emulated.flavour))
         check(case_of(late_blocks("efficientnet_b0")[number], HALVES[number % 2], number, batch=1), emulated)
@@ -167,15 +173,14 @@ class TestParity:
 
     def test_several_passes_and_one_slot_of_weights(self, emulated: Emulator) -> None:
         """Where the sums of all output channels, or the weights of all groups, do not fit beside the rest."""
-        shared = 90_000
-        limits = (*H200[:3], shared, *H200[4:7], 4)
+        limits = (90, 1, *H200[2:3], 62_000, *H200[4:7], 4)
         emulated.configure(Emulation("random", "late", limits, emulated.flavour))
-        sizes = {"channels": 64, "expanded": 576, "out_channels": 200, "height": 12, "width": 12}
-        case = Case(BLOCK_OP, torch.bfloat16, **sizes, batch=1)
+        sizes = {"channels": 64, "expanded": 576, "out_channels": 64, "height": 6, "width": 6}
+        case = Case(BLOCK_OP, torch.bfloat16, **sizes, batch=3, residual=True)
         (line,) = plan_of(case, limits)
-        assert (int(line["weight_slots"]), int(line["groups"])) == (1, 3)
+        assert (int(line["weight_slots"]), int(line["groups"]), int(line["images"])) == (1, 3, 3)
         assert int(line["passes"]) > 1
-        assert int(line["shared"]) <= shared
+        assert int(line["shared"]) <= limits[3]
         check(case, emulated)
 
 
