@@ -98,7 +98,7 @@ __device__ __forceinline__ void multiply_held(const MBConvPlan& plan, int pixels
 template <class T>
 __device__ __forceinline__ void add_partial(const PointwiseParams& p, const MBConvPlan& plan, int rank, int64_t image,
                                             int pass, const float* norm, float* partial) {
-  constexpr int V = kVectorOf<T>;
+  constexpr int V = kVectorOf<T>, kAtOnce = 4;  // ranks whose sums are under way together
   const int out_channels = static_cast<int>(p.out_channels), first_column = pass * plan.pass_columns;
   const int vectors = plan.pass_columns / V, items = static_cast<int>(p.pixels) * vectors;
   const SmallDivisor by_vectors(plan.by_vectors);
@@ -112,12 +112,20 @@ __device__ __forceinline__ void add_partial(const PointwiseParams& p, const MBCo
     if (first_column + column >= out_channels) continue;
     float total[V] = {};
     float* const from = partial + pixel * plan.partial_stride + column;
-#pragma unroll 4
-    for (int other = 0; other < plan.team; ++other) {
-      const float4* const of = reinterpret_cast<const float4*>(cluster_map(from, other));
-      const float4 low = of[0], high = of[1];
-      total[0] += low.x, total[1] += low.y, total[2] += low.z, total[3] += low.w;
-      total[4] += high.x, total[5] += high.y, total[6] += high.z, total[7] += high.w;
+#pragma unroll 1
+    for (int first = 0; first < plan.team; first += kAtOnce) {
+      float4 low[kAtOnce], high[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const auto* const of = reinterpret_cast<const float4*>(cluster_map(from, min(first + i, plan.team - 1)));
+        low[i] = of[0], high[i] = of[1];
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i >= plan.team) break;
+        total[0] += low[i].x, total[1] += low[i].y, total[2] += low[i].z, total[3] += low[i].w;
+        total[4] += high[i].x, total[5] += high[i].y, total[6] += high[i].z, total[7] += high[i].w;
+      }
     }
 #pragma unroll
     for (int i = 0; i < V; ++i)
