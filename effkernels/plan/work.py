@@ -356,9 +356,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
     norms = _ceil(groups * _EXPANDED, cut.threads) + _ceil(outer, cut.threads)
     taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
     load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1)))
-    parameters = total(
-        ((part("norm"), norms), (replace(part("parameters"), trips=0.0), groups), (load_taps, groups))
-    )
+    parameters = total(((part("norm"), norms), (replace(part("parameters"), trips=0.0), groups), (load_taps, groups)))
     first = total(
         (
             (part("prologue"), 1),
