@@ -268,8 +268,8 @@ def takes_block(x: Tensor, backend: str = "auto") -> bool:
     """Return whether an MBConv block of x is best called as one operator, `mbconv`, and not as its parts.
 
     It is where that operator may be one launch: on a GPU, in float16 and bfloat16, by the compiled kernels. Where
-    `effkernels tune` found that Triton is faster at some calls, the parts are chosen one by one. On "meta" the answer is
-    that for a GPU.
+    `effkernels tune` found that Triton is faster at some calls, the parts are chosen one by one. On "meta" it is as on
+    a GPU.
 
     Args:
         x: the input of the block; only its device and dtype count.

@@ -87,7 +87,7 @@ class OpCall:
         """Return a call on images of a shape, (N, C, H, W), or on pooled channels, (N, C).
 
         Of what ``fields`` do not name, the padding is half the kernel, so that a stride of 1 keeps the size, and
-        squeeze-and-excitation has a quarter of the channels.
+        squeeze-and-excitation has a quarter of the channels, and `mbconv` expands them by 6.
 
         Args:
             kernel: height and width of a depthwise or dense convolution's kernel, or one number for both.
@@ -101,6 +101,8 @@ class OpCall:
             fields = {"kernel": (rows, columns), "padding": (vertical, vertical, horizontal, horizontal), **fields}
         if "w_reduce" in names:
             fields = {"reduced": max(1, sizes["channels"] // 4), **fields}
+        if "project_weight" in names:
+            fields = {"expanded": 6 * sizes["channels"], **fields}
         return cls(op, **sizes, **fields)
 
     @classmethod
