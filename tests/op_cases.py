@@ -17,7 +17,8 @@ from effkernels.ops import call
 from effkernels.ops.call import DEPTHWISE_OPS, IMAGES, OpCall, in_float64, tensors
 
 EXPAND_OP = "expand_depthwise_squeeze"
-IMAGE_OPS = (*DEPTHWISE_OPS, "pointwise_bn_act", "conv_bn_act", EXPAND_OP)
+BLOCK_OP = "mbconv"
+IMAGE_OPS = (*DEPTHWISE_OPS, "pointwise_bn_act", "conv_bn_act", EXPAND_OP, BLOCK_OP)
 ALL_OPS = (*IMAGE_OPS, "squeeze_excite_gate")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD_CHANNELS = (1, 7, 8, 24, 40, 100)
@@ -43,6 +44,7 @@ class Case(OpCall):
     batch: int = 2
     channels: int = 24
     out_channels: int = 20
+    expanded: int = 96
     reduced: int = 6
     height: int = 13
     width: int = 14
@@ -145,7 +147,7 @@ def overload(op: str) -> Any:
 
 def positional(op: str, arguments: Mapping[str, Any]) -> tuple[Any, ...]:
     """`arguments` by name as the positional arguments that the schema of the compiled operator wants."""
-    defaults = {"norm_eps": 1e-5, "expand_norm_eps": 1e-5, "allow_tf32": False}
+    defaults = {"norm_eps": 1e-5, "expand_norm_eps": 1e-5, "project_norm_eps": 1e-5, "allow_tf32": False}
     names = [argument.name for argument in overload(op)._schema.arguments]
     assert set(arguments) <= set(names)
     return tuple(arguments.get(name, defaults.get(name)) for name in names)

@@ -24,6 +24,7 @@ FUSED = (
     "pointwise_bn_act",
     "expand_depthwise_squeeze",
     "squeeze_excite_gate",
+    "mbconv",
     "conv_bn_act",
 )
 ON_CPU = ["expand_depthwise_squeeze", "squeeze_excite_gate", "pointwise_bn_act"]
@@ -153,6 +154,20 @@ def test_off_the_cpu_the_gate_belongs_to_the_depthwise_operator(calls: list[str]
     calls.clear()
     with effkernels.backend("reference"):
         build("mbconv")(images(2, 8, 8, 24))
+    assert calls == ELSEWHERE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_off_the_cpu_a_block_of_a_16_bit_type_is_one_operator(calls: list[str], dtype: torch.dtype) -> None:
+    with torch.device("meta"):
+        x = torch.empty(2, 24, 8, 8, dtype=dtype)
+        blocks = [MBConv(24, 24, 5, se_channels=6), MBConv(24, 40, 3, 2, activation="relu6")]
+    for block in blocks:
+        assert block.to(dtype).eval()(x).shape[1] == block.bn3.num_features
+    assert calls == ["mbconv", "mbconv"]
+    calls.clear()
+    with effkernels.backend("triton"):
+        blocks[0](x)
     assert calls == ELSEWHERE
 
 

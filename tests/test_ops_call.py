@@ -13,7 +13,7 @@ from effkernels.ops import reference
 from effkernels.ops._signature import Signature
 from effkernels.ops.call import OpCall, run, tensors
 
-MANY_CHANNELS = ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze")
+MANY_CHANNELS = ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze", "mbconv")
 
 
 def call_of(op: str, **changes: Any) -> OpCall:
@@ -29,15 +29,17 @@ def full(op: str) -> OpCall:
         options |= {"bias": True}
     if op == "pointwise_bn_act":
         options |= {"gated": True, "residual": True}
-    elif "depthwise" in op:
+    elif "depthwise" in op or op == "mbconv":
         options |= {"kernel": (5, 3), "dilation": 2, "stride": 2}
+    if op == "mbconv":
+        options |= {"residual": True}
     return call_of(op, **options)
 
 
 @pytest.mark.parametrize("op", ALL_OPS)
 def test_tensors_and_options_are_the_arguments_of_the_schema(op: str) -> None:
     call = full(op)
-    left_out = {"norm_eps", "expand_norm_eps", "allow_tf32"}  # these keep the operator's default
+    left_out = {"norm_eps", "expand_norm_eps", "project_norm_eps", "allow_tf32"}  # these keep the operator's default
     assert {*call.shapes(), *call.options()} | left_out >= set(Signature(op).flat_names)
     assert {*call.shapes(), *call.options()} <= set(Signature(op).flat_names)
 
@@ -97,4 +99,5 @@ def test_words() -> None:
     assert str(full("depthwise_bn_act")) == "depthwise_bn_act 3x8x7x9 5x3 stride 2, dilation 2"
     assert str(call_of("conv_bn_act", stride=2)) == "conv_bn_act 3x8x7x9 3x3 stride 2 to 12"
     assert str(call_of("expand_depthwise_squeeze")) == "expand_depthwise_squeeze 3x8x7x9 to 12, 3x3 stride 1"
+    assert str(call_of("mbconv", residual=True)) == "mbconv 3x8x7x9 through 48 to 12, 3x3 stride 1, residual"
     assert str(call_of("squeeze_excite_gate")) == "squeeze_excite_gate 3x8"

@@ -63,6 +63,19 @@ class Network(nn.Module):
             expand_activation="silu",
             padding=same_padding(y, 3, 1),
         )
+        y = ops.mbconv(
+            y,
+            self.project,
+            self.small,
+            self.project,
+            expand_norm=norm[1],
+            norm=norm[1],
+            activation="silu",
+            padding=same_padding(y, 3, 1),
+            **excite,
+            project_norm=norm[1],
+            residual=y,
+        )
         y = y + half * means[:, :, None, None]
         y = y * ops.squeeze_excite_gate(pooled, self.reduce, None, self.expand, None)[:, :, None, None]
         return ops.depthwise_bn_act_se(y, self.large, *norm, padding=same_padding(y, 5, 1), **excite)

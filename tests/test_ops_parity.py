@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_cases import (
     ALL_OPS,
+    BLOCK_OP,
     DEPTHWISE_OPS,
     DTYPES,
     EXPAND_OP,
@@ -300,6 +301,36 @@ def expand_depthwise_cases() -> Iterator[Case]:
         yield base.with_(height=40, width=37, channels=24, out_channels=144, kernel=(3, 3), stride=1)
 
 
+def block_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        base = Case(BLOCK_OP, dtype, channels=16, expanded=56, out_channels=24, reduced=4, height=9, width=10)
+        yield from in_turn(
+            base,
+            channels=ODD_CHANNELS,
+            expanded=[7, 48, 100],
+            out_channels=[1, 7, 8, 40],
+            reduced=[0, 1, 3, 8],
+            kernel=[(5, 5), (7, 7), (1, 7), (2, 4)],
+            stride=[2],
+            dilation=[2],
+            padding=[(0, 0, 0, 0), (2, 0, 2, 1)],
+            activation=ACTIVATIONS,
+            expand_activation=ACTIVATIONS,
+            se_activation=["relu"],
+            gate_activation=["hard_sigmoid"],
+            norm=["none", "statistics"],
+            bias=[True],
+            se_bias=[False],
+            residual=[True],
+            matrix_rank=[2],
+            parameters=["same", "mixed"],
+            batch=[0, 1, 3],
+            layout=LAYOUTS,
+        )
+        for height, width in ODD_PLANES:
+            yield base.with_(height=height, width=width, stride=2, residual=True, padding=(1, 2, 1, 2))
+
+
 def unique(cases: Iterator[Case]) -> list[object]:
     return [pytest.param(case, id=str(case)) for case in dict.fromkeys(cases)]
 
@@ -331,6 +362,11 @@ def test_conv(case: Case, backend: Backend) -> None:
 
 @pytest.mark.parametrize("case", unique(expand_depthwise_cases()))
 def test_expand_depthwise(case: Case, backend: Backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", unique(block_cases()))
+def test_block(case: Case, backend: Backend) -> None:
     check(case, backend)
 
 

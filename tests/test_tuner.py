@@ -75,6 +75,7 @@ SMALL = {
         OpCall.on("squeeze_excite_gate", (3, 8)),
         OpCall.on("pointwise_bn_act", (3, 24, 5, 5), out_channels=70, activation="identity", gated=True, residual=True),
         OpCall.on("expand_depthwise_squeeze", (3, 8, 4, 5), out_channels=16),
+        OpCall.on("mbconv", (3, 8, 4, 5), out_channels=8, expanded=16),
         OpCall.on("conv_bn_act", (3, 3, 9, 9), out_channels=16, stride=2),
     )
 }
@@ -272,7 +273,7 @@ class TestTuning:
         timer = Stopwatch({}, runs=False)
         _, outcome = tuned(SMALL[op], timer)
         assert outcome.failed == outcome.refused == []
-        asks = op in ("pointwise_bn_act", "conv_bn_act", *op_cases.DEPTHWISE_OPS)
+        asks = op in ("pointwise_bn_act", "conv_bn_act", "mbconv", *op_cases.DEPTHWISE_OPS)
         assert bool(timer.seen) == asks or op == "expand_depthwise_squeeze"
 
     def test_what_was_tuned_is_what_is_launched(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,9 +173,12 @@ def draw_call(seed: int, isas: list[str]) -> RandomCall:
     if op != "squeeze_excite_gate":
         height, width = _plane(rng, max(1, _MOST_ELEMENTS // channels // max(1, batch)))
         pixels, out = max(1, batch) * height * width, channels
-        if op in ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze"):
+        if op in ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze", "mbconv"):
             out = _size(rng, max(1, min(2000, _MOST_ELEMENTS // pixels, _MOST_PRODUCTS // (pixels * channels))))
         sizes |= {"height": height, "width": width, "out_channels": out}
+        if op == "mbconv":  # as many products in the last convolution as in the first
+            sizes["expanded"] = out
+            sizes["out_channels"] = rng.choice((channels, min(channels, _size(rng, 300))))
         if op != "pointwise_bn_act":
             dense = max(1, min(7, int((_MOST_PRODUCTS / (pixels * channels * out)) ** 0.5)))
             largest = dense if op == "conv_bn_act" else 13
@@ -188,11 +191,10 @@ def draw_call(seed: int, isas: list[str]) -> RandomCall:
         op, **sizes, **activations, gate_activation=rng.choice(reference.GATES), matrix_rank=rng.choice((2, 4)),
         bias=True, gated=True, residual=True,
     )  # fmt: skip
-    absent = {
-        name for name in ("bias", "expand_bias", "b_reduce", "b_expand", "gate", "residual") if rng.random() < 0.5
-    }
+    optional = ("bias", "expand_bias", "project_bias", "b_reduce", "b_expand", "gate", "residual")
+    absent = {name for name in optional if rng.random() < 0.5}
     eps = {}
-    for norm in ("norm", "expand_norm"):
+    for norm in ("norm", "expand_norm", "project_norm"):
         kind = rng.choice(("full", "full", "statistics", "none"))
         absent |= {f"{norm}_weight", f"{norm}_bias"} if kind != "full" else set()
         absent |= {f"{norm}_mean", f"{norm}_var"} if kind == "none" else set()

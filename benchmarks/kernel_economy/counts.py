@@ -210,6 +210,86 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     }
 
 
+def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
+    """Count the walk of mbconv.cuh: prologue, images, groups of channels, the gate, passes over output channels."""
+    size, pixels, vector = int(kernel.arguments[1]), strip(kernel), 16 // kernel.element_bytes
+    loops = loops_of(flow)
+    images = only([one for one in outermost(loops) if one.count("HMMA")], "over images")
+    in_image = [one for one in loops if inside(one, images)]
+    before = [one for one in loops if one.last < images.first]
+    groups = only([one for one in in_image if one.count("LDGSTS") and one.count("MUFU") > 1], "over groups of channels")
+    in_group = [one for one in in_image if inside(one, groups)]
+    slices = sorted((one for one in innermost(in_group) if one.count("HMMA")), key=lambda one: one.count("HMMA"))
+    if len(slices) != 2:
+        raise PartMissing(f"{len(slices)} loops over slices of input channels; wanted: 2, of one fragment and of two")
+    single, pair = (only([one for one in in_group if inside(k, one)], "over fragments of pixels") for k in slices)
+    rows = only([one for one in in_group if _is(one, FFMA=size * pixels * vector, MUFU=0)], "over rows of taps")
+    strips = only([one for one in in_group if inside(rows, one)], "over strips")
+    sums = only([one for one in innermost(in_group) if one.first > strips.last], "over the lanes' sums")
+    passes = only(
+        [one for one in in_image if one.first > groups.last and one.count("HMMA") and one.count("STG")],
+        "over passes",
+    )
+    in_pass = [one for one in in_image if inside(one, passes)]
+    step = only([one for one in innermost(in_pass) if one.count("HMMA")], "over slices of gated channels")
+    tile = only([one for one in in_pass if inside(step, one)], "over tiles of the project product")
+    add = only([one for one in in_pass if one.count("STG")], "over vectors of y")
+    ranks = only([one for one in innermost(in_pass) if inside(one, add)], "over the ranks' sums of y")
+    hidden = only(
+        [one for one in innermost(in_image) if groups.last < one.first < passes.first and one.count("LD")],
+        "over the ranks' hidden values",
+    )
+    of_hidden = only([one for one in in_image if inside(hidden, one)], "over hidden values")
+    of_weights = [one for one in before if one.count("LDGSTS") and one.count("LDG")]
+    chunks = sorted(innermost(of_weights), key=lambda one: one.first)
+    if len(chunks) != 2:
+        raise PartMissing(f"{len(chunks)} loops over slices of a row of weights; wanted: 2, of expand and project")
+    weights = [only([one for one in of_weights if inside(k, one)], "over rows of weights") for k in chunks]
+    pixel_chunks = only([one for one in innermost(in_group) if one.count("LDGSTS") and not one.count("LDG")], "of x")
+    loads = only([one for one in in_group if inside(pixel_chunks, one)], "over pixels of x")
+    zeros = only([one for one in before if one.count("STS") > 1 and not one.count("LDG")], "over the ring")
+    norms = [one for one in before if one.count("FFMA") == 1 and one.count("MUFU") and not one.count("BAR")]
+    parameters = only([one for one in before if one.count("BAR")], "over the groups' parameters")
+    taps = [one for one in before if inside(one, parameters) and one.count("LDG")]
+    last = max(taps, key=lambda one: one.first, default=None)  # of weights in the images' type
+    if last is None:
+        raise PartMissing("no loop over taps")
+    after = [one for one in in_image if one.first > groups.last]
+    return {
+        "prologue": counters(way(flow, 0, images.first, with_norm, outermost(before), ends=False)),
+        "weights": around(flow, weights[0], [chunks[0]]),
+        "weights.chunk": around(flow, chunks[0]),
+        "project": around(flow, weights[1], [chunks[1]]),
+        "project.chunk": around(flow, chunks[1]),
+        "load": around(flow, loads, [pixel_chunks]),
+        "load.chunk": around(flow, pixel_chunks) * (1 / pixel_chunks.count("LDGSTS")),
+        "zero": around(flow, zeros) * (1 / zeros.count("STS")),
+        "norm": norm_of_channel(flow, only(norms, "over norms")),
+        "parameters": around(flow, parameters, outermost(taps), with_norm),
+        "taps": around(flow, last),
+        "image": around(flow, images, [groups, *outermost(after)]),
+        "group": around(flow, groups, outermost(in_group)),
+        "fragment": around(flow, single, slices),
+        "fragment.plain": around(flow, single, slices, plain),
+        "fragment.slice": around(flow, slices[0]),
+        "pair": around(flow, pair, slices),
+        "pair.plain": around(flow, pair, slices, plain),
+        "pair.slice": around(flow, slices[1]),
+        "strip": around(flow, strips, [rows]),
+        "strip.plain": around(flow, strips, [rows], plain),
+        "row": around(flow, rows),
+        "lane": around(flow, sums) * (1 / sums.count("LDS")),
+        "hidden": around(flow, of_hidden, [hidden]),
+        "hidden.other": around(flow, hidden) * (1 / hidden.count("LD")),
+        "pass": around(flow, passes, outermost(in_pass)),
+        "tile": around(flow, tile, [step]),
+        "tile.slice": around(flow, step),
+        "add": around(flow, add, [ranks]),
+        "add.other": around(flow, ranks) * (2 / ranks.count("LD")),
+        **gate_parts(kernel, flow, after, 1),
+    }
+
+
 def _called(flow: Flow, after: int, before: int) -> int:
     """Return the first block of the work after the images: that of a function of its own, or the one that follows."""
     starts = {block[0].address: number for number, block in enumerate(flow.blocks)}
@@ -306,6 +386,7 @@ _PARTS: Mapping[str, Callable[[Kernel, Flow], Parts]] = {
     "depthwise_resident": depthwise_parts,
     "pointwise": lambda _, flow: pointwise_parts(flow),
     "expand_depthwise": expand_depthwise_parts,
+    "mbconv": mbconv_parts,
     "conv_stem": lambda _, flow: stem_parts(flow),
     "norm_act": lambda _, flow: norm_act_parts(flow),
     "scale_by_gate": lambda _, flow: scale_parts(flow),

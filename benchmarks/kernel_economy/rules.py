@@ -203,7 +203,8 @@ def strip_stored_wide(kernel: Kernel) -> str | None:
 
 
 def group_elements(kernel: Kernel) -> int:
-    """Elements that expand_depthwise activates in its code: a thread's of one fragment, of two, and of a strip."""
+    """Elements that expand_depthwise and mbconv activate in their code: a thread's of one fragment, of two, and of a
+    strip."""
     return 3 * EXPANDED_VALUES + strip_elements(kernel)
 
 
@@ -306,6 +307,14 @@ CLAIMS: tuple[Claim, ...] = (
         (
             *(copies_asynchronously, tensor_cores, wide_stores, strip_stored_wide, within_limits),
             *(launch_bounds_kept, resident_threads(384), one_tanh_per_element(group_elements)),
+        ),
+    ),
+    Claim(
+        rf"mbconv<{_TYPE16}, [35], [12], [247]>",
+        "16-byte cp.async, tensor cores, 16-byte stores, one block of 256 threads beside the image that it holds",
+        (
+            *(copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept, resident_threads(256)),
+            one_tanh_per_element(group_elements),
         ),
     ),
     Claim(

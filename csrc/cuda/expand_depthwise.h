@@ -40,6 +40,11 @@ struct ExpandDepthwisePlan {
   int64_t shared_bytes = 0;
 };
 
+// Whether expand_rows.cuh and the depthwise convolution from its rows are compiled for such a call.
+bool expands_in_shared_memory(const PointwiseParams& expand, const DepthwiseParams& depthwise);
+// Sets what follows from columns, strip, group_rows and ring_rows: the rows of the ring, and those of x.
+void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& depthwise, ExpandDepthwisePlan& plan);
+
 // A pure function of sizes, strides, types, the alignment of the pointers, and the limits of the device. The result of
 // `expand` and the input of `call.depthwise` are the same tensor, which is never written; their pointers do not count.
 ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,

@@ -19,12 +19,12 @@ constexpr int64_t kFewestColumns = 12;            // of a tile: narrower ones wo
 constexpr int64_t kMostRows = 1 << 21;            // and columns: of x; times a row of the ring they stay below 2^31
 constexpr int64_t kMostBytes = int64_t(1) << 31;  // of an image, so that offsets in it have 32 bits
 
+bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
 bool vectors_fit(const PointwiseParams& expand, const DepthwiseParams& p) {
   const auto divides = [](int64_t value) { return value % kVector == 0; };
-  const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; };
   return divides(expand.in_channels) && divides(expand.out_channels) && (p.batch == 1 || divides(expand.x_stride_n)) &&
-         (expand.pixels == 1 || divides(expand.x_stride_p)) && aligned(expand.x) && aligned(expand.weight.data) &&
-         aligned(p.y);
+         (expand.pixels == 1 || divides(expand.x_stride_p)) && is_aligned(expand.x) && is_aligned(expand.weight.data);
 }
 
 // Every window has a pixel of the image, so that there are rows to walk over, and columns in every tile.
@@ -33,15 +33,38 @@ bool windows_meet_image(const DepthwiseParams& p) {
          (p.out_width - 1) * p.stride - p.pad_left < p.width;
 }
 
-bool is_supported(const PointwiseParams& expand, const DepthwiseCall& call) {
-  const DepthwiseParams& p = *call.depthwise;
+int64_t in_columns(const DepthwiseParams& p, int64_t out_columns) {
+  return std::min<int64_t>(p.width, (out_columns - 1) * p.stride + p.kernel_w);
+}
+
+int strips_of_row(const ExpandDepthwisePlan& plan) {
+  return static_cast<int>(divide_up(plan.columns, plan.depthwise.strip));
+}
+
+}  // namespace
+
+bool expands_in_shared_memory(const PointwiseParams& expand, const DepthwiseParams& p) {
   const int compiled = compiled_kernel(p.kernel_h, p.kernel_w);
   return p.dtype != DType::kFloat32 && (compiled == 3 || compiled == 5) && (p.stride == 1 || p.stride == 2) &&
-         p.dilation == 1 && !call.gated && std::max(p.height, p.width) <= kMostRows && p.batch > 0 &&
-         expand.pixels > 0 && windows_meet_image(p) &&
-         product({p.height, p.width, expand.x_stride_p, 2}) < kMostBytes &&
+         p.dilation == 1 && std::max(p.height, p.width) <= kMostRows && p.batch > 0 && expand.pixels > 0 &&
+         windows_meet_image(p) && product({p.height, p.width, expand.x_stride_p, 2}) < kMostBytes &&
          product({p.out_height, p.out_width, p.channels}) < kMostBytes && vectors_fit(expand, p);
 }
+
+void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& p, ExpandDepthwisePlan& plan) {
+  // Lanes that follow each other take strips below each other. Their 96 bytes are in different banks if the distance
+  // of these rows is 96 more than a multiple of 128.
+  const int pixels = (strips_of_row(plan) * plan.depthwise.strip - 1) * p.stride + p.kernel_w;
+  int units = pixels * kPixelBytes / 16;
+  while (units * p.stride % 8 != 6) ++units;
+  plan.ring_row_bytes = units * 16;
+  plan.stage_pixels = padded_pixels(static_cast<int>(plan.group_rows * in_columns(p, plan.columns)));
+  plan.chunks = static_cast<int>(divide_up(expand.in_channels, kFragment)) * 2;
+  plan.slices = (plan.chunks + 3) / 4;
+  plan.by_ring_rows = multiplier_of(plan.ring_rows);
+}
+
+namespace {
 
 // Taps, scale and shift, sums of the lanes, of the block, a flag, hidden values: see SumsInShared.
 int64_t sum_bytes(const DepthwiseCall& call, const DepthwisePlan& plan) {
@@ -49,14 +72,6 @@ int64_t sum_bytes(const DepthwiseCall& call, const DepthwisePlan& plan) {
   int64_t floats = (taps + 2 + plan.lanes + plan.images) * kExpandedChannels + 4;
   if (call.se != nullptr) floats += plan.images * call.se->reduced;
   return floats * int64_t(sizeof(float));
-}
-
-int64_t in_columns(const DepthwiseParams& p, int64_t out_columns) {
-  return std::min<int64_t>(p.width, (out_columns - 1) * p.stride + p.kernel_w);
-}
-
-int strips_of_row(const ExpandDepthwisePlan& plan) {
-  return static_cast<int>(divide_up(plan.columns, plan.depthwise.strip));
 }
 
 // Sets what follows from columns and group_rows.
@@ -68,18 +83,9 @@ void lay_out(const PointwiseParams& expand, const DepthwiseCall& call, ExpandDep
   plan.ring_rows = plan.group_rows + p.kernel_h - 1;
   plan.depthwise.lanes = std::min(kDepthwiseThreads / kVectors, strips * plan.group_out_rows);
 
-  // Lanes that follow each other take strips below each other. Their 96 bytes are in different banks if the distance
-  // of these rows is 96 more than a multiple of 128.
-  const int pixels = (strips * plan.depthwise.strip - 1) * stride + p.kernel_w;
-  int units = pixels * kPixelBytes / 16;
-  while (units * stride % 8 != 6) ++units;
-  plan.ring_row_bytes = units * 16;
+  lay_out_group(expand, p, plan);
 
   const auto up = [](int64_t bytes) { return static_cast<int>(divide_up(bytes, 128) * 128); };
-  plan.stage_pixels = padded_pixels(static_cast<int>(plan.group_rows * in_columns(p, plan.columns)));
-  plan.chunks = static_cast<int>(divide_up(expand.in_channels, kFragment)) * 2;
-  plan.slices = (plan.chunks + 3) / 4;
-  plan.by_ring_rows = multiplier_of(plan.ring_rows);
   plan.norm_at = static_cast<int>(divide_up(sum_bytes(call, plan.depthwise), 16)) * 16;
   plan.weights_at = up(plan.norm_at + 2 * kExpandedChannels * int64_t(sizeof(float)));
   plan.x_at = plan.weights_at + plan.slices * kExpandedChannels * kPointwiseSliceBytes;
@@ -203,7 +209,7 @@ ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const D
                                           const DeviceLimits& limits) {
   const DepthwiseParams& p = *call.depthwise;
   ExpandDepthwisePlan plan;
-  if (!is_supported(expand, call)) return plan;
+  if (call.gated || !expands_in_shared_memory(expand, p) || !is_aligned(p.y)) return plan;
   DepthwisePlan& d = plan.depthwise;
   d.vector = kVector, d.channel_vectors = kVectors, d.unrolled = true;
   d.strip = depthwise_strip(compiled_kernel(p.kernel_h, p.kernel_w), p.stride);

@@ -50,21 +50,22 @@ __device__ __forceinline__ int expanded_channel_of(int row) {
 
 // The share of a thread in what a block copies to slices: one chunk of every slice, of rows `at_once` apart, which are
 // swizzled alike.
+template <int kThreads>
 struct ExpandShare {
   unsigned row, chunk, at_once;  // the first row; of 16 bytes in a slice; rows that the block copies at once
 
   __device__ __forceinline__ explicit ExpandShare(const ExpandDepthwisePlan& plan) {
     const unsigned lanes = plan.chunks > 2 ? kSliceChunks : 2;  // of a row
-    row = threadIdx.x / lanes, chunk = threadIdx.x % lanes, at_once = kDepthwiseThreads / lanes;
+    row = threadIdx.x / lanes, chunk = threadIdx.x % lanes, at_once = kThreads / lanes;
   }
 };
 
 // Weights of T by cp.async, float32 ones through registers. Channels after the last one repeat it.
-template <class T>
+template <class T, int kThreads = kDepthwiseThreads>
 __device__ __forceinline__ void load_expand_weights(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                     int first_channel, unsigned char* weights) {
   constexpr int V = kVectorOf<T>;
-  const ExpandShare share(plan);
+  const ExpandShare<kThreads> share(plan);
   const int in_channels = static_cast<int>(p.in_channels), last = static_cast<int>(p.out_channels) - 1;
 #pragma unroll 1
   for (unsigned row = share.row; row < kExpandedChannels; row += share.at_once) {
@@ -87,12 +88,12 @@ __device__ __forceinline__ void load_expand_weights(const PointwiseParams& p, co
 }
 
 // Asks for `rows` rows of x from `first_row` on; `image`: the first pixel of the first column.
-template <class T>
+template <class T, int kThreads = kDepthwiseThreads>
 __device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                  const ExpandColumns& columns, const T* image, int width, int first_row,
                                                  int rows, unsigned char* stage) {
   constexpr int kBytes = kSliceChunks * 16;
-  const ExpandShare share(plan);
+  const ExpandShare<kThreads> share(plan);
   const unsigned pixels = rows * columns.count, unit = pixels > kPixelsOfSingles ? 32 : 16;
   const unsigned padded = (pixels + unit - 1) / unit * unit;  // as padded_pixels of the plan
   const unsigned left_out = width - columns.count, pixel_bytes = static_cast<unsigned>(p.x_stride_p) * sizeof(T);
@@ -118,7 +119,7 @@ __device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const
 
 // Expands the `rows` rows in `stage` into the ring, the first into row `first_slot`; a warp M fragments at a time.
 // `norm`: scales, then shifts.
-template <class T, int M>
+template <class T, int M, int kThreads>
 __device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                  const ExpandColumns& columns, const unsigned char* stage,
                                                  const unsigned char* weights, const float* norm, int rows,
@@ -128,7 +129,7 @@ __device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const
   const int pixels = rows * columns.count;
   const TileGate<M> no_gate;
 #pragma unroll 1
-  for (int first = warp * 16 * M; first < pixels; first += kDepthwiseThreads / 32 * 16 * M) {
+  for (int first = warp * 16 * M; first < pixels; first += kThreads / 32 * 16 * M) {
     float acc[M][kFragments][4] = {};
     const unsigned char* x = stage + first * kPointwiseSliceBytes;
     const unsigned char* weight = weights;
@@ -170,15 +171,15 @@ __device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const
   }
 }
 
-template <class T>
+template <class T, int kThreads = kDepthwiseThreads>
 __device__ __forceinline__ void expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                             const ExpandColumns& columns, const unsigned char* stage,
                                             const unsigned char* weights, const float* norm, int rows, int first_slot,
                                             unsigned char* ring) {
   if (rows * columns.count > kPixelsOfSingles)
-    expand_fragments<T, 2>(p, plan, columns, stage, weights, norm, rows, first_slot, ring);
+    expand_fragments<T, 2, kThreads>(p, plan, columns, stage, weights, norm, rows, first_slot, ring);
   else
-    expand_fragments<T, 1>(p, plan, columns, stage, weights, norm, rows, first_slot, ring);
+    expand_fragments<T, 1, kThreads>(p, plan, columns, stage, weights, norm, rows, first_slot, ring);
 }
 
 }  // namespace effkernels::cuda

@@ -104,6 +104,27 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& ex
   return {e.depthwise.y, e.pooled};
 }
 
+// Three kernels: expand and depthwise, the gate, project.
+Tensor mbconv(const MBConvArguments& a) {
+  Keep keep;
+  MBConv block = describe_mbconv("mbconv", a, keep);
+  give_depthwise_result(block, a.expand.x);
+  DepthwiseParams& depthwise = block.depthwise.params;
+  Tensor pooled;
+  if (block.excites) {
+    pooled = empty_matrix(a.expand.x, depthwise.batch, depthwise.channels, ScalarType::Float);
+    depthwise.pooled = static_cast<float*>(pooled.mutable_data_ptr());
+    block.se.params.pooled = depthwise.pooled;
+  }
+  keep_packed(block.expand.params);
+  run(cpu::kernels().expand_depthwise, cpu::ExpandDepthwiseParams{block.expand.params, depthwise}, torch_threads(),
+      keep);
+  if (block.excites) run(cpu::kernels().squeeze_excite, block.se.params, torch_threads(), keep);
+  keep_packed(block.project.params);
+  run(cpu::kernels().pointwise, block.project.params, torch_threads(), keep);
+  return block.project.y;
+}
+
 Tensor conv_bn_act(const ConvArguments& a) {
   Keep keep;
   Conv c = make_conv("conv_bn_act", a, keep);
@@ -155,6 +176,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
   EFFKERNELS_IMPLEMENT(depthwise_bn_act_se, depthwise_se)
   EFFKERNELS_IMPLEMENT(pointwise_bn_act, pointwise)
   EFFKERNELS_IMPLEMENT(expand_depthwise_squeeze, expand_depthwise)
+  EFFKERNELS_IMPLEMENT(mbconv, mbconv)
   EFFKERNELS_IMPLEMENT(conv_bn_act, conv)
 #undef EFFKERNELS_IMPLEMENT
 }

@@ -6,6 +6,7 @@
 #include "../cuda/counters.h"
 #include "../cuda/depthwise.h"
 #include "../cuda/expand_depthwise.h"
+#include "../cuda/mbconv.h"
 #include "../cuda/pointwise.h"
 #include "../cuda/squeeze_excite.h"
 #include "cuda_device.h"
@@ -173,6 +174,37 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& ex
   return {y, e.pooled};
 }
 
+// One launch where a cluster holds an image and that is faster; else three: expand, depthwise with the gate, project.
+Tensor mbconv(const MBConvArguments& a) {
+  constexpr const char* op = "mbconv";
+  Keep keep;
+  const Tensor& x = a.expand.x;
+  MBConv block = describe_mbconv(op, a, keep);
+  const Tensor& y = block.project.y;
+  if (block.project.params.batch == 0) return y;
+  const OnDevice here(y);
+  cuda::DeviceLimits limits = limits_of(op, here);
+  const SqueezeExciteParams* const se = block.excites ? &block.se.params : nullptr;
+  const cuda::MBConvCall call{&block.expand.params, &block.depthwise.params, se, &block.project.params};
+  // 8 blocks are what a GPU with clusters has room for, as a rule; the largest there are, not always.
+  for (const int largest : {limits.largest_cluster, 8}) {
+    limits.largest_cluster = std::min(largest, limits.largest_cluster);
+    const cuda::MBConvPlan plan = cuda::plan_mbconv(call, limits);
+    if (!plan.fits) break;
+    const char* const error = cuda::launch_mbconv(call, plan, here.stream());
+    if (error == nullptr) return y;
+    if (error != cuda::kTeamRefused) check_launch(op, error);
+  }
+  give_expanded(block, x);
+  give_depthwise_result(block, x);
+  const cuda::DepthwiseCall depthwise{&block.depthwise.params, se, false, false};
+  const PointwiseParams &expand = block.expand.params, &project = block.project.params;
+  check_launch(op, enqueue_pointwise(op, expand, cuda::plan_pointwise(expand, limits), y, here, keep));
+  check_launch(op, enqueue_depthwise(op, depthwise, cuda::plan_depthwise(depthwise, limits), y, here, keep));
+  check_launch(op, enqueue_pointwise(op, project, cuda::plan_pointwise(project, limits), y, here, keep));
+  return y;
+}
+
 // PyTorch's convolution of x: (N, Cin, H, W) with explicit padding, without bias.
 Tensor convolve(const Tensor& x, const Tensor& weight, int64_t stride, const std::vector<int64_t>& padding) {
   using torch::stable::detail::from;
@@ -244,6 +276,7 @@ EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, EFFKERNELS_CUDA_KEY, m) {
   m.impl("depthwise_bn_act_se", TORCH_BOX(&signature::depthwise_se<&depthwise_bn_act_se>));
   m.impl("pointwise_bn_act", TORCH_BOX(&signature::pointwise<&pointwise_bn_act>));
   m.impl("expand_depthwise_squeeze", TORCH_BOX(&signature::expand_depthwise<&expand_depthwise_squeeze>));
+  m.impl("mbconv", TORCH_BOX(&signature::mbconv<&mbconv>));
   m.impl("conv_bn_act", TORCH_BOX(&signature::conv<&conv_bn_act>));
 }
 

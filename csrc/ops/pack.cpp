@@ -60,8 +60,8 @@ Norm norm_of(const char* op, const NormArguments& a, const Tensor& x, int64_t ch
   return {conv_bias, weight, bias, mean, var, float(a.eps)};
 }
 
-// Everything of a depthwise convolution of an (n, c, h, w) tensor but its address; of `a.x` only the dtype and the
-// device count.
+// Everything of a depthwise convolution of an (n, c, h, w) tensor but the addresses of it and of the result; of `a.x`
+// only the dtype and the device count.
 Depthwise describe_depthwise(const char* op, const DepthwiseOpArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
                              Keep& keep) {
   STD_TORCH_CHECK(a.weight.dim() == 4 && a.weight.size(1) == 1, op, ": weight has shape ", shape_of(a.weight),
@@ -85,22 +85,26 @@ Depthwise describe_depthwise(const char* op, const DepthwiseOpArguments& a, int6
   p.out_width = out_size(op, "width", w, a.padding[2], a.padding[3], (kernel_w - 1) * a.dilation + 1, a.stride);
   p.pad_top = int32_t(a.padding[0]), p.pad_left = int32_t(a.padding[2]);
   check_elements(op, "the result", {n, c, p.out_height, p.out_width});
-  out.y = empty_channels_last(a.x, n, c, p.out_height, p.out_width);
-  p.y = out.y.mutable_data_ptr();
   return out;
 }
 
-// Everything of a 1x1 convolution but the address of its result.
-Pointwise describe_pointwise(const char* op, const PointwiseArguments& a, Keep& keep) {
+void give_result(Depthwise& depthwise, const Tensor& like) {
+  DepthwiseParams& p = depthwise.params;
+  depthwise.y = empty_channels_last(like, p.batch, p.channels, p.out_height, p.out_width);
+  p.y = depthwise.y.mutable_data_ptr();
+}
+
+// Everything of a 1x1 convolution of an (n, c, h, w) tensor but the addresses of it and of the result; of `a.x` only
+// the dtype and the device count.
+Pointwise describe_pointwise(const char* op, const PointwiseArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
+                             Keep& keep) {
   const Tensor &x = a.x, &weight = a.weight;
-  check_image(op, "x", x);
-  const int64_t n = x.size(0), c = x.size(1), h = x.size(2), w = x.size(3);
   const std::string prefix = a.norm.prefix;
   STD_TORCH_CHECK(weight.dim() == 4 && weight.size(0) > 0 && weight.size(2) == 1 && weight.size(3) == 1, op, ": ",
                   prefix, "weight has shape ", shape_of(weight), "; allowed: (Cout, Cin, 1, 1)");
   const int64_t out_channels = weight.size(0);
   check_elements(op, (prefix + "weight").c_str(), {out_channels, c});
-  check_elements(op, prefix.empty() ? "the result" : "the expanded tensor", {n, out_channels, h, w});
+  check_elements(op, prefix == "expand_" ? "the expanded tensor" : "the result", {n, out_channels, h, w});
   Pointwise out;
   PointwiseParams& p = out.params;
   p.dtype = dtype_of(op, "x", x);
@@ -113,9 +117,6 @@ Pointwise describe_pointwise(const char* op, const PointwiseArguments& a, Keep& 
   }
   p.allow_tf32 = a.allow_tf32;
   p.batch = n, p.pixels = h * w, p.in_channels = c, p.out_channels = out_channels;
-  const Tensor rows = to_rows(x, p.x_stride_p);
-  keep.push_back(rows);
-  p.x = rows.const_data_ptr(), p.x_stride_n = rows.stride(0);
   if (a.residual) {
     const Tensor& r = *a.residual;
     STD_TORCH_CHECK(r.dim() == 4 && r.size(0) == n && r.size(1) == out_channels && r.size(2) == h && r.size(3) == w, op,
@@ -131,26 +132,25 @@ Pointwise describe_pointwise(const char* op, const PointwiseArguments& a, Keep& 
   return out;
 }
 
-void give_result(Pointwise& pointwise, const Tensor& x) {
-  pointwise.y = empty_channels_last(x, x.size(0), pointwise.params.out_channels, x.size(2), x.size(3));
-  pointwise.params.y = pointwise.y.mutable_data_ptr();
-}
-
-}  // namespace
-
-Depthwise make_depthwise(const char* op, const DepthwiseOpArguments& a, Keep& keep) {
+// The same of x.
+Pointwise describe_pointwise(const char* op, const PointwiseArguments& a, Keep& keep) {
   check_image(op, "x", a.x);
-  Depthwise out = describe_depthwise(op, a, a.x.size(0), a.x.size(1), a.x.size(2), a.x.size(3), keep);
-  const Tensor x = to_channels_last(a.x);
-  keep.push_back(x);
-  DepthwiseParams& p = out.params;
-  p.x = x.const_data_ptr();
-  p.x_stride_n = x.stride(0), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
+  Pointwise out = describe_pointwise(op, a, a.x.size(0), a.x.size(1), a.x.size(2), a.x.size(3), keep);
+  PointwiseParams& p = out.params;
+  const Tensor rows = to_rows(a.x, p.x_stride_p);
+  keep.push_back(rows);
+  p.x = rows.const_data_ptr(), p.x_stride_n = rows.stride(0);
   return out;
 }
 
-SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t batch, int64_t channels,
-                                  const SeArguments& a, ScalarType gate_dtype, Keep& keep) {
+void give_result(Pointwise& pointwise, const Tensor& like, int64_t height, int64_t width) {
+  pointwise.y = empty_channels_last(like, pointwise.params.batch, pointwise.params.out_channels, height, width);
+  pointwise.params.y = pointwise.y.mutable_data_ptr();
+}
+
+// Everything but the address of the gate.
+SqueezeExcite describe_squeeze_excite(const char* op, const Tensor& like, int64_t batch, int64_t channels,
+                                      const SeArguments& a, ScalarType gate_dtype, Keep& keep) {
   STD_TORCH_CHECK((a.w_reduce.dim() == 2 || a.w_reduce.dim() == 4) && a.w_reduce.size(0) > 0, op,
                   ": w_reduce has shape ", shape_of(a.w_reduce), "; allowed: (R, C) or (R, C, 1, 1), R at least 1");
   const int64_t reduced = a.w_reduce.size(0);
@@ -167,15 +167,39 @@ SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t ba
   p.activation = activation_of(op, a.activation_name, a.activation);
   p.gate_activation = gate_of(op, "gate_activation", a.gate_activation);
   p.batch = batch, p.channels = channels, p.reduced = reduced;
-  out.gate = empty_matrix(like, batch, channels, gate_dtype);
-  p.gate = out.gate.mutable_data_ptr();
-  p.gate_dtype = dtype_of(op, "gate", out.gate);
+  p.gate_dtype = dtype_of(op, "gate", typed);
+  return out;
+}
+
+void give_gate(SqueezeExcite& se, const Tensor& like, ScalarType gate_dtype) {
+  se.gate = empty_matrix(like, se.params.batch, se.params.channels, gate_dtype);
+  se.params.gate = se.gate.mutable_data_ptr();
+}
+
+}  // namespace
+
+Depthwise make_depthwise(const char* op, const DepthwiseOpArguments& a, Keep& keep) {
+  check_image(op, "x", a.x);
+  Depthwise out = describe_depthwise(op, a, a.x.size(0), a.x.size(1), a.x.size(2), a.x.size(3), keep);
+  give_result(out, a.x);
+  const Tensor x = to_channels_last(a.x);
+  keep.push_back(x);
+  DepthwiseParams& p = out.params;
+  p.x = x.const_data_ptr();
+  p.x_stride_n = x.stride(0), p.x_stride_h = x.stride(2), p.x_stride_w = x.stride(3);
+  return out;
+}
+
+SqueezeExcite make_squeeze_excite(const char* op, const Tensor& like, int64_t batch, int64_t channels,
+                                  const SeArguments& a, ScalarType gate_dtype, Keep& keep) {
+  SqueezeExcite out = describe_squeeze_excite(op, like, batch, channels, a, gate_dtype, keep);
+  give_gate(out, like, gate_dtype);
   return out;
 }
 
 Pointwise make_pointwise(const char* op, const PointwiseArguments& a, Keep& keep) {
   Pointwise out = describe_pointwise(op, a, keep);
-  give_result(out, a.x);
+  give_result(out, a.x, a.x.size(2), a.x.size(3));
   return out;
 }
 
@@ -186,18 +210,58 @@ ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArgumen
   out.expand = describe_pointwise(op, expand, keep);
   out.depthwise =
       describe_depthwise(op, depthwise, x.size(0), out.expand.params.out_channels, x.size(2), x.size(3), keep);
+  give_result(out.depthwise, x);
   DepthwiseParams& d = out.depthwise.params;
   out.pooled = empty_matrix(x, d.batch, d.channels, ScalarType::Float);
   d.pooled = static_cast<float*>(out.pooled.mutable_data_ptr());
   return out;
 }
 
-void give_expanded(ExpandDepthwise& both, const Tensor& x) {
-  give_result(both.expand, x);
-  const Tensor& expanded = both.expand.y;
-  DepthwiseParams& d = both.depthwise.params;
+namespace {
+
+void give_expanded_to(Depthwise& depthwise, Pointwise& expand, const Tensor& x) {
+  give_result(expand, x, x.size(2), x.size(3));
+  const Tensor& expanded = expand.y;
+  DepthwiseParams& d = depthwise.params;
   d.x = expanded.const_data_ptr();
   d.x_stride_n = expanded.stride(0), d.x_stride_h = expanded.stride(2), d.x_stride_w = expanded.stride(3);
+}
+
+}  // namespace
+
+void give_expanded(ExpandDepthwise& both, const Tensor& x) { give_expanded_to(both.depthwise, both.expand, x); }
+void give_expanded(MBConv& block, const Tensor& x) { give_expanded_to(block.depthwise, block.expand, x); }
+
+MBConv describe_mbconv(const char* op, const MBConvArguments& a, Keep& keep) {
+  const Tensor& x = a.expand.x;
+  MBConv out;
+  out.expand = describe_pointwise(op, a.expand, keep);
+  const int64_t batch = x.size(0), channels = out.expand.params.out_channels;
+  out.depthwise = describe_depthwise(op, a.depthwise, batch, channels, x.size(2), x.size(3), keep);
+  const DepthwiseParams& d = out.depthwise.params;
+  const OptionalSeArguments& se = a.se;
+  STD_TORCH_CHECK(se.w_reduce.has_value() == se.w_expand.has_value(), op,
+                  ": w_reduce and w_expand belong together; allowed: both or neither");
+  STD_TORCH_CHECK(se.w_reduce.has_value() || !(se.b_reduce || se.b_expand), op,
+                  ": b_reduce and b_expand need w_reduce and w_expand; allowed: all of squeeze-and-excitation or none");
+  out.excites = se.w_reduce.has_value();
+  if (out.excites) {
+    const SeArguments given{*se.w_reduce,  se.b_reduce,        *se.w_expand,   se.b_expand,
+                            se.activation, se.gate_activation, "se_activation"};
+    out.se = describe_squeeze_excite(op, x, batch, channels, given, x.scalar_type(), keep);
+  }
+  out.project = describe_pointwise(op, a.project, batch, channels, d.out_height, d.out_width, keep);
+  out.project.params.x_stride_p = channels, out.project.params.x_stride_n = channels * d.out_height * d.out_width;
+  give_result(out.project, x, d.out_height, d.out_width);
+  return out;
+}
+
+void give_depthwise_result(MBConv& block, const Tensor& x) {
+  give_result(block.depthwise, x);
+  block.project.params.x = block.depthwise.y.const_data_ptr();
+  if (!block.excites) return;
+  give_gate(block.se, x, x.scalar_type());
+  block.project.params.gate = {block.se.gate.const_data_ptr(), block.se.params.gate_dtype};
 }
 
 Conv make_conv(const char* op, const ConvArguments& a, Keep& keep) {

@@ -44,6 +44,20 @@ struct PointwiseArguments {
   bool allow_tf32;
 };
 
+// Squeeze-and-excitation that may be left out, by both matrices.
+struct OptionalSeArguments {
+  const OptionalTensor &w_reduce, &b_reduce, &w_expand, &b_expand;
+  const std::string &activation, &gate_activation;
+};
+
+// Of the x of `depthwise` and `project` only the dtype and the device count.
+struct MBConvArguments {
+  PointwiseArguments expand;
+  DepthwiseOpArguments depthwise;
+  OptionalSeArguments se;
+  PointwiseArguments project;
+};
+
 struct ConvArguments {
   const Tensor &x, &weight;
   NormArguments norm;
@@ -86,6 +100,19 @@ struct ExpandDepthwise {
 ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArguments& expand,
                                           const DepthwiseOpArguments& depthwise, Keep& keep);
 void give_expanded(ExpandDepthwise& both, const Tensor& x);
+
+// A whole block. What is between x and y (expand.y, depthwise.y and se.gate, and their addresses in the params) is left
+// out until give_expanded and give_depthwise_result allocate it.
+struct MBConv {
+  Pointwise expand;
+  Depthwise depthwise;
+  SqueezeExcite se;
+  bool excites = false;
+  Pointwise project;
+};
+MBConv describe_mbconv(const char* op, const MBConvArguments& arguments, Keep& keep);
+void give_expanded(MBConv& block, const Tensor& x);
+void give_depthwise_result(MBConv& block, const Tensor& x);
 
 struct Conv {
   ConvParams params;

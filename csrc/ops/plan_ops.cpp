@@ -7,6 +7,7 @@
 #include "../cuda/conv.h"
 #include "../cuda/depthwise.h"
 #include "../cuda/expand_depthwise.h"
+#include "../cuda/mbconv.h"
 #include "../cuda/pointwise.h"
 #include "../cuda/squeeze_excite.h"
 #include "../sizes.h"
@@ -117,6 +118,17 @@ std::string cut_of(const DepthwiseParams& p, const cuda::ExpandDepthwisePlan& pl
       << " tiles=" << d.tiles << " bands=" << plan.bands << " band_rows=" << plan.band_rows
       << " column_tiles=" << plan.column_tiles << " columns=" << plan.columns << " group_rows=" << plan.group_rows
       << " ring_rows=" << plan.ring_rows << " slices=" << plan.slices;
+  return out.str();
+}
+
+std::string cut_of(const DepthwiseParams& p, const cuda::MBConvPlan& plan) {
+  const cuda::DepthwisePlan& d = plan.expand.depthwise;
+  std::ostringstream out;
+  out << variant("mbconv", p.dtype, p.kernel_h, p.stride, d.strip) << " lanes=" << d.lanes << " strip=" << d.strip
+      << " team=" << plan.team << " groups=" << plan.groups << " channel_groups=" << plan.all_groups
+      << " images=" << plan.images << " weight_slots=" << plan.weight_slots << " passes=" << plan.passes
+      << " pass_columns=" << plan.pass_columns << " held_pixels=" << plan.held_pixels
+      << " slices=" << plan.expand.slices << " ring_row_bytes=" << plan.expand.ring_row_bytes;
   return out.str();
 }
 
@@ -282,6 +294,40 @@ DescribedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape
   return launches;
 }
 
+// The sizes of the depthwise operator, x's channels being the expanded ones and without squeeze-and-excitation reduced
+// 0; then the input channels, the output channels, whether there is a residual, allow_tf32 and the first product's
+// activation.
+DescribedLaunches plan_of_mbconv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  const int64_t activation = int64_t(activation_after(op, s, 17));
+  const Shape depthwise(s.begin(), s.begin() + 13);
+  const std::string depthwise_op = s[12] > 0 ? "depthwise_bn_act_gate" : "depthwise_bn_act";
+  const DepthwiseParams p = depthwise_of(depthwise_op, dtype, depthwise);
+  const Shape first = {s[0], s[2], s[3], s[13], s[1], 0, 0, s[16], activation};
+  const Shape last = {s[0], p.out_height, p.out_width, s[1], s[14], s[12] > 0, s[15], s[16]};
+  const PointwiseParams expand = pointwise_of("pointwise_bn_act", dtype, first);
+  const PointwiseParams project = pointwise_of("pointwise_bn_act", dtype, last);
+  SqueezeExciteParams se;
+  se.batch = s[0], se.channels = s[1], se.reduced = s[12];
+  const cuda::MBConvCall call{&expand, &p, s[12] > 0 ? &se : nullptr, &project};
+  const cuda::MBConvPlan plan = cuda::plan_mbconv(call, limits);
+  DescribedLaunches launches;
+  if (plan.fits) {
+    append(launches, cuda::planned_launches(call, plan), cut_of(p, plan));
+    return launches;
+  }
+  launches = plan_of_pointwise("pointwise_bn_act", dtype, first, limits);
+  if (!launches.empty()) {
+    std::string reason = plan.reason;
+    std::replace(reason.begin(), reason.end(), ' ', '-');
+    launches.front().cut += " reason=" + reason;
+  }
+  for (DescribedLaunch& one : plan_of_depthwise(depthwise_op, dtype, depthwise, limits))
+    launches.push_back(std::move(one));
+  for (DescribedLaunch& one : plan_of_pointwise("pointwise_bn_act", dtype, last, limits))
+    launches.push_back(std::move(one));
+  return launches;
+}
+
 DescribedLaunches plan_of_conv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   check_count(op, "shape", s, 12);
   ConvParams p;
@@ -315,6 +361,8 @@ std::string cuda_plan(const std::string& op, const std::string& dtype_name, cons
     launches = plan_of_pointwise(op, dtype, shape, limits);
   else if (op == "expand_depthwise_squeeze")
     launches = plan_of_expand(op, dtype, shape, limits);
+  else if (op == "mbconv")
+    launches = plan_of_mbconv(op, dtype, shape, limits);
   else if (op == "conv_bn_act")
     launches = plan_of_conv(op, dtype, shape, limits);
   else if (op == "squeeze_excite_gate")

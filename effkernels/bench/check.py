@@ -61,6 +61,8 @@ def op_calls() -> Iterator[OpCall]:
         yield OpCall.on("pointwise_bn_act", shape, out_channels=out, activation="identity", gated=True, residual=True)
     yield OpCall.on("expand_depthwise_squeeze", (2, 16, 28, 28), out_channels=96)
     yield OpCall.on("expand_depthwise_squeeze", (1, 24, 13, 14), 5, out_channels=40, stride=2)
+    yield OpCall.on("mbconv", (2, 40, 14, 14), 5, out_channels=40, residual=True)
+    yield OpCall.on("mbconv", (1, 24, 13, 14), out_channels=20, stride=2)
     yield OpCall.on("conv_bn_act", (1, 3, 65, 65), out_channels=32, stride=2)
     yield OpCall.on("conv_bn_act", (2, 8, 14, 14), out_channels=12, stride=2)
 

@@ -140,7 +140,7 @@ def run(arguments: argparse.Namespace) -> int:
     for name, by_op in runs.items():
         print(f"  {'a GPU' if name == 'no GPU' else name:<6} {_grouped(by_op)}")
     if any(decision["backend"] == "triton" and decision["has_kernel"] for decision in decisions):
-        print("  triton makes one launch per call, and two for")
+        print("  triton makes one launch per call, three for mbconv, and two for")
         print(f"    depthwise_bn_act_se       where an image of the result has more than {MOST_SCALED_ALONE} elements")
         print("    expand_depthwise_squeeze  where the expanded tensor does not fit the chip")
     print(f"backend {backends.selected()} (what runs float32; `reference` runs everything)")

@@ -3,6 +3,7 @@
 In eval mode a block is two or three fused operators: the 1x1 expand, the depthwise convolution with its norm,
 activation and the squeeze-and-excitation gate, and the 1x1 project that multiplies by the gate as it reads and adds the
 residual as it writes. On the CPU they are cut elsewhere: expand and depthwise in one, the gate by itself, the project.
+On a GPU in 16-bit types an MBConv block is one operator, which plans whether it is one launch or three.
 In training mode a block is one operator, forward and backward (`effkernels.nn.training`).
 """
 
@@ -228,13 +229,16 @@ class MBConv(nn.Module):
             y = train_block(self, x)
             return self._forward_plain(x) if y is None else y
         backend = self.backend
+        residual = x if self.has_skip else None
+        if backends.takes_block(x, backend):
+            return _block(x, expand, norm1, depthwise, norm2, se, project, norm3, residual, backend)
         if _keeps_expanded(x, backend):
             y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, se, backend)
         else:
             norm, activation = norm1
             y = ops.pointwise_bn_act(x, *conv_arguments(expand), norm, activation=activation, backend=backend)
             y, gate = _depthwise(y, depthwise, norm2, se, backend)
-        return _project(y, project, norm3, gate, x if self.has_skip else None, backend)
+        return _project(y, project, norm3, gate, residual, backend)
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         y = norm_act(self.bn1, self.conv_pw(x), self._activation)
@@ -305,6 +309,44 @@ def _project(
         gate=gate,
         residual=residual,
         activation=activation,
+        backend=backend,
+    )
+
+
+def _block(
+    x: Tensor,
+    expand: nn.Conv2d,
+    expand_norm: NormAct,
+    conv: nn.Conv2d,
+    norm: NormAct,
+    se: SqueezeExciteArguments | None,
+    project: nn.Conv2d,
+    project_norm: NormAct,
+    residual: Tensor | None,
+    backend: str,
+) -> Tensor:
+    """The whole block of x: (N, C, H, W) as one operator."""
+    expand_weight, expand_bias = conv_arguments(expand)
+    weight, bias = conv_arguments(conv)
+    project_weight, project_bias = conv_arguments(project)
+    return ops.mbconv(
+        x,
+        expand_weight,
+        weight,
+        project_weight,
+        expand_bias=expand_bias,
+        expand_norm=expand_norm[0],
+        expand_activation=expand_norm[1],
+        bias=bias,
+        norm=norm[0],
+        stride=conv.stride[0],
+        padding=explicit_padding(conv, x.shape[2], x.shape[3]),
+        dilation=conv.dilation[0],
+        activation=norm[1],
+        **(se or {}),
+        project_bias=project_bias,
+        project_norm=project_norm[0],
+        residual=residual,
         backend=backend,
     )
 

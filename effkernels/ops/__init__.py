@@ -6,6 +6,7 @@ from effkernels._norm import Norm
 from effkernels.ops.conv import conv_bn_act
 from effkernels.ops.depthwise import depthwise_bn_act, depthwise_bn_act_squeeze
 from effkernels.ops.expand_depthwise import expand_depthwise_squeeze
+from effkernels.ops.mbconv import mbconv
 from effkernels.ops.pointwise import pointwise_bn_act
 from effkernels.ops.squeeze_excite import depthwise_bn_act_gate, depthwise_bn_act_se, squeeze_excite_gate
 
@@ -17,6 +18,7 @@ __all__ = [
     "depthwise_bn_act_se",
     "depthwise_bn_act_squeeze",
     "expand_depthwise_squeeze",
+    "mbconv",
     "pointwise_bn_act",
     "squeeze_excite_gate",
 ]

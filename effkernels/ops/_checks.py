@@ -167,7 +167,7 @@ def pointwise(
     _check_in_channels(op, x, weight, prefix)
     out_channels, in_channels = weight.shape[:2]
     _check_elements(op, f"{prefix}weight", (out_channels, in_channels))
-    name = "the expanded tensor" if prefix else "the result"
+    name = "the expanded tensor" if prefix == "expand_" else "the result"
     shape = (x.shape[0], out_channels, x.shape[2], x.shape[3])
     _check_elements(op, name, shape)
     _check_norm(op, x, bias, norm, out_channels, prefix)
@@ -278,7 +278,7 @@ def _check_activation(op: str, name: str, activation: str) -> None:
 
 def _check_in_channels(op: str, x: Tensor, weight: Tensor, prefix: str = "") -> None:
     if x.shape[1] != weight.shape[1]:
-        allowed = f"{x.shape[1]} input channels, as x has"
+        allowed = f"{x.shape[1]} input channels, as {'weight' if prefix == 'project_' else 'x'} has"
         raise ValueError(f"{op}: {prefix}weight has shape {_shape(weight)}; allowed: {allowed}")
     if weight.shape[0] < 1:
         raise ValueError(f"{op}: {prefix}weight has shape {_shape(weight)}; allowed: at least one output channel")

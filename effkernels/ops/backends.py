@@ -45,8 +45,10 @@ OPERATORS: tuple[str, ...] = (
     "depthwise_bn_act_se",
     "pointwise_bn_act",
     "expand_depthwise_squeeze",
+    "mbconv",
     "conv_bn_act",
 )
+BLOCK = "mbconv"
 DTYPES: tuple[torch.dtype, ...] = (torch.float32, torch.float16, torch.bfloat16)
 DEPTHWISE_KERNEL_SIZES: tuple[int, ...] = tuple(range(1, 14))
 """The allowed heights, and the allowed widths, of a depthwise kernel."""
@@ -263,6 +265,23 @@ def choose(
     raise RuntimeError(f"{op}: backend={asked!r} was asked for and cannot run: {reason}")
 
 
+def takes_block(x: Tensor, backend: str = "auto") -> bool:
+    """Return whether an MBConv block of x is best called as one operator, `mbconv`, and not as its parts.
+
+    It is where that operator may be one launch: on a GPU, in float16 and bfloat16, by the compiled kernels. Where
+    `effkernels tune` found that Triton is faster at some calls, the parts are chosen one by one. On "meta" it is as on
+    a GPU.
+
+    Args:
+        x: the input of the block; only its device and dtype count.
+        backend: as of `choose`.
+    """
+    asked = _selected if backend == "auto" else backend
+    if x.is_cpu or asked in ("triton", "reference") or x.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return x.device.type == "meta" or (x.is_cuda and BLOCK in _COMPILED_CUDA and not _is_tuned(x.get_device()))
+
+
 # The tensors whose data a kernel can read, and those that stand for one in a trace or a recording.
 _TENSOR_TYPES = frozenset({Tensor, torch.nn.Parameter, FakeTensor, FunctionalTensor, RecordedTensor})
 
@@ -353,7 +372,7 @@ def _can_run_call(op: str, dtype: torch.dtype, kernel_size: int | tuple[int, int
     if dtype not in DTYPES:
         return Decision(False, f"dtype={dtype} is not supported; allowed: {', '.join(map(str, DTYPES))}")
     problem = ""
-    if kernel_size is not None and "depthwise" in op:
+    if kernel_size is not None and ("depthwise" in op or op == "mbconv"):
         problem = depthwise_kernel_problem(*((kernel_size,) * 2 if isinstance(kernel_size, int) else kernel_size))
     return Decision(not problem, problem)
 
@@ -368,6 +387,12 @@ def _cuda_runs(index: int) -> bool:
         if not _faster_by_triton:
             _faster_by_triton.update({i: _read_faster_by_triton(i) for i in range(torch.cuda.device_count())})
     return found
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_tuned(index: int) -> bool:
+    """Return whether the tuned plan of a GPU knows calls that Triton is faster at, or no compiled kernel runs there."""
+    return not _cuda_runs(index) or bool(_faster_by_triton.get(index))
 
 
 def _read_faster_by_triton(index: int) -> dict[tuple[object, ...], str]:

@@ -26,7 +26,7 @@ IMAGES = ("x", "residual")
 """The arguments that are images: (N, channels, height, width), in channels_last memory."""
 
 _OF_IMAGES = (*IMAGES, "pooled", "gate")  # the arguments that have a batch
-_MAKES_CHANNELS = ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze")
+_MAKES_CHANNELS = ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze", "mbconv")
 
 PreparedCall = Callable[[], tuple[Tensor, ...]]
 """A call with its arguments; returns all results as a tuple."""
@@ -44,8 +44,9 @@ class OpCall:
         op: name in `effkernels.ops`.
         batch: images of x.
         channels: of x or pooled.
-        out_channels: of the result of a 1x1 or a dense convolution, and of the expanded tensor.
-        reduced: channels between the two products of squeeze-and-excitation.
+        out_channels: of the result of a 1x1 or a dense convolution, of `expand_depthwise_squeeze` and of `mbconv`.
+        expanded: channels between the 1x1 convolutions of `mbconv`.
+        reduced: channels between the two products of squeeze-and-excitation; 0 leaves it out of `mbconv`.
         height, width: of x, in pixels.
         kernel: height and width of the convolution's kernel.
         stride, padding, dilation: of the convolution; padding is (top, bottom, left, right).
@@ -62,6 +63,7 @@ class OpCall:
     batch: int = 1
     channels: int
     out_channels: int = 0
+    expanded: int = 0
     reduced: int = 0
     height: int = 1
     width: int = 1
@@ -86,7 +88,7 @@ class OpCall:
         """Return a call on images of a shape, (N, C, H, W), or on pooled channels, (N, C).
 
         Of what ``fields`` do not name, the padding is half the kernel, so that a stride of 1 keeps the size, and
-        squeeze-and-excitation has a quarter of the channels.
+        squeeze-and-excitation has a quarter of the channels, and `mbconv` expands them by 6.
 
         Args:
             kernel: height and width of a depthwise or dense convolution's kernel, or one number for both.
@@ -100,6 +102,8 @@ class OpCall:
             fields = {"kernel": (rows, columns), "padding": (vertical, vertical, horizontal, horizontal), **fields}
         if "w_reduce" in names:
             fields = {"reduced": max(1, sizes["channels"] // 4), **fields}
+        if "project_weight" in names:
+            fields = {"expanded": 6 * sizes["channels"], **fields}
         return cls(op, **sizes, **fields)
 
     @classmethod
@@ -120,7 +124,9 @@ class OpCall:
         if "weight" in shapes:
             fields["norm"] = "full" if "norm_weight" in shapes else "statistics" if "norm_mean" in shapes else "none"
             fields["bias"] = "bias" in shapes
-            if op in _MAKES_CHANNELS:
+            if op == "mbconv":
+                fields |= {"expanded": shapes["weight"][0], "out_channels": shapes["project_weight"][0]}
+            elif op in _MAKES_CHANNELS:
                 fields["out_channels"] = shapes["weight"][0]
             if "padding" in fields:
                 fields["kernel"] = shapes["weight"][2:]
@@ -140,8 +146,9 @@ class OpCall:
         """The call in words, such as 'pointwise_bn_act 2x96x14x14 to 24, gate, residual'."""
         words = f"{self.op} {self.size}"
         to = f" to {self.out_channels}" if self.op in _MAKES_CHANNELS else ""
-        if self.op == "expand_depthwise_squeeze":
-            words += f"{to}, {self.window}"
+        if self.op in ("expand_depthwise_squeeze", "mbconv"):
+            through = f" through {self.expanded}" if self.op == "mbconv" else ""
+            words += f"{through}{to}, {self.window}"
         else:
             words += f" {self.window}{to}" if self.window else to
         return words + ", gate" * self.gated + ", residual" * self.residual
@@ -161,7 +168,7 @@ class OpCall:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor that is given, by its name in the schema, in the order of the schema."""
-        channels = self.out_channels if self.op in _MAKES_CHANNELS else self.channels
+        channels = self._convolved
         weights = {"pointwise_bn_act": (self.channels, 1, 1), "conv_bn_act": (self.channels, *self.kernel)}
         tail = (1, 1) if self.matrix_rank == 4 else ()
         larger: dict[str, tuple[int, ...]] = {
@@ -170,13 +177,40 @@ class OpCall:
             "expand_weight": (channels, self.channels, 1, 1),
             "weight": (channels, *weights.get(self.op, (1, *self.kernel))),
             "gate": (self.batch, self.channels),
-            "residual": (self.batch, self.out_channels, self.height, self.width),
-            "w_reduce": (self.reduced, self.channels, *tail),
+            "residual": (self.batch, self.out_channels, *self._result_size),
+            "w_reduce": (self.reduced, self._excited, *tail),
             "b_reduce": (self.reduced,),
-            "w_expand": (self.channels, self.reduced, *tail),
+            "w_expand": (self._excited, self.reduced, *tail),
+            "project_weight": (self.out_channels, self.expanded, 1, 1),
         }
-        names = (name for name, is_tensor in _arguments(self.op).items() if is_tensor and self._has(name))
-        return {name: larger.get(name, (channels,)) for name in names}
+        names = [name for name, is_tensor in _arguments(self.op).items() if is_tensor and self._has(name)]
+        vectors = {name: (self.out_channels if name.startswith("project_") else channels,) for name in names}
+        return {name: larger.get(name, vectors[name]) for name in names}
+
+    @property
+    def _convolved(self) -> int:
+        """The channels of the result of the convolution whose weight is called `weight`."""
+        if self.op == "mbconv":
+            return self.expanded
+        return self.out_channels if self.op in _MAKES_CHANNELS else self.channels
+
+    @property
+    def _excited(self) -> int:
+        """The channels of the gate."""
+        return self.expanded if self.op == "mbconv" else self.channels
+
+    @property
+    def _result_size(self) -> tuple[int, int]:
+        """Height and width of the result."""
+        top, bottom, left, right = self.padding
+        height, width = (
+            (size + before + after - self.dilation * (kernel - 1) - 1) // self.stride + 1
+            for size, before, after, kernel in (
+                (self.height, top, bottom, self.kernel[0]),
+                (self.width, left, right, self.kernel[1]),
+            )
+        )
+        return height, width
 
     def _has(self, name: str) -> bool:
         """Return whether a tensor of the schema is given."""
@@ -184,6 +218,8 @@ class OpCall:
             return self.norm != "none"
         if name.endswith(("norm_weight", "norm_bias")):
             return self.norm == "full"
+        if self.op == "mbconv" and not self.reduced and name in ("w_reduce", "b_reduce", "w_expand", "b_expand"):
+            return False
         if name.startswith("b_"):
             return self.se_bias
         if name.endswith("bias"):

@@ -242,6 +242,55 @@ def expand_depthwise_squeeze(
     return depthwise_bn_act_squeeze(expanded, weight, **options)
 
 
+def mbconv(
+    x: Tensor,
+    expand_weight: Tensor,
+    weight: Tensor,
+    project_weight: Tensor,
+    *,
+    expand_bias: Tensor | None = None,
+    expand_norm: Norm | None = None,
+    expand_activation: str = "identity",
+    w_reduce: Tensor | None = None,
+    b_reduce: Tensor | None = None,
+    w_expand: Tensor | None = None,
+    b_expand: Tensor | None = None,
+    se_activation: str = "silu",
+    gate_activation: str = "sigmoid",
+    project_bias: Tensor | None = None,
+    project_norm: Norm | None = None,
+    residual: Tensor | None = None,
+    allow_tf32: bool | None = None,
+    **options: Any,
+) -> Tensor:
+    """Compute an MBConv block: `pointwise_bn_act` with the `expand_` arguments, `depthwise_bn_act_gate` of its result,
+    then `pointwise_bn_act` with the gate, the `project_` arguments and the residual.
+
+    Arguments and errors are those of the three. Without w_reduce and w_expand there is no gate, and
+    `depthwise_bn_act` in its place.
+
+    Returns:
+        (N, C_out, H', W') in x's dtype, C_out the rows of project_weight.
+    """
+    y = pointwise_bn_act(x, expand_weight, expand_bias, expand_norm, activation=expand_activation)
+    gate = None
+    if w_reduce is None or w_expand is None:
+        y = depthwise_bn_act(y, weight, **options)
+    else:
+        y, gate = depthwise_bn_act_gate(
+            y,
+            weight,
+            **options,
+            w_reduce=w_reduce,
+            b_reduce=b_reduce,
+            w_expand=w_expand,
+            b_expand=b_expand,
+            se_activation=se_activation,
+            gate_activation=gate_activation,
+        )
+    return pointwise_bn_act(y, project_weight, project_bias, project_norm, gate=gate, residual=residual)
+
+
 def conv_bn_act(
     x: Tensor,
     weight: Tensor,

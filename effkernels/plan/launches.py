@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ __all__ = [
 Call = RecordedCall  # the name by which `effkernels.optimize` imports it
 
 _NAMESPACE, _PYTORCH = "effkernels::", "aten::"
+_BLOCK = f"{_NAMESPACE}mbconv"
 
 
 @dataclass(frozen=True)
@@ -281,11 +282,15 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
     The first one reads the arguments, computes and writes the results; a second one passes over the result once more,
     reading and writing it: the norm and activation after a convolution of PyTorch's, or the product with the gate in
     `depthwise_bn_act_se`, which goes from the first to the second. The two of `expand_depthwise_squeeze`, where it is
-    not one, are its two convolutions, and the expanded tensor goes from the first to the second.
+    not one, are its two convolutions, and the expanded tensor goes from the first to the second. The three of `mbconv`,
+    where it is not one, are those of three operators.
     """
     lines = [{"kernel": call.op}]
     if call.op.startswith(_NAMESPACE):
         lines = cuda_plan(call, gpu, allow_tf32=allow_tf32)
+    if call.op == _BLOCK and len(lines) == 3:
+        parts = (plan_call(part, gpu, allow_tf32=allow_tf32) for part in _three_calls(call))
+        return [replace(launch, op=call.op) for launches in parts for launch in launches]
     kernels = [line["kernel"] for line in lines]
     activating = next((kernel for kernel in kernels if not kernel.startswith(_PYTORCH)), None)
     found = []
@@ -359,10 +364,50 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
     if op == "expand_depthwise_squeeze":
         sizes = [batch, weight[0], height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, 0]
         return [*sizes, channels, int(allow_tf32), ACTIVATIONS.index(canonical_name(arguments["expand_activation"]))]
+    if op == "mbconv":
+        reduced = 0 if arguments["w_reduce"] is None else arguments["w_reduce"].shape[0]
+        sizes = [batch, weight[0], height, width, weight[2], weight[3], stride, arguments["dilation"], *padding]
+        out_channels, residual = arguments["project_weight"].shape[0], arguments["residual"] is not None
+        activation = ACTIVATIONS.index(canonical_name(arguments["expand_activation"]))
+        return [*sizes, reduced, channels, out_channels, int(residual), int(allow_tf32), activation]
     if op == "conv_bn_act":
         return [batch, channels, weight[0], height, width, weight[2], weight[3], stride, *padding]
     reduced = arguments["w_reduce"].shape[0] if "w_reduce" in arguments else 0
     return [batch, channels, height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, reduced]
+
+
+def _three_calls(call: RecordedCall) -> list[RecordedCall]:
+    """Return the operators that `mbconv` takes where it is no launch of its own: expand, depthwise, project."""
+    given = call.arguments
+    x, result = given["x"], call.results[0]
+    channels = given["expand_weight"].shape[0]
+    expanded = x.new_empty((x.shape[0], channels, *x.shape[2:]), device="meta")
+    y = x.new_empty((x.shape[0], channels, *result.shape[2:]), device="meta")
+    excites = given["w_reduce"] is not None
+    gate = x.new_empty((x.shape[0], channels), device="meta") if excites else None
+
+    def pointwise(prefix: str, of: Tensor, to: Tensor, **others: Any) -> RecordedCall:
+        own = {name.removeprefix(prefix): value for name, value in given.items() if name.startswith(prefix)}
+        arguments = {"x": of, "gate": None, "residual": None, "activation": "identity", **own, **others}
+        flops = 2 * to.numel() * of.shape[1]
+        return RecordedCall(f"{_NAMESPACE}pointwise_bn_act", call.layer, arguments, [to], flops)
+
+    others = ("expand_", "project_", "residual") if excites else ("expand_", "project_", "residual", "w_", "b_", "se_")
+    own = {name: value for name, value in given.items() if not name.startswith(others) or name == "w_expand"}
+    products = 0
+    if excites:
+        products = given["w_reduce"].numel() + given["w_expand"].numel()
+    else:
+        own.pop("w_expand")
+    depthwise = RecordedCall(
+        f"{_NAMESPACE}depthwise_bn_act{'_gate' if excites else ''}",
+        call.layer,
+        {**own, "x": expanded},
+        [y] if gate is None else [y, gate],
+        2 * y.numel() * math.prod(given["weight"].shape[2:]) + 2 * x.shape[0] * products,
+    )
+    project = pointwise("project_", y, result, gate=gate, residual=given["residual"])
+    return [pointwise("expand_", x, expanded), depthwise, project]
 
 
 def _stored_bytes(tensor: Tensor) -> int:
@@ -375,7 +420,7 @@ def _expands(call: RecordedCall) -> bool:
 
 
 def _expanded(call: RecordedCall) -> int:
-    """Return the elements of the tensor between the convolutions of `expand_depthwise_squeeze`."""
+    """Return the elements of the expanded tensor of `expand_depthwise_squeeze` and of `mbconv`."""
     batch, _, height, width = call.arguments["x"].shape
     return int(batch * call.arguments["expand_weight"].shape[0] * height * width)
 
@@ -403,7 +448,7 @@ def _bytes_of_two(call: RecordedCall) -> tuple[int, int]:
 
 def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
     """Return the unit that computes the FLOPs of a kernel."""
-    if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "expand_depthwise", "conv", "conv_stem"):
+    if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "expand_depthwise", "mbconv", "conv", "conv_stem"):
         if dtype != torch.float32:
             return "tensor"
         # PyTorch lets convolutions run in TF32 by default, and other matrix products not.
@@ -430,6 +475,8 @@ def special_functions(call: RecordedCall) -> int:
     if not call.op.startswith(_NAMESPACE):
         return 0
     arguments = call.arguments
+    if call.op == _BLOCK:
+        return sum(special_functions(part) for part in _three_calls(call))
     count = 0
     inner = "se_activation"
     if "pooled" in arguments:

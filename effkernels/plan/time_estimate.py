@@ -182,7 +182,7 @@ def estimate(
     variant = line.get("variant", "")
     known = counts.get(variant, KernelCounts(0, {}))
     x, y = (int(number) for number in line["block"].split(","))
-    fixed = ("kernel", "grid", "block", "variant")
+    fixed = ("kernel", "grid", "block", "variant", "reason")
     cut = Cut(
         line["kernel"], int(line["grid"]), x * y,
         {name: int(value) for name, value in line.items() if name not in fixed}, known,

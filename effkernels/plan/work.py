@@ -325,6 +325,78 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     return Work(issued + more, cut.counts.registers, l2_bytes, prologue, body + in_body, last)
 
 
+def _mbconv(cut: Cut, call: RecordedCall) -> Work:
+    """Follow the walk of csrc/cuda/mbconv.cuh. What passes between the blocks of a cluster counts as bytes of L2, and
+    a wait for it, or for all of them, as one for L2."""
+    part, team, groups, passes = cut.counts.part, cut["team"], cut["groups"], cut["passes"]
+    given, size = call.arguments, call.dtype.itemsize
+    batch, inner, height, width = (int(side) for side in given["x"].shape)
+    _, outer, out_height, out_width = (int(side) for side in call.results[0].shape)
+    kernel, stride, padding = int(given["weight"].shape[2]), int(given["stride"]), given["padding"]
+    pixels, out_pixels, lanes = height * width, out_height * out_width, cut["lanes"]
+    name, unit = ("pair", 32) if pixels > 64 else ("fragment", 16)
+    fragments, strips = _ceil(pixels, unit), _ceil(out_width, cut["strip"]) * out_height
+    taps_inside = sum(
+        0 <= row * stride - padding[0] + tap < height for row in range(out_height) for tap in range(kernel)
+    )
+    fragment = _with_activation(cut, name, given["expand_activation"]) + part(f"{name}.slice") * cut["slices"]
+    strip = _with_activation(cut, "strip", given["activation"]) + part("row") * (taps_inside / out_height)
+    excites = given["w_reduce"] is not None
+    lane = part("lane") * (lanes * excites)
+
+    # What a block copies, of a thread: rows of `slices` or of the block's channels, four chunks each at a time.
+    share, held_slices = min(_ceil(inner, 16) * 2, 4), _ceil(groups * _EXPANDED * size, 64)
+    columns = _ceil(cut["pass_columns"], WARP) * WARP
+    load = (part("load") + part("load.chunk") * cut["slices"]) * _ceil(fragments * unit * share, cut.threads)
+    expand_rows, project_rows = (_ceil(rows * 4, cut.threads) for rows in (_EXPANDED, columns))
+    weights = (part("weights") + part("weights.chunk") * cut["slices"]) * expand_rows
+    project = (part("project") + part("project.chunk") * held_slices) * project_rows
+    zeros = height * cut["ring_row_bytes"] / 16 / cut.threads
+    held_zeros = held_slices * cut["held_pixels"] * 4 / cut.threads
+    norms = _ceil(groups * _EXPANDED, cut.threads) + _ceil(outer, cut.threads)
+    taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
+    load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1)))
+    parameters = total(((part("norm"), norms), (replace(part("parameters"), trips=0.0), groups), (load_taps, groups)))
+    first = total(
+        (
+            (part("prologue"), 1),
+            (weights, cut["weight_slots"]),
+            (load, 1),
+            (project, 1),
+            (part("zero"), zeros + held_zeros),
+        )
+    )
+
+    tiles = cut["held_pixels"] // WARP * (columns // WARP)
+    tile = part("tile") + part("tile.slice") * held_slices
+    vectors = out_pixels * cut["pass_columns"] / 8
+    add = part("add") + part("add.other") * team
+    # Of all warps of a block; every thread of a warp that has any work issues along.
+    of_group = (part("group") + load * (1 / groups)) * cut.warps + fragment * fragments
+    of_group = of_group + strip * (strips * (_EXPANDED * size / 16) / WARP) + lane * _ceil(_EXPANDED, WARP)
+    of_pass = part("pass") * cut.warps + tile * tiles + add * (vectors / WARP / team)
+    of_image = of_group * groups + of_pass * passes + part("image") * cut.warps
+    chain = (part("group") + fragment * _ceil(fragments, cut.warps) + strip * _ceil(strips, lanes) + lane) * groups
+    adds = _ceil(vectors, team * cut.threads)
+    chain = chain + (part("pass") + tile * _ceil(tiles, cut.warps) + add * adds) * passes + part("image")
+    waits = passes * (2 + adds * _ceil(team, 4))
+    body = _chain(chain, inputs=1, parameters=waits)
+    if excites:
+        reduced, own = given["w_reduce"].shape[0], groups * _EXPANDED
+        product, of_product = _gate_products(cut, 1, reduced, own, size)
+        expand, of_expand = _expand_product(cut, 1, reduced, own, size)
+        hidden = (part("hidden") + part("hidden.other") * team) * _ceil(reduced, cut.threads)
+        of_image = of_image + product + expand + hidden * _ceil(reduced, WARP)
+        body = body + of_product + of_expand + _chain(hidden, parameters=1 + _ceil(team, 4))
+    images = batch / _ceil(batch, cut["images"])
+    issued = ((first + parameters) * cut.warps + of_image * images) * cut.grid
+    prologue = _chain(first) + _chain(parameters, parameters=parameters.trips)
+    of_weights = (inner * groups * _EXPANDED + groups * _EXPANDED * outer) * size
+    between = 4 * team * out_pixels * outer
+    l2_bytes = cut.grid * (images * pixels * inner * size + of_weights) + batch * (between + out_pixels * outer * size)
+    return Work(issued, cut.counts.registers, l2_bytes, prologue, body * images, Clocks())
+
+
 def _arrival_tail(
     cut: Cut, reduced: int, channels: int, block_channels: int, size: int
 ) -> tuple[Counters, Clocks, Clocks]:
@@ -459,6 +531,7 @@ _FAMILIES: Mapping[str, Callable[[Cut, RecordedCall], Work]] = {
     "depthwise_resident": _depthwise,
     "pointwise": _pointwise,
     "expand_depthwise": _expand_depthwise,
+    "mbconv": _mbconv,
     "conv_stem": _stem,
     "norm_act": _norm_act,
     "scale_by_gate": _scale,

@@ -22,6 +22,7 @@ FAMILIES: dict[str, str] = {
     "depthwise_bn_act_se": "depthwise",
     "pointwise_bn_act": "pointwise",
     "expand_depthwise_squeeze": "expand_depthwise",
+    "mbconv": "mbconv",
     "conv_bn_act": "conv",
 }
 
@@ -48,10 +49,11 @@ def implementation(op: str) -> Callable[..., None]:
 
 
 def launches_of(op: str, channels: int = 0, out_height: int = 0, out_width: int = 0, *, one_pass: bool = True) -> int:
-    """Return the number of launches of Triton kernels for one call of `op`: one, with two exceptions.
+    """Return the number of launches of Triton kernels for one call of `op`: one, with three exceptions.
 
     If an image of its result has more than `MOST_SCALED_ALONE` elements, a second launch of `depthwise_bn_act_se`
     multiplies by the gate. `expand_depthwise_squeeze` takes two if its expanded tensor is not kept on the chip.
+    `mbconv` takes three.
     (`conv_bn_act` with more than 128 factors to a sum, input channels times kernel size, also runs PyTorch's
     convolution, which is none of these.)
 
@@ -64,6 +66,8 @@ def launches_of(op: str, channels: int = 0, out_height: int = 0, out_width: int 
     """
     if op not in FAMILIES:
         raise ValueError(f"no Triton implementation of {op!r}; allowed: {', '.join(FAMILIES)}")
+    if op == "mbconv":
+        return 3
     scaled_apart = op == "depthwise_bn_act_se" and channels * out_height * out_width > MOST_SCALED_ALONE
     written = op == "expand_depthwise_squeeze" and not one_pass
     return 2 if scaled_apart or written else 1

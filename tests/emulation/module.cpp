@@ -89,6 +89,7 @@ PYBIND11_MODULE(EFFKERNELS_EMULATION_MODULE, m) {
   m.def("allocated_bytes", &allocated_bytes);
   m.def("fail_allocations", &fail_allocations, py::arg("count"));
   m.def("refuse_cooperative", &refuse_cooperative, py::arg("refuse"));
+  m.def("refuse_clusters_above", &refuse_clusters_above, py::arg("blocks"));
   m.def("function_attributes_set", &function_attributes_set);
   m.def("launches", &launches);
   m.def("clear_launches", [] { launch_log().clear(); });

@@ -23,6 +23,7 @@ struct Runtime {
   int failing_allocations = 0;
   uint64_t stream = 0, next_stream = 1u << 20;
   bool capturing = false, refuses_cooperative = false;
+  unsigned room_for_cluster = ~0u;  // blocks
   int function_attributes = 0;
   cudaStreamCaptureMode thread_mode = cudaStreamCaptureModeGlobal;
   std::vector<EmulatedUserObject> retained;
@@ -73,6 +74,7 @@ int64_t allocated_bytes() {
 }
 void fail_allocations(int count) { runtime().failing_allocations = count; }
 void refuse_cooperative(bool refuse) { runtime().refuses_cooperative = refuse; }
+void refuse_clusters_above(unsigned blocks) { runtime().room_for_cluster = blocks; }
 int function_attributes_set() { return runtime().function_attributes; }
 
 int destroy_user_objects() {
@@ -101,6 +103,7 @@ cudaError_t check_launch(const Limits& limits, const dim3& grid, const dim3& blo
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > size_t(limits.shared_per_block)) return cudaErrorInvalidValue;
   if (cluster == 0 || cluster > unsigned(limits.largest_cluster)) return cudaErrorInvalidClusterSize;
+  if (cluster > runtime().room_for_cluster) return cudaErrorInvalidClusterSize;
   if (grid.x % cluster != 0) return cudaErrorInvalidConfiguration;
   if (cooperative && runtime().refuses_cooperative) return cudaErrorCooperativeLaunchTooLarge;
   const int resident = blocks_per_multiprocessor(limits, static_cast<int>(threads), shared_bytes);

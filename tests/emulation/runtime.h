@@ -146,6 +146,7 @@ int64_t allocated_bytes();
 void fail_allocations(int count);
 // From now on cooperative launches are refused, as under a limit of MPS or in a green context.
 void refuse_cooperative(bool refuse);
+void refuse_clusters_above(unsigned blocks);  // as a GPU with disabled multiprocessors does
 // Calls of cudaFuncSetAttribute so far.
 int function_attributes_set();
 

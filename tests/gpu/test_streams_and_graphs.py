@@ -12,7 +12,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from op_cases import ALL_OPS, DEPTHWISE_OPS, EXPAND_OP, Case
+from op_cases import ALL_OPS, BLOCK_OP, DEPTHWISE_OPS, EXPAND_OP, Case
 from torch import Tensor
 
 import effkernels
@@ -27,6 +27,7 @@ CASES = [
     Case("conv_bn_act", torch.bfloat16, channels=3, out_channels=32, height=64, width=64, stride=2),
     Case("squeeze_excite_gate", torch.bfloat16, channels=672, reduced=28),
     Case(EXPAND_OP, torch.bfloat16, channels=24, out_channels=96, height=56, width=56),
+    Case(BLOCK_OP, torch.bfloat16, channels=112, expanded=672, out_channels=112, residual=True),
 ]
 
 
@@ -172,7 +173,7 @@ def test_a_whole_network_in_a_graph() -> None:
 
 
 # What each operator promises; the others take one launch.
-LAUNCHES = {"depthwise_bn_act_se": (1, 2), EXPAND_OP: (2,)}
+LAUNCHES = {"depthwise_bn_act_se": (1, 2), EXPAND_OP: (1, 2), BLOCK_OP: (1, 3)}
 
 
 def test_launches_are_counted() -> None:

@@ -1,0 +1,165 @@
+// The project product of mbconv.cuh: y = norm(gated * weight^T) + residual, split over the expanded
+// channels, of which each block of a cluster has some.
+//
+// Threads and data. Product: a warp takes kProjectedPixels pixels and kProjectedColumns output channels at a time;
+// gated channels and weights are in slices of 64 bytes (pointwise_product.cuh), the sums go to shared memory as
+// float32. Sum: a thread takes 8 output channels of a pixel, adds the sums of all blocks in the order of their ranks
+// and writes y. Rows of the sums are 8 or 24 floats more than a multiple of 32 apart, so that the four rows that a warp
+// writes at a time are in different banks.
+//
+// Traffic. Weights once for each image where there are several passes, else once for each cluster; residual and y once.
+#pragma once
+#include "expand_rows.cuh"
+#include "mbconv.h"
+#include "squeeze_excite.cuh"
+
+namespace effkernels::cuda {
+
+struct MBConvArguments {
+  PointwiseParams expand;
+  DepthwiseParams depthwise;
+  SqueezeExciteParams se;  // without it reduced is 0; its gate does not count
+  PointwiseParams project;
+  MBConvPlan plan;
+};
+
+// write(i, norm of channel first + i), for i below `padded`; zeros from `count` on.
+template <class Write>
+__device__ __forceinline__ void load_norm(const Norm& norm, int first, int count, int padded, Write write) {
+  for (int at = threadIdx.x; at < padded; at += kMBConvThreads)
+    write(at, at < count ? scale_shift(norm, int64_t(first) + at) : ScaleShift{0.f, 0.f});
+}
+
+// The block's columns of the weights of a pass: by cp.async, float32 ones through registers. Output channels after the
+// last one repeat it, expanded channels after the block's are zero.
+template <class T>
+__device__ __forceinline__ void load_project_weights(const PointwiseParams& p, const MBConvPlan& plan, int pass,
+                                                     int first_channel, int channels, unsigned char* weights) {
+  constexpr int V = kVectorOf<T>, kAtOnce = kMBConvThreads / kSliceChunks;
+  const int chunk = threadIdx.x % kSliceChunks;
+  const int first_row = pass * plan.pass_columns, last = static_cast<int>(p.out_channels) - 1;
+#pragma unroll 1
+  for (int row = threadIdx.x / kSliceChunks; row < plan.padded_columns; row += kAtOnce) {
+    const int64_t from = int64_t(min(first_row + row, last)) * p.in_channels + first_channel;
+    unsigned char* to = weights + chunk_offset(row, chunk);
+#pragma unroll 1
+    for (int slice = 0; slice < plan.held_slices; ++slice) {
+      const int k = (slice * kSliceChunks + chunk) * V, inside = k < channels ? k : 0, valid = k < channels ? 16 : 0;
+      if (p.weight.dtype != DType::kFloat32) {
+        cp_async_16(shared_address(to), static_cast<const T*>(p.weight.data) + (from + inside), valid);
+      } else {
+        float value[V] = {};
+        if (valid > 0) load(static_cast<const float*>(p.weight.data) + (from + inside), value);
+        store(reinterpret_cast<T*>(to), value);
+      }
+      to += plan.padded_columns * kPointwiseSliceBytes;
+    }
+  }
+}
+
+// The block's sums of all pixels and of the output channels of a pass.
+template <class T>
+__device__ __forceinline__ void multiply_held(const MBConvPlan& plan, int pixels, int channels, const T* gate,
+                                              const unsigned char* held, const unsigned char* weights, float* partial) {
+  constexpr int M = kProjectedPixels / 16, N = kProjectedColumns / 8, kSlice = kSliceChunks * kVectorOf<T>;
+  const int warp = static_cast<int>(threadIdx.x) / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int pixel_tiles = plan.held_pixels / kProjectedPixels;
+  const int tiles = pixel_tiles * (plan.padded_columns / kProjectedColumns);
+#pragma unroll 1
+  for (int tile = warp; tile < tiles; tile += kMBConvThreads / 32) {
+    const int pixel = tile % pixel_tiles * kProjectedPixels, column = tile / pixel_tiles * kProjectedColumns;
+    const unsigned char* x = held + pixel * kPointwiseSliceBytes;
+    const unsigned char* weight = weights + column * kPointwiseSliceBytes;
+    TileGate<M> gates;
+    gates.slice = reinterpret_cast<const unsigned char*>(gate);
+    float acc[M][N][4] = {};
+#pragma unroll 1
+    for (int left = channels; left > 0; left -= kSlice) {
+      multiply_tensor16<T>(acc, x, weight, gates, left);
+      x += plan.held_pixels * kPointwiseSliceBytes, weight += plan.padded_columns * kPointwiseSliceBytes;
+      if (gate != nullptr) gates.slice += kPointwiseSliceBytes;
+    }
+#pragma unroll
+    for (int i = 0; i < M; ++i)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = pixel + i * 16 + half * 8 + g;
+        if (row >= pixels) continue;
+        float* const to = partial + row * plan.partial_stride + column + 2 * t;
+#pragma unroll
+        for (int j = 0; j < N; ++j)
+          if (column + j * 8 < plan.pass_columns)
+            *reinterpret_cast<float2*>(to + j * 8) = make_float2(acc[i][j][half * 2], acc[i][j][half * 2 + 1]);
+      }
+  }
+}
+
+// The block's share of y in a pass: the sums of all ranks, norm, activation and residual.
+template <class T>
+__device__ __forceinline__ void add_partial(const PointwiseParams& p, const MBConvPlan& plan, int rank, int64_t image,
+                                            int pass, const float* norm, float* partial) {
+  constexpr int V = kVectorOf<T>, kAtOnce = 4;  // ranks whose sums are under way together
+  const int out_channels = static_cast<int>(p.out_channels), first_column = pass * plan.pass_columns;
+  const int vectors = plan.pass_columns / V, items = static_cast<int>(p.pixels) * vectors;
+  const SmallDivisor by_vectors(plan.by_vectors);
+  T* const y = static_cast<T*>(p.y) + image * p.pixels * out_channels + first_column;
+  const T* const residual =
+      p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + image * p.residual_stride_n + first_column;
+#pragma unroll 1
+  for (int item = rank * kMBConvThreads + static_cast<int>(threadIdx.x); item < items;
+       item += plan.team * kMBConvThreads) {
+    const int pixel = static_cast<int>(by_vectors(item)), column = (item - pixel * vectors) * V;
+    if (first_column + column >= out_channels) continue;
+    float total[V] = {};
+    float* const from = partial + pixel * plan.partial_stride + column;
+#pragma unroll 1
+    for (int first = 0; first < plan.team; first += kAtOnce) {
+      float4 low[kAtOnce], high[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const auto* const of = reinterpret_cast<const float4*>(cluster_map(from, min(first + i, plan.team - 1)));
+        low[i] = of[0], high[i] = of[1];
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (first + i >= plan.team) break;
+        total[0] += low[i].x, total[1] += low[i].y, total[2] += low[i].z, total[3] += low[i].w;
+        total[4] += high[i].x, total[5] += high[i].y, total[6] += high[i].z, total[7] += high[i].w;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < V; ++i)
+      total[i] = fmaf(total[i], norm[first_column + column + i], norm[out_channels + first_column + column + i]);
+    if (residual != nullptr) {
+      float of[V];
+      load(residual + pixel * p.residual_stride_p + column, of);
+#pragma unroll
+      for (int i = 0; i < V; ++i) total[i] += of[i];
+    }
+    store_global(y + pixel * out_channels + column, total);
+  }
+}
+
+// All threads of the cluster. When it returns, nobody reads or writes the block's `partial` any more.
+template <class T, class Load>
+__device__ __forceinline__ void project(const MBConvArguments& a, int rank, int64_t image, int channels,
+                                        bool more_images, const T* gate, const unsigned char* held,
+                                        const unsigned char* weights, const float* norm, float* partial,
+                                        const Load& load_weights) {
+  const MBConvPlan& plan = a.plan;
+#pragma unroll 1
+  for (int pass = 0; pass < plan.passes; ++pass) {
+    cp_async_wait<0>();
+    __syncthreads();
+    multiply_held<T>(plan, static_cast<int>(a.project.pixels), channels, gate, held, weights, partial);
+    cluster_sync();
+    if (plan.passes > 1 && (pass + 1 < plan.passes || more_images)) {
+      load_weights(pass + 1 < plan.passes ? pass + 1 : 0);
+      cp_async_commit();
+    }
+    add_partial<T>(a.project, plan, rank, image, pass, norm, partial);
+    cluster_sync();
+  }
+}
+
+}  // namespace effkernels::cuda
