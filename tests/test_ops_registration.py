@@ -202,7 +202,8 @@ def test_autocast(where: str, dtype: torch.dtype, op: str) -> None:
     """x and matrices are cast and everything else stays, on either way of computing; gradients come back in float32."""
     case = case_of(op)
     arguments = with_gradients(case.draw())
-    cast = {"x", "residual", "w_reduce", "w_expand", "expand_weight"} | (set() if "depthwise" in op else {"weight"})
+    cast = {"x", "residual", "w_reduce", "w_expand", "expand_weight", "project_weight"}
+    cast |= set() if "depthwise" in op or op == "mbconv" else {"weight"}
     expected = {
         name: a.detach().to(dtype) if name in cast else a.detach() if isinstance(a, Tensor) else a
         for name, a in arguments.items()

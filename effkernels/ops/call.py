@@ -201,7 +201,9 @@ class OpCall:
 
     @property
     def _result_size(self) -> tuple[int, int]:
-        """Height and width of the result."""
+        """Height and width of the result of a convolution by 1x1, and of a whole block."""
+        if self.op != "mbconv":
+            return self.height, self.width
         top, bottom, left, right = self.padding
         height, width = (
             (size + before + after - self.dilation * (kernel - 1) - 1) // self.stride + 1
