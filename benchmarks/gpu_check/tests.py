@@ -18,6 +18,7 @@ from benchmarks.gpu_check.progress import PartProgress, Progress
 FILES = (
     "tests/test_ops_parity.py",
     "tests/test_training_steps.py",
+    "tests/test_training_vectors.py",
     "tests/test_ops_special_values.py",
     "tests/test_ops_pooled_means.py",
     "tests/test_nn_blocks.py",

@@ -1,7 +1,7 @@
 """Statistics of a batch that several processes hold parts of, as `nn.SyncBatchNorm` takes them.
 
-A group is given by its name (`ProcessGroup.group_name`), so that it can be an argument of an operator; "" is the
-process alone, and then nothing is sent. Every process of a group has to make the same calls in the same order.
+A group is given by its name (`ProcessGroup.group_name`), so that it can be an argument of an operator. Every process of
+a group has to make the same calls in the same order.
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ def joint_statistics(count: int, mean: Tensor, var: Tensor, group: str) -> tuple
         mean, var: (C,), of the part; var is divided by `count`.
         group: name of the processes' group.
     """
-    if not group:
-        return mean, var, var * (count / (count - 1)) if count > 1 else var
     own = torch.zeros(3, mean.numel(), dtype=torch.float64, device=mean.device)
     if count:
         own[0], own[1], own[2] = count, mean, var
@@ -40,10 +38,8 @@ def joint_statistics(count: int, mean: Tensor, var: Tensor, group: str) -> tuple
     return tuple(t.to(mean.dtype) for t in found)  # type: ignore[return-value]
 
 
-def joint_sums(count: int, dy: Tensor, dyh: Tensor, group: str) -> tuple[int | Tensor, Tensor, Tensor]:
+def joint_sums(count: int, dy: Tensor, dyh: Tensor, group: str) -> tuple[Tensor, Tensor, Tensor]:
     """Return the number of pixels and both sums (C,), in float64, over all processes."""
-    if not group:
-        return count, dy, dyh
     sums = torch.stack([torch.full_like(dy, count, dtype=torch.float64), dy.double(), dyh.double()])
     total: Any = sum(_gathered(sums, group))  # in order: a reduction may add in any
     return total[0], total[1], total[2]
