@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_bench_suites import FOREIGN, QUICK, SETTINGS
 
-from effkernels.bench import kernelbench, layer_cases, paper_cases, timing
+from effkernels.bench import block_cases, kernelbench, layer_cases, paper_cases, timing
 from effkernels.bench.block_cases import block_paths
 from effkernels.bench.networks import network_case
 from effkernels.bench.peak_memory import peak_memory
@@ -88,6 +88,12 @@ class TestKernelBench:
         assert all(row.suite == "kernelbench" and row.flops and row.bytes for row in rows)
         ours, *plain = (float(row.rel_error or 0.0) for row in rows)
         assert ours <= 2 * max(plain) + torch.finfo(torch.float32).eps, (ours, plain)
+
+    def test_images_come_in_the_format_of_the_contender(self) -> None:
+        images = kernelbench.PROBLEMS[6].images(1)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert block_cases._inputs_of("eager", images) is images
+        assert block_cases._inputs_of("eager-nchw", images).is_contiguous()
 
     def test_a_problem_larger_than_the_memory_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernelbench, "_bytes_free", lambda device: 1 << 30)
