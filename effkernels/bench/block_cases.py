@@ -202,7 +202,7 @@ def measure_block(
         for name in contenders:
             try:
                 function = _contender(name, block, device, dtype)
-                error = errors(function(images)[: len(few)], truth[:batch]).l2
+                error = errors(function(_inputs_of(name, images))[: len(few)], truth[:batch]).l2
                 reason = None
                 if not error <= WRONG * max(usual, torch.finfo(dtype).eps):
                     reason = f"wrong: off by {error:.1e} from float64, plain PyTorch by {usual:.1e}; not timed"
@@ -217,7 +217,10 @@ def measure_block(
         if not functions:
             return [], refusals
         measured = measure(
-            {name: _as_run(function, inputs) for name, function in functions.items()},
+            {
+                name: _as_run(function, [_inputs_of(name, one) for one in inputs])
+                for name, function in functions.items()
+            },
             device,
             options,
             dtype=dtype,
@@ -245,12 +248,22 @@ def measure_block(
     return rows, refusals
 
 
+def _inputs_of(name: str, images: Tensor) -> Tensor:
+    """Return the images in the memory format that a contender is for."""
+    return images.contiguous() if name == "eager-nchw" else images
+
+
 def _contender(name: str, block: Part, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     if name == "effkernels":
         return _moved(block.fused(), device, dtype)
     if name == "eager-nchw":
-        plain = block.plain().to(device, dtype)
-        return lambda images: plain(images)
+        module = block.plain().to(device, dtype)
+
+        def in_nchw(images: Tensor) -> Tensor:
+            with effkernels.backend("reference"):
+                return module(images)  # type: ignore[no-any-return]
+
+        return in_nchw
     plain = _OnReference(_moved(block.plain(), device, dtype))
     return plain if name == "eager" else torch.compile(plain, dynamic=False)
 
