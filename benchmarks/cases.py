@@ -29,7 +29,7 @@ MODELS = {
     ),
 }
 
-# Contenders of the networks that are left out: they compile for minutes, or compute something else.
+# Contenders of the networks that are left out: they measure while they compile, or compute something else.
 LEFT_OUT = {"cpu": ("compile-max-autotune", "onnxruntime-int8", "openvino-int8"), "cuda": ()}
 
 OP_BATCHES = {"cpu": (1, 16), "cuda": (1, 256)}
