@@ -58,7 +58,7 @@ class _Residual(nn.Sequential):
     """Layers whose input is added to their result."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x) + x  # type: ignore[no-any-return]
+        return super().forward(x) + x  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _inverted(

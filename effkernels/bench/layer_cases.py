@@ -169,10 +169,11 @@ def measure_layers(
             report=lambda line: report(f"{case_name(case)}, batch {case.batch}, layers: {line}"),
         )
     rows = []
-    for name, (ready, error, _) in all_ready.items():
+    for name, (ready, rel_error, _) in all_ready.items():
         whole = measured.times[name]
-        times: dict[str | None, list[float]] = {None: whole}
-        times |= parts_by_round(timelines[name], len(whole), options.rounds)
+        times: dict[str | None, list[float]] = {
+            None: whole, **parts_by_round(timelines[name], len(whole), options.rounds)
+        }  # fmt: skip
         for part, samples in times.items():
             row = timing.make_row(
                 timing.summarise(samples),
@@ -184,7 +185,7 @@ def measure_layers(
                 batch=case.batch,
                 date=date,
                 packages=ready.packages,
-                rel_error=error if part is None else None,
+                rel_error=rel_error if part is None else None,
             )
             of_part = dataclasses.replace(measured, times={name: samples})
             rows.append(dataclasses.replace(row, name=name, part=part, **of_part.fields(name)))

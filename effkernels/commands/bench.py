@@ -324,7 +324,7 @@ def _parts_table(groups: Sequence[Sequence[Row]]) -> tuple[list[str], list[list[
     ]
     if any(of_others):
         columns += [f"{kernelbench.HARDWARE} eager (published, training mode)", "compile (same)"]
-    cells = []
+    cells: list[list[str]] = []
     for rows in groups:
         times = {row.name: row.median_us for row in rows}
         line = [rows[0].part or rows[0].case]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from effkernels import environment
 from effkernels.bench import kernelbench, paper_cases
@@ -226,10 +227,11 @@ def by_batch(groups: Sequence[Group]) -> Iterator[Picture]:
             svg = charts.bars(title, subtitle, bars, "ms")
             yield _picture((device, members[0].suite, case, dtype, "time"), title, svg)
             continue
-        for title, unit, log, value in (
-            ("Throughput by batch", "images/s", False, lambda row: row.images_per_s),
-            ("Time of a call by batch", "ms", True, lambda row: row.median_us / 1e3),
-        ):
+        values: dict[str, tuple[str, bool, Callable[[Row], Any]]] = {
+            "Throughput by batch": ("images/s", False, lambda row: row.images_per_s),
+            "Time of a call by batch": ("ms", True, lambda row: row.median_us / 1e3),
+        }
+        for title, (unit, log, value) in values.items():
             series = {name: [(row.batch, value(row)) for row in rows if row.contender == name] for name in names}
             svg = charts.lines(title, subtitle, "images a call", unit, series, log=log)
             yield _picture((device, members[0].suite, case, dtype, title.split(" ")[0]), title, svg)
