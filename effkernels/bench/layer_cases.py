@@ -171,10 +171,9 @@ def measure_layers(
     rows = []
     for name, (ready, rel_error, _) in all_ready.items():
         whole = measured.times[name]
-        times: dict[str | None, list[float]] = {
-            None: whole, **parts_by_round(timelines[name], len(whole), options.rounds)
-        }  # fmt: skip
-        for part, samples in times.items():
+        times: list[tuple[str | None, list[float]]] = [(None, whole)]
+        times += parts_by_round(timelines[name], len(whole), options.rounds).items()
+        for part, samples in times:
             row = timing.make_row(
                 timing.summarise(samples),
                 suite="layer",

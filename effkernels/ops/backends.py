@@ -389,7 +389,7 @@ def _cuda_runs(index: int) -> bool:
     return found
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant_in_a_trace
 def _is_tuned(index: int) -> bool:
     """Return whether the tuned plan of a GPU knows calls that Triton is faster at, or no compiled kernel runs there."""
     return not _cuda_runs(index) or bool(_faster_by_triton.get(index))
