@@ -88,10 +88,10 @@ struct PointwisePlan {
   int ring_bytes = 0, weight_bytes = 0, residual_bytes = 0, sum_bytes = 0, shared_bytes = 0;
 };
 
-// What training adds takes registers: one block less, so that nothing spills.
+// What training adds takes registers: a block or two less, so that nothing spills.
 constexpr int training_resident(int tile, PointwiseProduct product) {
   const int resident = pointwise_resident(tile, product);
-  return resident > 2 ? resident - 1 : resident;
+  return resident > 5 ? 4 : resident > 2 ? resident - 1 : resident;
 }
 
 constexpr int kMomentFloats = 4;  // of a column: csrc/cuda/training_moments.cuh
