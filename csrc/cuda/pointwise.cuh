@@ -73,7 +73,7 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
   unsigned char* const weights = ring + plan.ring_bytes;
   unsigned char* const residual = weights + plan.weight_bytes;
   float* const sums_at = reinterpret_cast<float*>(residual + plan.residual_bytes);
-  typename More::template Columns<Tr> columns(sums_at + plan.sum_bytes / sizeof(float), flag);
+  typename More::template Columns<Tr> columns(residual, flag);
 
   const int64_t cell = divided(blockIdx.x, plan.by_columns), group = divided(cell, plan.by_parts);
   const int first_column = static_cast<int>(blockIdx.x - cell * plan.column_tiles) * Tr::kColumns;
@@ -211,7 +211,7 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
 struct NothingMore {
   template <class Tr>
   struct Columns {
-    __device__ __forceinline__ Columns(float*, unsigned*) {}
+    __device__ __forceinline__ Columns(unsigned char*, unsigned*) {}
     __device__ __forceinline__ void add(const PointwiseParams&, int64_t, int, int) {}
     __device__ __forceinline__ void finish(const PointwiseParams&, const PointwisePlan&, const PointwiseWork&,
                                            const NothingMore&, int64_t, int) {}

@@ -86,15 +86,12 @@ struct PointwisePlan {
   PointwiseDivisor by_columns, by_parts;  // block index to group, part, column
   int stage_bytes = 0;                    // slices of x and their gates
   int ring_bytes = 0, weight_bytes = 0, residual_bytes = 0, sum_bytes = 0, shared_bytes = 0;
-  bool trains = false;   // the kernel of training_product.cuh
-  int moment_bytes = 0;  // there: statistics of the columns, and those of each thread's rows
-  int fan = 1;           // there: blocks along the rows whose statistics are joined first
 };
 
-// What training adds takes registers: one block less, so that nothing spills.
+// What training adds takes registers: a block or two less, so that nothing spills.
 constexpr int training_resident(int tile, PointwiseProduct product) {
   const int resident = pointwise_resident(tile, product);
-  return resident > 2 ? resident - 1 : resident;
+  return resident > 5 ? 4 : resident > 2 ? resident - 1 : resident;
 }
 
 constexpr int kMomentFloats = 4;  // of a column: csrc/cuda/training_moments.cuh
@@ -119,8 +116,12 @@ struct PointwiseScratch {
 
 // A pure function of params (sizes, strides, types, alignment of the pointers) and limits.
 PointwisePlan plan_pointwise(const PointwiseParams& params, const DeviceLimits& limits);
-// The same for the kernel of training; vectors: whether the vectors of its norm are aligned to 16 bytes.
+// The same for the kernel of training, which has the statistics of its columns where others have a residual; vectors:
+// whether the vectors of its norm are aligned to 16 bytes.
 PointwisePlan plan_training_pointwise(const PointwiseParams& params, bool vectors, const DeviceLimits& limits);
+// Blocks along the rows whose statistics are joined first.
+int training_fan(const PointwisePlan& plan);
+PointwiseScratch training_pointwise_scratch(const PointwiseParams& params, const PointwisePlan& plan);
 PointwiseScratch pointwise_scratch(const PointwiseParams& params, const PointwisePlan& plan);
 PlannedLaunches planned_launches(const PointwiseParams& params, const PointwisePlan& plan);
 const char* launch_pointwise(const PointwiseParams& params, const PointwisePlan& plan, const PointwiseWork& work,

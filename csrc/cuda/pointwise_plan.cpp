@@ -36,8 +36,13 @@ PointwiseDivisor divisor(int64_t by) {
 
 int element_of(const PointwiseParams& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
 
+// A plan, and whether it is for the kernel of training.
+struct Draft : PointwisePlan {
+  bool trains = false;
+};
+
 // The layout of a tile in shared memory; the weights of its columns stay there for all k, or pass through the ring.
-void lay_out(const PointwiseParams& p, bool keeps_weight, PointwisePlan* plan) {
+void lay_out(const PointwiseParams& p, bool keeps_weight, Draft* plan) {
   const PointwiseTile& shape = kPointwiseTiles[plan->tile];
   const int64_t steps = int64_t(plan->tiles) * plan->steps, element = element_of(p);
   const int stages = static_cast<int>(std::min<int64_t>(steps, kPointwiseStages));
@@ -58,17 +63,15 @@ void lay_out(const PointwiseParams& p, bool keeps_weight, PointwisePlan* plan) {
                         ? shape.rows * shape.columns * shape.warps_k * static_cast<int>(sizeof(float))
                         : 0;
   const int head_bytes = 2 * shape.columns * static_cast<int>(sizeof(float)) + 16;
-  plan->moment_bytes = 0;
   if (plan->trains) {  // a vector of the thread has 16 bytes, or one element while converting
     const int floats =
         plan->converts ? kMomentFloats : std::max<int>(kMomentFloats, 2 * 16 / static_cast<int>(element));
-    plan->moment_bytes = (kMomentFloats * shape.columns + floats * shape.threads()) * static_cast<int>(sizeof(float));
+    plan->residual_bytes = (kMomentFloats * shape.columns + floats * shape.threads()) * static_cast<int>(sizeof(float));
   }
-  plan->shared_bytes =
-      head_bytes + plan->ring_bytes + plan->weight_bytes + plan->residual_bytes + plan->sum_bytes + plan->moment_bytes;
+  plan->shared_bytes = head_bytes + plan->ring_bytes + plan->weight_bytes + plan->residual_bytes + plan->sum_bytes;
 }
 
-int resident_blocks(const PointwisePlan& plan, const DeviceLimits& limits) {
+int resident_blocks(const Draft& plan, const DeviceLimits& limits) {
   const int fitting = limits.shared_per_multiprocessor / (plan.shared_bytes + kReservedShared);
   const int most =
       plan.trains ? training_resident(plan.tile, plan.product) : pointwise_resident(plan.tile, plan.product);
@@ -79,7 +82,7 @@ int resident_blocks(const PointwisePlan& plan, const DeviceLimits& limits) {
 // Either its blocks keep one of its units busy, or there are so few that each one's latency counts.
 class Cost {
  public:
-  Cost(const PointwiseParams& p, const PointwisePlan& plan, const DeviceLimits& limits) {
+  Cost(const PointwiseParams& p, const Draft& plan, const DeviceLimits& limits) {
     const PointwiseTile& t = kPointwiseTiles[plan.tile];
     const double element = element_of(p);
     const double k = std::min(double(p.in_channels), double(plan.steps) * kPointwiseSliceBytes / element * t.warps_k);
@@ -132,7 +135,7 @@ class Cost {
 
 // Row tiles of a block. More of them share its prologue, fewer leave less for the last blocks: the least of waves *
 // (prologue + tiles), which is a model, not a measurement.
-int tiles_of_block(const PointwisePlan& plan, const DeviceLimits& limits) {
+int tiles_of_block(const Draft& plan, const DeviceLimits& limits) {
   constexpr double kPrologue = 0.5;  // of a tile
   const int64_t slots = int64_t(limits.multiprocessors) * resident_blocks(plan, limits);
   double least = 0;
@@ -147,8 +150,7 @@ int tiles_of_block(const PointwisePlan& plan, const DeviceLimits& limits) {
 
 // Cuts the product into tiles of `tile`, shared by `parts` blocks each. False where that does not fit the device, or is
 // another way to say what is tried elsewhere.
-bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int parts, bool keeps_weight,
-         PointwisePlan* plan) {
+bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int parts, bool keeps_weight, Draft* plan) {
   const PointwiseTile& shape = kPointwiseTiles[tile];
   const int64_t step = kPointwiseSliceBytes / element_of(p) * shape.warps_k;
   const int64_t steps = std::max<int64_t>(divide_up(p.in_channels, step), 1);
@@ -182,12 +184,12 @@ bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int par
   return plan->shared_bytes <= limits.shared_per_block;
 }
 
-bool tile_built(int tile, const PointwisePlan& plan) {
+bool tile_built(int tile, const Draft& plan) {
   return plan.trains ? training_tile_built(tile, plan.product, plan.epilogue, plan.converts)
                      : pointwise_tile_built(tile, plan.product, plan.epilogue, plan.converts);
 }
 
-PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const PointwisePlan& plan) {
+PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const Draft& plan) {
   const bool expands = p.activation == Activation::kSilu && p.gate.data == nullptr && p.residual == nullptr;
   const PointwiseEpilogue own = expands                                 ? PointwiseEpilogue::kSilu
                                 : p.activation == Activation::kIdentity ? PointwiseEpilogue::kIdentity
@@ -198,7 +200,7 @@ PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const Pointwis
 // `vectors`: what the kernel of training reads beside x and weight is aligned, too.
 PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const DeviceLimits& limits) {
   const int vector = p.dtype == DType::kFloat32 ? 4 : 8;
-  PointwisePlan plan;
+  Draft plan;
   plan.trains = trains;
   plan.product = p.dtype != DType::kFloat32 ? PointwiseProduct::kTensor16
                  : p.allow_tf32             ? PointwiseProduct::kTf32
@@ -214,7 +216,7 @@ PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const
   if (p.batch * p.pixels * p.out_channels == 0) return plan;
 
   for (bool found = false; !found; plan.converts = true) {
-    PointwisePlan best;
+    Draft best;
     double lowest = 0;
     for (int tile = 0; tile < kPointwiseTileCount; ++tile) {
       plan.epilogue = epilogue_of(p, tile, plan);
@@ -222,7 +224,7 @@ PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const
       const bool shares = plan.epilogue == PointwiseEpilogue::kAny && !plan.converts && !trains;
       for (int parts = 1; parts <= (shares ? kMostParts : 1); ++parts)
         for (const bool keeps_weight : {false, true}) {
-          PointwisePlan with = plan;
+          Draft with = plan;
           if (!cut(p, limits, tile, parts, keeps_weight, &with)) continue;
           const double cycles = Cost(p, with, limits).cycles();
           if (!found || cycles < lowest) best = with, lowest = cycles, found = true;
@@ -241,17 +243,22 @@ PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limit
 }
 
 PointwisePlan plan_training_pointwise(const PointwiseParams& p, bool vectors, const DeviceLimits& limits) {
-  PointwisePlan plan = plan_of(p, true, vectors, limits);
-  while (int64_t(plan.fan) * plan.fan < plan.row_groups) ++plan.fan;
-  return plan;
+  return plan_of(p, true, vectors, limits);
+}
+
+int training_fan(const PointwisePlan& plan) {
+  int fan = 1;
+  while (int64_t(fan) * fan < plan.row_groups) ++fan;
+  return fan;
+}
+
+PointwiseScratch training_pointwise_scratch(const PointwiseParams& p, const PointwisePlan& plan) {
+  const int64_t nodes = divide_up(plan.row_groups, training_fan(plan));
+  return {product({plan.row_groups + nodes, p.out_channels, kMomentFloats}), plan.column_tiles * (nodes + 1)};
 }
 
 PointwiseScratch pointwise_scratch(const PointwiseParams& p, const PointwisePlan& plan) {
   PointwiseScratch scratch;
-  if (plan.trains) {
-    const int64_t nodes = divide_up(plan.row_groups, plan.fan);
-    return {product({plan.row_groups + nodes, p.out_channels, kMomentFloats}), plan.column_tiles * (nodes + 1)};
-  }
   if (plan.parts == 1) return scratch;
   scratch.partial = product({plan.parts, p.batch, p.pixels, p.out_channels});
   scratch.arrivals = plan.row_tiles * plan.column_tiles;
@@ -262,7 +269,7 @@ PlannedLaunches planned_launches(const PointwiseParams& p, const PointwisePlan& 
   if (p.batch * p.pixels * p.out_channels == 0) return {};
   const PointwiseScratch scratch = pointwise_scratch(p, plan);
   PlannedLaunch one;
-  one.kernel = plan.trains ? "training_product" : "pointwise";
+  one.kernel = "pointwise";
   one.grid = plan.blocks;
   one.block_x = kPointwiseTiles[plan.tile].threads();
   one.shared_bytes = plan.shared_bytes;

@@ -32,6 +32,7 @@ struct TrainingProduct {
   const float* factor;
   Activation activation;
   const training::NormFold& fold;
+  int fan;  // training_fan of the plan
 
   static constexpr bool kChanges = true;
 
@@ -126,8 +127,10 @@ struct TrainingProduct {
     static constexpr int kLanes = Tr::kThreads / kVectors;
     static_assert(kLanes > 0 && Tr::kColumns <= Tr::kThreads, "a thread for each vector and for each column");
 
-    __device__ __forceinline__ Columns(float* memory, unsigned* flag)
-        : totals_(reinterpret_cast<Moments*>(memory)), sums_(memory + kMomentFloats * Tr::kColumns), flag_(flag) {
+    __device__ __forceinline__ Columns(unsigned char* memory, unsigned* flag)
+        : totals_(reinterpret_cast<Moments*>(memory)),
+          sums_(reinterpret_cast<float*>(totals_ + Tr::kColumns)),
+          flag_(flag) {
       if (threadIdx.x < Tr::kColumns) totals_[threadIdx.x] = Moments();
     }
 
@@ -187,8 +190,8 @@ struct TrainingProduct {
       const int own = static_cast<int>(threadIdx.x);
       if (own < Tr::kColumns && first_column + own < p.out_channels)
         partial[group * p.out_channels + first_column + own] = totals_[own];
-      const int64_t nodes = (plan.row_groups + plan.fan - 1) / plan.fan;
-      join_blocks(plan.row_groups, plan.fan, group, work.arrivals + first_column / Tr::kColumns * (nodes + 1), flag_,
+      const int64_t nodes = (plan.row_groups + of.fan - 1) / of.fan;
+      join_blocks(plan.row_groups, of.fan, group, work.arrivals + first_column / Tr::kColumns * (nodes + 1), flag_,
                   [&](int64_t first, int count, int64_t to) {
                     join_moments(partial, first, count, to, p.out_channels, first_column, Tr::kColumns, of.fold,
                                  reinterpret_cast<Moments*>(sums_));
@@ -216,8 +219,9 @@ struct TrainingProduct {
 
 template <class Tr>
 __global__ void __launch_bounds__(Tr::kThreads, Tr::kResident)
-    training_product(const training::ProductParams p, const PointwisePlan plan, const PointwiseWork work) {
-  multiply_tiles<Tr>(p.product, plan, work, TrainingProduct{p.norm, p.factor, p.activation, p.fold});
+    training_product(const training::ProductParams p, const PointwisePlan plan, const PointwiseWork work,
+                     const int fan) {
+  multiply_tiles<Tr>(p.product, plan, work, TrainingProduct{p.norm, p.factor, p.activation, p.fold, fan});
 }
 
 template <class T, PointwiseProduct kProduct, PointwiseEpilogue kEpilogue, bool kConverts, int kTile = 0>
@@ -227,7 +231,7 @@ cudaError_t run_training_tile(const training::ProductParams& p, const PointwiseP
     if constexpr (training_tile_built(kTile, kProduct, kEpilogue, kConverts))
       if (plan.tile == kTile)
         return launch(training_product<TrainingProductTraits<T, kProduct, kTile, kEpilogue, kConverts>>, at, p, plan,
-                      work);
+                      work, training_fan(plan));
     return run_training_tile<T, kProduct, kEpilogue, kConverts, kTile + 1>(p, plan, work, at);
   }
   return cudaErrorInvalidValue;

@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> product(const TrainingProduct& made) {
   constexpr const char* op = "training_product";
   Call call(op, made.z);
   const cuda::PointwisePlan plan = cuda::plan_training_product(made.params, call.limits());
-  const cuda::PointwiseScratch scratch = cuda::pointwise_scratch(made.params.product, plan);
+  const cuda::PointwiseScratch scratch = cuda::training_pointwise_scratch(made.params.product, plan);
   const cuda::TrainingWork work = call.work({scratch.partial, scratch.arrivals});
   check_launch(op, cuda::launch_training_product(made.params, plan, {work.partial, work.arrivals}, call.stream()));
   return {made.z, made.vectors};
