@@ -329,6 +329,7 @@ def _block(
     expand_weight, expand_bias = conv_arguments(expand)
     weight, bias = conv_arguments(conv)
     project_weight, project_bias = conv_arguments(project)
+    excite: dict[str, Any] = {} if se is None else {**se}
     return ops.mbconv(
         x,
         expand_weight,
@@ -343,7 +344,7 @@ def _block(
         padding=explicit_padding(conv, x.shape[2], x.shape[3]),
         dilation=conv.dilation[0],
         activation=norm[1],
-        **(se or {}),
+        **excite,
         project_bias=project_bias,
         project_norm=project_norm[0],
         residual=residual,
