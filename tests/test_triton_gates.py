@@ -104,7 +104,8 @@ class TestTheKernels:
         assert {kernel.name for kernel in compiled["calls"]} == set(rules.CLAIMS)
 
     def test_every_operator_of_triton_is_compiled_in_both_sizes_of_a_number(self) -> None:
-        wanted = {(op, size) for op in families.FAMILIES for size in (2, 4)}
+        own_kernels = set(families.FAMILIES) - {"mbconv"}  # which launches those of other operators
+        wanted = {(op, size) for op in own_kernels for size in (2, 4)}
         assert wanted <= {(call.op, call.dtype.itemsize) for call in CALLS}
 
 

@@ -274,7 +274,9 @@ def test_reasons(op: str) -> None:
     only = "cuda, and cpu where TRITON_INTERPRET=1 is set before the start"
     assert reason("cpu") == ("" if triton.INTERPRETED else f"device=cpu is not supported; allowed: {only}")
     assert "dtype=torch.float64 is not supported" in reason("cuda", torch.float64)
-    assert ("a depthwise kernel of 14x14; allowed" in reason("cuda", kernel_size=14)) == ("depthwise" in op)
+    assert ("a depthwise kernel of 14x14; allowed" in reason("cuda", kernel_size=14)) == (
+        "depthwise" in op or op == "mbconv"
+    )
 
 
 @pytest.mark.parametrize("op", backends.OPERATORS)

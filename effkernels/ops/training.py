@@ -524,7 +524,7 @@ def _register_autograd(name: str, backward: Any, setup: Any) -> None:
         return (None, *backward(ctx, *of_results))
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
-    function: Any = type(f"{name}_autograd", (torch.autograd.Function,), members)
+    function: Any = type(f"{NAMESPACE}_{name}", (torch.autograd.Function,), members)
 
     def kernel(keys: Any, *arguments: Any) -> Any:
         tracked = torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)
