@@ -105,7 +105,8 @@ def test_gradients_are_those_of_the_reference(op: str, interpreted: None) -> Non
 def test_autocast(dtype: torch.dtype, op: str, interpreted: None) -> None:
     case = case_of(op)
     arguments = case.draw()
-    cast = {"x", "residual", "w_reduce", "w_expand", "expand_weight"} | (set() if "depthwise" in op else {"weight"})
+    cast = {"x", "residual", "w_reduce", "w_expand", "expand_weight", "project_weight"}
+    cast |= set() if "depthwise" in op or op == "mbconv" else {"weight"}
     expected = {name: a.to(dtype) if name in cast and a is not None else a for name, a in arguments.items()}
     wanted = op_cases.run(ops, case, expected)
     with torch.autocast("cpu", dtype):
