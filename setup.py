@@ -6,7 +6,9 @@ The CMake tree is kept in ``build/cmake``, so a repeated build compiles only wha
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -35,6 +37,12 @@ class CMakeBuild(build_ext):
     """Configures, builds and installs the one shared library into ``effkernels/lib``."""
 
     def run(self) -> None:
+        sys.path.insert(0, str(ROOT / "csrc"))
+        import build_cache
+
+        name = build_cache.key(build_cache.sources(), self.facts())
+        if build_cache.restore("library", name, LIBRARY_FILES, self.library_folder()):
+            return
         configure = [
             tool("cmake"),
             *("-S", str(ROOT), "-B", str(CMAKE_TREE), "-G", "Ninja"),
@@ -47,6 +55,15 @@ class CMakeBuild(build_ext):
         self.execute_step([tool("cmake"), "--build", str(CMAKE_TREE)])
         install = ["--install", str(CMAKE_TREE), "--component", "package", "--prefix", str(self.library_folder())]
         self.execute_step([tool("cmake"), *install])
+        build_cache.keep("library", name, LIBRARY_FILES, self.library_folder())
+
+    def facts(self) -> dict[str, str]:
+        """Return what the library is made of beside its sources."""
+        options = {name: os.environ.get(name, "") for name in OPTIONS}
+        torch = next(
+            iter(importlib.metadata.distributions(name="torch")), None
+        )  # without one, CMake says what is missing
+        return {**options, "torch": "" if torch is None else torch.version, "machine": platform.machine()}
 
     def execute_step(self, command: list[str]) -> None:
         self.announce(" ".join(command), level=2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton_interpreter  # first: it decides what the import of effkernels finds
 
 # isort: split
+import functools
 import os
 import zlib
 from collections.abc import Collection, Iterator
@@ -29,12 +30,15 @@ from effkernels.ops.parity import full_float32
 # Every float32 comparison of the tests; TF32 has cases and a yardstick of its own in tests/gpu/test_tf32.py.
 full_float32()
 
+# Runs what the default run leaves out: see _is_left_to_another, and the marker "thorough".
+THOROUGH = os.environ.get("EFFKERNELS_TEST_THOROUGH", "") not in ("", "0")
+
 # One fixed set of examples per test and no time limit: a run says the same thing on every machine and under any load.
 settings.register_profile(
     "effkernels",
     derandomize=True,
     deadline=None,
-    max_examples=30,
+    max_examples=30 if THOROUGH else 15,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("effkernels")
@@ -44,9 +48,6 @@ CPU_INSTRUCTION_SETS = ("avx512", "avx2", "plain")
 # "race" or "asan": the tests run on the emulated CUDA kernels of that flavour alone (make test-race, make test-asan).
 # "triton": they run on interpreted Triton kernels alone (make test-triton).
 FLAVOUR = os.environ.get("EFFKERNELS_TEST_FLAVOUR") or "plain"
-
-# Runs what the default run leaves out: see _is_left_to_another, and the marker "thorough".
-THOROUGH = os.environ.get("EFFKERNELS_TEST_THOROUGH", "") not in ("", "0")
 
 ABOUT_VALUES = (
     "test_nan_spreads_as_in_pytorch",
@@ -60,6 +61,9 @@ ABOUT_VALUES = (
 ABOUT_ACCESSES = ("test_every_element_is_written", "test_nothing_around_a_sliced_input_is_touched")
 # Fields of a Case that change what is computed with an element and nothing else.
 VALUES = ("activation", "expand_activation", "se_activation", "gate_activation", "norm", "matrix_rank")
+
+# Operators that have a kernel in clusters, and another one for devices without them.
+IN_CLUSTERS = ("depthwise_bn_act_se", "mbconv")
 
 # By the end of a test's id. Each order and each moment of landing meets both devices: one with clusters, one without.
 # The two of each order differ in both, see _is_left_to_another.
@@ -142,6 +146,12 @@ def _offers(isa: str) -> bool:
         torch.ops.effkernels.cpu_isa("auto")
 
 
+@functools.cache
+def cpu_instruction_sets() -> tuple[str, ...]:
+    """Return the instruction sets of the CPU kernels that this machine has."""
+    return tuple(isa for isa in CPU_INSTRUCTION_SETS if _offers(isa))
+
+
 def available_backends() -> list[Backend]:
     """Every backend of this machine: the CPU kernels once per instruction set, the CUDA kernels emulated in several
     orders, and on the GPU, where there is one, beside the Triton kernels. Of another flavour, what it is about alone.
@@ -153,7 +163,7 @@ def available_backends() -> list[Backend]:
     if FLAVOUR != "plain":
         return emulated
     if _library.is_loaded():
-        found += [Backend("cpu", "cpu", isa) for isa in CPU_INSTRUCTION_SETS if _offers(isa)]
+        found += [Backend("cpu", "cpu", isa) for isa in cpu_instruction_sets()]
     if torch.cuda.is_available():
         found += [Backend("cuda", "cuda"), Backend("triton", "cuda")]
     return found + emulated
@@ -260,28 +270,44 @@ def _shows_more_when_interpreted(item: pytest.Item) -> bool:
 
 
 def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_cases.Case]]) -> bool:
-    """Return whether a test of the same shape in another dtype covers this one.
+    """Return whether a test of the same shape in another dtype, or a neighbour of it, covers this one.
 
-    On the emulator, a test with several parameters runs in one of the three thread orders, on both devices and with
-    both moments of landing. Neighbouring parameters take the next order, so that the three dtypes of a shape meet all
-    three, and each order meets every kernel. The race flavour finds a missing barrier in any order.
+    Neighbouring parameters take turns: the three dtypes of a shape meet the three thread orders of the emulator, and
+    each order meets every kernel, on both devices and with both moments of landing. An operator whose kernels differ
+    between the devices runs on both each time. The race flavour finds a missing barrier in any order.
 
-    Interpreted, a case of an operator that is about a shape runs in float32 or in bfloat16.
+    On a CPU, a shape runs on every instruction set in float32; a 16-bit type, which differs in loads and stores alone,
+    takes the next one with each shape.
+
+    Interpreted, a case of an operator that is about a shape, and a test with several parameters, runs in float32 or in
+    bfloat16.
     """
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return False
     chosen, case = callspec.params.get("backend"), callspec.params.get("case")
-    others = [index for name, index in callspec.indices.items() if name != "backend"]
-    if not isinstance(chosen, Backend) or not others:
+    others = {name: index for name, index in callspec.indices.items() if name not in ("backend", "isa")}
+    if not others:
         return False
-    if FLAVOUR == "plain" and chosen.emulated is not None:
-        is_case = isinstance(case, op_cases.Case)
-        turn = _number_of(case) + op_cases.DTYPES.index(case.dtype) if is_case else sum(others)
-        return list(EMULATIONS["plain"]).index(chosen.emulated) // 2 != turn % 3
-    if FLAVOUR == "triton" and isinstance(case, op_cases.Case) and not _is_about_values(case):
-        wanted = (torch.float32, torch.bfloat16)[_number_of(case) % 2]
+    is_case = isinstance(case, op_cases.Case)
+    dtype = case.dtype if is_case else callspec.params.get("dtype")
+    number = _number_of(case) if is_case else sum(others.values())
+    turn = number + op_cases.DTYPES.index(case.dtype) if is_case else number
+    if isinstance(chosen, Backend) and chosen.emulated is not None:
+        emulations = list(EMULATIONS[FLAVOUR])  # two neighbours differ in the device
+        order, device = divmod(emulations.index(chosen.emulated), 2)
+        on_both = is_case and case.op in IN_CLUSTERS
+        orders = len(emulations) // 2
+        return order != turn % orders or not (on_both or device == (turn if orders == 1 else number // orders) % 2)
+    isa = chosen.isa if isinstance(chosen, Backend) else callspec.params.get("isa")
+    if isa in CPU_INSTRUCTION_SETS and dtype in (torch.float16, torch.bfloat16):
+        has_float32 = not is_case or (item.location[0], case.with_(dtype=torch.float32)) in all_cases
+        return has_float32 and cpu_instruction_sets().index(isa) != turn % len(cpu_instruction_sets())
+    if FLAVOUR == "triton" and is_case and not _is_about_values(case):
+        wanted = (torch.float32, torch.bfloat16)[number % 2]
         return case.dtype is not wanted and (item.location[0], case.with_(dtype=wanted)) in all_cases
+    if FLAVOUR == "triton" and not is_case and dtype in op_cases.DTYPES and len(others) > 1:
+        return dtype is not (torch.float32, torch.bfloat16)[(number - others["dtype"]) % 2]
     return False
 
 

@@ -30,6 +30,7 @@ class Peer:
         left: lines of the report that do not.
         size: (H, W) of the image it is tested on; None: only its structure is looked at, on the meta device.
         options: for the library's constructor.
+        thorough: made of the blocks of another one, at another width or depth: a thorough run alone looks at it.
     """
 
     library: str
@@ -38,6 +39,7 @@ class Peer:
     left: int = 0
     size: tuple[int, int] | None = (65, 67)
     options: dict[str, Any] = field(default_factory=dict, hash=False)
+    thorough: bool = False
 
     @property
     def id(self) -> str:
@@ -47,42 +49,42 @@ class Peer:
 # Stem and head count one each. B0: 16 blocks; mobilenetv3 has a second convolution in its head.
 PEERS: tuple[Peer, ...] = (
     Peer("timm", "efficientnet_b0", 18),
-    Peer("timm", "efficientnet_b1", 25, size=None),
-    Peer("timm", "efficientnet_b2", 25, size=None),
-    Peer("timm", "efficientnet_b3", 28, size=None),
+    Peer("timm", "efficientnet_b1", 25, size=None, thorough=True),
+    Peer("timm", "efficientnet_b2", 25, size=None, thorough=True),
+    Peer("timm", "efficientnet_b3", 28, size=None, thorough=True),
     Peer("timm", "efficientnet_b4", 34, size=None),
-    Peer("timm", "efficientnet_b5", 41, size=None),
-    Peer("timm", "efficientnet_b6", 47, size=None),
+    Peer("timm", "efficientnet_b5", 41, size=None, thorough=True),
+    Peer("timm", "efficientnet_b6", 47, size=None, thorough=True),
     Peer("timm", "efficientnet_b7", 57, size=None),
-    Peer("timm", "efficientnet_b8", 63, size=None),
+    Peer("timm", "efficientnet_b8", 63, size=None, thorough=True),
     Peer("timm", "tf_efficientnet_b0", 18, size=(61, 74)),
-    Peer("timm", "efficientnet_lite0", 18),
+    Peer("timm", "efficientnet_lite0", 18, thorough=True),
     Peer("timm", "tf_efficientnet_lite0", 18),
-    Peer("timm", "efficientnet_es", 20, size=(64, 64)),
+    Peer("timm", "efficientnet_es", 20, size=(64, 64), thorough=True),
     Peer("timm", "tf_efficientnet_es", 20),
     Peer("timm", "tf_efficientnetv2_b0", 23),
-    Peer("timm", "efficientnetv2_rw_t", 41, size=None),
+    Peer("timm", "efficientnetv2_rw_t", 41, size=None, thorough=True),
     Peer("timm", "efficientnetv2_s", 42, size=None),
     Peer("timm", "test_efficientnet", 7, size=(96, 96)),
     Peer("timm", "mobilenetv1_100", 14),
     Peer("timm", "mobilenetv2_035", 19, size=(64, 64)),
-    Peer("timm", "mobilenetv2_050", 19),
+    Peer("timm", "mobilenetv2_050", 19, thorough=True),
     Peer("timm", "mobilenetv2_100", 19, size=None),
     Peer("timm", "mobilenetv3_small_050", 14),
-    Peer("timm", "mobilenetv3_small_075", 14, size=(64, 64)),
+    Peer("timm", "mobilenetv3_small_075", 14, size=(64, 64), thorough=True),
     Peer("timm", "mobilenetv3_large_100", 18),
     Peer("timm", "tf_mobilenetv3_small_075", 14, size=(70, 57)),
     Peer("timm", "tf_mobilenetv3_small_minimal_100", 14),
     Peer("timm", "mobilenetv4_conv_small_035", 28),
-    Peer("timm", "mobilenetv4_conv_small_050", 28, size=(64, 64)),
+    Peer("timm", "mobilenetv4_conv_small_050", 28, size=(64, 64), thorough=True),
     Peer("timm", "mnasnet_small", 17),
     Peer("timm", "semnasnet_075", 18),
     Peer("timm", "spnasnet_100", 23, size=(64, 64)),
     Peer("timm", "fbnetc_100", 23),
     Peer("timm", "fbnetv3_b", 32, size=None),
     Peer("timm", "lcnet_035", 15, size=(64, 64)),
-    Peer("timm", "lcnet_050", 15),
-    Peer("timm", "tinynet_d", 13),
+    Peer("timm", "lcnet_050", 15, thorough=True),
+    Peer("timm", "tinynet_d", 13, thorough=True),
     Peer("timm", "tinynet_e", 12),
     Peer("timm", "hardcorenas_a", 14),
     Peer("timm", "rexnet_100", 18),
@@ -94,7 +96,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("torchvision", "efficientnet_b0", 18),
     Peer("torchvision", "efficientnet_b7", 57, size=None),
     Peer("torchvision", "efficientnet_v2_s", 42, size=None),
-    Peer("torchvision", "efficientnet_v2_m", 59, size=None),
+    Peer("torchvision", "efficientnet_v2_m", 59, size=None, thorough=True),
     Peer("torchvision", "mobilenet_v2", 19),
     Peer("torchvision", "mobilenet_v3_small", 13),
     Peer("torchvision", "mobilenet_v3_large", 17),
@@ -103,7 +105,7 @@ PEERS: tuple[Peer, ...] = (
     Peer("torchvision", "maxvit_t", 12, left=1, size=None),
     Peer("lukemelas", "b0", 18),
     Peer("lukemelas", "b0", 18, options={"image_size": None}),
-    Peer("lukemelas", "b1", 25, size=(64, 64)),
+    Peer("lukemelas", "b1", 25, size=(64, 64), thorough=True),
     Peer("transformers", "EfficientNet B0", 18),
     Peer("transformers", "MobileNetV1", 27, size=(61, 74)),
     Peer("transformers", "MobileNetV2", 52),

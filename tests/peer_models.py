@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import functools
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from parity import assert_parity, joined
 from torch import Tensor, nn
@@ -199,3 +201,8 @@ def assert_gradients_parity(ours: nn.Module, peer: nn.Module, exact: nn.Module) 
 def small_timm_b0(prefix: str = "") -> nn.Module:
     """timm's B0 (prefix "" or "tf_"), shared by tests that do not change it."""
     return timm_model(f"{prefix}efficientnet_b0")
+
+
+def variants(names: Iterable[str]) -> list[Any]:
+    """Return models as parameters of a test: beyond B3 they repeat its blocks, wider and deeper, for a thorough run."""
+    return [pytest.param(name, marks=[pytest.mark.thorough] * (name[-1] in "4567")) for name in names]

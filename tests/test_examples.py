@@ -191,6 +191,7 @@ def rows_of(parts: list[Path]) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # two clusters of Ray; what is done again and what is not, the tests below show in one process
 def test_ray_batch_inference_resumes_where_it_was_killed(
     case: Photographs, environment: dict[str, str], tmp_path: Path
 ) -> None:

@@ -37,7 +37,7 @@ NETWORKS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.fixture(scope="module", params=NETWORKS)
+@pytest.fixture(scope="module")
 def network(request: pytest.FixtureRequest) -> nn.Module:
     return NETWORKS[request.param]().requires_grad_(False)
 
@@ -53,6 +53,9 @@ def assert_same_logits(run: Callable[[Tensor], Tensor], network: nn.Module, shap
             assert_parity(found, [joined(way) for way in plain], truth, "logits")
 
 
+@pytest.mark.parametrize(
+    "network", [pytest.param("tf_efficientnet_b0", marks=pytest.mark.thorough), "optimised-timm"], indirect=True
+)
 def test_compile_makes_one_graph_for_all_sizes(network: nn.Module) -> None:
     torch._dynamo.reset()
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
@@ -64,6 +67,7 @@ def test_compile_makes_one_graph_for_all_sizes(network: nn.Module) -> None:
     assert counter.frame_count == once
 
 
+@pytest.mark.parametrize("network", NETWORKS, indirect=True)
 def test_export_makes_one_graph_for_all_sizes(network: nn.Module) -> None:
     dynamic = torch.export.Dim.DYNAMIC
     axes = {0: torch.export.Dim("batch", min=1, max=64), 2: dynamic(min=33, max=640), 3: dynamic(min=33, max=640)}
@@ -73,7 +77,7 @@ def test_export_makes_one_graph_for_all_sizes(network: nn.Module) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pad_type", ["", "same"])
+@pytest.mark.parametrize("pad_type", [pytest.param("", marks=pytest.mark.thorough), "same"])
 def test_inductor_makes_one_graph_for_all_sizes(pad_type: str) -> None:
     torch._dynamo.reset()
     network = small(pad_type=pad_type).requires_grad_(False)

@@ -211,8 +211,15 @@ def test_threads_with_backends_of_their_own_leave_the_process_as_it_was(compiled
     assert fused_operators(model, x) > 0
 
 
-@pytest.mark.parametrize("backend", [None, "reference"])
-@pytest.mark.parametrize("pad_type", ["", "same"])
+@pytest.mark.parametrize(
+    ("pad_type", "backend"),
+    [
+        ("same", None),
+        ("", "reference"),
+        pytest.param("", None, marks=pytest.mark.thorough),
+        pytest.param("same", "reference", marks=pytest.mark.thorough),
+    ],
+)
 def test_one_graph_for_every_batch_height_and_width(pad_type: str, backend: str | None) -> None:
     torch._dynamo.reset()
     model = small(pad_type=pad_type, backend=backend)

@@ -17,12 +17,13 @@ from peer_models import (
     timm_model,
     torchvision_model,
     twin,
+    variants,
 )
 
 from effkernels.models import list_models, load_checkpoint
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", variants(list_models()))
 def test_logits_equal_timms_at_odd_resolutions(name: str) -> None:
     peer = timm_model(name)
     ours = twin(name, peer)
@@ -68,7 +69,7 @@ def test_logits_equal_timms_on_every_backend(backend: Backend, name: str, dtype:
         assert_parity(ours(x), in_both_layouts(peer, x), in_float64(peer, x), name)
 
 
-@pytest.mark.parametrize("variant", [f"b{i}" for i in range(8)])
+@pytest.mark.parametrize("variant", variants(f"b{i}" for i in range(8)))
 def test_logits_equal_torchvisions(variant: str, tmp_path) -> None:
     peer = torchvision_model(f"efficientnet_{variant}")
     file = tmp_path / "torchvision.pth"

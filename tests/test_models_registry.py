@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peer_models import variants
 from torch.utils.flop_counter import FlopCounterMode
 
 import effkernels
@@ -64,7 +65,7 @@ def test_lite_variants_are_fed_and_activated_as_timms(name: str) -> None:
     assert model.pad_type == ("same" if name.startswith("tf_") else "")
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", variants(list_models()))
 def test_state_dicts_have_timms_keys_and_shapes(name: str) -> None:
     timm = import_timm()
     with torch.device("meta"):

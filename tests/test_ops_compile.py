@@ -94,8 +94,15 @@ def operators_in(graph: torch.fx.GraphModule) -> set[str]:
     return {name.split(".")[1] for name in found if name.startswith("effkernels.")}
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("gradients", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize(
+    ("gradients", "layout"),
+    [
+        pytest.param(False, "contiguous", id="inference-contiguous", marks=pytest.mark.thorough),
+        pytest.param(False, "channels_last", id="inference-channels_last"),
+        pytest.param(True, "contiguous", id="training-contiguous"),
+        pytest.param(True, "channels_last", id="training-channels_last", marks=pytest.mark.thorough),
+    ],
+)
 def test_one_graph_for_all_sizes(gradients: bool, layout: str, way: str) -> None:
     model = Network().requires_grad_(gradients)
     torch._dynamo.reset()
@@ -120,6 +127,7 @@ def test_one_graph_for_all_sizes(gradients: bool, layout: str, way: str) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # test_export_graphs.py and test_models_api.py compile the operators that networks use
 def test_inductor(compiled: None) -> None:
     model = Network().requires_grad_(False)
     torch._dynamo.reset()
@@ -159,7 +167,7 @@ def test_autocast_inside_a_compiled_function(way: str) -> None:
         torch.testing.assert_close(y, wanted, rtol=0.02, atol=0.02 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_export_with_dynamic_sizes(strict: bool, way: str) -> None:
     model = Network().requires_grad_(False)
     dynamic = {0: torch.export.Dim.DYNAMIC, 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,13 @@ from torch import nn
 import effkernels
 from effkernels.optimize import Report
 
-RUNNING = [peer for peer in PEERS if peer.size is not None]
-META = [peer for peer in PEERS if peer.size is None]
+
+def parameters(peers: Iterable[Peer]) -> list[Any]:
+    return [pytest.param(peer, id=peer.id, marks=[pytest.mark.thorough] * peer.thorough) for peer in peers]
+
+
+RUNNING = parameters(peer for peer in PEERS if peer.size is not None)
+META = parameters(peer for peer in PEERS if peer.size is None)
 
 
 def made(peer: Peer) -> nn.Module:
@@ -29,7 +36,7 @@ def assert_counts(report: Report, peer: Peer) -> None:
     assert (report.fused, len(left)) == (peer.fused, peer.left), left
 
 
-@pytest.mark.parametrize("peer", RUNNING, ids=lambda peer: peer.id)
+@pytest.mark.parametrize("peer", RUNNING)
 def test_logits_are_as_exact_as_before_and_everything_comes_back(peer: Peer) -> None:
     model = made(peer)
     x = images(2, *peer.size)
@@ -51,7 +58,7 @@ def test_logits_are_as_exact_as_before_and_everything_comes_back(peer: Peer) -> 
         assert torch.equal(model(x), before)
 
 
-@pytest.mark.parametrize("peer", META, ids=lambda peer: peer.id)
+@pytest.mark.parametrize("peer", META)
 def test_the_structure_of_large_models_is_found_on_the_meta_device(peer: Peer) -> None:
     assert_counts(effkernels.optimize_(made(peer), input_size=64), peer)
 

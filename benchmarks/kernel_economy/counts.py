@@ -412,10 +412,17 @@ def parts_of(kernel: Kernel) -> Parts:
     """
     if not counted(kernel):
         return {}
-    try:
-        return _PARTS[kernel.family](kernel, Flow(instructions_of(kernel.listing)))
-    except PartMissing as missing:
-        raise PartMissing(f"{kernel.name}: {missing}") from missing
+    known = kernel.name, kernel.listing
+    if known not in _counted:
+        try:
+            _counted[known] = _PARTS[kernel.family](kernel, Flow(instructions_of(kernel.listing)))
+        except PartMissing as missing:
+            raise PartMissing(f"{kernel.name}: {missing}") from missing
+    return _counted[known]
+
+
+# By name and listing: the claims, the tables and the counts of one run are of the same kernels.
+_counted: dict[tuple[str, str], Parts] = {}
 
 
 def count_kernels(kernels: Sequence[Kernel]) -> dict[str, KernelCounts]:

@@ -5,6 +5,7 @@ The code is cut where branches lead to and where they leave; a loop is a backwar
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 from collections.abc import Iterator, Sequence
@@ -30,7 +31,7 @@ class Instruction:
     predicated: bool
     operands: str = ""
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """The opcode without modifiers."""
         return self.opcode.partition(".")[0]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -20,6 +21,10 @@ from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent.parent / "csrc"))
+
+import build_cache  # noqa: E402
+
 TREES = HERE.parent.parent / "build"
 FLAVOURS = ("plain", "race", "asan")
 # One report per fault and not per program, and no stop at the first: sanitizers.cpp makes an exception of it.
@@ -72,9 +77,30 @@ def compile_flavour(flavour: str) -> None:
         raise CannotBuild(f"the C++ compiler {compiler} was not found")
     if importlib.util.find_spec("pybind11") is None:
         raise CannotBuild("pybind11 was not found; run: pip install pybind11")
+    files = [f"{module_name(flavour)}.so"]
     with _one_at_a_time(tree(flavour)):
+        name = build_cache.key(build_cache.sources(HERE), _facts(flavour))
+        stamp = tree(flavour) / "restored"
+        if stamp.exists() and stamp.read_text() == name:
+            return
+        if build_cache.restore("emulator", name, files, tree(flavour)):
+            stamp.write_text(name)
+            return
+        stamp.unlink(missing_ok=True)
         _run(_configure(flavour))
         _run([_tool("cmake"), "--build", str(tree(flavour))])
+        build_cache.keep("emulator", name, files, tree(flavour))
+
+
+def _facts(flavour: str) -> dict[str, str]:
+    """Return what a flavour is made of beside its sources."""
+    return {
+        "flavour": flavour,
+        "flags": " ".join(_fast_flags()),
+        "python": sys.version,
+        "torch": importlib.metadata.version("torch"),
+        "pybind11": importlib.metadata.version("pybind11"),
+    }
 
 
 @contextmanager

@@ -1,4 +1,5 @@
 """Compiles what `effkernels tune` may choose from, and prints what is wrong: python -m triton_gates.candidates 80.
+With a second number, 3, it compiles every third candidate.
 
 A process of its own, as worker.py is. A candidate that spills or does not fit would never be chosen on the GPU where it
 was timed; it would only cost its user the time to find that out.
@@ -39,13 +40,13 @@ def look_up(call: CompiledCall) -> tuned_plan.Lookup:
     return only
 
 
-def main(arch: int) -> None:
+def main(arch: int, every: int = 1) -> None:
     driver.set_active(worker.Absent(GPUTarget("cuda", arch, 32)))
     pointwise = importlib.import_module("effkernels.triton.pointwise")
     pointwise.multiprocessors = lambda device: rules.MULTIPROCESSORS[arch]
     count = 0
     for call in CALLS:
-        for candidate in look_up(call).candidates:
+        for candidate in look_up(call).candidates[::every]:
             count += 1
 
             def judge(compiled: Any, name: str, call: CompiledCall, seconds: float, candidate: Any = candidate) -> None:
@@ -61,4 +62,4 @@ def main(arch: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:3]))

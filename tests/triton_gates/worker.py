@@ -1,5 +1,5 @@
 """Compiles all kernels for one architecture and writes what was read of them: python -m triton_gates.worker 90 OUT,
-or gfx942 in place of 90.
+or gfx942 in place of 90. `python -m triton_gates.worker 90 OUT usual` compiles every second call.
 
 A process of its own, because whether Triton compiles or interprets is settled when it is imported. No GPU is needed:
 Triton compiles for whatever its driver names, and the driver here only names a GPU.
@@ -25,7 +25,7 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton_gates import amd
-from triton_gates.calls import CALLS, CompiledCall
+from triton_gates.calls import CALLS, USUAL_CALLS, CompiledCall
 from triton_gates.mutants import WAYS
 from triton_gates.rules import MULTIPROCESSORS, TritonKernel
 
@@ -119,13 +119,13 @@ def compile_calls(
         launch(known[call.op], call)
 
 
-def compiled_calls(arch: int) -> list[TritonKernel]:
+def compiled_calls(arch: int, calls: Iterable[CompiledCall]) -> list[TritonKernel]:
     found: list[TritonKernel] = []
 
     def take(compiled: Any, name: str, call: CompiledCall, seconds: float) -> None:
         found.append(read(compiled, name, call, arch, seconds))
 
-    compile_calls(CALLS, MULTIPROCESSORS[arch], arch // 10, take)
+    compile_calls(calls, MULTIPROCESSORS[arch], arch // 10, take)
     return found
 
 
@@ -164,15 +164,15 @@ def compiled_mutants(arch: int) -> dict[str, TritonKernel]:
     return found
 
 
-def main(arch: str, target: Path) -> None:
+def main(arch: str, target: Path, calls: Iterable[CompiledCall] = CALLS) -> None:
     if arch == amd.ARCHITECTURE:
         driver.set_active(Absent(GPUTarget("hip", arch, 64)))
         readings: dict[str, Any] = {"calls": compiled_for_amd() if "amd" in backends else None}
     else:
         driver.set_active(Absent(GPUTarget("cuda", int(arch), 32)))
-        readings = {"calls": compiled_calls(int(arch)), "mutants": compiled_mutants(int(arch))}
+        readings = {"calls": compiled_calls(int(arch), calls), "mutants": compiled_mutants(int(arch))}
     target.write_bytes(pickle.dumps({**readings, "triton": triton.__version__}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), USUAL_CALLS if sys.argv[3:] == ["usual"] else CALLS)
