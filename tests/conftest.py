@@ -65,6 +65,9 @@ VALUES = ("activation", "expand_activation", "se_activation", "gate_activation",
 # Operators that have a kernel in clusters, and another one for devices without them.
 IN_CLUSTERS = ("depthwise_bn_act_se", "mbconv")
 
+# Operators that have hundreds of shapes; interpreted, which takes half a second for each, every second one runs.
+SAMPLED = op_cases.DEPTHWISE_OPS
+
 # By the end of a test's id. Each order and each moment of landing meets both devices: one with clusters, one without.
 # The two of each order differ in both, see _is_left_to_another.
 EMULATIONS = {
@@ -280,7 +283,7 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
     takes the next one with each shape.
 
     Interpreted, a case of an operator that is about a shape, and a test with several parameters, runs in float32 or in
-    bfloat16.
+    bfloat16, and of the depthwise operators' shapes every second one runs.
     """
     callspec = getattr(item, "callspec", None)
     if callspec is None:
@@ -305,7 +308,8 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
         return has_float32 and cpu_instruction_sets().index(isa) != turn % len(cpu_instruction_sets())
     if FLAVOUR == "triton" and is_case and not _is_about_values(case):
         wanted = (torch.float32, torch.bfloat16)[number % 2]
-        return case.dtype is not wanted and (item.location[0], case.with_(dtype=wanted)) in all_cases
+        repeated = case.dtype is not wanted and (item.location[0], case.with_(dtype=wanted)) in all_cases
+        return repeated or (number // 2 % 2 == 1 and case.op in SAMPLED)
     if FLAVOUR == "triton" and not is_case and dtype in op_cases.DTYPES and len(others) > 1:
         return dtype is not (torch.float32, torch.bfloat16)[(number - others["dtype"]) % 2]
     return False

@@ -298,8 +298,11 @@ STRUCTURE: dict[str, Callable[[nn.Module], object]] = {
 }
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("name", STRUCTURE)
+@pytest.mark.parametrize(
+    ("name", "compiled"),
+    [(name, False) for name in STRUCTURE]
+    + [pytest.param(name, True, marks=[pytest.mark.thorough] * (name != "inserted")) for name in STRUCTURE],
+)
 def test_children_of_containers_are_compared(name: str, compiled: bool) -> None:
     network = randomise(SameWidth())
     plain = copy.deepcopy(network)
@@ -315,7 +318,7 @@ def test_children_of_containers_are_compared(name: str, compiled: bool) -> None:
         assert not torch.allclose(run(x), before, rtol=1e-3)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.thorough)])
 def test_a_layer_appended_to_torchvisions_features_runs(compiled: bool) -> None:
     model = torchvision_model("efficientnet_b0")
     plain = copy.deepcopy(model)
