@@ -381,6 +381,7 @@ class TestCommand:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough  # a cluster of Ray; it gets the same function as the workers, above
 def test_tasks_of_ray_give_the_same(tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="ray is not installed")
     alone = search(TINY, evaluations.wide_is_good, **COARSE)
