@@ -204,27 +204,15 @@ def by_pytorch(i: Inputs, activation: str) -> dict[str, Tensor | list[Tensor]]:
 
 
 @pytest.fixture
-def passes(backend: Backend) -> Backend:
-    """A backend that has the steps over images: CUDA's, emulated or on a GPU, or Triton's on a GPU."""
-    if backend.name == "triton" and backend.device == "cpu":
-        pytest.skip("interpreted kernels are tested in tests/test_training_triton.py")
-    if backend.name != "triton":
-        need_cuda(backend)
-    return backend
-
-
-@pytest.fixture
 def kernels(backend: Backend) -> Backend:
     """A backend that has the training kernels of CUDA, emulated or on a GPU."""
-    need_cuda(backend)
-    return backend
-
-
-def need_cuda(backend: Backend) -> None:
     if backend.name != "cuda":
-        pytest.skip("the training kernels of CUDA are tested here, those of the CPU in tests/test_training_kernels.py")
+        pytest.skip(
+            "CUDA's training kernels are tested here; tests/test_training_kernels.py and _triton.py: the others"
+        )
     if backend.emulated is None and not _has_cuda():
         pytest.skip(f"the library has no training kernels for {backend}")
+    return backend
 
 
 def _has_cuda() -> bool:
@@ -232,7 +220,7 @@ def _has_cuda() -> bool:
 
 
 def assert_as_exact_as_pytorch(
-    passes: Backend, shape: Shape, dtype: torch.dtype, activation: str, draws: int | None = None
+    kernels: Backend, shape: Shape, dtype: torch.dtype, activation: str, draws: int | None = None
 ) -> None:
     """Several draws are judged together: of the few numbers of one, PyTorch's own error is a matter of luck.
 
@@ -245,7 +233,7 @@ def assert_as_exact_as_pytorch(
     results: dict[str, tuple[list[Tensor], list[Tensor], list[list[Tensor]]]] = {}
     for seed in range(draws or max(3, -(-96 // shape.channels))):
         drawn = Inputs(shape, dtype, seed)
-        found = by_steps(drawn.to(dtype, torch.float32, passes.device), activation)
+        found = by_steps(drawn.to(dtype, torch.float32, kernels.device), activation)
         with effkernels.backend("reference"):
             truth = by_steps(drawn.to(torch.float64, torch.float64), activation)
         plain = by_pytorch(drawn.to(dtype, torch.float32), activation)
@@ -267,24 +255,24 @@ def assert_as_exact_as_pytorch(
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_as_exact_as_pytorch(passes: Backend, shape: Shape, dtype: torch.dtype) -> None:
-    assert_as_exact_as_pytorch(passes, shape, dtype, "silu")
+def test_as_exact_as_pytorch(kernels: Backend, shape: Shape, dtype: torch.dtype) -> None:
+    assert_as_exact_as_pytorch(kernels, shape, dtype, "silu")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_gates(passes: Backend, activation: str, dtype: torch.dtype) -> None:
-    assert_as_exact_as_pytorch(passes, Shape(2, 9, 10, 16), dtype, activation)
+def test_activations_and_gates(kernels: Backend, activation: str, dtype: torch.dtype) -> None:
+    assert_as_exact_as_pytorch(kernels, Shape(2, 9, 10, 16), dtype, activation)
 
 
 @pytest.mark.parametrize("channels", [9, 64])
-def test_statistics_do_not_cancel(passes: Backend, channels: int) -> None:
+def test_statistics_do_not_cancel(kernels: Backend, channels: int) -> None:
     """Mean 1e3 and variance 1, a channel with one value, and one whose first value is far from all others."""
     t = torch.randn(3, 40, 30, channels, generator=torch.Generator().manual_seed(0)) + 1e3
     t[..., 1] = 1000.1
     t[0, 0, 0, 2] = -1e4
     t[..., 3] *= 1e-6
-    mean, var = steps.statistics(t.to(passes.device))[:2].cpu()
+    mean, var = steps.statistics(t.to(kernels.device))[:2].cpu()
     own_means, own_vars = zip(*moments_of_batch_norm(t), strict=True)
     true_var, true_mean = torch.var_mean(t.double(), (0, 1, 2), correction=0)
     for channel in range(channels):  # each by itself: they differ by orders of magnitude
@@ -297,9 +285,9 @@ def test_statistics_do_not_cancel(passes: Backend, channels: int) -> None:
     assert float(var[1]) <= float(1000.1 * torch.finfo(torch.float32).eps) ** 2
 
 
-def test_statistics_of_a_convolution_do_not_cancel(passes: Backend) -> None:
+def test_statistics_of_a_convolution_do_not_cancel(kernels: Backend) -> None:
     """Its bias moves the mean to 1e3; the variance stays that of the products."""
-    i = Inputs(Shape(3, 40, 30, 16), torch.float32).to(torch.float32, torch.float32, passes.device)
+    i = Inputs(Shape(3, 40, 30, 16), torch.float32).to(torch.float32, torch.float32, kernels.device)
     for z, vectors in (
         steps.depthwise(i.t, None, "identity", i.weight, i.bias + 1e3, 1, i.shape.padding, 1),
         steps.product(i.t, i.matrix, i.matrix_bias + 1e3),
@@ -392,7 +380,7 @@ def test_a_product_moves_its_images_once(emulated: Emulator) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["mbconv", "stride2-same", "mobilenet-v3", "odd-channels"])
-def test_a_block_trains_as_pytorch_does(passes: Backend, name: str, dtype: torch.dtype) -> None:
+def test_a_block_trains_as_pytorch_does(kernels: Backend, name: str, dtype: torch.dtype) -> None:
     """Result, gradients and running statistics of a whole block."""
     block = build(name, dtype)
-    assert_step(block, image(block, 2, 9, 10).to(dtype), device=passes.device)
+    assert_step(block, image(block, 2, 9, 10).to(dtype), device=kernels.device)

@@ -1,13 +1,13 @@
-"""The steps of training in Triton, interpreted: as exact as PyTorch, the same bits in every run, whole blocks."""
+"""The steps of training in Triton, interpreted or on a GPU: as exact as PyTorch, the same bits, whole blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import test_training_steps as of_steps
 import torch
-from conftest import Backend
+from conftest import Backend, available_backends
 from parity import assert_parity
 from test_training_blocks import assert_step, build, image
 from test_training_steps import ACTIVATIONS, Inputs, Shape, assert_as_exact_as_pytorch, by_steps
@@ -18,8 +18,17 @@ from effkernels import _library, triton
 from effkernels.ops import backends
 from effkernels.ops import training_steps as steps
 
-INTERPRETED = Backend("triton", "cpu")
 HALF, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
+TRITON = [pytest.param(found, id=str(found)) for found in available_backends() if found.name == "triton"]
+NONE = pytest.param(None, marks=pytest.mark.skip(reason="no GPU, and Triton interprets in `make test-triton` alone"))
+
+
+@pytest.fixture(params=TRITON or [NONE])
+def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
+    """Triton, of the backends of this machine."""
+    chosen: Backend = request.param
+    with chosen.active():
+        yield chosen
 
 
 # A hundred channels or so, so that one draw is enough to judge by.
@@ -36,11 +45,11 @@ HALF, BFLOAT16, FLOAT32 = torch.float16, torch.bfloat16, torch.float32
     ],
     ids=str,
 )
-def test_as_exact_as_pytorch(shape: Shape, dtype: torch.dtype, interpreted: None) -> None:
-    assert_as_exact_as_pytorch(INTERPRETED, shape, dtype, "silu", 1)
+def test_as_exact_as_pytorch(shape: Shape, dtype: torch.dtype, backend: Backend) -> None:
+    assert_as_exact_as_pytorch(backend, shape, dtype, "silu", 1)
 
 
-def test_many_programs(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_programs(backend: Backend, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where an image has several programs and their results are joined in several steps."""
     from effkernels.triton import training, training_depthwise
 
@@ -48,11 +57,11 @@ def test_many_programs(interpreted: None, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(module, "_THREADS", 32)
     monkeypatch.setattr(training, "multiprocessors", lambda device: 4)
     monkeypatch.setattr(training, "_MOST_JOINED", 3)
-    assert_as_exact_as_pytorch(INTERPRETED, Shape(1, 11, 10, 72, (3, 3), 2, (1, 0, 0, 1)), FLOAT32, "silu", 1)
+    assert_as_exact_as_pytorch(backend, Shape(1, 11, 10, 72, (3, 3), 2, (1, 0, 0, 1)), FLOAT32, "silu", 1)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_and_their_slopes(activation: str, interpreted: None) -> None:
+def test_activations_and_their_slopes(activation: str, backend: Backend) -> None:
     i = Inputs(Shape(3, 9, 10, 96), FLOAT32)
 
     def results(i: Inputs) -> list[Tensor]:
@@ -62,7 +71,7 @@ def test_activations_and_their_slopes(activation: str, interpreted: None) -> Non
             steps.gradient_sums(i.g, i.z, i.z_norm, activation)[0].float(),
         ]
 
-    found = results(i.to(FLOAT32, FLOAT32))
+    found = [value.cpu() for value in results(i.to(FLOAT32, FLOAT32, backend.device))]
     with effkernels.backend("reference"):
         own, truth = (results(i.to(dtype, dtype)) for dtype in (FLOAT32, torch.float64))
     for value, plain, wanted in zip(found, own, truth, strict=True):
@@ -72,18 +81,18 @@ def test_activations_and_their_slopes(activation: str, interpreted: None) -> Non
 @pytest.mark.parametrize(
     "check",
     [
-        lambda: of_steps.test_statistics_do_not_cancel(INTERPRETED, 9),
-        lambda: of_steps.test_statistics_of_a_convolution_do_not_cancel(INTERPRETED),
+        lambda backend: of_steps.test_statistics_do_not_cancel(backend, 9),
+        of_steps.test_statistics_of_a_convolution_do_not_cancel,
     ],
     ids=["of an image", "of a convolution"],
 )
-def test_statistics_do_not_cancel(check: Callable[[], None], interpreted: None) -> None:
-    check()
+def test_statistics_do_not_cancel(check: Callable[[Backend], None], backend: Backend) -> None:
+    check(backend)
 
 
-def test_the_same_bits_whatever_was_in_memory(interpreted: None) -> None:
+def test_the_same_bits_whatever_was_in_memory(backend: Backend) -> None:
     """PyTorch's deterministic mode fills new memory with NaN; tests/test_triton_gates.py excludes atomics."""
-    i = Inputs(Shape(2, 9, 10, 40), BFLOAT16).to(BFLOAT16, FLOAT32)
+    i = Inputs(Shape(2, 9, 10, 40), BFLOAT16).to(BFLOAT16, FLOAT32, backend.device)
     wanted = by_steps(i, "silu")
     torch.use_deterministic_algorithms(True)
     try:
@@ -105,7 +114,7 @@ def test_the_same_bits_whatever_was_in_memory(interpreted: None) -> None:
     ],
 )
 def test_a_block_trains_as_pytorch_does(
-    name: str, dtype: torch.dtype, interpreted: None, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, backend: Backend, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Result, gradients and running statistics of a whole block, all of whose steps over images are kernels."""
     called = set()
@@ -117,7 +126,7 @@ def test_a_block_trains_as_pytorch_does(
 
     monkeypatch.setattr(triton, "training_step", counted)
     block = build(name, dtype)
-    assert_step(block, image(block, 4, 6, 7).to(dtype), draws=2)
+    assert_step(block, image(block, 4, 6, 7).to(dtype), draws=2, device=backend.device)
     if name == "mbconv":
         assert called == set(triton.TRAINING_STEPS)
 

@@ -247,16 +247,20 @@ def sums_kernel(
             value, slope = activate_with_slope(centred * of_scale + of_bias, ACTIVATION)
             value = tl.where(inside, value, 0.0)
             if g is None:
-                run = (run[0] + value,)
+                run = (run[0] + value,)  # type: ignore[misc]
             else:
                 slope = tl.where(inside, slope, 0.0)
                 h = centred * of_deviation
                 of_g = load_float(g + at, inside)
                 gs = of_g * slope
                 run = (
-                    run[0] + value, run[1] + of_g * value, run[2] + gs, run[3] + slope, run[4] + gs * h,
-                    run[5] + slope * h,
-                )  # fmt: skip
+                    run[0] + value,  # type: ignore[misc]
+                    run[1] + of_g * value,  # type: ignore[misc]
+                    run[2] + gs,  # type: ignore[misc]
+                    run[3] + slope,  # type: ignore[misc]
+                    run[4] + gs * h,  # type: ignore[misc]
+                    run[5] + slope * h,  # type: ignore[misc]
+                )
             if y is not None:
                 if factor is not None:
                     value *= of_factor
@@ -410,7 +414,8 @@ def _sums(
 
 def squeeze(t: Tensor, mean: Tensor, inverse_deviation: Tensor, scale: Tensor, bias: Tensor, activation: str) -> Tensor:
     (sums,) = _sums(t, (mean, inverse_deviation, scale, bias), activation, None, None, None)
-    return sums / (t.shape[1] * t.shape[2])
+    means: Tensor = sums / (t.shape[1] * t.shape[2])
+    return means
 
 
 def gradient_sums(

@@ -272,9 +272,9 @@ def weight_gradient_kernel(
                 added = ()
                 for ky in tl.static_range(TAP_ROWS):
                     for kx in tl.static_range(KERNEL_WIDTH):
-                        total = sums[ky * KERNEL_WIDTH + kx]
+                        total = sums[ky * KERNEL_WIDTH + kx]  # type: ignore[var-annotated]
                         if ky % STRIDE == s and ix >= kx and (ix - kx) % STRIDE == 0 and (ix - kx) // STRIDE < STRIP:
-                            of_dz = met[(PENDING - 1 - ky // STRIDE) * STRIP + (ix - kx) // STRIDE]
+                            of_dz = met[(PENDING - 1 - ky // STRIDE) * STRIP + (ix - kx) // STRIDE]  # type: ignore[var-annotated]
                             total += value * of_dz
                         added = added + (total,)
                 sums = added
@@ -327,9 +327,9 @@ def _is_wide(*images: Tensor) -> bool:
     return any(t[0].numel() >= 1 << 30 for t in images)
 
 
-def _of_thread(vector: int, height: int, width: int, most: int) -> int:
+def _of_thread(vector: int, kernel: Sequence[int], most: int) -> int:
     """Elements of a tile that a thread has: it has registers for the rows that wait and for their taps."""
-    return min(vector, most if height * width <= 9 else 4 if max(height, width) <= 5 else 2)
+    return min(vector, most if kernel[0] * kernel[1] <= 9 else 4 if max(kernel) <= 5 else 2)
 
 
 def depthwise(
@@ -346,7 +346,7 @@ def depthwise(
     )
     z = t.new_empty(images, out_height, out_width, channels)
     vector = training.vector_for(t, z)
-    cut = cut_of(images, out_height, out_width, channels, vector, _of_thread(vector, *kernel, 8), 2)
+    cut = cut_of(images, out_height, out_width, channels, vector, _of_thread(vector, kernel, 8), 2)
     partial = torch.empty((3, cut.programs, channels), dtype=torch.float64, device=t.device)
     _convolve(
         z, t, None, (mean, inverse_deviation, scale, bias), activation, weight, conv_bias, partial, cut, stride, 1,
@@ -368,7 +368,7 @@ def depthwise_backward(
     kernel = weight.shape[2:]
     dt = torch.empty_like(t)
     vector = training.vector_for(t, dz)
-    cut = cut_of(images, height, width, channels, vector, _of_thread(vector, *kernel, 4), 2)
+    cut = cut_of(images, height, width, channels, vector, _of_thread(vector, kernel, 4), 2)
     partial = torch.empty((2, cut.programs, channels), dtype=torch.float64, device=t.device)
     pads = (taps - 1 - pad for taps, pad in zip(kernel, (padding[0], padding[2]), strict=True))
     _convolve(dt, dz, t, norm, activation, weight.flip(2, 3), None, partial, cut, 1, stride, *pads)
