@@ -39,7 +39,7 @@ def calls() -> list[CompiledCall | CompiledStep]:
     for call in CALLS:
         if call.dtype is BFLOAT16:
             kinds.setdefault((call.op, call.kernel, call.stride, call.gated, call.wide), call)
-    steps = {call.op: call for call in TRAINING if call.dtype is BFLOAT16 and call.wide}
+    steps = {call.op: call for call in reversed(TRAINING) if call.dtype is BFLOAT16 and call.wide}
     return [*kinds.values(), *steps.values()]
 
 
@@ -64,8 +64,9 @@ def broken(kernel: AmdKernel) -> list[str]:
         op.startswith("v_mfma") for op in kernel.instructions
     ):
         found.append("no matrix instruction (MFMA)")
-    # Some read a little, some gather, and some have half a vector of channels to a thread, for want of registers.
-    narrow = ("squeeze_excite_kernel", "conv_kernel", "join_kernel", "sums_kernel", "weight_gradient_kernel")
+    # Some read a little, some gather, and tiles for 128 threads leave the 256 of four wavefronts half a vector each.
+    narrow = ("squeeze_excite_kernel", "conv_kernel", "join_kernel")
+    narrow += ("statistics_kernel", "sums_kernel", "convolve_kernel", "weight_gradient_kernel")
     reads_vectors = kernel.name not in narrow
     if reads_vectors and kernel.call.wide and not any(op.endswith("load_dwordx4") for op in kernel.instructions):
         found.append("no load of 16 bytes")
