@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +16,9 @@ from torch import Tensor, nn
 
 import effkernels
 from effkernels.nn import set_recompute
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ("README.md", "docs/training.md")  # which name the bytes that are counted here
 
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
@@ -39,7 +45,18 @@ def test_b0_saves_a_part_of_what_timms_does(recompute: str | None, most: float, 
     eager = saved_bytes(timm_model("efficientnet_b0").train().to(dtype), x)
     model = effkernels.create_model("efficientnet_b0", dtype=dtype).train()
     set_recompute(model, recompute)
-    assert saved_bytes(model, x) <= most * eager
+    saved = saved_bytes(model, x)
+    assert saved <= most * eager
+    if dtype is torch.float32:
+        assert_the_documents_say(eager, saved, pages=("docs/training.md",) if recompute else PAGES)
+
+
+def assert_the_documents_say(*saved: int, pages: Sequence[str] = PAGES) -> None:
+    """Assert that each of these bytes, of two images, is named in every page as megabytes of one."""
+    for page in pages:
+        text = (ROOT / page).read_text(encoding="utf-8")
+        for megabytes in (f"{count / 2e6:.1f}" for count in saved):
+            assert re.search(rf"(?<![\d.]){re.escape(megabytes)}(?![\d.]*\d)", text), f"{page}: no {megabytes} MB"
 
 
 _STEP = """

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from triton_gates import amd, rules
 from triton_gates.amd import AmdKernel
-from triton_gates.calls import BFLOAT16, CALLS
+from triton_gates.calls import BFLOAT16, CALLS, TRAINING
 from triton_gates.rules import TritonKernel
 
 from benchmarks.kernel_economy.rules import (
@@ -109,6 +109,7 @@ class TestTheKernels:
         own_kernels = set(families.FAMILIES) - {"mbconv"}  # which launches those of other operators
         wanted = {(op, size) for op in own_kernels for size in (2, 4)}
         assert wanted <= {(call.op, call.dtype.itemsize) for call in CALLS}
+        assert set(families.TRAINING_STEPS) == {call.op for call in TRAINING}
 
 
 @pytest.mark.thorough

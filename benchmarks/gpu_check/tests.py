@@ -19,6 +19,7 @@ FILES = (
     "tests/test_ops_parity.py",
     "tests/test_training_steps.py",
     "tests/test_training_vectors.py",
+    "tests/test_training_triton.py",
     "tests/test_ops_special_values.py",
     "tests/test_ops_pooled_means.py",
     "tests/test_nn_blocks.py",

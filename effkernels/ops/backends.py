@@ -189,11 +189,12 @@ def can_run_triton(
     stride: int | None = None,
     activation: str | None = None,
 ) -> Decision:
-    """Return whether a Triton kernel runs `op`; arguments as in `can_run_cpu`.
+    """Return whether a Triton kernel runs `op`, also one of `effkernels.triton.TRAINING_STEPS`; arguments as in
+    `can_run_cpu`.
 
     It runs on a GPU, and on the CPU if Triton interprets its kernels in this process (TRITON_INTERPRET=1, for tests).
     """
-    if op not in OPERATORS:
+    if op not in OPERATORS and op not in triton.TRAINING_STEPS:
         return Decision(False, f"{op!r} is not an operator; allowed: {', '.join(OPERATORS)}")
     problem = triton.problem_of(op, torch.device(device))
     if problem:

@@ -1,7 +1,7 @@
 """The steps of a fused training block: what its forward and its backward do between two matrix products.
 
-Every function here is plain PyTorch on any device and in any floating dtype, and the compiled kernel of the same
-meaning, of the CPU or of CUDA, where there is one. Images are (N, H, W, C) and contiguous, the memory of channels_last.
+Every function here is plain PyTorch on any device and in any floating dtype, and the kernel of the same meaning, of
+the CPU, of CUDA or in Triton, where there is one. Images are (N, H, W, C) and contiguous, the memory of channels_last.
 What is applied to every element is computed in float32 (float64 where the image is), `wide(dtype)`; sums over pixels,
 and what is computed from them per channel, in float64, as PyTorch's batch norm does on a CPU: a gradient is what
 differences of them leave.
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from effkernels import _library
+from effkernels import _library, triton
 from effkernels.ops import _tf32, backends
 from effkernels.ops.reference import activate, apply_gate
 
@@ -114,6 +114,35 @@ def _has_kernel(t: Tensor, name: str = "") -> bool:
     return backends.can_run_cuda("pointwise_bn_act", device=t.device, dtype=t.dtype).ok
 
 
+def _kernel(name: str, t: Tensor) -> Any:
+    """The kernel of a step that takes t: the compiled operator, or Triton's function of its signature; None: PyTorch.
+
+    Raises:
+        RuntimeError: Triton was asked for and cannot run there; the message has the reason.
+    """
+    if _has_kernel(t):
+        return getattr(torch.ops.effkernels, name)
+    return triton.training_step(name) if _runs_triton(name, t) else None
+
+
+def _product_kernel(x: Tensor) -> Any:
+    """The operator `pointwise_bn_act` that takes x, compiled or of Triton; None: PyTorch."""
+    if _has_kernel(x):
+        return torch.ops.effkernels.pointwise_bn_act
+    return torch.ops.effkernels_triton.pointwise_bn_act if _runs_triton("pointwise_bn_act", x) else None
+
+
+def _runs_triton(name: str, t: Tensor) -> bool:
+    """Whether Triton runs a step for t that the compiled library does not run."""
+    asked = backends.selected()
+    if t.is_meta or t.numel() == 0 or asked not in ("auto", "triton") or (asked == "auto" and not t.is_cuda):
+        return False
+    decision = backends.can_run_triton(name, device=t.device, dtype=t.dtype)
+    if asked == "triton" and not decision.ok:
+        raise RuntimeError(f"{name}: backend='triton' was asked for and cannot run: {decision.reason}")
+    return decision.ok
+
+
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype of statistics and sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -141,8 +170,8 @@ def norm_of(vectors: Tensor) -> FoldedNorm:
 
 def statistics(t: Tensor, own: NormParameters = NormParameters()) -> Tensor:  # noqa: B008  it cannot change
     """The norm of t (N, H, W, C) by its statistics, as rows (6, C) of `NormVectors`."""
-    if _has_kernel(t):
-        return torch.ops.effkernels.training_statistics(t, *_of_kernels(own))  # type: ignore[no-any-return]
+    if (kernel := _kernel("training_statistics", t)) is not None:
+        return kernel(t, *_of_kernels(own))  # type: ignore[no-any-return]
     if t.numel() == 0:  # all of the batch is in other processes
         nothing = t.new_zeros(t.shape[3], dtype=wide(t.dtype))
         return fold(nothing, nothing, nothing, own)
@@ -178,8 +207,8 @@ def norm_act(
     t: Tensor, norm: FoldedNorm, activation: str, factor: Tensor | None = None, residual: Tensor | None = None
 ) -> Tensor:
     """activation(norm(t)) * factor + residual in t's dtype; t, residual: (N, H, W, C), factor: (N, C)."""
-    if _has_kernel(t):
-        return torch.ops.effkernels.training_norm_act(t, *norm, activation, factor, residual)  # type: ignore[no-any-return]
+    if (kernel := _kernel("training_norm_act", t)) is not None:
+        return kernel(t, *norm, activation, factor, residual)  # type: ignore[no-any-return]
     y = activate(_normalised(t, norm), activation)
     if factor is not None:
         y = y * factor.to(y.dtype)[:, None, None, :]
@@ -190,8 +219,8 @@ def norm_act(
 
 def squeeze(t: Tensor, norm: FoldedNorm, activation: str) -> Tensor:
     """The means (N, C) of activation(norm(t)) over the pixels of an image."""
-    if _has_kernel(t):
-        return torch.ops.effkernels.training_squeeze(t, *norm, activation)  # type: ignore[no-any-return]
+    if (kernel := _kernel("training_squeeze", t)) is not None:
+        return kernel(t, *norm, activation)  # type: ignore[no-any-return]
     return activate(_normalised(t, norm), activation).mean((1, 2), dtype=torch.float64)
 
 
@@ -211,10 +240,11 @@ def depthwise(
     Returns:
         z (N, H', W', C), and its norm as rows (6, C) of `NormVectors`; `own` are the parameters of that norm.
     """
-    if _has_kernel(t) and _is_plain_depthwise(t, weight, padding, dilation):
+    kernel = _kernel("training_depthwise", t) if _is_plain_depthwise(t, weight, padding, dilation) else None
+    if kernel is not None:
         arguments = (None,) * 4 if norm is None else norm
         bias = None if bias is None else bias.float()
-        return torch.ops.effkernels.training_depthwise(  # type: ignore[no-any-return]
+        return kernel(  # type: ignore[no-any-return]
             t, *arguments, activation, weight.contiguous(), bias, stride, padding, *_of_kernels(own)
         )
     y = _padded(t if norm is None else norm_act(t, norm, activation), padding)
@@ -257,10 +287,8 @@ def gradient_sums(
     g: Tensor, t: Tensor, norm: FoldedNorm, activation: str, factor: Tensor | None = None, with_y: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The sums of `GradientSums`, (6, N, C), and y * factor (N, H, W, C) in t's dtype if asked for, else nothing."""
-    if _has_kernel(t):
-        return torch.ops.effkernels.training_gradient_sums(  # type: ignore[no-any-return]
-            g, t, *norm, activation, factor, with_y
-        )
+    if (kernel := _kernel("training_gradient_sums", t)) is not None:
+        return kernel(g, t, *norm, activation, factor, with_y)  # type: ignore[no-any-return]
     z, g = _normalised(t, norm), g.to(wide(g.dtype))
     y, slope = activate(z, activation), _activation_backward(torch.ones_like(z), z, activation)
     h, gs = (t - norm.mean) * norm.inverse_deviation, g * slope
@@ -300,9 +328,11 @@ def depthwise_backward(
         the sums (2, C) of the first and of the first times (t - mean) * inverse_deviation, nothing without a norm.
     """
     one_activation = norm is None or activation == z_activation
-    if _has_kernel(t) and one_activation and _is_plain_depthwise(t, weight, padding, dilation):
+    fits = one_activation and _is_plain_depthwise(t, weight, padding, dilation)
+    kernel = _kernel("training_depthwise_backward", t) if fits else None
+    if kernel is not None:
         arguments = (None,) * 4 if norm is None else norm
-        return torch.ops.effkernels.training_depthwise_backward(  # type: ignore[no-any-return]
+        return kernel(  # type: ignore[no-any-return]
             g, z, *z_norm, z_activation, factor, offset, *coefficients, t, *arguments, activation,
             weight.contiguous(), stride, padding,
         )  # fmt: skip
@@ -404,10 +434,8 @@ def norm_backward(
     activation: str = "identity",
 ) -> Tensor:
     """The gradient of a norm's input t (N, H, W, C), in its dtype, where dy is that of factor * activation(norm(t))."""
-    if _has_kernel(t):
-        return torch.ops.effkernels.training_norm_backward(  # type: ignore[no-any-return]
-            dy, t, *norm, activation, *coefficients, factor
-        )
+    if (kernel := _kernel("training_norm_backward", t)) is not None:
+        return kernel(dy, t, *norm, activation, *coefficients, factor)  # type: ignore[no-any-return]
     alpha = coefficients.alpha
     if factor is not None:
         alpha = (factor.to(alpha.dtype) * alpha)[:, None, None, :]
@@ -417,8 +445,8 @@ def norm_backward(
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """1x1 convolution of x (N, H, W, Cin) by weight (Cout, Cin, 1, 1), plus the residual."""
-    if _has_kernel(x):
-        return nhwc(_product(nchw(x), weight.to(x.dtype), bias, None if residual is None else nchw(residual)))
+    if (kernel := _product_kernel(x)) is not None:
+        return _product(kernel, x, weight.to(x.dtype), bias, residual)
     matrix = weight.reshape(weight.shape[:2]).to(x.dtype)
     y = F.linear(x, matrix, None if bias is None else bias.to(x.dtype))
     return y if residual is None else y + residual
@@ -426,9 +454,9 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor |
 
 def pointwise_input_gradient(dz: Tensor, weight: Tensor, residual: Tensor | None = None) -> Tensor:
     """dz (N, H, W, Cout) @ weight (Cout, Cin, 1, 1) + residual."""
-    if _has_kernel(dz):
+    if (kernel := _product_kernel(dz)) is not None:
         turned = weight.to(dz.dtype).transpose(0, 1).contiguous()
-        return nhwc(_product(nchw(dz), turned, None, None if residual is None else nchw(residual)))
+        return _product(kernel, dz, turned, None, residual)
     matrix = weight.reshape(weight.shape[:2]).to(dz.dtype)
     shape = (*dz.shape[:3], matrix.shape[1])
     rows = dz.reshape(-1, dz.shape[3])
@@ -516,10 +544,9 @@ def pointwise_weight_gradient(dz: Tensor, x: Tensor) -> Tensor:
     )[1]
 
 
-def _product(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
-    return torch.ops.effkernels.pointwise_bn_act(  # type: ignore[no-any-return]
-        x, weight, bias, None, None, None, None, 0.0, None, residual, "identity", _tf32.resolve(None, x)
-    )
+def _product(kernel: Any, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    added, tf32 = None if residual is None else nchw(residual), _tf32.resolve(None, x)
+    return nhwc(kernel(nchw(x), weight, bias, None, None, None, None, 0.0, None, added, "identity", tf32))
 
 
 class Excitation(NamedTuple):

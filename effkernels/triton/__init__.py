@@ -26,6 +26,17 @@ FAMILIES: dict[str, str] = {
     "conv_bn_act": "conv",
 }
 
+# The module that holds each step of a training block, in its dictionary STEPS.
+TRAINING_STEPS: dict[str, str] = {
+    "training_statistics": "training",
+    "training_norm_act": "training",
+    "training_squeeze": "training",
+    "training_gradient_sums": "training",
+    "training_norm_backward": "training",
+    "training_depthwise": "training_depthwise",
+    "training_depthwise_backward": "training_depthwise",
+}
+
 # Whether Triton interprets its kernels on the CPU in this process. Triton reads the same variable as it compiles the
 # first kernel and understands the same words.
 INTERPRETED: bool = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
@@ -45,6 +56,14 @@ def implementation(op: str) -> Callable[..., None]:
     """
     module = importlib.import_module(f"{__name__}.{FAMILIES[op]}")
     function: Callable[..., None] = module.OPERATORS[op]
+    return function
+
+
+@cache
+def training_step(name: str) -> Callable[..., Any]:
+    """Return the function of `TRAINING_STEPS` that is called, and returns, as the compiled operator of that name."""
+    module = importlib.import_module(f"{__name__}.{TRAINING_STEPS[name]}")
+    function: Callable[..., Any] = module.STEPS[name]
     return function
 
 
@@ -74,8 +93,8 @@ def launches_of(op: str, channels: int = 0, out_height: int = 0, out_width: int 
 
 
 def problem_of(op: str, device: Any) -> str:
-    """Why Triton cannot run `op` on a torch.device; "" where it can."""
-    if op not in FAMILIES:
+    """Why Triton cannot run `op`, an operator or a step of training, on a torch.device; "" where it can."""
+    if op not in FAMILIES and op not in TRAINING_STEPS:
         return f"no Triton implementation of {op}"
     if not INSTALLED:
         return "triton is not installed"

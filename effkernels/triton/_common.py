@@ -47,6 +47,41 @@ def activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def activate_with_slope(x, ACTIVATION: tl.constexpr):
+    """Return the activation of a float32 tile and its derivative, that of PyTorch's backward where it has a corner."""
+    if ACTIVATION == "relu":
+        y = tl.where(x < 0.0, 0.0, x)
+        slope = tl.where(x <= 0.0, 0.0, 1.0)
+    elif ACTIVATION == "relu6":
+        y = clamp_0_6(x)
+        slope = tl.where((x <= 0.0) | (x >= 6.0), 0.0, 1.0)
+    elif ACTIVATION == "silu":
+        sigmoid = 1.0 / (1.0 + tl.exp(-x))
+        y = x * sigmoid
+        slope = sigmoid + y * (1.0 - sigmoid)
+    elif ACTIVATION == "hard_swish":
+        y = x * (clamp_0_6(x + 3.0) * (1.0 / 6.0))
+        slope = tl.where(x < -3.0, 0.0, tl.where(x > 3.0, 1.0, x * (1.0 / 3.0) + 0.5))
+    elif ACTIVATION == "gelu":
+        distribution = 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+        y = x * distribution
+        slope = distribution + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    elif ACTIVATION == "gelu_tanh":
+        # x * s with s the sigmoid of u, from the smaller of s and 1 - s, which loses nothing where s is close to 1.
+        square = x * x
+        u = 1.5957691216057308 * x * (0.044715 * square + 1.0)
+        tail = 1.0 / (1.0 + tl.exp(tl.abs(u)))
+        s = tl.where(u < 0.0, tail, 1.0 - tail)
+        y = x * s
+        slope = s + x * (tail * (1.0 - tail)) * (1.5957691216057308 * (0.134145 * square + 1.0))
+    else:
+        tl.static_assert(ACTIVATION == "identity", "an activation that is not known")
+        y = x
+        slope = tl.full(x.shape, 1.0, dtype=tl.float32)
+    return y, slope
+
+
+@triton.jit
 def apply_gate(x, GATE: tl.constexpr):
     """Return one of effkernels.ops.reference.GATES of a float32 tile."""
     if GATE == "sigmoid":

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from triton_gates.calls import BFLOAT16, CALLS, CompiledCall
+from triton_gates.calls import BFLOAT16, CALLS, TRAINING, CompiledCall, CompiledStep
 
 ARCHITECTURE = "gfx942"
 MULTIPROCESSORS = 304  # compute units of an MI300X
@@ -27,22 +27,23 @@ class AmdKernel:
     """
 
     name: str
-    call: CompiledCall
+    call: CompiledCall | CompiledStep
     scratch: int
     shared: int
     instructions: Counter[str]
 
 
-def calls() -> list[CompiledCall]:
+def calls() -> list[CompiledCall | CompiledStep]:
     """Return one of each kind in bfloat16; the other types, and other sizes, take the same ways here."""
     kinds: dict[tuple[object, ...], CompiledCall] = {}
     for call in CALLS:
         if call.dtype is BFLOAT16:
             kinds.setdefault((call.op, call.kernel, call.stride, call.gated, call.wide), call)
-    return list(kinds.values())
+    steps = {call.op: call for call in reversed(TRAINING) if call.dtype is BFLOAT16 and call.wide}
+    return [*kinds.values(), *steps.values()]
 
 
-def read(compiled: Any, name: str, call: CompiledCall) -> AmdKernel:
+def read(compiled: Any, name: str, call: CompiledCall | CompiledStep) -> AmdKernel:
     text = compiled.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -63,7 +64,10 @@ def broken(kernel: AmdKernel) -> list[str]:
         op.startswith("v_mfma") for op in kernel.instructions
     ):
         found.append("no matrix instruction (MFMA)")
-    reads_vectors = kernel.name not in ("squeeze_excite_kernel", "conv_kernel")
+    # Some read a little, some gather, and tiles for 128 threads leave the 256 of four wavefronts half a vector each.
+    narrow = ("squeeze_excite_kernel", "conv_kernel", "join_kernel")
+    narrow += ("statistics_kernel", "sums_kernel", "convolve_kernel", "weight_gradient_kernel")
+    reads_vectors = kernel.name not in narrow
     if reads_vectors and kernel.call.wide and not any(op.endswith("load_dwordx4") for op in kernel.instructions):
         found.append("no load of 16 bytes")
     return [f"{kernel.name} ({ARCHITECTURE}) of {kernel.call}: {line}" for line in found]

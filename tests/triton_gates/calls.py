@@ -161,5 +161,93 @@ CONV: tuple[CompiledCall, ...] = (
     _conv((256, 24, 56, 56), 96, dtype=FLOAT32),
 )
 CALLS: tuple[CompiledCall, ...] = (*POINTWISE, *DEPTHWISE, *EXPAND, *GATE, *CONV)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompiledStep:
+    """One step of a training block on an image t, and the types for which its kernels are compiled.
+
+    Attributes:
+        op: of `effkernels.triton.TRAINING_STEPS`.
+        shape: of t, (N, H, W, C).
+        kernel, stride: of a depthwise convolution, padded so that stride 1 keeps the size.
+    """
+
+    op: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype = BFLOAT16
+    kernel: int = 0
+    stride: int = 1
+    activation: str = "silu"
+
+    def __str__(self) -> str:
+        batch, height, width, channels = self.shape
+        words = [self.op, f"{batch}x{channels}x{height}x{width}", str(self.dtype).removeprefix("torch.")]
+        words += [f"{self.kernel}x{self.kernel} stride {self.stride}"] if self.kernel else []
+        return ", ".join([*words, self.activation])
+
+    @property
+    def wide(self) -> bool:
+        """Return whether every pixel is a whole number of 16-byte vectors."""
+        return self.shape[3] % (16 // self.dtype.itemsize) == 0
+
+    def on_meta(self) -> tuple[Any, ...]:
+        """Return the arguments of the step, the tensors on the meta device."""
+        batch, height, width, channels = self.shape
+        pad, size = self.kernel // 2, (height, width)
+        if self.kernel:
+            size = tuple((n + 2 * pad - self.kernel) // self.stride + 1 for n in size)
+
+        def image(height: int, width: int) -> torch.Tensor:
+            return torch.empty(batch, height, width, channels, dtype=self.dtype, device="meta")
+
+        def vectors(count: int, *size: int) -> list[torch.Tensor]:
+            return [torch.empty(*size, channels, device="meta") for _ in range(count)]
+
+        t, z, norm, pads = image(height, width), image(*size), vectors(4), (pad,) * 4
+        weight = torch.empty(channels, 1, self.kernel, self.kernel, device="meta")
+        (factor,) = vectors(1, batch)
+        return {
+            "training_statistics": (t, *vectors(2), 1e-5),
+            "training_norm_act": (t, *norm, self.activation, factor, t),
+            "training_squeeze": (t, *norm, self.activation),
+            "training_gradient_sums": (t, t, *norm, self.activation, factor, True),
+            "training_norm_backward": (t, t, *norm, self.activation, *vectors(3), factor),
+            "training_depthwise": (
+                t, *norm, self.activation, weight, None, self.stride, pads, *vectors(2), 1e-5,
+            ),
+            "training_depthwise_backward": (
+                z, z, *norm, self.activation, factor, factor, *vectors(3), t, *norm, self.activation, weight,
+                self.stride, pads,
+            ),
+        }[self.op]  # fmt: skip
+
+
+# The blocks of B0 at batch 256 in bfloat16, float32 beside it, and channels that no vector divides.
+TRAINING: tuple[CompiledStep, ...] = (
+    *(
+        CompiledStep(op=f"training_{name}", shape=(256, 28, 28, 240), dtype=dtype)
+        for dtype, names in (
+            (BFLOAT16, ("statistics", "norm_act", "squeeze", "gradient_sums", "norm_backward")),
+            (FLOAT32, ("statistics", "gradient_sums")),
+        )
+        for name in names
+    ),
+    *(
+        CompiledStep(op=op, shape=(256, 28, 28, 240), dtype=dtype, kernel=kernel, stride=stride)
+        for op in ("training_depthwise", "training_depthwise_backward")
+        for dtype, kernel, stride in (
+            (BFLOAT16, 3, 1), (BFLOAT16, 5, 1), (BFLOAT16, 5, 2), (FLOAT32, 5, 1), (BFLOAT16, 9, 1),
+        )
+    ),
+    CompiledStep(op="training_gradient_sums", shape=(2, 13, 13, 7), activation="gelu_tanh"),
+    CompiledStep(op="training_depthwise", shape=(2, 13, 13, 7), kernel=3, activation="gelu_tanh"),
+    CompiledStep(op="training_depthwise_backward", shape=(2, 13, 13, 7), kernel=3, stride=2, activation="gelu_tanh"),
+)  # fmt: skip
+
 # What the usual run compiles: every kernel is among them. A thorough run compiles all of them.
-USUAL_CALLS = CALLS[::2]
+ALL_CALLS: tuple[CompiledCall | CompiledStep, ...] = (*CALLS, *TRAINING)
+USUAL_CALLS: tuple[CompiledCall | CompiledStep, ...] = (
+    *CALLS[::2],
+    *(step for step in TRAINING if step.dtype is BFLOAT16 and step.kernel in (0, 5)),
+)

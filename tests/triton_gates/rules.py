@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
-from triton_gates.calls import FLOAT32, CompiledCall
+from triton_gates.calls import FLOAT32, CompiledCall, CompiledStep
 
 from benchmarks.kernel_economy.reading import Kernel
 from benchmarks.kernel_economy.rules import (
@@ -36,12 +37,12 @@ class TritonKernel(Kernel):
     """One kernel as Triton compiled it. `shared` counts what a block asks for at launch.
 
     Attributes:
-        call: of the operator that launches it; None for a kernel of the tests.
+        call: of the operator, or the step of training, that launches it; None for a kernel of the tests.
         roundings: to TF32, in the PTX.
         seconds: processor time of its compilation.
     """
 
-    call: CompiledCall | None
+    call: CompiledCall | CompiledStep | None
     roundings: int
     seconds: float
 
@@ -156,7 +157,7 @@ def one_tanh_per_pixel(kernel: TritonKernel) -> str | None:
     from effkernels.triton.expand_depthwise import cut_of, inputs_of  # not before the worker said which GPU it is
 
     call = kernel.call
-    assert call is not None
+    assert isinstance(call, CompiledCall)
     kernel_size = call.kernel[0]  # a square one
     cut = cut_of(kernel_size, call.stride, call.dtype, call.exact, call.wide, kernel.arch // 10)
     stored = 8 * kernel.accesses("STG")[16]
@@ -165,8 +166,36 @@ def one_tanh_per_pixel(kernel: TritonKernel) -> str | None:
     return None if found == wanted else f"{found} MUFU.TANH for {wanted} pixels; swish takes one for each"
 
 
+def no_atomics(kernel: TritonKernel) -> str | None:
+    """Sums meet in a fixed order: results are stored, and another launch adds them."""
+    found = sum(kernel.count(opcode) for opcode in ("ATOM", "ATOMG", "ATOMS", "RED", "REDG"))
+    return f"{found} atomic instructions" if found else None
+
+
+def _apply(call: CompiledStep) -> Iterator[Rule]:
+    if call.wide:
+        yield from (wide_loads(2), no_narrow_loads, wide_stores)
+
+
+def _statistics(call: CompiledStep) -> Iterator[Rule]:
+    yield no_atomics
+    if call.wide:
+        yield from (wide_loads(4), no_narrow_loads)
+
+
+def _walk(call: CompiledStep) -> Iterator[Rule]:
+    """Of sums and of convolutions: a thread may have less than a vector of 16-bit channels, for want of registers."""
+    yield no_atomics
+    if call.wide:
+        yield from (no_narrow_loads, wide_loads(2 if call.kernel <= 5 else 0))
+
+
+def _join(call: CompiledStep) -> Iterator[Rule]:
+    yield no_atomics
+
+
 # By the name of the kernel: what it promises beside EVERY, for a call that launches it.
-CLAIMS: dict[str, Callable[[CompiledCall], Iterator[Rule]]] = {
+CLAIMS: dict[str, Callable[[Any], Iterator[Rule]]] = {
     "pointwise_kernel": _pointwise,
     "depthwise_kernel": _depthwise,
     "expand_depthwise_kernel": _expand_depthwise,
@@ -174,6 +203,12 @@ CLAIMS: dict[str, Callable[[CompiledCall], Iterator[Rule]]] = {
     "conv_kernel": _conv,
     "norm_act_kernel": _norm_act,
     "squeeze_excite_kernel": _squeeze_excite,
+    "apply_kernel": _apply,
+    "statistics_kernel": _statistics,
+    "sums_kernel": _walk,
+    "convolve_kernel": _walk,
+    "weight_gradient_kernel": _walk,
+    "join_kernel": _join,
 }
 
 

@@ -9,13 +9,16 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import torch
 import triton
-from triton_gates.calls import CompiledCall
+from triton_gates.calls import CompiledCall, CompiledStep
 from triton_gates.rules import TritonKernel
 from triton_gates.worker import operators, results_and_arguments
 
 from benchmarks.sections import Section
+from effkernels.triton import _launch, training_step
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
 SECTION = Section(
@@ -27,9 +30,14 @@ _COLUMNS = ("call", "kernel", "MB", "registers", "warps", "shared KB", "16-byte 
             "HMMA, WGMMA", "FFMA", "TANH")  # fmt: skip
 
 
-def megabytes(call: CompiledCall) -> float:
+def megabytes(call: CompiledCall | CompiledStep) -> float:
     """Return the least a call can move: every argument read once, every result written once."""
-    results, *arguments = results_and_arguments(operators()[call.op], call)
+    if isinstance(call, CompiledStep):
+        arguments: list[Any] = [t for t in call.on_meta() if isinstance(t, torch.Tensor)]
+        with patch.object(_launch, "run"):
+            results = training_step(call.op)(*call.on_meta())
+    else:
+        results, *arguments = results_and_arguments(operators()[call.op], call)
     parts: list[Any] = [*arguments, results]
     tensors = [t for part in parts for t in (part if isinstance(part, tuple) else (part,)) if hasattr(t, "nbytes")]
     return sum(t.nbytes for t in tensors) / 1e6

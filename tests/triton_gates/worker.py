@@ -25,7 +25,7 @@ from triton.backends import backends
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton_gates import amd
-from triton_gates.calls import CALLS, USUAL_CALLS, CompiledCall
+from triton_gates.calls import ALL_CALLS, USUAL_CALLS, CompiledCall, CompiledStep
 from triton_gates.mutants import WAYS
 from triton_gates.rules import MULTIPROCESSORS, TritonKernel
 
@@ -62,7 +62,7 @@ def processor_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def read(compiled: Any, name: str, call: CompiledCall | None, arch: int, seconds: float) -> TritonKernel:
+def read(compiled: Any, name: str, call: CompiledCall | CompiledStep | None, arch: int, seconds: float) -> TritonKernel:
     """Return what a kernel became, by the disassembler that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -92,15 +92,15 @@ def _tool(name: str, *arguments: str) -> str:
 
 
 def compile_calls(
-    calls: Iterable[CompiledCall],
+    calls: Iterable[CompiledCall | CompiledStep],
     multiprocessors: int,
     capability: int,
-    take: Callable[[Any, str, CompiledCall, float], None],
+    take: Callable[[Any, str, Any, float], None],
 ) -> None:
     """Compile the kernels of every call as the operator would launch them on a GPU with so many multiprocessors and the
     compute capability `capability`.x, and hand each to `take`.
     """
-    current: list[CompiledCall] = []
+    current: list[CompiledCall | CompiledStep] = []
 
     def compile_instead(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
         before = processor_seconds()
@@ -108,7 +108,8 @@ def compile_calls(
         take(compiled, kernel.fn.__name__, current[-1], processor_seconds() - before)
 
     _launch.run = compile_instead
-    for module in {importlib.import_module(f"effkernels.triton.{name}") for name in families.FAMILIES.values()}:
+    names = {*families.FAMILIES.values(), *families.TRAINING_STEPS.values()}
+    for module in {importlib.import_module(f"effkernels.triton.{name}") for name in names}:
         if hasattr(module, "multiprocessors"):
             module.multiprocessors = lambda device: multiprocessors
         if hasattr(module, "capability_of"):
@@ -116,13 +117,21 @@ def compile_calls(
     known = operators()
     for call in calls:
         current.append(call)
-        launch(known[call.op], call)
+        if isinstance(call, CompiledStep):
+            families.training_step(call.op)(*call.on_meta())
+        else:
+            launch(known[call.op], call)
 
 
-def compiled_calls(arch: int, calls: Iterable[CompiledCall]) -> list[TritonKernel]:
+def compiled_calls(arch: int, calls: Iterable[CompiledCall | CompiledStep]) -> list[TritonKernel]:
     found: list[TritonKernel] = []
+    seen: set[str] = set()
 
-    def take(compiled: Any, name: str, call: CompiledCall, seconds: float) -> None:
+    def take(compiled: Any, name: str, call: CompiledCall | CompiledStep, seconds: float) -> None:
+        if isinstance(call, CompiledStep):  # several steps launch some of the kernels
+            if compiled.hash in seen:
+                return
+            seen.add(compiled.hash)
         found.append(read(compiled, name, call, arch, seconds))
 
     compile_calls(calls, MULTIPROCESSORS[arch], arch // 10, take)
@@ -164,7 +173,7 @@ def compiled_mutants(arch: int) -> dict[str, TritonKernel]:
     return found
 
 
-def main(arch: str, target: Path, calls: Iterable[CompiledCall] = CALLS) -> None:
+def main(arch: str, target: Path, calls: Iterable[CompiledCall | CompiledStep] = ALL_CALLS) -> None:
     if arch == amd.ARCHITECTURE:
         driver.set_active(Absent(GPUTarget("hip", arch, 64)))
         readings: dict[str, Any] = {"calls": compiled_for_amd() if "amd" in backends else None}
@@ -175,4 +184,4 @@ def main(arch: str, target: Path, calls: Iterable[CompiledCall] = CALLS) -> None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), USUAL_CALLS if sys.argv[3:] == ["usual"] else CALLS)
+    main(sys.argv[1], Path(sys.argv[2]), USUAL_CALLS if sys.argv[3:] == ["usual"] else ALL_CALLS)
