@@ -39,7 +39,7 @@ settings.register_profile(
 )
 settings.load_profile("effkernels")
 
-CPU_INSTRUCTION_SETS = ("avx512", "avx2", "plain")
+CPU_INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "plain")
 
 # "race" or "asan": the tests run on the emulated CUDA kernels of that flavour alone (make test-race, make test-asan).
 # "triton": they run on interpreted Triton kernels alone (make test-triton).
@@ -267,11 +267,17 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
     three, and each order meets every kernel. The race flavour finds a missing barrier in any order.
 
     Interpreted, a case of an operator that is about a shape runs in float32 or in bfloat16.
+
+    avx512_bf16 has other code than avx512 for bfloat16 alone.
     """
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return False
     chosen, case = callspec.params.get("backend"), callspec.params.get("case")
+    isa = chosen.isa if isinstance(chosen, Backend) else callspec.params.get("isa")
+    dtype = case.dtype if isinstance(case, op_cases.Case) else callspec.params.get("dtype")
+    if isa in ("avx512_bf16", "avx512") and isinstance(dtype, torch.dtype) and _offers("avx512_bf16"):
+        return (isa == "avx512_bf16") != (dtype is torch.bfloat16)
     others = [index for name, index in callspec.indices.items() if name != "backend"]
     if not isinstance(chosen, Backend) or not others:
         return False

@@ -23,19 +23,19 @@ struct Product {
   bool past;  // the result goes past the caches
 };
 
-// prepare(first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, chunk j of row r at
+// prepare(form, first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, chunk j of row r at
 // r * row_step + j * chunk_step, and says where its rows go.
-template <class T, class Prepare>
+template <class T, class Form, class Prepare>
 void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const Parallel parallel = threads_for(all, double(p.m) * double(p.n) * double(p.k));
   const int64_t tiles = ceil_div(p.m, kRows), panels = ceil_div(p.n, kPanel);
   const Cut cut = cut_tasks(tiles, 1, p.n, sizeof(T), p.packed != nullptr, parallel.threads);
-  const int64_t padded_k = round_up(p.k, kChunk);
-  const int64_t fitting = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (p.k * kPanel * 4)));
+  const int64_t words = Form::words(p.k), padded_words = round_up(words, kChunk);
+  const int64_t fitting = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (words * kPanel * 4)));
   const int64_t group = p.packed ? panels : fitting;
 
   parallel_for(parallel, cut.row_tasks * cut.channel_tasks, [=](int64_t task_begin, int64_t task_end) {
-    const int64_t packed_size = p.packed ? 0 : group * p.k * kPanel, tile_size = kRows * padded_k;
+    const int64_t packed_size = p.packed ? 0 : group * words * kPanel, tile_size = kRows * padded_words;
     float* own = static_cast<float*>(
         scratch(size_t(packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
     float *tile = own + packed_size, *scale = tile + tile_size, *shift = scale + group * kPanel;
@@ -44,18 +44,19 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
       const int64_t channel_end = cut.channel_end(task);
       for (int64_t first = cut.channel_begin(task); first < channel_end; first += group * kPanel) {
         const int64_t channels = min_of(group * kPanel, channel_end - first);
-        const float* packed = p.packed ? p.packed + first * p.k : own;
-        if (!p.packed) pack_panels(p.weight, first, channels, p.k, own);
+        const float* packed = p.packed ? p.packed + first * words : own;
+        if (!p.packed) pack_panels<Form>(p.weight, first, channels, p.k, own);
         form_scale_shift(p.norm, first, channels, scale, shift);
         with_activation(p.activation, [&](auto activation) {
           for (int64_t t = cut.row_begin(task); t < cut.row_end(task); t++) {
             const int row_count = int(min_of<int64_t>(kRows, p.m - t * kRows));
             Row<T> rows[kRows];
-            prepare(t * kRows, row_count, tile, kChunk, kRows * kChunk, rows);
-            const Multiply wide = pick_multiply<kPanelVecs>(row_count), narrow = pick_multiply<1>(row_count);
+            prepare(Form{}, t * kRows, row_count, tile, kChunk, kRows * kChunk, rows);
+            const Multiply wide = pick_multiply<Form, kPanelVecs>(row_count);
+            const Multiply narrow = pick_multiply<Form, 1>(row_count);
             for (int64_t c = 0; c < channels; c += kPanel) {
               const int columns = int(min_of<int64_t>(kPanel, channels - c));
-              (columns > kLanes ? wide : narrow)(tile, packed + c * p.k, p.k, acc);
+              (columns > kLanes ? wide : narrow)(tile, packed + c * words, words, acc);
               write<T, decltype(activation)::value>(acc, rows, row_count, first + c, columns, scale + c, shift + c,
                                                     p.past);
             }
@@ -153,7 +154,7 @@ void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prep
           const int64_t block = task / groups, n0 = task % groups * kLanes;
           const int count = int(min_of(p.m - block * kImages, int64_t(kImages)));
           const int columns = int(min_of<int64_t>(kLanes, p.n - n0));
-          if (block != prepared) prepare(block * kImages, count, input, row_size, kChunk, rows);
+          if (block != prepared) prepare(Floats{}, block * kImages, count, input, row_size, kChunk, rows);
           prepared = block;
           form_scale_shift(p.norm, n0, columns, scale, shift);
           for (int r = 0; r < count; r += kFewRows) {
@@ -182,12 +183,13 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
       using G = decltype(gate_type);
       const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
       const G* gate = static_cast<const G*>(p.gate.data);
-      const auto prepare = [=](int64_t first, int count, float* tile, int64_t row_step, int64_t chunk_step,
+      const auto prepare = [=](auto form, int64_t first, int count, float* tile, int64_t row_step, int64_t chunk_step,
                                Row<T>* rows) {
         int64_t image = first / p.pixels, pixel = first % p.pixels;
         for (int r = 0; r < count; r++) {
-          prepare_row(x + image * p.x_stride_n + pixel * p.x_stride_p, gate ? gate + image * p.in_channels : nullptr,
-                      p.in_channels, tile + r * row_step, chunk_step);
+          prepare_row<decltype(form)>(x + image * p.x_stride_n + pixel * p.x_stride_p,
+                                      gate ? gate + image * p.in_channels : nullptr, p.in_channels, tile + r * row_step,
+                                      chunk_step);
           rows[r].y = static_cast<T*>(p.y) + (first + r) * p.out_channels;
           rows[r].residual = residual ? residual + image * p.residual_stride_n + pixel * p.residual_stride_p : nullptr;
           if (++pixel == p.pixels) pixel = 0, image++;
@@ -196,11 +198,15 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
       if (p.pixels == 1)
         matmul_as_stored<T>(product, parallel, prepare);
       else
-        matmul<T>(product, parallel, prepare);
+        with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
     });
   });
 }
 
-void pack(const Param& weight, int64_t rows, int64_t k, float* packed) { pack_panels(weight, 0, rows, k, packed); }
+void pack(const Param& weight, int64_t rows, int64_t k, float* packed) {
+  with_type(weight.dtype, [&](auto type) {  // weights of 16 bits have the type of x
+    with_form<decltype(type)>(weight, [&](auto form) { pack_panels<decltype(form)>(weight, 0, rows, k, packed); });
+  });
+}
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA
