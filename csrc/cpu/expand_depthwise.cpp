@@ -54,7 +54,7 @@ void prepare(const PointwiseParams& p, const Fills& f, int64_t width, int64_t im
 }
 
 // activation(acc * scale + shift) of a tile into the ring; (row, column) is the tile's first pixel, then its last + 1.
-template <Activation A, int Vecs>
+template <class T, Activation A, int Vecs>
 void expand(const float* acc, int count, const float* scale, const float* shift, const Geometry& g, int64_t width,
             float* ring, int64_t& row, int64_t& column) {
   while (count > 0) {
@@ -63,7 +63,7 @@ void expand(const float* acc, int count, const float* scale, const float* shift,
     for (int v = 0; v < Vecs; v++) {
       const Vec a = load(scale + v * kLanes), b = load(shift + v * kLanes);
       for (int i = 0; i < run; i++)
-        store(place + (v * g.columns + i) * kLanes, activate<A>(load(acc + (i * Vecs + v) * kLanes) * a + b));
+        store(place + (v * g.columns + i) * kLanes, activate<A, T>(load(acc + (i * Vecs + v) * kLanes) * a + b));
     }
     acc += run * Vecs * kLanes, count -= run, column += run;
     if (column == width) column = 0, row++;
@@ -137,7 +137,7 @@ void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, 
     Expand expand_tile = nullptr;
     with_activation(e.activation, [&](auto activation) {
       constexpr Activation kActivation = decltype(activation)::value;
-      expand_tile = wide ? expand<kActivation, kPanelVecs> : expand<kActivation, 1>;
+      expand_tile = wide ? expand<T, kActivation, kPanelVecs> : expand<T, kActivation, 1>;
     });
     const auto fill = [&](int64_t row, int64_t until) {
       while (row < until) {

@@ -41,7 +41,7 @@ inline void write(const float* acc, const Row<T>* rows, int row_count, int64_t n
   for (int r = 0; r < row_count; r++)
     for (int c = 0; c < columns; c += kLanes) {
       const int n = columns - c;
-      Vec v = activate<A>(load(acc + r * width + c) * load(scale + c) + load(shift + c));
+      Vec v = activate<A, T>(load(acc + r * width + c) * load(scale + c) + load(shift + c));
       if (rows[r].residual) v += load_up_to(rows[r].residual + n0 + c, n);
       store_past(rows[r].y + n0 + c, v, n, past);
     }
