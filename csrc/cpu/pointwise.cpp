@@ -9,6 +9,9 @@
 // Images of one pixel, a classifier's, read every weight for next to no arithmetic: packing would cost more than the
 // product. There the weights are read as stored, in vectors along k, and a task is a group of kLanes output channels by
 // a block of kImages images. That goes by the pixels, not by the rows, for the same bits at any batch size.
+#include <memory>
+
+#include "memory.h"
 #include "tile.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
@@ -200,6 +203,62 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
       else
         with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
     });
+  });
+}
+
+// Weights (Cout, Cin, taps) to (Cout, taps, Cin): rows of the order in which a window of a channels_last image is read.
+template <class W>
+void turn_weights(const ConvParams& p, const Parallel& parallel, W* turned) {
+  const int64_t taps = p.kernel_h * p.kernel_w, channels = p.in_channels, k = taps * channels;
+  const W* weight = static_cast<const W*>(p.weight.data);
+  parallel_for(threads_for(parallel, double(p.out_channels) * double(k)), p.out_channels,
+               [=](int64_t begin, int64_t end) {
+                 for (int64_t n = begin; n < end; n++)
+                   for (int64_t tap = 0; tap < taps; tap++)
+                     for (int64_t c = 0; c < channels; c++)
+                       turned[n * k + tap * channels + c] = weight[n * k + c * taps + tap];
+               });
+}
+
+// See conv.cpp. The window of an output pixel is copied to a row, K long, for all panels of output channels.
+void conv_by_windows(const ConvParams& p, const Parallel& parallel) {
+  const int64_t k = p.in_channels * p.kernel_h * p.kernel_w, pixels = p.out_height * p.out_width;
+  const size_t weight_bytes = size_t(p.out_channels * k) * (p.weight.dtype == DType::kFloat32 ? 4 : 2);
+  const std::unique_ptr<void, void (*)(void*)> turned(pool().allocate(weight_bytes),
+                                                      [](void* data) { pool().release(data); });
+  with_type(p.weight.dtype, [&](auto type) { turn_weights(p, parallel, static_cast<decltype(type)*>(turned.get())); });
+  const Product product{p.batch * pixels, p.out_channels, k,    {turned.get(), p.weight.dtype}, nullptr,
+                        p.norm,           p.activation,   false};
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* x = static_cast<const T*>(p.x);
+    const auto prepare = [=](auto form, int64_t first, int count, float* tile, int64_t row_step, int64_t chunk_step,
+                             Row<T>* rows) {
+      T window[kLongestWindow];
+      const int64_t channels = p.in_channels, run = p.kernel_w * channels;
+      int64_t image = first / pixels, oy = first % pixels / p.out_width, ox = first % p.out_width;
+      for (int r = 0; r < count; r++) {
+        const int64_t top = oy * p.stride - p.pad_top, left = ox * p.stride - p.pad_left;
+        // Taps of a row of the window that are inside of the image.
+        const int64_t begin = min_of<int64_t>(p.kernel_w, max_of<int64_t>(0, -left));
+        const int64_t end = max_of(begin, min_of<int64_t>(p.kernel_w, p.width - left));
+        for (int64_t ky = 0; ky < p.kernel_h; ky++) {
+          T* to = window + ky * run;
+          const int64_t iy = top + ky;
+          const bool inside = iy >= 0 && iy < p.height && end > begin;
+          const T* from = inside ? x + image * p.x_stride_n + iy * p.x_stride_h + (left + begin) * channels : nullptr;
+          const int64_t zeros = inside ? begin * channels : run, copied = inside ? (end - begin) * channels : 0;
+          std::memset(static_cast<void*>(to), 0, size_t(zeros) * sizeof(T));
+          if (copied) std::memcpy(static_cast<void*>(to + zeros), from, size_t(copied) * sizeof(T));
+          std::memset(static_cast<void*>(to + zeros + copied), 0, size_t(run - zeros - copied) * sizeof(T));
+        }
+        prepare_row<decltype(form)>(window, static_cast<const T*>(nullptr), k, tile + r * row_step, chunk_step);
+        rows[r] = {static_cast<T*>(p.y) + (first + r) * p.out_channels, nullptr};
+        if (++ox == p.out_width) ox = 0, oy++;
+        if (oy == p.out_height) oy = 0, image++;
+      }
+    };
+    with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
   });
 }
 

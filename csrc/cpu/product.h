@@ -13,6 +13,8 @@ inline constexpr int kPanelVecs = 2;
 inline constexpr int kPanel = kPanelVecs * kLanes;
 inline constexpr int64_t kPackedBytes = 384 * 1024;  // of the second-level cache, 1 MiB or more on current servers
 
+inline constexpr int64_t kLongestWindow = 8192;  // values of a window that is copied to the stack
+
 inline constexpr int64_t kBlock = 128;  // products summed in one chain
 
 // The sums of a block into acc[Rows][Vecs * kLanes], the first overwrites what was there.
