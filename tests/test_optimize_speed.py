@@ -10,29 +10,25 @@ from torch import nn
 
 import effkernels
 from benchmarks.cpu_ratios import SHAPES, read_table
-from effkernels.optimize.speed import is_faster_in_pytorch, widens
+from effkernels.optimize.speed import is_faster_in_pytorch
 
 
 def test_nothing_that_is_slower_is_swapped() -> None:
-    """By the mean over images, batches, threads and activations, which the rule does not know."""
+    """By the mean over what the rule does not know: images, batches, threads, activations and dtypes."""
     ratios = defaultdict(list)
     for row in read_table():
-        ratios[(*row[:5], row.dtype)].append(math.log(row.ratio))
-    assert {key[:5] for key in ratios} == {(op, *shape) for op, shapes in SHAPES.items() for shape, _ in shapes}
-    held = 0
-    for (op, in_channels, out_channels, kernel, stride, dtype), logarithms in ratios.items():
-        is_dense = op == "conv_bn_act"
-        if is_dense and ((widens(in_channels, out_channels) and in_channels > 3) or kernel == 7):
-            continue  # whole networks gain: the figures are in speed.py
+        ratios[row[:5]].append(math.log(row.ratio))
+    assert set(ratios) == {(op, *shape) for op, shapes in SHAPES.items() for shape, _ in shapes}
+    for (op, in_channels, out_channels, kernel, stride), logarithms in ratios.items():
         mean = math.exp(sum(logarithms) / len(logarithms))
-        left = is_dense and is_faster_in_pytorch(in_channels, out_channels, (kernel, kernel))
-        what = f"{op} {in_channels} -> {out_channels}, {kernel}x{kernel}, stride {stride}, {dtype}: {mean:.2f}"
-        assert mean < 1 if left else mean > 1, what
-        held += 1
-    assert held >= len(ratios) / 2
+        left = op == "conv_bn_act" and is_faster_in_pytorch(in_channels, out_channels, (kernel, kernel))
+        what = f"{op} {in_channels} -> {out_channels}, {kernel}x{kernel}, stride {stride}: {mean:.2f}"
+        assert mean <= 1.03 if left else mean >= 0.97, what
 
 
-@pytest.mark.parametrize(("in_channels", "out_channels", "fused"), [(3, 16, 1), (16, 64, 1), (16, 16, 0), (96, 384, 0)])
+@pytest.mark.parametrize(
+    ("in_channels", "out_channels", "fused"), [(3, 16, 1), (16, 64, 1), (16, 16, 1), (8, 8, 0), (128, 256, 0)]
+)
 def test_the_report_says_what_was_left(in_channels: int, out_channels: int, fused: int) -> None:
     model = nn.Sequential(nn.Conv2d(in_channels, out_channels, 3), nn.BatchNorm2d(out_channels), nn.SiLU()).eval()
     report = effkernels.optimize_(model, input_size=(in_channels, 14, 14))
