@@ -43,7 +43,7 @@ settings.register_profile(
 )
 settings.load_profile("effkernels")
 
-CPU_INSTRUCTION_SETS = ("avx512", "avx2", "plain")
+CPU_INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "plain")
 
 # "race" or "asan": the tests run on the emulated CUDA kernels of that flavour alone (make test-race, make test-asan).
 # "triton": they run on interpreted Triton kernels alone (make test-triton).
@@ -280,7 +280,8 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
     between the devices runs on both each time. The race flavour finds a missing barrier in any order.
 
     On a CPU, a shape runs on every instruction set in float32; a 16-bit type, which differs in loads and stores alone,
-    takes the next one with each shape.
+    takes the next one with each shape. avx512_bf16 has other code than avx512 for bfloat16 alone, and runs it at every
+    shape.
 
     Interpreted, a case of an operator that is about a shape, and a test with several parameters, runs in float32 or in
     bfloat16, and of the depthwise operators' shapes every second one runs.
@@ -289,11 +290,14 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
     if callspec is None:
         return False
     chosen, case = callspec.params.get("backend"), callspec.params.get("case")
+    isa = chosen.isa if isinstance(chosen, Backend) else callspec.params.get("isa")
+    is_case = isinstance(case, op_cases.Case)
+    dtype = case.dtype if is_case else callspec.params.get("dtype")
+    if isa == "avx512_bf16" and isinstance(dtype, torch.dtype):
+        return dtype is not torch.bfloat16
     others = {name: index for name, index in callspec.indices.items() if name not in ("backend", "isa")}
     if not others:
         return False
-    is_case = isinstance(case, op_cases.Case)
-    dtype = case.dtype if is_case else callspec.params.get("dtype")
     number = _number_of(case) if is_case else sum(others.values())
     turn = number + op_cases.DTYPES.index(case.dtype) if is_case else number
     if isinstance(chosen, Backend) and chosen.emulated is not None:
@@ -302,10 +306,10 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
         on_both = is_case and case.op in IN_CLUSTERS
         orders = len(emulations) // 2
         return order != turn % orders or not (on_both or device == (turn if orders == 1 else number // orders) % 2)
-    isa = chosen.isa if isinstance(chosen, Backend) else callspec.params.get("isa")
-    if isa in CPU_INSTRUCTION_SETS and dtype in (torch.float16, torch.bfloat16):
+    sets = [name for name in cpu_instruction_sets() if name != "avx512_bf16"]
+    if isa in sets and dtype in (torch.float16, torch.bfloat16):
         has_float32 = not is_case or (item.location[0], case.with_(dtype=torch.float32)) in all_cases
-        return has_float32 and cpu_instruction_sets().index(isa) != turn % len(cpu_instruction_sets())
+        return has_float32 and sets.index(isa) != turn % len(sets)
     if FLAVOUR == "triton" and is_case and not _is_about_values(case):
         wanted = (torch.float32, torch.bfloat16)[number % 2]
         repeated = case.dtype is not wanted and (item.location[0], case.with_(dtype=wanted)) in all_cases

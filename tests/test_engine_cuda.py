@@ -35,7 +35,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> NotedCuda:
 
     monkeypatch.setattr(Tensor, "record_stream", record_stream)
     monkeypatch.setattr(
-        "effkernels.engine.inference.engine_device", lambda device: CudaDevice(torch.device("cpu", 0), noted)
+        "effkernels.engine.inference.engine_device", lambda device, threads: CudaDevice(torch.device("cpu", 0), noted)
     )
     return noted
 

@@ -400,7 +400,7 @@ class Viewing(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = Block(8, 8), Block(8, 8)
-        self.conv, self.bn = nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv, self.bn = nn.Conv2d(8, 32, 3, padding=1), nn.BatchNorm2d(32)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.second(self.first(x))

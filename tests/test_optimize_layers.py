@@ -60,7 +60,7 @@ LAYERS = {
     "reflect": lambda: _normed(_depthwise(24, 5, padding=2, padding_mode="reflect")),
     "replicate": lambda: _normed(_depthwise(24, 3, stride=2, padding=(1, 0), padding_mode="replicate")),
     "circular": lambda: _normed(_depthwise(24, 3, padding="same", padding_mode="circular")),
-    "reflect, dense": lambda: _normed(nn.Conv2d(24, 16, 3, padding=1, padding_mode="reflect")),
+    "reflect, dense": lambda: _normed(nn.Conv2d(24, 96, 3, padding=1, padding_mode="reflect")),
 }
 
 

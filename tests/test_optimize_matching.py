@@ -158,8 +158,8 @@ def _depthwise(**options: object) -> nn.Conv2d:
     return nn.Conv2d(8, 8, 3, padding=options.pop("padding", 1), groups=8, bias=False, **options)
 
 
-def _excite() -> dict[str, nn.Module]:
-    return {"fc1": nn.Conv2d(8, 4, 1), "fc2": nn.Conv2d(4, 8, 1)}
+def _excite(channels: int = 8) -> dict[str, nn.Module]:
+    return {"fc1": nn.Conv2d(channels, 4, 1), "fc2": nn.Conv2d(4, channels, 1)}
 
 
 def _classic_excite(m: Chain, x: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ def _excite_in_place(m: Chain, x: Tensor) -> Tensor:
 
 CHAINS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     # name: (chain, its operators)
-    "conv_norm": (lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 6, 3), b=nn.BatchNorm2d(6)), "conv_bn_act"),
+    "conv_norm": (lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 32, 3), b=nn.BatchNorm2d(32)), "conv_bn_act"),
     "conv_act": (lambda: Chain(lambda m, x: F.silu(m.a(x)), a=nn.Conv2d(8, 6, 1)), "pointwise_bn_act"),
     "strided_1x1": (
         lambda: Chain(lambda m, x: m.b(m.a(x)).relu(), a=nn.Conv2d(8, 6, 1, 2), b=nn.BatchNorm2d(6)),
@@ -199,7 +199,7 @@ CHAINS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     ),
     "padded_by_a_function": (
         lambda: Chain(
-            lambda m, x: m.b(m.a(F.pad(x, (1, 1, 0, 1)))).relu(), a=nn.Conv2d(8, 5, 3, 1, (1, 0)), b=nn.BatchNorm2d(5)
+            lambda m, x: m.b(m.a(F.pad(x, (1, 1, 0, 1)))).relu(), a=nn.Conv2d(8, 33, 3, 1, (1, 0)), b=nn.BatchNorm2d(33)
         ),
         "conv_bn_act",
     ),
@@ -251,7 +251,7 @@ CHAINS: dict[str, tuple[Callable[[], nn.Module], str]] = {
             lambda m, x: m.d(m.c((lambda y: y * F.hardsigmoid(m.fc2(m.fc1(y.mean((2, 3), True)).relu())))(
                 m.b(m.a(x))
             ))),
-            a=nn.Conv2d(8, 8, 3), b=nn.BatchNorm2d(8), **_excite(), c=nn.Conv2d(8, 4, 1), d=nn.BatchNorm2d(4),
+            a=nn.Conv2d(8, 32, 3), b=nn.BatchNorm2d(32), **_excite(32), c=nn.Conv2d(32, 4, 1), d=nn.BatchNorm2d(4),
         ),
         "conv_bn_act pointwise_bn_act squeeze_excite_gate",
     ),
@@ -326,11 +326,11 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
         "the norm has no running statistics",
     ),
     "group_norm": (
-        lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 8, 3), b=nn.GroupNorm(2, 8)),
+        lambda: Chain(lambda m, x: m.b(m.a(x)), a=nn.Conv2d(8, 32, 3), b=nn.GroupNorm(2, 32)),
         "what follows it, b, cannot be fused",
     ),
     "nothing_follows_a_dense_convolution": (
-        lambda: Chain(lambda m, x: (lambda y: m.b(y) - y)(m.a(x)), a=nn.Conv2d(8, 8, 3), b=nn.BatchNorm2d(8)),
+        lambda: Chain(lambda m, x: (lambda y: m.b(y) - y)(m.a(x)), a=nn.Conv2d(8, 32, 3), b=nn.BatchNorm2d(32)),
         "there is nothing after it to fuse with",
     ),
     "control_flow": (
@@ -428,7 +428,7 @@ def test_a_layer_of_unknown_origin_is_not_guessed() -> None:
 
 
 def test_quantised_convolutions_stay() -> None:
-    model = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8)).eval()
+    model = nn.Sequential(nn.Conv2d(8, 32, 3), nn.BatchNorm2d(32)).eval()
     quantised = nn.Sequential(torch.ao.nn.quantized.Conv2d(8, 8, 3), nn.ReLU())
     report = effkernels.optimize_(nn.Sequential(model, quantised))
     assert {block.name: block.fused for block in report.blocks} == {"0.0": True, "1.0": False}

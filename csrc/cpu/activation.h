@@ -29,6 +29,9 @@ EFFKERNELS_INLINE Vec clamp(Vec x, float low, float high) { return at_most(high,
 // 2^t for t = x * factor in [-126, 127], relative error 1e-7; with fused multiply-adds t itself is never rounded. Both
 // polynomials are least squares on Chebyshev points (relative error 2e-9) and exactly 1 at 0: an error of one sign in
 // every element would add up in pooled means.
+//
+// For bfloat16 results, kShort, AVX-512: relative error 2e-6, a term of the polynomial less.
+template <bool kShort = false>
 EFFKERNELS_INLINE Vec exp2_within(Vec x, float factor = 1.f) {
 #if defined(__AVX512F__)
   // t in sixteenths and a rest: degree 3 for the rest, and for the sixteenths a table that is one vector. Its entry i
@@ -41,7 +44,7 @@ EFFKERNELS_INLINE Vec exp2_within(Vec x, float factor = 1.f) {
   const IntVec sixteenths = (IntVec)table - (number << 19);
   const Vec magic = splat(786432.f);  // 1.5 * 2^19: adding it rounds to sixteenths, their number in the lowest bits
   const Vec sum = x * factor + magic, part = x * factor - (sum - magic);
-  Vec p = part * 0.0555003137f + 0.240234330f;
+  Vec p = kShort ? splat(0.240234330f) : part * 0.0555003137f + 0.240234330f;
   p = p * part + 0.693147182f;
   p = p * part + 1.f;
   const __m512i entry = _mm512_permutexvar_epi32(__m512i(sum), __m512i(sixteenths));
@@ -61,12 +64,20 @@ EFFKERNELS_INLINE Vec exp2_within(Vec x, float factor = 1.f) {
 #endif
 }
 
+// What activate and the gates need to know of the type of a result: whether 13 bits are enough.
+template <class T>
+inline constexpr bool kIsShort = std::is_same_v<T, BFloat16>;
+
 // v * sigmoid(x), v * 0 where sigmoid(x) is below the smallest normal number. A sigmoid of 1e-38 there would make a
 // visible number of v = -1e38, and -infinity of v = -infinity, where the zero makes NaN.
+//
+// kShort, for bfloat16 results: relative error 2^-14, a 32nd of what rounding the result may add.
+template <bool kShort = false>
 EFFKERNELS_INLINE Vec times_sigmoid(Vec v, Vec x) {
 #if defined(__AVX512F__)
-  const Vec d = 1.f + exp2_within(clamp(x, -88.f, 87.3f), -1.44269504f);
+  const Vec d = 1.f + exp2_within<kShort>(clamp(x, -88.f, 87.3f), -1.44269504f);
   const Vec r = Vec(_mm512_rcp14_ps(__m512(d)));  // 2^-14, squared by a Newton step; of x = -88 denormal: 0
+  if constexpr (kShort) return v * r;
   return v * (r + r * (1.f - d * r));
 #else
   constexpr float kLowest = -87.3f;  // below it exp2_within makes anything, which is not looked at
@@ -108,18 +119,19 @@ EFFKERNELS_INLINE Vec erfc_positive(Vec a) {
   return p * exp2_of_negative(a * a * -1.44269504f);
 }
 
-template <Activation A>
+// T is the type of the result.
+template <Activation A, class T = float>
 EFFKERNELS_INLINE Vec activate(Vec x) {
   if constexpr (A == Activation::kRelu) return at_least(0.f, x);
   if constexpr (A == Activation::kRelu6) return clamp(x, 0.f, 6.f);
-  if constexpr (A == Activation::kSilu) return times_sigmoid(x, x);
+  if constexpr (A == Activation::kSilu) return times_sigmoid<kIsShort<T>>(x, x);
   if constexpr (A == Activation::kHardSwish) return x * sixth(clamp(x + 3.f, 0.f, 6.f));
   if constexpr (A == Activation::kGelu) {  // x * normal distribution function of x
     const Vec a = x < splat(0.f) ? -x : x, half_tail = 0.5f * erfc_positive(a * 0.707106781f);
     return x * (x < splat(0.f) ? half_tail : 1.f - half_tail);
   }
   if constexpr (A == Activation::kGeluTanh)  // x / 2 * (1 + tanh(u)) = x * sigmoid(2 u) loses nothing near zero
-    return times_sigmoid(x, 1.59576912f * (x + 0.044715f * x * x * x));
+    return times_sigmoid<kIsShort<T>>(x, 1.59576912f * (x + 0.044715f * x * x * x));
   return x;
 }
 

@@ -4,6 +4,9 @@
 // columns for the padding, whatever layout x has: a contiguous NCHW image needs no conversion of its own. Then the
 // window of tap (channel, ky, kx) for neighbouring outputs is a run of constant stride, and a tile of output columns by
 // a panel of output channels is summed tap by tap in registers, as in pointwise.cpp.
+//
+// A channels_last image of more channels than a photograph is another matter: there a row of a window is one run of
+// memory, and windows are copied to the rows of a tile (conv_by_windows, in pointwise.cpp), in bfloat16 as pairs.
 #include "../sizes.h"
 #include "product.h"
 
@@ -119,11 +122,18 @@ void gather_windows(const ConvParams& p, const T* x, int64_t top, int64_t left, 
         }
 }
 
+// Input channels from which windows are copied to rows of a product.
+constexpr int64_t kFewestOfWindows = 5;
+
 }  // namespace
+
+void conv_by_windows(const ConvParams& p, const Parallel& parallel);  // in pointwise.cpp
 
 void conv(const ConvParams& p, const Parallel& parallel) {
   const int64_t k = p.in_channels * p.kernel_h * p.kernel_w, n = p.out_channels;
   if (p.batch == 0) return;
+  if (p.x_stride_c == 1 && p.x_stride_w == p.in_channels && p.in_channels >= kFewestOfWindows && k <= kLongestWindow)
+    return conv_by_windows(p, parallel);
   const Tile by_rows = p.stride == 1   ? pick_tile<1>(p.out_width)
                        : p.stride == 2 ? pick_tile<2>(p.out_width)
                                        : make_tile<kRows / 2, 0>();

@@ -10,37 +10,44 @@
 namespace effkernels::cpu::EFFKERNELS_ISA {
 namespace {
 
-// out[Strip][kLanes] = sum over the window rows inside the image. Width, Dilation 0: given at run time.
+// out[columns][kLanes] = sum over the window rows inside the image, whole strips. Width, Dilation 0: given at run time.
+// The loops over a strip are unrolled by order: left alone, GCC cleared eight sums by `rep stos` and kept them on the
+// stack, and a 3x3 layer took 40 % longer (AVX-512, one thread).
 template <int Width, int Stride, int Dilation, int Strip>
-void sum_strip(const float* const* rows, const float* const* taps, int row_count, int64_t first, int64_t width,
-               int64_t dilation, float* out) {
+void sum_row(const float* const* rows, const float* const* taps, int row_count, int64_t columns, int64_t width,
+             int64_t dilation, float* out) {
   if constexpr (Width != 0) width = Width;
   if constexpr (Dilation != 0) dilation = Dilation;
-  Vec sum[Strip];  // cleared by a loop: an initialiser would clear the stack, too
-  for (int j = 0; j < Strip; j++) sum[j] = Vec{};
-  for (int i = 0; i < row_count; i++) {
-    const float* row = rows[i] + first * Stride * kLanes;
-    for (int64_t kx = 0; kx < width; kx++) {
-      const Vec tap = load(taps[i] + kx * kLanes);
-      for (int j = 0; j < Strip; j++) sum[j] += tap * load(row + (j * Stride + kx * dilation) * kLanes);
+  for (int64_t first = 0; first < columns; first += Strip, out += Strip * kLanes) {
+    Vec sum[Strip];
+#pragma GCC unroll 8
+    for (int j = 0; j < Strip; j++) sum[j] = Vec{};
+    for (int i = 0; i < row_count; i++) {
+      const float* row = rows[i] + first * Stride * kLanes;
+      for (int64_t kx = 0; kx < width; kx++) {
+        const Vec tap = load(taps[i] + kx * kLanes);
+#pragma GCC unroll 8
+        for (int j = 0; j < Strip; j++) sum[j] += tap * load(row + (j * Stride + kx * dilation) * kLanes);
+      }
     }
+#pragma GCC unroll 8
+    for (int j = 0; j < Strip; j++) store(out + j * kLanes, sum[j]);
   }
-  for (int j = 0; j < Strip; j++) store(out + j * kLanes, sum[j]);
 }
 
 // The strip that wastes the fewest columns, the longer one first: 7 for planes of 7, 14, 28, 56, 112.
 template <int Width, int Stride>
 Strip pick_strip(int64_t out_width, int dilation) {
   constexpr int kDilation = Width != 0;  // Width 0 runs at any dilation
-  if (Width != 0 && dilation != 1) return {4, sum_strip<Width, Stride, 0, 4>};
+  if (Width != 0 && dilation != 1) return {4, sum_row<Width, Stride, 0, 4>};
   if constexpr (Width > 5) {
-    return {4, sum_strip<Width, Stride, 1, 4>};
+    return {4, sum_row<Width, Stride, 1, 4>};
   } else {
-    const Strip all[] = {{8, sum_strip<Width, Stride, kDilation, 8>},
-                         {7, sum_strip<Width, Stride, kDilation, 7>},
-                         {6, sum_strip<Width, Stride, kDilation, 6>},
-                         {5, sum_strip<Width, Stride, kDilation, 5>},
-                         {4, sum_strip<Width, Stride, kDilation, 4>}};
+    const Strip all[] = {{8, sum_row<Width, Stride, kDilation, 8>},
+                         {7, sum_row<Width, Stride, kDilation, 7>},
+                         {6, sum_row<Width, Stride, kDilation, 6>},
+                         {5, sum_row<Width, Stride, kDilation, 5>},
+                         {4, sum_row<Width, Stride, kDilation, 4>}};
     Strip best = all[0];
     for (const Strip& s : all)
       if (round_up(out_width, s.columns) < round_up(out_width, best.columns)) best = s;

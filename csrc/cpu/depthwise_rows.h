@@ -12,7 +12,7 @@ namespace effkernels::cpu::EFFKERNELS_ISA {
 inline constexpr int kMostVecs = 8;   // of a block of channels
 inline constexpr int kBandRows = 28;  // 112 rows: four bands, two halo rows each
 
-// Output columns summed in registers at a time: sum(rows, taps, row_count, first_column, width, dilation, out).
+// Output columns summed in registers at a time: sum(rows, taps, row_count, columns of the row, width, dilation, out).
 struct Strip {
   int columns;
   void (*sum)(const float* const*, const float* const*, int, int64_t, int64_t, int64_t, float*);
@@ -70,7 +70,7 @@ EFFKERNELS_INLINE void write_row(const float* sum, int64_t pixels, Vec scale, Ve
     const int64_t end = min_of<int64_t>(i + 16, pixels);
 #pragma GCC unroll 1
     for (; i < end; i++) {
-      const Vec v = activate<A>(load(sum + i * kLanes) * scale + shift);
+      const Vec v = activate<A, T>(load(sum + i * kLanes) * scale + shift);
       if constexpr (kWhole)
         store(y + i * stride, v);
       else
@@ -163,8 +163,7 @@ inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& s
         rows[count] = block.ring + iy % g.ring_rows * g.row_size() + v * g.columns * kLanes;
         row_taps[count++] = block.weights + v * kLanes * taps + ky * p.kernel_w * kLanes;
       }
-      for (int64_t ox = 0; ox < g.strip_columns; ox += strip.columns)
-        strip.sum(rows, row_taps, count, ox, p.kernel_w, p.dilation, block.sum + ox * kLanes);
+      strip.sum(rows, row_taps, count, g.strip_columns, p.kernel_w, p.dilation, block.sum);
       const int64_t c = v * kLanes;
       const Vec scale = load(block.scale + c), shift = load(block.shift + c);
       T* const to = y + oy * p.out_width * p.channels + c;

@@ -168,8 +168,7 @@ struct BackwardTask {
       rows[count] = dz_ring + oy % r.dz_rows * r.dz_size();
       row_taps[count++] = turned + ky * s.kernel_w * kLanes;
     }
-    for (int64_t ix = 0; ix < r.out_columns; ix += strip.columns)
-      strip.sum(rows, row_taps, count, ix, s.kernel_w, 1, row + ix * kLanes);
+    strip.sum(rows, row_taps, count, r.out_columns, s.kernel_w, 1, row);
     T* dt = static_cast<T*>(p.dt) + ((image * s.height + iy) * s.width) * s.channels + c;
     if constexpr (!kNorm) {
       for (int64_t ix = 0; ix < s.width; ix++) store_past(dt + ix * s.channels, load(row + ix * kLanes), n, past);

@@ -19,16 +19,29 @@ namespace avx512 {
 extern const Kernels table;
 }
 #endif
+#ifdef EFFKERNELS_HAVE_AVX512_BF16
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+#endif
 
 namespace {
+
+#ifdef EFFKERNELS_HAVE_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#endif
 
 // The widest first.
 template <class Visit>
 const Kernels* first(Visit accept) {
+#ifdef EFFKERNELS_HAVE_AVX512_BF16
+  if (has_avx512() && __builtin_cpu_supports("avx512bf16") && accept(avx512_bf16::table)) return &avx512_bf16::table;
+#endif
 #ifdef EFFKERNELS_HAVE_AVX512
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl") && accept(avx512::table))
-    return &avx512::table;
+  if (has_avx512() && accept(avx512::table)) return &avx512::table;
 #endif
 #ifdef EFFKERNELS_HAVE_AVX2
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") &&

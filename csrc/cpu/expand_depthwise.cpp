@@ -44,17 +44,17 @@ struct Fills {
 };
 
 // Tiles of input rows [begin, end) of one image.
-template <class T>
+template <class T, class Form>
 void prepare(const PointwiseParams& p, const Fills& f, int64_t width, int64_t image, int64_t begin, int64_t end,
              float* tiles) {
   const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + begin * width * p.x_stride_p;
   for (int64_t left = (end - begin) * width; left > 0; left -= kRows, tiles += f.tile_size)
     for (int r = 0; r < int(min_of<int64_t>(kRows, left)); r++, x += p.x_stride_p)
-      prepare_row(x, static_cast<const T*>(nullptr), p.in_channels, tiles + r * kChunk, kRows * kChunk);
+      prepare_row<Form>(x, static_cast<const T*>(nullptr), p.in_channels, tiles + r * kChunk, kRows * kChunk);
 }
 
 // activation(acc * scale + shift) of a tile into the ring; (row, column) is the tile's first pixel, then its last + 1.
-template <Activation A, int Vecs>
+template <class T, Activation A, int Vecs>
 void expand(const float* acc, int count, const float* scale, const float* shift, const Geometry& g, int64_t width,
             float* ring, int64_t& row, int64_t& column) {
   while (count > 0) {
@@ -63,7 +63,7 @@ void expand(const float* acc, int count, const float* scale, const float* shift,
     for (int v = 0; v < Vecs; v++) {
       const Vec a = load(scale + v * kLanes), b = load(shift + v * kLanes);
       for (int i = 0; i < run; i++)
-        store(place + (v * g.columns + i) * kLanes, activate<A>(load(acc + (i * Vecs + v) * kLanes) * a + b));
+        store(place + (v * g.columns + i) * kLanes, activate<A, T>(load(acc + (i * Vecs + v) * kLanes) * a + b));
     }
     acc += run * Vecs * kLanes, count -= run, column += run;
     if (column == width) column = 0, row++;
@@ -81,6 +81,7 @@ struct Work {
   Fills fills;
   Means means;
   bool prepare_once;
+  int64_t words;        // of a row of the product
   int64_t group, taps;  // panels whose weights are packed at a time; taps of a channel
 };
 
@@ -91,8 +92,8 @@ struct Workspace {
 };
 
 Workspace make_workspace(const Work& w, int64_t band_fills) {
-  const int64_t k = w.params.expand.in_channels, channels = w.group * kPanel;
-  const int64_t sizes[] = {w.params.expand.packed ? 0 : channels * k,
+  const int64_t channels = w.group * kPanel;
+  const int64_t sizes[] = {w.params.expand.packed ? 0 : channels * w.words,
                            channels,
                            channels,
                            channels * w.taps,
@@ -119,35 +120,35 @@ Workspace make_workspace(const Work& w, int64_t band_fills) {
 }
 
 // Band `item` of all images by the channels [begin, end), whose weights are packed.
-template <class T, Activation A>
+template <class T, class Form, Activation A>
 void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, int64_t end) {
   const PointwiseParams& e = w.params.expand;
   const DepthwiseParams& d = w.params.depthwise;
   const Fills& fills = w.fills;
-  const int64_t image = item / w.means.bands, band = item % w.means.bands, k = e.in_channels;
+  const int64_t image = item / w.means.bands, band = item % w.means.bands;
   const int64_t row_begin = band * kBandRows, row_end = min_of((band + 1) * kBandRows, d.out_height);
   const InputRows input = rows_of_band(d, w.geometry, row_begin, row_end);
   if (w.prepare_once)
     for (int64_t row = input.begin, i = 0; row < input.end; row += fills.rows, i++)
-      prepare<T>(e, fills, d.width, image, row, min_of(row + fills.rows, input.end), s.tiles + i * fills.size());
+      prepare<T, Form>(e, fills, d.width, image, row, min_of(row + fills.rows, input.end), s.tiles + i * fills.size());
   for (int64_t first = 0; first < end - begin; first += kPanel) {
     const int64_t channels = min_of<int64_t>(kPanel, end - begin - first);
     const bool wide = channels > kLanes;
     Expand expand_tile = nullptr;
     with_activation(e.activation, [&](auto activation) {
       constexpr Activation kActivation = decltype(activation)::value;
-      expand_tile = wide ? expand<kActivation, kPanelVecs> : expand<kActivation, 1>;
+      expand_tile = wide ? expand<T, kActivation, kPanelVecs> : expand<T, kActivation, 1>;
     });
     const auto fill = [&](int64_t row, int64_t until) {
       while (row < until) {
         const int64_t stop = min_of(row + fills.rows, input.end), pixels = (stop - row) * d.width;
         const float* tile = s.tiles + (w.prepare_once ? (row - input.begin) / fills.rows * fills.size() : 0);
-        if (!w.prepare_once) prepare<T>(e, fills, d.width, image, row, stop, s.tiles);
+        if (!w.prepare_once) prepare<T, Form>(e, fills, d.width, image, row, stop, s.tiles);
         int64_t column = 0;
         for (int64_t done = 0; done < pixels; done += kRows, tile += fills.tile_size) {
           const int count = int(min_of<int64_t>(kRows, pixels - done));
-          (wide ? pick_multiply<kPanelVecs>(count) : pick_multiply<1>(count))(tile, s.expand_weights + first * k, k,
-                                                                              s.acc);
+          (wide ? pick_multiply<Form, kPanelVecs>(count) : pick_multiply<Form, 1>(count))(
+              tile, s.expand_weights + first * w.words, w.words, s.acc);
           expand_tile(s.acc, count, s.expand_scale + first, s.expand_shift + first, w.geometry, d.width,
                       s.ring + d.pad_left * kLanes, row, column);
         }
@@ -180,20 +181,22 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   const PointwiseParams& e = params.expand;
   const DepthwiseParams& d = params.depthwise;
   if (d.batch == 0) return;
-  const int64_t k = e.in_channels;
   Work w;
   w.params = params;
+  with_type(e.dtype, [&](auto type) {
+    with_form<decltype(type)>(e.weight, [&](auto form) { w.words = decltype(form)::words(e.in_channels); });
+  });
   w.strip = pick_strip(d);
   w.taps = d.kernel_h * d.kernel_w;
   w.fills.rows = pick_fill_rows(d.width);
   w.fills.tiles = ceil_div(w.fills.rows * d.width, kRows);
-  w.fills.tile_size = kRows * round_up(k, kChunk);
+  w.fills.tile_size = kRows * round_up(w.words, kChunk);
   w.geometry = make_geometry(d, w.strip, kPanel);
   w.geometry.columns = max_of<int64_t>(w.geometry.columns, d.pad_left + d.width);  // whole rows are expanded
   w.geometry.filled = d.width;
   w.geometry.ring_rows += w.fills.rows - 1;
   if (!w.geometry.fits()) return expand_then_depthwise(params, all);
-  const int64_t packed_bytes = ((e.packed ? 0 : k) + w.taps) * kPanel * 4;
+  const int64_t packed_bytes = ((e.packed ? 0 : w.words) + w.taps) * kPanel * 4;
   w.group = max_of<int64_t>(1, min_of<int64_t>(ceil_div(d.channels, kPanel), kPackedBytes / packed_bytes));
   std::unique_ptr<double[]> apart;
   w.means = place_means(d, apart);
@@ -201,7 +204,7 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   const int64_t band_fills = ceil_div(min_of(band_rows, d.height), w.fills.rows);
   w.prepare_once = product({band_fills, w.fills.size(), 4}) <= kPreparedBytes;
 
-  const Parallel parallel = threads_for(all, double(d.batch * d.height * d.width * d.channels) * double(k));
+  const Parallel parallel = threads_for(all, double(d.batch * d.height * d.width * d.channels) * double(e.in_channels));
   const int64_t items = d.batch * w.means.bands;
   const int64_t element_size = d.dtype == DType::kFloat32 ? 4 : 2;
   const Cut cut =
@@ -215,14 +218,17 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
       for (int64_t first = cut.channel_begin(task); first < channel_end; first += w.group * kPanel) {
         const int64_t channels = min_of(w.group * kPanel, channel_end - first);
         const PointwiseParams& expand = w.params.expand;
-        s.expand_weights = expand.packed ? expand.packed + first * k : s.own_weights;
-        if (!expand.packed) pack_panels(expand.weight, first, channels, k, s.own_weights);
+        s.expand_weights = expand.packed ? expand.packed + first * w.words : s.own_weights;
         form_scale_shift(w.params.expand.norm, first, channels, s.expand_scale, s.expand_shift);
         pack_block(depthwise, first, channels, s.weights, s.scale, s.shift);
         with_type(depthwise.dtype, [&](auto type) {
-          with_activation(depthwise.activation, [&](auto activation) {
-            for (int64_t item = cut.row_begin(task); item < cut.row_end(task); item++)
-              run_panels<decltype(type), decltype(activation)::value>(w, s, item, first, first + channels);
+          with_form<decltype(type)>(expand.weight, [&](auto form) {
+            using Form = decltype(form);
+            if (!expand.packed) pack_panels<Form>(expand.weight, first, channels, expand.in_channels, s.own_weights);
+            with_activation(depthwise.activation, [&](auto activation) {
+              for (int64_t item = cut.row_begin(task); item < cut.row_end(task); item++)
+                run_panels<decltype(type), Form, decltype(activation)::value>(w, s, item, first, first + channels);
+            });
           });
         });
       }

@@ -9,6 +9,9 @@
 // Images of one pixel, a classifier's, read every weight for next to no arithmetic: packing would cost more than the
 // product. There the weights are read as stored, in vectors along k, and a task is a group of kLanes output channels by
 // a block of kImages images. That goes by the pixels, not by the rows, for the same bits at any batch size.
+#include <memory>
+
+#include "memory.h"
 #include "tile.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
@@ -23,19 +26,19 @@ struct Product {
   bool past;  // the result goes past the caches
 };
 
-// prepare(first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, chunk j of row r at
+// prepare(form, first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, chunk j of row r at
 // r * row_step + j * chunk_step, and says where its rows go.
-template <class T, class Prepare>
+template <class T, class Form, class Prepare>
 void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const Parallel parallel = threads_for(all, double(p.m) * double(p.n) * double(p.k));
   const int64_t tiles = ceil_div(p.m, kRows), panels = ceil_div(p.n, kPanel);
   const Cut cut = cut_tasks(tiles, 1, p.n, sizeof(T), p.packed != nullptr, parallel.threads);
-  const int64_t padded_k = round_up(p.k, kChunk);
-  const int64_t fitting = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (p.k * kPanel * 4)));
+  const int64_t words = Form::words(p.k), padded_words = round_up(words, kChunk);
+  const int64_t fitting = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (words * kPanel * 4)));
   const int64_t group = p.packed ? panels : fitting;
 
   parallel_for(parallel, cut.row_tasks * cut.channel_tasks, [=](int64_t task_begin, int64_t task_end) {
-    const int64_t packed_size = p.packed ? 0 : group * p.k * kPanel, tile_size = kRows * padded_k;
+    const int64_t packed_size = p.packed ? 0 : group * words * kPanel, tile_size = kRows * padded_words;
     float* own = static_cast<float*>(
         scratch(size_t(packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
     float *tile = own + packed_size, *scale = tile + tile_size, *shift = scale + group * kPanel;
@@ -44,18 +47,19 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
       const int64_t channel_end = cut.channel_end(task);
       for (int64_t first = cut.channel_begin(task); first < channel_end; first += group * kPanel) {
         const int64_t channels = min_of(group * kPanel, channel_end - first);
-        const float* packed = p.packed ? p.packed + first * p.k : own;
-        if (!p.packed) pack_panels(p.weight, first, channels, p.k, own);
+        const float* packed = p.packed ? p.packed + first * words : own;
+        if (!p.packed) pack_panels<Form>(p.weight, first, channels, p.k, own);
         form_scale_shift(p.norm, first, channels, scale, shift);
         with_activation(p.activation, [&](auto activation) {
           for (int64_t t = cut.row_begin(task); t < cut.row_end(task); t++) {
             const int row_count = int(min_of<int64_t>(kRows, p.m - t * kRows));
             Row<T> rows[kRows];
-            prepare(t * kRows, row_count, tile, kChunk, kRows * kChunk, rows);
-            const Multiply wide = pick_multiply<kPanelVecs>(row_count), narrow = pick_multiply<1>(row_count);
+            prepare(Form{}, t * kRows, row_count, tile, kChunk, kRows * kChunk, rows);
+            const Multiply wide = pick_multiply<Form, kPanelVecs>(row_count);
+            const Multiply narrow = pick_multiply<Form, 1>(row_count);
             for (int64_t c = 0; c < channels; c += kPanel) {
               const int columns = int(min_of<int64_t>(kPanel, channels - c));
-              (columns > kLanes ? wide : narrow)(tile, packed + c * p.k, p.k, acc);
+              (columns > kLanes ? wide : narrow)(tile, packed + c * words, words, acc);
               write<T, decltype(activation)::value>(acc, rows, row_count, first + c, columns, scale + c, shift + c,
                                                     p.past);
             }
@@ -153,7 +157,7 @@ void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prep
           const int64_t block = task / groups, n0 = task % groups * kLanes;
           const int count = int(min_of(p.m - block * kImages, int64_t(kImages)));
           const int columns = int(min_of<int64_t>(kLanes, p.n - n0));
-          if (block != prepared) prepare(block * kImages, count, input, row_size, kChunk, rows);
+          if (block != prepared) prepare(Floats{}, block * kImages, count, input, row_size, kChunk, rows);
           prepared = block;
           form_scale_shift(p.norm, n0, columns, scale, shift);
           for (int r = 0; r < count; r += kFewRows) {
@@ -182,12 +186,13 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
       using G = decltype(gate_type);
       const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
       const G* gate = static_cast<const G*>(p.gate.data);
-      const auto prepare = [=](int64_t first, int count, float* tile, int64_t row_step, int64_t chunk_step,
+      const auto prepare = [=](auto form, int64_t first, int count, float* tile, int64_t row_step, int64_t chunk_step,
                                Row<T>* rows) {
         int64_t image = first / p.pixels, pixel = first % p.pixels;
         for (int r = 0; r < count; r++) {
-          prepare_row(x + image * p.x_stride_n + pixel * p.x_stride_p, gate ? gate + image * p.in_channels : nullptr,
-                      p.in_channels, tile + r * row_step, chunk_step);
+          prepare_row<decltype(form)>(x + image * p.x_stride_n + pixel * p.x_stride_p,
+                                      gate ? gate + image * p.in_channels : nullptr, p.in_channels, tile + r * row_step,
+                                      chunk_step);
           rows[r].y = static_cast<T*>(p.y) + (first + r) * p.out_channels;
           rows[r].residual = residual ? residual + image * p.residual_stride_n + pixel * p.residual_stride_p : nullptr;
           if (++pixel == p.pixels) pixel = 0, image++;
@@ -196,11 +201,71 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
       if (p.pixels == 1)
         matmul_as_stored<T>(product, parallel, prepare);
       else
-        matmul<T>(product, parallel, prepare);
+        with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
     });
   });
 }
 
-void pack(const Param& weight, int64_t rows, int64_t k, float* packed) { pack_panels(weight, 0, rows, k, packed); }
+// Weights (Cout, Cin, taps) to (Cout, taps, Cin): rows of the order in which a window of a channels_last image is read.
+template <class W>
+void turn_weights(const ConvParams& p, const Parallel& parallel, W* turned) {
+  const int64_t taps = p.kernel_h * p.kernel_w, channels = p.in_channels, k = taps * channels;
+  const W* weight = static_cast<const W*>(p.weight.data);
+  parallel_for(threads_for(parallel, double(p.out_channels) * double(k)), p.out_channels,
+               [=](int64_t begin, int64_t end) {
+                 for (int64_t n = begin; n < end; n++)
+                   for (int64_t tap = 0; tap < taps; tap++)
+                     for (int64_t c = 0; c < channels; c++)
+                       turned[n * k + tap * channels + c] = weight[n * k + c * taps + tap];
+               });
+}
+
+// See conv.cpp. The window of an output pixel is copied to a row, K long, for all panels of output channels.
+void conv_by_windows(const ConvParams& p, const Parallel& parallel) {
+  const int64_t k = p.in_channels * p.kernel_h * p.kernel_w, pixels = p.out_height * p.out_width;
+  const size_t weight_bytes = size_t(p.out_channels * k) * (p.weight.dtype == DType::kFloat32 ? 4 : 2);
+  const std::unique_ptr<void, void (*)(void*)> turned(pool().allocate(weight_bytes),
+                                                      [](void* data) { pool().release(data); });
+  with_type(p.weight.dtype, [&](auto type) { turn_weights(p, parallel, static_cast<decltype(type)*>(turned.get())); });
+  const Product product{p.batch * pixels, p.out_channels, k,    {turned.get(), p.weight.dtype}, nullptr,
+                        p.norm,           p.activation,   false};
+  with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    const T* x = static_cast<const T*>(p.x);
+    const auto prepare = [=](auto form, int64_t first, int count, float* tile, int64_t row_step, int64_t chunk_step,
+                             Row<T>* rows) {
+      T window[kLongestWindow];
+      const int64_t channels = p.in_channels, run = p.kernel_w * channels;
+      int64_t image = first / pixels, oy = first % pixels / p.out_width, ox = first % p.out_width;
+      for (int r = 0; r < count; r++) {
+        const int64_t top = oy * p.stride - p.pad_top, left = ox * p.stride - p.pad_left;
+        // Taps of a row of the window that are inside of the image.
+        const int64_t begin = min_of<int64_t>(p.kernel_w, max_of<int64_t>(0, -left));
+        const int64_t end = max_of(begin, min_of<int64_t>(p.kernel_w, p.width - left));
+        for (int64_t ky = 0; ky < p.kernel_h; ky++) {
+          T* to = window + ky * run;
+          const int64_t iy = top + ky;
+          const bool inside = iy >= 0 && iy < p.height && end > begin;
+          const T* from = inside ? x + image * p.x_stride_n + iy * p.x_stride_h + (left + begin) * channels : nullptr;
+          const int64_t zeros = inside ? begin * channels : run, copied = inside ? (end - begin) * channels : 0;
+          std::memset(static_cast<void*>(to), 0, size_t(zeros) * sizeof(T));
+          if (copied) std::memcpy(static_cast<void*>(to + zeros), from, size_t(copied) * sizeof(T));
+          std::memset(static_cast<void*>(to + zeros + copied), 0, size_t(run - zeros - copied) * sizeof(T));
+        }
+        prepare_row<decltype(form)>(window, static_cast<const T*>(nullptr), k, tile + r * row_step, chunk_step);
+        rows[r] = {static_cast<T*>(p.y) + (first + r) * p.out_channels, nullptr};
+        if (++ox == p.out_width) ox = 0, oy++;
+        if (oy == p.out_height) oy = 0, image++;
+      }
+    };
+    with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
+  });
+}
+
+void pack(const Param& weight, int64_t rows, int64_t k, float* packed) {
+  with_type(weight.dtype, [&](auto type) {  // weights of 16 bits have the type of x
+    with_form<decltype(type)>(weight, [&](auto form) { pack_panels<decltype(form)>(weight, 0, rows, k, packed); });
+  });
+}
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

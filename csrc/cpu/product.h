@@ -13,6 +13,8 @@ inline constexpr int kPanelVecs = 2;
 inline constexpr int kPanel = kPanelVecs * kLanes;
 inline constexpr int64_t kPackedBytes = 384 * 1024;  // of the second-level cache, 1 MiB or more on current servers
 
+inline constexpr int64_t kLongestWindow = 8192;  // values of a window that is copied to the stack
+
 inline constexpr int64_t kBlock = 128;  // products summed in one chain
 
 // The sums of a block into acc[Rows][Vecs * kLanes], the first overwrites what was there.
@@ -41,7 +43,7 @@ inline void write(const float* acc, const Row<T>* rows, int row_count, int64_t n
   for (int r = 0; r < row_count; r++)
     for (int c = 0; c < columns; c += kLanes) {
       const int n = columns - c;
-      Vec v = activate<A>(load(acc + r * width + c) * load(scale + c) + load(shift + c));
+      Vec v = activate<A, T>(load(acc + r * width + c) * load(scale + c) + load(shift + c));
       if (rows[r].residual) v += load_up_to(rows[r].residual + n0 + c, n);
       store_past(rows[r].y + n0 + c, v, n, past);
     }

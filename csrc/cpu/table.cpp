@@ -2,6 +2,12 @@
 #include "training.h"
 #include "vector.h"
 
+#if defined(EFFKERNELS_ISA_AVX512_BF16)
+namespace effkernels::cpu::avx512 {
+extern const TrainingKernels training;
+}
+#endif
+
 namespace effkernels::cpu::EFFKERNELS_ISA {
 
 void depthwise(const DepthwiseParams&, const Parallel&);
@@ -11,6 +17,9 @@ void pointwise(const PointwiseParams&, const Parallel&);
 void expand_depthwise(const ExpandDepthwiseParams&, const Parallel&);
 void conv(const ConvParams&, const Parallel&);
 void pack(const Param&, int64_t, int64_t, float*);
+#if defined(EFFKERNELS_ISA_AVX512_BF16)
+using avx512::training;
+#else
 void statistics(const StatisticsParams&, const Parallel&);
 void norm_act(const NormActParams&, const Parallel&);
 void gradient_sums(const GradientSumsParams&, const Parallel&);
@@ -18,10 +27,10 @@ void norm_backward(const NormBackwardParams&, const Parallel&);
 void depthwise_train(const DepthwiseTrainParams&, const Parallel&);
 void depthwise_backward(const DepthwiseBackwardParams&, const Parallel&);
 
-namespace {
+extern const TrainingKernels training;
 constexpr TrainingKernels training{statistics,    norm_act,        gradient_sums,
                                    norm_backward, depthwise_train, depthwise_backward};
-}
+#endif
 
 extern const Kernels table;
 const Kernels table{EFFKERNELS_ISA_STRING(EFFKERNELS_ISA),

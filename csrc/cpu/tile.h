@@ -1,6 +1,8 @@
 // A tile of rows times a packed panel of weights: what the products over pixels share (pointwise.cpp and
-// expand_depthwise.cpp).
+// expand_depthwise.cpp). Tiles and panels hold words of 32 bits along k: floats or, with avx512_bf16, pairs of bfloat16
+// of two neighbouring k (operand.h).
 #pragma once
+#include "operand.h"
 #include "product.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
@@ -8,9 +10,9 @@ namespace effkernels::cpu::EFFKERNELS_ISA {
 inline constexpr int kChunk =
     16;  // k is walked in chunks: tile[chunk][row][kChunk], so that every offset is a constant
 
-// acc[Rows][Vecs * kLanes] = tile (Rows x k) * panel (Vecs x k x kLanes). Sums of kBlock products are added up apart:
-// one chain over 1152 channels would lose twice the bits that PyTorch's blocked product loses.
-template <int Rows, int Vecs>
+// acc[Rows][Vecs * kLanes] = tile (Rows x k) * panel (Vecs x k x kLanes), k in words. Sums of kBlock words are added up
+// apart: one chain over 1152 channels would lose twice the bits that PyTorch's blocked product loses.
+template <class Form, int Rows, int Vecs>
 inline void multiply(const float* __restrict tile, const float* __restrict panel, int64_t k, float* __restrict acc) {
   for (int64_t begin = 0; begin < k; begin += kBlock) {
     Vec sum[Rows][Vecs];  // cleared by a loop: an initialiser would clear the stack, too
@@ -22,8 +24,8 @@ inline void multiply(const float* __restrict tile, const float* __restrict panel
         Vec b[Vecs];
         for (int v = 0; v < Vecs; v++) b[v] = load(panel + v * k * kLanes);
         for (int r = 0; r < Rows; r++) {
-          const Vec a = splat(tile[r * kChunk + j]);
-          for (int v = 0; v < Vecs; v++) sum[r][v] += a * b[v];
+          const Vec a = Form::splat_word(tile + r * kChunk + j);
+          for (int v = 0; v < Vecs; v++) sum[r][v] = Form::multiply_add(sum[r][v], a, b[v]);
         }
       }
     }
@@ -32,25 +34,26 @@ inline void multiply(const float* __restrict tile, const float* __restrict panel
 }
 
 // W[n0 .. n0 + channels) as panels of kPanel, one after the other.
+template <class Form>
 inline void pack_panels(const Param& weight, int64_t n0, int64_t channels, int64_t k, float* packed) {
   for (int64_t c = 0; c < channels; c += kPanel)
-    pack_panel(weight, n0 + c, int(min_of<int64_t>(kPanel, channels - c)), k, packed + c * k);
+    Form::pack(weight, n0 + c, int(min_of<int64_t>(kPanel, channels - c)), k, packed + c * Form::words(k));
 }
 
 using Multiply = void (*)(const float*, const float*, int64_t, float*);
 
-template <int Vecs>
+template <class Form, int Vecs>
 inline Multiply pick_multiply(int rows) {  // the smallest that covers the rows: the others compute numbers nobody reads
   if constexpr (kRows > 6) {
-    if (rows > 12) return multiply<kRows, Vecs>;
-    if (rows > 10) return multiply<12, Vecs>;
-    if (rows > 8) return multiply<10, Vecs>;
-    if (rows > 7) return multiply<8, Vecs>;
-    if (rows > 6) return multiply<7, Vecs>;
+    if (rows > 12) return multiply<Form, kRows, Vecs>;
+    if (rows > 10) return multiply<Form, 12, Vecs>;
+    if (rows > 8) return multiply<Form, 10, Vecs>;
+    if (rows > 7) return multiply<Form, 8, Vecs>;
+    if (rows > 6) return multiply<Form, 7, Vecs>;
   }
-  if (rows > 4) return multiply<6, Vecs>;
-  if (rows > 2) return multiply<4, Vecs>;
-  return rows > 1 ? multiply<2, Vecs> : multiply<1, Vecs>;
+  if (rows > 4) return multiply<Form, 6, Vecs>;
+  if (rows > 2) return multiply<Form, 4, Vecs>;
+  return rows > 1 ? multiply<Form, 2, Vecs> : multiply<Form, 1, Vecs>;
 }
 
 // The division of `items` of some tiles each and N channels into tasks. Channels are cut in units of a cache line of
@@ -88,14 +91,12 @@ inline Cut cut_tasks(int64_t items, int64_t tiles_per_item, int64_t channels, in
   return best;
 }
 
-// One row of the tile, a chunk every chunk_step: k elements of x as float32, multiplied by the gate where there is one.
-template <class T, class G>
+// One row of the tile, a chunk every chunk_step: k elements of x, multiplied by the gate where there is one.
+template <class Form, class T, class G>
 inline void prepare_row(const T* x, const G* gate, int64_t k, float* tile_row, int64_t chunk_step) {
-  for (int64_t k0 = 0; k0 < k; k0 += kLanes) {
-    Vec v = load_up_to(x + k0, k - k0);
-    if (gate) v *= load_up_to(gate + k0, k - k0);
-    store(tile_row + k0 / kChunk * chunk_step + k0 % kChunk, v);
-  }
+  static_assert(kChunk % kLanes == 0);
+  for (int64_t word = 0, words = Form::words(k); word < words; word += kLanes)
+    Form::prepare(x, gate, word, k, tile_row + word / kChunk * chunk_step + word % kChunk);
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

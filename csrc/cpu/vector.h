@@ -128,6 +128,9 @@ EFFKERNELS_INLINE Vec load(const BFloat16* p) {
 EFFKERNELS_INLINE Vec load(const Half* p) {
   return Vec(_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
 }
+#if defined(__AVX512BF16__)
+EFFKERNELS_INLINE __m256i narrow(Vec v, BFloat16) { return (__m256i)_mm512_cvtneps_pbh(__m512(v)); }
+#else
 EFFKERNELS_INLINE __m256i narrow(Vec v, BFloat16) {
   const __m512i u = _mm512_castps_si512(__m512(v));
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
@@ -136,6 +139,7 @@ EFFKERNELS_INLINE __m256i narrow(Vec v, BFloat16) {
   const __m512i quiet = _mm512_or_si512(u, _mm512_set1_epi32(0x400000));
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, quiet), 16));
 }
+#endif
 EFFKERNELS_INLINE __m256i narrow(Vec v, Half) { return _mm512_cvtps_ph(__m512(v), _MM_FROUND_TO_NEAREST_INT); }
 template <class T>
 EFFKERNELS_INLINE void store(T* p, Vec v) {

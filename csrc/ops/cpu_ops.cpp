@@ -135,7 +135,7 @@ Tensor conv_bn_act(const ConvArguments& a) {
 std::string cpu_isa(const std::string& name) {
   STD_TORCH_CHECK(name.empty() || cpu::set_isa(name.c_str()), "cpu_isa: name='", name,
                   "' is not built or not on this machine; allowed: auto, plain, and what the processor has of avx2, "
-                  "avx512");
+                  "avx512, avx512_bf16");
   return cpu::kernels().isa;
 }
 
@@ -159,6 +159,10 @@ struct Recorded<op> {
 
 int64_t replay(const Tensor& recording, int64_t piece) {
   return replay_recording(recording, piece, torch_threads()), 0;
+}
+
+std::vector<int64_t> times(const Tensor& recording, int64_t piece, int64_t rounds) {
+  return time_recording(recording, piece, rounds, torch_threads());
 }
 
 }  // namespace
@@ -188,4 +192,6 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_recording_cut", TORCH_BOX(&effkernels::ops::cut_recording));
   m.impl("cpu_recording_replay", TORCH_BOX(&effkernels::ops::replay));
   m.impl("cpu_recording_bytes", TORCH_BOX(&effkernels::ops::recorded_bytes));
+  m.impl("cpu_recording_layers", TORCH_BOX(&effkernels::ops::recorded_layers));
+  m.impl("cpu_recording_times", TORCH_BOX(&effkernels::ops::times));
 }

@@ -31,6 +31,9 @@ EFFKERNELS_LIBRARY(EFFKERNELS_NAMESPACE, m) {
   m.def("cpu_recording_cut(Tensor recording) -> int");
   m.def("cpu_recording_replay(Tensor recording, int piece) -> int");
   m.def("cpu_recording_bytes(Tensor recording) -> int[]");
+  // Of a piece: its kernels with their sizes, a line each, and their shortest times among `rounds` replays in ns.
+  m.def("cpu_recording_layers(Tensor recording, int piece) -> str");
+  m.def("cpu_recording_times(Tensor recording, int piece, int rounds) -> int[]");
   // The CUDA launches that an operator would make, one line each: plan_ops.cpp. Needs no GPU.
   m.def("cuda_plan(str op, str dtype, int[] shape, int[] limits) -> str");
   // The CUDA kernels and fills that this process has launched.

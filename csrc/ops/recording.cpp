@@ -1,12 +1,20 @@
 #include "recording.h"
 
+#include <algorithm>
+#include <chrono>
+#include <limits>
 #include <map>
 #include <mutex>
+#include <sstream>
 #include <utility>
 
 namespace effkernels::ops {
 
-using Kernels = std::vector<std::function<void(const cpu::Parallel&)>>;
+struct RecordedKernel {
+  std::string layer;
+  std::function<void(const cpu::Parallel&)> run;
+};
+using Kernels = std::vector<RecordedKernel>;
 
 struct Recording {
   std::shared_ptr<cpu::Pool> memory = std::make_shared<cpu::Pool>();  // of results; ranges are used again within it
@@ -48,7 +56,64 @@ void forget(void* address, void*) {
   all.by_address.erase(found);
 }
 
+const Kernels& piece_of(const Recording& recording, int64_t piece) {
+  STD_TORCH_CHECK(piece >= 1 && piece <= int64_t(recording.pieces.size()), "piece=", piece,
+                  " of a recording is not there; allowed: 1 to ", recording.pieces.size());
+  return recording.pieces[size_t(piece - 1)];
+}
+
+const char* name_of(DType dtype) {
+  return dtype == DType::kFloat32 ? "float32" : dtype == DType::kFloat16 ? "float16" : "bfloat16";
+}
+
+template <class... Sizes>
+std::string line_of(const char* kernel, const Sizes&... sizes) {
+  std::ostringstream line;
+  line << kernel;
+  (void(line << ' ' << sizes.first << '=' << sizes.second), ...);
+  return line.str();
+}
+
+template <class Value>
+std::pair<const char*, Value> size(const char* name, Value value) {
+  return {name, value};
+}
+
 }  // namespace
+
+std::string layer_of(const DepthwiseParams& p) {
+  return line_of("depthwise", size("dtype", name_of(p.dtype)), size("batch", p.batch), size("channels", p.channels),
+                 size("height", p.height), size("width", p.width), size("out_height", p.out_height),
+                 size("out_width", p.out_width), size("kernel_h", p.kernel_h), size("kernel_w", p.kernel_w));
+}
+
+std::string layer_of(const SqueezeExciteParams& p) {
+  return line_of("squeeze_excite", size("dtype", name_of(p.gate_dtype)), size("batch", p.batch),
+                 size("channels", p.channels), size("reduced", p.reduced));
+}
+
+std::string layer_of(const ScaleParams& p) {
+  return line_of("scale", size("dtype", name_of(p.dtype)), size("batch", p.batch), size("pixels", p.pixels),
+                 size("channels", p.channels));
+}
+
+std::string layer_of(const PointwiseParams& p) {
+  return line_of("pointwise", size("dtype", name_of(p.dtype)), size("batch", p.batch), size("pixels", p.pixels),
+                 size("in_channels", p.in_channels), size("out_channels", p.out_channels),
+                 size("residual", p.residual != nullptr));
+}
+
+std::string layer_of(const cpu::ExpandDepthwiseParams& p) {
+  return line_of("expand_depthwise", size("in_channels", p.expand.in_channels)) +
+         layer_of(p.depthwise).substr(std::string("depthwise").size());
+}
+
+std::string layer_of(const ConvParams& p) {
+  return line_of("conv", size("dtype", name_of(p.dtype)), size("batch", p.batch), size("in_channels", p.in_channels),
+                 size("out_channels", p.out_channels), size("height", p.height), size("width", p.width),
+                 size("out_height", p.out_height), size("out_width", p.out_width), size("kernel_h", p.kernel_h),
+                 size("kernel_w", p.kernel_w));
+}
 
 RecordingScope::RecordingScope(const Tensor& recording) : recording_(find(recording)) {
   STD_TORCH_CHECK(current == nullptr, "an operator inside of a recorded one cannot be recorded");
@@ -67,8 +132,8 @@ void refuse_copy(const char* name) {
                   "contiguous matrices");
 }
 
-void record(std::function<void(const cpu::Parallel&)> kernel, const Keep& keep) {
-  current->kernels.push_back(std::move(kernel));
+void record(std::string layer, std::function<void(const cpu::Parallel&)> kernel, const Keep& keep) {
+  current->kernels.push_back({std::move(layer), std::move(kernel)});
   for (const Tensor& t : keep)
     if (!current->memory->owns(t.const_data_ptr())) current->keep.push_back(t);
 }
@@ -102,9 +167,31 @@ int64_t cut_recording(const Tensor& recording) {
 
 void replay_recording(const Tensor& recording, int64_t piece, const cpu::Parallel& threads) {
   const std::shared_ptr<Recording> found = find(recording);
-  STD_TORCH_CHECK(piece >= 1 && piece <= int64_t(found->pieces.size()), "piece=", piece,
-                  " of a recording is not there; allowed: 1 to ", found->pieces.size());
-  for (const auto& kernel : found->pieces[size_t(piece - 1)]) kernel(threads);
+  for (const RecordedKernel& kernel : piece_of(*found, piece)) kernel.run(threads);
+}
+
+std::string recorded_layers(const Tensor& recording, int64_t piece) {
+  const std::shared_ptr<Recording> found = find(recording);
+  std::string lines;
+  for (const RecordedKernel& kernel : piece_of(*found, piece)) lines += kernel.layer + "\n";
+  return lines;
+}
+
+std::vector<int64_t> time_recording(const Tensor& recording, int64_t piece, int64_t rounds,
+                                    const cpu::Parallel& threads) {
+  using Clock = std::chrono::steady_clock;
+  STD_TORCH_CHECK(rounds >= 1, "rounds=", rounds, " of cpu_recording_times; allowed: 1 or more");
+  const std::shared_ptr<Recording> found = find(recording);
+  const Kernels& kernels = piece_of(*found, piece);
+  std::vector<int64_t> shortest(kernels.size(), std::numeric_limits<int64_t>::max());
+  for (int64_t round = 0; round < rounds; round++)
+    for (size_t i = 0; i < kernels.size(); i++) {
+      const Clock::time_point begin = Clock::now();
+      kernels[i].run(threads);
+      const int64_t time = std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+      shortest[i] = std::min(shortest[i], time);
+    }
+  return shortest;
 }
 
 std::vector<int64_t> recorded_bytes(const Tensor& recording) {

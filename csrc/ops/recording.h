@@ -12,6 +12,7 @@
 #pragma once
 #include <functional>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "../cpu/kernels.h"
@@ -42,16 +43,25 @@ bool is_recording();
 // Raises where a copy would be made while recording.
 void refuse_copy(const char* name);
 
-void record(std::function<void(const cpu::Parallel&)> kernel, const Keep& keep);
+void record(std::string layer, std::function<void(const cpu::Parallel&)> kernel, const Keep& keep);
 
 // Memory that stays as long as the recording that this thread is in.
 void* keep_memory(size_t bytes);
+
+// A kernel and its sizes in one line, "pointwise batch=1 pixels=49 ...": for measurements by layer.
+std::string layer_of(const DepthwiseParams& p);
+std::string layer_of(const SqueezeExciteParams& p);
+std::string layer_of(const ScaleParams& p);
+std::string layer_of(const PointwiseParams& p);
+std::string layer_of(const cpu::ExpandDepthwiseParams& p);
+std::string layer_of(const ConvParams& p);
 
 // Runs a kernel, and records it inside of a RecordingScope.
 template <class Params>
 void run(void (*kernel)(const Params&, const cpu::Parallel&), const Params& params, const cpu::Parallel& threads,
          const Keep& keep) {
-  if (is_recording()) record([kernel, params](const cpu::Parallel& parallel) { kernel(params, parallel); }, keep);
+  if (is_recording())
+    record(layer_of(params), [kernel, params](const cpu::Parallel& parallel) { kernel(params, parallel); }, keep);
   kernel(params, threads);
 }
 
@@ -59,6 +69,10 @@ void run(void (*kernel)(const Params&, const cpu::Parallel&), const Params& para
 Tensor new_recording();
 int64_t cut_recording(const Tensor& recording);  // ends a piece: its number, from 1; 0 where nothing was recorded
 void replay_recording(const Tensor& recording, int64_t piece, const cpu::Parallel& threads);
-std::vector<int64_t> recorded_bytes(const Tensor& recording);  // of results; of kept weights
+std::vector<int64_t> recorded_bytes(const Tensor& recording);         // of results; of kept weights
+std::string recorded_layers(const Tensor& recording, int64_t piece);  // one line a kernel
+// The shortest time of each kernel of a piece among `rounds` replays of the whole piece, in nanoseconds.
+std::vector<int64_t> time_recording(const Tensor& recording, int64_t piece, int64_t rounds,
+                                    const cpu::Parallel& threads);
 
 }  // namespace effkernels::ops

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable
 from typing import Any
 
@@ -96,6 +97,38 @@ def check_count(name: str, value: Any) -> int:
     if value < 1:
         raise ValueError(f"InferenceEngine: {name}={value}; allowed: at least 1")
     return value
+
+
+def check_threads(threads: Any, device: torch.device) -> tuple[int, tuple[int, ...] | None] | None:
+    """Return (number of threads, the cores that they run on or None); None if nothing is asked for.
+
+    Raises:
+        TypeError: neither int nor several of int.
+        ValueError: below 1, cores that this process may not use or are named twice, cores where the system pins no
+            threads, or a device that is not the CPU.
+    """
+    if threads is None:
+        return None
+    given = f"InferenceEngine: threads={threads!r}"
+    cores = None
+    if isinstance(threads, Iterable) and not isinstance(threads, (str, bytes)):
+        cores = tuple(threads)
+    numbers = (threads,) if cores is None else cores
+    if any(isinstance(one, bool) or not isinstance(one, int) for one in numbers):
+        raise TypeError(f"{given}; allowed: None, int, or the numbers of cores, such as (0, 1)")
+    if device.type != "cpu":
+        raise ValueError(f"{given} on device={device}; allowed there: None")
+    if cores is None:
+        if threads < 1:
+            raise ValueError(f"{given}; allowed: at least 1, or the numbers of cores")
+        return threads, None
+    if not hasattr(os, "sched_getaffinity"):
+        raise ValueError(f"{given}; this system pins no threads; allowed: a number of threads")
+    usable = os.sched_getaffinity(0)
+    if not cores or len(set(cores)) != len(cores) or not usable.issuperset(cores):
+        allowed = ", ".join(map(str, sorted(usable)))
+        raise ValueError(f"{given}; allowed: one or more cores of this process, each once: {allowed}")
+    return len(cores), cores
 
 
 def check_iterable(batch_sizes: Any) -> Iterable[Any]:

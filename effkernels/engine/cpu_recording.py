@@ -59,6 +59,7 @@ class Recording:
             raise NotRecordableError("it calls no kernel of effkernels")
         self.output = values_of(output)
         self._steps = tuple(recorder.steps)
+        self._pieces = recorder.pieces
         kernels: list[int] = torch.ops.effkernels.cpu_recording_bytes(self._native)
         self.result_bytes = kernels[0] + recorder.other_bytes
         self.weight_bytes = kernels[1]
@@ -72,6 +73,22 @@ class Recording:
         """
         for step in self._steps:
             step()
+
+    def layers(self, rounds: int) -> list[tuple[str, float]]:
+        """Return each recorded kernel with its sizes, and the shortest of its times in `rounds` replays in seconds.
+
+        The calls of other operators between the kernels are not made.
+
+        Raises:
+            RuntimeError: `rounds` is less than 1.
+        """
+        ours = torch.ops.effkernels
+        found: list[tuple[str, float]] = []
+        for piece in range(1, self._pieces + 1):
+            lines = ours.cpu_recording_layers(self._native, piece).splitlines()
+            times = ours.cpu_recording_times(self._native, piece, rounds)
+            found += zip(lines, (time * 1e-9 for time in times), strict=True)
+        return found
 
 
 def trial_images(images: Tensor) -> Iterator[Tensor]:

@@ -93,6 +93,9 @@ class CudaDevice:
         reserved: int = self._cuda.memory_reserved(self.device)
         return reserved
 
+    def close(self) -> None:
+        """See `EngineDevice`."""
+
     def _capture(self, forward: Forward, images: Tensor) -> Recorded:
         for _ in range(_WARM_UP_CALLS):
             forward(images)

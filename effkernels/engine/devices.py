@@ -14,6 +14,7 @@ from effkernels._recorded_tensor import NotRecordableError
 from effkernels.engine.cpu_recording import Recording, trial_images
 from effkernels.engine.outputs import map_tensors, same_values
 from effkernels.engine.runners import Capture, Forward, Recorded
+from effkernels.engine.worker import Worker
 
 Result = TypeVar("Result")
 
@@ -54,9 +55,17 @@ class EngineDevice(Protocol):
     def reserved_bytes(self) -> int:
         """Return the bytes taken from the device: by PyTorch's allocator on a GPU, by recordings on a CPU."""
 
+    def close(self) -> None:
+        """Give back what `work` needs."""
+
 
 class HostDevice:
-    """The CPU, and every device that needs no streams of its own."""
+    """The CPU, and every device that needs no streams of its own.
+
+    Args:
+        device: its name.
+        worker: the thread that works; None: each caller's own.
+    """
 
     recording = "recorded"
     recordings_share = False
@@ -64,8 +73,9 @@ class HostDevice:
     # image, and rounding up lets ties go to fewer calls.
     overhead = 1.0
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, worker: Worker | None = None) -> None:
         self.device = device
+        self._worker = worker
         self._recordings: weakref.WeakSet[Recording] = weakref.WeakSet()
 
     @property
@@ -75,7 +85,12 @@ class HostDevice:
 
     def work(self, job: Callable[[], Result]) -> Result:
         """See `EngineDevice`."""
-        return job()
+        return job() if self._worker is None else self._worker.run(job)
+
+    def close(self) -> None:
+        """See `EngineDevice`."""
+        if self._worker is not None:
+            self._worker.close()
 
     def bring(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         """See `EngineDevice`."""

@@ -22,6 +22,7 @@ from effkernels.engine.arguments import (
     check_iterable,
     check_latency,
     check_memory_format,
+    check_threads,
 )
 from effkernels.engine.batcher import MicroBatcher
 from effkernels.engine.buckets import checked_sizes
@@ -76,6 +77,10 @@ class InferenceEngine:
             `image_mean` and `image_std`, such as an image processor of Hugging Face, whose mean and standard deviation
             are taken; None: what the model's configuration says, and what ImageNet models use where it says nothing.
         warm_up: prepare every bucket at once; False: each when it is first needed.
+        threads: on a CPU, how many threads compute, or the numbers of the cores to compute on, one thread each. The
+            engine then works in a thread of its own, and several engines work side by side without sharing threads;
+            with cores that differ, without sharing cores either. None: the threads that PyTorch has in the calling
+            thread.
 
     Attributes:
         report: an `EngineReport`: what was done.
@@ -109,6 +114,7 @@ class InferenceEngine:
         fold_norms: bool = False,
         preprocessing: Preprocessing | Any | None = None,
         warm_up: bool = True,
+        threads: int | Iterable[int] | None = None,
     ) -> None:
         if not isinstance(model, nn.Module):
             raise TypeError(f"InferenceEngine: model is {type(model).__name__}; allowed: torch.nn.Module")
@@ -121,9 +127,11 @@ class InferenceEngine:
         check_memory_format(memory_format)
         own_device, own_dtype = device_and_dtype_of(model)
         dtype = check_dtype(own_dtype if dtype is None else dtype)
-        where = engine_device(own_device if device is None else check_device(device))
+        device = own_device if device is None else check_device(device)
+        own_threads = check_threads(threads, device)
         self._input_size = input_size_of(model, input_size, owner="InferenceEngine")
         check_elements(sizes, self._input_size)
+        where = engine_device(device, own_threads)
         self._preprocessing: Preprocessing | None = None
         try:
             self._preprocessing, source = preprocessing_from(preprocessing, model, self._input_size)
@@ -148,6 +156,8 @@ class InferenceEngine:
         )
         if warm_up:
             self._prepared.work(self._prepared.warm_up)
+        self._threads = None if own_threads is None else own_threads[0]
+        self._cores = None if own_threads is None else own_threads[1]
         self._identity = (type(model).__name__, str(memory_format).removeprefix("torch."), source)
         self._batcher = MicroBatcher(self._prepared.sizes[-1], max_latency_ms / 1e3, max_queue)
         # When the engine is collected, and before the interpreter ends, while threads still run.
@@ -298,6 +308,8 @@ class InferenceEngine:
             weight_bytes=prepared.weight_bytes,
             activation_bytes=prepared.activation_bytes(prepared.sizes[-1]),
             buffer_bytes=prepared.buffer_bytes(prepared.sizes[-1]),
+            threads=self._threads,
+            cores=self._cores,
         )
 
     @property

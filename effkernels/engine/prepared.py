@@ -17,6 +17,7 @@ from effkernels.engine.outputs import check_output, concatenated, first_rows, nb
 from effkernels.engine.prepare import Preparation, new_weights, prepare
 from effkernels.engine.report import BucketReport
 from effkernels.engine.runners import EagerRunner, GraphRunner, Runner
+from effkernels.engine.worker import Worker
 
 
 class PreparedModel:
@@ -156,6 +157,7 @@ class PreparedModel:
             self.device.synchronize()
             self._runners.clear()
             self._model = nn.Module()
+            self.device.close()
 
     # -------------------------------------------------------------------------------------------------- memory
 
@@ -268,16 +270,17 @@ class PreparedModel:
         return EagerRunner(self._model, size, self._how.memory_format)
 
 
-def engine_device(device: torch.device) -> EngineDevice:
-    """Return the engine's interface to a device.
+def engine_device(device: torch.device, threads: tuple[int, tuple[int, ...] | None] | None = None) -> EngineDevice:
+    """Return the engine's interface to a device, with threads of its own on a CPU where they are asked for.
 
     Raises:
+        OSError: the system does not pin threads to those cores.
         ValueError: a GPU that PyTorch does not see, or the meta device.
     """
     if device.type == "meta":
         raise ValueError(f"InferenceEngine: device={device} holds no values; allowed: a device that computes")
     if device.type != "cuda":
-        return HostDevice(device)
+        return HostDevice(device, None if threads is None else Worker(*threads))
     if not torch.cuda.is_available():
         raise ValueError(f"InferenceEngine: device={device}, but PyTorch {torch.__version__} sees no GPU")
     if device.index is not None and device.index >= torch.cuda.device_count():

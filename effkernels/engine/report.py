@@ -39,6 +39,7 @@ class EngineReport:
         weight_bytes: parameters and buffers.
         activation_bytes: the most bytes of tensors alive at once in a forward of the largest bucket.
         buffer_bytes: inputs and results that the engine holds itself.
+        threads, cores: of the engine's own; None: not asked for.
     """
 
     model: str
@@ -53,6 +54,8 @@ class EngineReport:
     weight_bytes: int
     activation_bytes: int
     buffer_bytes: int
+    threads: int | None = None
+    cores: tuple[int, ...] | None = None
 
     def to_json(self) -> str:
         """Return the report as one line of JSON."""
@@ -68,6 +71,9 @@ class EngineReport:
             f"  memory: weights {_mb(self.weight_bytes)}, activations {_mb(self.activation_bytes)}, "
             f"buffers {_mb(self.buffer_bytes)}",
         ]
+        if self.threads is not None:
+            where = "" if self.cores is None else f" on cores {', '.join(map(str, self.cores))}"
+            lines.append(f"  threads of its own: {self.threads}{where}")
         for bucket in self.buckets:
             reason = f" ({bucket.reason})" if bucket.reason else ""
             lines.append(f"  batch {bucket.batch}: {bucket.runner}{reason}, up to {_mb(bucket.memory_bytes)}")

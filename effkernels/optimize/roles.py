@@ -25,6 +25,7 @@ from effkernels.optimize.probing import (
     returns_its_input,
     sides_of,
 )
+from effkernels.optimize.speed import is_faster_in_pytorch
 from effkernels.optimize.tracing import PADS
 from effkernels.optimize.twins import Twins
 from effkernels.optimize.uniform import is_uniform
@@ -88,27 +89,6 @@ class Role:
     kind: str
     value: Any = None
 
-
-# Products for each output value (input channels times kernel area: 64 channels of 3x3) from which PyTorch's own dense
-# convolution is faster on a CPU than the fused one, whose tiles are made for stems and for the few channels of
-# FusedMBConv. Fused / PyTorch's chain with norm and relu on channels_last tensors, in milliseconds (float32, one thread
-# of a two-core AMD EPYC with AVX-512):
-#
-#     channels, kernel     batch 1: at 56x56  at 28x28     at 14x14     at 7x7       batch 8: at 28x28  at 14x14
-#     48 -> 192, 3x3       5.4 / 7.6          1.5 / 1.3    0.39 / 0.42  0.13 / 0.16  10.8 / 10.5        3.0 / 2.7
-#     64 ->  64, 3x3       2.7 / 2.4          0.75 / 0.60  0.21 / 0.21  0.09 / 0.08   5.5 / 4.4         1.6 / 1.1
-#     64 -> 256, 3x3       9.6 / 12.1         2.6 / 2.5    0.72 / 0.70  0.23 / 0.27  19.4 / 17.8        5.3 / 4.5
-#     80 ->  80, 3x3       4.1 / 3.8          1.2 / 1.0    0.33 / 0.31  0.12 / 0.12   8.3 / 7.0         2.4 / 1.7
-#    128 -> 128, 3x3      10.0 / 9.0          2.8 / 2.3    0.92 / 0.72  0.32 / 0.27  21.3 / 16.9        6.3 / 4.3
-#    256 -> 256, 3x3      46.1 / 33.9        12.7 / 9.0    4.2 / 3.0    1.6 / 1.1                      31.9 / 16.7
-#     16 ->  32, 7x7                         0.58 / 0.42
-#     32 ->  32, 5x5                         0.63 / 0.44
-#
-# Where the channels become four times as many, as in FusedMBConv, the passes of norm and relu count for more:
-# EfficientNetV2-S at 224, batch 1, takes 76.9 ms with 64 -> 256 fused, 78.7 ms without; at batch 8 (128 pixels) the two
-# are equal.
-FEWEST_PRODUCTS_LEFT = 576
-FEWEST_PRODUCTS_LEFT_WIDENING = 864
 
 # Channels from which a depthwise convolution that nothing follows is the operator's, for channels_last tensors in
 # float32 (see `program.takes_bare`). PyTorch's time divided by the operator's, one thread of two, AMD EPYC, kernels
@@ -257,10 +237,8 @@ def _convolution(path: str, conv: nn.Conv2d, padded: bool) -> Convolution:
         if dilation != 1 and (kernel, other) != (1, 1):
             raise Unknown(f"dilation={dilation} of a dense convolution; allowed: 1")
         plain = (kernel, other, stride) == (1, 1, 1) and padding.sides in (None, (0, 0, 0, 0))
-        products = conv.in_channels * kernel * other
-        widens = conv.out_channels >= 4 * conv.in_channels
-        fewest = FEWEST_PRODUCTS_LEFT_WIDENING if widens else FEWEST_PRODUCTS_LEFT
-        if kernel * other > 1 and products >= fewest and conv.weight.device.type == "cpu":
+        is_on_cpu = conv.weight.device.type == "cpu"
+        if is_on_cpu and is_faster_in_pytorch(conv.in_channels, conv.out_channels, (kernel, other)):
             raise Unknown(
                 f"{conv.in_channels} input channels of a {kernel}x{other} convolution: PyTorch's is faster there"
             )
