@@ -104,6 +104,18 @@ def model_on_meta(name: str) -> EfficientNet:
     return model
 
 
+def parts_of(planned: Plan, architecture: Architecture) -> dict[str, list[str]]:
+    """Return the parts of the network that each layer of a plan has: of a stack from its first block to its last."""
+    blocks = [f"blocks.{number}.{layer}" for number, s in enumerate(architecture.stages) for layer in range(s.layers)]
+    found = {}
+    for one in planned.launches:
+        found[one.layer] = [one.block_of_network]
+        if one.kernel == "mbconv_stack":
+            first, last = one.layer.split("-")
+            found[one.layer] = blocks[blocks.index(first) : blocks.index(f"blocks.{last}") + 1]
+    return found
+
+
 def without_workspace(launches: tuple[PlannedLaunch, ...], part: str) -> int:
     """Return the bytes of a part of the network but for scratch memory, which is the kernel's own business."""
     return sum(one.bytes - 2 * one.workspace_bytes for one in launches if one.block_of_network == part)
@@ -119,9 +131,14 @@ class TestCounts:
         self, name: str, size: int, batch: int, precision: str
     ) -> None:
         planned = plan_model(name, batch_size=batch, img_size=size, precision=precision)
-        one_launch = {one.block_of_network for one in planned.launches if one.kernel == "mbconv"}
+        architecture = model_on_meta(name).architecture
+        parts = parts_of(planned, architecture)
+        one_launch = {part for one in planned.launches if one.kernel.startswith("mbconv") for part in parts[one.layer]}
         assert bool(one_launch) == (name == "efficientnet_b0" and precision != "float32")
-        by_hand = counted_by_hand(model_on_meta(name).architecture, batch, size, PRECISIONS[precision], one_launch)
+        by_hand = counted_by_hand(architecture, batch, size, PRECISIONS[precision], one_launch)
+        for stack in (one.layer for one in planned.launches if one.kernel == "mbconv_stack"):
+            counts = [by_hand.pop(part) for part in parts[stack]]
+            by_hand[stack] = Count(sum(one.bytes for one in counts), sum(one.special_functions for one in counts))
         assert {part: without_workspace(planned.launches, part) for part in planned.by_block()} == {
             part: count.bytes for part, count in by_hand.items()
         }
@@ -204,9 +221,18 @@ class TestLaunches:
     def test_a_block_of_b0_takes_at_most_three(self, gpu: str, batch: int) -> None:
         planned = plan_model("efficientnet_b0", gpu=gpu, batch_size=batch)
         blocks = {name: sums.launches for name, sums in planned.by_block().items() if name.startswith("blocks.")}
-        assert len(blocks) == 16
+        parts = parts_of(planned, model_on_meta("efficientnet_b0").architecture).values()
+        assert len({part for named in parts for part in named if part.startswith("blocks.")}) == 16
         assert max(blocks.values()) <= 3
         assert blocks["blocks.0.0"] <= 2, "a block without expansion has one operator less"
+
+    @pytest.mark.parametrize(("batch", "most"), [(1, 22), (8, 22), (256, 51)])
+    def test_b0_on_a_gpu_with_clusters(self, batch: int, most: int) -> None:
+        """Few images: the blocks of the small planes, from blocks.3.1 on, are one launch. Many: none shares one."""
+        planned = plan_model("efficientnet_b0", gpu="h200", batch_size=batch)
+        assert planned.totals.launches <= most
+        stacks = [one.layer for one in planned.launches if one.kernel == "mbconv_stack"]
+        assert stacks == (["blocks.3.1-6.0"] if batch <= 8 else [])
 
     def test_every_operator_of_a_forward_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Counted by PyTorch's profiler in a forward that really runs, cut into operators as on a GPU."""
@@ -274,7 +300,9 @@ class TestLaunches:
     def test_layers_are_module_paths(self) -> None:
         model = model_on_meta("efficientnet_b0")
         planned = plan_model("efficientnet_b0")
-        assert {launch.layer for launch in planned.launches} <= {path for path, _ in model.named_modules()}
+        parts = parts_of(planned, model.architecture).values()
+        layers = {one.layer for one in planned.launches if one.kernel != "mbconv_stack"}
+        assert layers | {part for named in parts for part in named} <= {path for path, _ in model.named_modules()}
         assert [launch.layer for launch in planned.launches][:3] == [
             "conv_stem", "blocks.0.0.conv_dw", "blocks.0.0.conv_pw",
         ]  # fmt: skip

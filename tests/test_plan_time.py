@@ -83,14 +83,21 @@ class TestEveryLaunch:
 
 
 class TestForward:
-    TIMES = (TimeEstimate(dram=2.0, prologue=1.0, hidden=1.5), TimeEstimate(issue=20.0, last=1.0, hidden=0.0))
+    TIMES = (TimeEstimate(dram=2.0, prologue=1.0), TimeEstimate(issue=20.0, last=1.0))
 
     def test_adds_a_gap_before_each_launch_of_a_graph(self) -> None:
         assert forward_us(self.TIMES, "graph") == pytest.approx(3 + 21 + 2 * time_estimate.GRAPH_GAP_US)
 
-    def test_hides_the_prologue_where_the_next_launch_starts_early(self) -> None:
-        hidden = forward_us(self.TIMES, "graph with dependent launches")
-        assert hidden == pytest.approx(3 - 1.5 + 21 + 2 * time_estimate.DEPENDENT_GAP_US)
+    def test_has_shorter_gaps_where_the_next_launch_starts_early(self) -> None:
+        dependent = forward_us(self.TIMES, "graph with dependent launches")
+        assert dependent == pytest.approx(3 + 21 + 2 * time_estimate.DEPENDENT_GAP_US)
+
+    def test_parts_of_a_launch_follow_each_other(self) -> None:
+        """Each part takes its own longest term: what limits one does not overlap what limits another."""
+        together = time_estimate.one_after_the_other(self.TIMES)
+        assert together.us == pytest.approx(3 + 21)
+        assert together.issue == 20
+        assert together.longest == "latency"
 
     def test_waits_for_the_host_in_eager_mode_and_only_then(self) -> None:
         host, gap = time_estimate.EAGER_US, time_estimate.GRAPH_GAP_US

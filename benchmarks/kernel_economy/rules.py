@@ -318,6 +318,12 @@ CLAIMS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
+        rf"mbconv_stack<{_TYPE16}>",
+        "16-byte cp.async, tensor cores, 16-byte stores, one block of 256 threads; the code of mbconv for "
+        "every kernel size, stride and strip",
+        (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept, resident_threads(256)),
+    ),
+    Claim(
         r"pointwise<float32, 1, \d+, 2, false>",
         "16-byte cp.async, tensor cores, 16-byte stores, the blocks that its tile claims",
         (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept),

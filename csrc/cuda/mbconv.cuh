@@ -102,10 +102,9 @@ __device__ __forceinline__ void gate_of_cluster(const SqueezeExciteParams& se, c
                     });
 }
 
+// The whole work of a block of the team. All threads of the cluster; ends with a barrier of the cluster.
 template <class Traits>
-__global__ void __launch_bounds__(kMBConvThreads, 1) mbconv(const __grid_constant__ MBConvArguments a) {
-  wait_for_previous();
-  allow_next();
+__device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
   constexpr int kParameters = (K * K + 2) * kExpandedChannels, kThreads = kMBConvThreads;
@@ -117,11 +116,12 @@ __global__ void __launch_bounds__(kMBConvThreads, 1) mbconv(const __grid_constan
   const bool excites = a.se.reduced > 0;
   const MBConvShared<T> shared(plan, static_cast<int>(a.se.reduced));
 
-  const int rank = blockIdx.x % plan.team, unit = blockIdx.x / plan.team;
+  const int rank = blockIdx.x % plan.cluster, unit = blockIdx.x / plan.cluster;
   const int first_image = unit * plan.images, images = min(plan.images, static_cast<int>(p.batch) - first_image);
-  const int first_group = rank * plan.groups, groups = min(plan.groups, plan.all_groups - first_group);
+  // A rank beyond the team has no channels, and adds its share of y alone.
+  const int first_group = rank * plan.groups, groups = max(0, min(plan.groups, plan.all_groups - first_group));
   const int first_channel = first_group * kExpandedChannels;
-  const int channels = min(groups * kExpandedChannels, static_cast<int>(p.channels) - first_channel);
+  const int channels = groups == 0 ? 0 : min(groups * kExpandedChannels, static_cast<int>(p.channels) - first_channel);
   const int height = static_cast<int>(p.height), width = static_cast<int>(p.width);
   const int out_height = static_cast<int>(p.out_height), out_width = static_cast<int>(p.out_width);
   const ExpandColumns columns(p, 0, out_width);
@@ -140,8 +140,8 @@ __global__ void __launch_bounds__(kMBConvThreads, 1) mbconv(const __grid_constan
     load_project_weights<T>(a.project, plan, pass, first_channel, channels, shared.project_weights);
   };
 
-  for (int group = 0; group < (keeps_weights ? groups : 1); ++group) load_weights(group);
-  load_x();
+  for (int group = 0; group < min(groups, plan.weight_slots); ++group) load_weights(group);
+  if (groups > 0) load_x();
   cp_async_commit();
   load_project(0);
   cp_async_commit();
@@ -213,6 +213,13 @@ __global__ void __launch_bounds__(kMBConvThreads, 1) mbconv(const __grid_constan
                shared.project_weights, shared.project_norm, shared.partial, load_project);
     if (more_images) clear(shared.ring, ring_bytes);
   }
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kMBConvThreads, 1) mbconv(const __grid_constant__ MBConvArguments a) {
+  wait_for_previous();
+  allow_next();
+  compute_mbconv<Traits>(a);
 }
 
 template <class T, int K, int S>

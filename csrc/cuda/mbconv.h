@@ -1,5 +1,7 @@
-// mbconv, a whole MBConv block, on CUDA in one launch, as the adaptor sees it: plain C++.
+// mbconv, a whole MBConv block, and mbconv_stack, several, on CUDA in one launch, as the adaptor sees it: plain C++.
 #pragma once
+#include <vector>
+
 #include "expand_depthwise.h"
 #include "squeeze_excite.h"
 
@@ -9,6 +11,7 @@ constexpr int kMBConvThreads = 256;           // one such block on a multiproces
 constexpr int kProjectedColumns = 32;         // output channels that a warp computes at a time,
 constexpr int kProjectedPixels = 32;          // and pixels
 constexpr int64_t kMostImagesOfClusters = 4;  // images that a cluster takes one after the other
+constexpr int kMostStackedBlocks = 16;        // of a launch, whose arguments are at most 32764 bytes
 
 // A block of the network. The expanded tensor and the result of the depthwise convolution are in no memory, so that
 // neither expand->y nor depthwise->x, depthwise->y and project->x count.
@@ -24,7 +27,8 @@ struct MBConvPlan {
   bool fits = false;
   const char* reason = "";     // why it does not, or why several launches are faster
   ExpandDepthwisePlan expand;  // of a group of channels: all rows of x are one group
-  int team = 1;                // blocks of a cluster
+  int team = 1;                // blocks of a cluster that have channels
+  int cluster = 1;             // blocks of a cluster: in a stack there may be more than the team
   int groups = 1;              // of kExpandedChannels, of a block
   int all_groups = 1;          // of the expanded channels
   int images = 1;              // of a cluster, one after the other
@@ -42,7 +46,16 @@ struct MBConvPlan {
   int project_weights_at = 0, x_at = 0, held_at = 0, ring_at = 0;
   int64_t shared_bytes = 0;
 
-  int64_t blocks() const { return units * team; }
+  int64_t blocks() const { return units * cluster; }
+};
+
+// Consecutive blocks of a network that are one launch, or one block by itself.
+struct MBConvStackPlan {
+  int first = 0;                   // of the blocks
+  std::vector<MBConvPlan> blocks;  // of the same cluster, units and images; one that does not fit is by itself
+  int64_t shared_bytes = 0;
+
+  bool is_stack() const { return blocks.size() > 1; }
 };
 
 // Pure functions of sizes, strides, types, the alignment of the pointers, and the limits of the device. The first says
@@ -52,7 +65,14 @@ MBConvPlan fit_mbconv(const MBConvCall& call, const DeviceLimits& limits);
 MBConvPlan plan_mbconv(const MBConvCall& call, const DeviceLimits& limits);
 PlannedLaunches planned_launches(const MBConvCall& call, const MBConvPlan& plan);
 
+// Divide blocks that follow each other, the y of one being the x of the next, into stacks and single blocks: a pure
+// function. A stack is blocks that each are faster in one launch than in three, and together faster than one by one.
+std::vector<MBConvStackPlan> plan_mbconv_stack(const std::vector<MBConvCall>& calls, const DeviceLimits& limits);
+PlannedLaunches planned_launches(const MBConvStackPlan& plan);
+
 // Of a plan that fits. kTeamRefused where the GPU has no room for such a cluster; nothing was launched then.
 const char* launch_mbconv(const MBConvCall& call, const MBConvPlan& plan, void* stream);
+// The same of a stack; `calls`: of its blocks.
+const char* launch_mbconv_stack(const MBConvCall* calls, const MBConvStackPlan& plan, void* stream);
 
 }  // namespace effkernels::cuda

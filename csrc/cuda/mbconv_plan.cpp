@@ -77,7 +77,7 @@ void lay_out(const MBConvCall& call, MBConvPlan& plan) {
 // the GPUs that have clusters.
 int64_t clusters_at_once(const MBConvPlan& plan, const DeviceLimits& limits) {
   constexpr int64_t kOfGroup = 16;
-  const int64_t of_group = std::min<int64_t>(kOfGroup, limits.multiprocessors) / plan.team;
+  const int64_t of_group = std::min<int64_t>(kOfGroup, limits.multiprocessors) / plan.cluster;
   return std::max<int64_t>(1, std::max<int64_t>(1, limits.multiprocessors / kOfGroup) * of_group);
 }
 
@@ -108,7 +108,7 @@ struct Clocks {
     const int64_t tiles = int64_t(plan.held_pixels / kProjectedPixels) * (plan.padded_columns / kProjectedColumns);
     const int64_t vectors = call.project->pixels * (plan.pass_columns / kVector);
     instructions += plan.passes * (divide_up(tiles, kWarps) * (150 + 60 * plan.groups) +
-                                   divide_up(vectors, plan.team * kMBConvThreads) * (90 + 14 * plan.team));
+                                   divide_up(vectors, plan.cluster * kMBConvThreads) * (90 + 14 * plan.team));
     image = 2 * instructions + (2 * plan.passes + (call.se != nullptr)) * kClusterBarrier;
     const int64_t weights = plan.held_at - plan.weights_at;
     prologue = kFirstInput + weights / kBytesOfClock + plan.groups * 400;
@@ -128,7 +128,8 @@ int64_t clocks_of_three_launches(const MBConvCall& call, const DeviceLimits& lim
   return kFixed + p.batch * (products / 650 + depthwise) / limits.multiprocessors;
 }
 
-void cut_images(const MBConvCall& call, const DeviceLimits& limits, MBConvPlan& plan) {
+void cut_images(const MBConvCall& call, const DeviceLimits& limits, MBConvPlan& plan, int cluster) {
+  plan.cluster = cluster;
   const int64_t batch = call.depthwise->batch, at_once = clusters_at_once(plan, limits);
   plan.images = static_cast<int>(std::min<int64_t>(divide_up(batch, at_once), kMostImagesOfClusters));
   plan.units = divide_up(batch, plan.images);
@@ -178,7 +179,7 @@ MBConvPlan fit_mbconv(const MBConvCall& call, const DeviceLimits& limits) {
           if (divide_up(call.project->out_channels, one.pass_columns) < one.passes) continue;
           if (one.shared_bytes > limits.shared_per_block) continue;
           fits = true;
-          cut_images(call, limits, one);
+          cut_images(call, limits, one, one.team);
           const int64_t clocks = clocks_of(call, one, limits);
           if (clocks >= least) continue;
           least = clocks, plan = one;
@@ -205,7 +206,57 @@ PlannedLaunches planned_launches(const MBConvCall&, const MBConvPlan& plan) {
   one.grid = plan.blocks();
   one.block_x = kMBConvThreads;
   one.shared_bytes = plan.shared_bytes;
-  one.cluster = plan.team;
+  one.cluster = plan.cluster;
+  return {one};
+}
+
+std::vector<MBConvStackPlan> plan_mbconv_stack(const std::vector<MBConvCall>& calls, const DeviceLimits& limits) {
+  // What a launch more takes, of which programmatic dependent launch hides some: an assumption, 0.5 us.
+  constexpr int64_t kLaunch = 900;
+  std::vector<MBConvStackPlan> found;
+  for (size_t first = 0; first < calls.size();) {
+    MBConvStackPlan stack;
+    stack.first = static_cast<int>(first);
+    int cluster = 1;
+    int64_t alone = -kLaunch, together = 0;
+    for (size_t i = first; i < calls.size() && stack.blocks.size() < kMostStackedBlocks; ++i) {
+      const MBConvPlan plan = plan_mbconv(calls[i], limits);
+      if (!plan.fits && !stack.blocks.empty()) break;
+      stack.blocks.push_back(plan);
+      if (!plan.fits) break;
+      alone += clocks_of(calls[i], plan, limits) + kLaunch;
+      cluster = std::max(cluster, plan.team);
+    }
+    if (stack.is_stack()) {
+      const std::vector<MBConvPlan> singles = stack.blocks;
+      for (size_t i = 0; i < stack.blocks.size(); ++i) {
+        MBConvPlan& plan = stack.blocks[i];
+        cut_images(calls[first + i], limits, plan, cluster);
+        together += clocks_of(calls[first + i], plan, limits);
+        stack.shared_bytes = std::max(stack.shared_bytes, plan.shared_bytes);
+      }
+      if (together > alone) {
+        for (size_t i = 0; i < singles.size(); ++i)
+          found.push_back({static_cast<int>(first + i), {singles[i]}, singles[i].shared_bytes});
+        first += singles.size();
+        continue;
+      }
+    } else {
+      stack.shared_bytes = stack.blocks.front().shared_bytes;
+    }
+    first += stack.blocks.size();
+    found.push_back(std::move(stack));
+  }
+  return found;
+}
+
+PlannedLaunches planned_launches(const MBConvStackPlan& plan) {
+  PlannedLaunch one;
+  one.kernel = "mbconv_stack";
+  one.grid = plan.blocks.front().blocks();
+  one.block_x = kMBConvThreads;
+  one.shared_bytes = plan.shared_bytes;
+  one.cluster = plan.blocks.front().cluster;
   return {one};
 }
 

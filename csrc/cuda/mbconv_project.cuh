@@ -107,7 +107,7 @@ __device__ __forceinline__ void add_partial(const PointwiseParams& p, const MBCo
       p.residual == nullptr ? nullptr : static_cast<const T*>(p.residual) + image * p.residual_stride_n + first_column;
 #pragma unroll 1
   for (int item = rank * kMBConvThreads + static_cast<int>(threadIdx.x); item < items;
-       item += plan.team * kMBConvThreads) {
+       item += plan.cluster * kMBConvThreads) {
     const int pixel = static_cast<int>(by_vectors(item)), column = (item - pixel * vectors) * V;
     if (first_column + column >= out_channels) continue;
     float total[V] = {};

@@ -104,15 +104,13 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& ex
   return {e.depthwise.y, e.pooled};
 }
 
-// Three kernels: expand and depthwise, the gate, project.
-Tensor mbconv(const MBConvArguments& a) {
-  Keep keep;
-  MBConv block = describe_mbconv("mbconv", a, keep);
-  give_depthwise_result(block, a.expand.x);
+// Three kernels: expand and depthwise, the gate, project. `x`: of the block.
+void run_block(MBConv& block, const Tensor& x, const Keep& keep) {
+  give_depthwise_result(block, x);
   DepthwiseParams& depthwise = block.depthwise.params;
   Tensor pooled;
   if (block.excites) {
-    pooled = empty_matrix(a.expand.x, depthwise.batch, depthwise.channels, ScalarType::Float);
+    pooled = empty_matrix(x, depthwise.batch, depthwise.channels, ScalarType::Float);
     depthwise.pooled = static_cast<float*>(pooled.mutable_data_ptr());
     block.se.params.pooled = depthwise.pooled;
   }
@@ -122,7 +120,26 @@ Tensor mbconv(const MBConvArguments& a) {
   if (block.excites) run(cpu::kernels().squeeze_excite, block.se.params, torch_threads(), keep);
   keep_packed(block.project.params);
   run(cpu::kernels().pointwise, block.project.params, torch_threads(), keep);
+}
+
+Tensor mbconv(const MBConvArguments& a) {
+  Keep keep;
+  MBConv block = describe_mbconv("mbconv", a, keep);
+  run_block(block, a.expand.x, keep);
   return block.project.y;
+}
+
+Tensor mbconv_stack(const MBConvStackArguments& a) {
+  Keep keep;
+  std::vector<MBConv> blocks = describe_mbconv_stack("mbconv_stack", a, keep);
+  Tensor x = a.x;
+  for (MBConv& block : blocks) {
+    give_input(block, x, keep);
+    give_result(block, x);
+    run_block(block, x, keep);
+    x = block.project.y;
+  }
+  return x;
 }
 
 Tensor conv_bn_act(const ConvArguments& a) {
@@ -181,6 +198,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
   EFFKERNELS_IMPLEMENT(pointwise_bn_act, pointwise)
   EFFKERNELS_IMPLEMENT(expand_depthwise_squeeze, expand_depthwise)
   EFFKERNELS_IMPLEMENT(mbconv, mbconv)
+  EFFKERNELS_IMPLEMENT(mbconv_stack, mbconv_stack)
   EFFKERNELS_IMPLEMENT(conv_bn_act, conv)
 #undef EFFKERNELS_IMPLEMENT
 }

@@ -174,35 +174,76 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& ex
   return {y, e.pooled};
 }
 
-// One launch where a cluster holds an image and that is faster; else three: expand, depthwise with the gate, project.
+// Three launches: expand, depthwise with the gate, project.
+void enqueue_block_in_three(const char* op, MBConv& block, const Tensor& x, const cuda::DeviceLimits& limits,
+                            const OnDevice& here, Keep& keep) {
+  give_expanded(block, x);
+  give_depthwise_result(block, x);
+  const cuda::DepthwiseCall depthwise{&block.depthwise.params, block.excites ? &block.se.params : nullptr, false,
+                                      false};
+  const PointwiseParams &expand = block.expand.params, &project = block.project.params;
+  check_launch(op, enqueue_pointwise(op, expand, cuda::plan_pointwise(expand, limits), x, here, keep));
+  check_launch(op, enqueue_depthwise(op, depthwise, cuda::plan_depthwise(depthwise, limits), x, here, keep));
+  check_launch(op, enqueue_pointwise(op, project, cuda::plan_pointwise(project, limits), x, here, keep));
+}
+
+// Blocks of which each reads what the one before it wrote: one launch for several where that is faster, one for a block
+// where a cluster holds an image, else three. The first block has its input.
+Tensor run_blocks(const char* op, std::vector<MBConv>& blocks, const Tensor& x, const OnDevice& here) {
+  cuda::DeviceLimits limits = limits_of(op, here);
+  std::vector<cuda::MBConvCall> calls;
+  for (const MBConv& block : blocks)
+    calls.push_back({&block.expand.params, &block.depthwise.params, block.excites ? &block.se.params : nullptr,
+                     &block.project.params});
+  Tensor y = x;  // of the last block that was launched
+  for (size_t done = 0; done < blocks.size();) {
+    const std::vector<cuda::MBConvCall> rest(calls.begin() + int64_t(done), calls.end());
+    for (const cuda::MBConvStackPlan& plan : cuda::plan_mbconv_stack(rest, limits)) {
+      const size_t end = done + plan.blocks.size();
+      Keep keep;
+      Tensor input = y;
+      for (size_t i = done; i < end; ++i) {
+        if (i > 0) give_input(blocks[i], input, keep);
+        if (!blocks[i].project.y.defined()) give_result(blocks[i], x);
+        input = blocks[i].project.y;
+      }
+      const char* error = nullptr;
+      if (plan.is_stack())
+        error = cuda::launch_mbconv_stack(&calls[done], plan, here.stream());
+      else if (plan.blocks.front().fits)
+        error = cuda::launch_mbconv(calls[done], plan.blocks.front(), here.stream());
+      else
+        enqueue_block_in_three(op, blocks[done], y, limits, here, keep);
+      if (error == cuda::kTeamRefused && limits.largest_cluster > 1) {
+        // 8 blocks are what a GPU with clusters has room for, as a rule; the largest there are, not always.
+        limits.largest_cluster = limits.largest_cluster > 8 ? 8 : 1;
+        break;
+      }
+      check_launch(op, error);
+      y = input;
+      // What is done gives its memory to the next blocks.
+      for (; done < end; ++done)
+        blocks[done].expand.y = blocks[done].depthwise.y = blocks[done].se.gate = blocks[done].project.y = Tensor();
+    }
+  }
+  return y;
+}
+
 Tensor mbconv(const MBConvArguments& a) {
   constexpr const char* op = "mbconv";
   Keep keep;
-  const Tensor& x = a.expand.x;
-  MBConv block = describe_mbconv(op, a, keep);
-  const Tensor& y = block.project.y;
-  if (block.project.params.batch == 0) return y;
-  const OnDevice here(y);
-  cuda::DeviceLimits limits = limits_of(op, here);
-  const SqueezeExciteParams* const se = block.excites ? &block.se.params : nullptr;
-  const cuda::MBConvCall call{&block.expand.params, &block.depthwise.params, se, &block.project.params};
-  // 8 blocks are what a GPU with clusters has room for, as a rule; the largest there are, not always.
-  for (const int largest : {limits.largest_cluster, 8}) {
-    limits.largest_cluster = std::min(largest, limits.largest_cluster);
-    const cuda::MBConvPlan plan = cuda::plan_mbconv(call, limits);
-    if (!plan.fits) break;
-    const char* const error = cuda::launch_mbconv(call, plan, here.stream());
-    if (error == nullptr) return y;
-    if (error != cuda::kTeamRefused) check_launch(op, error);
-  }
-  give_expanded(block, x);
-  give_depthwise_result(block, x);
-  const cuda::DepthwiseCall depthwise{&block.depthwise.params, se, false, false};
-  const PointwiseParams &expand = block.expand.params, &project = block.project.params;
-  check_launch(op, enqueue_pointwise(op, expand, cuda::plan_pointwise(expand, limits), y, here, keep));
-  check_launch(op, enqueue_depthwise(op, depthwise, cuda::plan_depthwise(depthwise, limits), y, here, keep));
-  check_launch(op, enqueue_pointwise(op, project, cuda::plan_pointwise(project, limits), y, here, keep));
-  return y;
+  std::vector<MBConv> blocks{describe_mbconv(op, a, keep)};
+  const Tensor y = blocks.front().project.y;
+  return y.size(0) == 0 ? y : run_blocks(op, blocks, a.expand.x, OnDevice(y));
+}
+
+Tensor mbconv_stack(const MBConvStackArguments& a) {
+  constexpr const char* op = "mbconv_stack";
+  Keep keep;
+  std::vector<MBConv> blocks = describe_mbconv_stack(op, a, keep);
+  if (a.x.size(0) > 0) return run_blocks(op, blocks, a.x, OnDevice(a.x));
+  give_result(blocks.back(), a.x);
+  return blocks.back().project.y;
 }
 
 // PyTorch's convolution of x: (N, Cin, H, W) with explicit padding, without bias.
@@ -277,6 +318,7 @@ EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, EFFKERNELS_CUDA_KEY, m) {
   m.impl("pointwise_bn_act", TORCH_BOX(&signature::pointwise<&pointwise_bn_act>));
   m.impl("expand_depthwise_squeeze", TORCH_BOX(&signature::expand_depthwise<&expand_depthwise_squeeze>));
   m.impl("mbconv", TORCH_BOX(&signature::mbconv<&mbconv>));
+  m.impl("mbconv_stack", TORCH_BOX(&signature::mbconv_stack<&mbconv_stack>));
   m.impl("conv_bn_act", TORCH_BOX(&signature::conv<&conv_bn_act>));
 }
 

@@ -232,12 +232,16 @@ void give_expanded_to(Depthwise& depthwise, Pointwise& expand, const Tensor& x) 
 void give_expanded(ExpandDepthwise& both, const Tensor& x) { give_expanded_to(both.depthwise, both.expand, x); }
 void give_expanded(MBConv& block, const Tensor& x) { give_expanded_to(block.depthwise, block.expand, x); }
 
-MBConv describe_mbconv(const char* op, const MBConvArguments& a, Keep& keep) {
+namespace {
+
+// Everything of a block of an (n, c, h, w) tensor but the addresses of it and of the result.
+MBConv describe_mbconv(const char* op, const MBConvArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
+                       Keep& keep) {
   const Tensor& x = a.expand.x;
   MBConv out;
-  out.expand = describe_pointwise(op, a.expand, keep);
-  const int64_t batch = x.size(0), channels = out.expand.params.out_channels;
-  out.depthwise = describe_depthwise(op, a.depthwise, batch, channels, x.size(2), x.size(3), keep);
+  out.expand = describe_pointwise(op, a.expand, n, c, h, w, keep);
+  const int64_t channels = out.expand.params.out_channels;
+  out.depthwise = describe_depthwise(op, a.depthwise, n, channels, h, w, keep);
   const DepthwiseParams& d = out.depthwise.params;
   const OptionalSeArguments& se = a.se;
   STD_TORCH_CHECK(se.w_reduce.has_value() == se.w_expand.has_value(), op,
@@ -248,12 +252,97 @@ MBConv describe_mbconv(const char* op, const MBConvArguments& a, Keep& keep) {
   if (out.excites) {
     const SeArguments given{*se.w_reduce,  se.b_reduce,        *se.w_expand,   se.b_expand,
                             se.activation, se.gate_activation, "se_activation"};
-    out.se = describe_squeeze_excite(op, x, batch, channels, given, x.scalar_type(), keep);
+    out.se = describe_squeeze_excite(op, x, n, channels, given, x.scalar_type(), keep);
   }
-  out.project = describe_pointwise(op, a.project, batch, channels, d.out_height, d.out_width, keep);
+  out.project = describe_pointwise(op, a.project, n, channels, d.out_height, d.out_width, keep);
   out.project.params.x_stride_p = channels, out.project.params.x_stride_n = channels * d.out_height * d.out_width;
-  give_result(out.project, x, d.out_height, d.out_width);
   return out;
+}
+
+void give_input(Pointwise& expand, const Tensor& x, Keep& keep) {
+  const Tensor rows = to_rows(x, expand.params.x_stride_p);
+  keep.push_back(rows);
+  expand.params.x = rows.const_data_ptr(), expand.params.x_stride_n = rows.stride(0);
+}
+
+}  // namespace
+
+MBConv describe_mbconv(const char* op, const MBConvArguments& a, Keep& keep) {
+  const Tensor& x = a.expand.x;
+  check_image(op, "x", x);
+  MBConv out = describe_mbconv(op, a, x.size(0), x.size(1), x.size(2), x.size(3), keep);
+  give_input(out.expand, x, keep);
+  give_result(out, x);
+  return out;
+}
+
+std::vector<MBConv> describe_mbconv_stack(const char* op, const MBConvStackArguments& a, Keep& keep) {
+  using A = MBConvStackArguments;
+  const size_t count = a.tensors.size() / A::kTensors;
+  const auto check = [&](const char* name, size_t given, size_t of_block) {
+    STD_TORCH_CHECK(count > 0 && given == count * of_block, op, ": ", name, " has ", given,
+                    " elements; allowed: ", of_block, " for each of the blocks, of which there is at least one");
+  };
+  check("tensors", a.tensors.size(), A::kTensors);
+  check("norm_eps", a.norm_eps.size(), A::kNorms);
+  check("sizes", a.sizes.size(), A::kSizes);
+  check("activations", a.activations.size(), A::kActivations);
+  check_image(op, "x", a.x);
+  const int64_t n = a.x.size(0);
+  int64_t c = a.x.size(1), h = a.x.size(2), w = a.x.size(3);
+  const OptionalTensor none;
+  const std::string identity = "identity";
+  // Stands for what give_input sets: the allocator aligns all of it.
+  void* const aligned = reinterpret_cast<void*>(uintptr_t(1) << 12);
+  std::vector<MBConv> blocks;
+  for (size_t i = 0; i < count; ++i) {
+    const std::string name = std::string(op) + ": block " + std::to_string(i);
+    const OptionalTensor* const t = a.tensors.data() + i * A::kTensors;
+    const double* const eps = a.norm_eps.data() + i * A::kNorms;
+    const int64_t* const sizes = a.sizes.data() + i * A::kSizes;
+    const std::string* const activations = a.activations.data() + i * A::kActivations;
+    STD_TORCH_CHECK(t[0] && t[6] && t[16], name,
+                    ": expand_weight, weight or project_weight is None; allowed: a tensor");
+    const std::vector<int64_t> padding(sizes + 1, sizes + 5);
+    const NormArguments expand_norm{t[1], t[2], t[3], t[4], t[5], eps[0], "expand_"};
+    const NormArguments norm{t[7], t[8], t[9], t[10], t[11], eps[1]};
+    const NormArguments project_norm{t[17], t[18], t[19], t[20], t[21], eps[2], "project_"};
+    MBConv block = describe_mbconv(name.c_str(),
+                                   {{a.x, *t[0], expand_norm, none, none, activations[0], a.allow_tf32},
+                                    {a.x, *t[6], norm, sizes[0], padding, sizes[5], activations[1]},
+                                    {t[12], t[13], t[14], t[15], activations[2], activations[3]},
+                                    {a.x, *t[16], project_norm, none, none, identity, a.allow_tf32}},
+                                   n, c, h, w, keep);
+    PointwiseParams &expand = block.expand.params, &project = block.project.params;
+    expand.x = aligned, expand.x_stride_p = c, expand.x_stride_n = c * h * w;
+    const DepthwiseParams& d = block.depthwise.params;
+    block.adds_input = sizes[6] != 0;
+    if (block.adds_input) {
+      STD_TORCH_CHECK(project.out_channels == c && d.out_height == h && d.out_width == w, name,
+                      ": the block cannot add its input (", n, ", ", c, ", ", h, ", ", w, ") to its result (", n, ", ",
+                      project.out_channels, ", ", d.out_height, ", ", d.out_width, "); allowed: the same shape");
+      project.residual = aligned, project.residual_stride_p = c, project.residual_stride_n = expand.x_stride_n;
+    }
+    if (i == 0) give_input(block, a.x, keep);
+    project.y = aligned;
+    c = project.out_channels, h = d.out_height, w = d.out_width;
+    blocks.push_back(std::move(block));
+  }
+  return blocks;
+}
+
+void give_input(MBConv& block, const Tensor& x, Keep& keep) {
+  give_input(block.expand, x, keep);
+  if (!block.adds_input) return;
+  const PointwiseParams& expand = block.expand.params;
+  PointwiseParams& project = block.project.params;
+  project.residual = expand.x;
+  project.residual_stride_p = expand.x_stride_p, project.residual_stride_n = expand.x_stride_n;
+}
+
+void give_result(MBConv& block, const Tensor& like) {
+  const DepthwiseParams& d = block.depthwise.params;
+  give_result(block.project, like, d.out_height, d.out_width);
 }
 
 void give_depthwise_result(MBConv& block, const Tensor& x) {

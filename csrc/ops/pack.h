@@ -58,6 +58,20 @@ struct MBConvArguments {
   PointwiseArguments project;
 };
 
+// Blocks that follow each other, flattened: of each block kTensors tensors (those of mbconv but x and residual, in its
+// order), kNorms norm_eps, kSizes sizes (stride, padding, dilation, and whether the block adds its x) and kActivations
+// activations (expand, depthwise, squeeze-and-excitation, gate).
+struct MBConvStackArguments {
+  static constexpr size_t kTensors = 22, kNorms = 3, kSizes = 7, kActivations = 4;
+
+  const Tensor& x;
+  const std::vector<OptionalTensor>& tensors;
+  const std::vector<double>& norm_eps;
+  const std::vector<int64_t>& sizes;
+  const std::vector<std::string>& activations;
+  bool allow_tf32;
+};
+
 struct ConvArguments {
   const Tensor &x, &weight;
   NormArguments norm;
@@ -108,9 +122,15 @@ struct MBConv {
   Depthwise depthwise;
   SqueezeExcite se;
   bool excites = false;
+  bool adds_input = false;  // of a stack: the residual is the block's x
   Pointwise project;
 };
 MBConv describe_mbconv(const char* op, const MBConvArguments& arguments, Keep& keep);
+// Blocks without their results, and without their inputs but that of the first: aligned addresses stand for them until
+// give_input and give_result.
+std::vector<MBConv> describe_mbconv_stack(const char* op, const MBConvStackArguments& arguments, Keep& keep);
+void give_input(MBConv& block, const Tensor& x, Keep& keep);
+void give_result(MBConv& block, const Tensor& like);
 void give_expanded(MBConv& block, const Tensor& x);
 void give_depthwise_result(MBConv& block, const Tensor& x);
 

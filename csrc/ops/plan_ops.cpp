@@ -294,37 +294,88 @@ DescribedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape
   return launches;
 }
 
-// The sizes of the depthwise operator, x's channels being the expanded ones and without squeeze-and-excitation reduced
-// 0; then the input channels, the output channels, whether there is a residual, allow_tf32 and the first product's
-// activation.
-DescribedLaunches plan_of_mbconv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
-  const int64_t activation = int64_t(activation_after(op, s, 17));
-  const Shape depthwise(s.begin(), s.begin() + 13);
-  const std::string depthwise_op = s[12] > 0 ? "depthwise_bn_act_gate" : "depthwise_bn_act";
-  const DepthwiseParams p = depthwise_of(depthwise_op, dtype, depthwise);
-  const Shape first = {s[0], s[2], s[3], s[13], s[1], 0, 0, s[16], activation};
-  const Shape last = {s[0], p.out_height, p.out_width, s[1], s[14], s[12] > 0, s[15], s[16]};
-  const PointwiseParams expand = pointwise_of("pointwise_bn_act", dtype, first);
-  const PointwiseParams project = pointwise_of("pointwise_bn_act", dtype, last);
+// A block by its sizes: those of the depthwise operator, x's channels being the expanded ones and without
+// squeeze-and-excitation reduced 0; then the input channels, the output channels, whether there is a residual,
+// allow_tf32 and the first product's activation.
+struct PlannedBlock {
+  static constexpr size_t kSizes = 17;  // and the activation
+
+  Shape depthwise_shape, first, last;
+  std::string depthwise_op;
+  DepthwiseParams depthwise;
+  PointwiseParams expand, project;
   SqueezeExciteParams se;
-  se.batch = s[0], se.channels = s[1], se.reduced = s[12];
-  const cuda::MBConvCall call{&expand, &p, s[12] > 0 ? &se : nullptr, &project};
-  const cuda::MBConvPlan plan = cuda::plan_mbconv(call, limits);
+
+  PlannedBlock(const std::string& op, DType dtype, const Shape& s) {
+    const int64_t activation = int64_t(activation_after(op, s, kSizes));
+    depthwise_shape.assign(s.begin(), s.begin() + 13);
+    depthwise_op = s[12] > 0 ? "depthwise_bn_act_gate" : "depthwise_bn_act";
+    depthwise = depthwise_of(depthwise_op, dtype, depthwise_shape);
+    first = {s[0], s[2], s[3], s[13], s[1], 0, 0, s[16], activation};
+    last = {s[0], depthwise.out_height, depthwise.out_width, s[1], s[14], s[12] > 0, s[15], s[16]};
+    expand = pointwise_of("pointwise_bn_act", dtype, first);
+    project = pointwise_of("pointwise_bn_act", dtype, last);
+    se.batch = s[0], se.channels = s[1], se.reduced = s[12];
+  }
+
+  cuda::MBConvCall call() const { return {&expand, &depthwise, se.reduced > 0 ? &se : nullptr, &project}; }
+};
+
+// The launches of a block by itself.
+DescribedLaunches launches_of(const PlannedBlock& block, const cuda::MBConvPlan& plan, DType dtype,
+                              const DeviceLimits& limits) {
   DescribedLaunches launches;
   if (plan.fits) {
-    append(launches, cuda::planned_launches(call, plan), cut_of(p, plan));
+    append(launches, cuda::planned_launches(block.call(), plan), cut_of(block.depthwise, plan));
     return launches;
   }
-  launches = plan_of_pointwise("pointwise_bn_act", dtype, first, limits);
+  launches = plan_of_pointwise("pointwise_bn_act", dtype, block.first, limits);
   if (!launches.empty()) {
     std::string reason = plan.reason;
     std::replace(reason.begin(), reason.end(), ' ', '-');
     launches.front().cut += " reason=" + reason;
   }
-  for (DescribedLaunch& one : plan_of_depthwise(depthwise_op, dtype, depthwise, limits))
+  for (DescribedLaunch& one : plan_of_depthwise(block.depthwise_op, dtype, block.depthwise_shape, limits))
     launches.push_back(std::move(one));
-  for (DescribedLaunch& one : plan_of_pointwise("pointwise_bn_act", dtype, last, limits))
+  for (DescribedLaunch& one : plan_of_pointwise("pointwise_bn_act", dtype, block.last, limits))
     launches.push_back(std::move(one));
+  return launches;
+}
+
+DescribedLaunches plan_of_mbconv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  const PlannedBlock block(op, dtype, s);
+  return launches_of(block, cuda::plan_mbconv(block.call(), limits), dtype, limits);
+}
+
+// The sizes of each block, with the activation. A line for each launch, and of a stack one for each of its blocks,
+// which says how many blocks the launch has; "at": the block.
+DescribedLaunches plan_of_mbconv_stack(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
+  constexpr size_t kSizes = PlannedBlock::kSizes + 1;
+  const size_t count = s.size() / kSizes;
+  STD_TORCH_CHECK(count > 0 && s.size() == count * kSizes, "cuda_plan: shape of ", op, " has ", s.size(),
+                  " numbers; allowed: ", kSizes, " for each block");
+  std::vector<PlannedBlock> blocks;
+  std::vector<cuda::MBConvCall> calls;
+  blocks.reserve(count);
+  for (size_t i = 0; i < count; ++i)
+    blocks.emplace_back(op, dtype, Shape(s.begin() + int64_t(i * kSizes), s.begin() + int64_t((i + 1) * kSizes)));
+  for (const PlannedBlock& block : blocks) calls.push_back(block.call());
+  DescribedLaunches launches;
+  for (const cuda::MBConvStackPlan& plan : cuda::plan_mbconv_stack(calls, limits)) {
+    for (size_t i = 0; i < plan.blocks.size(); ++i) {
+      const PlannedBlock& block = blocks[size_t(plan.first) + i];
+      const std::string at = " at=" + std::to_string(size_t(plan.first) + i);
+      if (plan.is_stack()) {
+        const std::string stacked = " stacked=" + std::to_string(plan.blocks.size());
+        append(launches, cuda::planned_launches(plan), cut_of(block.depthwise, plan.blocks[i]) + stacked + at);
+        continue;
+      }
+      for (DescribedLaunch& one : launches_of(block, plan.blocks[i], dtype, limits)) {
+        one.cut += at;
+        launches.push_back(std::move(one));
+      }
+    }
+  }
   return launches;
 }
 
@@ -363,6 +414,8 @@ std::string cuda_plan(const std::string& op, const std::string& dtype_name, cons
     launches = plan_of_expand(op, dtype, shape, limits);
   else if (op == "mbconv")
     launches = plan_of_mbconv(op, dtype, shape, limits);
+  else if (op == "mbconv_stack")
+    launches = plan_of_mbconv_stack(op, dtype, shape, limits);
   else if (op == "conv_bn_act")
     launches = plan_of_conv(op, dtype, shape, limits);
   else if (op == "squeeze_excite_gate")

@@ -87,6 +87,12 @@ auto mbconv(const Tensor& x, const Tensor& expand_weight, const OptionalTensor& 
 }
 
 template <auto op>
+auto mbconv_stack(const Tensor& x, const std::vector<OptionalTensor>& tensors, const std::vector<double>& norm_eps,
+                  const std::vector<int64_t>& sizes, const std::vector<std::string>& activations, bool allow_tf32) {
+  return op(MBConvStackArguments{x, tensors, norm_eps, sizes, activations, allow_tf32});
+}
+
+template <auto op>
 auto conv(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& norm_mean,
           const OptionalTensor& norm_var, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
           double norm_eps, int64_t stride, const std::vector<int64_t>& padding, const std::string& activation,

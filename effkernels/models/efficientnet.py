@@ -23,6 +23,7 @@ from effkernels.models.features import FeatureInfo
 from effkernels.models.pooling import GlobalPool
 from effkernels.nn import BatchNormAct2d, ConvBnAct, DepthwiseSeparable, MBConv, PaddedConv2d, conv_bn_act
 from effkernels.nn.norm_act import not_scriptable
+from effkernels.nn.stack import run_in_stacks
 from effkernels.ops.backends import BACKENDS
 
 
@@ -170,10 +171,9 @@ class _Trunk(nn.Module):
         return conv_bn_act(x, self.conv_stem, self.bn1, self.architecture.activation, self._backend or "auto")
 
     def _run(self, blocks: nn.Module, x: Tensor) -> Tensor:
-        """Call a stage, or all of them, checkpointing block by block if that was asked for."""
+        """Run a stage, or all of them; block by block and checkpointed if that was asked for."""
         if not (self.grad_checkpointing and torch.is_grad_enabled()):
-            y: Tensor = blocks(x)
-            return y
+            return run_in_stacks(blocks, x)
         for module in blocks.children():
             if isinstance(module, nn.Sequential):
                 x = self._run(module, x)

@@ -32,6 +32,10 @@ from effkernels.nn.squeeze_excite import SqueezeExcite, SqueezeExciteArguments, 
 from effkernels.nn.training import train_block
 from effkernels.ops import backends
 
+# Of an MBConv: the 1x1 expansion and its norm, the depthwise convolution and its norm, squeeze-and-excitation, the 1x1
+# projection and its norm.
+_FusibleParts = tuple[nn.Conv2d, NormAct, nn.Conv2d, NormAct, SqueezeExciteArguments | None, nn.Conv2d, NormAct]
+
 
 class DepthwiseSeparable(nn.Module):
     """MBConv with expansion 1: depthwise, squeeze-and-excitation, project; parameters `conv_dw, bn1, se, conv_pw, bn2`.
@@ -210,6 +214,33 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
+        parts = None if calls_modules(x) else self._fusible_parts()
+        if parts is None:
+            y = train_block(self, x)
+            return self._forward_plain(x) if y is None else y
+        backend = self.backend
+        residual = x if self.has_skip else None
+        if backends.takes_block(x, backend):
+            return ops.mbconv(x, **_block_arguments(parts, x.shape[2], x.shape[3]), residual=residual, backend=backend)
+        expand, norm1, depthwise, norm2, se, project, norm3 = parts
+        if _keeps_expanded(x, backend):
+            y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, se, backend)
+        else:
+            norm, activation = norm1
+            y = ops.pointwise_bn_act(x, *conv_arguments(expand), norm, activation=activation, backend=backend)
+            y, gate = _depthwise(y, depthwise, norm2, se, backend)
+        return _project(y, project, norm3, gate, residual, backend)
+
+    def operator_arguments(self, height: int, width: int) -> dict[str, Any] | None:
+        """Return the arguments of the block as an entry of `effkernels.ops.mbconv_stack`, for x: (N, C, height, width).
+
+        None where a module of the block has to be called: a hook, training mode, a replaced part.
+        """
+        parts = self._fusible_parts()
+        return None if parts is None else {**_block_arguments(parts, height, width), "residual": self.has_skip}
+
+    def _fusible_parts(self) -> _FusibleParts | None:
+        """Return what the operators take in place of calls of the block's modules; None where one has to be called."""
         parts = self._modules
         expand, depthwise, project = parts["conv_pw"], parts["conv_dw"], parts["conv_pwl"]
         norm1, norm2 = fusible_norm(parts["bn1"], self._activation), fusible_norm(parts["bn2"], self._activation)
@@ -224,21 +255,9 @@ class MBConv(nn.Module):
             or not is_fusible_depthwise(depthwise)
             or not is_fusible_pointwise(project)
             or not _is_idle(parts["drop_path"])
-            or calls_modules(x)
         ):
-            y = train_block(self, x)
-            return self._forward_plain(x) if y is None else y
-        backend = self.backend
-        residual = x if self.has_skip else None
-        if backends.takes_block(x, backend):
-            return _block(x, expand, norm1, depthwise, norm2, se, project, norm3, residual, backend)
-        if _keeps_expanded(x, backend):
-            y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, se, backend)
-        else:
-            norm, activation = norm1
-            y = ops.pointwise_bn_act(x, *conv_arguments(expand), norm, activation=activation, backend=backend)
-            y, gate = _depthwise(y, depthwise, norm2, se, backend)
-        return _project(y, project, norm3, gate, residual, backend)
+            return None
+        return expand, norm1, depthwise, norm2, se, project, norm3
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         y = norm_act(self.bn1, self.conv_pw(x), self._activation)
@@ -313,43 +332,30 @@ def _project(
     )
 
 
-def _block(
-    x: Tensor,
-    expand: nn.Conv2d,
-    expand_norm: NormAct,
-    conv: nn.Conv2d,
-    norm: NormAct,
-    se: SqueezeExciteArguments | None,
-    project: nn.Conv2d,
-    project_norm: NormAct,
-    residual: Tensor | None,
-    backend: str,
-) -> Tensor:
-    """The whole block of x: (N, C, H, W) as one operator."""
+def _block_arguments(parts: _FusibleParts, height: int, width: int) -> dict[str, Any]:
+    """Return the arguments of `effkernels.ops.mbconv` but x and residual, for x: (N, C, height, width)."""
+    expand, expand_norm, conv, norm, se, project, project_norm = parts
     expand_weight, expand_bias = conv_arguments(expand)
     weight, bias = conv_arguments(conv)
     project_weight, project_bias = conv_arguments(project)
     excitation: dict[str, Any] = {} if se is None else dict(se)
-    return ops.mbconv(
-        x,
-        expand_weight,
-        weight,
-        project_weight,
-        expand_bias=expand_bias,
-        expand_norm=expand_norm[0],
-        expand_activation=expand_norm[1],
-        bias=bias,
-        norm=norm[0],
-        stride=conv.stride[0],
-        padding=explicit_padding(conv, x.shape[2], x.shape[3]),
-        dilation=conv.dilation[0],
-        activation=norm[1],
+    return {
+        "expand_weight": expand_weight,
+        "expand_bias": expand_bias,
+        "expand_norm": expand_norm[0],
+        "expand_activation": expand_norm[1],
+        "weight": weight,
+        "bias": bias,
+        "norm": norm[0],
+        "stride": conv.stride[0],
+        "padding": explicit_padding(conv, height, width),
+        "dilation": conv.dilation[0],
+        "activation": norm[1],
         **excitation,
-        project_bias=project_bias,
-        project_norm=project_norm[0],
-        residual=residual,
-        backend=backend,
-    )
+        "project_weight": project_weight,
+        "project_bias": project_bias,
+        "project_norm": project_norm[0],
+    }
 
 
 def _keeps_expanded(x: Tensor, backend: str) -> bool:

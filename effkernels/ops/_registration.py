@@ -28,11 +28,11 @@ from effkernels.ops.backends import DTYPES
 COMPILED = "effkernels"  # the namespace of the library's operators
 TRITON = "effkernels_triton"  # and of the Triton kernels
 
-_COMPILED_LIBRARY: Any = torch.library.Library(COMPILED, "FRAGMENT") if _library.is_loaded() else None
-_TRITON_LIBRARY: Any = torch.library.Library(TRITON, "DEF")
+COMPILED_LIBRARY: Any = torch.library.Library(COMPILED, "FRAGMENT") if _library.is_loaded() else None
+TRITON_LIBRARY: Any = torch.library.Library(TRITON, "DEF")
 # The keys under which Triton kernels are found. On the CPU there are some where Triton interprets them.
-_TRITON_DEVICES = ("CUDA", "CPU") if triton.INTERPRETED else ("CUDA",)
-_AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
+TRITON_DEVICES = ("CUDA", "CPU") if triton.INTERPRETED else ("CUDA",)
+AUTOCAST_DEVICES = {"AutocastCPU": "cpu", "AutocastCUDA": "cuda"}
 
 Result = TypeVar("Result")  # of an operator: a tensor or a pair of them
 
@@ -92,13 +92,13 @@ class Overloads(Generic[Result]):
 
 def register(op: Operator[Result]) -> Overloads[Result]:
     """Register `op` in both namespaces; returns the overloads to hand to `run`."""
-    compiled = _not_loaded if _COMPILED_LIBRARY is None else _extend(op, COMPILED, _COMPILED_LIBRARY)
+    compiled = not_loaded if COMPILED_LIBRARY is None else _extend(op, COMPILED, COMPILED_LIBRARY)
     if op.name not in triton.FAMILIES:
         return Overloads(op, compiled, _no_triton_kernel)
-    _TRITON_LIBRARY.define(op.signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
-    for key in _TRITON_DEVICES:
-        _TRITON_LIBRARY.impl(op.name, _triton_kernel(op), key)
-    return Overloads(op, compiled, _extend(op, TRITON, _TRITON_LIBRARY))
+    TRITON_LIBRARY.define(op.signature.schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for key in TRITON_DEVICES:
+        TRITON_LIBRARY.impl(op.name, _triton_kernel(op), key)
+    return Overloads(op, compiled, _extend(op, TRITON, TRITON_LIBRARY))
 
 
 def run(overloads: Overloads[Result], backend: str, args: tuple[Any, ...]) -> Result:
@@ -120,7 +120,7 @@ def run(overloads: Overloads[Result], backend: str, args: tuple[Any, ...]) -> Re
         if (
             torch.is_inference_mode_enabled()
             or forward_ad._current_level >= 0
-            or (torch.is_grad_enabled() and _any_requires_grad(args))
+            or (torch.is_grad_enabled() and any_requires_grad(args))
         ):
             return overload(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -142,8 +142,8 @@ def _problem(op: Operator[Any], args: Sequence[Any]) -> ValueError | TypeError |
             if isinstance(t, Tensor):
                 _checks.dense(op.name, name, t)
         device = args[0].device.type
-        if device in _AUTOCAST_DEVICES.values() and torch.is_autocast_enabled(device):
-            args = _cast_arguments(op, args, torch.get_autocast_dtype(device))
+        if device in AUTOCAST_DEVICES.values() and torch.is_autocast_enabled(device):
+            args = cast_arguments(op, args, torch.get_autocast_dtype(device))
         with torch.no_grad():
             op.fake(*args)
     except (ValueError, TypeError) as problem:
@@ -156,8 +156,8 @@ def _run_reference(op: Operator[Result], flat: tuple[Any, ...]) -> Result:
     args = op.signature.group(flat)
     op.check(op.name, *args)
     device = args[0].device.type
-    if device in _AUTOCAST_DEVICES.values() and torch.is_autocast_enabled(device):
-        flat = _cast_arguments(op, flat, torch.get_autocast_dtype(device))
+    if device in AUTOCAST_DEVICES.values() and torch.is_autocast_enabled(device):
+        flat = cast_arguments(op, flat, torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return op.run_reference(flat)
     return op.run_reference(flat)
@@ -176,7 +176,7 @@ def _extend(op: Operator[Result], namespace: str, library: Any) -> Callable[...,
     overload: Callable[..., Result] = packet.default
     torch.library.register_fake(f"{namespace}::{op.name}", op.fake, lib=library)
     library.impl(op.name, _autograd_kernel(op, overload), "Autograd", with_keyset=True)
-    for key, device in _AUTOCAST_DEVICES.items():
+    for key, device in AUTOCAST_DEVICES.items():
         library.impl(op.name, _autocast_kernel(op, overload, device), key)
     register_flop_formula(packet)(_flop_formula(op))
     return overload
@@ -214,11 +214,11 @@ def _no_triton_kernel(*args: Any) -> Any:
     raise RuntimeError("there is no Triton implementation of this operator")
 
 
-def _not_loaded(*args: Any) -> Any:
+def not_loaded(*args: Any) -> Any:
     raise RuntimeError(f"the compiled operators are not there: {_library.load_error()}")
 
 
-def _any_requires_grad(args: Sequence[Any]) -> bool:
+def any_requires_grad(args: Sequence[Any]) -> bool:
     return any(isinstance(a, Tensor) and a.requires_grad for a in args)
 
 
@@ -272,7 +272,7 @@ def _autograd_kernel(op: Operator[Any], overload: Any) -> Callable[..., Any]:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
             # torch.func and forward mode differentiate plain operators by rules of their own: hand them some.
             return op.run_reference(args)
-        if torch.is_grad_enabled() and _any_requires_grad(args):
+        if torch.is_grad_enabled() and any_requires_grad(args):
             return differentiable(keyset, *args)
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *args)
@@ -282,14 +282,14 @@ def _autograd_kernel(op: Operator[Any], overload: Any) -> Callable[..., Any]:
 
 def _autocast_kernel(op: Operator[Any], overload: Any, device: str) -> Callable[..., Any]:
     def kernel(*args: Any) -> Any:
-        args = _cast_arguments(op, args, torch.get_autocast_dtype(device))
+        args = cast_arguments(op, args, torch.get_autocast_dtype(device))
         with torch._C._DisableAutocast():
             return overload(*args)
 
     return kernel
 
 
-def _cast_arguments(op: Operator[Any], args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
+def cast_arguments(op: Operator[Any], args: Sequence[Any], dtype: torch.dtype) -> tuple[Any, ...]:
     """Autocast: inputs and matrices go to `dtype`; vectors, depthwise weights and pooled values stay as they are.
 
     Only a few kilobytes each, those cost nothing in float32, and the kernels take them beside a 16-bit x. A float64

@@ -133,13 +133,13 @@ def _flops(shapes: Mapping[str, Any], result: Any) -> int:
     return flops
 
 
-_overloads = register(
-    Operator(
-        NAME,
-        reference.mbconv,
-        _check,
-        empty_image,
-        _flops,
-        cast=("x", "expand_weight", "w_reduce", "w_expand", "project_weight", "residual"),
-    )
+OPERATOR = Operator(
+    NAME,
+    reference.mbconv,
+    _check,
+    empty_image,
+    _flops,
+    cast=("x", "expand_weight", "w_reduce", "w_expand", "project_weight", "residual"),
 )
+
+_overloads = register(OPERATOR)

@@ -18,7 +18,7 @@ or of x's dtype, each on its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -289,6 +289,23 @@ def mbconv(
             gate_activation=gate_activation,
         )
     return pointwise_bn_act(y, project_weight, project_bias, project_norm, gate=gate, residual=residual)
+
+
+def mbconv_stack(x: Tensor, blocks: Sequence[Mapping[str, Any]], *, allow_tf32: bool | None = None) -> Tensor:
+    """Compute MBConv blocks that follow each other: `mbconv` of each, whose residual, if it has one, is its input.
+
+    Args:
+        x: (N, C_in, H, W), floating.
+        blocks: the arguments of `mbconv` of each by name, without x and allow_tf32; `residual` is whether the block
+            adds its input to its result.
+        allow_tf32: as of `mbconv`.
+
+    Returns:
+        (N, C_out, H', W') of the last block in x's dtype.
+    """
+    for block in blocks:
+        x = mbconv(x, **{**block, "residual": x if block.get("residual") else None}, allow_tf32=allow_tf32)
+    return x
 
 
 def conv_bn_act(

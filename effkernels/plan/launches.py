@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from effkernels import _library
 from effkernels.models import create_model, model_config
+from effkernels.ops.mbconv import OPERATOR
+from effkernels.ops.mbconv_stack import calls_of
 from effkernels.ops.reference import ACTIVATIONS, canonical_name
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.record import RecordedCall, record_calls, tensors_in
-from effkernels.plan.time_estimate import MODES, TimeEstimate, estimate, forward_us
+from effkernels.plan.time_estimate import MODES, TimeEstimate, estimate, forward_us, one_after_the_other
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -46,7 +48,7 @@ __all__ = [
 Call = RecordedCall  # the name by which `effkernels.optimize` imports it
 
 _NAMESPACE, _PYTORCH = "effkernels::", "aten::"
-_BLOCK = f"{_NAMESPACE}mbconv"
+_BLOCK, _STACK = f"{_NAMESPACE}mbconv", f"{_NAMESPACE}mbconv_stack"
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class PlannedLaunch:
     """One launch.
 
     Attributes:
-        layer: path of the module whose weight it reads, or in which it happens.
+        layer: path of the module whose weight it reads, or in which it happens; of a stack of blocks the first block
+            and the last one, 'blocks.3.1-6.0'.
         op: the operator that launches it, 'effkernels::...' or 'aten::...'.
         kernel: name of the kernel; of a launch of PyTorch's own the operator's name.
         grid, block: blocks, and threads of a block along x and y; None if PyTorch decides.
@@ -98,7 +101,11 @@ class PlannedLaunch:
     @property
     def block_of_network(self) -> str:
         """The part of the network it belongs to: 'blocks.2.1' for 'blocks.2.1.conv_dw', 'conv_stem' for 'conv_stem'."""
-        return self.layer.rpartition(".")[0] or self.layer
+        return self.layer if self.kernel == "mbconv_stack" else _parent(self.layer)
+
+
+def _parent(layer: str) -> str:
+    return layer.rpartition(".")[0] or layer
 
 
 @dataclass(frozen=True)
@@ -283,8 +290,11 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
     reading and writing it: the norm and activation after a convolution of PyTorch's, or the product with the gate in
     `depthwise_bn_act_se`, which goes from the first to the second. The two of `expand_depthwise_squeeze`, where it is
     not one, are its two convolutions, and the expanded tensor goes from the first to the second. The three of `mbconv`,
-    where it is not one, are those of three operators.
+    where it is not one, are those of three operators. `mbconv_stack` is the launches of its blocks, and one launch for
+    all blocks of a stack.
     """
+    if call.op == _STACK:
+        return _plan_stack(call, gpu, allow_tf32=allow_tf32)
     lines = [{"kernel": call.op}]
     if call.op.startswith(_NAMESPACE):
         lines = cuda_plan(call, gpu, allow_tf32=allow_tf32)
@@ -296,45 +306,127 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
     found = []
     for position, line in enumerate(lines):
         first = position == 0
-        kernel, workspace = line["kernel"], int(line.get("workspace", 0))
-        moved = 2 * workspace
+        kernel = line["kernel"]
+        moved = 2 * int(line.get("workspace", 0))
         moved += moved_bytes(call) if len(lines) == 1 else _bytes_of_two(call)[position]
         flops = call.flops if first else 0
         special = special_functions(call) if kernel == activating else 0
         if len(lines) == 2 and _expands(call):
             of_expand = _special_functions_of_expand(call)
             special = of_expand if first else special_functions(call) - of_expand
-        unit = _unit(kernel, call.dtype, allow_tf32)
-        rate = {"tensor": gpu.tensor, "tf32": gpu.tf32, "float32": gpu.float32}[unit]
-        times = {
-            "memory": moved / gpu.bandwidth,
-            unit: flops / rate,
-            "special": special / gpu.special_functions,
-        }
-        limited_by = max(times, key=lambda name: times[name])
-        planned = not kernel.startswith(_PYTORCH)
-        found.append(
-            PlannedLaunch(
-                layer=call.layer,
-                op=call.op,
-                kernel=kernel,
-                grid=int(line["grid"]) if planned else None,
-                block=_two(line["block"]) if planned else None,
-                shared_bytes=int(line["shared"]) if planned else None,
-                cluster=int(line.get("cluster", 1)),
-                cooperative=line.get("cooperative") == "1",
-                bytes=moved,
-                workspace_bytes=workspace,
-                flops=flops,
-                unit=unit,
-                special_functions=special,
-                floor_us=1e6 * times[limited_by],
-                limited_by=limited_by,
-                variant=line.get("variant"),
-                time=estimate(line, call, gpu, moved=moved, flops=flops, rate=rate),
-            )
-        )
+        found.append(_launch(line, call, gpu, moved, flops, special, allow_tf32))
     return found
+
+
+def _launch(
+    line: Mapping[str, str], call: RecordedCall, gpu: Gpu, moved: int, flops: int, special: int, allow_tf32: bool
+) -> PlannedLaunch:
+    """Return the launch that a line of `cuda_plan` describes; the others as of `PlannedLaunch`."""
+    kernel = line["kernel"]
+    unit = _unit(kernel, call.dtype, allow_tf32)
+    rate = {"tensor": gpu.tensor, "tf32": gpu.tf32, "float32": gpu.float32}[unit]
+    times = {
+        "memory": moved / gpu.bandwidth,
+        unit: flops / rate,
+        "special": special / gpu.special_functions,
+    }
+    limited_by = max(times, key=lambda name: times[name])
+    planned = not kernel.startswith(_PYTORCH)
+    return PlannedLaunch(
+        layer=call.layer,
+        op=call.op,
+        kernel=kernel,
+        grid=int(line["grid"]) if planned else None,
+        block=_two(line["block"]) if planned else None,
+        shared_bytes=int(line["shared"]) if planned else None,
+        cluster=int(line.get("cluster", 1)),
+        cooperative=line.get("cooperative") == "1",
+        bytes=moved,
+        workspace_bytes=int(line.get("workspace", 0)),
+        flops=flops,
+        unit=unit,
+        special_functions=special,
+        floor_us=1e6 * times[limited_by],
+        limited_by=limited_by,
+        variant=line.get("variant"),
+        time=estimate(line, call, gpu, moved=moved, flops=flops, rate=rate),
+    )
+
+
+def _plan_stack(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
+    """Return the launches of `mbconv_stack`: those of its blocks, where several may share one."""
+    blocks = blocks_of_stack(call)
+    by_block: dict[int, list[dict[str, str]]] = {}
+    for line in cuda_plan(call, gpu, allow_tf32=allow_tf32):
+        by_block.setdefault(int(line["at"]), []).append(line)
+    found: list[PlannedLaunch] = []
+    position = 0
+    while position < len(blocks):
+        line = by_block[position][0]
+        stacked = int(line.get("stacked", "1"))
+        if stacked == 1:
+            alone = plan_call(blocks[position], gpu, allow_tf32=allow_tf32)
+            found += [replace(launch, op=call.op) for launch in alone]
+        else:
+            end = position + stacked
+            lines = [by_block[i][0] for i in range(position, end)]
+            found.append(_stacked_launch(lines, blocks[position:end], gpu, allow_tf32=allow_tf32))
+        position += stacked
+    return found
+
+
+def _stacked_launch(
+    lines: list[dict[str, str]], blocks: list[RecordedCall], gpu: Gpu, *, allow_tf32: bool
+) -> PlannedLaunch:
+    """Return the launch of blocks that follow each other in it: their sums, and the largest of their shared memory.
+
+    What a block writes for the next one is counted twice, written and read: it stays in L2 where it fits.
+    """
+    launches = []
+    for line, block in zip(lines, blocks, strict=True):
+        alone = {name: value for name, value in line.items() if name not in ("at", "stacked")}
+        launches.append(
+            _launch(alone, block, gpu, moved_bytes(block), block.flops, special_functions(block), allow_tf32)
+        )
+    first = launches[0]
+    floors = {
+        "memory": sum(launch.bytes for launch in launches) / gpu.bandwidth,
+        "tensor": sum(launch.flops for launch in launches) / gpu.tensor,
+        "special": sum(launch.special_functions for launch in launches) / gpu.special_functions,
+    }
+    limited_by = max(floors, key=lambda name: floors[name])
+    start, end = _parent(blocks[0].layer), _parent(blocks[-1].layer)
+    shared = start.partition(".")[0] + "."
+    return replace(
+        first,
+        layer=f"{start}-{end.removeprefix(shared)}",
+        op=_STACK,
+        bytes=sum(launch.bytes for launch in launches),
+        flops=sum(launch.flops for launch in launches),
+        special_functions=sum(launch.special_functions for launch in launches),
+        floor_us=1e6 * floors[limited_by],
+        limited_by=limited_by,
+        variant=f"mbconv_stack<{str(blocks[0].dtype).removeprefix('torch.')}>",
+        time=one_after_the_other([launch.time for launch in launches]),
+    )
+
+
+def blocks_of_stack(call: RecordedCall) -> list[RecordedCall]:
+    """Return the calls of `mbconv` that a call of `mbconv_stack` is."""
+    names = OPERATOR.signature.flat_names
+    blocks: list[RecordedCall] = []
+    layers = call.layer.split()
+
+    def run(position: int, flat: tuple[Any, ...]) -> Tensor:
+        arguments = dict(zip(names, flat, strict=True))
+        result: Tensor = OPERATOR.fake(*flat)
+        shapes = {name: value.shape if isinstance(value, Tensor) else value for name, value in arguments.items()}
+        layer = layers[position] if len(layers) > 1 else call.layer
+        blocks.append(RecordedCall(_BLOCK, layer, arguments, [result], OPERATOR.flops(shapes, result.shape)))
+        return result
+
+    calls_of(*call.arguments.values(), run)
+    return blocks
 
 
 def _two(text: str) -> tuple[int, int]:
@@ -352,6 +444,9 @@ def cuda_plan(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[dict[st
 
 def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]:
     """Return the sizes that `cuda_plan` takes for an operator, in its order."""
+    if op == "mbconv_stack":
+        call = RecordedCall(_STACK, "", arguments, (), 0)
+        return [size for block in blocks_of_stack(call) for size in _shape("mbconv", block.arguments, allow_tf32)]
     if op == "squeeze_excite_gate":
         return [*arguments["pooled"].shape, arguments["w_reduce"].shape[0]]
     batch, channels, height, width = arguments["x"].shape
@@ -448,7 +543,14 @@ def _bytes_of_two(call: RecordedCall) -> tuple[int, int]:
 
 def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
     """Return the unit that computes the FLOPs of a kernel."""
-    if kernel.startswith(_PYTORCH) or kernel in ("pointwise", "expand_depthwise", "mbconv", "conv", "conv_stem"):
+    if kernel.startswith(_PYTORCH) or kernel in (
+        "pointwise",
+        "expand_depthwise",
+        "mbconv",
+        "mbconv_stack",
+        "conv",
+        "conv_stem",
+    ):
         if dtype != torch.float32:
             return "tensor"
         # PyTorch lets convolutions run in TF32 by default, and other matrix products not.

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from effkernels.ops.mbconv_stack import DEPTHWISE_WEIGHT, TENSORS
+
 
 @dataclass(frozen=True)
 class RecordedCall:
@@ -21,7 +23,7 @@ class RecordedCall:
 
     Attributes:
         op: its name, 'effkernels::...' or 'aten::...'.
-        layer: as of `PlannedLaunch`.
+        layer: as of `PlannedLaunch`; of `mbconv_stack` that of each block, with a space between them.
         arguments: by name; of the tensors only shape and dtype count.
         results: the tensors it returned.
         flops: by its FLOP formula; 0 for an operator that has none.
@@ -82,6 +84,10 @@ class _Recorder(TorchDispatchMode):
             before.remove()
             after.remove()
 
+    def _layers_of_stack(self, tensors: Sequence[Tensor | None]) -> str:
+        weights = tensors[DEPTHWISE_WEIGHT::TENSORS]
+        return " ".join(self._owners.get(id(weight)) or self._running[-1] for weight in weights)
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -92,7 +98,10 @@ class _Recorder(TorchDispatchMode):
             names = [argument.name for argument in func._schema.arguments]
             arguments = dict(zip(names, args, strict=False)) | kwargs
             weight = arguments.get("weight", arguments.get("w_reduce"))
-            layer = self._owners.get(id(weight)) or self._running[-1]
+            if weight is None and "tensors" in arguments:  # of mbconv_stack: a layer for each block
+                layer = self._layers_of_stack(arguments["tensors"])
+            else:
+                layer = self._owners.get(id(weight)) or self._running[-1]
             formula = flop_registry.get(func.overloadpacket)
             flops = 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
             self.calls.append(RecordedCall(func._schema.name, layer, arguments, results, flops))

@@ -7,7 +7,7 @@ come on top. A constant that is no published figure is an assumption, and says s
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 
 from torch import Tensor
@@ -56,7 +56,8 @@ GRAPH_GAP_US = 1.0
 """Assumption: from the end of a kernel in a CUDA graph to the first instruction of the next one."""
 
 DEPENDENT_GAP_US = 0.5
-"""Assumption: the same with programmatic dependent launch, which also hides the prologue of the next kernel."""
+"""Assumption: the same with programmatic dependent launch, which hides the start of the next kernel, and no more: every
+kernel waits for the one ahead before it reads anything."""
 
 EAGER_US = 5.0
 """Assumption: time of the host for one call of an operator in eager mode, which goes on while the GPU works."""
@@ -83,8 +84,6 @@ class TimeEstimate:
         prologue: waits of the first blocks for parameters, before their first input is asked for.
         tail: the last, partial wave of blocks.
         last: work of the block that arrives last: means and gate of squeeze-and-excitation.
-        hidden: what programmatic dependent launch hides of all this: the prologue, instructions included, where it is
-            not hidden by other blocks anyway. Not added.
         blocks: that a multiprocessor holds at a time; 0 where the kernel is PyTorch's.
         counted: whether instructions were counted; else their terms are 0.
     """
@@ -101,7 +100,6 @@ class TimeEstimate:
     prologue: float = 0.0
     tail: float = 0.0
     last: float = 0.0
-    hidden: float = 0.0
     blocks: int = 0
     counted: bool = False
 
@@ -129,7 +127,7 @@ def forward_us(times: Iterable[TimeEstimate], mode: str) -> float:
     if mode == "graph":
         return sum(GRAPH_GAP_US + time.us for time in times)
     if mode == "graph with dependent launches":
-        return sum(DEPENDENT_GAP_US + time.us - time.hidden for time in times)
+        return sum(DEPENDENT_GAP_US + time.us for time in times)
     if mode == "eager":
         end = 0.0
         for called, time in enumerate(times, start=1):
@@ -138,7 +136,18 @@ def forward_us(times: Iterable[TimeEstimate], mode: str) -> float:
     raise ValueError(f"mode={mode!r} is not known; allowed: {', '.join(MODES)}")
 
 
-TERMS = tuple(field.name for field in fields(TimeEstimate) if field.type == "float" and field.name != "hidden")
+def one_after_the_other(times: Sequence[TimeEstimate]) -> TimeEstimate:
+    """Return the time of one launch whose parts follow each other, each of them estimated as a launch.
+
+    The terms are sums. The waits are those of whole parts, because no part overlaps another.
+    """
+    sums = {name: sum(float(getattr(time, name)) for time in times) for name in TERMS}
+    sums["latency"] = sum(float(getattr(time, time.longest)) for time in times)
+    counted = all(time.counted for time in times)
+    return TimeEstimate(**sums, blocks=min(time.blocks for time in times), counted=counted)
+
+
+TERMS = tuple(field.name for field in fields(TimeEstimate) if field.type == "float")
 OVERLAPPING = TERMS[: TERMS.index("prologue")]
 
 
@@ -217,7 +226,7 @@ def _terms(
     own = _units(work.issued, gpu)
     of_units = {name: clocks / active / clocks_per_us for name, clocks in own.items()}
     l2 = max(1e6 * work.l2_bytes / l2_rate, work.l2_bytes / (L2_BYTES_OF_MULTIPROCESSOR * active) / clocks_per_us)
-    first, chain = us(work.prologue), us(work.prologue) + us(work.body)
+    chain = us(work.prologue) + us(work.body)
     prologue = us(replace(work.prologue, issued=0.0))
     slots = gpu.multiprocessors * blocks
     waves = max(1.0, cut.grid / slots)
@@ -230,9 +239,8 @@ def _terms(
     else:
         part = waves - int(waves)
         tail = max(0.0, chain - longest * part / waves) if part > 0 else 0.0
-    hidden = prologue + min(first - prologue, max(0.0, latency - max(dram, l2, *of_units.values())))
     return TimeEstimate(
-        dram=dram, l2=l2, latency=latency, prologue=prologue, tail=tail, last=us(work.last), hidden=hidden,
+        dram=dram, l2=l2, latency=latency, prologue=prologue, tail=tail, last=us(work.last),
         blocks=blocks, counted=True, **of_units,
     )  # fmt: skip
 

@@ -329,6 +329,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
     """Follow the walk of csrc/cuda/mbconv.cuh. What passes between the blocks of a cluster counts as bytes of L2, and
     a wait for it, or for all of them, as one for L2."""
     part, team, groups, passes = cut.counts.part, cut["team"], cut["groups"], cut["passes"]
+    cluster = cut["cluster"]  # in a stack there may be more blocks than the team: they add their share of y alone
     given, size = call.arguments, call.dtype.itemsize
     batch, inner, height, width = (int(side) for side in given["x"].shape)
     _, outer, out_height, out_width = (int(side) for side in call.results[0].shape)
@@ -377,7 +378,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
     of_pass = part("pass") * cut.warps + tile * tiles + add * (vectors / WARP / team)
     of_image = of_group * groups + of_pass * passes + part("image") * cut.warps
     chain = (part("group") + fragment * _ceil(fragments, cut.warps) + strip * _ceil(strips, lanes) + lane) * groups
-    adds = _ceil(vectors, team * cut.threads)
+    adds = _ceil(vectors, cluster * cut.threads)
     chain = chain + (part("pass") + tile * _ceil(tiles, cut.warps) + add * adds) * passes + part("image")
     waits = passes * (2 + adds * _ceil(team, 4))
     body = _chain(chain, inputs=1, parameters=waits)
@@ -389,11 +390,13 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
         of_image = of_image + product + expand + hidden * _ceil(reduced, WARP)
         body = body + of_product + of_expand + _chain(hidden, parameters=1 + _ceil(team, 4))
     images = batch / _ceil(batch, cut["images"])
-    issued = ((first + parameters) * cut.warps + of_image * images) * cut.grid
+    issued = ((first + parameters) * cut.warps + of_image * images) * (cut.grid * team / cluster)
     prologue = _chain(first) + _chain(parameters, parameters=parameters.trips)
     of_weights = (inner * groups * _EXPANDED + groups * _EXPANDED * outer) * size
     between = 4 * team * out_pixels * outer
-    l2_bytes = cut.grid * (images * pixels * inner * size + of_weights) + batch * (between + out_pixels * outer * size)
+    l2_bytes = cut.grid * team / cluster * (images * pixels * inner * size + of_weights) + batch * (
+        between + out_pixels * outer * size
+    )
     return Work(issued, cut.counts.registers, l2_bytes, prologue, body * images, Clocks())
 
 
@@ -532,6 +535,7 @@ _FAMILIES: Mapping[str, Callable[[Cut, RecordedCall], Work]] = {
     "pointwise": _pointwise,
     "expand_depthwise": _expand_depthwise,
     "mbconv": _mbconv,
+    "mbconv_stack": _mbconv,  # a block of it
     "conv_stem": _stem,
     "norm_act": _norm_act,
     "scale_by_gate": _scale,

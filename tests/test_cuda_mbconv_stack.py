@@ -1,0 +1,212 @@
+"""mbconv_stack on the emulator: several blocks in one launch, what shares none, and the pure function that decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from emulation.control import A100, H200, Emulation, Emulator
+from op_cases import BLOCK_OP, Case, one_thread
+from parity import assert_parity
+from test_cuda_kernels import launches, planned
+from test_cuda_mbconv import blocks_of, case_of, late_blocks
+
+from effkernels._norm import Norm, gather_norms
+from effkernels.models import create_model
+from effkernels.nn import MBConv
+from effkernels.ops import reference
+from effkernels.ops.call import OpCall
+from effkernels.ops.mbconv_stack import flatten
+from effkernels.plan.gpus import GPUS
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+def chain(*cases: Case) -> list[Case]:
+    """Return the cases as blocks that follow each other: channels and planes of each are those that it is given."""
+    found: list[Case] = []
+    for case in cases:
+        if found:
+            before = found[-1]
+            height, width = before._result_size
+            sizes = {"batch": before.batch, "channels": before.out_channels, "height": height, "width": width}
+            case = case.with_(**sizes, dtype=before.dtype)
+        found.append(case)
+    return found
+
+
+def block(out: int, kernel: int = 3, stride: int = 1, **fields: Any) -> Case:
+    half = (kernel // 2,) * 4
+    sizes = {"channels": 16, "expanded": 96, "height": 9, "width": 8, "reduced": 4, "parameters": "same"}
+    return Case(BLOCK_OP, torch.float16, **{**sizes, "out_channels": out, "kernel": (kernel, kernel), "stride": stride,
+                                            "padding": half, **fields})  # fmt: skip
+
+
+def entry(case: Case, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a block as an entry of `mbconv_stack`."""
+    given = gather_norms({name: value for name, value in arguments.items() if name not in ("x", "allow_tf32")})
+    return {**given, "residual": case.residual}
+
+
+def in_float64(given: dict[str, Any]) -> dict[str, Any]:
+    def of(value: Any) -> Any:
+        if isinstance(value, Norm):
+            return Norm(*map(of, value))
+        return value.double() if isinstance(value, torch.Tensor) else value
+
+    return {name: of(value) for name, value in given.items()}
+
+
+def check(cases: Sequence[Case], emulated: Emulator) -> None:
+    drawn = [case.draw(seed=position) for position, case in enumerate(cases)]
+    x = drawn[0]["x"]
+    blocks = [entry(case, arguments) for case, arguments in zip(cases, drawn, strict=True)]
+    result = getattr(torch.ops, emulated.namespace).mbconv_stack(x, *flatten(blocks), False)
+    with one_thread():
+        truth = reference.mbconv_stack(x.double(), [in_float64(given) for given in blocks])
+        plain = reference.mbconv_stack(x, blocks)
+    assert_parity(result, plain, truth, " then ".join(map(str, cases)))
+
+
+def of_network(network: str, batch: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Case]:
+    """Return all MBConv blocks of a network in their order, each as often as it is there."""
+    known = {(b.channels, b.height, b.kernel, b.stride, b.out_channels): b for b in blocks_of(network)}
+    found: list[Case] = []
+    model = create_model(network, device="meta", backend="cpu")
+    size = next(iter(known.values())).height
+    for number, module in enumerate(m for m in model.modules() if type(m) is MBConv):
+        conv = module.conv_dw
+        sizes = (module.conv_pw.in_channels, size, conv.kernel_size, conv.stride[0], module.conv_pwl.out_channels)
+        found.append(case_of(known[sizes], dtype, number, batch=batch))
+        size = -(-size // conv.stride[0])
+    return found
+
+
+def lines_of(cases: Sequence[OpCall], limits: tuple[int, ...], dtype: str = "bfloat16") -> list[dict[str, str]]:
+    shape: list[int] = []
+    for case in cases:
+        shape += [case.batch, case.expanded, case.height, case.width, *case.kernel, case.stride, case.dilation]
+        activation = reference.ACTIVATIONS.index(case.expand_activation)
+        shape += [*case.padding, case.reduced, case.channels, case.out_channels, int(case.residual), 0, activation]
+    return planned("mbconv_stack", shape, limits, dtype)
+
+
+SMALL = {
+    "residual, stride, 5x5, no excitation": (
+        block(16, residual=True),
+        block(24, 5, stride=2, expanded=200),
+        block(24, 5, residual=True, reduced=0),
+        block(40, 3, expanded=104, activation="hard_swish"),
+    ),
+    "other strips": (block(24, 5, width=30, height=5, expanded=48), block(24, 5, residual=True), block(8, 3, stride=2)),
+}
+
+
+class TestParity:
+    @pytest.mark.parametrize("batch", [1, 3])
+    @pytest.mark.parametrize("name", SMALL)
+    def test_small_stacks(self, name: str, batch: int, emulated: Emulator) -> None:
+        emulated.configure(Emulation("random", "late", H200, emulated.flavour))
+        first, *others = SMALL[name]
+        cases = chain(first.with_(batch=batch, dtype=HALVES[batch % 2]), *others)
+        check(cases, emulated)
+        before = launches(emulated)
+        check(cases, emulated)
+        assert launches(emulated) - before == 1
+
+    def test_a_cluster_takes_images_in_turn_and_some_of_its_blocks_idle(self, emulated: Emulator) -> None:
+        limits = (90, 1, *H200[2:7], 4)
+        emulated.configure(Emulation("reverse", "early", limits, emulated.flavour))
+        cases = chain(block(16, batch=3, residual=True), block(24, expanded=192), block(24, 5, expanded=48))
+        lines = lines_of(cases, limits, "float16")
+        assert [(line["kernel"], line["cluster"], line["team"]) for line in lines] == [
+            ("mbconv_stack", "4", team) for team in ("2", "4", "1")
+        ]
+        assert {line["images"] for line in lines} == {"3"}
+        check(cases, emulated)
+
+    @pytest.mark.slow
+    def test_last_blocks_of_b0_at_full_size(self, emulated: Emulator) -> None:
+        emulated.configure(Emulation("random", "late", H200, emulated.flavour))
+        cases = of_network("efficientnet_b0")[5:]
+        assert {line["kernel"] for line in lines_of(cases, H200)} == {"mbconv_stack"}
+        check(cases, emulated)
+
+
+class TestLaunches:
+    def test_a_block_that_does_not_fit_divides_a_stack(self, emulated: Emulator) -> None:
+        emulated.configure(Emulation(flavour=emulated.flavour))
+        cases = chain(block(16), block(24), block(24, expanded=100), block(16), block(16, 5, residual=True))
+        check(cases, emulated)
+        before = launches(emulated)
+        check(cases, emulated)
+        assert launches(emulated) - before == 1 + 3 + 1
+
+    @pytest.mark.parametrize(("limits", "count"), [(A100, 9), (H200, 1)], ids=["A100", "H200"])
+    def test_a_gpu_without_clusters_takes_three_launches_a_block(
+        self, limits: tuple[int, ...], count: int, emulated: Emulator
+    ) -> None:
+        cases = chain(block(16), block(24, stride=2), block(16))
+        emulated.configure(Emulation("forward", "late", limits, emulated.flavour))
+        check(cases, emulated)
+        before = launches(emulated)
+        check(cases, emulated)
+        assert launches(emulated) - before == count
+
+    def test_a_cluster_that_the_gpu_has_no_room_for_is_answered_by_a_smaller_one(self, emulated: Emulator) -> None:
+        emulated.configure(Emulation(flavour=emulated.flavour))
+        cases = chain(block(16, expanded=480, height=7, width=7), block(16, expanded=144))
+        for room, clusters in ((16, [10]), (9, [5]), (2, [1] * 6)):
+            emulated.module.refuse_clusters_above(room)
+            try:
+                check(cases, emulated)
+                emulated.module.clear_launches()
+                check(cases, emulated)
+            finally:
+                emulated.module.refuse_clusters_above(16)
+            assert [one["cluster"] for one in emulated.launches()] == clusters
+
+    def test_no_images(self, emulated: Emulator) -> None:
+        cases = chain(block(24, stride=2, batch=0), block(16))
+        blocks = [entry(case, case.draw()) for case in cases]
+        x = cases[0].draw()["x"]
+        assert getattr(torch.ops, emulated.namespace).mbconv_stack(x, *flatten(blocks), False).shape == (0, 16, 5, 4)
+
+
+@pytest.mark.usefixtures("compiled")
+class TestPlan:
+    def test_the_late_blocks_of_b0_are_one_launch_for_few_images(self) -> None:
+        cases = of_network("efficientnet_b0")
+        for batch in (1, 8):
+            lines = lines_of([case.with_(batch=batch) for case in cases], H200)
+            stacked = [line for line in lines if line["kernel"] == "mbconv_stack"]
+            assert {line["at"] for line in stacked} == {str(number) for number in range(5, 15)}
+            assert {line["stacked"] for line in stacked} == {"10"}
+
+    def test_many_images_are_three_launches_a_block(self) -> None:
+        lines = lines_of(of_network("efficientnet_b0", batch=256), H200)
+        assert len(lines) == 3 * 15
+
+    @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+    def test_blocks_of_a_stack_share_the_cluster_and_each_covers_its_channels(self, gpu: Any) -> None:
+        limits = tuple(gpu.limits())
+        for batch in (1, 7, 16):
+            lines = lines_of([case.with_(batch=batch) for case in of_network("efficientnet_b0")], limits)
+            assert sorted({int(line["at"]) for line in lines}) == list(range(15))
+            for line in lines:
+                if line["kernel"] != "mbconv_stack":
+                    continue
+                team, cluster, images = (int(line[name]) for name in ("team", "cluster", "images"))
+                assert team <= cluster <= limits[7]
+                assert (team - 1) * int(line["groups"]) < int(line["channel_groups"]) <= team * int(line["groups"])
+                assert int(line["grid"]) == -(-batch // images) * cluster
+                assert int(line["shared"]) <= limits[3]
+                same = [one for one in lines if one["kernel"] == "mbconv_stack"]
+                assert len({(one["cluster"], one["images"], one["shared"]) for one in same}) == 1
+
+    def test_a_launch_has_sixteen_blocks_at_most(self) -> None:
+        case = late_blocks("efficientnet_b0")[2].with_(batch=1)
+        stacked = [line["stacked"] for line in lines_of([case] * 20, H200)]
+        assert stacked == ["16"] * 16 + ["4"] * 4
