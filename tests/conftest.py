@@ -63,7 +63,7 @@ ABOUT_ACCESSES = ("test_every_element_is_written", "test_nothing_around_a_sliced
 VALUES = ("activation", "expand_activation", "se_activation", "gate_activation", "norm", "matrix_rank")
 
 # Operators that have a kernel in clusters, and another one for devices without them.
-IN_CLUSTERS = ("depthwise_bn_act_se", "mbconv")
+IN_CLUSTERS = ("depthwise_bn_act_se", "mbconv", "mbconv_stack")
 
 # Operators that have hundreds of shapes; interpreted, which takes half a second for each, every second one runs.
 SAMPLED = op_cases.DEPTHWISE_OPS
