@@ -107,11 +107,11 @@ def flatten(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor | None], l
     activations: list[str] = []
     for block in blocks:
         for prefix in ("expand_", "", "project_"):
-            *of_norm, eps = parts(block.get(f"{prefix}norm"), NAME, f"{prefix}norm")
+            of_norm: list[Any] = [*parts(block.get(f"{prefix}norm"), NAME, f"{prefix}norm")]
+            epsilons.append(of_norm.pop())
             if prefix == "project_":
                 tensors += [block.get(name) for name in ("w_reduce", "b_reduce", "w_expand", "b_expand")]
             tensors += [block[f"{prefix}weight"], block.get(f"{prefix}bias"), *of_norm]
-            epsilons.append(eps)
         sizes += [block.get("stride", 1), *block.get("padding", (0, 0, 0, 0)), block.get("dilation", 1)]
         sizes.append(int(bool(block.get("residual"))))
         activations += [
@@ -123,21 +123,21 @@ def flatten(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor | None], l
     return tensors, epsilons, sizes, activations
 
 
-def calls_of(
+def block_by_block(
+    run: Callable[[int, tuple[Any, ...]], Tensor],
     x: Tensor,
     tensors: Sequence[Tensor | None],
     norm_eps: Sequence[float],
     sizes: Sequence[int],
     activations: Sequence[str],
     allow_tf32: bool,
-    run: Callable[[int, tuple[Any, ...]], Tensor],
 ) -> Tensor:
     """Run a stack block by block.
 
     Args:
-        x, tensors, norm_eps, sizes, activations, allow_tf32: as in the schema.
         run: takes the position of a block and the arguments of `mbconv` in the order of its schema, and returns its
             result, the input of the next one.
+        x, tensors, norm_eps, sizes, activations, allow_tf32: as in the schema.
 
     Raises:
         ValueError: lists whose lengths do not fit each other.
@@ -181,7 +181,7 @@ def _fake(*arguments: Any) -> Tensor:
         result: Tensor = OPERATOR.allocate(OPERATOR.check(_of_block(position), *grouped), *grouped)
         return result
 
-    return calls_of(*arguments, run)
+    return block_by_block(run, *arguments)
 
 
 def _problem(arguments: Sequence[Any]) -> ValueError | TypeError | None:
@@ -197,11 +197,12 @@ def _problem(arguments: Sequence[Any]) -> ValueError | TypeError | None:
         if device in _registration.AUTOCAST_DEVICES.values() and torch.is_autocast_enabled(device):
             flat = _registration.cast_arguments(OPERATOR, flat, torch.get_autocast_dtype(device))
         shape = OPERATOR.check(name, *signature.group(flat))
-        return flat[0].new_empty(()).expand(shape)  # of one element
+        like: Tensor = flat[0]
+        return like.new_empty(()).expand(shape)  # of one element
 
     try:
         with torch.no_grad():
-            calls_of(*arguments, run)
+            block_by_block(run, *arguments)
     except (ValueError, TypeError) as problem:
         return problem
     return None
@@ -223,7 +224,7 @@ def _flop_formula(*arguments: Any, out_shape: Any = None, **options: Any) -> int
         total += OPERATOR.flops(shapes, result)
         return result
 
-    calls_of(*(given[name] for name in _SIGNATURE.flat_names), run)
+    block_by_block(run, *(given[name] for name in _SIGNATURE.flat_names))
     return total
 
 
@@ -236,10 +237,10 @@ def _autograd_kernel(namespace: str, overload: Any) -> Callable[..., Tensor]:
 
     def kernel(keyset: Any, *arguments: Any) -> Tensor:
         if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-            return calls_of(*arguments, lambda _, flat: OPERATOR.run_reference(flat))
+            return block_by_block(lambda _, flat: OPERATOR.run_reference(flat), *arguments)
         if torch.is_grad_enabled() and _requires_grad(*arguments[:2]):
             block = getattr(getattr(torch.ops, namespace), BLOCK).default
-            return calls_of(*arguments, lambda _, flat: block(*flat))
+            return block_by_block(lambda _, flat: block(*flat), *arguments)
         with torch._C._AutoDispatchBelowAutograd():
             result: Tensor = overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
             return result
@@ -258,7 +259,7 @@ def _autocast_kernel(overload: Any, device: str) -> Callable[..., Tensor]:
             return x
 
         if x.dtype != torch.float64:
-            calls_of(x, tensors, *others, run)
+            block_by_block(run, x, tensors, *others)
             x, tensors = x.to(dtype), cast
         with torch._C._DisableAutocast():
             result: Tensor = overload(x, tensors, *others)
@@ -276,7 +277,7 @@ _LISTED = tuple(
 def _by_triton(*arguments: Any) -> Tensor:
     """Run the blocks one by one: three launches of Triton's kernels each."""
     block = getattr(torch.ops, TRITON).mbconv.default
-    return calls_of(*arguments, lambda _, flat: block(*flat))
+    return block_by_block(lambda _, flat: block(*flat), *arguments)
 
 
 def _extend(namespace: str, library: Any) -> Callable[..., Tensor]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from effkernels import _library
 from effkernels.models import create_model, model_config
 from effkernels.ops.mbconv import OPERATOR
-from effkernels.ops.mbconv_stack import calls_of
+from effkernels.ops.mbconv_stack import block_by_block
 from effkernels.ops.reference import ACTIVATIONS, canonical_name
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
@@ -425,7 +425,7 @@ def blocks_of_stack(call: RecordedCall) -> list[RecordedCall]:
         blocks.append(RecordedCall(_BLOCK, layer, arguments, [result], OPERATOR.flops(shapes, result.shape)))
         return result
 
-    calls_of(*call.arguments.values(), run)
+    block_by_block(run, *call.arguments.values())
     return blocks
 
 
