@@ -249,5 +249,5 @@ TRAINING: tuple[CompiledStep, ...] = (
 ALL_CALLS: tuple[CompiledCall | CompiledStep, ...] = (*CALLS, *TRAINING)
 USUAL_CALLS: tuple[CompiledCall | CompiledStep, ...] = (
     *CALLS[::2],
-    *(step for step in TRAINING if step.dtype is BFLOAT16 and step.kernel in (0, 5)),
+    *(step for step in TRAINING if step.dtype is BFLOAT16),
 )
