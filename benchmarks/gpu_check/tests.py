@@ -17,6 +17,7 @@ from benchmarks.gpu_check.progress import PartProgress, Progress
 # Every test file that asks for the backend fixture, the most telling ones first.
 FILES = (
     "tests/test_ops_parity.py",
+    "tests/test_ops_mbconv_stack_parity.py",
     "tests/test_training_steps.py",
     "tests/test_training_vectors.py",
     "tests/test_training_triton.py",
