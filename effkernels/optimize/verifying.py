@@ -22,6 +22,10 @@ GUESS_SIZES = ((12, 10), (10, 13), (33, 34))
 # rounding, which a softmax on the way makes large, and a whole network as large as the numbers themselves. A power of
 # two rounds nothing.
 _LARGE = 64.0
+# A small module gives few numbers, and the worst rounding of few is chance: of a stem on SMALL_SIZES[0], ours was more
+# than twice PyTorch's for one random model in a hundred. What is off by less than this many times what is allowed is
+# judged again, on this many inputs together.
+_CHANCE = 8
 _LARGE_DIFFERENCE = {torch.float16: 2**-2, torch.bfloat16: 2**-2}  # 2**-7 in other dtypes; of the norm of the result
 
 
@@ -47,9 +51,13 @@ def difference(module: nn.Module, method: str, program: Program, shapes: Sequenc
     complaint = "there is no input to try it on"
     trial = _Trial(module, method, program)
     for shape in shapes:
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(shape, generator=generator, device="cpu")
         try:
             problem = trial.problem(noise.to(example))
+            if trial.may_be_chance:
+                draws = [torch.randn(shape, generator=generator, device="cpu").to(example) for _ in range(_CHANCE - 1)]
+                problem = trial.problem(noise.to(example), *draws)
             if problem == "" and not any(is_swapped(one) for one in module.modules() if one is not module):
                 return trial.problem_of_large((noise * _LARGE).to(example))
             return problem
@@ -63,7 +71,11 @@ class _NotTaken(Exception):
 
 
 class _Trial:
-    """Twins of a module that run its method as it is, with the program, and in float64."""
+    """Twins of a module that run its method as it is, with the program, and in float64.
+
+    Attributes:
+        may_be_chance: the last problem was an error of the size of rounding.
+    """
 
     def __init__(self, module: nn.Module, method: str, program: Program) -> None:
         self._program = program
@@ -71,30 +83,43 @@ class _Trial:
         self._plain = Twins(module, watched=True)
         self._fused = Twins(module, plain=False)
         self._exact = Twins(module, convert=double)
+        self.may_be_chance = False
         modules = dict(self._plain.root.named_modules(remove_duplicate=False))
         records = program.guard.records
         self._stood_in_for = [modules[one.path] for one in records if one.attributes is not None]
 
-    def problem(self, x: Tensor) -> str | None:
-        """Return what is wrong with the program's result for `x`; "" if nothing is, None if the numbers say nothing."""
-        kept = x.clone()
-        plain = [self._run_plain(one) for one in (x, x.contiguous(memory_format=torch.channels_last))]
-        if not torch.equal(x, kept):
-            return "its forward overwrites its input"
-        written = self._plain.written(self._stood_in_for)
-        if written:
-            return f"its forward writes to the attribute {written}"
-        ours = self._run_fused(x)
-        if isinstance(ours, str):
-            return ours
-        if [t.shape for t in ours] != [t.shape for t in plain[0]]:
-            return "its fused form gave results of other shapes"
-        try:
-            exact = self._run(self._exact, x.double())
-        except Exception as error:  # scripted and quantised modules keep their dtype
-            line = str(error).strip().rpartition("\n")[2]
-            return f"its forward does not run in float64, with which a fused form is compared: {line}"
-        return _judge(ours, plain, exact)
+    def problem(self, *draws: Tensor) -> str | None:
+        """Return what is wrong with the program's results; "" if nothing is, None if the numbers say nothing.
+
+        Args:
+            draws: inputs of one shape; the results of all are judged together.
+        """
+        self.may_be_chance = False
+        calls: list[
+            tuple[list[Tensor], ...]
+        ] = []  # of each: the program's results, PyTorch's in two layouts, float64's
+        for x in draws:
+            kept = x.clone()
+            plain = [self._run_plain(one) for one in (x, x.contiguous(memory_format=torch.channels_last))]
+            if not torch.equal(x, kept):
+                return "its forward overwrites its input"
+            written = self._plain.written(self._stood_in_for)
+            if written:
+                return f"its forward writes to the attribute {written}"
+            ours = self._run_fused(x)
+            if isinstance(ours, str):
+                return ours
+            if [t.shape for t in ours] != [t.shape for t in plain[0]]:
+                return "its fused form gave results of other shapes"
+            try:
+                exact = self._run(self._exact, x.double())
+            except Exception as error:  # scripted and quantised modules keep their dtype
+                line = str(error).strip().rpartition("\n")[2]
+                return f"its forward does not run in float64, with which a fused form is compared: {line}"
+            calls.append((ours, *plain, exact))
+        return self._judge(
+            *([torch.stack(one) for one in zip(*column, strict=True)] for column in zip(*calls, strict=True))
+        )
 
     def problem_of_large(self, x: Tensor) -> str:
         """Return what is wrong with the program's result for an input of large numbers; "" if nothing is."""
@@ -106,6 +131,21 @@ class _Trial:
             if torch.isfinite(wanted).all() and not distance <= _LARGE_DIFFERENCE.get(wanted.dtype, 2**-7):
                 return f"its fused form is off by {distance:.2g} on large numbers"
         return ""
+
+    def _judge(
+        self, ours: list[Tensor], plain: list[Tensor], channels_last: list[Tensor], truth: list[Tensor]
+    ) -> str | None:
+        judged = None
+        for result, first, second, exact in zip(ours, plain, channels_last, truth, strict=True):
+            if not torch.isfinite(exact).all() or not torch.isfinite(first).all():
+                continue  # weights that nobody has filled yet say nothing
+            judged = ""
+            found, limit = errors(result, exact), limits((first, second), exact)
+            for distance, most in ((found.l2, limit.l2), (found.largest, limit.largest)):
+                if not distance <= most:
+                    self.may_be_chance = distance <= _CHANCE * most
+                    return f"its fused form is off by {distance:.2g}, where {most:.2g} is allowed"
+        return judged
 
     def _run_plain(self, x: Tensor) -> list[Tensor]:
         try:
@@ -126,19 +166,6 @@ class _Trial:
 
     def _run(self, twins: Twins, x: Tensor) -> list[Tensor]:
         return list(_tensors(getattr(type(twins.root), self._method)(twins.root, x)))
-
-
-def _judge(ours: list[Tensor], plain: list[list[Tensor]], truth: list[Tensor]) -> str | None:
-    judged = None
-    for result, first, second, exact in zip(ours, *plain, truth, strict=True):
-        if not torch.isfinite(exact).all() or not torch.isfinite(first).all():
-            continue  # weights that nobody has filled yet say nothing
-        judged = ""
-        found, limit = errors(result, exact), limits((first, second), exact)
-        for distance, most in ((found.l2, limit.l2), (found.largest, limit.largest)):
-            if not distance <= most:
-                return f"its fused form is off by {distance:.2g}, where {most:.2g} is allowed"
-    return judged
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
