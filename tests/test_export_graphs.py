@@ -33,7 +33,7 @@ def optimised(name: str) -> nn.Module:
 
 NETWORKS: dict[str, Callable[[], nn.Module]] = {
     "tf_efficientnet_b0": lambda: created("tf_efficientnet_b0"),
-    "optimised-timm": lambda: optimised("efficientnet_b0"),
+    "optimised-timm": lambda: optimised("mobilenetv3_small_050"),
 }
 
 

@@ -9,9 +9,13 @@ from __future__ import annotations
 import fcntl
 import pickle
 from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from kept_results import kept, python_sources
 from listings import STRIPS, listing
 
 from benchmarks.kernel_economy import limits, reading, rules, table
@@ -38,20 +42,63 @@ def need_tools(*names: str) -> None:
 pytestmark = pytest.mark.xdist_group("kernel-economy")
 
 
+READERS = python_sources(
+    "benchmarks/kernel_economy", "effkernels/plan/kernel_counts.py", "effkernels/plan/kernel_counts.json"
+)
+
+
+def _of_library(kind: str, folder: Path, files: Sequence[Path], make: Callable[[], Any]) -> Any:
+    """Return what is read of the library that ships: by one process, and kept as long as library and reader are."""
+    with open(folder / f"{kind}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        known = folder / f"{kind}-{_library.LIBRARY_FILE.stat().st_mtime_ns}.pickle"
+        if not known.exists():
+            tools = {name: str(reading.find_tool(name)) for name in ("cuobjdump", "nvdisasm")}
+            found = kept(kind, [_library.LIBRARY_FILE, *files], tools, make)
+            known.write_bytes(pickle.dumps(found))
+            return found
+        return pickle.loads(known.read_bytes())
+
+
 @pytest.fixture(scope="module")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> list[Kernel]:
-    """The kernels of the library that ships; disassembled once for all processes of a test run, it takes 20 seconds."""
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of all processes of a test run."""
     if not _library.build_info().get("cuda"):
         pytest.skip(f"the library holds no CUDA kernels: {_library.build_info().get('cuda_reason', 'it is not built')}")
     need_tools("cuobjdump", "nvdisasm")
-    folder = tmp_path_factory.getbasetemp().parent
-    with open(folder / "kernels.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        known = folder / f"kernels-{_library.LIBRARY_FILE.stat().st_mtime_ns}.pickle"
-        if not known.exists():
-            known.write_bytes(pickle.dumps(reading.read_kernels(_library.LIBRARY_FILE)))
-        kernels: list[Kernel] = pickle.loads(known.read_bytes())
+    return tmp_path_factory.getbasetemp().parent
+
+
+@pytest.fixture(scope="module")
+def shipped(folder: Path) -> list[Kernel]:
+    """The kernels of the library that ships; disassembling them takes 20 seconds."""
+    kernels: list[Kernel] = _of_library("kernels", folder, READERS, lambda: reading.read_kernels(_library.LIBRARY_FILE))
     return kernels
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What is asked of all kernels: the claims that are broken, those that a kernel met, architectures, counts."""
+
+    broken: list[str]
+    met: set[str]
+    archs: set[int]
+    counts: str
+
+
+@pytest.fixture(scope="module")
+def judged(folder: Path, request: pytest.FixtureRequest) -> Judged:
+    def judge() -> Judged:
+        kernels: list[Kernel] = request.getfixturevalue("shipped")
+        return Judged(
+            rules.broken_claims(kernels),
+            {claim.pattern for kernel in kernels if (claim := rules.claim_of(kernel))},
+            {kernel.arch for kernel in kernels},
+            kernel_counts.to_json(count_kernels(kernels)),
+        )
+
+    found: Judged = _of_library("claims", folder, [*READERS, Path(__file__)], judge)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -64,31 +111,34 @@ def mutants(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Kernel]:
 
 
 class TestTheLibrary:
-    def test_keeps_every_claim(self, shipped: list[Kernel]) -> None:
-        broken = rules.broken_claims(shipped)
-        assert not broken, "\n".join(broken)
+    def test_keeps_every_claim(self, judged: Judged) -> None:
+        assert not judged.broken, "\n".join(judged.broken)
 
-    def test_has_kernels_of_every_claim(self, shipped: list[Kernel]) -> None:
+    def test_has_kernels_of_every_claim(self, judged: Judged) -> None:
         """A claim that nothing matches is a slip of its pattern."""
-        met = {claim.pattern for kernel in shipped if (claim := rules.claim_of(kernel))}
-        assert [claim.pattern for claim in rules.CLAIMS if claim.pattern not in met] == []
+        assert [claim.pattern for claim in rules.CLAIMS if claim.pattern not in judged.met] == []
 
-    def test_holds_machine_code_of_each_architecture(self, shipped: list[Kernel]) -> None:
+    def test_holds_machine_code_of_each_architecture(self, judged: Judged) -> None:
         built = {int(arch.removesuffix("-real")) for arch in _library.build_info()["cuda_archs"] if "real" in arch}
-        assert {kernel.arch for kernel in shipped} == built
+        assert judged.archs == built
 
 
 class TestThePage:
-    def test_tables_are_up_to_date(self, shipped: list[Kernel], tmp_path: Path) -> None:
+    def test_tables_are_up_to_date(
+        self, folder: Path, judged: Judged, tmp_path: Path, request: pytest.FixtureRequest
+    ) -> None:
         """docs/kernels.md says what the library holds; comparable only where the compiler is the same."""
         need_tools("nvcc")
         page = table.PAGE.read_text(encoding="utf-8")
-        if 90 not in {kernel.arch for kernel in shipped}:
+        if 90 not in judged.archs:
             pytest.skip("the library was not built for sm_90, which the tables are of")
         if table.caption(reading.nvcc_version()) not in page:
             pytest.skip(f"the tables are of another compiler than nvcc {reading.nvcc_version()}")
-        expected = table.SECTION.replaced(page, table.section(shipped, tmp_path))
-        assert page == expected, "run: make kernels-table"
+        made_of = python_sources("benchmarks/kernel_economy", "effkernels", "csrc")
+        section: str = _of_library(
+            "tables", folder, made_of, lambda: table.section(request.getfixturevalue("shipped"), tmp_path)
+        )
+        assert page == table.SECTION.replaced(page, section), "run: make kernels-table"
 
     def test_a_page_without_markers_is_refused(self) -> None:
         with pytest.raises(ValueError, match="must be there once"):
@@ -111,15 +161,14 @@ def test_claims_hold_for_sm_80(tmp_path: Path) -> None:
 
 
 class TestTheCounts:
-    def test_file_is_what_the_disassembly_gives(self, shipped: list[Kernel]) -> None:
+    def test_file_is_what_the_disassembly_gives(self, judged: Judged) -> None:
         """effkernels/plan/kernel_counts.json, comparable only where the compiler is the same."""
         need_tools("nvcc")
-        if 90 not in {kernel.arch for kernel in shipped}:
+        if 90 not in judged.archs:
             pytest.skip("the library was not built for sm_90, which the counts are of")
         if table.caption(reading.nvcc_version()) not in table.PAGE.read_text(encoding="utf-8"):
             pytest.skip(f"the counts are of another compiler than nvcc {reading.nvcc_version()}")
-        expected = kernel_counts.to_json(count_kernels(shipped))
-        assert kernel_counts.FILE.read_text(encoding="utf-8") == expected, "run: make kernels-table"
+        assert kernel_counts.FILE.read_text(encoding="utf-8") == judged.counts, "run: make kernels-table"
 
 
 class TestTheLoops:

@@ -81,6 +81,10 @@ class Network(nn.Module):
         return ops.depthwise_bn_act_se(y, self.large, *norm, padding=same_padding(y, 5, 1), **excite)
 
 
+# What the reference is made of, PyTorch's operators, is PyTorch's to compile: one test of it is enough for each run.
+REFERENCE = pytest.param("reference", marks=pytest.mark.thorough)
+
+
 @pytest.fixture(params=["compiled", "reference"])
 def way(request: pytest.FixtureRequest) -> str:
     """The backend to name: the compiled operators, or the reference under the same trace."""
@@ -103,6 +107,7 @@ def operators_in(graph: torch.fx.GraphModule) -> set[str]:
         pytest.param(True, "channels_last", id="training-channels_last", marks=pytest.mark.thorough),
     ],
 )
+@pytest.mark.parametrize("way", ["compiled", REFERENCE], indirect=True)
 def test_one_graph_for_all_sizes(gradients: bool, layout: str, way: str) -> None:
     model = Network().requires_grad_(gradients)
     torch._dynamo.reset()
@@ -180,6 +185,7 @@ def test_export_with_dynamic_sizes(strict: bool, way: str) -> None:
             torch.testing.assert_close(exported.module()(x), model(x))
 
 
+@pytest.mark.parametrize("way", ["compiled", REFERENCE], indirect=True)
 @pytest.mark.parametrize("op", ALL_OPS)
 def test_each_operator_alone_is_one_graph(op: str, way: str) -> None:
     torch._dynamo.reset()

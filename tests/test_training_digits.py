@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from effkernels.models import Architecture, EfficientNet, Stage
 from effkernels.nn import training_report
 
-STEPS, BATCH, RATE = 200, 96, 5e-3
+STEPS, BATCH, RATE = 200, 48, 5e-3
 NETWORK = Architecture(16, (Stage(1, 3, 1, 16, 1), Stage(4, 5, 2, 24, 2), Stage(4, 3, 1, 32, 2)), 96)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import importlib.metadata
 import importlib.util
 import os
 import pickle
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from kept_results import kept, python_sources
 from triton_gates import amd, rules
 from triton_gates.amd import AmdKernel
 from triton_gates.calls import BFLOAT16, CALLS, TRAINING
@@ -46,6 +48,12 @@ THOROUGH = os.environ.get("EFFKERNELS_TEST_THOROUGH", "") not in ("", "0")
 COMPILED_BY = os.environ.get("EFFKERNELS_TEST_GATES_PYTHON") or sys.executable
 
 
+# All that the compiled kernels and what is read of them are made of.
+SOURCES = python_sources(
+    *("effkernels/ops", "effkernels/triton", "effkernels/_norm.py", "effkernels/_library.py"),
+    *("effkernels/plan/kernel_counts.py", "tests/triton_gates", "benchmarks/kernel_economy"),
+)
+
 # One process compiles or reads the kernels; the others go on meanwhile.
 pytestmark = pytest.mark.xdist_group("triton-gates")
 
@@ -69,22 +77,41 @@ def need_triton() -> None:
 
 
 def readings(arch: int | str, folder: Path) -> dict[str, Any]:
+    """Return what triton_gates.worker read, by one process of a test run; kept as long as the sources are the same."""
     target = folder / f"triton-{arch}-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}.pickle"
     with open(target.with_suffix(".lock"), "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.exists():
-            environment = {
-                **os.environ,
-                "TRITON_INTERPRET": "0",
-                "TRITON_CACHE_DIR": str(target.with_suffix(".cache")),  # a warm cache would hide the compile time
-                "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))),
-            }
-            calls = [] if THOROUGH else ["usual"]
-            command = [COMPILED_BY, "-m", "triton_gates.worker", str(arch), str(target), *calls]
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr[-4000:]
+            target.write_bytes(pickle.dumps(_read_or_kept(arch, folder)))
     found: dict[str, Any] = pickle.loads(target.read_bytes())
     return found
+
+
+def _read_or_kept(arch: int | str, folder: Path) -> dict[str, Any]:
+    calls = [] if THOROUGH else ["usual"]
+    target = folder / f"triton-{arch}-{os.getpid()}.worker"
+
+    def read() -> dict[str, Any]:
+        environment = {
+            **os.environ,
+            "TRITON_INTERPRET": "0",
+            "TRITON_CACHE_DIR": str(target.with_suffix(".cache")),  # a warm cache would hide the compile time
+            "PYTHONPATH": os.pathsep.join((str(TESTS.parent), str(TESTS))),
+        }
+        command = [COMPILED_BY, "-m", "triton_gates.worker", str(arch), str(target), *calls]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-4000:]
+        found: dict[str, Any] = pickle.loads(target.read_bytes())
+        return found
+
+    if sys.executable != COMPILED_BY:
+        return read()
+    found: dict[str, Any] = kept("triton-gates", SOURCES, {**versions(), "arch": str(arch), "calls": str(calls)}, read)
+    return found
+
+
+def versions() -> dict[str, str]:
+    return {name: importlib.metadata.version(name) for name in ("torch", "triton")} | {"python": sys.version}
 
 
 @pytest.fixture(scope="module")

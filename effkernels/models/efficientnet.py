@@ -440,10 +440,12 @@ def initialize_weights(module: nn.Module) -> None:
     """Initialise for training from scratch as the released EfficientNet does (its `conv_kernel_initializer`).
 
     Convolutions: normal, variance 2 / fan_out, where fan_out counts the outputs of one group; norms: weight 1, bias 0;
-    linear layers: uniform within 1 / sqrt(out_features); all biases 0.
+    linear layers: uniform within 1 / sqrt(out_features); all biases 0. Parts on the meta device have nothing to fill.
     """
     with torch.no_grad():
         for part in module.modules():
+            if getattr(part, "weight", None) is not None and part.weight.is_meta:
+                continue  # normal_ on the meta device would import torch._dynamo: 1.5 seconds
             if isinstance(part, nn.Conv2d):
                 fan_out = math.prod(part.kernel_size) * part.out_channels // part.groups
                 part.weight.normal_(0.0, math.sqrt(2.0 / fan_out))
