@@ -532,7 +532,7 @@ def test_parity_of_blocks_that_share_input_channels(
     dtype: torch.dtype, batch: int, device: str, emulated: Emulator
 ) -> None:
     emulated.configure(Emulation("random", "late", DEVICES[device], emulated.flavour))
-    for activation in ("identity", "hard_swish"):
+    for activation in ("identity", "hard_swish") if batch == 1 else ("hard_swish",):
         case = SHARED.with_(dtype=dtype, batch=batch, activation=activation, channels=4096 - 8)
         assert int(cut_of(case, DEVICES[device])["parts"]) > 1
         arguments = case.draw()

@@ -20,6 +20,13 @@ pytestmark = pytest.mark.usefixtures("compiled", "one_thread")
 
 OPCHECK_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
 
+# One of three is enough for each run: shapes and strides of every layout are tests of their own.
+LAYOUTS = [
+    pytest.param("contiguous", marks=pytest.mark.thorough),
+    pytest.param("channels_last", marks=pytest.mark.thorough),
+    "sliced",
+]
+
 
 def case_of(op: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
     """Return a small case that uses every optional argument of the operator."""
@@ -31,7 +38,7 @@ def with_gradients(arguments: dict[str, Any]) -> dict[str, Any]:
     return {k: a.detach().requires_grad_() if isinstance(a, Tensor) else a for k, a in arguments.items()}
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", ALL_OPS)
 def test_opcheck(op: str, layout: str) -> None:
     arguments = case_of(op, layout=layout).draw()

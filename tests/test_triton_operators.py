@@ -11,10 +11,11 @@ import op_cases
 import pytest
 import torch
 import torch._dynamo.testing
-from conftest import Backend
+from conftest import THOROUGH, Backend
 from hypothesis import given, settings
 from op_cases import DEPTHWISE_OPS, DTYPES, Case, flat
 from test_ops_parity import any_case, check
+from test_ops_registration import LAYOUTS, OPCHECK_TESTS, case_of, with_gradients
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -24,21 +25,10 @@ from effkernels._norm import gather_norms
 from effkernels.ops import backends, reference
 
 TRITON_OPS = tuple(triton.FAMILIES)
-OPCHECK_TESTS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-
-
-def case_of(op: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Case:
-    """Return a small case that uses every optional argument of the operator."""
-    full = {"channels": 8, "out_channels": 7, "reduced": 3, "height": 6, "width": 7}
-    return Case(op, dtype, bias=True, gated=True, residual=True, **(full | changes))
 
 
 def overload(op: str, namespace: str = "effkernels_triton") -> Any:
     return getattr(getattr(torch.ops, namespace), op).default
-
-
-def with_gradients(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {k: a.detach().requires_grad_() if isinstance(a, Tensor) else a for k, a in arguments.items()}
 
 
 @pytest.fixture
@@ -57,13 +47,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     return names
 
 
-@settings(max_examples=50)
+@settings(max_examples=50 if THOROUGH else 20)
 @given(case=any_case())
 def test_any_interpreted_shape(case: Case, interpreted: None) -> None:
     check(case, Backend("triton", "cpu"))
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "sliced"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("op", TRITON_OPS)
 def test_opcheck(op: str, layout: str, interpreted: None) -> None:
     arguments = case_of(op, layout=layout).draw()
