@@ -17,7 +17,8 @@ import torch
 from training_runs import PROGRAM, arguments_for, assert_same_weights, log_of, make_folder, numbers_of
 
 # What draws random numbers or keeps a state: augmentation, dropping, averaging, loss scaling, momentum, the schedule.
-RECIPE = ("--epochs", "6", "--checkpoint-steps", "1", "--model-ema-decay", "0.9", "--drop-path", "0.3",
+EPOCHS = 4
+RECIPE = ("--epochs", str(EPOCHS), "--checkpoint-steps", "1", "--model-ema-decay", "0.9", "--drop-path", "0.3",
           "--precision", "amp_float16", "--augment", "randaugment", "--clip-grad", "5",
           "--img-size", "16")  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -144,7 +145,7 @@ def test_a_finished_training_writes_its_results_again(unbroken: Path, tmp_path: 
     (output / "checkpoint.pt").write_bytes((unbroken / "checkpoint.pt").read_bytes())
     status, out, err = finished(start(["train", "--resume", str(output)]))
     assert status == 0, err
-    assert "after 6 epochs" in out
+    assert f"after {EPOCHS} epochs" in out
     assert numbers_of(output) == numbers_of(unbroken)
     assert_same_weights(output, unbroken)
 
@@ -179,10 +180,10 @@ def test_two_processes_train_as_one_network(photos: Path, tmp_path: Path) -> Non
     status, out, err = finished(start(arguments_for(photos, output, *RECIPE), TORCHRUN))
     assert status == 0, err
     assert len(out.splitlines()) == 2, "only the first process prints"
-    assert [record["epoch"] for record in log_of(output)] == [1, 2, 3, 4, 5, 6]
+    assert [record["epoch"] for record in log_of(output)] == [*range(1, EPOCHS + 1)]
     state = torch.load(output / "checkpoint.pt", weights_only=True)
     assert state["processes"] == 2
-    assert state["model"]["bn1.num_batches_tracked"] == 6 * (39 // 2 // 8)
+    assert state["model"]["bn1.num_batches_tracked"] == EPOCHS * (39 // 2 // 8)
 
     status, _, err = finished(start(["train", "--resume", str(output)]))
     assert status == 2
