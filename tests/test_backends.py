@@ -11,24 +11,13 @@ import sys
 import pytest
 import torch
 import torch._dynamo.testing
+from called_operators import CalledOperators
 from op_cases import ALL_OPS, DTYPES, Case, flat
 from torch import Tensor
 
 import effkernels
 from effkernels import _library, ops, triton
 from effkernels.ops import backends
-
-
-class Seen(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the namespaces of the operators that run."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.namespaces: set[str] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.namespaces.add(func.namespace)
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -200,12 +189,12 @@ def test_a_backend_for_one_call(compiled: None) -> None:
 @pytest.mark.parametrize("op", ALL_OPS)
 def test_every_operator_takes_a_backend(op: str, compiled: None) -> None:
     arguments = Case(op).draw()
-    with Seen() as seen:
+    with CalledOperators() as seen:
         plain = getattr(flat(ops), op)(**arguments, backend="reference")
     assert "effkernels" not in seen.namespaces
     with effkernels.backend("reference"):
         asked = getattr(flat(ops), op)(**arguments)
-        with Seen() as seen:
+        with CalledOperators() as seen:
             getattr(flat(ops), op)(**arguments, backend="cpu")
     assert "effkernels" in seen.namespaces
     torch.testing.assert_close(plain, asked, rtol=0, atol=0)
@@ -281,7 +270,7 @@ def test_a_forced_backend_that_cannot_run_says_why(op: str) -> None:
 
 def test_a_forced_reference_calls_no_compiled_operator(compiled: None) -> None:
     for name, expected in (("reference", {"aten"}), ("cpu", {"effkernels"})):
-        with effkernels.backend(name), Seen() as seen:
+        with effkernels.backend(name), CalledOperators() as seen:
             flat(ops).depthwise_bn_act(**Case("depthwise_bn_act").draw())
         assert {n for n in seen.namespaces if n in ("effkernels",)} == expected & {"effkernels"}
 

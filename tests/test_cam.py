@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,10 @@ import PIL.Image
 import pytest
 import skimage.data
 import torch
+from called_operators import CalledOperators
 from parity import assert_parity
 from peer_models import images, lukemelas_model, randomise, small, small_timm_b0, torchvision_model
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkernels
 from effkernels.cam import class_activation_map, normalised, peaks, upsampled
@@ -149,18 +148,6 @@ class TestPrecision:
         assert float((maps - exact).norm() / exact.norm()) < 0.1
 
 
-class Called(TorchDispatchMode):
-    """Counts the calls of this project's operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.calls[func.namespace] += 1
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("name", ["timm", "torchvision"])
 def test_optimised_models_have_the_same_maps_and_stay_fused(name: str) -> None:
     model = copy.deepcopy(MODELS[name][0]())
@@ -171,12 +158,12 @@ def test_optimised_models_have_the_same_maps_and_stay_fused(name: str) -> None:
     )
     same_dtype = [class_activation_map(model, x, 7).maps, wide.maps]
     effkernels.optimize_(model)
-    with torch.no_grad(), Called() as unwatched:
+    with torch.no_grad(), CalledOperators() as unwatched:
         model(x)
-    with Called() as watched:
+    with CalledOperators() as watched:
         maps = class_activation_map(model, x, 7).maps
     # Of two images the classifier goes through an operator, too; watched it is the linear layer that the maps need.
-    assert watched.calls["effkernels"] == unwatched.calls["effkernels"] - 1 > 30
+    assert watched.namespaces["effkernels"] == unwatched.namespaces["effkernels"] - 1 > 30
     assert_parity(maps, same_dtype, truth, "maps")
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from called_operators import CalledOperators
 
 import effkernels
 from benchmarks.gpu_check import blocks, measure, models, ops, shapes, training
@@ -94,18 +94,6 @@ def fake_row(contender: str, median_us: float) -> Row:
         contender=contender, device="A GPU", dtype="bfloat16", batch=256, date="2026-01-02T03:04:05+00:00",
         floor_us=80.0, bytes=1,
     )  # fmt: skip
-
-
-class _Seen(torch.utils._python_dispatch.TorchDispatchMode):
-    """The names of the operators that are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
 
 
 class TestOperators:
@@ -199,9 +187,9 @@ class TestOperators:
         prepare = measure.contenders(PRODUCT, torch.float32, CPU, [])["effkernels-cpu"].prepare
         with effkernels.backend("reference"):
             call = prepare()
-            with _Seen() as seen:
+            with CalledOperators() as seen:
                 call()
-            chosen += seen.names
+            chosen += list(seen.names)
             assert backends.selected() == "reference"
         assert "effkernels::pointwise_bn_act" in chosen
 

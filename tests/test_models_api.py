@@ -5,15 +5,13 @@ from __future__ import annotations
 import copy
 import io
 import threading
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
+from called_operators import fused_operators
 from peer_models import SMALL, images, randomise, small
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkernels
 from effkernels.models import EfficientNet, EfficientNetFeatures, FeatureInfo
@@ -165,21 +163,6 @@ def test_the_model_runs_on_the_backend_it_was_given() -> None:
         assert fused_operators(model, x) == 0
     with pytest.raises(ValueError, match="backend='gpu' is not known; allowed: None, auto, cuda"):
         model.backend = "gpu"
-
-
-def fused_operators(forward: Callable[[torch.Tensor], Any], x: torch.Tensor) -> int:
-    """Return how many fused operators a call of `forward` runs."""
-
-    class Counter(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func.namespace.startswith("effkernels")
-            return func(*args, **(kwargs or {}))
-
-    with torch.no_grad(), Counter() as counter:
-        forward(x)
-    return counter.count
 
 
 def test_threads_with_backends_of_their_own_leave_the_process_as_it_was(compiled: None) -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from called_operators import fused_operators
 from peer_models import images, randomise, small, small_timm_b0
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import effkernels
 from effkernels.models import EfficientNet
@@ -37,19 +37,6 @@ def own_b0(timm_b0: nn.Module) -> EfficientNet:
 def close(found: Any, wanted: Any, relative: float = 1e-5) -> None:
     """Equal up to rounding, measured by the largest value."""
     torch.testing.assert_close(found, wanted, rtol=1e-3, atol=relative * float(wanted.abs().max()))
-
-
-def fused_operators(forward: Callable[[Tensor], Any], x: Tensor) -> int:
-    class Counter(TorchDispatchMode):
-        count = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            self.count += func.namespace.startswith("effkernels")
-            return func(*args, **(kwargs or {}))
-
-    with torch.no_grad(), Counter() as counter:
-        forward(x)
-    return counter.count
 
 
 def test_children_have_timms_names(own_b0: EfficientNet, timm_b0: nn.Module) -> None:

@@ -190,6 +190,7 @@ _BASE: dict[str, Any] = {
     "same": same,
     "squeeze": squeeze,
     "takes_bare": takes_bare,
+    "takes_block": backends.takes_block,
     "Norm": ops.Norm,
     **{name: getattr(ops, name) for name in backends.OPERATORS},
 }

@@ -62,6 +62,7 @@ class _Writer:
         self._products = {gate.product: gate for gate in match.gates}
         self._gate_names = {gate: f"gate{index}" for index, gate in enumerate(match.gates)}
         self._expansions = _expansions(match)
+        self._blocks = self._mbconv_blocks()
 
     def write(self) -> str:
         order = self._needed()
@@ -84,6 +85,26 @@ class _Writer:
             start += [RUNS_NCHW_AS_WRITTEN, _INDENT + "return None"]
         lines = "".join(f"{_INDENT}{line}\n" for line in start + self._lines)
         return f"def run(self, x, parts):\n{lines}"
+
+    def _mbconv_blocks(self) -> dict[Step, Step]:
+        """Return the expanded depthwise convolution in front of each 1x1 one, where the three are an MBConv block."""
+        found = {}
+        by_result = {step.result: step for step in self._expansions}
+        for step in self._match.steps:
+            depthwise = by_result.get(step.source)
+            if depthwise is None or step.conv.op != "pointwise_bn_act" or step.gate is not depthwise.gate:
+                continue
+            inside = step.nodes if step.gate is None else {*step.nodes, *step.gate.nodes}
+            if step.activation == "identity" and self._readers(depthwise.result) <= inside:
+                found[step] = depthwise
+        return found
+
+    def _readers(self, node: fx.Node) -> set[fx.Node]:
+        """Return the nodes that read a value, through modules that do nothing too."""
+        found: set[fx.Node] = set()
+        for user in node.users:
+            found |= self._readers(user) if self._roles.of(user).kind == "identity" else {user}
+        return found
 
     def records(self) -> tuple[Record, ...]:
         """Return what the program expects of every module on the way, and how it uses each."""
@@ -128,6 +149,8 @@ class _Writer:
     def _reads(self, node: fx.Node) -> list[fx.Node]:
         """Return the values that the code of a node needs."""
         step = self._steps.get(node)
+        if step in self._blocks:
+            return [*self._expansions[self._blocks[step]].reads, *step.reads[1:]]
         if step is not None:
             return self._expansions.get(step, step).reads
         if node in self._gates_alone:
@@ -140,7 +163,7 @@ class _Writer:
         """Return the gate that the code of a node needs."""
         step = self._steps.get(node)
         if step is not None:
-            return step.gate if step.conv.op == "pointwise_bn_act" else None
+            return step.gate if step.conv.op == "pointwise_bn_act" and step not in self._blocks else None
         return self._products.get(node)
 
     def _needed(self) -> list[fx.Node]:
@@ -253,32 +276,64 @@ class _Writer:
             self._lines.append(f"{value} = {self._plain(node)}")
 
     def _write_step(self, step: Step, value: str) -> None:
-        expansion = self._expansions.get(step)
+        block = self._blocks.get(step)
+        expansion = self._expansions.get(block or step)
         source = self._values[(expansion or step).source]
         if expansion is None and step.is_optional:
             self._lines += [f"if takes_bare({source}):", _INDENT + self._call(step, source, value)]
             self._lines += ["else:", f"{_INDENT}{value} = {self._part(step.conv.path, 'module')}({source})"]
         elif expansion is None:
             self._lines.append(self._call(step, source, value))
+        elif block is None:
+            self._lines += self._expanded(expansion, step, source, value)
         else:
-            self._write_expanded(expansion, step, source, value)
+            self._write_block(expansion, block, step, source, value)
         if self._is_bound:
             self._lines.append(f"{value} = like({value}, {source}, nchw)")
 
-    def _write_expanded(self, expansion: Step, step: Step, source: str, value: str) -> None:
-        """Write a 1x1 and a depthwise convolution: one operator where that is faster, else two."""
-        expand, conv = self._conv(expansion.conv.path), self._conv(step.conv.path)
-        arguments = [source, expand[0], conv[0], f"expand_bias={expand[1]}", f"bias={conv[1]}"]
-        arguments += [f"expand_norm={self._norm(expansion.norm)}", f"norm={self._norm(step.norm)}"]
-        arguments += [f"expand_activation={expansion.activation!r}", f"activation={step.activation!r}"]
-        arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"]
-        arguments.append(f"dilation={step.conv.dilation}")
-        together = [f"{value}, means = expand_depthwise_squeeze({', '.join((*arguments, *self._forced()))})"]
+    def _write_block(self, expansion: Step, depthwise: Step, step: Step, source: str, value: str) -> None:
+        """Write a whole block: one operator where that may be one launch, else its parts."""
+        expand, conv, project = (self._conv(one.conv.path) for one in (expansion, depthwise, step))
+        arguments = [source, expand[0], conv[0], project[0], *self._of_expanded(expansion, depthwise, source)]
+        if depthwise.gate is not None:
+            arguments += self._of_gate(depthwise.gate)
+        arguments += [f"project_bias={project[1]}", f"project_norm={self._norm(step.norm)}"]
+        if step.residual is not None:
+            arguments.append(f"residual={self._values[step.residual]}")
+        self._lines += [f"if takes_block({source}, {self._backend!r}):"]
+        self._lines += [f"{_INDENT}{value} = mbconv({', '.join((*arguments, *self._forced()))})", "else:"]
+        apart = self._expanded(expansion, depthwise, source, "d")
+        apart += [self._call(step, "d", value), "del d"]
+        if depthwise.gate is not None:
+            apart.append(f"del {self._gate_names[depthwise.gate]}")
+        self._lines += [_INDENT + line for line in apart]
+
+    def _of_expanded(self, expansion: Step, step: Step, source: str) -> list[str]:
+        """Return what the operators that begin with both take beside images and weights."""
+        return [
+            *(f"expand_bias={self._conv(expansion.conv.path)[1]}", f"bias={self._conv(step.conv.path)[1]}"),
+            *(f"expand_norm={self._norm(expansion.norm)}", f"norm={self._norm(step.norm)}"),
+            *(f"expand_activation={expansion.activation!r}", f"activation={step.activation!r}"),
+            *(f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"),
+            f"dilation={step.conv.dilation}",
+        ]
+
+    def _of_gate(self, gate: Gate) -> list[str]:
+        """Return squeeze-and-excitation as arguments of the operators that compute it."""
+        names = ("w_reduce", "b_reduce", "w_expand", "b_expand")
+        arguments = [f"{name}={part}" for name, part in zip(names, self._excite(gate), strict=True)]
+        return [*arguments, f"se_activation={gate.activation!r}", f"gate_activation={gate.gate_activation!r}"]
+
+    def _expanded(self, expansion: Step, step: Step, source: str, value: str) -> list[str]:
+        """Return the lines of a 1x1 and a depthwise convolution: one operator where that is faster, else two."""
+        arguments = [source, self._conv(expansion.conv.path)[0], self._conv(step.conv.path)[0]]
+        arguments += [*self._of_expanded(expansion, step, source), *self._forced()]
+        together = [f"{value}, means = expand_depthwise_squeeze({', '.join(arguments)})"]
         if step.gate is not None:
             together.append(self._excite_alone(step.gate, "means"))
         apart = [self._call(expansion, source, "e"), self._call(step, "e", value), "del e"]
-        self._lines += [f"if keeps_expanded({source}, {self._backend!r}):", *(_INDENT + line for line in together)]
-        self._lines += ["else:", *(_INDENT + line for line in apart)]
+        lines = [f"if keeps_expanded({source}, {self._backend!r}):", *(_INDENT + line for line in together)]
+        return [*lines, "else:", *(_INDENT + line for line in apart)]
 
     def _call(self, step: Step, source: str, value: str) -> str:
         """Return the line that calls the operator of a step."""
@@ -300,9 +355,7 @@ class _Writer:
         if step.gate is not None and step.conv.op == "pointwise_bn_act":
             arguments.append(f"gate={self._gate_names[step.gate]}")
         elif step.gate is not None:
-            names = ("w_reduce", "b_reduce", "w_expand", "b_expand")
-            arguments += [f"{name}={part}" for name, part in zip(names, self._excite(step.gate), strict=True)]
-            arguments += [f"se_activation={step.gate.activation!r}", f"gate_activation={step.gate.gate_activation!r}"]
+            arguments += self._of_gate(step.gate)
             if not step.applies_gate:
                 results = f"{value}, {self._gate_names[step.gate]}"
         if step.residual is not None:
