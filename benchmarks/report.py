@@ -73,6 +73,12 @@ def _short(case: str) -> str:
     return f"{name.removeprefix(_FAMILY).upper()} at {size}" if name.startswith(_FAMILY) else case
 
 
+def _order(case: tuple[str, str, int]) -> tuple[str, bool, str, int]:
+    """Sort by network, float32 first, then by batch."""
+    name, dtype, batch = case
+    return name, dtype != "float32", dtype, batch
+
+
 def _machines(models: Sequence[Group]) -> list[list[str]]:
     """Return the devices that share a table: those with a case in common."""
     cases: dict[str, set[str]] = {}
@@ -92,14 +98,14 @@ def _cell(times: Sequence[float | None]) -> str:
     """Return the time of a call on each machine, '4.83 / 7.70 ms', with '-' where there is none."""
     known = [us for us in times if us is not None]
     if not known:
-        return ""
+        return "-"
     if len(times) == 1:
         return time_text(known[0])
     return " / ".join("-" if us is None else f"{us / 1e3:.2f}" for us in times) + " ms"
 
 
 def readme_section(groups: Sequence[Group]) -> str:
-    """Return the tables between the markers of README.md: a line per contender and a column per network.
+    """Return the tables between the markers of README.md: a line per network and a column per contender.
 
     Machines that ran the same networks are side by side in one table.
     """
@@ -113,14 +119,13 @@ def readme_section(groups: Sequence[Group]) -> str:
             for row in group.rows
         }
         contenders = list(dict.fromkeys(row.contender for group in members for row in group.rows))
-        cases = list(dict.fromkeys((group.case, group.dtype, group.batch) for group in members))
-        titles = [f"{_short(case)}, {dtype}, batch {batch}" for case, dtype, batch in cases]
+        cases = sorted(dict.fromkeys((group.case, group.dtype, group.batch) for group in members), key=_order)
         what = "EfficientNet on " if any(_short(case) != case for case, _, _ in cases) else ""
-        lines = [f"{what}{' / '.join(devices)}, median time of a call:", "", "| | " + " | ".join(titles) + " |"]
-        lines.append("|---|" + "--:|" * len(cases))
-        for contender in contenders:
-            cells = [_cell([times.get((device, *case, contender)) for device in devices]) for case in cases]
-            lines.append(f"| {contender} | " + " | ".join(cells) + " |")
+        lines = [f"{what}{' / '.join(devices)}, median time of a call:", "", "| | " + " | ".join(contenders) + " |"]
+        lines.append("|---|" + "--:|" * len(contenders))
+        for case, dtype, batch in cases:
+            cells = [_cell([times.get((device, case, dtype, batch, one)) for device in devices]) for one in contenders]
+            lines.append(f"| {_short(case)}, {dtype}, batch {batch} | " + " | ".join(cells) + " |")
         for device in devices:
             source = origin_of([row for group in members if group.device == device for row in group.rows])
             lines += ["", f"Measured {source}" if len(devices) == 1 else f"{device}: measured {source}"]

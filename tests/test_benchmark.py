@@ -471,7 +471,8 @@ class TestReport:
         assert readme.startswith("before\n")
         assert readme.endswith("after\n")
         assert "old" not in readme
-        assert "| eager (timm) | 2.50 ms |" in readme
+        assert "| | effkernels-cpu | eager (timm) |" in readme
+        assert " | 1.00 ms | 2.50 ms |" in readme
         assert "conv_bn_act" not in readme
 
     def test_check_reports_what_is_out_of_date(self, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -499,8 +500,8 @@ class TestReport:
         assert self.run(folder) == 0
         readme = (folder / "README.md").read_text()
         assert "EfficientNet on A CPU, 2 threads / B CPU, 2 threads, median time of a call:" in readme
-        assert "| effkernels-cpu | 1.00 / 4.00 ms |" in readme
-        assert "| eager (timm) | 2.50 / - ms |" in readme
+        assert "| | effkernels-cpu | eager (timm) | engine |" in readme
+        assert " | 1.00 / 4.00 ms | 2.50 / - ms | - / 3.00 ms |" in readme
         assert "EfficientNet on A GPU, median time of a call:" in readme
         text = (folder / "REPORT.md").read_text()
         assert "| effkernels-cpu | 1.00 ms | 1.00 | 4.00 ms | 1.00 |" in text
