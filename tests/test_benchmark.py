@@ -319,7 +319,14 @@ class TestContenders:
         assert reason.startswith("not available: pip install ")
         assert "openvino" in reason
 
-    @pytest.mark.parametrize("model", ["timm:mobilenetv3_small_050", "torchvision:mobilenet_v2", "hf:mobilenet_v2"])
+    @pytest.mark.parametrize(
+        "model",
+        [
+            "timm:mobilenetv3_small_050",
+            "torchvision:mobilenet_v2",
+            pytest.param("hf:mobilenet_v2", marks=pytest.mark.thorough),
+        ],
+    )
     def test_models_of_other_libraries(self, model: str) -> None:
         library = model.partition(":")[0]
         case = network_case(model, 1, img_size=32)

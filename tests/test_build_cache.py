@@ -88,3 +88,20 @@ def test_a_changed_source_is_another_build(cache: ModuleType, monkeypatch: pytes
     assert cache.key([tmp_path / "kernel.cu"], {}) == first
     (tmp_path / "kernel.cu").write_text("two")
     assert cache.key([tmp_path / "kernel.cu"], {}) != first
+
+
+def test_a_reading_is_kept_by_its_sources_and_facts(cache: ModuleType, tmp_path: Path) -> None:
+    from kept_results import kept, python_sources
+
+    source = ROOT / "csrc" / "build_cache.py"
+    made: list[str] = []
+
+    def make() -> list[str]:
+        made.append("again")
+        return [*made]
+
+    assert kept("reading", [source], {"triton": "1"}, make) == ["again"]
+    assert kept("reading", [source], {"triton": "1"}, make) == ["again"]
+    assert len(made) == 1
+    assert kept("reading", [source], {"triton": "2"}, make) == ["again"] * 2
+    assert kept("reading", python_sources("csrc/build_cache.py"), {"triton": "1"}, make) == ["again"] * 3

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import THOROUGH
 from engine_models import SIZE, images, small_network
 from torch import Tensor, nn
 
@@ -136,7 +137,7 @@ def test_an_interrupted_refresh_leaves_old_or_new_weights(
 
 def test_a_short_soak() -> None:
     """Load, malformed requests, refreshes and random interrupts; `make soak` runs longer."""
-    command = [sys.executable, "-m", "benchmarks.soak", "--seconds", "6", "--seed", "0", "--json"]
+    command = [sys.executable, "-m", "benchmarks.soak", "--seconds", "6" if THOROUGH else "4", "--seed", "0", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     report = json.loads(done.stdout)
     assert {kind: counted for kind, counted in report.items() if counted["failures"]} == {}

@@ -160,7 +160,7 @@ def test_onnx_is_one_file_of_standard_operators(tmp_path: Path) -> None:
     assert_same_logits(in_onnxruntime(file), model, (1, 64, 64), (64, 75, 133))
 
 
-@pytest.mark.parametrize("opset", [18, 23])
+@pytest.mark.parametrize("opset", [pytest.param(18, marks=pytest.mark.thorough), 23])
 def test_onnx_of_the_opset_asked_for_leaves_the_model_as_it_is(opset: int, tmp_path: Path) -> None:
     """Its own choice of a backend would put fused operators into the graph."""
     model, file = small(pad_type="same", backend="auto").train(), tmp_path / "net.onnx"

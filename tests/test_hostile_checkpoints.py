@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import THOROUGH
 from peer_models import small_timm_b0
 
 import effkernels
@@ -25,7 +26,7 @@ pytest.importorskip("safetensors", reason="the extra `models` is not installed")
 
 
 def test_a_short_run_of_the_fuzzer_finds_nothing() -> None:
-    assert inputs.run(seconds=8, seed=13) == []
+    assert inputs.run(seconds=8 if THOROUGH else 3, seed=13) == []
 
 
 class TestEveryCaseOfTheFuzzer:

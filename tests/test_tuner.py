@@ -15,7 +15,9 @@ from typing import Any
 
 import op_cases
 import pytest
+import test_triton_gates as gates
 import torch
+from kept_results import kept
 from test_tuning import CPU
 from test_tuning import cache as cache
 
@@ -387,8 +389,13 @@ def test_candidates_compile_and_spill_nothing(every: int, tmp_path: Path) -> Non
         "PYTHONPATH": os.pathsep.join((str(tests.parent), str(tests))),
     }
     command = [sys.executable, "-m", "triton_gates.candidates", "80", str(every)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    *wrong, last = done.stdout.splitlines()
+
+    def compiled() -> str:
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr[-4000:]
+        return done.stdout
+
+    made_of = {**gates.versions(), "every": str(every)}
+    *wrong, last = kept("triton-candidates", gates.SOURCES, made_of, compiled).splitlines()
     assert wrong == []
     assert int(last.split()[0]) * every > 40
