@@ -404,7 +404,9 @@ def _weight_gradient(
     images, out_height, out_width, channels = dz.shape
     of_thread = min(vector, 4)
     tap_rows = max(1, min(kernel[0], _MOST_TAP_SUMS // (of_thread * kernel[1])))
-    cut = cut_of(images, out_height, out_width, channels, vector, of_thread, 2)
+    # Of two neighbours with stride 2, the inputs and the sums of 5x5 taps take more registers than there are.
+    strip = 1 if stride > 1 and kernel[0] * kernel[1] > 9 else 2
+    cut = cut_of(images, out_height, out_width, channels, vector, of_thread, strip)
     partial = torch.empty((cut.programs, *kernel, channels), dtype=torch.float32, device=t.device)
     mean, _, scale, bias = norm
     _launch.run(
