@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainForwardBlocks)
   const TrainDepthwisePlan& plan = a.plan;
   const int pixel = plan.channel_vectors * V, row_size = plan.tile_columns * pixel;
   const int kernel_h = K > 0 ? K : s.kernel_h;
-  const TileLane at(plan, s.channels);
+  const TrainingLane at(plan, s.channels);
   const ForwardShared shared(plan, dynamic_shared<float>());
   const bool has_norm = p.norm.mean != nullptr;
 

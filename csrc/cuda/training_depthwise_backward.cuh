@@ -160,7 +160,7 @@ __device__ __forceinline__ void add_products(const typename Traits::T* z, const 
 // From the sums of this block to those of the batch, by the blocks that come last. All threads.
 template <int V>
 __device__ __noinline__ void finish_backward(const TrainBackwardArguments& a) {
-  const TileLane at(a.plan, a.depthwise.shape.channels);
+  const TrainingLane at(a.plan, a.depthwise.shape.channels);
   const BackwardShared shared(a.plan, dynamic_shared<float>());
   const training::DepthwiseBackwardParams& p = a.depthwise;
   const TrainDepthwisePlan& plan = a.plan;
@@ -235,7 +235,7 @@ __global__ void __launch_bounds__(kTrainDepthwiseThreads, kTrainBackwardBlocks)
   const TrainDepthwisePlan& plan = a.plan;
   const int pixel = plan.channel_vectors * V;
   const int kernel_h = K > 0 ? K : s.kernel_h, kernel_w = K > 0 ? K : s.kernel_w;
-  const TileLane at(plan, s.channels);
+  const TrainingLane at(plan, s.channels);
   const BackwardShared shared(plan, dynamic_shared<float>());
   const bool has_norm = p.norm.mean != nullptr;
 

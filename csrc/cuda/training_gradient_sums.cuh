@@ -19,7 +19,7 @@ __global__ void __launch_bounds__(kPassThreads, kSumsBlocks)
   wait_for_previous();
   allow_next();
   constexpr int kHalf = kGradientSums / 2;  // sums that are in shared memory at a time
-  const PassLane at(plan, p.channels);
+  const TrainingLane at(plan, p.channels);
   const int block_channels = plan.channel_vectors * V;
   float* const rows = dynamic_shared<float>();
   float* const lane_sums = rows + 5 * block_channels;

@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
     training_norm_act(const training::NormActParams p, const PassPlan plan) {
   wait_for_previous();
   allow_next();
-  const PassLane at(plan, p.channels);
+  const TrainingLane at(plan, p.channels);
   const int block_channels = plan.channel_vectors * V;
   float* const rows = dynamic_shared<float>();
   fill_row<V>(rows, 0, block_channels, p.norm.mean, at.first_channel, p.channels, 0.f);

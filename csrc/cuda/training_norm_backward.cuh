@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kPassThreads, kPassBlocks)
     training_norm_backward(const training::NormBackwardParams p, const PassPlan plan) {
   wait_for_previous();
   allow_next();
-  const PassLane at(plan, p.channels);
+  const TrainingLane at(plan, p.channels);
   const int block_channels = plan.channel_vectors * V;
   float* const rows = dynamic_shared<float>();
   const float* const vectors[] = {p.norm.mean, p.norm.scale, p.norm.bias, p.alpha, p.beta, p.delta};

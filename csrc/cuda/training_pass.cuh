@@ -6,25 +6,10 @@
 #pragma once
 #include "depthwise_parameters.cuh"
 #include "training.h"
+#include "training_lane.cuh"
 #include "training_slope.cuh"
 
 namespace effkernels::cuda {
-
-struct PassLane {
-  int group, vector, lane;
-  int64_t tile, first_channel, channel;  // channel: first of the thread's vector
-  bool active;
-
-  __device__ __forceinline__ PassLane(const PassPlan& plan, int64_t channels) {
-    group = blockIdx.x % plan.channel_groups;
-    tile = blockIdx.x / plan.channel_groups;
-    vector = threadIdx.x % plan.channel_vectors;
-    lane = threadIdx.x / plan.channel_vectors;
-    first_channel = int64_t(group) * plan.channel_vectors * plan.vector;
-    channel = first_channel + vector * plan.vector;
-    active = lane < plan.lanes && channel < channels;
-  }
-};
 
 // Item `index` of the batch.
 struct PassItem {

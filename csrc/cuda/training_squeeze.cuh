@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kPassThreads, kSumsBlocks)
   wait_for_previous();
   allow_next();
   constexpr int kRows = V == 1 ? 1 : 2;
-  const PassLane at(plan, p.channels);
+  const TrainingLane at(plan, p.channels);
   const int block_channels = plan.channel_vectors * V;
   float* const rows = dynamic_shared<float>();
   float* const lane_sums = rows + 3 * block_channels;

@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kPassThreads, kSumsBlocks)
   wait_for_previous();
   allow_next();
   constexpr int kRows = 8;
-  const PassLane at(plan, p.channels);
+  const TrainingLane at(plan, p.channels);
   const PassItem item(plan, at.tile, p.pixels);
   const int block_channels = plan.channel_vectors * V;
   Moments* const shared = dynamic_shared<Moments>();

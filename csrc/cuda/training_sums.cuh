@@ -12,7 +12,7 @@ namespace effkernels::cuda {
 // value)`: at once where the image is one item, else by the block that comes last. All threads; `lane_sums`: kHalf sums
 // of every lane and channel in shared memory; `flag`: one word.
 template <int kSums, int kHalf, int V, class Put>
-__device__ __forceinline__ void finish_item(const PassPlan& plan, const TrainingWork& work, const PassLane& at,
+__device__ __forceinline__ void finish_item(const PassPlan& plan, const TrainingWork& work, const TrainingLane& at,
                                             const PassItem& item, int64_t index, int64_t channels,
                                             const float (&mine)[kSums][V], float* lane_sums, unsigned* flag,
                                             const Put& put) {

@@ -113,23 +113,6 @@ __device__ __forceinline__ void load_taps(const training::DepthwiseShape& s, int
     copy_taps<V, K * K>(static_cast<const T*>(s.weight.data) + first, channels, taps, block_channels, rows);
 }
 
-// What a thread of a depthwise kernel works on.
-struct TileLane {
-  int group, vector, lane;
-  int64_t tile, first_channel, channel;
-  bool active;
-
-  __device__ __forceinline__ TileLane(const TrainDepthwisePlan& plan, int64_t channels) {
-    group = blockIdx.x % plan.channel_groups;
-    tile = blockIdx.x / plan.channel_groups;
-    vector = threadIdx.x % plan.channel_vectors;
-    lane = threadIdx.x / plan.channel_vectors;
-    first_channel = int64_t(group) * plan.channel_vectors * plan.vector;
-    channel = first_channel + vector * plan.vector;
-    active = lane < plan.lanes && channel < channels;
-  }
-};
-
 // An item of a block.
 struct TileItem {
   int64_t image;
