@@ -111,9 +111,12 @@ template <class W, int Rows>
 void multiply_as_stored(const float* rows, int64_t row_size, const W* weight, int64_t n0, int columns, int64_t k,
                         float* acc) {
   Vec sums[Rows][kLanes];
-  for (int r = 0; r < Rows; r++)
-    for (int c = round_up(columns, kFewChannels); c < kLanes; c++) sums[r][c] = Vec{};
-  for (int c0 = 0; c0 < columns; c0 += kFewChannels) {
+  for (int c0 = 0; c0 < kLanes; c0 += kFewChannels) {
+    if (c0 >= columns) {
+      for (int r = 0; r < Rows; r++)
+        for (int c = 0; c < kFewChannels; c++) sums[r][c0 + c] = Vec{};
+      continue;
+    }
     const W* channels[kFewChannels];  // those past the last one repeat it: nobody reads their sums
     for (int c = 0; c < kFewChannels; c++) channels[c] = weight + (n0 + min_of(c0 + c, columns - 1)) * k;
     Vec total[Rows][kFewChannels];

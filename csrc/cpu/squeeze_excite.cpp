@@ -44,7 +44,7 @@ void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
   for_shares(parallel, dots.count, [=](int64_t share) {
     with_type(p.w_reduce.dtype, [&](auto type) {
       const auto* weight = static_cast<const decltype(type)*>(p.w_reduce.data);
-      for (int64_t task = dots.begin(share); task < dots.end(share); task++) {
+      for (int64_t task = dots.begin(share), end = dots.end(share); task < end; task++) {
         const int64_t n = task / p.reduced, r = task % p.reduced;
         hidden[n * hidden_stride + r] = dot(p.pooled + n * p.channels, weight + r * p.channels, p.channels);
       }
@@ -62,25 +62,24 @@ void squeeze_excite(const SqueezeExciteParams& p, const Parallel& parallel) {
   const Line gates = divide_gates(p, parallel.threads);
   for_shares(parallel, gates.count, [=](int64_t share) {
     float* panel = static_cast<float*>(scratch(size_t(p.reduced * kLanes) * sizeof(float)));
-    Vec bias = {};
-    for (int64_t at = gates.begin(share), packed = -1; at < gates.end(share); at++) {
-      const int64_t block = at / p.batch, n = at % p.batch;
+    for (int64_t at = gates.begin(share), end = gates.end(share); at < end;) {
+      const int64_t block = at / p.batch, first = at % p.batch, images = min_of(p.batch - first, end - at);
       const int64_t c = block * kLanes, channels = min_of<int64_t>(kLanes, p.channels - c);
-      if (block != packed) {
-        pack_panel(p.w_expand, c, int(channels), p.reduced, panel);
-        bias = load_param(p.b_expand, c, channels, 0.f);
-        packed = block;
+      at += images;
+      pack_panel(p.w_expand, c, int(channels), p.reduced, panel);
+      const Vec bias = load_param(p.b_expand, c, channels, 0.f);
+      for (int64_t n = first; n < first + images; n++) {
+        const float* h = hidden + n * hidden_stride;
+        Vec sum[4] = {};
+        int64_t r = 0;
+        for (; r + 4 <= p.reduced; r += 4)
+          for (int j = 0; j < 4; j++) sum[j] += h[r + j] * load(panel + (r + j) * kLanes);
+        for (; r < p.reduced; r++) sum[0] += h[r] * load(panel + r * kLanes);
+        const Vec gate = apply_gate(p.gate_activation, ((sum[0] + sum[1]) + (sum[2] + sum[3])) + bias);
+        with_type(p.gate_dtype, [&](auto type) {
+          store_up_to(static_cast<decltype(type)*>(p.gate) + n * p.channels + c, gate, channels);
+        });
       }
-      const float* h = hidden + n * hidden_stride;
-      Vec sum[4] = {};
-      int64_t r = 0;
-      for (; r + 4 <= p.reduced; r += 4)
-        for (int j = 0; j < 4; j++) sum[j] += h[r + j] * load(panel + (r + j) * kLanes);
-      for (; r < p.reduced; r++) sum[0] += h[r] * load(panel + r * kLanes);
-      const Vec gate = apply_gate(p.gate_activation, ((sum[0] + sum[1]) + (sum[2] + sum[3])) + bias);
-      with_type(p.gate_dtype, [&](auto type) {
-        store_up_to(static_cast<decltype(type)*>(p.gate) + n * p.channels + c, gate, channels);
-      });
     }
   });
 }
