@@ -41,7 +41,7 @@ FORMATTED_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup build test test-suite test-emulated test-race test-asan test-triton test-gates bench fuzz soak \
+.PHONY: help setup build test test-suite test-emulated test-race test-asan test-triton test-gates bench fuzz instruction-counts soak \
   gpu-check kernels-table lint lint-python lint-native types docs format clean distclean wheel
 
 help: ## list these commands
@@ -90,6 +90,9 @@ soak: setup ## load an engine with good and bad requests, interrupts and refresh
 
 gpu-check: ## check and measure on a GPU for MINUTES=9, by this machine's own python3, no setup; again: goes on (PARTS=ops)
 	@$(PYTHON) -m benchmarks.gpu_check $(PARTS) --minutes $(MINUTES) $(GPU_CHECK_ARGS)
+
+instruction-counts: setup ## fail if a CPU kernel executes over 3 % more instructions than the committed table says
+	$(BIN)/python -m benchmarks.instruction_counts --check
 
 kernels-table: setup ## write what the compiler made of each kernel into docs/kernels.md
 	$(BIN)/python -m benchmarks.kernel_economy

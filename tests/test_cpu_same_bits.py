@@ -20,6 +20,9 @@ CASES = {
     "many tiles by a few vectors": FULL.with_(batch=3, height=13, width=14, channels=70, out_channels=40),
     "packed weights in groups": FULL.with_(batch=1, height=3, width=5, channels=384, out_channels=660),
     "a stem": Case("conv_bn_act", channels=3, out_channels=40, height=61, width=75, stride=2),
+    "dense windows": Case("conv_bn_act", batch=2, channels=24, out_channels=40, height=13, width=15),
+    "a gate": Case("squeeze_excite_gate", batch=3, channels=1000, reduced=250),
+    "rows of one image": Case("depthwise_bn_act_squeeze", batch=1, channels=24, height=75, width=60),
     "a depthwise convolution": Case("depthwise_bn_act_squeeze", channels=100, height=61, width=30),
     "an odd number of vectors expanded": Case(
         op_cases.EXPAND_OP, batch=1, channels=24, out_channels=144, kernel=(5, 5)
@@ -35,7 +38,7 @@ def test_threads_do_not_change_the_result(name: str, dtype: torch.dtype, isa: st
     results = []
     threads = torch.get_num_threads()
     try:
-        for count in (1, 2, 3, 5):
+        for count in (1, 2, 3, 7, 16, 64):
             torch.set_num_threads(count)
             results.append(op_cases.run(ops, case, given))
     finally:

@@ -3,17 +3,17 @@
 // The input rows of an output row are stored in float32 as planes, [channel][ring of KH rows][column], with zero
 // columns for the padding, whatever layout x has: a contiguous NCHW image needs no conversion of its own. Then the
 // window of tap (channel, ky, kx) for neighbouring outputs is a run of constant stride, and a tile of output columns by
-// a panel of output channels is summed tap by tap in registers, as in pointwise.cpp.
+// a panel of output channels is summed tap by tap in registers, as in pointwise.cpp. The work is a line of these tiles,
+// row after row of all images, and a thread takes a run of it (shares.h).
 //
 // A channels_last image of more channels than a photograph is another matter: there a row of a window is one run of
 // memory, and windows are copied to the rows of a tile (conv_by_windows, in pointwise.cpp), in bfloat16 as pairs.
 #include "../sizes.h"
 #include "product.h"
+#include "shares.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
 namespace {
-
-constexpr int kBandRows = 8;  // output rows of a task
 
 // acc[Columns][Vecs * kLanes] = windows starting at `first` times the panel. Stride 0: given at run time.
 template <int Columns, int Vecs, int Stride>
@@ -125,92 +125,118 @@ void gather_windows(const ConvParams& p, const T* x, int64_t top, int64_t left, 
 // Input channels from which windows are copied to rows of a product.
 constexpr int64_t kFewestOfWindows = 5;
 
+bool goes_by_windows(const ConvParams& p) {
+  return p.x_stride_c == 1 && p.x_stride_w == p.in_channels && p.in_channels >= kFewestOfWindows &&
+         p.in_channels * p.kernel_h * p.kernel_w <= kLongestWindow;
+}
+
+// Sizes that every thread shares.
+struct Work {
+  Tile tile;
+  bool gathers;  // the windows of each tile
+  int64_t columns, filled, ring_rows, row_tiles;
+  Line line;
+};
+
+Work make_work(const ConvParams& p, int threads) {
+  Work w;
+  const Tile by_rows = p.stride == 1   ? pick_tile<1>(p.out_width)
+                       : p.stride == 2 ? pick_tile<2>(p.out_width)
+                                       : make_tile<kRows / 2, 0>();
+  w.columns = (round_up(p.out_width, by_rows.columns) - 1) * p.stride + p.kernel_w;
+  w.filled = max_of<int64_t>(0, min_of(p.width, w.columns - p.pad_left));
+  w.ring_rows = min_of<int64_t>(p.kernel_h, p.height);
+  // Rows are read for all tiles of an output row; where they are so long that they would take tens of megabytes (a
+  // stride or a padding of thousands), the windows of each tile are gathered instead.
+  constexpr int64_t kMostFloats = (int64_t(64) << 20) / int64_t(sizeof(float));
+  w.gathers = product({p.in_channels + 1, w.columns, w.ring_rows}) > kMostFloats;
+  w.tile = w.gathers ? make_tile<kGathered, 1>() : by_rows;
+  w.row_tiles = ceil_div(p.out_width, w.tile.columns);
+  const double pixels = double(p.batch * p.out_height * p.out_width);
+  const double work = pixels * double(p.out_channels) * double(p.in_channels * p.kernel_h * p.kernel_w);
+  w.line = divide_line(p.batch * p.out_height * w.row_tiles, threads_for(threads, work));
+  return w;
+}
+
 }  // namespace
 
 void conv_by_windows(const ConvParams& p, const Parallel& parallel);  // in pointwise.cpp
+Division divide_conv_by_windows(const ConvParams& p, int threads);
+
+Division divide_conv(const ConvParams& p, int threads) {
+  return goes_by_windows(p) ? divide_conv_by_windows(p, threads) : describe(make_work(p, threads).line, 1);
+}
 
 void conv(const ConvParams& p, const Parallel& parallel) {
   const int64_t k = p.in_channels * p.kernel_h * p.kernel_w, n = p.out_channels;
   if (p.batch == 0) return;
-  if (p.x_stride_c == 1 && p.x_stride_w == p.in_channels && p.in_channels >= kFewestOfWindows && k <= kLongestWindow)
-    return conv_by_windows(p, parallel);
-  const Tile by_rows = p.stride == 1   ? pick_tile<1>(p.out_width)
-                       : p.stride == 2 ? pick_tile<2>(p.out_width)
-                                       : make_tile<kRows / 2, 0>();
-  const int64_t columns = (round_up(p.out_width, by_rows.columns) - 1) * p.stride + p.kernel_w;
-  const int64_t filled = max_of<int64_t>(0, min_of(p.width, columns - p.pad_left));
-  const int64_t ring_rows = min_of<int64_t>(p.kernel_h, p.height);
-  // Rows are read for all tiles of an output row; where they are so long that they would take tens of megabytes (a
-  // stride or a padding of thousands), the windows of each tile are gathered instead.
-  constexpr int64_t kMostFloats = (int64_t(64) << 20) / int64_t(sizeof(float));
-  const bool gathers = product({p.in_channels + 1, columns, ring_rows}) > kMostFloats;
-  const Tile tile = gathers ? make_tile<kGathered, 1>() : by_rows;
-  const int64_t plane = gathers ? 0 : columns * ring_rows;
-  const int64_t panels = ceil_div(n, kPanel), bands = ceil_div(p.out_height, kBandRows);
+  if (goes_by_windows(p)) return conv_by_windows(p, parallel);
+  const Work w = make_work(p, parallel.threads);
+  const Tile tile = w.tile;
+  const bool gathers = w.gathers;
+  const int64_t columns = w.columns, filled = w.filled, ring_rows = w.ring_rows;
+  const int64_t plane = gathers ? 0 : columns * ring_rows, panels = ceil_div(n, kPanel);
   const int64_t group = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (k * kPanel * 4)));
 
-  parallel_for(
-      threads_for(parallel, double(p.batch * p.out_height * p.out_width) * double(n) * double(k)), p.batch * bands,
-      [=](int64_t begin, int64_t end) {
-        const int64_t packed_size = group * k * kPanel;
-        const int64_t rows_size = round_up(gathers ? k * kGathered : (p.in_channels + 1) * plane, kLanes);
-        const int64_t floats = packed_size + 2 * group * kPanel + kRows * kPanel + rows_size;
-        float* packed = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(k) * sizeof(float*)));
-        float *scale = packed + packed_size, *shift = scale + group * kPanel, *acc = shift + group * kPanel;
-        float *input = acc + kRows * kPanel, *zeros = input + p.in_channels * plane;
-        const float** taps = reinterpret_cast<const float**>(input + rows_size);
-        for (int64_t i = 0; i < rows_size; i++) input[i] = 0.f;  // the padding columns and the row of zeros stay so
-        for (int64_t g = 0; g < panels; g += group) {
-          const int64_t g_end = min_of(g + group, panels);
-          for (int64_t q = g; q < g_end; q++)
-            pack_panel(p.weight, q * kPanel, int(min_of<int64_t>(kPanel, n - q * kPanel)), k,
-                       packed + (q - g) * k * kPanel);
-          form_scale_shift(p.norm, g * kPanel, min_of(n, g_end * kPanel) - g * kPanel, scale, shift);
-          with_type(p.dtype, [&](auto type) {
-            using T = decltype(type);
-            with_activation(p.activation, [&](auto activation) {
-              for (int64_t task = begin; task < end; task++) {
-                const int64_t image = task / bands, row_begin = task % bands * kBandRows;
-                const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n;
-                int64_t loaded = 0;
-                for (int64_t oy = row_begin; oy < min_of(row_begin + kBandRows, p.out_height); oy++) {
-                  const int64_t top = oy * p.stride - p.pad_top;
-                  loaded = max_of(loaded, top);
-                  for (; !gathers && loaded < min_of(top + p.kernel_h, p.height); loaded++)
-                    fill_row(p, x + loaded * p.x_stride_h, filled, input + loaded % ring_rows * columns + p.pad_left,
-                             plane);
-                  for (int64_t i = 0; i < k; i++) {
-                    if (gathers) {
-                      taps[i] = input + i * kGathered;
-                      continue;
-                    }
-                    const int64_t kx = i % p.kernel_w, ky = i / p.kernel_w % p.kernel_h,
-                                  c = i / p.kernel_w / p.kernel_h;
-                    const int64_t iy = top + ky;
-                    const bool inside = iy >= 0 && iy < p.height;
-                    taps[i] = (inside ? input + c * plane + iy % ring_rows * columns : zeros) + kx;
-                  }
-                  T* y = static_cast<T*>(p.y) + (image * p.out_height + oy) * p.out_width * n;
-                  for (int64_t ox = 0; ox < p.out_width; ox += tile.columns) {
-                    const int count = int(min_of<int64_t>(tile.columns, p.out_width - ox));
-                    Row<T> rows[kRows];
-                    for (int r = 0; r < count; r++) rows[r] = {y + (ox + r) * n, nullptr};
-                    if (gathers) gather_windows(p, x, top, ox * p.stride - p.pad_left, count, input);
-                    const int64_t first = gathers ? 0 : ox, stride = gathers ? 1 : p.stride;
-                    for (int64_t q = g; q < g_end; q++) {
-                      const int width = int(min_of<int64_t>(kPanel, n - q * kPanel));
-                      (width > kLanes ? tile.wide : tile.narrow)(taps, packed + (q - g) * k * kPanel, k, first, stride,
-                                                                 acc);
-                      write<T, decltype(activation)::value>(acc, rows, count, q * kPanel, width,
-                                                            scale + (q - g) * kPanel, shift + (q - g) * kPanel);
-                    }
-                  }
-                }
+  for_shares(parallel, w.line.count, [=](int64_t share) {
+    const int64_t packed_size = group * k * kPanel;
+    const int64_t rows_size = round_up(gathers ? k * kGathered : (p.in_channels + 1) * plane, kLanes);
+    const int64_t floats = packed_size + 2 * group * kPanel + kRows * kPanel + rows_size;
+    float* packed = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(k) * sizeof(float*)));
+    float *scale = packed + packed_size, *shift = scale + group * kPanel, *acc = shift + group * kPanel;
+    float *input = acc + kRows * kPanel, *zeros = input + p.in_channels * plane;
+    const float** taps = reinterpret_cast<const float**>(input + rows_size);
+    for (int64_t i = 0; i < rows_size; i++) input[i] = 0.f;  // the padding columns and the row of zeros stay so
+    for (int64_t g = 0; g < panels; g += group) {
+      const int64_t g_end = min_of(g + group, panels);
+      for (int64_t q = g; q < g_end; q++)
+        pack_panel(p.weight, q * kPanel, int(min_of<int64_t>(kPanel, n - q * kPanel)), k,
+                   packed + (q - g) * k * kPanel);
+      form_scale_shift(p.norm, g * kPanel, min_of(n, g_end * kPanel) - g * kPanel, scale, shift);
+      with_type(p.dtype, [&](auto type) {
+        using T = decltype(type);
+        with_activation(p.activation, [&](auto activation) {
+          int64_t loaded = 0, loaded_image = -1;
+          for (int64_t at = w.line.begin(share), end = w.line.end(share); at < end;) {
+            const int64_t image = at / w.row_tiles / p.out_height, oy = at / w.row_tiles % p.out_height;
+            const int64_t first_tile = at % w.row_tiles, tiles = min_of(w.row_tiles - first_tile, end - at);
+            at += tiles;
+            const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n;
+            const int64_t top = oy * p.stride - p.pad_top;
+            if (image != loaded_image) loaded = 0, loaded_image = image;
+            loaded = max_of(loaded, top);
+            for (; !gathers && loaded < min_of(top + p.kernel_h, p.height); loaded++)
+              fill_row(p, x + loaded * p.x_stride_h, filled, input + loaded % ring_rows * columns + p.pad_left, plane);
+            for (int64_t i = 0; i < k; i++) {
+              if (gathers) {
+                taps[i] = input + i * kGathered;
+                continue;
               }
-            });
-          });
-        }
+              const int64_t kx = i % p.kernel_w, ky = i / p.kernel_w % p.kernel_h, c = i / p.kernel_w / p.kernel_h;
+              const int64_t iy = top + ky;
+              const bool inside = iy >= 0 && iy < p.height;
+              taps[i] = (inside ? input + c * plane + iy % ring_rows * columns : zeros) + kx;
+            }
+            T* y = static_cast<T*>(p.y) + (image * p.out_height + oy) * p.out_width * n;
+            for (int64_t t = first_tile; t < first_tile + tiles; t++) {
+              const int64_t ox = t * tile.columns;
+              const int count = int(min_of<int64_t>(tile.columns, p.out_width - ox));
+              Row<T> rows[kRows];
+              for (int r = 0; r < count; r++) rows[r] = {y + (ox + r) * n, nullptr};
+              if (gathers) gather_windows(p, x, top, ox * p.stride - p.pad_left, count, input);
+              const int64_t first = gathers ? 0 : ox, stride = gathers ? 1 : p.stride;
+              for (int64_t q = g; q < g_end; q++) {
+                const int width = int(min_of<int64_t>(kPanel, n - q * kPanel));
+                (width > kLanes ? tile.wide : tile.narrow)(taps, packed + (q - g) * k * kPanel, k, first, stride, acc);
+                write<T, decltype(activation)::value>(acc, rows, count, q * kPanel, width, scale + (q - g) * kPanel,
+                                                      shift + (q - g) * kPanel);
+              }
+            }
+          }
+        });
       });
+    }
+  });
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

@@ -1,10 +1,11 @@
 // Depthwise convolution, norm, activation and pooling in one pass over x and y.
 //
-// A task is one image, one band of rows and one block of channels (64 bytes of x). Its input rows pass through a ring
+// The work is a line of output rows: of a block of channels (64 bytes of x), of all blocks of a band of rows, of all
+// bands and images. A thread takes a run of it (shares.h). Within a band and a block the input rows pass through a ring
 // of KH rows in float32 (dilated: of (KH - 1) * dilation + 1), each [vector][column][lane] with zero columns for the
 // padding, so that the inner loop has no border. An output row is summed in strips of kStrip columns held in
 // registers, one vector of channels at a time; norm, activation and pooling follow while the row is in the first-level
-// cache. Bands are cut by the shape alone and their sums added in order: the same bits for any number of threads.
+// cache. The sums of rows are added in order: the same bits for any number of threads.
 #include "depthwise_rows.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
@@ -79,14 +80,18 @@ void fill_row(const T* x, int64_t stride_w, const Geometry& g, int64_t channels,
 constexpr int64_t kRun = 64;
 
 template <class T, Activation A>
-void run_band_directly(const DepthwiseParams& p, const Means& means, int64_t image, int64_t band, int64_t c0,
-                       int64_t channels, const float* weights, const float* scale, const float* shift, float* sum) {
-  const int64_t taps = p.kernel_h * p.kernel_w, row_end = min_of((band + 1) * kBandRows, p.out_height);
+void run_band_directly(const DepthwiseParams& p, const Means& means, int64_t image, int64_t row_begin, int64_t row_end,
+                       int64_t c0, int64_t channels, const float* weights, const float* scale, const float* shift,
+                       float* sum) {
+  const int64_t taps = p.kernel_h * p.kernel_w;
+  const bool whole = is_whole_band(p, row_begin, row_end);
   for (int64_t c = 0; c < channels; c += kLanes) {
     const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + c0 + c;
-    T* y = static_cast<T*>(p.y) + (image * p.out_height + band * kBandRows) * p.out_width * p.channels + c0 + c;
+    T* y = static_cast<T*>(p.y) + (image * p.out_height + row_begin) * p.out_width * p.channels + c0 + c;
+    const int64_t count = min_of<int64_t>(kLanes, channels - c);
     DoubleSum total;
-    for (int64_t oy = band * kBandRows; oy < row_end; oy++)
+    for (int64_t oy = row_begin; oy < row_end; oy++) {
+      DoubleSum row;
       for (int64_t begin = 0; begin < p.out_width; begin += kRun) {
         const int64_t run = min_of(kRun, p.out_width - begin);
         for (int64_t i = 0; i < run; i++) {
@@ -106,13 +111,42 @@ void run_band_directly(const DepthwiseParams& p, const Means& means, int64_t ima
         }
         const Vec by = load(scale + c), plus = load(shift + c);
         if (channels - c >= kLanes)
-          write_row<T, A, true>(sum, run, by, plus, y, p.channels, kLanes, total);
+          write_row<T, A, true>(sum, run, by, plus, y, p.channels, kLanes, row);
         else
-          write_row<T, A, false>(sum, run, by, plus, y, p.channels, channels - c, total);
+          write_row<T, A, false>(sum, run, by, plus, y, p.channels, channels - c, row);
         y += run * p.channels;
       }
-    if (p.pooled) means.give(image, band, c0 + c, min_of<int64_t>(kLanes, channels - c), total);
+      total.add(row);
+      if (p.pooled && !whole) means.give_row(image, oy, c0 + c, count, row);
+    }
+    if (p.pooled && whole) means.give_band(image, row_begin / kBandRows, c0 + c, count, total);
   }
+}
+
+// The line of output rows: [image][band][block][row of the band].
+struct Rows {
+  int64_t out_height, block, channels;
+
+  int64_t blocks() const { return ceil_div(channels, block); }
+  struct Place {
+    int64_t image, band_begin, band_end, block, row;  // rows of the image
+  };
+  Place place_of(int64_t unit) const {
+    const int64_t of_image = unit % (out_height * blocks());
+    const int64_t band_begin = of_image / (kBandRows * blocks()) * kBandRows;
+    const int64_t band_end = min_of(band_begin + kBandRows, out_height);
+    const int64_t of_band = of_image - band_begin * blocks(), rows = band_end - band_begin;
+    return {unit / (out_height * blocks()), band_begin, band_end, of_band / rows, band_begin + of_band % rows};
+  }
+};
+
+int64_t block_of(const DepthwiseParams& p) {
+  return min_of(max_of<int64_t>(kLanes, p.dtype == DType::kFloat32 ? 16 : 32), round_up(p.channels, kLanes));
+}
+
+Line divide(const DepthwiseParams& p, int threads) {
+  const double work = double(p.batch * p.channels * p.out_height * p.out_width) * double(p.kernel_h * p.kernel_w);
+  return divide_line(p.batch * p.out_height * ceil_div(p.channels, block_of(p)), threads_for(threads, work));
 }
 
 }  // namespace
@@ -132,55 +166,69 @@ Strip pick_strip(const DepthwiseParams& p) {
   }
 }
 
+Division divide_depthwise(const DepthwiseParams& p, int threads) { return describe(divide(p, threads), 1); }
+
 void depthwise(const DepthwiseParams& p, const Parallel& parallel) {
   const int64_t taps = p.kernel_h * p.kernel_w;
   if (p.batch == 0 || p.channels == 0) return;
   const Strip strip = pick_strip(p);
-  const Geometry g = make_geometry(p, strip, max_of<int64_t>(kLanes, p.dtype == DType::kFloat32 ? 16 : 32));
+  const Geometry g = make_geometry(p, strip, block_of(p));
   const int64_t blocks = ceil_div(p.channels, g.block), padded = blocks * g.block;
   const bool has_ring = g.fits();
-  std::unique_ptr<double[]> apart;
-  const Means means = place_means(p, apart);
+  const Line line = divide(p, parallel.threads);
+  const Rows all_rows{p.out_height, g.block, p.channels};
+  std::vector<CutBand> cuts;
+  for (int64_t share = 1; p.pooled && share < line.count; share++) {
+    const Rows::Place at = all_rows.place_of(line.begin(share));
+    const int64_t c0 = at.block * g.block, band = at.band_begin / kBandRows;
+    const bool known =
+        !cuts.empty() && cuts.back().image == at.image && cuts.back().band == band && cuts.back().c0 == c0;
+    if (at.row != at.band_begin && !known) cuts.push_back({at.image, band, c0, min_of(g.block, p.channels - c0)});
+  }
+  MeansMemory memory;
+  const Means means = place_means(p, cuts, memory);
 
-  parallel_for(threads_for(parallel, double(p.batch * p.channels * p.out_height * p.out_width) * double(taps)),
-               p.batch * means.bands * blocks, [=](int64_t begin, int64_t end) {
-                 const int64_t ring_size = has_ring ? g.ring_size() : 0, columns = has_ring ? g.strip_columns : kRun;
-                 const int64_t floats = padded * (taps + 2) + ring_size + columns * kLanes;
-                 float* weights = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(blocks)));
-                 float *scale = weights + padded * taps, *shift = scale + padded, *ring = shift + padded;
-                 float* sum = ring + ring_size;
-                 for (int64_t i = 0; i < ring_size; i++) ring[i] = 0.f;           // the padding columns stay so
-                 bool* packed = reinterpret_cast<bool*>(sum + columns * kLanes);  // blocks whose weights are here
-                 for (int64_t i = 0; i < blocks; i++) packed[i] = false;
-                 with_type(p.dtype, [&](auto type) {
-                   using T = decltype(type);
-                   with_activation(p.activation, [&](auto activation) {
-                     // From the last task to the first: what the operator before wrote last is still in the cache.
-                     for (int64_t task = end - 1; task >= begin; task--) {
-                       const int64_t c0 = task % blocks * g.block, band = task / blocks % means.bands;
-                       const int64_t image = task / (blocks * means.bands), channels = min_of(g.block, p.channels - c0);
-                       if (!packed[task % blocks])
-                         pack_block(p, c0, channels, weights + c0 * taps, scale + c0, shift + c0);
-                       packed[task % blocks] = true;
-                       if (!has_ring) {
-                         run_band_directly<T, decltype(activation)::value>(
-                             p, means, image, band, c0, channels, weights + c0 * taps, scale + c0, shift + c0, sum);
-                         continue;
-                       }
-                       const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + c0;
-                       run_band<T, decltype(activation)::value>(
-                           p, g, strip, means, image, band, c0, channels,
-                           {weights + c0 * taps, scale + c0, shift + c0, ring, sum}, [&](int64_t row, int64_t row_end) {
-                             for (; row < row_end; row++)
-                               fill_row(x + row * p.x_stride_h, p.x_stride_w, g, channels,
-                                        ring + row % g.ring_rows * g.row_size() + p.pad_left * kLanes);
-                             return row;
-                           });
-                     }
-                   });
-                 });
-               });
-  form_means(means, p.batch);
+  for_shares(parallel, line.count, [=](int64_t share) {
+    const int64_t ring_size = has_ring ? g.ring_size() : 0, columns = has_ring ? g.strip_columns : kRun;
+    const int64_t floats = padded * (taps + 2) + ring_size + columns * kLanes;
+    float* weights = static_cast<float*>(scratch(size_t(floats) * sizeof(float) + size_t(blocks)));
+    float *scale = weights + padded * taps, *shift = scale + padded, *ring = shift + padded;
+    float* sum = ring + ring_size;
+    for (int64_t i = 0; i < ring_size; i++) ring[i] = 0.f;           // the padding columns stay so
+    bool* packed = reinterpret_cast<bool*>(sum + columns * kLanes);  // blocks whose weights are here
+    for (int64_t i = 0; i < blocks; i++) packed[i] = false;
+    with_type(p.dtype, [&](auto type) {
+      using T = decltype(type);
+      with_activation(p.activation, [&](auto activation) {
+        constexpr Activation kActivation = decltype(activation)::value;
+        // From the last rows to the first: what the operator before wrote last is still in the cache.
+        for (int64_t end = line.end(share); end > line.begin(share);) {
+          const Rows::Place last = all_rows.place_of(end - 1);
+          const int64_t row_end = last.row + 1, rows = min_of(row_end - last.band_begin, end - line.begin(share));
+          const int64_t row_begin = row_end - rows, image = last.image, c0 = last.block * g.block;
+          const int64_t channels = min_of(g.block, p.channels - c0);
+          end -= rows;
+          if (!packed[last.block]) pack_block(p, c0, channels, weights + c0 * taps, scale + c0, shift + c0);
+          packed[last.block] = true;
+          if (!has_ring) {
+            run_band_directly<T, kActivation>(p, means, image, row_begin, row_end, c0, channels, weights + c0 * taps,
+                                              scale + c0, shift + c0, sum);
+            continue;
+          }
+          const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n + c0;
+          run_band<T, kActivation>(p, g, strip, means, image, row_begin, row_end, c0, channels,
+                                   {weights + c0 * taps, scale + c0, shift + c0, ring, sum},
+                                   [&](int64_t row, int64_t to) {
+                                     for (; row < to; row++)
+                                       fill_row(x + row * p.x_stride_h, p.x_stride_w, g, channels,
+                                                ring + row % g.ring_rows * g.row_size() + p.pad_left * kLanes);
+                                     return row;
+                                   });
+        }
+      });
+    });
+  });
+  form_means(means, cuts, p.batch);
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

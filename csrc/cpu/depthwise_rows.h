@@ -1,11 +1,13 @@
 // Rows of a depthwise convolution out of a ring of input rows in float32: what depthwise.cpp, which loads the rows, and
 // expand_depthwise.cpp, which computes them, share.
 #pragma once
+#include <array>
 #include <memory>
 
 #include "../sizes.h"
 #include "activation.h"
 #include "pack.h"
+#include "shares.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
 
@@ -55,6 +57,7 @@ inline Geometry make_geometry(const DepthwiseParams& p, const Strip& strip, int6
 struct DoubleSum {
   HalfVec low = {}, high = {};  // the first half of the lanes, the second
   EFFKERNELS_INLINE void add(Vec v) { low += low_half(v), high += high_half(v); }
+  EFFKERNELS_INLINE void add(const DoubleSum& other) { low += other.low, high += other.high; }
 };
 
 // y = activation(sum * scale + shift) of a row of pixels, for a whole vector of channels or the first `channels` of
@@ -82,36 +85,78 @@ EFFKERNELS_INLINE void write_row(const float* sum, int64_t pixels, Vec scale, Ve
   }
 }
 
-// The means of y per channel. Where an image is one band its task writes them; else the bands leave their sums apart,
-// [image][band][channel], and form_means adds those in order.
+// The means of y per channel: the sums of a band's rows are added in order, then those of an image's bands. The thread
+// that has a whole band adds up its rows as it goes. A band that the division cuts leaves the sums of its rows apart,
+// and form_means adds those in the same order: the same bits for any number of threads. Where an image is one band that
+// nobody cut, its mean is written at once.
 struct Means {
-  float* pooled = nullptr;  // null where no mean is asked for
-  double* apart = nullptr;
-  int64_t bands = 1, channels = 0;
+  float* pooled = nullptr;        // null where no mean is asked for
+  double* bands_apart = nullptr;  // [image][band][channel]
+  double* rows_apart = nullptr;   // [image][row][channel], of cut bands alone
+  int64_t bands = 1, channels = 0, out_height = 0;
   double per_pixel = 0;
 
-  void give(int64_t image, int64_t band, int64_t c0, int64_t count, const DoubleSum& sum) const {
+  void give_band(int64_t image, int64_t band, int64_t c0, int64_t count, const DoubleSum& sum) const {
     double lanes[kLanes];
     store(lanes, sum.low), store(lanes + kLanes / 2, sum.high);
-    for (int64_t i = 0; i < count; i++) {
-      if (bands == 1)
-        pooled[image * channels + c0 + i] = float(lanes[i] * per_pixel);
-      else
-        apart[(image * bands + band) * channels + c0 + i] = lanes[i];
-    }
+    for (int64_t i = 0; i < count; i++) give_band(image, band, c0 + i, lanes[i]);
+  }
+  void give_band(int64_t image, int64_t band, int64_t c, double sum) const {
+    if (bands == 1)
+      pooled[image * channels + c] = float(sum * per_pixel);
+    else
+      bands_apart[(image * bands + band) * channels + c] = sum;
+  }
+  void give_row(int64_t image, int64_t row, int64_t c0, int64_t count, const DoubleSum& sum) const {
+    double lanes[kLanes];
+    store(lanes, sum.low), store(lanes + kLanes / 2, sum.high);
+    std::memcpy(rows_apart + (image * out_height + row) * channels + c0, lanes, size_t(count) * sizeof(double));
   }
 };
-inline Means place_means(const DepthwiseParams& p, std::unique_ptr<double[]>& apart) {
+
+// Channels [c0, c0 + count) of a band that no thread has as a whole.
+struct CutBand {
+  int64_t image, band, c0, count;
+  std::array<int64_t, 4> key() const { return {image, band, c0, count}; }
+  bool operator<(const CutBand& other) const { return key() < other.key(); }
+  bool operator==(const CutBand& other) const { return key() == other.key(); }
+};
+
+// The memory of Means.
+struct MeansMemory {
+  std::unique_ptr<double[]> bands, rows;
+};
+inline Means place_means(const DepthwiseParams& p, const std::vector<CutBand>& cuts, MeansMemory& memory) {
   const int64_t bands = ceil_div(p.out_height, kBandRows);
-  if (p.pooled && bands > 1) apart.reset(new double[size_t(p.batch * bands * p.channels)]);
-  return {p.pooled, apart.get(), bands, p.channels, 1. / (double(p.out_height) * double(p.out_width))};
+  if (p.pooled && bands > 1) memory.bands.reset(new double[size_t(p.batch * bands * p.channels)]);
+  if (p.pooled && !cuts.empty()) memory.rows.reset(new double[size_t(p.batch * p.out_height * p.channels)]);
+  return {p.pooled,
+          memory.bands.get(),
+          memory.rows.get(),
+          bands,
+          p.channels,
+          p.out_height,
+          1. / (double(p.out_height) * double(p.out_width))};
 }
-inline void form_means(const Means& m, int64_t batch) {
-  if (!m.apart) return;
+inline void form_means(const Means& m, const std::vector<CutBand>& cuts, int64_t batch) {
+  if (!m.pooled) return;
+  for (const CutBand& cut : cuts) {
+    const int64_t row_end = min_of((cut.band + 1) * kBandRows, m.out_height);
+    const double* const first = m.rows_apart + cut.image * m.out_height * m.channels;
+    constexpr int64_t kRun = 64;
+    for (int64_t c = cut.c0; c < cut.c0 + cut.count; c += kRun) {
+      const int64_t count = min_of(kRun, cut.c0 + cut.count - c);
+      double sums[kRun] = {};
+      for (int64_t row = cut.band * kBandRows; row < row_end; row++)
+        for (int64_t i = 0; i < count; i++) sums[i] += first[row * m.channels + c + i];
+      for (int64_t i = 0; i < count; i++) m.give_band(cut.image, cut.band, c + i, sums[i]);
+    }
+  }
+  if (m.bands == 1) return;
   for (int64_t image = 0; image < batch; image++)
     for (int64_t c = 0; c < m.channels; c++) {
       double sum = 0;
-      for (int64_t band = 0; band < m.bands; band++) sum += m.apart[(image * m.bands + band) * m.channels + c];
+      for (int64_t band = 0; band < m.bands; band++) sum += m.bands_apart[(image * m.bands + band) * m.channels + c];
       m.pooled[image * m.channels + c] = float(sum * m.per_pixel);
     }
 }
@@ -140,15 +185,20 @@ inline InputRows rows_of_band(const DepthwiseParams& p, const Geometry& g, int64
   return {begin, min_of(p.height, (row_end - 1) * p.stride - p.pad_top + g.window)};
 }
 
-// Output rows [row_begin, row_end) of one image and `channels` channels from c0 on, at most a block. fill(begin, end)
-// is asked for input rows, ever larger ones, and returns the row up to which it filled the ring: end or, where the ring
-// has room, beyond it.
+inline bool is_whole_band(const DepthwiseParams& p, int64_t row_begin, int64_t row_end) {
+  return row_begin % kBandRows == 0 && (row_end == p.out_height || row_end - row_begin == kBandRows);
+}
+
+// Output rows [row_begin, row_end) of one image, of one band, and `channels` channels from c0 on, at most a block.
+// fill(begin, end) is asked for input rows, ever larger ones, and returns the row up to which it filled the ring: end
+// or, where the ring has room, beyond it.
 template <class T, Activation A, class Fill>
 inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& strip, const Means& means, int64_t image,
-                     int64_t band, int64_t c0, int64_t channels, const Block& block, const Fill& fill) {
-  const int64_t row_begin = band * kBandRows, row_end = min_of(row_begin + kBandRows, p.out_height);
+                     int64_t row_begin, int64_t row_end, int64_t c0, int64_t channels, const Block& block,
+                     const Fill& fill) {
   const int64_t taps = p.kernel_h * p.kernel_w;
   T* y = static_cast<T*>(p.y) + (image * p.out_height * p.out_width) * p.channels + c0;
+  const bool whole = is_whole_band(p, row_begin, row_end);
   DoubleSum total[kMostVecs];
   int64_t loaded = rows_of_band(p, g, row_begin, row_end).begin;  // rows below it are in the ring or unneeded
   for (int64_t oy = row_begin; oy < row_end; oy++) {
@@ -167,15 +217,21 @@ inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& s
       const int64_t c = v * kLanes;
       const Vec scale = load(block.scale + c), shift = load(block.shift + c);
       T* const to = y + oy * p.out_width * p.channels + c;
+      DoubleSum row;
       if (channels - c >= kLanes)
-        write_row<T, A, true>(block.sum, p.out_width, scale, shift, to, p.channels, kLanes, total[v]);
+        write_row<T, A, true>(block.sum, p.out_width, scale, shift, to, p.channels, kLanes, row);
       else
-        write_row<T, A, false>(block.sum, p.out_width, scale, shift, to, p.channels, channels - c, total[v]);
+        write_row<T, A, false>(block.sum, p.out_width, scale, shift, to, p.channels, channels - c, row);
+      if (whole)
+        total[v].add(row);
+      else if (p.pooled)
+        means.give_row(image, oy, c0 + c, min_of<int64_t>(kLanes, channels - c), row);
     }
   }
-  if (p.pooled)
+  if (p.pooled && whole)
     for (int64_t v = 0; v * kLanes < channels; v++)
-      means.give(image, band, c0 + v * kLanes, min_of<int64_t>(kLanes, channels - v * kLanes), total[v]);
+      means.give_band(image, row_begin / kBandRows, c0 + v * kLanes, min_of<int64_t>(kLanes, channels - v * kLanes),
+                      total[v]);
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

@@ -216,8 +216,7 @@ void depthwise_train(const DepthwiseTrainParams& q, const Parallel& parallel) {
   const PartialStatistics partial(p.batch * bands, p.channels);
   float* const memory = partial.memory.get();
   const int64_t vecs = partial.vecs;
-  Means means;
-  means.bands = bands;
+  const Means means;  // none
   parallel_for(threads_for(parallel, double(p.batch * p.channels * p.out_height * p.out_width) * double(taps)),
                p.batch * bands * blocks, [=](int64_t begin, int64_t end) {
                  const int64_t floats = g.block * (taps + 2) + g.ring_size() + g.strip_columns * kLanes;
@@ -233,9 +232,10 @@ void depthwise_train(const DepthwiseTrainParams& q, const Parallel& parallel) {
                        const int64_t image = task / (blocks * bands), channels = min_of(g.block, p.channels - c0);
                        pack_block(p, c0, channels, weights, scale, shift);
                        const T* t = static_cast<const T*>(q.t) + image * p.height * p.width * p.channels + c0;
+                       const int64_t first = band * kBandRows, rows = min_of<int64_t>(kBandRows, p.out_height - first);
                        run_band<T, Activation::kIdentity>(
-                           p, g, strip, means, image, band, c0, channels, {weights, scale, shift, ring, sum},
-                           [&](int64_t row, int64_t row_end) {
+                           p, g, strip, means, image, first, first + rows, c0, channels,
+                           {weights, scale, shift, ring, sum}, [&](int64_t row, int64_t row_end) {
                              for (; row < row_end; row++) {
                                const T* from = t + row * p.width * p.channels;
                                float* to = ring + row % g.ring_rows * g.row_size() + p.pad_left * kLanes;
@@ -251,7 +251,6 @@ void depthwise_train(const DepthwiseTrainParams& q, const Parallel& parallel) {
                              }
                              return row;
                            });
-                       const int64_t first = band * kBandRows, rows = min_of<int64_t>(kBandRows, p.out_height - first);
                        const T* z =
                            static_cast<const T*>(q.z) + (image * p.out_height + first) * p.out_width * p.channels;
                        for (int64_t c = c0; c < c0 + channels; c += kLanes) {

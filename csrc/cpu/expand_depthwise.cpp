@@ -1,16 +1,18 @@
 // Expand (1x1) and depthwise convolution, each with norm and activation, in one pass: the expanded tensor exists only
 // as the ring of rows that the depthwise convolution reads, in float32, and never in memory.
 //
-// The work is cut into bands of output rows of an image (as in depthwise.cpp) by expanded channels in
-// panels of kPanel (Cut, in tile.h). A task packs the weights of its panels until they fill kPackedBytes, then takes
-// its bands one by one: the input rows of the band become tiles once for all panels (prepare; where they do not fit,
-// again for each panel), and for each panel the rows are multiplied, normalised, activated and written to the ring
-// (expand) as the depthwise rows need them. The padding is zero because the ring's padding columns and the rows outside
+// A thread has some output rows, of one image or more, by some expanded channels (Grid, in shares.h). It packs the
+// weights of its channels, in panels of kPanel, until they fill kPackedBytes, then takes its rows band by band (as in
+// depthwise.cpp): the input rows of the band become tiles once for all panels (prepare; where they do not fit, again
+// for each panel), and for each panel the rows are multiplied, normalised, activated and written to the ring (expand)
+// as the depthwise rows need them. The padding is zero because the ring's padding columns and the rows outside
 // the image are zero after the activation.
 //
 // Sums, of products and of pooled values, run in the order of the two kernels apart: in float32 the results are the
 // same bits, but for images of one pixel, which pointwise.cpp sums in another order. In the 16-bit types the expanded
 // values are not rounded on the way.
+#include <algorithm>
+
 #include "depthwise_rows.h"
 #include "memory.h"
 #include "tile.h"
@@ -119,14 +121,13 @@ Workspace make_workspace(const Work& w, int64_t band_fills) {
   return s;
 }
 
-// Band `item` of all images by the channels [begin, end), whose weights are packed.
+// Output rows [row_begin, row_end) of a band by the channels [begin, end), whose weights are packed.
 template <class T, class Form, Activation A>
-void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, int64_t end) {
+void run_panels(const Work& w, const Workspace& s, int64_t image, int64_t row_begin, int64_t row_end, int64_t begin,
+                int64_t end) {
   const PointwiseParams& e = w.params.expand;
   const DepthwiseParams& d = w.params.depthwise;
   const Fills& fills = w.fills;
-  const int64_t image = item / w.means.bands, band = item % w.means.bands;
-  const int64_t row_begin = band * kBandRows, row_end = min_of((band + 1) * kBandRows, d.out_height);
   const InputRows input = rows_of_band(d, w.geometry, row_begin, row_end);
   if (w.prepare_once)
     for (int64_t row = input.begin, i = 0; row < input.end; row += fills.rows, i++)
@@ -155,7 +156,7 @@ void run_panels(const Work& w, const Workspace& s, int64_t item, int64_t begin, 
       }
       return row;
     };
-    run_band<T, A>(d, w.geometry, w.strip, w.means, image, band, begin + first, channels,
+    run_band<T, A>(d, w.geometry, w.strip, w.means, image, row_begin, row_end, begin + first, channels,
                    {s.weights + first * w.taps, s.scale + first, s.shift + first, s.ring, s.sum}, fill);
   }
 }
@@ -175,12 +176,10 @@ void expand_then_depthwise(const ExpandDepthwiseParams& params, const Parallel& 
   depthwise(d, all);
 }
 
-}  // namespace
-
-void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) {
+// What follows from the sizes alone. fits: a ring of rows, else the two kernels are called one after the other.
+Work make_work(const ExpandDepthwiseParams& params, bool& fits) {
   const PointwiseParams& e = params.expand;
   const DepthwiseParams& d = params.depthwise;
-  if (d.batch == 0) return;
   Work w;
   w.params = params;
   with_type(e.dtype, [&](auto type) {
@@ -195,46 +194,105 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   w.geometry.columns = max_of<int64_t>(w.geometry.columns, d.pad_left + d.width);  // whole rows are expanded
   w.geometry.filled = d.width;
   w.geometry.ring_rows += w.fills.rows - 1;
-  if (!w.geometry.fits()) return expand_then_depthwise(params, all);
+  fits = w.geometry.fits();
+  return w;
+}
+
+// The cost is in cycles for each word of a row of the product: packing, preparing, the product, and the depthwise
+// convolution. A share that begins or ends within a band expands the rows that its windows share with its neighbour's.
+Grid divide(const Work& w, int threads) {
+  const PointwiseParams& e = w.params.expand;
+  const DepthwiseParams& d = w.params.depthwise;
+  const int64_t unit = columns_unit(d.dtype);
+  const double band = double(min_of<int64_t>(kBandRows, d.out_height)), stride = d.stride;
+  const double halo = double(w.geometry.window) - stride, width = double(d.width);
+  const double taps = double(w.taps * d.out_width) / double(w.words);
+  const int used = threads_for(threads, double(d.batch * d.height * d.width * d.channels) * double(e.in_channels));
+  return divide_grid(d.batch * d.out_height, d.channels, unit, 1, used, [=](double rows, double units, bool cut) {
+    const double panel = double(unit) / kPanel, panels = units * panel;
+    const double expanded = rows * stride + max_of(1., rows / band) * max_of(0., halo);
+    const double pixels = expanded * width;
+    return (panels + (cut ? panel : 0.)) * (e.packed ? 0. : kPackingCost) +
+           pixels / kRows * kPreparingCost * (cut ? 2. : 1.) + pixels * panels +
+           (cut ? 2. * max_of(0., halo) * width * panel : 0.) + rows * taps * panels;
+  });
+}
+
+// Bands that a share has a part of.
+std::vector<CutBand> cut_bands(const DepthwiseParams& d, const Grid& grid) {
+  std::vector<CutBand> cuts;
+  if (!d.pooled) return cuts;
+  for (int64_t share = 0; share < grid.count; share++)
+    for (const Rectangle& r : grid.share(share)) {  // every cut has a later side
+      const int64_t image = r.row_begin / d.out_height, row = r.row_begin % d.out_height;
+      if (row % kBandRows != 0)
+        cuts.push_back({image, row / kBandRows, r.channel_begin, r.channel_end - r.channel_begin});
+    }
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  return cuts;
+}
+
+}  // namespace
+
+Division divide_depthwise(const DepthwiseParams&, int);
+
+Division divide_expand_depthwise(const ExpandDepthwiseParams& params, int threads) {
+  bool fits;
+  const Work w = make_work(params, fits);
+  if (!fits) return divide_depthwise(params.depthwise, threads);
+  const Grid grid = divide(w, threads);
+  return describe(grid, params.depthwise.batch * grid.units() *
+                            ceil_div(params.depthwise.out_height * params.depthwise.stride, w.geometry.window));
+}
+
+void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) {
+  const PointwiseParams& e = params.expand;
+  const DepthwiseParams& d = params.depthwise;
+  if (d.batch == 0) return;
+  bool fits;
+  Work w = make_work(params, fits);
+  if (!fits) return expand_then_depthwise(params, all);
   const int64_t packed_bytes = ((e.packed ? 0 : w.words) + w.taps) * kPanel * 4;
   w.group = max_of<int64_t>(1, min_of<int64_t>(ceil_div(d.channels, kPanel), kPackedBytes / packed_bytes));
-  std::unique_ptr<double[]> apart;
-  w.means = place_means(d, apart);
+  const Grid grid = divide(w, all.threads);
+  const std::vector<CutBand> cuts = cut_bands(d, grid);
+  MeansMemory memory;
+  w.means = place_means(d, cuts, memory);
   const int64_t band_rows = (min_of<int64_t>(kBandRows, d.out_height) - 1) * d.stride + w.geometry.window;
   const int64_t band_fills = ceil_div(min_of(band_rows, d.height), w.fills.rows);
   w.prepare_once = product({band_fills, w.fills.size(), 4}) <= kPreparedBytes;
 
-  const Parallel parallel = threads_for(all, double(d.batch * d.height * d.width * d.channels) * double(e.in_channels));
-  const int64_t items = d.batch * w.means.bands;
-  const int64_t element_size = d.dtype == DType::kFloat32 ? 4 : 2;
-  const Cut cut =
-      cut_tasks(items, band_fills * w.fills.tiles, d.channels, element_size, e.packed != nullptr, parallel.threads);
-  parallel_for(parallel, cut.row_tasks * cut.channel_tasks, [=](int64_t task_begin, int64_t task_end) {
+  for_shares(all, grid.count, [=](int64_t share) {
+    const PointwiseParams& expand = w.params.expand;
     const DepthwiseParams& depthwise = w.params.depthwise;
     Workspace s = make_workspace(w, band_fills);
     for (int64_t i = 0; i < w.geometry.ring_size(); i++) s.ring[i] = 0.f;  // the padding columns stay so
-    for (int64_t task = task_begin; task < task_end; task++) {
-      const int64_t channel_end = cut.channel_end(task);
-      for (int64_t first = cut.channel_begin(task); first < channel_end; first += w.group * kPanel) {
-        const int64_t channels = min_of(w.group * kPanel, channel_end - first);
-        const PointwiseParams& expand = w.params.expand;
+    for (const Rectangle& r : grid.share(share))
+      for (int64_t first = r.channel_begin; first < r.channel_end; first += w.group * kPanel) {
+        const int64_t channels = min_of(w.group * kPanel, r.channel_end - first);
         s.expand_weights = expand.packed ? expand.packed + first * w.words : s.own_weights;
-        form_scale_shift(w.params.expand.norm, first, channels, s.expand_scale, s.expand_shift);
+        form_scale_shift(expand.norm, first, channels, s.expand_scale, s.expand_shift);
         pack_block(depthwise, first, channels, s.weights, s.scale, s.shift);
         with_type(depthwise.dtype, [&](auto type) {
           with_form<decltype(type)>(expand.weight, [&](auto form) {
             using Form = decltype(form);
             if (!expand.packed) pack_panels<Form>(expand.weight, first, channels, expand.in_channels, s.own_weights);
             with_activation(depthwise.activation, [&](auto activation) {
-              for (int64_t item = cut.row_begin(task); item < cut.row_end(task); item++)
-                run_panels<decltype(type), Form, decltype(activation)::value>(w, s, item, first, first + channels);
+              for (int64_t row = r.row_begin; row < r.row_end;) {
+                const int64_t image = row / depthwise.out_height, begin = row % depthwise.out_height;
+                const int64_t band_end = min_of((begin / kBandRows + 1) * kBandRows, depthwise.out_height);
+                const int64_t end = min_of(band_end, begin + r.row_end - row);
+                run_panels<decltype(type), Form, decltype(activation)::value>(w, s, image, begin, end, first,
+                                                                              first + channels);
+                row += end - begin;
+              }
             });
           });
         });
       }
-    }
   });
-  form_means(w.means, d.batch);
+  form_means(w.means, cuts, d.batch);
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "../params.h"
 
@@ -26,6 +27,22 @@ inline int64_t packed_size(int64_t rows, int64_t k) { return (rows + 31) / 32 * 
 
 struct TrainingKernels;  // training.h
 
+// How the work of a kernel is divided among threads (shares.h): the number of its smallest units, and the work of each
+// thread that gets any, in a measure of the kernel's own.
+struct Division {
+  int64_t units = 0;
+  std::vector<int64_t> shares;
+};
+
+// The divisions that the kernels use for a number of threads. They read sizes alone, no memory.
+struct Divisions {
+  Division (*depthwise)(const DepthwiseParams&, int threads);
+  Division (*squeeze_excite)(const SqueezeExciteParams&, int threads);  // its second product, the larger part
+  Division (*pointwise)(const PointwiseParams&, int threads);
+  Division (*expand_depthwise)(const ExpandDepthwiseParams&, int threads);
+  Division (*conv)(const ConvParams&, int threads);
+};
+
 struct Kernels {
   const char* isa;
   void (*depthwise)(const DepthwiseParams&, const Parallel&);
@@ -36,6 +53,7 @@ struct Kernels {
   void (*conv)(const ConvParams&, const Parallel&);
   // Packs a weight (rows, k) for `pointwise` and `expand_depthwise` of this table into packed_size floats, or fewer.
   void (*pack)(const Param& weight, int64_t rows, int64_t k, float* packed);
+  const Divisions& divisions;
   const TrainingKernels& training;
 };
 

@@ -1,14 +1,14 @@
 // Pointwise convolution as a matrix product: y (M x N) = epilogue(A (M x K) * W^T), W (N x K) as stored.
 //
-// Work is cut into tiles of kRows rows by panels of kPanel columns. A task packs its panels of W (transposed, so that
-// one vector holds kLanes output channels of one k) until they fill kPackedBytes, then walks down its rows: a tile of
-// A is converted to float32 and gated once (prepare), then multiplied with every packed panel (multiply), then norm,
-// activation and residual are applied as the result is written (write). Sums run over k in order: nothing depends on
-// how tasks were cut.
+// A thread has some rows by some columns (Grid, in shares.h), walked in tiles of kRows rows by panels of kPanel
+// columns. It packs its panels of W (transposed, so that one vector holds kLanes output channels of one k) until they
+// fill kPackedBytes, then walks down its rows: a tile of A is converted to float32 and gated once (prepare), then
+// multiplied with every packed panel (multiply), then norm, activation and residual are applied as the result is
+// written (write). Sums run over k in order: nothing depends on the division.
 //
 // Images of one pixel, a classifier's, read every weight for next to no arithmetic: packing would cost more than the
-// product. There the weights are read as stored, in vectors along k, and a task is a group of kLanes output channels by
-// a block of kImages images. That goes by the pixels, not by the rows, for the same bits at any batch size.
+// product. There the weights are read as stored, in vectors along k, kLanes output channels at a time of a block of
+// kImages images. That goes by the pixels, not by the rows, for the same bits at any batch size.
 #include <memory>
 
 #include "memory.h"
@@ -19,6 +19,7 @@ namespace {
 
 struct Product {
   int64_t m, n, k;
+  DType dtype;  // of x and the result
   Param weight;
   const float* packed;
   Norm norm;
@@ -26,35 +27,38 @@ struct Product {
   bool past;  // the result goes past the caches
 };
 
+Grid divide(const Product& p, int threads) {
+  return divide_product(p.m, p.n, p.dtype, p.packed != nullptr,
+                        threads_for(threads, double(p.m) * double(p.n) * double(p.k)));
+}
+
 // prepare(form, first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, chunk j of row r at
 // r * row_step + j * chunk_step, and says where its rows go.
 template <class T, class Form, class Prepare>
 void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
-  const Parallel parallel = threads_for(all, double(p.m) * double(p.n) * double(p.k));
-  const int64_t tiles = ceil_div(p.m, kRows), panels = ceil_div(p.n, kPanel);
-  const Cut cut = cut_tasks(tiles, 1, p.n, sizeof(T), p.packed != nullptr, parallel.threads);
+  const int64_t panels = ceil_div(p.n, kPanel);
+  const Grid grid = divide(p, all.threads);
   const int64_t words = Form::words(p.k), padded_words = round_up(words, kChunk);
   const int64_t fitting = max_of<int64_t>(1, min_of<int64_t>(panels, kPackedBytes / (words * kPanel * 4)));
   const int64_t group = p.packed ? panels : fitting;
 
-  parallel_for(parallel, cut.row_tasks * cut.channel_tasks, [=](int64_t task_begin, int64_t task_end) {
+  for_shares(all, grid.count, [=](int64_t share) {
     const int64_t packed_size = p.packed ? 0 : group * words * kPanel, tile_size = kRows * padded_words;
     float* own = static_cast<float*>(
         scratch(size_t(packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
     float *tile = own + packed_size, *scale = tile + tile_size, *shift = scale + group * kPanel;
     float* acc = shift + group * kPanel;
-    for (int64_t task = task_begin; task < task_end; task++) {
-      const int64_t channel_end = cut.channel_end(task);
-      for (int64_t first = cut.channel_begin(task); first < channel_end; first += group * kPanel) {
-        const int64_t channels = min_of(group * kPanel, channel_end - first);
+    for (const Rectangle& r : grid.share(share))
+      for (int64_t first = r.channel_begin; first < r.channel_end; first += group * kPanel) {
+        const int64_t channels = min_of(group * kPanel, r.channel_end - first);
         const float* packed = p.packed ? p.packed + first * words : own;
         if (!p.packed) pack_panels<Form>(p.weight, first, channels, p.k, own);
         form_scale_shift(p.norm, first, channels, scale, shift);
         with_activation(p.activation, [&](auto activation) {
-          for (int64_t t = cut.row_begin(task); t < cut.row_end(task); t++) {
-            const int row_count = int(min_of<int64_t>(kRows, p.m - t * kRows));
+          for (int64_t row = r.row_begin; row < r.row_end; row += kRows) {
+            const int row_count = int(min_of<int64_t>(kRows, r.row_end - row));
             Row<T> rows[kRows];
-            prepare(Form{}, t * kRows, row_count, tile, kChunk, kRows * kChunk, rows);
+            prepare(Form{}, row, row_count, tile, kChunk, kRows * kChunk, rows);
             const Multiply wide = pick_multiply<Form, kPanelVecs>(row_count);
             const Multiply narrow = pick_multiply<Form, 1>(row_count);
             for (int64_t c = 0; c < channels; c += kPanel) {
@@ -66,7 +70,6 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
           }
         });
       }
-    }
   });
 }
 
@@ -109,6 +112,11 @@ void multiply_as_stored(const float* rows, int64_t row_size, const W* weight, in
                         float* acc) {
   Vec sums[Rows][kLanes];
   for (int c0 = 0; c0 < kLanes; c0 += kFewChannels) {
+    if (c0 >= columns) {
+      for (int r = 0; r < Rows; r++)
+        for (int c = 0; c < kFewChannels; c++) sums[r][c0 + c] = Vec{};
+      continue;
+    }
     const W* channels[kFewChannels];  // those past the last one repeat it: nobody reads their sums
     for (int c = 0; c < kFewChannels; c++) channels[c] = weight + (n0 + min_of(c0 + c, columns - 1)) * k;
     Vec total[Rows][kFewChannels];
@@ -138,13 +146,25 @@ auto pick_multiply_as_stored(int rows) {
   }
 }
 
+// The line of output channels of all blocks of images, in units of kLanes channels; of kFewChannels where those would
+// be few for each thread.
+struct Columns {
+  Line line;
+  int64_t unit, of_block;  // channels of a unit; units of a block of images
+};
+Columns divide_as_stored(const Product& p, int threads) {
+  const int used = threads_for(threads, double(p.m) * double(p.n) * double(p.k));
+  const int64_t blocks = ceil_div(p.m, kImages);
+  const int64_t unit = blocks * ceil_div(p.n, kLanes) >= 8 * used ? kLanes : kFewChannels;
+  return {divide_line(blocks * ceil_div(p.n, unit), used), unit, ceil_div(p.n, unit)};
+}
+
 // 1280 -> 1000 channels of one image, weights in the third-level cache, AVX-512, two threads: 59 us, packed 153, by
 // MKL 197. Of 128 images it takes 20 % longer than packed.
 template <class T, class Prepare>
 void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prepare) {
-  const Parallel parallel = threads_for(all, double(p.m) * double(p.n) * double(p.k));
-  const int64_t groups = ceil_div(p.n, kLanes), blocks = ceil_div(p.m, kImages);
-  parallel_for(parallel, blocks * groups, [=](int64_t begin, int64_t end) {
+  const Columns columns = divide_as_stored(p, all.threads);
+  for_shares(all, columns.line.count, [=](int64_t share) {
     const int64_t row_size = round_up(p.k, kChunk), input_size = min_of<int64_t>(p.m, kImages) * row_size;
     float* input = static_cast<float*>(scratch(size_t(input_size + (kFewRows + 2) * kLanes) * sizeof(float)));
     float *acc = input + input_size, *scale = acc + kFewRows * kLanes, *shift = scale + kLanes;
@@ -153,18 +173,21 @@ void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prep
     with_type(p.weight.dtype, [&](auto weight_type) {
       using W = decltype(weight_type);
       with_activation(p.activation, [&](auto activation) {
-        for (int64_t task = begin; task < end; task++) {
-          const int64_t block = task / groups, n0 = task % groups * kLanes;
+        for (int64_t at = columns.line.begin(share), end = columns.line.end(share); at < end;) {
+          const int64_t block = at / columns.of_block, n0 = at % columns.of_block * columns.unit;
+          const int64_t units =
+              min_of(min_of(kLanes / columns.unit, end - at), columns.of_block - at % columns.of_block);
           const int count = int(min_of(p.m - block * kImages, int64_t(kImages)));
-          const int columns = int(min_of<int64_t>(kLanes, p.n - n0));
+          const int width = int(min_of<int64_t>(units * columns.unit, p.n - n0));
+          at += units;
           if (block != prepared) prepare(Floats{}, block * kImages, count, input, row_size, kChunk, rows);
           prepared = block;
-          form_scale_shift(p.norm, n0, columns, scale, shift);
+          form_scale_shift(p.norm, n0, width, scale, shift);
           for (int r = 0; r < count; r += kFewRows) {
             const int few = min_of(count - r, kFewRows);
             pick_multiply_as_stored<W>(few)(input + r * row_size, row_size, static_cast<const W*>(p.weight.data), n0,
-                                            columns, p.k, acc);
-            write<T, decltype(activation)::value>(acc, rows + r, few, n0, columns, scale, shift);
+                                            width, p.k, acc);
+            write<T, decltype(activation)::value>(acc, rows + r, few, n0, width, scale, shift);
           }
         }
       });
@@ -172,13 +195,44 @@ void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prep
   });
 }
 
+Product product_of(const PointwiseParams& p) {
+  return {p.batch * p.pixels,
+          p.out_channels,
+          p.in_channels,
+          p.dtype,
+          p.weight,
+          p.packed,
+          p.norm,
+          p.activation,
+          is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.out_channels)};
+}
+
+Product product_of(const ConvParams& p, const void* turned_weight) {
+  return {p.batch * p.out_height * p.out_width,
+          p.out_channels,
+          p.in_channels * p.kernel_h * p.kernel_w,
+          p.dtype,
+          {turned_weight, p.weight.dtype},
+          nullptr,
+          p.norm,
+          p.activation,
+          false};
+}
+
 }  // namespace
 
+Division divide_pointwise(const PointwiseParams& p, int threads) {
+  const Product product = product_of(p);
+  if (p.pixels == 1) {
+    const Columns columns = divide_as_stored(product, threads);
+    return describe(columns.line, columns.unit);
+  }
+  const Grid grid = divide(product, threads);
+  return describe(grid, ceil_div(grid.rows, kUnitRows) * grid.units());
+}
+
 void pointwise(const PointwiseParams& p, const Parallel& parallel) {
-  const Product product{p.batch * p.pixels, p.out_channels,
-                        p.in_channels,      p.weight,
-                        p.packed,           p.norm,
-                        p.activation,       is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.out_channels)};
+  const Product product = product_of(p);
   if (product.m == 0) return;
   with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
@@ -220,6 +274,11 @@ void turn_weights(const ConvParams& p, const Parallel& parallel, W* turned) {
                });
 }
 
+Division divide_conv_by_windows(const ConvParams& p, int threads) {
+  const Grid grid = divide(product_of(p, nullptr), threads);
+  return describe(grid, ceil_div(grid.rows, kUnitRows) * grid.units());
+}
+
 // See conv.cpp. The window of an output pixel is copied to a row, K long, for all panels of output channels.
 void conv_by_windows(const ConvParams& p, const Parallel& parallel) {
   const int64_t k = p.in_channels * p.kernel_h * p.kernel_w, pixels = p.out_height * p.out_width;
@@ -227,8 +286,7 @@ void conv_by_windows(const ConvParams& p, const Parallel& parallel) {
   const std::unique_ptr<void, void (*)(void*)> turned(pool().allocate(weight_bytes),
                                                       [](void* data) { pool().release(data); });
   with_type(p.weight.dtype, [&](auto type) { turn_weights(p, parallel, static_cast<decltype(type)*>(turned.get())); });
-  const Product product{p.batch * pixels, p.out_channels, k,    {turned.get(), p.weight.dtype}, nullptr,
-                        p.norm,           p.activation,   false};
+  const Product product = product_of(p, turned.get());
   with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     const T* x = static_cast<const T*>(p.x);

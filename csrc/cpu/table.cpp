@@ -17,6 +17,11 @@ void pointwise(const PointwiseParams&, const Parallel&);
 void expand_depthwise(const ExpandDepthwiseParams&, const Parallel&);
 void conv(const ConvParams&, const Parallel&);
 void pack(const Param&, int64_t, int64_t, float*);
+Division divide_depthwise(const DepthwiseParams&, int);
+Division divide_squeeze_excite(const SqueezeExciteParams&, int);
+Division divide_pointwise(const PointwiseParams&, int);
+Division divide_expand_depthwise(const ExpandDepthwiseParams&, int);
+Division divide_conv(const ConvParams&, int);
 #if defined(EFFKERNELS_ISA_AVX512_BF16)
 using avx512::training;
 #else
@@ -32,6 +37,9 @@ constexpr TrainingKernels training{statistics,    norm_act,        gradient_sums
                                    norm_backward, depthwise_train, depthwise_backward};
 #endif
 
+constexpr Divisions divisions{divide_depthwise, divide_squeeze_excite, divide_pointwise, divide_expand_depthwise,
+                              divide_conv};
+
 extern const Kernels table;
 const Kernels table{EFFKERNELS_ISA_STRING(EFFKERNELS_ISA),
                     depthwise,
@@ -41,6 +49,7 @@ const Kernels table{EFFKERNELS_ISA_STRING(EFFKERNELS_ISA),
                     expand_depthwise,
                     conv,
                     pack,
+                    divisions,
                     training};
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

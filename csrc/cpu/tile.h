@@ -4,6 +4,7 @@
 #pragma once
 #include "operand.h"
 #include "product.h"
+#include "shares.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
 
@@ -56,39 +57,27 @@ inline Multiply pick_multiply(int rows) {  // the smallest that covers the rows:
   return rows > 1 ? multiply<Form, 2, Vecs> : multiply<Form, 1, Vecs>;
 }
 
-// The division of `items` of some tiles each and N channels into tasks. Channels are cut in units of a cache line of
-// the result, so that two threads never write the same line: with AVX-512 and float32 half a panel, which is the
-// difference between 10.5 and 11 panels of 672 channels for each of two threads. Only the last panel of a task is
-// narrower.
-struct Cut {
-  int64_t row_tasks, channel_tasks;
-  int64_t items, channels, unit;
-  int64_t row_begin(int64_t task) const { return items * (task / channel_tasks) / row_tasks; }
-  int64_t row_end(int64_t task) const { return items * (task / channel_tasks + 1) / row_tasks; }
-  int64_t channel_begin(int64_t task) const { return first_channel(task % channel_tasks); }
-  int64_t channel_end(int64_t task) const { return first_channel(task % channel_tasks + 1); }
+// Channels of a product are divided in units of a cache line of the result, so that two threads never write the same
+// line: with AVX-512 and float32 half a panel, which is the difference between 10.5 and 11 panels of 672 channels for
+// each of two threads. Only the last panel of a share is narrower.
+inline int64_t columns_unit(DType dtype) {
+  return min_of<int64_t>(kPanel, max_of<int64_t>(kLanes, dtype == DType::kFloat32 ? 16 : 32));
+}
 
- private:
-  int64_t first_channel(int64_t i) const {
-    return min_of(channels, ceil_div(channels, unit) * i / channel_tasks * unit);
-  }
-};
+// Cycles for each word of a row: packing a panel, preparing a tile. The product of both takes kRows.
+inline constexpr double kPackingCost = 16, kPreparingCost = 3;
 
-// The model counts cycles per k of one task: a panel's share of packing, a tile's share of preparing, and the products.
-inline Cut cut_tasks(int64_t items, int64_t tiles_per_item, int64_t channels, int64_t element_size, bool packed,
-                     int threads) {
-  const int64_t unit = min_of<int64_t>(kPanel, max_of<int64_t>(kLanes, 64 / element_size));
-  const int64_t units = ceil_div(channels, unit);
-  Cut best{1, 1, items, channels, unit};
-  double best_cost = 0;
-  for (int64_t c = 1; c <= min_of<int64_t>(threads, units); c++) {
-    const int64_t r = max_of<int64_t>(1, min_of<int64_t>(threads / c, items));
-    const double own_tiles = double(ceil_div(items, r) * tiles_per_item);
-    const double own_panels = double(ceil_div(units, c) * unit) / kPanel;
-    const double cost = own_panels * (packed ? 0. : 16.) + own_tiles * 3. + own_tiles * own_panels * kRows;
-    if (c == 1 || cost < best_cost) best.row_tasks = r, best.channel_tasks = c, best_cost = cost;
-  }
-  return best;
+// The smallest unit that is worth a share is half a tile by a unit of channels.
+inline constexpr int64_t kUnitRows = kRows / 2;
+
+inline Grid divide_product(int64_t rows, int64_t channels, DType dtype, bool packed, int threads) {
+  const int64_t unit = columns_unit(dtype);
+  return divide_grid(rows, channels, unit, kRows, threads, [=](double own_rows, double units, bool cut) {
+    const double panel = double(unit) / kPanel, panels = units * panel;
+    const double computed = max_of(own_rows, 4.);  // the chains of fewer rows wait for each other
+    return (panels + (cut ? panel : 0.)) * (packed ? 0. : kPackingCost) +
+           own_rows / kRows * kPreparingCost * (cut ? 2. : 1.) + computed * panels;
+  });
 }
 
 // One row of the tile, a chunk every chunk_step: k elements of x, multiplied by the gate where there is one.

@@ -241,6 +241,7 @@ EFFKERNELS_INLINE void store_past(T* p, Vec v, int64_t n, bool past) {
   if constexpr (std::is_same_v<T, float>)
     if (past) return _mm512_stream_ps(p, __m512(v));
 #endif
+  (void)past;
   store_up_to(p, v, n);
 }
 
@@ -331,10 +332,13 @@ inline void with_type(DType dtype, Visit visit) {
   }
 }
 
-constexpr int64_t kSerialWork = 1 << 15;  // multiply-adds below which waking threads costs more than it saves
+constexpr int64_t kThreadWork = 1 << 14;  // multiply-adds of a thread: with fewer, waking it costs more than it saves
 
-inline Parallel threads_for(const Parallel& parallel, double work) {  // a double: 64 bits need not hold it
-  return work < double(kSerialWork) ? Parallel{} : parallel;
+inline int threads_for(int threads, double work) {  // a double: 64 bits need not hold it
+  return int(max_of(1., min_of(double(threads), work / double(kThreadWork))));
+}
+inline Parallel threads_for(const Parallel& parallel, double work) {
+  return {threads_for(parallel.threads, work), parallel.run};
 }
 
 // Invariants while a body runs.

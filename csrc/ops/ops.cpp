@@ -25,6 +25,9 @@ EFFKERNELS_LIBRARY(EFFKERNELS_NAMESPACE, m) {
   // The memory pool of CPU results: sets how many unused bytes it may keep (limit not negative), returns the bytes
   // mapped.
   m.def("cpu_memory(int limit) -> int");
+  // How the CPU kernels of an operator divide their work among threads, a line each: cpu_plan_ops.cpp. Sizes as in
+  // cuda_plan.
+  m.def("cpu_plan(str op, str dtype, int[] shape, int threads) -> str");
   // Recordings of CPU kernels (recording.h). A recording is a tensor, and freed with the last tensor that refers to it.
   // cut ends a piece and returns its number, from 1, or 0 for an empty one. bytes: of results, of kept weights.
   m.def("cpu_recording() -> Tensor");
