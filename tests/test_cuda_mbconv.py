@@ -1,5 +1,5 @@
-"""mbconv in one CUDA launch: the late blocks of networks on the emulated kernel, and the plan that decides between one
-launch and three."""
+"""mbconv by clusters, in one CUDA launch: the late blocks of networks on the emulated kernel, and the plan that decides
+between it, the queue of items (test_cuda_mbconv_queue.py) and three launches."""
 
 from __future__ import annotations
 
@@ -193,7 +193,6 @@ class TestLaunches:
             ({"out_channels": 20}, "vectors"),
             ({"kernel": (7, 7), "padding": (3, 3, 3, 3)}, "compiled"),
             ({"dilation": 2, "padding": (2, 2, 2, 2)}, "compiled"),
-            ({"height": 120, "width": 120}, "shared-memory"),
             ({"dtype": torch.float32}, "float32"),
         ],
         ids=str,
@@ -214,19 +213,20 @@ class TestLaunches:
         call(emulated, case.op, case.draw())
         assert launches(emulated) - before == 3
 
-    def test_a_gpu_without_clusters_takes_three_launches(self) -> None:
-        case = Case(BLOCK_OP, torch.float16, channels=24, expanded=96, out_channels=24)
-        lines = plan_of(case, A100)
-        assert len(lines) == 3
-        assert lines[0]["reason"] == "the-GPU-has-no-clusters"
+    @pytest.mark.parametrize(("limits", "plane"), [(A100, 14), (H200, 120)], ids=["no clusters", "a large plane"])
+    def test_what_no_cluster_holds_is_a_queue(self, limits: tuple[int, ...], plane: int) -> None:
+        case = Case(BLOCK_OP, torch.float16, channels=24, expanded=96, out_channels=24, height=plane, width=plane)
+        (line,) = plan_of(case, limits)
+        assert line["kernel"] == "mbconv_queue"
 
     def test_a_cluster_that_the_gpu_has_no_room_for_is_answered_by_a_smaller_one(self, emulated: Emulator) -> None:
-        """And then by three launches; disabled multiprocessors may leave no group of them that large."""
+        """And then by a queue of items; disabled multiprocessors may leave no group of them that large."""
         emulated.configure(Emulation(flavour=emulated.flavour))
-        case = Case(BLOCK_OP, torch.float16, channels=16, expanded=480, out_channels=24, height=7, width=7)
+        sizes = {"channels": 16, "expanded": 480, "out_channels": 24, "height": 7, "width": 7}
+        case = Case(BLOCK_OP, torch.float16, **sizes, parameters="same")
         check(case, emulated)
         assert [one["cluster"] for one in emulated.launches()] == [10]
-        for room, clusters in ((9, [5]), (2, [1, 1, 1])):
+        for room, clusters in ((9, [5]), (2, [1])):
             emulated.module.refuse_clusters_above(room)
             try:
                 check(case, emulated)
@@ -265,12 +265,11 @@ class TestPlan:
                 assert line["kernel"] == "mbconv"
                 assert int(line["images"]) == 1
 
-    def test_many_images_are_three_launches(self) -> None:
+    def test_many_images_are_a_queue(self) -> None:
         """They fill the GPU, and adding sums of blocks that each have all pixels costs more than reading them again."""
         for block in late_blocks("efficientnet_b0"):
-            lines = plan_of(block.with_(batch=256), H200)
-            assert len(lines) == 3
-            assert lines[0]["reason"] == "three-launches-are-faster"
+            (line,) = plan_of(block.with_(batch=256), H200)
+            assert line["kernel"] == "mbconv_queue"
 
     @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
     def test_the_cut_covers_the_block(self, gpu: Any) -> None:
@@ -278,8 +277,8 @@ class TestPlan:
         for block in (*blocks_of("efficientnet_b0"), *blocks_of("efficientnet_b4"), *blocks_of("efficientnet_b7")):
             for batch in (1, 7, 16, 32):
                 lines = plan_of(block.with_(batch=batch), limits)
-                if len(lines) == 3:
-                    assert lines[0]["reason"]
+                if lines[0]["kernel"] != "mbconv":
+                    assert len(lines) == 1 or lines[0]["reason"]
                     continue
                 cut = {name: int(value) for name, value in lines[0].items() if value.isdigit()}
                 team, groups = cut["team"], cut["groups"]

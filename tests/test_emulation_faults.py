@@ -87,6 +87,29 @@ def test_last_arrival(in_every_order: Emulator, missing: str) -> None:
     assert_reported(in_every_order, message, f"last_arrival_without_{missing}", grid=9, shared_bytes=4)
 
 
+@pytest.mark.parametrize("missing", ["fence", "acquire"])
+def test_queue(in_every_order: Emulator, missing: str) -> None:
+    """A block waits for one that started before it, and reads what it wrote."""
+    output = run(in_every_order, "queue_of_pairs", grid=40, block=64, shared_bytes=4).view(torch.int32)
+    values = output[41 : 41 + 40 * 64].view(20, 2, 64)
+    assert torch.equal(values[:, 1], values[:, 0])
+    assert values[:, 0, 3].tolist() == [200 * pair + 3 for pair in range(20)]
+    only_in(in_every_order, IN_RACE)
+    message = r"race between blocks on global memory.*selftest\.cu:\d+ is not ordered after the \w+ at selftest\.cu:\d+"
+    assert_reported(in_every_order, message, f"queue_without_{missing}", grid=40, block=64, shared_bytes=4)
+
+
+@pytest.mark.parametrize("residents", [1, 2])
+def test_queue_that_waits_for_a_block_that_may_not_have_started(residents: int, emulated: Emulator) -> None:
+    emulated.configure(Emulation(flavour=emulated.flavour, residents=residents))
+    options = {"grid": 4, "block": 64, "shared_bytes": 4}
+    run(emulated, "queue_of_pairs", **options)
+    if residents == 1:
+        assert_reported(emulated, "deadlock.*only a cooperative launch may wait for", "queue_of_later", **options)
+    else:
+        run(emulated, "queue_of_later", **options)
+
+
 def test_last_arrival_without_atomic_gives_wrong_results_in_some_order(emulated: Emulator) -> None:
     if emulated.flavour == "race":
         pytest.skip("the race flavour reports it before there is a result")

@@ -134,7 +134,7 @@ class TestCounts:
         architecture = model_on_meta(name).architecture
         parts = parts_of(planned, architecture)
         one_launch = {part for one in planned.launches if one.kernel.startswith("mbconv") for part in parts[one.layer]}
-        assert bool(one_launch) == (name == "efficientnet_b0" and precision != "float32")
+        assert bool(one_launch) == (precision != "float32")
         by_hand = counted_by_hand(architecture, batch, size, PRECISIONS[precision], one_launch)
         for stack in (one.layer for one in planned.launches if one.kernel == "mbconv_stack"):
             counts = [by_hand.pop(part) for part in parts[stack]]
@@ -187,7 +187,7 @@ class TestCounts:
         call = RecordedCall("aten::add", "", {"self": x, "other": expanded}, [x], 0)
         assert launches.moved_bytes(call) == (2 * 2 * 8 * 16 + 8) * 4
 
-    def test_eager_pytorch_launches_four_times_as_often_and_moves_three_times_the_bytes(self) -> None:
+    def test_eager_pytorch_launches_ten_times_as_often_and_moves_six_times_the_bytes(self) -> None:
         """The claim of docs/gpu.md about B0 in bfloat16, counted by the same rule over timm's network."""
         peers.import_timm()
         import timm
@@ -197,8 +197,8 @@ class TestCounts:
             eager = timm.create_model("efficientnet_b0").eval().to(torch.bfloat16)
         calls = record_calls(eager, images.to(memory_format=torch.channels_last))
         ours = plan_model("efficientnet_b0", batch_size=256).totals
-        assert len(calls) > 4 * ours.launches
-        assert sum(launches.moved_bytes(call) for call in calls) > 3 * ours.bytes
+        assert len(calls) > 10 * ours.launches
+        assert sum(launches.moved_bytes(call) for call in calls) > 6 * ours.bytes
 
 
 class CallsAnOperator(nn.Module):
@@ -218,19 +218,18 @@ def recorded(case: OpCall, dtype: torch.dtype) -> list[RecordedCall]:
 class TestLaunches:
     @pytest.mark.parametrize("batch", [1, 32, 256])
     @pytest.mark.parametrize("gpu", [gpu.name for gpu in GPUS])
-    def test_a_block_of_b0_takes_at_most_three(self, gpu: str, batch: int) -> None:
+    def test_a_block_of_b0_takes_one_and_without_expansion_two(self, gpu: str, batch: int) -> None:
         planned = plan_model("efficientnet_b0", gpu=gpu, batch_size=batch)
         blocks = {name: sums.launches for name, sums in planned.by_block().items() if name.startswith("blocks.")}
         parts = parts_of(planned, model_on_meta("efficientnet_b0").architecture).values()
         assert len({part for named in parts for part in named if part.startswith("blocks.")}) == 16
-        assert max(blocks.values()) <= 3
-        assert blocks["blocks.0.0"] <= 2, "a block without expansion has one operator less"
+        assert blocks.pop("blocks.0.0") <= 2
+        assert max(blocks.values()) == 1
 
-    @pytest.mark.parametrize(("batch", "most"), [(1, 22), (8, 22), (256, 51)])
-    def test_b0_on_a_gpu_with_clusters(self, batch: int, most: int) -> None:
+    @pytest.mark.parametrize("batch", [1, 8, 256])
+    def test_b0_on_a_gpu_with_clusters(self, batch: int) -> None:
         """Few images: the blocks of the small planes, from blocks.3.1 on, are one launch. Many: none shares one."""
         planned = plan_model("efficientnet_b0", gpu="h200", batch_size=batch)
-        assert planned.totals.launches <= most
         stacks = [one.layer for one in planned.launches if one.kernel == "mbconv_stack"]
         assert stacks == (["blocks.3.1-6.0"] if batch <= 8 else [])
 
@@ -350,6 +349,7 @@ def small_calls() -> list[OpCall]:
         OpCall.on("expand_depthwise_squeeze", (1, 7, 9, 9), out_channels=12),
         OpCall.on("mbconv", (1, 16, 7, 7), out_channels=16, residual=True),
         OpCall.on("mbconv", (2, 24, 9, 10), 5, out_channels=40, stride=2),
+        OpCall.on("mbconv", (2, 24, 45, 50), out_channels=24, residual=True),
         OpCall.on("mbconv", (1, 7, 9, 9), out_channels=12),
     ]
 

@@ -207,6 +207,16 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
         "lane": around(flow, sums) * (1 / sums.count("LDS")),
         "finish": counters(way(flow, called, None, longest, outermost(after))),
         "tile": around(flow, tiles) * (1 / TILES_AHEAD),
+        **gate_parts(kernel, flow, after),  # of mbconv_queue, whose items are these blocks
+    }
+
+
+def mbconv_queue_parts(flow: Flow) -> Parts:
+    """Count what a block of mbconv_queue does beside its item, which is a block of another kernel: it looks for it."""
+    search = min(loops_of(flow), key=lambda one: one.first)
+    return {
+        "draw": counters(way(flow, 0, search.first, longest, (), ends=False)),
+        "search": around(flow, search),
     }
 
 
@@ -387,6 +397,7 @@ _PARTS: Mapping[str, Callable[[Kernel, Flow], Parts]] = {
     "pointwise": lambda _, flow: pointwise_parts(flow),
     "expand_depthwise": expand_depthwise_parts,
     "mbconv": mbconv_parts,
+    "mbconv_queue": lambda _, flow: mbconv_queue_parts(flow),
     "conv_stem": lambda _, flow: stem_parts(flow),
     "norm_act": lambda _, flow: norm_act_parts(flow),
     "scale_by_gate": lambda _, flow: scale_parts(flow),

@@ -208,6 +208,12 @@ def group_elements(kernel: Kernel) -> int:
     return 3 * EXPANDED_VALUES + strip_elements(kernel)
 
 
+def queue_elements(kernel: Kernel) -> int:
+    """Elements that mbconv_queue activates in its code: those of expand_depthwise, and a vector of a thread in each of
+    the tiles whose sums go through shared memory (pointwise_item_built in pointwise.h)."""
+    return group_elements(kernel) + 2 * 8
+
+
 def tile_stored_wide(kernel: Kernel) -> str | None:
     """A thread's values of a row are stored by one instruction for each 16 bytes, what is left of a warp's columns by
     one of 8 or 4 bytes, where there are so few.
@@ -307,6 +313,15 @@ CLAIMS: tuple[Claim, ...] = (
         (
             *(copies_asynchronously, tensor_cores, wide_stores, strip_stored_wide, within_limits),
             *(launch_bounds_kept, resident_threads(384), one_tanh_per_element(group_elements)),
+        ),
+    ),
+    Claim(
+        rf"mbconv_queue<{_TYPE16}, [35], [12], [47]>",
+        "16-byte cp.async, tensor cores, 16-byte stores, 3 blocks of 128 threads; the code of expand_depthwise and of "
+        "pointwise for every tile of 128 threads that projects",
+        (
+            *(copies_asynchronously, tensor_cores, strip_stored_wide, wide_stores, adds_in_order),
+            *(launch_bounds_kept, resident_threads(384), one_tanh_per_element(queue_elements)),
         ),
     ),
     Claim(

@@ -64,11 +64,20 @@ __device__ __forceinline__ void convolve_ring(const DepthwiseParams& p, const Ex
   }
 }
 
+// The part of the result that a block computes.
+struct ExpandDepthwiseTile {
+  int group, tile, unit;  // of channels, of the image, of images
+
+  __device__ __forceinline__ ExpandDepthwiseTile(const DepthwisePlan& division, unsigned number)
+      : group(static_cast<int>(number % division.channel_groups)),
+        tile(static_cast<int>(number / division.channel_groups % division.tiles)),
+        unit(static_cast<int>(number / division.channel_groups / division.tiles)) {}
+};
+
+// The tile and its channel sums; ends with a barrier.
 template <class Traits>
-__global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
-    expand_depthwise(const __grid_constant__ ExpandDepthwiseArguments a) {
-  wait_for_previous();
-  allow_next();
+__device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArguments& a,
+                                                      const ExpandDepthwiseTile& of) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
   const PointwiseParams& expand = a.expand;
@@ -82,8 +91,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
   unsigned char* const ring = shared_bytes + plan.ring_at;
   const SumsInShared shared(division, parameters, K * K);
 
-  const int group = blockIdx.x % division.channel_groups, tile = blockIdx.x / division.channel_groups % division.tiles;
-  const DepthwiseLane at(p, division, group, tile, blockIdx.x / division.channel_groups / division.tiles);
+  const int group = of.group, tile = of.tile;
+  const DepthwiseLane at(p, division, group, tile, of.unit);
   const int first_image = at.unit * division.images,
             images = min(division.images, static_cast<int>(p.batch) - first_image);
   const int band = tile / plan.column_tiles, first_column = tile % plan.column_tiles * plan.columns;
@@ -171,7 +180,16 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
     add_lanes(division, shared.lane_sums, shared.sums + m * kExpandedChannels);
     y += p.out_height * p.out_width * p.channels;
   }
-  finish_sums<T>(a.depthwise, group, tile, at.unit, parameters);
+}
+
+template <class Traits>
+__global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
+    expand_depthwise(const __grid_constant__ ExpandDepthwiseArguments a) {
+  wait_for_previous();
+  allow_next();
+  const ExpandDepthwiseTile of(a.depthwise.plan, blockIdx.x);
+  expand_depthwise_tile<Traits>(a, of);
+  finish_sums<typename Traits::T>(a.depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
 }
 
 template <class T, int S>

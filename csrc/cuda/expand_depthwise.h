@@ -49,6 +49,8 @@ void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& depthwi
 // `expand` and the input of `call.depthwise` are the same tensor, which is never written; their pointers do not count.
 ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
                                           const DeviceLimits& limits);
+// Blocks of a plan that a multiprocessor holds if each takes `shared_bytes`.
+int64_t expand_depthwise_resident(int64_t shared_bytes, const DeviceLimits& limits);
 PlannedLaunches planned_launches(const PointwiseParams& expand, const DepthwiseCall& call,
                                  const ExpandDepthwisePlan& plan);
 

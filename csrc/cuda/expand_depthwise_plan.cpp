@@ -51,6 +51,11 @@ bool expands_in_shared_memory(const PointwiseParams& expand, const DepthwisePara
          product({p.out_height, p.out_width, p.channels}) < kMostBytes && vectors_fit(expand, p);
 }
 
+int64_t expand_depthwise_resident(int64_t shared_bytes, const DeviceLimits& limits) {
+  constexpr int64_t kOfTheSystem = 1024;  // bytes that it takes for each block
+  return std::min<int64_t>(kExpandDepthwiseBlocks, limits.shared_per_multiprocessor / (shared_bytes + kOfTheSystem));
+}
+
 void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& p, ExpandDepthwisePlan& plan) {
   // Lanes that follow each other take strips below each other. Their 96 bytes are in different banks if the distance
   // of these rows is 96 more than a multiple of 128.
@@ -94,9 +99,7 @@ void lay_out(const PointwiseParams& expand, const DepthwiseCall& call, ExpandDep
 }
 
 int64_t blocks_of_multiprocessor(const ExpandDepthwisePlan& plan, const DeviceLimits& limits) {
-  constexpr int64_t kOfTheSystem = 1024;  // bytes that it takes for each block
-  return std::min<int64_t>(kExpandDepthwiseBlocks,
-                           limits.shared_per_multiprocessor / (plan.shared_bytes + kOfTheSystem));
+  return expand_depthwise_resident(plan.shared_bytes, limits);
 }
 
 // Instructions of a warp for its parts of a group, roughly: what the choices below weigh. A model, no measurement.

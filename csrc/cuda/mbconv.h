@@ -1,4 +1,6 @@
 // mbconv, a whole MBConv block, and mbconv_stack, several, on CUDA in one launch, as the adaptor sees it: plain C++.
+// There are two kernels: of clusters that hold an image, and of items from a queue, where the result of the depthwise
+// convolution passes through memory.
 #pragma once
 #include <vector>
 
@@ -13,8 +15,8 @@ constexpr int kProjectedPixels = 32;          // and pixels
 constexpr int64_t kMostImagesOfClusters = 4;  // images that a cluster takes one after the other
 constexpr int kMostStackedBlocks = 16;        // of a launch, whose arguments are at most 32764 bytes
 
-// A block of the network. The expanded tensor and the result of the depthwise convolution are in no memory, so that
-// neither expand->y nor depthwise->x, depthwise->y and project->x count.
+// A block of the network. What is between x and y has no address while plans are made, so that neither expand->y nor
+// depthwise->x, depthwise->y, project->x and project->gate count.
 struct MBConvCall {
   const PointwiseParams* expand = nullptr;
   const DepthwiseParams* depthwise = nullptr;
@@ -22,7 +24,7 @@ struct MBConvCall {
   const PointwiseParams* project = nullptr;
 };
 
-// The division of the work; mbconv.cuh explains the terms.
+// The division of the work among clusters; mbconv.cuh explains the terms.
 struct MBConvPlan {
   bool fits = false;
   const char* reason = "";     // why it does not, or why several launches are faster
@@ -49,21 +51,50 @@ struct MBConvPlan {
   int64_t blocks() const { return units * cluster; }
 };
 
+// The division of the work into items of a queue; mbconv_queue.cuh explains the terms.
+struct MBConvQueuePlan {
+  bool fits = false;
+  const char* reason = "";                          // why it does not
+  ExpandDepthwisePlan expand;                       // its blocks are the items that expand
+  PointwisePlan project;                            // its blocks are the items that project
+  int expand_items = 0;                             // of a unit
+  int ahead = 1;                                    // units that are expanded before the first one is projected
+  int64_t unit_rows = 0;                            // of the result
+  int64_t items = 0;                                // of both kinds: blocks of the launch
+  PointwiseDivisor by_unit_rows;                    // from rows of the result to units,
+  PointwiseDivisor by_group_rows, by_column_tiles;  // to groups; from items that project to groups
+  int item_at = 0;                                  // in shared memory, in bytes: two words
+  int64_t shared_bytes = 0;
+};
+
+// How a block of the network runs by itself: one of the two fits, or neither, which is three launches.
+struct MBConvChoice {
+  MBConvPlan cluster;
+  MBConvQueuePlan queue;
+};
+
 // Consecutive blocks of a network that are one launch, or one block by itself.
 struct MBConvStackPlan {
   int first = 0;                   // of the blocks
-  std::vector<MBConvPlan> blocks;  // of the same cluster, units and images; one that does not fit is by itself
+  std::vector<MBConvPlan> blocks;  // of the same cluster, units and images; one that does not fit is by itself,
+  MBConvQueuePlan queue;           // and has this plan
   int64_t shared_bytes = 0;
 
   bool is_stack() const { return blocks.size() > 1; }
 };
 
-// Pure functions of sizes, strides, types, the alignment of the pointers, and the limits of the device. The first says
-// whether a block fits into a cluster at all, and how; the second is `fits` where one launch is also faster than the
-// three of pointwise_bn_act, depthwise_bn_act_gate and pointwise_bn_act.
+// Pure functions of sizes, strides, types, the alignment of the pointers, and the limits of the device.
+// Whether a block fits into a cluster at all, and how.
 MBConvPlan fit_mbconv(const MBConvCall& call, const DeviceLimits& limits);
-MBConvPlan plan_mbconv(const MBConvCall& call, const DeviceLimits& limits);
+// `fits` where that is also faster than three launches, of pointwise_bn_act, depthwise_bn_act_gate and
+// pointwise_bn_act.
+MBConvPlan plan_mbconv_cluster(const MBConvCall& call, const DeviceLimits& limits);
+// Items of a queue: fewer bytes and launches than three of them, wherever it fits.
+MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& limits);
+// The first of them that fits.
+MBConvChoice plan_mbconv(const MBConvCall& call, const DeviceLimits& limits);
 PlannedLaunches planned_launches(const MBConvCall& call, const MBConvPlan& plan);
+PlannedLaunches planned_launches(const MBConvCall& call, const MBConvQueuePlan& plan);
 
 // Divide blocks that follow each other, the y of one being the x of the next, into stacks and single blocks: a pure
 // function. A stack is blocks that each are faster in one launch than in three, and together faster than one by one.
@@ -72,6 +103,15 @@ PlannedLaunches planned_launches(const MBConvStackPlan& plan);
 
 // Of a plan that fits. kTeamRefused where the GPU has no room for such a cluster; nothing was launched then.
 const char* launch_mbconv(const MBConvCall& call, const MBConvPlan& plan, void* stream);
+// Scratch memory of a queue: depthwise->y and se->gate are given, and of the type of x.
+struct MBConvQueueWork {
+  DepthwiseWork depthwise;
+  unsigned* counters = nullptr;  // zero before and after: mbconv_queue_counters
+};
+DepthwiseScratch mbconv_queue_scratch(const MBConvCall& call, const MBConvQueuePlan& plan);
+int64_t mbconv_queue_counters(const MBConvQueuePlan& plan);
+const char* launch_mbconv_queue(const MBConvCall& call, const MBConvQueuePlan& plan, const MBConvQueueWork& work,
+                                void* stream);
 // The same of a stack; `calls`: of its blocks.
 const char* launch_mbconv_stack(const MBConvCall* calls, const MBConvStackPlan& plan, void* stream);
 

@@ -193,11 +193,18 @@ MBConvPlan fit_mbconv(const MBConvCall& call, const DeviceLimits& limits) {
   return plan;
 }
 
-MBConvPlan plan_mbconv(const MBConvCall& call, const DeviceLimits& limits) {
+MBConvPlan plan_mbconv_cluster(const MBConvCall& call, const DeviceLimits& limits) {
   MBConvPlan plan = fit_mbconv(call, limits);
   if (plan.fits && clocks_of(call, plan, limits) > clocks_of_three_launches(call, limits))
     plan.fits = false, plan.reason = "three launches are faster";
   return plan;
+}
+
+MBConvChoice plan_mbconv(const MBConvCall& call, const DeviceLimits& limits) {
+  MBConvChoice choice;
+  choice.cluster = plan_mbconv_cluster(call, limits);
+  if (!choice.cluster.fits) choice.queue = plan_mbconv_queue(call, limits);
+  return choice;
 }
 
 PlannedLaunches planned_launches(const MBConvCall&, const MBConvPlan& plan) {
@@ -220,7 +227,7 @@ std::vector<MBConvStackPlan> plan_mbconv_stack(const std::vector<MBConvCall>& ca
     int cluster = 1;
     int64_t alone = -kLaunch, together = 0;
     for (size_t i = first; i < calls.size() && stack.blocks.size() < kMostStackedBlocks; ++i) {
-      const MBConvPlan plan = plan_mbconv(calls[i], limits);
+      const MBConvPlan plan = plan_mbconv_cluster(calls[i], limits);
       if (!plan.fits && !stack.blocks.empty()) break;
       stack.blocks.push_back(plan);
       if (!plan.fits) break;
@@ -237,12 +244,13 @@ std::vector<MBConvStackPlan> plan_mbconv_stack(const std::vector<MBConvCall>& ca
       }
       if (together > alone) {
         for (size_t i = 0; i < singles.size(); ++i)
-          found.push_back({static_cast<int>(first + i), {singles[i]}, singles[i].shared_bytes});
+          found.push_back({static_cast<int>(first + i), {singles[i]}, {}, singles[i].shared_bytes});
         first += singles.size();
         continue;
       }
     } else {
       stack.shared_bytes = stack.blocks.front().shared_bytes;
+      if (!stack.blocks.front().fits) stack.queue = plan_mbconv_queue(calls[first], limits);
     }
     first += stack.blocks.size();
     found.push_back(std::move(stack));

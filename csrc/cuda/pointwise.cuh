@@ -59,12 +59,17 @@ __device__ __forceinline__ int64_t divided(int64_t value, const PointwiseDivisor
   return static_cast<int64_t>(static_cast<uint64_t>(value) * by.multiplier >> by.shift);
 }
 
-// The product of a block. `More` is what training adds to it (training_product.cuh).
+// The part of a product that a block computes: `count` tiles of rows, `distance` apart, of the same columns.
+struct PointwiseTiles {
+  int64_t first, distance;
+  int count, first_column;
+  int part;  // along k
+};
+
+// `More` is what training adds to it (training_product.cuh).
 template <class Tr, class More>
 __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const PointwisePlan& plan,
-                                               const PointwiseWork& work, const More& more) {
-  wait_for_previous();
-  allow_next();
+                                               const PointwiseWork& work, const More& more, const PointwiseTiles& own) {
   constexpr int kStages = kPointwiseStages, kAhead = kStages - 1;
   constexpr bool kDirect = Tr::kEpilogue != PointwiseEpilogue::kAny;
   float* const scale = dynamic_shared<float>();  // kColumns scales, then kColumns shifts
@@ -75,11 +80,8 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
   float* const sums_at = reinterpret_cast<float*>(residual + plan.residual_bytes);
   typename More::template Columns<Tr> columns(residual, flag);
 
-  const int64_t cell = divided(blockIdx.x, plan.by_columns), group = divided(cell, plan.by_parts);
-  const int first_column = static_cast<int>(blockIdx.x - cell * plan.column_tiles) * Tr::kColumns;
-  const int part = static_cast<int>(cell - group * plan.parts);
+  const int first_column = own.first_column, part = own.part, tiles = own.count;
   const int first_k = part * plan.steps * Tr::kStep;
-  const int tiles = plan.tiles - (group + (plan.tiles - 1) * plan.row_groups >= plan.row_tiles ? 1 : 0);
   const PointwisePlace<Tr> place;
   std::conditional_t<Tr::kConverts, PointwiseConverter<Tr, More>, PointwiseCopier<Tr>> loader(p, plan, first_column,
                                                                                               more);
@@ -99,7 +101,7 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
       of[i] = scale_shift(p.norm, first_column + column);
   }
 
-  const auto row_of = [&](int tile) { return (group + tile * plan.row_groups) * Tr::kRows; };
+  const auto row_of = [&](int tile) { return (own.first + tile * own.distance) * Tr::kRows; };
   int tile_to_load = 0, step_to_load = 0;
   const auto load = [&](unsigned stage, bool with_weight) {
     if (tile_to_load == tiles) return;
@@ -199,12 +201,27 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
         __syncthreads();
       } else {
         write_through_shared<Tr>(p, plan, work, sums, scale, residual, flag, first_row, row_count, first_column, part,
-                                 group * plan.column_tiles + first_column / Tr::kColumns);
+                                 own.first * plan.column_tiles + first_column / Tr::kColumns);
       }
     }
     columns.add(p, first_row, row_count, first_column);
   }
-  columns.finish(p, plan, work, more, group, first_column);
+  columns.finish(p, plan, work, more, own.first, first_column);
+}
+
+// The same for a block of a launch.
+template <class Tr, class More>
+__device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const PointwisePlan& plan,
+                                               const PointwiseWork& work, const More& more) {
+  wait_for_previous();
+  allow_next();
+  const int64_t cell = divided(blockIdx.x, plan.by_columns), group = divided(cell, plan.by_parts);
+  PointwiseTiles of;
+  of.first = group, of.distance = plan.row_groups;
+  of.count = plan.tiles - (group + (plan.tiles - 1) * plan.row_groups >= plan.row_tiles ? 1 : 0);
+  of.first_column = static_cast<int>(blockIdx.x - cell * plan.column_tiles) * Tr::kColumns;
+  of.part = static_cast<int>(cell - group * plan.parts);
+  multiply_tiles<Tr>(p, plan, work, more, of);
 }
 
 // The product alone.

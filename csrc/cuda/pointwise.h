@@ -116,6 +116,19 @@ struct PointwiseScratch {
 
 // A pure function of params (sizes, strides, types, alignment of the pointers) and limits.
 PointwisePlan plan_pointwise(const PointwiseParams& params, const DeviceLimits& limits);
+// The same for a product whose tiles are items of another launch, whose blocks have kPointwiseItemThreads threads, keep
+// to `shared_bytes` and are `resident` on a multiprocessor (mbconv_queue.cuh): row_groups of `tiles` neighbouring row
+// tiles each, or fewer in the last. blocks is 0 where no such tile is compiled or fits.
+constexpr int kPointwiseItemThreads = 128;
+constexpr PointwiseEpilogue pointwise_item_epilogue(int tile) {
+  return kPointwiseTiles[tile].warps_k > 1 ? PointwiseEpilogue::kAny : PointwiseEpilogue::kIdentity;
+}
+constexpr bool pointwise_item_built(int tile) {
+  return kPointwiseTiles[tile].threads() == kPointwiseItemThreads &&
+         pointwise_tile_built(tile, PointwiseProduct::kTensor16, pointwise_item_epilogue(tile), false);
+}
+PointwisePlan plan_pointwise_items(const PointwiseParams& params, int resident, int64_t shared_bytes,
+                                   const DeviceLimits& limits);
 // The same for the kernel of training, which has the statistics of its columns where others have a residual; vectors:
 // whether the vectors of its norm are aligned to 16 bytes.
 PointwisePlan plan_training_pointwise(const PointwiseParams& params, bool vectors, const DeviceLimits& limits);

@@ -197,8 +197,8 @@ PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const Draft& p
   return pointwise_tile_built(tile, plan.product, own, plan.converts) ? own : PointwiseEpilogue::kAny;
 }
 
-// `vectors`: what the kernel of training reads beside x and weight is aligned, too.
-PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const DeviceLimits& limits) {
+// What does not depend on the tile. `vectors`: what the kernel of training reads beside x and weight is aligned, too.
+Draft draft_of(const PointwiseParams& p, bool trains, bool vectors) {
   const int vector = p.dtype == DType::kFloat32 ? 4 : 8;
   Draft plan;
   plan.trains = trains;
@@ -213,6 +213,11 @@ PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const
                   (p.gate.data != nullptr && p.gate.dtype != p.dtype) ||
                   (p.residual != nullptr && !rows_even(p, p.residual_stride_n, p.residual_stride_p)) ||
                   !rows_aligned(p, p.residual, p.residual_stride_n, p.residual_stride_p, vector);
+  return plan;
+}
+
+PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const DeviceLimits& limits) {
+  Draft plan = draft_of(p, trains, vectors);
   if (p.batch * p.pixels * p.out_channels == 0) return plan;
 
   for (bool found = false; !found; plan.converts = true) {
@@ -240,6 +245,29 @@ PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const
 
 PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limits) {
   return plan_of(p, false, true, limits);
+}
+
+PointwisePlan plan_pointwise_items(const PointwiseParams& p, int resident, int64_t shared_bytes,
+                                   const DeviceLimits& limits) {
+  const Draft plan = draft_of(p, false, true);
+  Draft best;
+  if (plan.converts || plan.product != PointwiseProduct::kTensor16 || p.activation != Activation::kIdentity ||
+      p.batch * p.pixels * p.out_channels == 0)
+    return best;
+  double lowest = 0;
+  for (int tile = 0; tile < kPointwiseTileCount; ++tile) {
+    if (!pointwise_item_built(tile) || kPointwiseTiles[tile].resident < resident) continue;
+    for (const bool keeps_weight : {false, true}) {
+      Draft with = plan;
+      with.epilogue = pointwise_item_epilogue(tile);
+      if (!cut(p, limits, tile, 1, keeps_weight, &with) || with.shared_bytes > shared_bytes) continue;
+      const double cycles = Cost(p, with, limits).cycles();
+      if (best.blocks == 0 || cycles < lowest) best = with, lowest = cycles;
+    }
+  }
+  best.row_groups = divide_up(best.row_tiles, best.tiles);
+  best.blocks = best.row_groups * best.column_tiles;
+  return best;
 }
 
 PointwisePlan plan_training_pointwise(const PointwiseParams& p, bool vectors, const DeviceLimits& limits) {

@@ -34,15 +34,14 @@ float* scratch_floats(const Tensor& like, int64_t count, Keep& keep) {
   return static_cast<float*>(keep.back().mutable_data_ptr());
 }
 
-// Scratch memory of a depthwise launch, and its counters on `stream`.
-cuda::DepthwiseWork depthwise_work(const char* op, const cuda::DepthwiseCall& call, const cuda::DepthwisePlan& plan,
+// Scratch memory of a depthwise launch, and its counters on `stream`, with `more` of them after its own.
+cuda::DepthwiseWork depthwise_work(const char* op, const cuda::DepthwiseScratch& scratch, int64_t more,
                                    const Tensor& like, const OnDevice& here, void* stream, Keep& keep) {
-  const cuda::DepthwiseScratch scratch = cuda::depthwise_scratch(call, plan);
   cuda::DepthwiseWork work;
   work.partial = scratch_floats(like, scratch.partial, keep);
   work.hidden = scratch_floats(like, scratch.hidden, keep);
-  if (scratch.arrivals > 0)
-    check_launch(op, cuda::acquire_counters(here.index(), stream, scratch.arrivals, &work.arrivals));
+  if (scratch.arrivals + more > 0)
+    check_launch(op, cuda::acquire_counters(here.index(), stream, scratch.arrivals + more, &work.arrivals));
   return work;
 }
 
@@ -50,7 +49,8 @@ cuda::DepthwiseWork depthwise_work(const char* op, const cuda::DepthwiseCall& ca
 const char* enqueue_depthwise(const char* op, const cuda::DepthwiseCall& call, const cuda::DepthwisePlan& plan,
                               const Tensor& like, const OnDevice& here, Keep& keep) {
   void* stream = here.stream();
-  return cuda::launch_depthwise(call, plan, depthwise_work(op, call, plan, like, here, stream, keep), stream);
+  const cuda::DepthwiseScratch scratch = cuda::depthwise_scratch(call, plan);
+  return cuda::launch_depthwise(call, plan, depthwise_work(op, scratch, 0, like, here, stream, keep), stream);
 }
 
 const char* enqueue_pointwise(const char* op, const PointwiseParams& p, const cuda::PointwisePlan& plan,
@@ -163,7 +163,8 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& ex
   const cuda::ExpandDepthwisePlan together = cuda::plan_expand_depthwise(e.expand.params, call, limits);
   if (together.fits) {
     void* stream = here.stream();
-    const cuda::DepthwiseWork work = depthwise_work(op, call, together.depthwise, y, here, stream, keep);
+    const cuda::DepthwiseScratch scratch = cuda::depthwise_scratch(call, together.depthwise);
+    const cuda::DepthwiseWork work = depthwise_work(op, scratch, 0, y, here, stream, keep);
     check_launch(op, cuda::launch_expand_depthwise(e.expand.params, call, together, work, stream));
     return {y, e.pooled};
   }
@@ -187,8 +188,20 @@ void enqueue_block_in_three(const char* op, MBConv& block, const Tensor& x, cons
   check_launch(op, enqueue_pointwise(op, project, cuda::plan_pointwise(project, limits), x, here, keep));
 }
 
+// One launch of items from a queue; the result of the depthwise convolution and the gate are scratch memory.
+void enqueue_block_as_items(const char* op, MBConv& block, const cuda::MBConvCall& call,
+                            const cuda::MBConvQueuePlan& plan, const Tensor& x, const OnDevice& here, Keep& keep) {
+  give_depthwise_result(block, x);
+  const cuda::DepthwiseScratch scratch = cuda::mbconv_queue_scratch(call, plan);
+  void* stream = here.stream();
+  cuda::MBConvQueueWork work;
+  work.depthwise = depthwise_work(op, scratch, cuda::mbconv_queue_counters(plan), x, here, stream, keep);
+  work.counters = work.depthwise.arrivals + scratch.arrivals;
+  check_launch(op, cuda::launch_mbconv_queue(call, plan, work, stream));
+}
+
 // Blocks of which each reads what the one before it wrote: one launch for several where that is faster, one for a block
-// where a cluster holds an image, else three. The first block has its input.
+// where a cluster holds an image or a queue of items is compiled for it, else three. The first block has its input.
 Tensor run_blocks(const char* op, std::vector<MBConv>& blocks, const Tensor& x, const OnDevice& here) {
   cuda::DeviceLimits limits = limits_of(op, here);
   std::vector<cuda::MBConvCall> calls;
@@ -212,6 +225,8 @@ Tensor run_blocks(const char* op, std::vector<MBConv>& blocks, const Tensor& x, 
         error = cuda::launch_mbconv_stack(&calls[done], plan, here.stream());
       else if (plan.blocks.front().fits)
         error = cuda::launch_mbconv(calls[done], plan.blocks.front(), here.stream());
+      else if (plan.queue.fits)
+        enqueue_block_as_items(op, blocks[done], calls[done], plan.queue, y, here, keep);
       else
         enqueue_block_in_three(op, blocks[done], y, limits, here, keep);
       if (error == cuda::kTeamRefused && limits.largest_cluster > 1) {

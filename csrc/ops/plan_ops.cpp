@@ -132,6 +132,21 @@ std::string cut_of(const DepthwiseParams& p, const cuda::MBConvPlan& plan) {
   return out.str();
 }
 
+std::string cut_of(const PointwiseParams& project, const DepthwiseParams& p, const cuda::MBConvQueuePlan& plan) {
+  const auto prefixed = [](const std::string& cut, const char* prefix) {
+    std::string out;
+    std::istringstream words(cut);
+    for (std::string word; words >> word;) out += std::string(" ") + prefix + word;
+    return out;
+  };
+  std::ostringstream out;
+  out << variant("mbconv_queue", p.dtype, p.kernel_h, p.stride, plan.expand.depthwise.strip)
+      << " units=" << plan.expand.depthwise.units << " ahead=" << plan.ahead << " items=" << plan.items
+      << prefixed(cut_of(p, plan.expand), "expand_") << " expand_grid=" << plan.expand.depthwise.blocks()
+      << prefixed(cut_of(project, plan.project), "project_") << " project_grid=" << plan.project.blocks;
+  return out.str();
+}
+
 std::string cut_of(const ConvParams& p, const cuda::ConvPlan& plan) {
   if (!plan.fused) return variant("norm_act", p.dtype, plan.norm_act.vectors ? vector_of(p.dtype) : 1);
   std::ostringstream out;
@@ -322,16 +337,20 @@ struct PlannedBlock {
 };
 
 // The launches of a block by itself.
-DescribedLaunches launches_of(const PlannedBlock& block, const cuda::MBConvPlan& plan, DType dtype,
-                              const DeviceLimits& limits) {
+DescribedLaunches launches_of(const PlannedBlock& block, const cuda::MBConvPlan& cluster,
+                              const cuda::MBConvQueuePlan& queue, DType dtype, const DeviceLimits& limits) {
   DescribedLaunches launches;
-  if (plan.fits) {
-    append(launches, cuda::planned_launches(block.call(), plan), cut_of(block.depthwise, plan));
+  if (cluster.fits) {
+    append(launches, cuda::planned_launches(block.call(), cluster), cut_of(block.depthwise, cluster));
+    return launches;
+  }
+  if (queue.fits) {
+    append(launches, cuda::planned_launches(block.call(), queue), cut_of(block.project, block.depthwise, queue));
     return launches;
   }
   launches = plan_of_pointwise("pointwise_bn_act", dtype, block.first, limits);
   if (!launches.empty()) {
-    std::string reason = plan.reason;
+    std::string reason = queue.reason;
     std::replace(reason.begin(), reason.end(), ' ', '-');
     launches.front().cut += " reason=" + reason;
   }
@@ -344,7 +363,8 @@ DescribedLaunches launches_of(const PlannedBlock& block, const cuda::MBConvPlan&
 
 DescribedLaunches plan_of_mbconv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   const PlannedBlock block(op, dtype, s);
-  return launches_of(block, cuda::plan_mbconv(block.call(), limits), dtype, limits);
+  const cuda::MBConvChoice choice = cuda::plan_mbconv(block.call(), limits);
+  return launches_of(block, choice.cluster, choice.queue, dtype, limits);
 }
 
 // The sizes of each block, with the activation. A line for each launch, and of a stack one for each of its blocks,
@@ -370,7 +390,7 @@ DescribedLaunches plan_of_mbconv_stack(const std::string& op, DType dtype, const
         append(launches, cuda::planned_launches(plan), cut_of(block.depthwise, plan.blocks[i]) + stacked + at);
         continue;
       }
-      for (DescribedLaunch& one : launches_of(block, plan.blocks[i], dtype, limits)) {
+      for (DescribedLaunch& one : launches_of(block, plan.blocks[i], plan.queue, dtype, limits)) {
         one.cut += at;
         launches.push_back(std::move(one));
       }

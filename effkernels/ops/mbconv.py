@@ -54,10 +54,10 @@ def mbconv(
 
     or, without squeeze-and-excitation, `depthwise_bn_act` and no gate.
 
-    On a GPU with clusters of blocks (compute capability 9.0) it is one launch where a cluster's shared memory holds an
-    image and the plan estimates that this is faster: the small planes of late blocks, and few images. The kernel takes
-    float16 and bfloat16, kernels of 3x3 and 5x5 without dilation, and channels that 8 divides. All else is three
-    launches on a GPU, and three kernels on the CPU.
+    On a GPU it is one launch in float16 and bfloat16, for kernels of 3x3 and 5x5 without dilation and channels that 8
+    divides: by clusters of blocks (compute capability 9.0) where a cluster's shared memory holds an image and the plan
+    estimates that this is faster, which are the small planes of late blocks and few images; else with the result of the
+    depthwise convolution as scratch memory. All else is three launches on a GPU, and three kernels on the CPU.
 
     Args:
         x: (N, C_in, H, W), float32, float16 or bfloat16; float64 and other devices run the reference. Any strides;

@@ -45,7 +45,7 @@ def mbconv_stack(
 
     On a GPU with clusters of blocks (compute capability 9.0), neighbours that each fit `mbconv` are one launch, in
     which a cluster keeps its images from block to block, where the plan estimates that this is faster: few images. The
-    other blocks are one or three launches each, as of `mbconv`.
+    other blocks are one launch each, or three, as of `mbconv`.
 
     Args:
         x: as of `mbconv`; of the first block.

@@ -20,7 +20,7 @@ TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD, TILES_AHEAD = 4, 6, 12, 8
 
 def reduce_lanes(kernel: str) -> int:
     """Return the number of threads that share a row of w_reduce (reduce_product): few if a block has few channels."""
-    return 4 if kernel == "depthwise_strips" else 16
+    return 4 if kernel in ("depthwise_strips", "expand_depthwise") else 16
 
 
 FILE = Path(__file__).with_name("kernel_counts.json")

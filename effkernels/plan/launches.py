@@ -289,7 +289,8 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
     The first one reads the arguments, computes and writes the results; a second one passes over the result once more,
     reading and writing it: the norm and activation after a convolution of PyTorch's, or the product with the gate in
     `depthwise_bn_act_se`, which goes from the first to the second. The two of `expand_depthwise_squeeze`, where it is
-    not one, are its two convolutions, and the expanded tensor goes from the first to the second. The three of `mbconv`,
+    not one, are its two convolutions, and the expanded tensor goes from the first to the second. `mbconv` may have the
+    result of its depthwise convolution as scratch memory. The three of `mbconv`,
     where it is not one, are those of three operators. `mbconv_stack` is the launches of its blocks, and one launch for
     all blocks of a stack.
     """
@@ -547,6 +548,7 @@ def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
         "pointwise",
         "expand_depthwise",
         "mbconv",
+        "mbconv_queue",
         "mbconv_stack",
         "conv",
         "conv_stem",

@@ -181,7 +181,7 @@ def estimate(
         counts: instead of the counts that the package ships.
     """
     cached = [tensor for tensor in _images(line["kernel"], call) if tensor.nbytes <= L2_SHARE_OF_INPUT * gpu.l2]
-    from_memory = max(0, moved - sum(tensor.nbytes for tensor in cached))
+    from_memory = max(0, moved - sum(tensor.nbytes for tensor in cached) - _read_from_l2(line, call, gpu))
     dram = 1e6 * from_memory / (COPY_SHARE * gpu.bandwidth)
     l2_rate = gpu.l2_bytes_per_clock * gpu.clock
     product = 1e6 * flops / rate
@@ -191,11 +191,9 @@ def estimate(
     variant = line.get("variant", "")
     known = counts.get(variant, KernelCounts(0, {}))
     x, y = (int(number) for number in line["block"].split(","))
-    fixed = ("kernel", "grid", "block", "variant", "reason")
-    cut = Cut(
-        line["kernel"], int(line["grid"]), x * y,
-        {name: int(value) for name, value in line.items() if name not in fixed}, known,
-    )  # fmt: skip
+    sizes = {name: int(value) for name, value in line.items() if value.isdigit() and name not in _NO_SIZES}
+    items = {kind: _items(kind, line, sizes, counts, x * y) for kind in ITEMS if f"{kind}_variant" in line}
+    cut = Cut(line["kernel"], int(line["grid"]), x * y, sizes, known, items)
     blocks = resident_blocks(gpu, known.registers, cut.threads, int(line["shared"]))
     work = work_of(cut, call)
     if work is None:
@@ -203,6 +201,33 @@ def estimate(
     read = call.arguments.get("x", call.results[0])
     input_latency = L2_LATENCY if any(tensor is read for tensor in cached) else MEMORY_LATENCY
     return _terms(work, cut, gpu, blocks, dram, l2_rate, input_latency)
+
+
+# The kinds of items of a queue (csrc/cuda/mbconv_queue.cuh), as `cuda_plan` names them.
+ITEMS = ("expand", "project")
+_NO_SIZES = ("kernel", "grid", "block", "variant", "reason")
+
+
+def _items(
+    kind: str, line: Mapping[str, str], sizes: Mapping[str, int], counts: Mapping[str, KernelCounts], threads: int
+) -> Cut:
+    """Return the cut of the launch whose blocks are the items of a kind."""
+    prefix, variant = f"{kind}_", line[f"{kind}_variant"]
+    own = {name.removeprefix(prefix): value for name, value in sizes.items() if name.startswith(prefix)}
+    known = counts.get(variant, KernelCounts(0, {}))
+    return Cut(variant.partition("<")[0], own["grid"], threads, own, known)
+
+
+def _read_from_l2(line: Mapping[str, str], call: RecordedCall, gpu: Gpu) -> int:
+    """Return the bytes of scratch memory that a queue writes and reads again out of L2."""
+    if "ahead" not in line:
+        return 0
+    batch, _, height, width = call.results[0].shape
+    between = int(batch * call.arguments["expand_weight"].shape[0] * height * width * call.dtype.itemsize)
+    kept = L2_SHARE_OF_INPUT * gpu.l2
+    if between <= kept:
+        return 2 * between
+    return between if between * (int(line["ahead"]) + 1) / int(line["units"]) <= kept else 0
 
 
 def _images(kernel: str, call: RecordedCall) -> list[Tensor]:
@@ -230,7 +255,7 @@ def _terms(
     prologue = us(replace(work.prologue, issued=0.0))
     slots = gpu.multiprocessors * blocks
     waves = max(1.0, cut.grid / slots)
-    latency = waves * chain - prologue
+    latency = max(waves * chain - prologue, us(work.longest))
     longest = max(dram, l2, latency, *of_units.values())
     if cut.grid <= slots:
         # The busiest multiprocessor has whole blocks.

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from effkernels.plan.kernel_counts import (
     EXPAND_AHEAD,
@@ -58,6 +58,7 @@ class Work:
         prologue: chain of a block before its first input.
         body: chain of a block after that.
         last: chain of the last block alone, once all others are done: squeeze-and-excitation by last arrival.
+        longest: chain of blocks that wait for each other, from the start of the launch to its end at least.
     """
 
     issued: Counters
@@ -66,6 +67,7 @@ class Work:
     prologue: Clocks
     body: Clocks
     last: Clocks
+    longest: Clocks = Clocks()
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Cut:
         grid, threads: blocks, and threads of a block.
         sizes: further numbers of the plan by name, as `cuda_plan` gives them.
         counts: the kernel's instructions.
+        items: of a queue, by kind: the launches whose blocks they are.
     """
 
     kernel: str
@@ -84,6 +87,7 @@ class Cut:
     threads: int
     sizes: Mapping[str, int]
     counts: KernelCounts
+    items: Mapping[str, Cut] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> int:
         return self.sizes[name]
@@ -101,7 +105,7 @@ def _ceil(value: float, by: float) -> int:
 def work_of(cut: Cut, call: RecordedCall) -> Work | None:
     """Return the work of a launch of a call; None for a kernel whose instructions are not counted."""
     family = _FAMILIES.get(cut.kernel)
-    if family is None or not cut.counts.parts:
+    if family is None or not (cut.counts.parts or cut.items):
         return None
     if call.op.endswith("expand_depthwise_squeeze") and cut.kernel != "expand_depthwise":
         call = _half_of_expand(call, first=cut.kernel == "pointwise")
@@ -319,10 +323,37 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     chain = part("group") + load + fragment * _ceil(fragments, cut.warps) + strip * rounds
     # The rows of x of a group are asked for while the strips of the one before it are computed.
     body = _chain((chain * groups + part("image") + part("lane") * lanes) * images, inputs=1)
-    more, in_body, last = _arrival_tail(cut, 0, channels, _EXPANDED, size)
+    excites = call.arguments.get("w_reduce") is not None
+    reduced = call.arguments["w_reduce"].shape[0] if excites else 0
+    more, in_body, last = _arrival_tail(cut, reduced, channels, _EXPANDED, size)
     prologue = _chain(first) + _chain(load_taps, parameters=load_taps.trips)
     l2_bytes = cut.grid * (images * rows * pixels + _EXPANDED) * inner * size + call.results[0].numel() * size
     return Work(issued + more, cut.counts.registers, l2_bytes, prologue, body + in_body, last)
+
+
+def _mbconv_queue(cut: Cut, call: RecordedCall) -> Work:
+    """Add up the items of csrc/cuda/mbconv_queue.cuh, each a block of another kernel; a block draws its item first.
+
+    A block that projects waits for one that expands. Where the GPU holds all blocks at once it waits for the whole of
+    it; else others run meanwhile, and what counts is an average item.
+    """
+    given, expand, project = call.arguments, cut.items["expand"], cut.items["project"]
+    x, y = given["x"], call.results[0]
+    channels = given["expand_weight"].shape[0]
+    between = x.new_empty((x.shape[0], channels, *y.shape[2:]), device="meta")
+    gate = None if given["w_reduce"] is None else x.new_empty((x.shape[0], channels), device="meta")
+    of_project = {"x": between, "weight": given["project_weight"], "gate": gate, "residual": given["residual"]}
+    first = _expand_depthwise(expand, replace(call, results=[between]))
+    second = _pointwise(project, replace(call, arguments={**of_project, "activation": "identity"}))
+    steps = (cut["units"] + cut["ahead"]).bit_length()
+    draw = cut.counts.part("draw") + cut.counts.part("search") * steps
+    issued = first.issued + second.issued + draw * cut.grid
+    # The number is drawn, and the item counted as done, by atomic operations.
+    of_draw = Clocks(draw.issued, 0, 1, 1)
+    chains = (of_draw + first.prologue + first.body, of_draw + second.prologue + second.body)
+    average = chains[0] * (expand.grid / cut.grid) + chains[1] * (project.grid / cut.grid)
+    both = chains[0] + first.last + chains[1]
+    return Work(issued, cut.counts.registers, first.l2_bytes + second.l2_bytes, Clocks(), average, Clocks(), both)
 
 
 def _mbconv(cut: Cut, call: RecordedCall) -> Work:
@@ -535,6 +566,7 @@ _FAMILIES: Mapping[str, Callable[[Cut, RecordedCall], Work]] = {
     "pointwise": _pointwise,
     "expand_depthwise": _expand_depthwise,
     "mbconv": _mbconv,
+    "mbconv_queue": _mbconv_queue,
     "mbconv_stack": _mbconv,  # a block of it
     "conv_stem": _stem,
     "norm_act": _norm_act,

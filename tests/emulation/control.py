@@ -32,6 +32,7 @@ class Emulation:
         limits: of the device.
         flavour: of the build: what is checked (CMakeLists.txt).
         seed: of the random order.
+        residents: blocks of an ordinary launch that run at a time.
     """
 
     order: str = "forward"
@@ -39,6 +40,7 @@ class Emulation:
     limits: tuple[int, ...] = H200
     flavour: str = "plain"
     seed: int = 1
+    residents: int = 4
 
 
 class Emulator:
@@ -54,6 +56,7 @@ class Emulator:
         assert how.flavour == self.flavour
         self.module.set_order(how.order, how.seed)
         self.module.set_copies(how.copies)
+        self.module.set_residents(how.residents)
         self.module.use_device(list(how.limits))
         self.module.set_stream(0)
         self.module.set_capturing(False)

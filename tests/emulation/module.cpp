@@ -75,6 +75,7 @@ PYBIND11_MODULE(EFFKERNELS_EMULATION_MODULE, m) {
   m.attr("flavour") = EFFKERNELS_EMULATION_FLAVOUR;
   m.def("set_order", &set_order, py::arg("name"), py::arg("seed") = 1);
   m.def("set_copies", &set_copies, py::arg("when"));
+  m.def("set_residents", [](unsigned blocks) { settings().most_residents = blocks; }, py::arg("blocks"));
   m.def(
       "use_device",
       [](const std::array<int, 8>& v, int registers_per_thread) {

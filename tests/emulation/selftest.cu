@@ -358,6 +358,38 @@ __global__ void grid_barrier(SelfTestArguments p) {
   }
 }
 
+// Blocks draw numbers as they start. One with an odd number waits for the one before it, and passes on what it wrote:
+// right, without a release of it, without an acquire, or waiting for the one after it, which may not have started.
+enum class Queue { kRight, kNoFence, kNoAcquire, kLater };
+template <Queue kQueue>
+__global__ void queue_of_pairs(SelfTestArguments p) {
+  unsigned* const drawn = output<unsigned>(p);
+  unsigned* const done = drawn + 1;
+  unsigned* const values = done + gridDim.x;
+  unsigned* const number = dynamic_shared<unsigned>();
+  if (threadIdx.x == 0) *number = atomicAdd(drawn, 1u);
+  __syncthreads();
+  const unsigned mine = *number, other = kQueue == Queue::kLater ? mine + 1 : mine - 1;
+  unsigned value = 100u * mine + threadIdx.x;
+  if (mine % 2 == (kQueue == Queue::kLater ? 0u : 1u)) {
+    if (threadIdx.x == 1) {
+      if constexpr (kQueue == Queue::kNoAcquire) {
+        while (*static_cast<volatile unsigned*>(done + other) == 0) __nanosleep(20);
+      } else {
+        while (load_acquire(done + other) == 0) __nanosleep(20);
+      }
+    }
+    __syncthreads();
+    value = __ldcg(values + other * blockDim.x + threadIdx.x);
+  }
+  values[mine * blockDim.x + threadIdx.x] = value;
+  if constexpr (kQueue != Queue::kNoFence) {
+    __threadfence();
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) add_release(done + mine, 1);
+}
+
 // Element by element, n of them.
 template <class From, class To, To (*kFunction)(From)>
 __global__ void each(SelfTestArguments p) {
@@ -409,6 +441,10 @@ const std::map<std::string, SelfTest>& self_tests() {
       {"diverge_warp", diverge_warp},
       {"wait_apart", wait_apart},
       {"spin_forever", spin_forever},
+      {"queue_of_pairs", queue_of_pairs<Queue::kRight>},
+      {"queue_without_fence", queue_of_pairs<Queue::kNoFence>},
+      {"queue_without_acquire", queue_of_pairs<Queue::kNoAcquire>},
+      {"queue_of_later", queue_of_pairs<Queue::kLater>},
       {"wait_for_grid", wait_for_grid},
       {"shuffle_outside_mask", shuffle_outside_mask},
       {"shuffle_from_outside_mask", shuffle_from_outside_mask},

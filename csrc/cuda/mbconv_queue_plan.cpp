@@ -1,0 +1,96 @@
+// The plan of mbconv_queue: the items of both kinds, and their order.
+#include <algorithm>
+#include <limits>
+
+#include "../sizes.h"
+#include "mbconv.h"
+
+namespace effkernels::cuda {
+namespace {
+
+int64_t up(int64_t value, int64_t unit) { return divide_up(value, unit) * unit; }
+
+PointwiseDivisor divisor(int64_t by) {
+  PointwiseDivisor d;
+  while ((int64_t(1) << (d.shift - 31)) < by) ++d.shift;
+  d.multiplier = static_cast<uint32_t>(((uint64_t(1) << d.shift) + uint64_t(by) - 1) / uint64_t(by));
+  return d;
+}
+
+DepthwiseCall depthwise_of(const MBConvCall& call) { return {call.depthwise, call.se, false, false}; }
+
+// As it is once the gate has an address.
+PointwiseParams gated_project(const MBConvCall& call) {
+  PointwiseParams project = *call.project;
+  if (call.se != nullptr) project.gate = {reinterpret_cast<const void*>(uintptr_t(1) << 12), project.dtype};
+  return project;
+}
+
+}  // namespace
+
+MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& limits) {
+  constexpr int64_t kOfTheSystem = 1024, kItemBytes = 16;  // of shared memory, for each block
+  const DepthwiseParams& p = *call.depthwise;
+  MBConvQueuePlan plan;
+  const auto refused = [&plan](const char* reason) {
+    plan.fits = false, plan.reason = reason;
+    return plan;
+  };
+  if (p.dtype == DType::kFloat32) return refused("float32");
+  if (!expands_in_shared_memory(*call.expand, p))
+    return refused("kernel, stride, padding or channels are not compiled");
+
+  plan.expand = plan_expand_depthwise(*call.expand, depthwise_of(call), limits);
+  if (!plan.expand.fits) return refused("a group of rows does not fit into shared memory");
+  const int64_t resident = expand_depthwise_resident(plan.expand.shared_bytes + kItemBytes, limits);
+  const int64_t shared =
+      std::min<int64_t>(limits.shared_per_block, limits.shared_per_multiprocessor / resident - kOfTheSystem) -
+      kItemBytes;
+  const PointwiseParams project = gated_project(call);
+  plan.project = plan_pointwise_items(project, static_cast<int>(resident), shared, limits);
+  if (plan.project.blocks == 0) return refused("output channels are no vectors of 8, or the weights of another type");
+
+  const DepthwisePlan& d = plan.expand.depthwise;
+  plan.expand_items = d.tiles * d.channel_groups;
+  plan.unit_rows = d.images * p.out_height * p.out_width;
+  plan.items = d.units * plan.expand_items + plan.project.blocks;
+  const int64_t group_rows = int64_t(plan.project.tiles) * kPointwiseTiles[plan.project.tile].rows;
+  if (plan.project.rows + group_rows + plan.unit_rows > std::numeric_limits<int32_t>::max() ||
+      plan.items > std::numeric_limits<int32_t>::max())
+    return refused("more rows than 32 bits index");
+  plan.by_unit_rows = divisor(plan.unit_rows);
+  plan.by_group_rows = divisor(group_rows);
+  plan.by_column_tiles = divisor(plan.project.column_tiles);
+  plan.item_at =
+      static_cast<int>(up(std::max<int64_t>(plan.expand.shared_bytes, plan.project.shared_bytes), kItemBytes));
+  plan.shared_bytes = plan.item_at + kItemBytes;
+  const int64_t at_once = limits.multiprocessors * expand_depthwise_resident(plan.shared_bytes, limits);
+  // Between the items that expand a unit and those that project it: a quarter more items than run at a time.
+  plan.ahead = static_cast<int>(std::min(d.units, divide_up(at_once + at_once / 4, plan.expand_items) + 1));
+  plan.fits = true;
+  return plan;
+}
+
+DepthwiseScratch mbconv_queue_scratch(const MBConvCall& call, const MBConvQueuePlan& plan) {
+  return depthwise_scratch(depthwise_of(call), plan.expand.depthwise);
+}
+
+// Of the queue, of the blocks that left, of every unit.
+int64_t mbconv_queue_counters(const MBConvQueuePlan& plan) { return 2 + plan.expand.depthwise.units; }
+
+PlannedLaunches planned_launches(const MBConvCall& call, const MBConvQueuePlan& plan) {
+  const DepthwiseParams& p = *call.depthwise;
+  const DepthwiseScratch scratch = mbconv_queue_scratch(call, plan);
+  PlannedLaunch one;
+  one.kernel = "mbconv_queue";
+  one.grid = plan.items;
+  one.block_x = kDepthwiseThreads;
+  one.shared_bytes = plan.shared_bytes;
+  one.workspace_bytes =
+      (scratch.partial + scratch.hidden + scratch.arrivals + mbconv_queue_counters(plan)) * int64_t(sizeof(float));
+  const int64_t gates = call.se != nullptr ? p.batch * p.channels : 0;
+  one.workspace_bytes += 2 * (product({p.batch, p.out_height, p.out_width, p.channels}) + gates);
+  return {one};
+}
+
+}  // namespace effkernels::cuda
