@@ -42,12 +42,14 @@ MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& li
 
   plan.expand = plan_expand_depthwise(*call.expand, depthwise_of(call), limits);
   if (!plan.expand.fits) return refused("a group of rows does not fit into shared memory");
-  const int64_t resident = expand_depthwise_resident(plan.expand.shared_bytes + kItemBytes, limits);
-  const int64_t shared =
-      std::min<int64_t>(limits.shared_per_block, limits.shared_per_multiprocessor / resident - kOfTheSystem) -
-      kItemBytes;
+  // Tiles that leave room for as many blocks as the items that expand; where shared memory is small, for fewer.
   const PointwiseParams project = gated_project(call);
-  plan.project = plan_pointwise_items(project, static_cast<int>(resident), shared, limits);
+  for (int64_t resident = expand_depthwise_resident(plan.expand.shared_bytes + kItemBytes, limits);
+       plan.project.blocks == 0 && resident > 0; --resident) {
+    const int64_t shared = limits.shared_per_multiprocessor / resident - kOfTheSystem;
+    plan.project = plan_pointwise_items(project, static_cast<int>(resident),
+                                        std::min<int64_t>(limits.shared_per_block, shared) - kItemBytes, limits);
+  }
   if (plan.project.blocks == 0) return refused("output channels are no vectors of 8, or the weights of another type");
 
   const DepthwisePlan& d = plan.expand.depthwise;
