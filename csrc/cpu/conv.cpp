@@ -196,40 +196,46 @@ void conv(const ConvParams& p, const Parallel& parallel) {
       with_type(p.dtype, [&](auto type) {
         using T = decltype(type);
         with_activation(p.activation, [&](auto activation) {
-          int64_t loaded = 0, loaded_image = -1;
-          for (int64_t at = w.line.begin(share), end = w.line.end(share); at < end;) {
-            const int64_t image = at / w.row_tiles / p.out_height, oy = at / w.row_tiles % p.out_height;
-            const int64_t first_tile = at % w.row_tiles, tiles = min_of(w.row_tiles - first_tile, end - at);
-            at += tiles;
+          // Images outside, rows inside: in one loop over rows, a stem of B0 takes 5 % longer (AVX-512, one thread).
+          const int64_t of_image = p.out_height * w.row_tiles, end = w.line.end(share);
+          for (int64_t at = w.line.begin(share), next; at < end; at = next) {
+            const int64_t image = at / of_image, begin = at - image * of_image;
+            next = min_of((image + 1) * of_image, end);
+            const int64_t row_begin = begin / w.row_tiles, row_end = ceil_div(next - image * of_image, w.row_tiles);
             const T* x = static_cast<const T*>(p.x) + image * p.x_stride_n;
-            const int64_t top = oy * p.stride - p.pad_top;
-            if (image != loaded_image) loaded = 0, loaded_image = image;
-            loaded = max_of(loaded, top);
-            for (; !gathers && loaded < min_of(top + p.kernel_h, p.height); loaded++)
-              fill_row(p, x + loaded * p.x_stride_h, filled, input + loaded % ring_rows * columns + p.pad_left, plane);
-            for (int64_t i = 0; i < k; i++) {
-              if (gathers) {
-                taps[i] = input + i * kGathered;
-                continue;
+            int64_t loaded = 0;
+            for (int64_t oy = row_begin; oy < row_end; oy++) {
+              const int64_t first_tile = oy == row_begin ? begin % w.row_tiles : 0;
+              const int64_t ox_end = min_of(p.out_width, (next - image * of_image - oy * w.row_tiles) * tile.columns);
+              const int64_t top = oy * p.stride - p.pad_top;
+              loaded = max_of(loaded, top);
+              for (; !gathers && loaded < min_of(top + p.kernel_h, p.height); loaded++)
+                fill_row(p, x + loaded * p.x_stride_h, filled, input + loaded % ring_rows * columns + p.pad_left,
+                         plane);
+              for (int64_t i = 0; i < k; i++) {
+                if (gathers) {
+                  taps[i] = input + i * kGathered;
+                  continue;
+                }
+                const int64_t kx = i % p.kernel_w, ky = i / p.kernel_w % p.kernel_h, c = i / p.kernel_w / p.kernel_h;
+                const int64_t iy = top + ky;
+                const bool inside = iy >= 0 && iy < p.height;
+                taps[i] = (inside ? input + c * plane + iy % ring_rows * columns : zeros) + kx;
               }
-              const int64_t kx = i % p.kernel_w, ky = i / p.kernel_w % p.kernel_h, c = i / p.kernel_w / p.kernel_h;
-              const int64_t iy = top + ky;
-              const bool inside = iy >= 0 && iy < p.height;
-              taps[i] = (inside ? input + c * plane + iy % ring_rows * columns : zeros) + kx;
-            }
-            T* y = static_cast<T*>(p.y) + (image * p.out_height + oy) * p.out_width * n;
-            for (int64_t t = first_tile; t < first_tile + tiles; t++) {
-              const int64_t ox = t * tile.columns;
-              const int count = int(min_of<int64_t>(tile.columns, p.out_width - ox));
-              Row<T> rows[kRows];
-              for (int r = 0; r < count; r++) rows[r] = {y + (ox + r) * n, nullptr};
-              if (gathers) gather_windows(p, x, top, ox * p.stride - p.pad_left, count, input);
-              const int64_t first = gathers ? 0 : ox, stride = gathers ? 1 : p.stride;
-              for (int64_t q = g; q < g_end; q++) {
-                const int width = int(min_of<int64_t>(kPanel, n - q * kPanel));
-                (width > kLanes ? tile.wide : tile.narrow)(taps, packed + (q - g) * k * kPanel, k, first, stride, acc);
-                write<T, decltype(activation)::value>(acc, rows, count, q * kPanel, width, scale + (q - g) * kPanel,
-                                                      shift + (q - g) * kPanel);
+              T* y = static_cast<T*>(p.y) + (image * p.out_height + oy) * p.out_width * n;
+              for (int64_t ox = first_tile * tile.columns; ox < ox_end; ox += tile.columns) {
+                const int count = int(min_of<int64_t>(tile.columns, p.out_width - ox));
+                Row<T> rows[kRows];
+                for (int r = 0; r < count; r++) rows[r] = {y + (ox + r) * n, nullptr};
+                if (gathers) gather_windows(p, x, top, ox * p.stride - p.pad_left, count, input);
+                const int64_t first = gathers ? 0 : ox, stride = gathers ? 1 : p.stride;
+                for (int64_t q = g; q < g_end; q++) {
+                  const int width = int(min_of<int64_t>(kPanel, n - q * kPanel));
+                  (width > kLanes ? tile.wide : tile.narrow)(taps, packed + (q - g) * k * kPanel, k, first, stride,
+                                                             acc);
+                  write<T, decltype(activation)::value>(acc, rows, count, q * kPanel, width, scale + (q - g) * kPanel,
+                                                        shift + (q - g) * kPanel);
+                }
               }
             }
           }

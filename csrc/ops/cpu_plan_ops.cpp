@@ -1,9 +1,11 @@
 // How the CPU's kernels of an operator would divide their work among threads: the same functions that the kernels use.
+#include <initializer_list>
 #include <sstream>
 #include <string>
 #include <vector>
 
 #include "../cpu/kernels.h"
+#include "../sizes.h"
 #include "check.h"
 #include "registry.h"
 
@@ -18,6 +20,12 @@ void check_sizes(const std::string& op, const Shape& sizes, size_t wanted) {
   for (const int64_t size : sizes)
     STD_TORCH_CHECK(size >= 0 && size < (int64_t(1) << 20), "cpu_plan: shape of ", op, " holds ", size,
                     "; allowed: 0 to 2^20 - 1");
+}
+
+// As check.cpp checks a tensor's sizes.
+void check_elements(const std::string& op, std::initializer_list<int64_t> sizes) {
+  STD_TORCH_CHECK(product(sizes) <= kMostElements, "cpu_plan: a tensor of ", op,
+                  " has too many elements; allowed: sizes whose product is at most 2^54");
 }
 
 int64_t out_size(int64_t size, int64_t before, int64_t after, int64_t window, int64_t stride) {
@@ -39,6 +47,8 @@ DepthwiseParams depthwise_of(const std::string& op, DType dtype, const Shape& s)
   p.pad_top = int32_t(s[8]), p.pad_left = int32_t(s[10]);
   p.out_height = out_size(s[2], s[8], s[9], (s[4] - 1) * s[7] + 1, s[6]);
   p.out_width = out_size(s[3], s[10], s[11], (s[5] - 1) * s[7] + 1, s[6]);
+  check_elements(op, {p.batch, p.channels, p.height, p.width});
+  check_elements(op, {p.batch, p.channels, p.out_height, p.out_width});
   return p;
 }
 
@@ -46,6 +56,8 @@ PointwiseParams pointwise_of(const std::string& op, DType dtype, int64_t batch, 
                              int64_t out_channels) {
   STD_TORCH_CHECK(batch >= 1 && pixels >= 1 && in_channels >= 1 && out_channels >= 1, "cpu_plan: a size of ", op,
                   " is 0; allowed: 1 or more");
+  check_elements(op, {batch, pixels, in_channels});
+  check_elements(op, {batch, pixels, out_channels});
   PointwiseParams p;
   p.dtype = dtype, p.weight.dtype = dtype;
   p.batch = batch, p.pixels = pixels, p.in_channels = in_channels, p.out_channels = out_channels;
@@ -53,6 +65,9 @@ PointwiseParams pointwise_of(const std::string& op, DType dtype, int64_t batch, 
 }
 
 SqueezeExciteParams squeeze_excite_of(DType dtype, int64_t batch, int64_t channels, int64_t reduced) {
+  STD_TORCH_CHECK(batch >= 1 && channels >= 1, "cpu_plan: batch ", batch, ", channels ", channels,
+                  " of squeeze_excite_gate; allowed: 1 or more");
+  check_elements("squeeze_excite_gate", {batch, channels});
   SqueezeExciteParams p;
   p.gate_dtype = dtype, p.w_reduce.dtype = p.w_expand.dtype = dtype;
   p.batch = batch, p.channels = channels, p.reduced = reduced;
@@ -70,6 +85,9 @@ ConvParams conv_of(const std::string& op, DType dtype, const Shape& s) {
   p.kernel_h = int32_t(s[5]), p.kernel_w = int32_t(s[6]), p.stride = int32_t(s[7]);
   p.pad_top = int32_t(s[8]), p.pad_left = int32_t(s[10]);
   p.out_height = out_size(s[3], s[8], s[9], s[5], s[7]), p.out_width = out_size(s[4], s[10], s[11], s[6], s[7]);
+  check_elements(op, {p.batch, p.in_channels, p.height, p.width});
+  check_elements(op, {p.batch, p.out_channels, p.out_height, p.out_width});
+  check_elements(op, {p.in_channels, p.out_channels, p.kernel_h, p.kernel_w});
   p.x_stride_c = 1, p.x_stride_w = p.in_channels, p.x_stride_h = p.width * p.in_channels;
   p.x_stride_n = p.height * p.x_stride_h;
   return p;
