@@ -14,7 +14,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -92,6 +92,20 @@ def _cases(threads: int) -> Iterator[Ratio]:
                     yield Ratio(op, *shape, side, batch, activation, dtype, threads, 0.0)
 
 
+def ratio_of(first: Callable[[], Any], second: Callable[[], Any], seconds: float) -> float:
+    """Return the shortest time of the first call divided by that of the second, in turns, for at least six turns."""
+    shortest = [float("inf"), float("inf")]
+    end = time.perf_counter() + seconds
+    for turn in itertools.count():
+        for index, call in enumerate((first, second)):
+            start = time.perf_counter()
+            call()
+            shortest[index] = min(shortest[index], time.perf_counter() - start)
+        if turn >= 5 and time.perf_counter() > end:
+            break
+    return shortest[0] / shortest[1]
+
+
 def measured(case: Ratio) -> Ratio:
     """Return a case with its ratio."""
     dtype, last = getattr(torch, case.dtype), torch.channels_last
@@ -118,17 +132,8 @@ def measured(case: Ratio) -> Ratio:
         result: Tensor = operator(x, given, norm=norm, activation=case.activation, **options)
         return result
 
-    shortest = [float("inf"), float("inf")]
     with torch.inference_mode():
-        end = time.perf_counter() + _SECONDS
-        for turn in itertools.count():
-            for index, call in enumerate((theirs, ours)):
-                start = time.perf_counter()
-                call()
-                shortest[index] = min(shortest[index], time.perf_counter() - start)
-            if turn >= 5 and time.perf_counter() > end:
-                break
-    return case._replace(ratio=round(shortest[0] / shortest[1], 2))
+        return case._replace(ratio=round(ratio_of(theirs, ours, _SECONDS), 2))
 
 
 def main() -> None:

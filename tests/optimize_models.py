@@ -117,17 +117,17 @@ def build(peer: Peer) -> nn.Module:
     """A peer with random weights and statistics in eval mode; without them on the meta device where it has no size."""
     if peer.size is None:
         with torch.device("meta"):
-            return _structure(peer).eval()
+            return structure(peer).eval()
     if peer.library == "timm" and "img_size" not in peer.options:
         return timm_model(peer.name, **peer.options)
     if peer.library == "torchvision":
         return torchvision_model(peer.name)
     if peer.library == "lukemelas":
         return lukemelas_model(peer.name, **peer.options)
-    return randomise(_structure(peer))
+    return randomise(structure(peer))
 
 
-def _structure(peer: Peer) -> nn.Module:
+def structure(peer: Peer) -> nn.Module:
     if peer.library == "timm":
         return import_timm().create_model(peer.name, **peer.options)
     if peer.library == "torchvision":

@@ -6,9 +6,11 @@ import math
 from collections import defaultdict
 
 import pytest
+from optimize_models import PEERS
 from torch import nn
 
 import effkernels
+from benchmarks import network_ratios
 from benchmarks.cpu_ratios import SHAPES, read_table
 from effkernels.optimize.speed import is_faster_in_pytorch
 
@@ -35,3 +37,14 @@ def test_the_report_says_what_was_left(in_channels: int, out_channels: int, fuse
     assert report.fused == fused
     if not fused:
         assert f"{in_channels} input channels of a 3x3 convolution: PyTorch's is faster" in report.blocks[0].reason
+
+
+def test_no_network_is_slower_under_optimize() -> None:
+    """The table is measured: `python -m benchmarks.network_ratios`."""
+    rows = network_ratios.read_table()
+    assert {(row.library, row.name.partition("-")[0]) for row in rows} == {
+        (peer.library, peer.name.partition("-")[0]) for peer in PEERS
+    }
+    assert {row.layout for row in rows} == set(network_ratios.LAYOUTS)
+    slower = [f"{row.library} {row.name}, {row.layout}: {row.ratio}" for row in rows if row.ratio < 0.97]
+    assert slower == []
