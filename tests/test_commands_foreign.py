@@ -103,7 +103,7 @@ class TestExplain:
         launches = json.loads(out)["launches"]
         assert status == 0
         assert "as optimize_ leaves it on this machine's CPU" in err
-        assert sum(launch["op"].startswith("effkernels::") for launch in launches) > 20
+        assert sum(launch["op"].startswith("effkernels::") for launch in launches) >= 15
         assert not any("batch_norm" in launch["op"] for launch in launches), "every norm is fused"
 
     @pytest.mark.usefixtures("compiled")
