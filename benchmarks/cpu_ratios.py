@@ -12,9 +12,9 @@ import argparse
 import csv
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 import torch.nn.functional as F
@@ -71,14 +71,24 @@ class Ratio(NamedTuple):
     ratio: float
 
 
+def read_rows(file: Path, row: Any) -> list[Any]:
+    """Return the rows of a table as instances of a NamedTuple with its columns."""
+    kinds = get_type_hints(row)
+    with file.open(encoding="utf-8", newline="") as table:
+        return [row(**{name: kinds[name](text) for name, text in line.items()}) for line in csv.DictReader(table)]
+
+
+def write_rows(file: Path, row: Any, rows: Sequence[Any]) -> None:
+    """Write instances of a NamedTuple as a table."""
+    with file.open("w", encoding="utf-8", newline="") as table:
+        writer = csv.writer(table, lineterminator="\n")
+        writer.writerow(row._fields)
+        writer.writerows(rows)
+
+
 def read_table() -> list[Ratio]:
     """Return the rows of the table in the repository."""
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        return [
-            Ratio(row["op"], *(int(row[name]) for name in Ratio._fields[1:7]), row["activation"], row["dtype"],
-                  int(row["threads"]), float(row["ratio"]))
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
+    return read_rows(TABLE, Ratio)
 
 
 def _cases(threads: int) -> Iterator[Ratio]:
@@ -147,10 +157,7 @@ def main() -> None:
         for case in _cases(threads):
             rows.append(measured(case))
             print(*rows[-1], flush=True)
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(Ratio._fields)
-        writer.writerows(rows)
+    write_rows(TABLE, Ratio, rows)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import importlib
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import effkernels
-from benchmarks.cpu_ratios import ratio_of
+from benchmarks.cpu_ratios import ratio_of, read_rows, write_rows
 
 TABLE = Path(__file__).with_suffix(".csv")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -49,12 +48,7 @@ class NetworkRatio(NamedTuple):
 
 def read_table() -> list[NetworkRatio]:
     """Return the rows of the table in the repository."""
-    with TABLE.open(encoding="utf-8", newline="") as file:
-        return [
-            NetworkRatio(row["library"], row["name"], int(row["side"]), row["layout"], int(row["threads"]),
-                         float(row["ratio"]))
-            for row in csv.DictReader(file)
-        ]  # fmt: skip
+    return read_rows(TABLE, NetworkRatio)
 
 
 def measured(peer: Any, threads: int) -> Iterator[NetworkRatio]:
@@ -98,10 +92,7 @@ def main() -> None:
                 print(*row, flush=True)
     if arguments.filter:
         return
-    with TABLE.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(NetworkRatio._fields)
-        writer.writerows(rows)
+    write_rows(TABLE, NetworkRatio, rows)
 
 
 if __name__ == "__main__":
