@@ -7,7 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import onnxruntime
 import pytest
 import safetensors
 import torch
-from parity import assert_parity, joined
+from parity import assert_parity, assert_same_precision, joined
 from peer_models import images, in_both_layouts, in_float64, randomise, small
 from torch import Tensor, nn
 from without_package import run_python
@@ -41,13 +41,18 @@ def b0() -> EfficientNet:
     return found
 
 
-def assert_same_logits(run: Callable[[Tensor], Tensor], model: nn.Module, *shapes: tuple[int, int, int]) -> None:
-    """The tolerance rule over all the shapes (batch, height, width) at once."""
+def assert_same_logits(
+    run: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    *shapes: tuple[int, int, int],
+    rule: Callable[[Tensor, Sequence[Tensor], Tensor, str], None] = assert_parity,
+) -> None:
+    """Assert a rule over all the shapes (batch, height, width) at once; by default the tolerance rule."""
     with torch.inference_mode(), effkernels.backend("reference"):
         inputs = [images(*shape, seed=seed) for seed, shape in enumerate(shapes)]
         plain = zip(*(in_both_layouts(model, x) for x in inputs), strict=True)
         truth = joined([in_float64(model, x) for x in inputs])
-        assert_parity(joined([run(x) for x in inputs]), [joined(way) for way in plain], truth, "logits")
+        rule(joined([run(x) for x in inputs]), [joined(way) for way in plain], truth, "logits")
 
 
 def left_in(folder: Path) -> list[str]:
@@ -157,7 +162,7 @@ def test_onnx_is_one_file_of_standard_operators(tmp_path: Path) -> None:
     assert axes == ["batch", 3, "height", "width"]
     noted = {entry.key: entry.value for entry in proto.metadata_props}
     assert json.loads(noted["effkernels"])["input_shape"] == "1:64,3,64:1024,64:1024"
-    assert_same_logits(in_onnxruntime(file), model, (1, 64, 64), (64, 75, 133))
+    assert_same_logits(in_onnxruntime(file), model, (1, 64, 64), (64, 75, 133), rule=assert_same_precision)
 
 
 @pytest.mark.parametrize("opset", [pytest.param(18, marks=pytest.mark.thorough), 23])
@@ -173,7 +178,7 @@ def test_onnx_of_the_opset_asked_for_leaves_the_model_as_it_is(opset: int, tmp_p
         assert torch.equal(value, before[key]), key
     assert_standard(file, opset)
     model.eval().backend = None
-    assert_same_logits(in_onnxruntime(file), model, (1, 64, 64), (64, 64, 64))
+    assert_same_logits(in_onnxruntime(file), model, (1, 64, 64), (64, 64, 64), rule=assert_same_precision)
 
 
 @pytest.mark.slow
@@ -181,7 +186,9 @@ def test_onnx_of_a_network_with_same_padding(tmp_path: Path) -> None:
     model = small(pad_type="same")
     export_model(model, tmp_path / "net.onnx", "onnx", image_size="dynamic")
     assert_standard(tmp_path / "net.onnx", 20)
-    assert_same_logits(in_onnxruntime(tmp_path / "net.onnx"), model, (1, 65, 97), (2, 224, 64))
+    assert_same_logits(
+        in_onnxruntime(tmp_path / "net.onnx"), model, (1, 65, 97), (2, 224, 64), rule=assert_same_precision
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- safetensors
