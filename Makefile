@@ -5,6 +5,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
+# Python compiles a file when it is first imported; pip would compile all of them, which takes as long as to unpack them.
+INSTALL := install --no-compile
 STAMPS := $(VENV)/.stamps
 # The library is built; with every part that this machine can build, or with the part for the CPU alone. The stamps are
 # beside the library, so that they are removed with it.
@@ -108,8 +110,9 @@ lint-python: setup
 lint-native: setup
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED_SOURCES)
 
+# What mypy knows of the sources and of torch is kept beside the builds, where those are kept.
 types: setup
-	$(BIN)/mypy
+	$(BIN)/mypy $(if $(EFFKERNELS_BUILD_CACHE),--cache-dir "$(EFFKERNELS_BUILD_CACHE)/mypy")
 
 docs: $(DOCS)/.stamp ## build the documentation site into build/site; a link that leads nowhere is an error
 	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs --quiet build --strict
@@ -171,8 +174,8 @@ $(STAMPS)/venv:
 
 # torch goes first and alone: everything after it then finds its requirement met and brings in no second torch.
 $(STAMPS)/torch: $(STAMPS)/venv constraints.txt
-	$(call step,2/4: the pinned torch and the build tools,$(PIP) install -c constraints.txt torch && \
-	  $(PIP) install -c constraints.txt setuptools wheel cmake ninja)
+	$(call step,2/4: the pinned torch and the build tools,$(PIP) $(INSTALL) -c constraints.txt torch && \
+	  $(PIP) $(INSTALL) -c constraints.txt setuptools wheel cmake ninja)
 	@touch $@
 
 $(LIBRARY): $(STAMPS)/torch $(NATIVE_SOURCES)
@@ -188,16 +191,16 @@ $(CPU_LIBRARY): $(STAMPS)/torch $(NATIVE_SOURCES)
 
 # The packages of the contenders that `make bench` names, and rich for its tables. The package runs from the sources.
 $(STAMPS)/bench: constraints.txt | $(STAMPS)/torch
-	$(call step,4/4: timm$(COMMA) to compare with,$(PIP) install -c constraints.txt timm rich)
+	$(call step,4/4: timm$(COMMA) to compare with,$(PIP) $(INSTALL) -c constraints.txt timm rich)
 	@touch $@
 
 $(STAMPS)/release: pyproject.toml constraints.txt | $(STAMPS)/torch
 	$(call step,the tools that pack and check a wheel,$(BIN)/python -c "$$REQUIREMENTS" release > build/release.txt && \
-	  $(PIP) install -c constraints.txt -r build/release.txt)
+	  $(PIP) $(INSTALL) -c constraints.txt -r build/release.txt)
 	@touch $@
 
 $(STAMPS)/dev: setup.py pyproject.toml constraints.txt | $(LIBRARY)
-	$(call step,4/4: the package and its dev extra,$(PIP) install --no-build-isolation -c constraints.txt -e ".[dev]")
+	$(call step,4/4: the package and its dev extra,$(PIP) $(INSTALL) --no-build-isolation -c constraints.txt -e ".[dev]")
 	@touch $@ $(STAMPS)/bench $(STAMPS)/release
 
 $(DOCS)/.stamp: pyproject.toml constraints.txt
@@ -205,7 +208,7 @@ $(DOCS)/.stamp: pyproject.toml constraints.txt
 	@echo "setup: the packages of the documentation site in $(DOCS)"
 	@$(PYTHON) -m venv $(DOCS)
 	@$(DOCS)/bin/python -c "$$REQUIREMENTS" docs > $(DOCS)/requirements.txt
-	@$(DOCS)/bin/pip --disable-pip-version-check install -q -c constraints.txt -r $(DOCS)/requirements.txt || { \
+	@$(DOCS)/bin/pip --disable-pip-version-check $(INSTALL) -q -c constraints.txt -r $(DOCS)/requirements.txt || { \
 	  echo "docs: the packages of the documentation site could not be installed (see above); pip needs a package index" \
 	  "for: $$(paste -sd ' ' $(DOCS)/requirements.txt)" >&2; exit 1; }
 	@touch $@

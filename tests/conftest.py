@@ -11,7 +11,8 @@ import triton_interpreter  # first: it decides what the import of effkernels fin
 import functools
 import os
 import zlib
-from collections.abc import Collection, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -190,30 +191,33 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what runs on the emulator, leave out what a flavour cannot show, and let tests that differ only in the
-    backend follow each other, so that they can share one yardstick.
+    """Mark what runs on the emulator, leave out what a flavour cannot show, and give tests that differ only in the
+    backend to one worker, one after the other, so that they share one yardstick.
     """
     for item in items:
         if _is_emulated(item):
             item.add_marker("emulated")
         if _is_interpreted(item):
             item.add_marker("interpreted")
-    all_cases = {
-        (item.location[0], case)
-        for item in items
-        if isinstance(case := getattr(getattr(item, "callspec", None), "params", {}).get("case"), op_cases.Case)
-    }
+    all_cases = {(item.location[0], case) for item in items if (case := _case_of(item)) is not None}
+    positions = _positions(items)
     kept, left_out = [], []
     for item in items:
-        elsewhere = item.get_closest_marker("thorough") is not None or _is_left_to_another(item, all_cases)
+        elsewhere = item.get_closest_marker("thorough") is not None or _is_left_to_another(item, all_cases, positions)
         (left_out if _is_of_another_flavour(item) or (elsewhere and not THOROUGH) else kept).append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = kept
-    first_seen: dict[tuple[object, ...], int] = {}
+    first_seen: dict[str, int] = {}
     for position, item in enumerate(items):
         first_seen.setdefault(_apart_from_backend(item), position)
     items.sort(key=lambda item: first_seen[_apart_from_backend(item)])
+    if config.pluginmanager.hasplugin("xdist"):
+        shared = Counter(map(_apart_from_backend, items))
+        for item in items:
+            if _case_of(item) is not None and shared[_apart_from_backend(item)] > 1:
+                group = f"case-{zlib.crc32(_apart_from_backend(item).encode()):08x}"
+                item.add_marker(pytest.mark.xdist_group(group))
 
 
 def _is_emulated(item: pytest.Item) -> bool:
@@ -272,7 +276,29 @@ def _shows_more_when_interpreted(item: pytest.Item) -> bool:
     return dtype is not torch.float16 or name not in ABOUT_ACCESSES
 
 
-def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_cases.Case]]) -> bool:
+Positions = dict[tuple[str, str, str], dict[int, int]]
+
+
+def _positions(items: Sequence[pytest.Item]) -> Positions:
+    """Number the values of each parameter of each test function, by the identity of the value.
+
+    The indices that pytest keeps are no such numbers: for an argument of the function itself it is that of the call.
+    """
+    found: Positions = {}
+    for item in items:
+        for name, value in getattr(getattr(item, "callspec", None), "params", {}).items():
+            values = found.setdefault((*_function_of(item), name), {})
+            values.setdefault(id(value), len(values))
+    return found
+
+
+def _function_of(item: pytest.Item) -> tuple[str, str]:
+    return item.nodeid.split("::", 1)[0], item.nodeid.split("::", 1)[1].split("[", 1)[0]
+
+
+def _is_left_to_another(
+    item: pytest.Item, all_cases: Collection[tuple[str, op_cases.Case]], positions: Positions
+) -> bool:
     """Return whether a test of the same shape in another dtype, or a neighbour of it, covers this one.
 
     Neighbouring parameters take turns: the three dtypes of a shape meet the three thread orders of the emulator, and
@@ -297,7 +323,11 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
     dtype = case.dtype if is_case else callspec.params.get("dtype")
     if isa == "avx512_bf16" and isinstance(dtype, torch.dtype):
         return dtype is not torch.bfloat16
-    others = {name: index for name, index in callspec.indices.items() if name not in ("backend", "isa")}
+    others = {
+        name: positions[(*_function_of(item), name)][id(value)]
+        for name, value in callspec.params.items()
+        if name not in ("backend", "isa")
+    }
     if not others:
         return False
     number = _number_of(case) if is_case else sum(others.values())
@@ -331,12 +361,15 @@ def _is_about_values(case: op_cases.Case) -> bool:
     return any(getattr(case, field) != getattr(usual, field) for field in VALUES)
 
 
-def _apart_from_backend(item: pytest.Item) -> tuple[object, ...]:
-    callspec = getattr(item, "callspec", None)
-    if callspec is None or "backend" not in callspec.params:
-        return (item.nodeid,)
-    others = tuple(value for name, value in callspec.indices.items() if name != "backend")
-    return (item.location[0], getattr(item, "originalname", item.name), others)
+def _case_of(item: pytest.Item) -> op_cases.Case | None:
+    case = getattr(getattr(item, "callspec", None), "params", {}).get("case")
+    return case if isinstance(case, op_cases.Case) else None
+
+
+def _apart_from_backend(item: pytest.Item) -> str:
+    """Return the id of a test without the id of its backend."""
+    backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
+    return item.nodeid if backend is None else item.nodeid.replace(f"[{backend}-", "[").replace(f"[{backend}]", "")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,9 +52,12 @@ class TestRunsOfTests:
 
     FILE = """
 import time
+from pathlib import Path
 def test_a(): pass
 def test_b(): assert 1 == 2, "b is wrong"
-def test_c(): time.sleep({seconds})
+def test_c():
+    Path(__file__).with_suffix(".begun").touch()
+    time.sleep({seconds})
 def test_d(): pass
 """
 
@@ -81,16 +87,44 @@ def test_d(): pass
 
     @pytest.mark.parametrize("processes", [1, 2])
     def test_what_takes_too_long_is_cut_and_goes_on_there(
-        self, options: Options, tmp_path: Path, processes: int
+        self, options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
     ) -> None:
-        short = Options(seconds=18.0, progress=options.progress)
-        with pytest.raises(Cut, match=r"[12] of 3 steps"):
-            self.run(short, tmp_path, "-k", "not test_b", seconds=60, processes=processes)
+        given = []
+
+        class RingsInTestC(threading.Thread):
+            """A timer that need not wait for its time."""
+
+            def __init__(self, seconds: float, ring: Callable[[], None]) -> None:
+                super().__init__(daemon=True)
+                self.ring, self.ended = ring, threading.Event()
+                given.append(seconds)
+
+            def run(self) -> None:
+                while not (begun := (tmp_path / "test_fake.begun").exists()) and not self.ended.is_set():
+                    time.sleep(0.05)
+                if begun:
+                    self.ring()
+
+            def cancel(self) -> None:
+                self.ended.set()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(tests, "Timer", RingsInTestC)
+            with pytest.raises(Cut, match=r"[12] of 3 steps"):
+                self.run(options, tmp_path, "-k", "not test_b", seconds=60, processes=processes)
+        assert 50.0 < given[0] < 60.0, "a part ends before its time is up"
         done = set(options.progress.of("parity").done)
         assert "test_fake.py::test_a" in done
         note = self.run(options, tmp_path, "-k", "not test_b", processes=processes)
         assert note.startswith("3 tests; ")
         assert f"{3 - len(done)} passed" in note
+
+    def test_the_interrupt_comes_in_time(self) -> None:
+        begin = time.monotonic()
+        _, status, stopped = tests._run([sys.executable, "-c", "import time; time.sleep(60)"], 0.5, {})
+        assert stopped
+        assert status != 0
+        assert time.monotonic() - begin < 30
 
     def test_a_failure_of_an_earlier_call_stays_one(self, options: Options, tmp_path: Path) -> None:
         for _ in range(2):

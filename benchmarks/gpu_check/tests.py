@@ -7,8 +7,8 @@ import importlib.util
 import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
+from threading import Event, Timer
 
 from benchmarks.gpu_check import resuming
 from benchmarks.gpu_check.common import ROOT, WORK, Cut, NotAvailable, Options, environment, python
@@ -83,13 +83,13 @@ def _run(command: list[str], seconds: float, variables: Mapping[str, str]) -> tu
         # A shell that starts something in the background has it ignore the signal that stops pytest below.
         preexec_fn=functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
-    stopped = threading.Event()
+    stopped = Event()
 
     def stop() -> None:
         stopped.set()
         process.send_signal(signal.SIGINT)  # on which pytest counts what it has
 
-    alarm = threading.Timer(max(seconds, 0.0), stop)
+    alarm = Timer(max(seconds, 0.0), stop)
     alarm.start()
     assert process.stdout is not None
     last = ""
