@@ -2,25 +2,37 @@
 
 Writes results/REPORT.md and its pictures, and puts the newest tables of the networks between the markers of README.md.
 Of each case only the newest run counts, and ratios are formed inside that run alone. ``--check`` writes nothing and
-fails where a file is not up to date.
+fails where a file is not up to date. ``--measure`` first measures this machine's CPU, by `effkernels bench`.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from benchmarks.sections import Section
-from benchmarks.suite import RESULTS
+from effkernels import console, environment
 from effkernels.bench.timing import read_rows
+from effkernels.cli import main as effkernels
 from effkernels.report import measured
 from effkernels.report.measured import Group, newest_groups, origin_of, time_text
 from effkernels.report.parts import Picture
 from effkernels.report.svg import standalone
 
+RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parent.parent / "README.md"
+MEASURED = (
+    "--model efficientnet_b0 efficientnet_b4 --batch-size 1 16 --precision float32 bfloat16 --no-memory --rounds 10 "
+    "--contender effkernels engine optimized eager eager-channels-last compile onnxruntime openvino",
+    "--suite layer --model efficientnet_b0 --batch-size 1 16 --contender effkernels eager-channels-last",
+    "--suite overhead",
+)
+"""The flags of each call of `effkernels bench` that makes a part of a CPU's report, what matters most first."""
 SECTION = Section("README.md", "<!-- results: written by benchmarks/report.py -->", "<!-- end of results -->")
 _FAMILY = "efficientnet_"
 
@@ -130,7 +142,28 @@ def readme_section(groups: Sequence[Group]) -> str:
             source = origin_of([row for group in members if group.device == device for row in group.rows])
             lines += ["", f"Measured {source}" if len(devices) == 1 else f"{device}: measured {source}"]
         blocks.append("\n".join(lines))
-    return "\n\n".join(blocks) if blocks else "No results have been recorded yet: `python -m benchmarks.suite`."
+    return (
+        "\n\n".join(blocks) if blocks else "No results have been recorded yet: `python -m benchmarks.report --measure`."
+    )
+
+
+def measure(folder: Path) -> int:
+    """Measure the cases of the report on this machine's CPU and append the rows to its file in a folder.
+
+    Cases that the file has of this very commit are not measured again, so that a run that was broken off goes on.
+
+    Returns:
+        The number of calls of `effkernels bench` that failed.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    device = environment.device_name(torch.device("cpu"), torch.get_num_threads())
+    file = folder / f"{environment.file_stem(device)}.jsonl"
+    begin, failed = time.monotonic(), 0
+    for flags in MEASURED:
+        console.note(f"report: effkernels bench {flags}")
+        failed += effkernels(["bench", *flags.split(), "--device", "cpu", "--resume", str(file)]) != 0
+    console.note(f"report: measured in {(time.monotonic() - begin) / 60:.1f} minutes")
+    return failed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -138,9 +171,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--results-folder", type=Path, default=RESULTS, help="default: benchmarks/results")
     parser.add_argument("--readme", type=Path, default=README, help="default: README.md of the repository")
-    parser.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of date")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--check", action="store_true", help="write nothing, fail where a file is out of date")
+    what.add_argument("--measure", action="store_true", help="measure this CPU first, on an otherwise idle machine")
     parsed = parser.parse_args(arguments)
     folder: Path = parsed.results_folder
+    failed = measure(folder) if parsed.measure else 0
     rows = [row for file in sorted(folder.glob("*.jsonl")) for row in read_rows(file)]
     groups = newest_groups(rows)
     readme = parsed.readme.read_text(encoding="utf-8")
@@ -155,7 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     for file, text in texts.items():
         file.write_text(text, encoding="utf-8")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

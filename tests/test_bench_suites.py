@@ -143,6 +143,14 @@ class TestMeasuring:
         assert [row.name for row in rows] == ["effkernels", "eager"]
         assert all(row.bytes == call.bytes_moved(torch.bfloat16) and row.rounds == 2 for row in rows)
 
+    @pytest.mark.usefixtures("compiled")
+    def test_overhead(self) -> None:
+        (case,) = SUITES["overhead"](SETTINGS)
+        rows, refusals = case.measure(QUICK, date="now", advance=lambda name: None, report=lambda line: None)
+        assert refusals == []
+        assert tuple(row.name for row in rows) == case.contenders
+        assert all(row.suite == "overhead" and row.median_us > 0 and row.batch == 1 for row in rows)
+
     def test_a_wrong_operator_is_not_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from effkernels.bench import op_cases
 

@@ -17,9 +17,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import cases, console_examples, report
+from benchmarks import console_examples, report
 from effkernels import environment
-from effkernels.bench import timing
+from effkernels.bench import overhead, timing
 from effkernels.bench.check import sample_model
 from effkernels.bench.contenders import CONTENDERS, Contender, NetworkCase, ReadyContender
 from effkernels.bench.networks import Options, network_case, run_case, steps
@@ -28,6 +28,7 @@ from effkernels.bench.peak_memory import peak_memory
 from effkernels.bench.precision import PRECISIONS, Precision
 from effkernels.bench.samples import sample_foreign
 from effkernels.bench.timing import Row, Statistics
+from effkernels.cli import main
 from effkernels.ops.call import OpCall, tensors
 
 # The fields that a row must have, in order; p99_us is beside p95_us.
@@ -432,11 +433,6 @@ class TestOperatorCalls:
         assert call.bytes_moved(torch.float32) == 4 * (images + weights + vectors)
         assert call.bytes_moved(torch.bfloat16) == 2 * (images + weights) + 4 * vectors
 
-    def test_calls_of_the_suite_are_those_of_b0(self) -> None:
-        names = {call.op for call in cases.op_calls(1)}
-        assert names >= {"conv_bn_act", "depthwise_bn_act_gate", "pointwise_bn_act", "squeeze_excite_gate"}
-        assert all(call.batch == 3 for call in cases.op_calls(3))
-
     @pytest.mark.parametrize("op", ["depthwise_bn_act", "conv_bn_act"])
     def test_copies_have_tensors_of_their_own_in_channels_last(self, op: str) -> None:
         arguments = OpCall.on(op, (1, 4, 5, 5), out_channels=3).arguments()
@@ -540,12 +536,41 @@ def test_report_of_this_repository_is_up_to_date() -> None:
     assert report.main(["--check"]) == 0
 
 
-@pytest.mark.parametrize("face", ["effkernels.ops", "torch.ops.effkernels", "eager", "conv2d alone"])
+def test_report_measures_what_bench_has(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = []
+
+    def bench(arguments: list[str]) -> int:
+        called.append(arguments)
+        assert main([*arguments[:-2], "--list"]) == 0
+        return 0
+
+    monkeypatch.setattr(report, "effkernels", bench)
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.SECTION.begin}\n{report.SECTION.end}\n")
+    arguments = ["--measure", "--results-folder", str(tmp_path / "results"), "--readme", str(readme)]
+    assert report.main(arguments) == 0
+    cases = capsys.readouterr().out
+    for model in ("efficientnet_b0@224", "efficientnet_b4@380"):
+        for batch in (1, 16):
+            for dtype in ("float32", "bfloat16"):
+                assert f"model {model}, {dtype}, batch {batch}: effkernels, engine" in cases
+    (file,) = {arguments[-1] for arguments in called}
+    assert Path(file).parent == tmp_path / "results"
+    assert Path(file).stem == environment.file_stem(
+        environment.device_name(torch.device("cpu"), torch.get_num_threads())
+    )
+    monkeypatch.setattr(report, "effkernels", lambda arguments: 1)
+    assert report.main(arguments) == 1
+
+
+@pytest.mark.parametrize("face", overhead.CONTENDERS)
 @pytest.mark.usefixtures("compiled")
 def test_overhead_of_a_call(face: str, benchmark: Callable[[Callable[[], object]], object]) -> None:
     """Reports the time of one call with next to no work; that the call works is all that is asserted."""
     with torch.inference_mode():
-        call = cases.overhead_calls(torch.device("cpu"))[face]
+        call = overhead.calls(torch.device("cpu"))[face]
         benchmark.pedantic(call, rounds=5, iterations=20, warmup_rounds=1)  # type: ignore[attr-defined]
         result = call()
     result = result[0] if isinstance(result, tuple) else result

@@ -12,7 +12,16 @@ from typing import Protocol
 import torch
 
 from effkernels import environment
-from effkernels.bench import block_cases, contenders, kernelbench, layer_cases, op_cases, paper_cases, train_cases
+from effkernels.bench import (
+    block_cases,
+    contenders,
+    kernelbench,
+    layer_cases,
+    op_cases,
+    overhead,
+    paper_cases,
+    train_cases,
+)
 from effkernels.bench.block_cases import blocks_of, measure_block
 from effkernels.bench.measure import Options, Refusal
 from effkernels.bench.network_case import NetworkCase
@@ -258,6 +267,15 @@ def _kernelbench(settings: Settings) -> Iterator[SuiteCase]:
             )  # fmt: skip
 
 
+def _overhead(settings: Settings) -> Iterator[SuiteCase]:
+    names = settings.chosen("overhead", overhead.CONTENDERS, overhead.CONTENDERS)
+    run = partial(overhead.measure_overhead, names, settings.device)
+    yield SuiteCase(
+        "overhead", overhead.CASE, "float32", 1, settings.device_name, names, settings.options,
+        _threaded(run, settings.threads), lambda name: None,
+    )  # fmt: skip
+
+
 def _paper(settings: Settings) -> Iterator[SuiteCase]:
     names = settings.chosen("paper", paper_cases.CONTENDERS, paper_cases.DEFAULT)
     device = environment.device_name(torch.device("cpu"), paper_cases.THREADS)
@@ -314,4 +332,5 @@ SUITES: dict[str, Callable[[Settings], Iterator[SuiteCase]]] = {
     "train": _training,
     "kernelbench": _kernelbench,
     "paper": _paper,
+    "overhead": _overhead,
 }

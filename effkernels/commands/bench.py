@@ -49,8 +49,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--suite", nargs="+", choices=SUITES, default=["model"], metavar="NAME",
         help="op: the operator calls of the models; block: their blocks; layer: their time block by block; model: the "
         "networks; latency: the networks with one image a call, each waited for; train: their training steps; "
-        "kernelbench: KernelBench's problems and paper: table 4 of the EfficientNet paper on one core, both whatever "
-        "--model and --batch-size are; default: model",
+        "kernelbench: KernelBench's problems, paper: table 4 of the EfficientNet paper on one core, and overhead: one "
+        "call with next to no work, all three whatever --model and --batch-size are; default: model",
     )  # fmt: skip
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1], metavar="N", help="default: 1")
     parser.add_argument("--img-size", type=positive, metavar="PIXELS", help="default: each model's own")
