@@ -10,13 +10,6 @@ namespace {
 
 int64_t up(int64_t value, int64_t unit) { return divide_up(value, unit) * unit; }
 
-PointwiseDivisor divisor(int64_t by) {
-  PointwiseDivisor d;
-  while ((int64_t(1) << (d.shift - 31)) < by) ++d.shift;
-  d.multiplier = static_cast<uint32_t>(((uint64_t(1) << d.shift) + uint64_t(by) - 1) / uint64_t(by));
-  return d;
-}
-
 DepthwiseCall depthwise_of(const MBConvCall& call) { return {call.depthwise, call.se, false, false}; }
 
 // As it is once the gate has an address.

@@ -66,6 +66,9 @@ struct PointwiseDivisor {
   int shift = 31;
 };
 
+// The divisor of a division by `by`, 1 to 2^31 - 1.
+PointwiseDivisor divisor(int64_t by);
+
 // The cut of the product: see pointwise.cuh.
 struct PointwisePlan {
   int tile = 0;  // of kPointwiseTiles

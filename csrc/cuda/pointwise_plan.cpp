@@ -27,13 +27,6 @@ bool rows_even(const PointwiseParams& p, int64_t stride_n, int64_t stride_p) {
   return stride_p < kMostDistance && (p.batch == 1 || stride_n == p.pixels * stride_p);
 }
 
-PointwiseDivisor divisor(int64_t by) {
-  PointwiseDivisor d;
-  while ((int64_t(1) << (d.shift - 31)) < by) ++d.shift;
-  d.multiplier = static_cast<uint32_t>(((uint64_t(1) << d.shift) + uint64_t(by) - 1) / uint64_t(by));
-  return d;
-}
-
 int element_of(const PointwiseParams& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
 
 // A plan, and whether it is for the kernel of training.
@@ -242,6 +235,13 @@ PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const
 }
 
 }  // namespace
+
+PointwiseDivisor divisor(int64_t by) {
+  PointwiseDivisor d;
+  while ((int64_t(1) << (d.shift - 31)) < by) ++d.shift;
+  d.multiplier = static_cast<uint32_t>(((uint64_t(1) << d.shift) + uint64_t(by) - 1) / uint64_t(by));
+  return d;
+}
 
 PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limits) {
   return plan_of(p, false, true, limits);

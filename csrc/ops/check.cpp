@@ -80,6 +80,11 @@ DType dtype_of(const char* op, const char* name, const Tensor& t) {
   }
 }
 
+DType dtype_named(const char* op, const std::string& name) {
+  return pick<DType>(op, "dtype", name,
+                     {{"float32", DType::kFloat32}, {"float16", DType::kFloat16}, {"bfloat16", DType::kBFloat16}});
+}
+
 Activation activation_of(const char* op, const char* name, const std::string& given) {
   return pick<Activation>(op, name, given,
                           {{"identity", Activation::kIdentity},

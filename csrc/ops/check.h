@@ -25,6 +25,9 @@ const char* name_of(torch::headeronly::ScalarType type);
 // float32, float16 or bfloat16; anything else is an error that names the argument.
 DType dtype_of(const char* op, const char* name, const Tensor& t);
 
+// The same by its name in PyTorch.
+DType dtype_named(const char* op, const std::string& name);
+
 Activation activation_of(const char* op, const char* name, const std::string& given);
 Gate gate_of(const char* op, const char* name, const std::string& given);
 

@@ -93,13 +93,6 @@ ConvParams conv_of(const std::string& op, DType dtype, const Shape& s) {
   return p;
 }
 
-DType dtype_named(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float16") return DType::kFloat16;
-  STD_TORCH_CHECK(name == "bfloat16", "cpu_plan: dtype='", name, "'; allowed: float32, float16, bfloat16");
-  return DType::kBFloat16;
-}
-
 // "pointwise units=140 shares=20,20,..." a line for each kernel.
 class Lines {
  public:
@@ -116,7 +109,7 @@ class Lines {
 
 std::string cpu_plan(const std::string& op, const std::string& dtype_name, const Shape& s, int64_t threads) {
   STD_TORCH_CHECK(threads >= 1 && threads <= 1024, "cpu_plan: threads=", threads, "; allowed: 1 to 1024");
-  const DType dtype = dtype_named(dtype_name);
+  const DType dtype = dtype_named("cpu_plan", dtype_name);
   const cpu::Divisions& divisions = cpu::kernels().divisions;
   const int count = int(threads);
   Lines lines;

@@ -11,6 +11,7 @@
 #include "../cuda/pointwise.h"
 #include "../cuda/squeeze_excite.h"
 #include "../sizes.h"
+#include "check.h"
 #include "pack.h"
 #include "registry.h"
 
@@ -57,13 +58,6 @@ DeviceLimits limits_of(const std::string& op, const Shape& given) {
     *to[i] = int(given[i]);
   }
   return limits;
-}
-
-DType dtype_named(const std::string& name) {
-  if (name == "float32") return DType::kFloat32;
-  if (name == "float16") return DType::kFloat16;
-  STD_TORCH_CHECK(name == "bfloat16", "cuda_plan: dtype='", name, "'; allowed: float32, float16, bfloat16");
-  return DType::kBFloat16;
 }
 
 const char* name_of(DType dtype) {
@@ -425,7 +419,7 @@ DescribedLaunches plan_of_conv(const std::string& op, DType dtype, const Shape& 
 
 std::string cuda_plan(const std::string& op, const std::string& dtype_name, const Shape& shape,
                       const Shape& limit_values) {
-  const DType dtype = dtype_named(dtype_name);
+  const DType dtype = dtype_named("cuda_plan", dtype_name);
   const DeviceLimits limits = limits_of(op, limit_values);
   DescribedLaunches launches;
   if (op == "pointwise_bn_act")
