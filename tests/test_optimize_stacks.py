@@ -344,6 +344,15 @@ class TestVerification:
         assert_as_before(model, plain, images(2, 33, 35))
 
 
+def test_an_engine_runs_stacks(calls: list[int]) -> None:
+    model = network()
+    plain = copy.deepcopy(model)
+    x = images(2, 33, 35)
+    with effkernels.InferenceEngine(model, batch_sizes=(2,), input_size=(3, 33, 35)) as engine, torch.no_grad():
+        assert calls[-1] == 4  # after the comparisons of blocks and stacks
+        assert_parity(engine(x), [plain(x)], copy.deepcopy(plain).double()(x.double()))
+
+
 class TestTracing:
     @pytest.mark.usefixtures("as_on_a_gpu")
     def test_one_graph_for_all_sizes(self) -> None:
