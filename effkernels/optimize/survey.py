@@ -3,7 +3,7 @@
 A block is the smallest module whose forward holds a whole chain (an inverted bottleneck, or a single convolution with
 its norm and activation); everything inside it becomes one program. A module around blocks gets a program where its own
 forward has something to fuse (the stem and the head of many networks), or where it hands tensors from one block to the
-next, so that the memory format changes at its ends and not between.
+next, so that the memory format changes at its ends and not between, and blocks that follow each other are one operator.
 """
 
 from __future__ import annotations
