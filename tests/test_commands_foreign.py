@@ -99,7 +99,9 @@ class TestExplain:
     @pytest.mark.usefixtures("compiled")
     @pytest.mark.parametrize("model", [TIMM, TORCHVISION, HF])
     def test_fused_operators_are_planned(self, capsys: pytest.CaptureFixture[str], model: str) -> None:
-        status, out, err = run(capsys, "explain", model, "--img-size", "64", "--batch-size", "2", "--json")
+        """In float32: in 16-bit types nearly all blocks of such small images share a launch."""
+        flags = ("--img-size", "64", "--batch-size", "2", "--precision", "float32", "--json")
+        status, out, err = run(capsys, "explain", model, *flags)
         launches = json.loads(out)["launches"]
         assert status == 0
         assert "as optimize_ leaves it on this machine's CPU" in err

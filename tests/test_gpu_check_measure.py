@@ -41,9 +41,13 @@ class TestShapes:
 
     def test_every_family_has_its_turn_from_the_start(self, compiled: None) -> None:
         order = list(ops.cases(["efficientnet_b0", "efficientnet_b4"], [256, 1, 32]))
-        first = ["block" if isinstance(one, BlockMeasurement) else one.op for one in order[:5]]
+        stacks, others = order[:3], order[3:]
+        assert [one.title for one in stacks] == [
+            f"efficientnet_b0 blocks.3.0-6.0 {batch}x40x28x28 to 320x7x7" for batch in (1, 8, 32)
+        ]
+        first = ["block" if isinstance(one, BlockMeasurement) else one.op for one in others[:5]]
         assert first == [*shapes.FAMILIES, "block"]
-        assert {one.batch for one in order[:40]} == {256}
+        assert {one.batch for one in others[:40]} == {256}
         assert len(order) == len({one.title for one in order}), "steps have names of their own"
 
     def test_every_call_and_block_is_measured_at_every_batch(self, compiled: None) -> None:
@@ -77,6 +81,17 @@ class TestBlocks:
         gate = 2 * 32 * 2  # written by one call and read by the next
         assert images[1] - images[0] == 2 * pixels * (32 + 32 + 32 + 16) + gate
         assert images[0] > images[1] - images[0]
+
+    def test_a_stack_is_the_blocks_from_a_stage_on(self, compiled: None, one_thread: None) -> None:
+        """One operator on a GPU in 16-bit types, which reads no tensor between its blocks."""
+        stack = blocks.stack_of("efficientnet_b0", 3)
+        assert stack.bytes_moved(8, torch.bfloat16) - stack.bytes_moved(7, torch.bfloat16) == 2 * (
+            40 * 28 * 28 + 320 * 7 * 7
+        )
+        _, measured, refused = blocks.measure_block(stack, 2, torch.float32, CPU)
+        assert refused == []
+        names = [one.contender for one in measured if "triton" not in one.contender]
+        assert names == ["effkernels-cpu", "effkernels-cpu-one-by-one", "eager-channels-last"]
 
     def test_contenders_are_timed_after_parity(self, compiled: None, one_thread: None) -> None:
         block = blocks.blocks_of("efficientnet_b0")[-1]
@@ -158,10 +173,11 @@ class TestOperators:
             fake_row("compile-graph", 180.0),
             fake_row("compile-max-autotune-graph", 170.0),
             fake_row("cudnn convolution alone-graph", 120.0),
+            fake_row("effkernels-cuda-one-by-one-graph", 105.0),
         ]
         title, line = ops.table([rows]).splitlines()
-        assert title.split()[-5:] == ["triton", "eager", "compile", "autotune", "library"]
-        assert line.split()[2:] == ["100.0", "80%", "1.10x", "3.50x", "1.80x", "1.70x", "1.20x"]
+        assert title.split()[-6:] == ["triton", "eager", "compile", "autotune", "library", "apart"]
+        assert line.split()[2:] == ["100.0", "80%", "1.10x", "3.50x", "1.80x", "1.70x", "1.20x", "1.05x"]
         alone = ops.table([rows[1:4]]).splitlines()[1]
         assert alone.split()[2:] == ["110.0", "73%", "3.18x", "1.64x"]
         assert alone[71:79].strip() == "", "Triton is not compared with itself"
@@ -203,7 +219,7 @@ class TestOperators:
     def test_without_time_it_is_cut_and_says_so(
         self, compiled: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        with pytest.raises(Cut, match="0 of 9 steps, next depthwise_bn_act_squeeze of efficientnet_b0"):
+        with pytest.raises(Cut, match="0 of 10 steps, next depthwise_bn_act_squeeze of efficientnet_b0"):
             ops.operators(Options(device="cpu", seconds=0.0, smoke=True, results=tmp_path))
         assert "for lack of time (0 s) left out" in capsys.readouterr().out
 
@@ -212,11 +228,14 @@ class TestOperators:
         """The whole part on the CPU at small sizes: a row for every operator, in the smoke test's own file."""
         monkeypatch.setattr("benchmarks.gpu_check.results.WORK", tmp_path)
         note = ops.operators(Options(device="cpu", seconds=300.0, smoke=True, results=tmp_path / "never"))
-        assert note.startswith("9 cases in ")
+        assert note.startswith("10 cases in ")
         (file,) = (tmp_path / "results").glob("*.jsonl")
         rows = read_rows(file)
         assert len({row.case.split()[0] for row in rows if row.suite == "op"}) == 8
-        assert {row.case for row in rows if row.suite == "block"} == {"efficientnet_b0 blocks.6.0 2x192x7x7 to 320x7x7"}
+        assert {row.case.split(" ", 1)[1] for row in rows if row.suite == "block"} == {
+            "blocks.6.0 2x192x7x7 to 320x7x7",
+            "blocks.3.0-6.0 2x40x28x28 to 320x7x7",
+        }
         assert all(row.floor_us for row in rows)
         assert not (tmp_path / "never").exists()
 

@@ -8,14 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from called_operators import CalledOperators
 from optimize_models import PAGE, PEERS, Peer, build, is_installed, with_table
 from parity import assert_parity
 from peer_models import images, in_both_layouts, in_float64
 from torch import nn
 
 import effkernels
-from effkernels.optimize import Report, program
+from effkernels.optimize import Report
 
 
 def parameters(peers: Iterable[Peer]) -> list[Any]:
@@ -57,32 +56,6 @@ def test_logits_are_as_exact_as_before_and_everything_comes_back(peer: Peer) -> 
     assert [type(module) for module in model.modules()] == classes
     with torch.no_grad():
         assert torch.equal(model(x), before)
-
-
-# Blocks that expand; a block without an expansion is two operators.
-MBCONV = {
-    ("timm", "efficientnet_b0"): 15,
-    ("timm", "mobilenetv3_small_050"): 10,
-    ("torchvision", "mobilenet_v2"): 16,
-    ("torchvision", "mobilenet_v3_small"): 10,
-    ("lukemelas", "b0"): 15,
-    ("transformers", "EfficientNet B0"): 15,
-    ("NVIDIA layout", "efficientnet-b0 in small"): 3,
-}
-
-
-@pytest.mark.parametrize(("library", "name"), MBCONV)
-def test_a_block_is_one_operator_on_a_gpu(library: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which may be one launch there; tried here on the CPU, where the parts are faster."""
-    monkeypatch.setitem(program._BASE, "takes_block", lambda x, backend: True)
-    peer = next(peer for peer in PEERS if (peer.library, peer.name) == (library, name))
-    model, x = made(peer), images(2, *peer.size)
-    with torch.no_grad():
-        same_dtype, truth = in_both_layouts(model, x), in_float64(model, x)
-        assert_counts(effkernels.optimize_(model), peer)
-        with CalledOperators() as called:
-            assert_parity(model(x), same_dtype, truth, "logits")
-    assert called.names["effkernels::mbconv"] == MBCONV[library, name]
 
 
 @pytest.mark.parametrize("peer", META)

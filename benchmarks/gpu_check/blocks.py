@@ -1,4 +1,6 @@
-"""Whole blocks of networks as cases of the operator benchmark: a module against itself on the reference backend."""
+"""Whole blocks of networks, and blocks that follow each other, as cases of the operator benchmark: a module against
+itself on the reference backend.
+"""
 
 from __future__ import annotations
 
@@ -17,31 +19,56 @@ from effkernels import environment
 from effkernels.bench import timing
 from effkernels.bench.check import sample_model
 from effkernels.models import create_model, model_config
+from effkernels.nn.stack import run_in_stacks
+from effkernels.ops.backends import BLOCK
 from effkernels.ops.call import PreparedCall
 from effkernels.plan import launches
 
 _PARITY_IMAGES = 2
+ONE_BY_ONE = "-one-by-one"
+"""The end of the name of a contender that calls the blocks of a stack one after the other."""
+
+
+class Stack(nn.Module):
+    """Blocks that follow each other, run as a network runs them: as one operator where a block is one."""
+
+    def __init__(self, blocks: nn.Sequential) -> None:
+        super().__init__()
+        self.blocks = blocks
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (N, C, H, W)."""
+        return run_in_stacks(self.blocks, x)
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block of a network in eval mode.
+    """A block of a network in eval mode, or all of its blocks from a stage on.
 
     Attributes:
         path: its name in the network.
         shape: of one image that it takes, (C, H, W).
         out: of one that it gives.
+        from_stage: the first stage of a stack; None for one block.
     """
 
     model: str
     path: str
     shape: tuple[int, ...]
     out: tuple[int, ...]
+    from_stage: int | None = None
 
     @property
     def module(self) -> nn.Module:
         """A copy of it with the weights of `sample_model`, float32 on the CPU."""
-        return copy.deepcopy(sample_model(self.model).get_submodule(self.path))
+        return copy.deepcopy(self._of(sample_model(self.model)))
+
+    def _of(self, network: nn.Module) -> nn.Module:
+        if self.from_stage is None:
+            return network.get_submodule(self.path)
+        stages = network.get_submodule("blocks")
+        assert isinstance(stages, nn.Sequential)
+        return Stack(stages[self.from_stage :])
 
     def case(self, batch: int) -> str:
         """Return the case as rows name it."""
@@ -59,7 +86,7 @@ class Block:
         The tensor between two calls is a result of one and an argument of the other.
         """
         with torch.device("meta"):
-            module = create_model(self.model, dtype=dtype, backend="cpu").eval().get_submodule(self.path)
+            module = self._of(create_model(self.model, dtype=dtype, backend="cpu").eval())
             x = torch.empty(batch, *self.shape, dtype=dtype).to(memory_format=torch.channels_last)
         return sum(launches.moved_bytes(call) for call in launches.record_calls(module, x))
 
@@ -86,6 +113,14 @@ def blocks_of(model: str) -> tuple[Block, ...]:
     return tuple(found.values())
 
 
+def stack_of(model: str, from_stage: int) -> Block:
+    """Return the blocks of a network from a stage on."""
+    found = blocks_of(model)
+    (first,) = (block for block in found if block.path == f"blocks.{from_stage}.0")
+    path = f"{first.path}-{found[-1].path.removeprefix('blocks.')}"
+    return Block(model, path, first.shape, found[-1].out, from_stage)
+
+
 def contenders(
     block: Block, images: Tensor, dtype: torch.dtype, device: torch.device, modes: Sequence[str | None]
 ) -> dict[str, Contender]:
@@ -109,6 +144,9 @@ def contenders(
         f"effkernels-{name}": of(measure.on_backend(module, name), name)
         for name in measure.ours("depthwise_bn_act_gate", dtype, device)
     }
+    if isinstance(module, Stack):
+        for name in measure.ours(BLOCK, dtype, device):
+            found[f"effkernels-{name}{ONE_BY_ONE}"] = of(measure.on_backend(module.blocks, name), name)
     found["eager-channels-last"] = of(reference)
     for mode in modes:
         found[measure.compiled_name(mode)] = of(torch.compile(reference, mode=mode, dynamic=False))

@@ -26,13 +26,17 @@ from effkernels.ops.parity import full_float32
 MODELS = ("efficientnet_b0", "efficientnet_b4")
 BATCHES = (256, 1, 32)
 
+# The last eleven blocks of B0, whose planes of 28x28 and less clusters hold, as one operator and one by one.
+STACKED, FIRST_STAGE = "efficientnet_b0", 3
+STACK_BATCHES = (1, 8, 32)
+
 # Seconds that a case takes at first guess, and what each mode of torch.compile adds; afterwards the last ones are the
 # guess.
 _GUESS = 4.0
 _COMPILE_GUESS = 8.0
 
 _COLUMNS = {"triton": "effkernels-triton", "eager": "eager-channels-last", "compile": "compile",
-            "autotune": "compile-max-autotune", "library": " alone"}  # fmt: skip
+            "autotune": "compile-max-autotune", "library": " alone", "apart": blocks.ONE_BY_ONE}  # fmt: skip
 
 
 def table(groups: Sequence[Sequence[Row]]) -> str:
@@ -58,7 +62,7 @@ def table(groups: Sequence[Sequence[Row]]) -> str:
 
 def _is(row: Row, name: str) -> bool:
     contender = row.contender.removesuffix("-graph")
-    return contender.endswith(name) if name.startswith(" ") else contender == name
+    return contender.endswith(name) if name.startswith((" ", "-")) else contender == name
 
 
 @dataclass(frozen=True)
@@ -82,8 +86,11 @@ def cases(models: Sequence[str], batches: Sequence[int]) -> Iterator[AnyMeasurem
     """Everything there is to measure, the most important first.
 
     At each batch and of each network the operators and whole blocks take turns; the operators that a network does not
-    call itself come last.
+    call itself come last. Blocks that follow each other come first: a few seconds say whether one operator pays.
     """
+    if STACKED in models:
+        stack = blocks.stack_of(STACKED, FIRST_STAGE)
+        yield from (BlockMeasurement(stack, batch, compiled=False) for batch in STACK_BATCHES)
     for batch in batches:
         for model in models:
             families: list[Sequence[AnyMeasurement]] = [shapes.of_family(model, op, batch) for op in shapes.FAMILIES]
@@ -95,12 +102,13 @@ def cases(models: Sequence[str], batches: Sequence[int]) -> Iterator[AnyMeasurem
 
 
 def wanted(options: Options) -> dict[str, tuple[AnyMeasurement, torch.dtype]]:
-    """The cases by name in their order; in a smoke test a small call of each operator and a block, at batch 2."""
+    """The cases by name in their order; in a smoke test a small call of each operator, a block and a stack."""
     if options.smoke:
         chosen: list[AnyMeasurement] = [
             shapes.of_family(MODELS[0], op, 2)[-1] for op in (*shapes.FAMILIES, *shapes.OTHERS)
         ]
         chosen.append(BlockMeasurement(blocks.blocks_of(MODELS[0])[-1], 2))
+        chosen.append(BlockMeasurement(blocks.stack_of(STACKED, FIRST_STAGE), 2))
     else:
         chosen = list(cases(MODELS, BATCHES))
     return {f"{one.title}, {dtype}": (one, getattr(torch, dtype)) for one in chosen for dtype in options.dtypes}

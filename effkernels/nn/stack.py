@@ -5,8 +5,8 @@ a hook or in training mode, runs by itself, and so does every other module.
 """
 
 # No `from __future__ import annotations`: torch.fx writes the types into its graphs, and TorchScript reads no strings.
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -73,27 +73,58 @@ def _takes_stack(stack: list[nn.Module], x: Tensor) -> bool:
 
 def _run(stack: list[nn.Module], x: Tensor) -> Tensor:
     first = stack[0]
-    if _takes_stack(stack, x):
-        arguments: list[dict[str, Any]] = []
+    if len(stack) > 1 and isinstance(first, MBConv):
+        return run_blocks(x, stack, first.backend, lambda block, *size: cast(MBConv, block).operator_arguments(*size))
+    y: Tensor = first(x)
+    return y
+
+
+def run_blocks(
+    x: Tensor,
+    blocks: Sequence[nn.Module],
+    backend: str,
+    arguments_of: Callable[[nn.Module, int, int], dict[str, Any] | None],
+    options: Sequence[Mapping[str, Any]] = (),
+) -> Tensor:
+    """Run blocks one after the other; those between two that have to be called are one operator.
+
+    Args:
+        x: (N, C, H, W), of the first block.
+        blocks: modules that take one image and return one.
+        backend: of every block.
+        arguments_of: takes a block, and height and width of its input; returns its entry for
+            `effkernels.ops.mbconv_stack`, or None where it has to be called.
+        options: other arguments of each block where it is called; none: no block has any.
+    """
+    position = 0
+    while position < len(blocks):
+        arguments = _leading(x, blocks[position:], backend, arguments_of)
+        if len(arguments) > 1:
+            x = ops.mbconv_stack(x, arguments, backend=backend)
+        else:  # this block or the next one has to be called
+            x = blocks[position](x, **(options[position] if options else {}))
+        position += max(len(arguments), 1)
+    return x
+
+
+def _leading(
+    x: Tensor,
+    blocks: Sequence[nn.Module],
+    backend: str,
+    arguments_of: Callable[[nn.Module, int, int], dict[str, Any] | None],
+) -> list[dict[str, Any]]:
+    """Return the entries of the first blocks, up to one that has to be called; arguments as of `run_blocks`."""
+    arguments: list[dict[str, Any]] = []
+    # A hook of a block before may have made anything of x.
+    if isinstance(x, Tensor) and x.dim() == 4 and backends.takes_block(x, backend):
         height, width = x.shape[2], x.shape[3]
-        for block in stack:
-            assert isinstance(block, MBConv)
-            found = block.operator_arguments(height, width)
+        for block in blocks:
+            found = arguments_of(block, height, width)
             if found is None:
                 break
             arguments.append(found)
             height, width = _result_size(found, height, width)
-        if len(arguments) > 1:
-            assert isinstance(first, MBConv)
-            x = ops.mbconv_stack(x, arguments, backend=first.backend)
-            stack = stack[len(arguments) :]
-            return _run(stack, x) if stack else x
-        # The first block or the second has to be called.
-        x = first(x)
-        return _run(stack[1:], x)
-    for module in stack:
-        x = module(x)
-    return x
+    return arguments
 
 
 def _result_size(arguments: dict[str, Any], height: int, width: int) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from effkernels import _library
 from effkernels.ops.backends import DTYPES
 from effkernels.optimize.twins import Twins, on_meta
 from effkernels.plan import gpus
-from effkernels.plan.launches import Call, plan_call, record_calls
+from effkernels.plan.launches import Call, moved_bytes, plan_groups, record_calls
 
 
 @dataclass(frozen=True)
@@ -77,18 +77,23 @@ def _watching(model: nn.Module, shapes: dict[str, tuple[int, ...]]) -> Iterator[
 
 
 def costs_of(forward: Forward | None, groups: Sequence[frozenset[str]]) -> list[Cost | None]:
-    """Return the cost of each group of modules (by path, what is below included); None if it is not known."""
+    """Return the cost of each group of modules (by path, what is below included); None if it is not known.
+
+    A launch that several blocks share counts at the first of them; its bytes count where they belong.
+    """
     if forward is None or not _library.is_loaded() or any(call.dtype not in DTYPES for call in forward.calls):
         return [None] * len(groups)
     gpu = gpus.find(gpus.DEFAULT_GPU)
     launches, moved = [0] * len(groups), [0] * len(groups)
     owner = {path: index for index, paths in enumerate(groups) for path in paths}
     for call in forward.calls:
-        index = _owner(call.layer, owner)
-        if index is not None:
-            planned = plan_call(call, gpu, allow_tf32=True)
-            launches[index] += len(planned)
-            moved[index] += sum(launch.bytes for launch in planned)
+        for parts, planned in plan_groups(call, gpu, allow_tf32=True):
+            for position, part in enumerate(parts):
+                index = _owner(part.layer, owner)
+                if index is not None:
+                    launches[index] += len(planned) if position == 0 else 0
+                    alone = len(parts) == 1
+                    moved[index] += sum(launch.bytes for launch in planned) if alone else moved_bytes(part)
     return [Cost(*pair) for pair in zip(launches, moved, strict=True)]
 
 

@@ -17,7 +17,7 @@ import copy
 import functools
 import linecache
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from effkernels.nn.fusible import is_untouched
 from effkernels.nn.padding import same_padding
 from effkernels.ops import backends
 from effkernels.optimize.guarding import Guard, is_plain_tensor, replaced_method
+from effkernels.optimize.stacking import in_stacks
 from effkernels.optimize.swapped import BOUND
 
 
@@ -57,11 +58,11 @@ def squeeze(x: Tensor) -> Tensor:
     return x.mean((2, 3), dtype=torch.float32 if x.dtype in (torch.float16, torch.bfloat16) else x.dtype)
 
 
-def same(x: Tensor, kernel: tuple[int, int], stride: int, dilation: int) -> tuple[int, int, int, int]:
-    """Return the padding of TensorFlow's SAME at (top, bottom, left, right) for the size of `x`."""
+def same(size: Sequence[int], kernel: tuple[int, int], stride: int, dilation: int) -> tuple[int, int, int, int]:
+    """Return the padding of TensorFlow's SAME at (top, bottom, left, right) for an image of (..., height, width)."""
     return (
-        *same_padding(x.shape[2], kernel[0], stride, dilation),
-        *same_padding(x.shape[3], kernel[1], stride, dilation),
+        *same_padding(size[-2], kernel[0], stride, dilation),
+        *same_padding(size[-1], kernel[1], stride, dilation),
     )
 
 
@@ -181,6 +182,7 @@ _BASE: dict[str, Any] = {
     "Tensor": Tensor,
     "as_written": as_written,
     "convolve": convolve,
+    "in_stacks": in_stacks,
     "inward": inward,
     "keeps_expanded": keeps_expanded,
     "like": like,
@@ -200,7 +202,11 @@ class Program:
     """The fused form of one method of a module.
 
     Attributes:
-        source: of the function `run(self, x, parts)`, which returns None if it declines.
+        source: of the function `run(self, x, parts)`, which returns None if it declines; where the method is an MBConv
+            block and nothing else, of `block(size, residual, parts, backend)` too.
+        block: this function, else None. It returns the arguments of `effkernels.ops.mbconv` but x, for an input of
+            size (..., height, width); None if it declines, or was written for another backend. `residual` is passed
+            on where the block adds its input.
         names: what the source names besides the helpers of this file: classes, functions, constants.
         argument: name of the method's first argument.
         defaults: the other arguments with the values that the program holds for.
@@ -226,7 +232,15 @@ class Program:
         self.ignored = ignored
         self.fused = fused
         self.guard = guard
-        self.compute: Callable[[Any, Any, tuple[Any, ...]], Any] = _function(source, self.names)
+        functions = _functions(source, self.names)
+        self.compute: Callable[[Any, Any, tuple[Any, ...]], Any] = functions["run"]
+        self.block: Callable[[Sequence[int], Any, tuple[Any, ...], str], dict[str, Any] | None] | None
+        self.block = functions.get("block")
+
+    @property
+    def has_stacks(self) -> bool:
+        """Return whether it runs blocks that follow each other as one operator, where that is faster."""
+        return in_stacks.__name__ in self.compute.__code__.co_names
 
     def run(self, module: Any, x: Any) -> Any:
         """Return the result for `x`; None if the guard or the function declines."""
@@ -256,13 +270,15 @@ class Program:
 
 
 @functools.cache
-def _code(source: str) -> types.CodeType:
+def _codes(source: str) -> tuple[types.CodeType, ...]:
     file = f"<effkernels program {len(linecache.cache)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     module = compile(source, file, "exec")
-    (code,) = (constant for constant in module.co_consts if isinstance(constant, types.CodeType))
-    return code
+    return tuple(constant for constant in module.co_consts if isinstance(constant, types.CodeType))
 
 
-def _function(source: str, names: Mapping[str, Any]) -> types.FunctionType:
-    return types.FunctionType(_code(source), {**_BASE, **names}, "run")
+def _functions(source: str, names: Mapping[str, Any]) -> dict[str, types.FunctionType]:
+    known = {**_BASE, **names}
+    found = {code.co_name: types.FunctionType(code, known, code.co_name) for code in _codes(source)}
+    known.update(found)
+    return found

@@ -18,7 +18,7 @@ class BlockReport:
         reason: why it does not; where it does, which convolutions inside stay as they are, and why ("" where none).
         backend: what runs it: "cuda", "triton", "cpu", "reference" or several joined by "+"; "" where it is not fused.
         launches_before, launches_after: kernels that one forward starts on a GPU, as written and as planned now; None
-            where the input size is unknown.
+            where the input size is unknown. A launch that several blocks share counts at the first of them.
         bytes_before, bytes_after: bytes that they move, each argument, parameter and result once; batch 1.
     """
 
@@ -76,7 +76,10 @@ class Report:
             where = " in eval mode" if self.mode == "training" else ""
             size = "x".join(map(str, self.input_size))
             title += f"; launches and bytes of one image{where}, {size}, before -> now"
-        return "\n".join((title, table[0], "  ".join("-" * width for width in widths), *table[1:], *self.notes))
+        shared = any(block.fused and block.launches_after == 0 for block in self.blocks)
+        notes = ("launches now 0: the block is part of a launch that starts with a block above it",) * shared
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join((title, table[0], rule, *table[1:], *notes, *self.notes))
 
     def _sum(self, figure: str) -> int | None:
         values = [getattr(block, figure) for block in self.blocks]

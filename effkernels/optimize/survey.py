@@ -3,7 +3,7 @@
 A block is the smallest module whose forward holds a whole chain (an inverted bottleneck, or a single convolution with
 its norm and activation); everything inside it becomes one program. A module around blocks gets a program where its own
 forward has something to fuse (the stem and the head of many networks), or where it hands tensors from one block to the
-next, so that the memory format changes at its ends and not between.
+next, so that the memory format changes at its ends and not between, and blocks that follow each other are one operator.
 """
 
 from __future__ import annotations
@@ -185,9 +185,10 @@ class Survey:
         unit = Unit(path, module, methods, is_block=False)
         self.entries += unit.entries
         self._covered |= {name for entry in unit.entries for name in entry.paths}
+        hands_on = is_plain_container(module) and not unit.entries and not any(one.match.linears for one in methods)
         if self.accept(unit):
             self._units.add(id(module))
-            if is_plain_container(module) and not unit.entries and not any(one.match.linears for one in methods):
+            if hands_on:
                 self._handing_on.add(id(module))
 
     def _fusible_method(self, path: str, module: nn.Module, name: str) -> Method | None:
@@ -240,18 +241,23 @@ class Survey:
     def _examine(self, path: str, module: nn.Module, name: str, refused: dict[str, str]) -> Method | None:
         """Trace and match a method; None if it cannot be traced, with the reason kept."""
         try:
-            trace = Trace(module, name, self._is_leaf)
+            trace = Trace(module, name, self._is_leaf if is_plain_container(module) else self._is_closed)
         except Unknown as reason:
             self._reasons.setdefault(path, str(reason))
             return None
         roles = Roles(module, frozenset(self._units), refused)
         return Method(trace, roles, match(module, trace.graph, roles), [])
 
+    def _is_closed(self, module: nn.Module) -> bool:
+        """Return whether a trace must not enter a module."""
+        return id(module) in self._units or id(module) in self._closed
+
     def _is_leaf(self, module: nn.Module) -> bool:
-        """Return whether a trace must not enter a module. It enters a container that only passes tensors on: a call of
-        the whole network then goes from block to block.
+        """Return the same for a trace of a container. It enters containers that only pass tensors on: its program then
+        goes from block to block, through all stages of a network. No other module's does: its own convolutions would
+        not run fused where a stage has a hook.
         """
-        return (id(module) in self._units or id(module) in self._closed) and id(module) not in self._handing_on
+        return self._is_closed(module) and id(module) not in self._handing_on
 
     def _guess(self, module: nn.Module) -> Method | None:
         """Return a layer that cannot be traced, as it probably is; None if nothing can be said."""

@@ -125,11 +125,7 @@ def _method(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
                     return result
         elif program is not None:
             x = args[0] if len(args) == 1 and not kwargs else program.input_of(args, kwargs)
-            if (
-                isinstance(x, Tensor)
-                and not _wants_plain()
-                and (UNVERIFIED not in self.__dict__ or _verify(self, name))
-            ):
+            if isinstance(x, Tensor) and not _wants_plain() and (UNVERIFIED not in self.__dict__ or verify(self, name)):
                 parts = program.guard.take(self, key)
                 if parts is not None:
                     result = program.compute(self, x, parts)
@@ -152,7 +148,7 @@ _is_tracing = torch._C._is_tracing
 _in_transform = torch._C._are_functorch_transforms_active
 
 
-def _verify(module: nn.Module, name: str) -> bool:
+def verify(module: nn.Module, name: str) -> bool:
     """Compare a program with the original forward, which could not be done before: whether it may be used.
 
     `optimize_` had no weights to compare with, on the meta device or before any were loaded. Until there are some, and

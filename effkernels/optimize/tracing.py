@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
 from effkernels.nn.fusible import is_untouched
 from effkernels.optimize.guarding import replaced_method
-from effkernels.optimize.swapped import OWN_PREFIX
+from effkernels.optimize.swapped import OWN_PREFIX, original_class
 from effkernels.optimize.twins import Twins
 from effkernels.optimize.unknown import Unknown
 
@@ -188,7 +188,7 @@ class _Tracer(fx.proxy.TracerBase):
         self.looked_into[path] = None
         outside, self._owner = self._owner, path
         try:
-            return type(module).forward(twin, *args, **kwargs)
+            return original_class(type(module)).forward(twin, *args, **kwargs)
         finally:
             self._owner = outside
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keyword
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -13,6 +13,7 @@ from effkernels.optimize.guarding import Guard, Part, Record, ancestors, record,
 from effkernels.optimize.matching import Gate, Match, Step
 from effkernels.optimize.program import Program
 from effkernels.optimize.roles import Roles, is_format_free
+from effkernels.optimize.stacking import block_program
 from effkernels.optimize.swapped import PROGRAMS
 from effkernels.optimize.tracing import Trace, is_plain_container, owner_of
 from effkernels.optimize.unknown import Unknown
@@ -63,28 +64,45 @@ class _Writer:
         self._gate_names = {gate: f"gate{index}" for index, gate in enumerate(match.gates)}
         self._expansions = _expansions(match)
         self._blocks = self._mbconv_blocks()
+        self._stacks = self._stacks_of_blocks()
+        self._block_arguments: list[str] = []  # of the function `block`
 
     def write(self) -> str:
         order = self._needed()
+        self._is_block = self._is_one_block(order)
         self._is_bound = any(self._is_plain(node) and not self._is_free(node) for node in order)
         last_uses = self._last_uses(order)
         for node in order:
+            gone = [value for value, reader in last_uses.items() if reader is node]
+            if node in self._stacks:
+                self._write_stack(self._stacks[node], gone)
+                continue
             self._write_node(node)
-            gone = [self._values[value] for value, reader in last_uses.items() if reader is node]
-            gone += [name for name, reader in self._last_uses_of_gates(order).items() if reader is node]
-            if gone and node.op != "output":
-                self._lines.append(f"del {', '.join(gone)}")
+            gates = [name for name, reader in self._last_uses_of_gates(order).items() if reader is node]
+            if node.op != "output":
+                self._delete(gone, gates)
         start = ["if x.dim() != 4:", _INDENT + "return None"]
-        if self.parts:
-            start.append(f"{_tuple_of(list(self.parts.values()))} = parts")
-            missing = [f"{name} is None" for part, name in self.parts.items() if part.kind == "buffer"]
-            if missing:  # statistics may be dropped at any time
-                start += [f"if {' or '.join(missing)}:", _INDENT + "return None"]
+        unpacking = [f"{_tuple_of(list(self.parts.values()))} = parts"] if self.parts else []
+        # Statistics may be dropped at any time.
+        missing = [f"{name} is None" for part, name in self.parts.items() if part.kind == "buffer"]
+        start += unpacking
+        if missing:
+            start += [f"if {' or '.join(missing)}:", _INDENT + "return None"]
         start.append("nchw = x.stride(1) != 1")
         if self._loses_in_nchw(order):
             start += [RUNS_NCHW_AS_WRITTEN, _INDENT + "return None"]
-        lines = "".join(f"{_INDENT}{line}\n" for line in start + self._lines)
-        return f"def run(self, x, parts):\n{lines}"
+        run = _definition("run(self, x, parts)", [*start, *self._lines])
+        if not self._block_arguments:
+            return run
+        declines = " or ".join([f"backend != {self._backend!r}", *missing])
+        lines = [*unpacking, f"if {declines}:", _INDENT + "return None"]
+        lines.append(f"return dict({', '.join(self._block_arguments)})")
+        return f"{_definition('block(size, residual, parts, backend)', lines)}\n\n{run}"
+
+    def _delete(self, values: Iterable[fx.Node], names: Iterable[str] = ()) -> None:
+        gone = [*(self._values[value] for value in values), *names]
+        if gone:
+            self._lines.append(f"del {', '.join(gone)}")
 
     def _mbconv_blocks(self) -> dict[Step, Step]:
         """Return the expanded depthwise convolution in front of each 1x1 one, where the three are an MBConv block."""
@@ -98,6 +116,40 @@ class _Writer:
             if step.activation == "identity" and self._readers(depthwise.result) <= inside:
                 found[step] = depthwise
         return found
+
+    def _is_one_block(self, order: list[fx.Node]) -> bool:
+        """Return whether the program is an MBConv block and nothing else."""
+        if len(self._blocks) != 1:
+            return False
+        ((step, depthwise),) = self._blocks.items()
+        image, *others, output = order
+        return (
+            others == [step.result]
+            and self._expansions[depthwise].source is image
+            and step.residual in (None, image)
+            and output.args[0] is step.result
+        )
+
+    def _stacks_of_blocks(self) -> dict[fx.Node, list[fx.Node]]:
+        """Return the calls of MBConv blocks that follow each other, by the last: nothing else reads what is between."""
+        found: dict[fx.Node, list[fx.Node]] = {}
+        for node in self._graph.nodes:
+            if self._calls_block(node):
+                source = node.args[0]
+                before = found.pop(source, []) if list(source.users) == [node] else []
+                found[node] = [*before, node]
+        return {last: calls for last, calls in found.items() if len(calls) > 1}
+
+    def _calls_block(self, node: fx.Node) -> bool:
+        """Return whether a node calls a module that is an MBConv block as a whole, for all that it is given."""
+        if node.op != "call_module" or self._roles.of(node).kind != "unit":
+            return False
+        module = self._root.get_submodule(str(node.target))
+        program = block_program(module)
+        if program is None or type(module).__call__ is not nn.Module.__call__ or len(node.all_input_nodes) != 1:
+            return False
+        (source,) = node.all_input_nodes
+        return node.args == (source,) and program.input_of((source,), dict(node.kwargs)) is source
 
     def _readers(self, node: fx.Node) -> set[fx.Node]:
         """Return the nodes that read a value, through modules that do nothing too."""
@@ -148,6 +200,8 @@ class _Writer:
 
     def _reads(self, node: fx.Node) -> list[fx.Node]:
         """Return the values that the code of a node needs."""
+        if node in self._stacks:
+            return list(self._stacks[node][0].all_input_nodes)
         step = self._steps.get(node)
         if step in self._blocks:
             return [*self._expansions[self._blocks[step]].reads, *step.reads[1:]]
@@ -293,28 +347,60 @@ class _Writer:
 
     def _write_block(self, expansion: Step, depthwise: Step, step: Step, source: str, value: str) -> None:
         """Write a whole block: one operator where that may be one launch, else its parts."""
-        expand, conv, project = (self._conv(one.conv.path) for one in (expansion, depthwise, step))
-        arguments = [source, expand[0], conv[0], project[0], *self._of_expanded(expansion, depthwise, source)]
+        weights = ("expand_weight", "weight", "project_weight")
+        parts = [self._conv(one.conv.path) for one in (expansion, depthwise, step)]
+        size = "size" if self._is_block else f"{source}.shape"
+        arguments = [f"{name}={weight}" for name, (weight, _) in zip(weights, parts, strict=True)]
+        arguments += self._of_expanded(expansion, depthwise, size)
         if depthwise.gate is not None:
             arguments += self._of_gate(depthwise.gate)
-        arguments += [f"project_bias={project[1]}", f"project_norm={self._norm(step.norm)}"]
+        arguments += [f"project_bias={parts[-1][1]}", f"project_norm={self._norm(step.norm)}"]
         if step.residual is not None:
-            arguments.append(f"residual={self._values[step.residual]}")
+            arguments.append(f"residual={'residual' if self._is_block else self._values[step.residual]}")
+        if self._is_block:
+            self._block_arguments = arguments
+            arguments = [f"**block({source}.shape, {source}, parts, {self._backend!r})"]
         self._lines += [f"if takes_block({source}, {self._backend!r}):"]
-        self._lines += [f"{_INDENT}{value} = mbconv({', '.join((*arguments, *self._forced()))})", "else:"]
+        self._lines += [f"{_INDENT}{value} = mbconv({', '.join((source, *arguments, *self._forced()))})", "else:"]
         apart = self._expanded(expansion, depthwise, source, "d")
         apart += [self._call(step, "d", value), "del d"]
         if depthwise.gate is not None:
             apart.append(f"del {self._gate_names[depthwise.gate]}")
         self._lines += [_INDENT + line for line in apart]
 
-    def _of_expanded(self, expansion: Step, step: Step, source: str) -> list[str]:
+    def _write_stack(self, calls: list[fx.Node], gone: list[fx.Node]) -> None:
+        """Write blocks that follow each other: one operator where a block would be one, else call after call.
+
+        Args:
+            calls: of the blocks.
+            gone: what nothing reads after the first of them.
+        """
+        (source,) = calls[0].all_input_nodes
+        value = self._values[calls[-1]] = f"v{len(self._values)}"
+        blocks = [self._part(str(node.target), "module") for node in calls]
+        options = [{name: self._argument(given) for name, given in node.kwargs.items()} for node in calls]
+        self._lines.append(f"{value} = inward({self._values[source]}, nchw)")
+        self._delete(gone)
+        stack = [value, repr(self._backend), _tuple_of(blocks)]
+        if any(options):
+            named = (", ".join(f"{name!r}: {given}" for name, given in one.items()) for one in options)
+            stack.append(_tuple_of([f"{{{one}}}" for one in named]))
+        self._lines += [f"if takes_block({value}, {self._backend!r}):"]
+        # The operator hands on channels_last, and a block the format that it is given.
+        together = f"{value} = outward(in_stacks({', '.join(stack)}), {value}.stride(1) != 1)"
+        self._lines += [_INDENT + together, "else:"]
+        for position, (block, others) in enumerate(zip(blocks, options, strict=True)):
+            given = value if position == 0 else f"inward({value}, nchw)"
+            arguments = [given, *(f"{_checked(name)}={one}" for name, one in others.items())]
+            self._lines.append(f"{_INDENT}{value} = {block}({', '.join(arguments)})")
+
+    def _of_expanded(self, expansion: Step, step: Step, size: str) -> list[str]:
         """Return what the operators that begin with both take beside images and weights."""
         return [
             *(f"expand_bias={self._conv(expansion.conv.path)[1]}", f"bias={self._conv(step.conv.path)[1]}"),
             *(f"expand_norm={self._norm(expansion.norm)}", f"norm={self._norm(step.norm)}"),
             *(f"expand_activation={expansion.activation!r}", f"activation={step.activation!r}"),
-            *(f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"),
+            *(f"stride={step.conv.stride}", f"padding={self._padding(step, size)}"),
             f"dilation={step.conv.dilation}",
         ]
 
@@ -327,7 +413,7 @@ class _Writer:
     def _expanded(self, expansion: Step, step: Step, source: str, value: str) -> list[str]:
         """Return the lines of a 1x1 and a depthwise convolution: one operator where that is faster, else two."""
         arguments = [source, self._conv(expansion.conv.path)[0], self._conv(step.conv.path)[0]]
-        arguments += [*self._of_expanded(expansion, step, source), *self._forced()]
+        arguments += [*self._of_expanded(expansion, step, f"{source}.shape"), *self._forced()]
         together = [f"{value}, means = expand_depthwise_squeeze({', '.join(arguments)})"]
         if step.gate is not None:
             together.append(self._excite_alone(step.gate, "means"))
@@ -346,7 +432,7 @@ class _Writer:
         if step.norm is not None:
             arguments.append(self._norm(step.norm))
         if step.conv.op != "pointwise_bn_act":
-            arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, source)}"]
+            arguments += [f"stride={step.conv.stride}", f"padding={self._padding(step, f'{source}.shape')}"]
         if step.conv.op == "depthwise_bn_act":
             arguments.append(f"dilation={step.conv.dilation}")
         if step.activation != "identity":
@@ -372,13 +458,13 @@ class _Writer:
         arguments.append(f"gate_activation={gate.gate_activation!r}")
         return f"{self._gate_names[gate]} = squeeze_excite_gate({', '.join((*arguments, *self._forced()))})"
 
-    def _padding(self, step: Step, source: str) -> str:
+    def _padding(self, step: Step, size: str) -> str:
         if step.conv.padding_mode != "zeros":
             return "(0, 0, 0, 0)"  # the source is padded already
         if step.padding.sides is not None:
             return repr(step.padding.sides)
         conv = step.conv
-        return f"same({source}, {conv.kernel_size}, {conv.stride}, {conv.dilation})"
+        return f"same({size}, {conv.kernel_size}, {conv.stride}, {conv.dilation})"
 
     def _excite(self, gate: Gate) -> list[str]:
         """Return expressions for w_reduce, b_reduce, w_expand, b_expand."""
@@ -486,6 +572,10 @@ def _containers_below(path: str, module: nn.Module) -> Iterator[tuple[str, nn.Mo
             below = f"{path}.{name}" if path else name
             yield below, child
             yield from _containers_below(below, child)
+
+
+def _definition(signature: str, lines: Iterable[str]) -> str:
+    return f"def {signature}:\n" + "".join(f"{_INDENT}{line}\n" for line in lines)
 
 
 def _tuple_of(names: list[str]) -> str:

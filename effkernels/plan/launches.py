@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -295,7 +295,8 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
     all blocks of a stack.
     """
     if call.op == _STACK:
-        return _plan_stack(call, gpu, allow_tf32=allow_tf32)
+        groups = plan_groups(call, gpu, allow_tf32=allow_tf32)
+        return [replace(launch, op=_STACK) for _, planned in groups for launch in planned]
     lines = [{"kernel": call.op}]
     if call.op.startswith(_NAMESPACE):
         lines = cuda_plan(call, gpu, allow_tf32=allow_tf32)
@@ -354,26 +355,27 @@ def _launch(
     )
 
 
-def _plan_stack(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[PlannedLaunch]:
-    """Return the launches of `mbconv_stack`: those of its blocks, where several may share one."""
+def plan_groups(
+    call: RecordedCall, gpu: Gpu, *, allow_tf32: bool
+) -> Iterator[tuple[list[RecordedCall], list[PlannedLaunch]]]:
+    """Yield calls with their launches: of `mbconv_stack` those of its blocks, where several may share one launch."""
+    if call.op != _STACK:
+        yield [call], plan_call(call, gpu, allow_tf32=allow_tf32)
+        return
     blocks = blocks_of_stack(call)
     by_block: dict[int, list[dict[str, str]]] = {}
     for line in cuda_plan(call, gpu, allow_tf32=allow_tf32):
         by_block.setdefault(int(line["at"]), []).append(line)
-    found: list[PlannedLaunch] = []
     position = 0
     while position < len(blocks):
-        line = by_block[position][0]
-        stacked = int(line.get("stacked", "1"))
-        if stacked == 1:
-            alone = plan_call(blocks[position], gpu, allow_tf32=allow_tf32)
-            found += [replace(launch, op=call.op) for launch in alone]
+        end = position + int(by_block[position][0].get("stacked", "1"))
+        group = blocks[position:end]
+        if len(group) == 1:
+            yield group, plan_call(group[0], gpu, allow_tf32=allow_tf32)
         else:
-            end = position + stacked
             lines = [by_block[i][0] for i in range(position, end)]
-            found.append(_stacked_launch(lines, blocks[position:end], gpu, allow_tf32=allow_tf32))
-        position += stacked
-    return found
+            yield group, [_stacked_launch(lines, group, gpu, allow_tf32=allow_tf32)]
+        position = end
 
 
 def _stacked_launch(
@@ -401,7 +403,6 @@ def _stacked_launch(
     return replace(
         first,
         layer=f"{start}-{end.removeprefix(shared)}",
-        op=_STACK,
         bytes=sum(launch.bytes for launch in launches),
         flops=sum(launch.flops for launch in launches),
         special_functions=sum(launch.special_functions for launch in launches),
