@@ -19,6 +19,7 @@ from pathlib import Path
 import op_cases
 import pytest
 import torch
+from amx import model as amx_model
 from emulation.build import CannotBuild
 from emulation.control import A100, H200, Emulation, Emulator, emulator
 from hypothesis import HealthCheck, settings
@@ -43,7 +44,11 @@ settings.register_profile(
 )
 settings.load_profile("effkernels")
 
-CPU_INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "plain")
+# Of the last one, the instructions of amx_bf16 are a model in C++ (tests/amx).
+AMX_MODEL = "amx_bf16-model"
+CPU_INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "plain", AMX_MODEL)
+# Those that differ from the next one in products of bfloat16 alone.
+BFLOAT16_SETS = ("amx_bf16", "avx512_bf16", AMX_MODEL)
 
 # "race" or "asan": the tests run on the emulated CUDA kernels of that flavour alone (make test-race, make test-asan).
 # "triton": they run on interpreted Triton kernels alone (make test-triton).
@@ -125,7 +130,9 @@ class Backend:
         with ExitStack() as stack:
             if self.emulated is not None:
                 stack.enter_context(self.emulator().in_place_of_cpu())
-            if self.isa is not None:
+            if self.isa == AMX_MODEL:
+                stack.enter_context(amx_model.in_place_of_cpu())
+            elif self.isa is not None:
                 torch.ops.effkernels.cpu_isa(self.isa)
                 stack.callback(torch.ops.effkernels.cpu_isa, "auto")
             stack.enter_context(backends.backend(self.name if self.emulated is None else "cpu"))
@@ -141,6 +148,8 @@ class Backend:
 
 
 def _offers(isa: str) -> bool:
+    if isa == AMX_MODEL:  # its kernels are compiled for the level below
+        return _offers("avx512_bf16")
     try:
         return bool(torch.ops.effkernels.cpu_isa(isa) == isa)
     except RuntimeError:
@@ -280,7 +289,7 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
     between the devices runs on both each time. The race flavour finds a missing barrier in any order.
 
     On a CPU, a shape runs on every instruction set in float32; a 16-bit type, which differs in loads and stores alone,
-    takes the next one with each shape. avx512_bf16 has other code than avx512 for bfloat16 alone, and runs it at every
+    takes the next one with each shape. Those of BFLOAT16_SETS have other code for bfloat16 alone, and run it at every
     shape.
 
     Interpreted, a case of an operator that is about a shape, and a test with several parameters, runs in float32 or in
@@ -295,7 +304,7 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
     isa = chosen.isa if isinstance(chosen, Backend) else callspec.params.get("isa")
     is_case = isinstance(case, op_cases.Case)
     dtype = case.dtype if is_case else callspec.params.get("dtype")
-    if isa == "avx512_bf16" and isinstance(dtype, torch.dtype):
+    if isa in BFLOAT16_SETS and isinstance(dtype, torch.dtype):
         return dtype is not torch.bfloat16
     others = {name: index for name, index in callspec.indices.items() if name not in ("backend", "isa")}
     if not others:
@@ -308,7 +317,7 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
         on_both = is_case and case.op in IN_CLUSTERS
         orders = len(emulations) // 2
         return order != turn % orders or not (on_both or device == (turn if orders == 1 else number // orders) % 2)
-    sets = [name for name in cpu_instruction_sets() if name != "avx512_bf16"]
+    sets = [name for name in cpu_instruction_sets() if name not in BFLOAT16_SETS]
     if isa in sets and dtype in (torch.float16, torch.bfloat16):
         has_float32 = not is_case or (item.location[0], case.with_(dtype=torch.float32)) in all_cases
         return has_float32 and sets.index(isa) != turn % len(sets)
@@ -359,6 +368,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen: Backend = request.param
     if chosen.emulated is not None:
         built_emulator()
+    if chosen.isa == AMX_MODEL:
+        need_amx_model()
     with chosen.active():
         yield chosen
 
@@ -369,6 +380,14 @@ def built_emulator() -> Emulator:
         return emulator(FLAVOUR)
     except CannotBuild as reason:
         pytest.skip(f"no emulated CUDA kernels: {reason}")
+
+
+def need_amx_model() -> None:
+    """Skip the test where the operators over the model of the tile instructions cannot be built."""
+    try:
+        amx_model.build()
+    except CannotBuild as reason:
+        pytest.skip(f"no model of the tile instructions: {reason}")
 
 
 @pytest.fixture
@@ -399,10 +418,10 @@ def need(backend: Backend, op: str, dtype: torch.dtype) -> None:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the CPU kernels of every instruction set that this machine has."""
     name: str = request.param
-    try:
-        torch.ops.effkernels.cpu_isa(name)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
+    if not _offers(name):
+        pytest.skip(f"the CPU kernels of {name} are not built, or this processor does not run them")
+    if name == AMX_MODEL:
+        need_amx_model()
     with Backend("cpu", "cpu", name).active():
         yield name
 

@@ -43,6 +43,7 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const int64_t group = p.packed ? panels : fitting;
 
   for_shares(all, grid.count, [=](int64_t share) {
+    [[maybe_unused]] const ProductScope scope;
     const int64_t packed_size = p.packed ? 0 : group * words * kPanel, tile_size = kRows * padded_words;
     float* own = static_cast<float*>(
         scratch(size_t(packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
@@ -170,7 +171,7 @@ void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prep
     float *acc = input + input_size, *scale = acc + kFewRows * kLanes, *shift = scale + kLanes;
     int64_t prepared = -1;
     Row<T> rows[kImages];
-    with_type(p.weight.dtype, [&](auto weight_type) {
+    with_parameter_type<T>(p.weight.dtype, [&](auto weight_type) {
       using W = decltype(weight_type);
       with_activation(p.activation, [&](auto activation) {
         for (int64_t at = columns.line.begin(share), end = columns.line.end(share); at < end;) {
@@ -234,9 +235,9 @@ Division divide_pointwise(const PointwiseParams& p, int threads) {
 void pointwise(const PointwiseParams& p, const Parallel& parallel) {
   const Product product = product_of(p);
   if (product.m == 0) return;
-  with_type(p.dtype, [&](auto type) {
+  with_operand_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    with_type(p.gate.dtype, [&](auto gate_type) {
+    with_parameter_type<T>(p.gate.dtype, [&](auto gate_type) {
       using G = decltype(gate_type);
       const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
       const G* gate = static_cast<const G*>(p.gate.data);
@@ -252,10 +253,9 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
           if (++pixel == p.pixels) pixel = 0, image++;
         }
       };
-      if (p.pixels == 1)
-        matmul_as_stored<T>(product, parallel, prepare);
-      else
-        with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
+      if constexpr (!kByTiles)
+        if (p.pixels == 1) return matmul_as_stored<T>(product, parallel, prepare);
+      with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
     });
   });
 }
@@ -287,7 +287,7 @@ void conv_by_windows(const ConvParams& p, const Parallel& parallel) {
                                                       [](void* data) { pool().release(data); });
   with_type(p.weight.dtype, [&](auto type) { turn_weights(p, parallel, static_cast<decltype(type)*>(turned.get())); });
   const Product product = product_of(p, turned.get());
-  with_type(p.dtype, [&](auto type) {
+  with_operand_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     const T* x = static_cast<const T*>(p.x);
     const auto prepare = [=](auto form, int64_t first, int count, float* tile, int64_t row_step, int64_t chunk_step,
@@ -320,9 +320,10 @@ void conv_by_windows(const ConvParams& p, const Parallel& parallel) {
   });
 }
 
-void pack(const Param& weight, int64_t rows, int64_t k, float* packed) {
-  with_type(weight.dtype, [&](auto type) {  // weights of 16 bits have the type of x
-    with_form<decltype(type)>(weight, [&](auto form) { pack_panels<decltype(form)>(weight, 0, rows, k, packed); });
+void pack(const PointwiseParams& p, float* packed) {
+  with_operand_type(p.dtype, [&](auto type) {
+    with_form<decltype(type)>(
+        p.weight, [&](auto form) { pack_panels<decltype(form)>(p.weight, 0, p.out_channels, p.in_channels, packed); });
   });
 }
 
