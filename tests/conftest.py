@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton_interpreter  # first: it decides what the import of effkernels finds
 
 # isort: split
+import ctypes
 import functools
 import os
 import zlib
@@ -147,9 +148,9 @@ class Backend:
         return can_run[self.name](op, device=self.device, dtype=dtype)
 
 
-def _offers(isa: str) -> bool:
+def offers(isa: str) -> bool:
     if isa == AMX_MODEL:  # its kernels are compiled for the level below
-        return _offers("avx512_bf16")
+        return offers("avx512_bf16")
     try:
         return bool(torch.ops.effkernels.cpu_isa(isa) == isa)
     except RuntimeError:
@@ -161,7 +162,7 @@ def _offers(isa: str) -> bool:
 @functools.cache
 def cpu_instruction_sets() -> tuple[str, ...]:
     """Return the instruction sets of the CPU kernels that this machine has."""
-    return tuple(isa for isa in CPU_INSTRUCTION_SETS if _offers(isa))
+    return tuple(isa for isa in CPU_INSTRUCTION_SETS if offers(isa))
 
 
 def available_backends() -> list[Backend]:
@@ -382,6 +383,14 @@ def built_emulator() -> Emulator:
         pytest.skip(f"no emulated CUDA kernels: {reason}")
 
 
+def may_use_tiles() -> bool:
+    """Return whether Linux has granted this process the tiles of AMX."""
+    get_permissions, tile_data, arch_prctl = 0x1022, 1 << 18, 158
+    granted = ctypes.c_uint64(0)
+    refused = ctypes.CDLL(None).syscall(arch_prctl, get_permissions, ctypes.byref(granted))
+    return not refused and bool(granted.value & tile_data)
+
+
 def need_amx_model() -> None:
     """Skip the test where the operators over the model of the tile instructions cannot be built."""
     try:
@@ -418,7 +427,7 @@ def need(backend: Backend, op: str, dtype: torch.dtype) -> None:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the CPU kernels of every instruction set that this machine has."""
     name: str = request.param
-    if not _offers(name):
+    if not offers(name):
         pytest.skip(f"the CPU kernels of {name} are not built, or this processor does not run them")
     if name == AMX_MODEL:
         need_amx_model()

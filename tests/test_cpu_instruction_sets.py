@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import may_use_tiles
 from parity import assert_parity
 
 import effkernels
@@ -24,14 +24,6 @@ def test_the_widest_instruction_set_is_chosen(compiled: None) -> None:
     wanted = {"amx_bf16": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
     built = _library.build_info()["cpu_isas"]
     assert chosen == next((name for name in built if name == "plain" or wanted[name] in flags), "plain")
-
-
-def may_use_tiles() -> bool:
-    """Return whether Linux has granted this process the tiles of AMX."""
-    get_permissions, tile_data, arch_prctl = 0x1022, 1 << 18, 158
-    granted = ctypes.c_uint64(0)
-    refused = ctypes.CDLL(None).syscall(arch_prctl, get_permissions, ctypes.byref(granted))
-    return not refused and bool(granted.value & tile_data)
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)

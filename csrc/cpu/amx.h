@@ -59,10 +59,27 @@ class TileScope {
   TileScope& operator=(const TileScope&) = delete;
 };
 
-// acc[RowTiles * 16][Vecs * 16] = tile * panel, as `multiply` in tile.h. Sums of kBlock words are added up apart, too.
+// Rows of words: a tile that was prepared, [chunk][row][16 words], or rows of x as they are.
+struct TileRows {
+  const void* data;
+  int64_t row_step, chunk_step;  // in bytes
+  TileRows(const float* tile) : data(tile), row_step(kTileWords * 4), chunk_step(kRows * kTileWords * 4) {}
+  TileRows(const BFloat16* x, int64_t k) : data(x), row_step(k * 2), chunk_step(kTileWords * 4) {}
+};
+
+// x where full tiles are read from it as it is, else null: rows of whole chunks, one after the other, that no gate
+// multiplies. In a product of few panels, preparing them would be a good part of the work.
+inline const void* rows_in_place(const PointwiseParams& p) {
+  const bool whole = !p.gate.data && p.in_channels % (2 * kTileWords) == 0 && p.x_stride_p == p.in_channels &&
+                     (p.batch == 1 || p.x_stride_n == p.pixels * p.in_channels);
+  return whole ? p.x : nullptr;
+}
+
+// acc[RowTiles * 16][Vecs * 16] = rows * panel, as `multiply` in tile.h. Sums of kBlock words are added up apart, too.
 template <int RowTiles, int Vecs>
-void multiply_tiles(const float* tile, const float* panel, int64_t words, float* acc) {
+void multiply_tiles(TileRows rows, const float* panel, int64_t words, float* acc) {
   constexpr int64_t kBytes = kTileWords * 4, kSumBytes = Vecs * kBytes;
+  const char* tile = static_cast<const char*>(rows.data);
   constexpr int64_t kBelow = kTileRows * Vecs * kLanes;  // from the sums of a tile to those of the one below
   alignas(64) float later[RowTiles * kBelow];
   asm volatile("" ::: "memory");  // GCC's _tile_loadd does not say that it reads memory
@@ -72,7 +89,7 @@ void multiply_tiles(const float* tile, const float* panel, int64_t words, float*
     if constexpr (RowTiles > 1) _tile_zero(2);
     if constexpr (RowTiles > 1 && Vecs > 1) _tile_zero(3);
     for (int64_t k = begin; k < min_of(begin + kBlock, words); k += kTileWords) {
-      _tile_loadd(4, tile, kBytes);
+      _tile_loadd(4, tile, rows.row_step);
       _tile_loadd(6, panel, kBytes);
       _tile_dpbf16ps(0, 4, 6);
       if constexpr (Vecs > 1) {
@@ -80,11 +97,11 @@ void multiply_tiles(const float* tile, const float* panel, int64_t words, float*
         _tile_dpbf16ps(1, 4, 7);
       }
       if constexpr (RowTiles > 1) {
-        _tile_loadd(5, tile + kTileRows * kTileWords, kBytes);
+        _tile_loadd(5, tile + kTileRows * rows.row_step, rows.row_step);
         _tile_dpbf16ps(2, 5, 6);
         if constexpr (Vecs > 1) _tile_dpbf16ps(3, 5, 7);
       }
-      tile += kRows * kTileWords, panel += kTileWords * kLanes;
+      tile += rows.chunk_step, panel += kTileWords * kLanes;
     }
     float* const to = begin == 0 ? acc : later;
     _tile_stored(0, to, kSumBytes);

@@ -24,7 +24,8 @@ struct Product {
   const float* packed;
   Norm norm;
   Activation activation;
-  bool past;  // the result goes past the caches
+  bool past;                   // the result goes past the caches
+  const void* rows = nullptr;  // x where tiles are read from it as it is (amx.h)
 };
 
 Grid divide(const Product& p, int threads) {
@@ -32,8 +33,8 @@ Grid divide(const Product& p, int threads) {
                         threads_for(threads, double(p.m) * double(p.n) * double(p.k)));
 }
 
-// prepare(form, first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, chunk j of row r at
-// r * row_step + j * chunk_step, and says where its rows go.
+// prepare(form, first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, if there is one, chunk j of
+// row r at r * row_step + j * chunk_step, and says where its rows go.
 template <class T, class Form, class Prepare>
 void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const int64_t panels = ceil_div(p.n, kPanel);
@@ -59,12 +60,16 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
           for (int64_t row = r.row_begin; row < r.row_end; row += kRows) {
             const int row_count = int(min_of<int64_t>(kRows, r.row_end - row));
             Row<T> rows[kRows];
-            prepare(Form{}, row, row_count, tile, kChunk, kRows * kChunk, rows);
+            const bool in_place = kByTiles && p.rows && row_count == kRows;
+            prepare(Form{}, row, row_count, in_place ? nullptr : tile, kChunk, kRows * kChunk, rows);
+            Operand operand = tile;
+            if constexpr (kByTiles)
+              if (in_place) operand = {static_cast<const T*>(p.rows) + row * p.k, p.k};
             const Multiply wide = pick_multiply<Form, kPanelVecs>(row_count);
             const Multiply narrow = pick_multiply<Form, 1>(row_count);
             for (int64_t c = 0; c < channels; c += kPanel) {
               const int columns = int(min_of<int64_t>(kPanel, channels - c));
-              (columns > kLanes ? wide : narrow)(tile, packed + c * words, words, acc);
+              (columns > kLanes ? wide : narrow)(operand, packed + c * words, words, acc);
               write<T, decltype(activation)::value>(acc, rows, row_count, first + c, columns, scale + c, shift + c,
                                                     p.past);
             }
@@ -205,7 +210,8 @@ Product product_of(const PointwiseParams& p) {
           p.packed,
           p.norm,
           p.activation,
-          is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.out_channels)};
+          is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.out_channels),
+          rows_in_place(p)};
 }
 
 Product product_of(const ConvParams& p, const void* turned_weight) {
@@ -245,9 +251,10 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
                                Row<T>* rows) {
         int64_t image = first / p.pixels, pixel = first % p.pixels;
         for (int r = 0; r < count; r++) {
-          prepare_row<decltype(form)>(x + image * p.x_stride_n + pixel * p.x_stride_p,
-                                      gate ? gate + image * p.in_channels : nullptr, p.in_channels, tile + r * row_step,
-                                      chunk_step);
+          if (tile)
+            prepare_row<decltype(form)>(x + image * p.x_stride_n + pixel * p.x_stride_p,
+                                        gate ? gate + image * p.in_channels : nullptr, p.in_channels,
+                                        tile + r * row_step, chunk_step);
           rows[r].y = static_cast<T*>(p.y) + (first + r) * p.out_channels;
           rows[r].residual = residual ? residual + image * p.residual_stride_n + pixel * p.residual_stride_p : nullptr;
           if (++pixel == p.pixels) pixel = 0, image++;

@@ -23,7 +23,7 @@ extern "C" __attribute__((visibility("default"))) void NAME(int rows, int column
     std::memcpy(configuration + 16 + 2 * tile, &row_bytes, 2);
     configuration[48 + tile] = static_cast<unsigned char>(sizes[tile][0]);
   }
-  asm volatile("" ::: "memory");  // GCC's intrinsics do not say what they read
+  asm volatile("" ::"r"(configuration) : "memory");  // GCC's intrinsics do not say what they read
   _tile_loadconfig(configuration);
   _tile_loadd(0, sum, 4 * columns);
   _tile_loadd(1, a, 4 * words);
