@@ -11,6 +11,8 @@ import triton_interpreter  # first: it decides what the import of effkernels fin
 import ctypes
 import functools
 import os
+import platform
+import sys
 import zlib
 from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
@@ -385,6 +387,8 @@ def built_emulator() -> Emulator:
 
 def may_use_tiles() -> bool:
     """Return whether Linux has granted this process the tiles of AMX."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
     get_permissions, tile_data, arch_prctl = 0x1022, 1 << 18, 158
     granted = ctypes.c_uint64(0)
     refused = ctypes.CDLL(None).syscall(arch_prctl, get_permissions, ctypes.byref(granted))

@@ -10,6 +10,8 @@
 // The tests compile this file without the instructions, with EFFKERNELS_AMX_MODEL: tests/amx/tiles.h computes what they
 // do.
 #pragma once
+#include <atomic>
+
 #include "product.h"
 
 #if defined(EFFKERNELS_AMX_MODEL)
@@ -82,7 +84,7 @@ void multiply_tiles(TileRows rows, const float* panel, int64_t words, float* acc
   const char* tile = static_cast<const char*>(rows.data);
   constexpr int64_t kBelow = kTileRows * Vecs * kLanes;  // from the sums of a tile to those of the one below
   alignas(64) float later[RowTiles * kBelow];
-  asm volatile("" ::: "memory");  // GCC's _tile_loadd does not say that it reads memory
+  std::atomic_signal_fence(std::memory_order_seq_cst);  // GCC's _tile_loadd does not say that it reads memory
   for (int64_t begin = 0; begin < words; begin += kBlock) {
     _tile_zero(0);
     if constexpr (Vecs > 1) _tile_zero(1);

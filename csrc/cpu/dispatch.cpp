@@ -89,18 +89,22 @@ const Kernels* find(const char* name) {
   return first([&](const Kernels& k) { return any || std::strcmp(name, k.isa) == 0; });
 }
 
-std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> chosen{find("auto")};
-  return chosen;
-}
+std::atomic<const Kernels*> current{nullptr};
 
 }  // namespace
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+  const Kernels* chosen = current.load(std::memory_order_relaxed);
+  if (!chosen) {
+    const Kernels* const widest = find("auto");
+    if (current.compare_exchange_strong(chosen, widest, std::memory_order_relaxed)) chosen = widest;
+  }
+  return *chosen;
+}
 
 bool set_isa(const char* name) {
   const Kernels* found = find(name);
-  if (found) current().store(found, std::memory_order_relaxed);
+  if (found) current.store(found, std::memory_order_relaxed);
   return found != nullptr;
 }
 
