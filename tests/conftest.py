@@ -70,6 +70,9 @@ ABOUT_ACCESSES = ("test_every_element_is_written", "test_nothing_around_a_sliced
 # Fields of a Case that change what is computed with an element and nothing else.
 VALUES = ("activation", "expand_activation", "se_activation", "gate_activation", "norm", "matrix_rank")
 
+# Operators of which amx_bf16 has no kernels of its own.
+WITHOUT_PRODUCTS = (*op_cases.DEPTHWISE_OPS, "squeeze_excite_gate")
+
 # Operators that have a kernel in clusters, and another one for devices without them.
 IN_CLUSTERS = ("depthwise_bn_act_se", "mbconv", "mbconv_stack")
 
@@ -293,7 +296,7 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
 
     On a CPU, a shape runs on every instruction set in float32; a 16-bit type, which differs in loads and stores alone,
     takes the next one with each shape. Those of BFLOAT16_SETS have other code for bfloat16 alone, and run it at every
-    shape.
+    shape; amx_bf16 and its model have it for products alone.
 
     Interpreted, a case of an operator that is about a shape, and a test with several parameters, runs in float32 or in
     bfloat16, and of the depthwise operators' shapes every second one runs. Of whole networks, ten seconds each, B0 is.
@@ -307,6 +310,8 @@ def _is_left_to_another(item: pytest.Item, all_cases: Collection[tuple[str, op_c
     isa = chosen.isa if isinstance(chosen, Backend) else callspec.params.get("isa")
     is_case = isinstance(case, op_cases.Case)
     dtype = case.dtype if is_case else callspec.params.get("dtype")
+    if isa in ("amx_bf16", AMX_MODEL) and is_case and case.op in WITHOUT_PRODUCTS:
+        return True
     if isa in BFLOAT16_SETS and isinstance(dtype, torch.dtype):
         return dtype is not torch.bfloat16
     others = {name: index for name, index in callspec.indices.items() if name not in ("backend", "isa")}
