@@ -1,4 +1,6 @@
-// In place of csrc/cpu/dispatch.cpp: the one level of this library. And what the tests read of the model (model.py).
+// In place of csrc/cpu/dispatch.cpp: the level of this library, over the model or in instructions. And what the tests
+// read of the model (model.py).
+#include <atomic>
 #include <cstring>
 
 #include "cpu/amx.h"
@@ -10,13 +12,31 @@ namespace effkernels::cpu {
 namespace amx_bf16 {
 extern const Kernels table;
 }
+#ifdef EFFKERNELS_HAVE_AMX_BF16
+namespace amx_bf16_instructions {
+extern const Kernels table;
+}
+#endif
 namespace avx512 {
 extern const TrainingKernels training;
 const TrainingKernels training{};  // no operator of this library trains
 }  // namespace avx512
 
-const Kernels& kernels() { return amx_bf16::table; }
-bool set_isa(const char* name) { return std::strcmp(name, kernels().isa) == 0; }
+namespace {
+std::atomic<const Kernels*> current{&amx_bf16::table};
+}
+
+const Kernels& kernels() { return *current; }
+bool set_isa(const char* name) {
+  const Kernels* const all[] = {
+#ifdef EFFKERNELS_HAVE_AMX_BF16
+      &amx_bf16_instructions::table,
+#endif
+      &amx_bf16::table};
+  for (const Kernels* table : all)
+    if (std::strcmp(name, table->isa) == 0) return current = table, true;
+  return false;
+}
 
 }  // namespace effkernels::cpu
 

@@ -1,7 +1,9 @@
 """The CPU's operators at the level amx_bf16 over a model of the tile instructions, for processors without them.
 
 `tiles.h` computes in C++ what the instructions do. The kernels are those of csrc/cpu, compiled into a library of their
-own, which the tests run in place of the CPU's operators of the product.
+own, which the tests run in place of the CPU's operators of the product. They are in it twice: with calls of the model in
+place of the instructions, and with the instructions, as the product has them. Where the processor refuses those,
+`trap.cpp` lets the model compute them, one signal each.
 """
 
 from __future__ import annotations
@@ -37,12 +39,24 @@ def build() -> ctypes.CDLL:
 
 
 @contextmanager
-def in_place_of_cpu() -> Iterator[None]:
-    """Let the CPU's operators run at the level amx_bf16 over the model for a while, recordings and plans, too."""
+def in_place_of_cpu(kernels: str = "amx_bf16") -> Iterator[None]:
+    """Let the CPU's operators run at the level amx_bf16 for a while, recordings and plans, too.
+
+    Args:
+        kernels: "amx_bf16", over the model, or "amx_bf16_instructions".
+
+    Raises:
+        RuntimeError: the compiler does not know the instructions.
+    """
     build()
     key = "CompositeExplicitAutograd"
-    with in_place_of_library(NAME, {"CPU": operators_of(NAME, "CPU"), key: operators_of(NAME, key) - {"cpu_isa"}}):
-        yield
+    choose = getattr(torch.ops, NAME).cpu_isa
+    choose(kernels)
+    try:
+        with in_place_of_library(NAME, {"CPU": operators_of(NAME, "CPU"), key: operators_of(NAME, key) - {"cpu_isa"}}):
+            yield
+    finally:
+        choose("amx_bf16")
 
 
 @dataclass(frozen=True)
@@ -78,7 +92,7 @@ def product(name: str, sums: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """Return sums + a @ b as one instruction computes it.
 
     Args:
-        name: whose instruction: "model" or "processor".
+        name: of what computes it: "model" or "instructions".
         sums: (rows, columns), float32.
         a: (rows, 2 * words), bfloat16.
         b: (2 * words, columns), bfloat16.

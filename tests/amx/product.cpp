@@ -1,5 +1,5 @@
-// One product of tiles of any size, sum += a * b, by the model and, compiled without EFFKERNELS_AMX_MODEL, by the
-// processor.
+// One product of tiles of any size, sum += a * b, by the model and, compiled without EFFKERNELS_AMX_MODEL, in
+// instructions.
 #include <cstdint>
 #include <cstring>
 
@@ -10,7 +10,7 @@
 #define NAME amx_product_of_model
 #else
 #include <immintrin.h>
-#define NAME amx_product_of_processor
+#define NAME amx_product_of_instructions
 #endif
 
 // a: rows x words, b: words x columns, sum: rows x columns, one row after the other.
