@@ -1,8 +1,8 @@
 """The CPU's operators at the level amx_bf16 over a model of the tile instructions, for processors without them.
 
 `tiles.h` computes in C++ what the instructions do. The kernels are those of csrc/cpu, compiled into a library of their
-own, which the tests run in place of the CPU's operators of the product. They are in it twice: with calls of the model in
-place of the instructions, and with the instructions, as the product has them. Where the processor refuses those,
+own, which the tests run in place of the CPU's operators of the product. They are in it twice: with calls of the model
+in place of the instructions, and with the instructions, as the product has them. Where the processor refuses those,
 `trap.cpp` lets the model compute them, one signal each.
 """
 
