@@ -8,8 +8,11 @@ from __future__ import annotations
 import triton_interpreter  # first: it decides what the import of effkernels finds
 
 # isort: split
+import ctypes
 import functools
 import os
+import platform
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
@@ -20,6 +23,7 @@ from pathlib import Path
 import op_cases
 import pytest
 import torch
+from amx import model as amx_model
 from emulation.build import CannotBuild
 from emulation.control import A100, H200, Emulation, Emulator, emulator
 from hypothesis import HealthCheck, settings
@@ -44,7 +48,11 @@ settings.register_profile(
 )
 settings.load_profile("effkernels")
 
-CPU_INSTRUCTION_SETS = ("avx512_bf16", "avx512", "avx2", "plain")
+# Of the last one, the instructions of amx_bf16 are a model in C++ (tests/amx).
+AMX_MODEL = "amx_bf16-model"
+CPU_INSTRUCTION_SETS = ("amx_bf16", "avx512_bf16", "avx512", "avx2", "plain", AMX_MODEL)
+# Those that differ from the next one in products of bfloat16 alone.
+BFLOAT16_SETS = ("amx_bf16", "avx512_bf16", AMX_MODEL)
 
 # "race" or "asan": the tests run on the emulated CUDA kernels of that flavour alone (make test-race, make test-asan).
 # "triton": they run on interpreted Triton kernels alone (make test-triton).
@@ -62,6 +70,9 @@ ABOUT_VALUES = (
 ABOUT_ACCESSES = ("test_every_element_is_written", "test_nothing_around_a_sliced_input_is_touched")
 # Fields of a Case that change what is computed with an element and nothing else.
 VALUES = ("activation", "expand_activation", "se_activation", "gate_activation", "norm", "matrix_rank")
+
+# Operators of which amx_bf16 has no kernels of its own.
+WITHOUT_PRODUCTS = (*op_cases.DEPTHWISE_OPS, "squeeze_excite_gate")
 
 # Operators that have a kernel in clusters, and another one for devices without them.
 IN_CLUSTERS = ("depthwise_bn_act_se", "mbconv", "mbconv_stack")
@@ -126,7 +137,9 @@ class Backend:
         with ExitStack() as stack:
             if self.emulated is not None:
                 stack.enter_context(self.emulator().in_place_of_cpu())
-            if self.isa is not None:
+            if self.isa == AMX_MODEL:
+                stack.enter_context(amx_model.in_place_of_cpu())
+            elif self.isa is not None:
                 torch.ops.effkernels.cpu_isa(self.isa)
                 stack.callback(torch.ops.effkernels.cpu_isa, "auto")
             stack.enter_context(backends.backend(self.name if self.emulated is None else "cpu"))
@@ -141,7 +154,9 @@ class Backend:
         return can_run[self.name](op, device=self.device, dtype=dtype)
 
 
-def _offers(isa: str) -> bool:
+def offers(isa: str) -> bool:
+    if isa == AMX_MODEL:  # its kernels are compiled for the level below
+        return offers("avx512_bf16")
     try:
         return bool(torch.ops.effkernels.cpu_isa(isa) == isa)
     except RuntimeError:
@@ -153,7 +168,7 @@ def _offers(isa: str) -> bool:
 @functools.cache
 def cpu_instruction_sets() -> tuple[str, ...]:
     """Return the instruction sets of the CPU kernels that this machine has."""
-    return tuple(isa for isa in CPU_INSTRUCTION_SETS if _offers(isa))
+    return tuple(isa for isa in CPU_INSTRUCTION_SETS if offers(isa))
 
 
 def available_backends() -> list[Backend]:
@@ -306,8 +321,8 @@ def _is_left_to_another(
     between the devices runs on both each time. The race flavour finds a missing barrier in any order.
 
     On a CPU, a shape runs on every instruction set in float32; a 16-bit type, which differs in loads and stores alone,
-    takes the next one with each shape. avx512_bf16 has other code than avx512 for bfloat16 alone, and runs it at every
-    shape.
+    takes the next one with each shape. Those of BFLOAT16_SETS have other code for bfloat16 alone, and run it at every
+    shape; amx_bf16 and its model have it for products alone.
 
     Interpreted, a case of an operator that is about a shape, and a test with several parameters, runs in float32 or in
     bfloat16, and of the depthwise operators' shapes every second one runs. Of whole networks, ten seconds each, B0 is.
@@ -321,7 +336,9 @@ def _is_left_to_another(
     isa = chosen.isa if isinstance(chosen, Backend) else callspec.params.get("isa")
     is_case = isinstance(case, op_cases.Case)
     dtype = case.dtype if is_case else callspec.params.get("dtype")
-    if isa == "avx512_bf16" and isinstance(dtype, torch.dtype):
+    if isa in ("amx_bf16", AMX_MODEL) and is_case and case.op in WITHOUT_PRODUCTS:
+        return True
+    if isa in BFLOAT16_SETS and isinstance(dtype, torch.dtype):
         return dtype is not torch.bfloat16
     others = {
         name: positions[(*_function_of(item), name)][id(value)]
@@ -338,7 +355,7 @@ def _is_left_to_another(
         on_both = is_case and case.op in IN_CLUSTERS
         orders = len(emulations) // 2
         return order != turn % orders or not (on_both or device == (turn if orders == 1 else number // orders) % 2)
-    sets = [name for name in cpu_instruction_sets() if name != "avx512_bf16"]
+    sets = [name for name in cpu_instruction_sets() if name not in BFLOAT16_SETS]
     if isa in sets and dtype in (torch.float16, torch.bfloat16):
         has_float32 = not is_case or (item.location[0], case.with_(dtype=torch.float32)) in all_cases
         return has_float32 and sets.index(isa) != turn % len(sets)
@@ -392,6 +409,8 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     chosen: Backend = request.param
     if chosen.emulated is not None:
         built_emulator()
+    if chosen.isa == AMX_MODEL:
+        need_amx_model()
     with chosen.active():
         yield chosen
 
@@ -402,6 +421,24 @@ def built_emulator() -> Emulator:
         return emulator(FLAVOUR)
     except CannotBuild as reason:
         pytest.skip(f"no emulated CUDA kernels: {reason}")
+
+
+def may_use_tiles() -> bool:
+    """Return whether Linux has granted this process the tiles of AMX."""
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return False
+    get_permissions, tile_data, arch_prctl = 0x1022, 1 << 18, 158
+    granted = ctypes.c_uint64(0)
+    refused = ctypes.CDLL(None).syscall(arch_prctl, get_permissions, ctypes.byref(granted))
+    return not refused and bool(granted.value & tile_data)
+
+
+def need_amx_model() -> None:
+    """Skip the test where the operators over the model of the tile instructions cannot be built."""
+    try:
+        amx_model.build()
+    except CannotBuild as reason:
+        pytest.skip(f"no model of the tile instructions: {reason}")
 
 
 @pytest.fixture
@@ -432,10 +469,10 @@ def need(backend: Backend, op: str, dtype: torch.dtype) -> None:
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the CPU kernels of every instruction set that this machine has."""
     name: str = request.param
-    try:
-        torch.ops.effkernels.cpu_isa(name)
-    except RuntimeError as error:
-        pytest.skip(str(error).splitlines()[0])
+    if not offers(name):
+        pytest.skip(f"the CPU kernels of {name} are not built, or this processor does not run them")
+    if name == AMX_MODEL:
+        need_amx_model()
     with Backend("cpu", "cpu", name).active():
         yield name
 

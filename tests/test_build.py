@@ -104,7 +104,7 @@ def test_build_info_says_what_was_built() -> None:
     assert re.match(r"2\.\d+", info["torch"])
     assert info["torch_target"] == "2.11"
     assert info["cpu_isas"][-1] == "plain"
-    assert set(info["cpu_isas"]) <= {"avx512_bf16", "avx512", "avx2", "plain"}
+    assert set(info["cpu_isas"]) <= {"amx_bf16", "avx512_bf16", "avx512", "avx2", "plain"}
     assert info["cuda"] == bool(info["cuda_version"]) == bool(info["cuda_archs"])
     if info["cuda"]:
         assert info["cuda_archs"][-1].endswith("-virtual"), "PTX, so that later GPUs run it too"

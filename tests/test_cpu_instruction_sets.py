@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import may_use_tiles
 from parity import assert_parity
 
 import effkernels
@@ -17,10 +18,12 @@ CPU_FLAGS = Path("/proc/cpuinfo")
 @pytest.mark.skipif(not CPU_FLAGS.exists(), reason="the processor's features are read from /proc/cpuinfo")
 def test_the_widest_instruction_set_is_chosen(compiled: None) -> None:
     flags = set(CPU_FLAGS.read_text(encoding="utf-8").split())
-    wanted = {"avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
+    chosen = torch.ops.effkernels.cpu_isa("auto")
+    if not may_use_tiles():
+        flags.discard("amx_bf16")
+    wanted = {"amx_bf16": "amx_bf16", "avx512_bf16": "avx512_bf16", "avx512": "avx512bw", "avx2": "avx2"}
     built = _library.build_info()["cpu_isas"]
-    widest = next((name for name in built if name == "plain" or wanted[name] in flags), "plain")
-    assert torch.ops.effkernels.cpu_isa("auto") == widest
+    assert chosen == next((name for name in built if name == "plain" or wanted[name] in flags), "plain")
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from conftest import CPU_INSTRUCTION_SETS
+from conftest import AMX_MODEL, CPU_INSTRUCTION_SETS
 from parity import assert_parity
 from torch import Tensor
 
@@ -17,7 +17,7 @@ from effkernels.ops import training_steps as steps
 pytestmark = pytest.mark.skipif(not _library.is_loaded(), reason="the compiled operators are not there")
 
 
-@pytest.fixture(params=CPU_INSTRUCTION_SETS)
+@pytest.fixture(params=[name for name in CPU_INSTRUCTION_SETS if name != AMX_MODEL])
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     try:
         torch.ops.effkernels.cpu_isa(request.param)

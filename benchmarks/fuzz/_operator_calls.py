@@ -103,7 +103,7 @@ def laid_out(image: Tensor, layout: str) -> Tensor:
 def available_isas() -> list[str]:
     """Return the CPU instruction sets of this build on this machine."""
     found = []
-    for name in ("avx512_bf16", "avx512", "avx2", "plain"):
+    for name in ("amx_bf16", "avx512_bf16", "avx512", "avx2", "plain"):
         try:
             found.append(torch.ops.effkernels.cpu_isa(name))
         except RuntimeError:

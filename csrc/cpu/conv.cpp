@@ -122,14 +122,6 @@ void gather_windows(const ConvParams& p, const T* x, int64_t top, int64_t left, 
         }
 }
 
-// Input channels from which windows are copied to rows of a product.
-constexpr int64_t kFewestOfWindows = 5;
-
-bool goes_by_windows(const ConvParams& p) {
-  return p.x_stride_c == 1 && p.x_stride_w == p.in_channels && p.in_channels >= kFewestOfWindows &&
-         p.in_channels * p.kernel_h * p.kernel_w <= kLongestWindow;
-}
-
 // Sizes that every thread shares.
 struct Work {
   Tile tile;

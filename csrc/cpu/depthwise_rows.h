@@ -9,16 +9,18 @@
 #include "pack.h"
 #include "shares.h"
 
-namespace effkernels::cpu::EFFKERNELS_ISA {
-
-inline constexpr int kMostVecs = 8;   // of a block of channels
-inline constexpr int kBandRows = 28;  // 112 rows: four bands, two halo rows each
+namespace effkernels::cpu {
 
 // Output columns summed in registers at a time: sum(rows, taps, row_count, columns of the row, width, dilation, out).
 struct Strip {
   int columns;
   void (*sum)(const float* const*, const float* const*, int, int64_t, int64_t, int64_t, float*);
 };
+
+namespace EFFKERNELS_ISA {
+
+inline constexpr int kMostVecs = 8;   // of a block of channels
+inline constexpr int kBandRows = 28;  // 112 rows: four bands, two halo rows each
 
 // For the kernel's and the output's width, stride and dilation.
 Strip pick_strip(const DepthwiseParams& p);  // in depthwise.cpp
@@ -234,4 +236,5 @@ inline void run_band(const DepthwiseParams& p, const Geometry& g, const Strip& s
                       total[v]);
 }
 
-}  // namespace effkernels::cpu::EFFKERNELS_ISA
+}  // namespace EFFKERNELS_ISA
+}  // namespace effkernels::cpu

@@ -4,6 +4,12 @@
 
 #include "kernels.h"
 
+#ifdef EFFKERNELS_HAVE_AMX_BF16
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace effkernels::cpu {
 
 namespace plain {
@@ -24,6 +30,11 @@ namespace avx512_bf16 {
 extern const Kernels table;
 }
 #endif
+#ifdef EFFKERNELS_HAVE_AMX_BF16
+namespace amx_bf16 {
+extern const Kernels table;
+}
+#endif
 
 namespace {
 
@@ -34,11 +45,33 @@ bool has_avx512() {
 }
 #endif
 
+#ifdef EFFKERNELS_HAVE_AVX512_BF16
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#endif
+
+#ifdef EFFKERNELS_HAVE_AMX_BF16
+// Linux lets a process use tiles only if it has asked to: all its threads, and processes that it forks, may from then
+// on. It refuses where a thread has a stack for signals that is too small for the state of the tiles, and kernels
+// before 5.16 do not know the request.
+bool has_amx_bf16() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of EDX
+  if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile))
+    return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+}
+#endif
+
 // The widest first.
 template <class Visit>
 const Kernels* first(Visit accept) {
+#ifdef EFFKERNELS_HAVE_AMX_BF16
+  if (accept(amx_bf16::table) && has_amx_bf16()) return &amx_bf16::table;  // permission is asked for where it is wanted
+#endif
 #ifdef EFFKERNELS_HAVE_AVX512_BF16
-  if (has_avx512() && __builtin_cpu_supports("avx512bf16") && accept(avx512_bf16::table)) return &avx512_bf16::table;
+  if (has_avx512_bf16() && accept(avx512_bf16::table)) return &avx512_bf16::table;
 #endif
 #ifdef EFFKERNELS_HAVE_AVX512
   if (has_avx512() && accept(avx512::table)) return &avx512::table;
@@ -56,18 +89,22 @@ const Kernels* find(const char* name) {
   return first([&](const Kernels& k) { return any || std::strcmp(name, k.isa) == 0; });
 }
 
-std::atomic<const Kernels*>& current() {
-  static std::atomic<const Kernels*> chosen{find("auto")};
-  return chosen;
-}
+std::atomic<const Kernels*> current{nullptr};
 
 }  // namespace
 
-const Kernels& kernels() { return *current().load(std::memory_order_relaxed); }
+const Kernels& kernels() {
+  const Kernels* chosen = current.load(std::memory_order_relaxed);
+  if (!chosen) {
+    const Kernels* const widest = find("auto");
+    if (current.compare_exchange_strong(chosen, widest, std::memory_order_relaxed)) chosen = widest;
+  }
+  return *chosen;
+}
 
 bool set_isa(const char* name) {
   const Kernels* found = find(name);
-  if (found) current().store(found, std::memory_order_relaxed);
+  if (found) current.store(found, std::memory_order_relaxed);
   return found != nullptr;
 }
 

@@ -182,7 +182,7 @@ Work make_work(const ExpandDepthwiseParams& params, bool& fits) {
   const DepthwiseParams& d = params.depthwise;
   Work w;
   w.params = params;
-  with_type(e.dtype, [&](auto type) {
+  with_operand_type(e.dtype, [&](auto type) {
     with_form<decltype(type)>(e.weight, [&](auto form) { w.words = decltype(form)::words(e.in_channels); });
   });
   w.strip = pick_strip(d);
@@ -213,8 +213,8 @@ Grid divide(const Work& w, int threads) {
     const double expanded = rows * stride + max_of(1., rows / band) * max_of(0., halo);
     const double pixels = expanded * width;
     return (panels + (cut ? panel : 0.)) * (e.packed ? 0. : kPackingCost) +
-           pixels / kRows * kPreparingCost * (cut ? 2. : 1.) + pixels * panels +
-           (cut ? 2. * max_of(0., halo) * width * panel : 0.) + rows * taps * panels;
+           pixels / kRows * (kPreparingCost * (cut ? 2. : 1.) + kProductCost * panels) +
+           (cut ? 2. * max_of(0., halo) * width * panel * kProductCost / kRows : 0.) + rows * taps * panels;
   });
 }
 
@@ -266,6 +266,7 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
   for_shares(all, grid.count, [=](int64_t share) {
     const PointwiseParams& expand = w.params.expand;
     const DepthwiseParams& depthwise = w.params.depthwise;
+    [[maybe_unused]] const ProductScope scope;
     Workspace s = make_workspace(w, band_fills);
     for (int64_t i = 0; i < w.geometry.ring_size(); i++) s.ring[i] = 0.f;  // the padding columns stay so
     for (const Rectangle& r : grid.share(share))
@@ -274,7 +275,7 @@ void expand_depthwise(const ExpandDepthwiseParams& params, const Parallel& all) 
         s.expand_weights = expand.packed ? expand.packed + first * w.words : s.own_weights;
         form_scale_shift(expand.norm, first, channels, s.expand_scale, s.expand_shift);
         pack_block(depthwise, first, channels, s.weights, s.scale, s.shift);
-        with_type(depthwise.dtype, [&](auto type) {
+        with_operand_type(depthwise.dtype, [&](auto type) {
           with_form<decltype(type)>(expand.weight, [&](auto form) {
             using Form = decltype(form);
             if (!expand.packed) pack_panels<Form>(expand.weight, first, channels, expand.in_channels, s.own_weights);

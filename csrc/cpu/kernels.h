@@ -51,8 +51,9 @@ struct Kernels {
   void (*pointwise)(const PointwiseParams&, const Parallel&);
   void (*expand_depthwise)(const ExpandDepthwiseParams&, const Parallel&);
   void (*conv)(const ConvParams&, const Parallel&);
-  // Packs a weight (rows, k) for `pointwise` and `expand_depthwise` of this table into packed_size floats, or fewer.
-  void (*pack)(const Param& weight, int64_t rows, int64_t k, float* packed);
+  // Packs the weight of a product for `pointwise` and `expand_depthwise` of this table into packed_size floats, or
+  // fewer.
+  void (*pack)(const PointwiseParams&, float* packed);
   const Divisions& divisions;
   const TrainingKernels& training;
 };
@@ -60,8 +61,8 @@ struct Kernels {
 // The table in use: the widest instruction set of this machine, unless set_isa chose another.
 const Kernels& kernels();
 
-// "avx512_bf16", "avx512", "avx2", "plain", or "auto" for the widest. False: not built or not on this machine; nothing
-// changes then.
+// "amx_bf16", "avx512_bf16", "avx512", "avx2", "plain", or "auto" for the widest. False: not built or not on this
+// machine; nothing changes then.
 bool set_isa(const char* name);
 
 // Scratch memory of the calling thread, 64-byte aligned, valid until its next call of scratch() or release_scratch().

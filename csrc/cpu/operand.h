@@ -4,6 +4,7 @@
 // tensor as they are in memory, the first in the lower half, and zero after the last k. An instruction of avx512_bf16
 // multiplies both and adds them to a float32 sum: twice the products of a multiply-add of floats, half the bytes, and
 // no conversion of x. A gate is multiplied in float32 and the result rounded to bfloat16, as PyTorch does.
+// `PairTiles` holds the same words for the tiles of amx_bf16 (amx.h), and zeros up to a whole tile of them.
 #pragma once
 #include "pack.h"
 
@@ -58,7 +59,10 @@ struct Pairs {
     store(to, Vec((__m512)_mm512_cvtne2ps_pbh(__m512(high), __m512(low))));
   }
   static void pack(const Param& weight, int64_t n0, int columns, int64_t k, float* panel) {
-    const int64_t all = words(k);
+    pack_words(weight, n0, columns, k, words(k), panel);
+  }
+  // All words are stored, `all` of a column.
+  static void pack_words(const Param& weight, int64_t n0, int columns, int64_t k, int64_t all, float* panel) {
     for (int group = 0; group < columns; group += kLanes, panel += kLanes * all) {
       const int rows = min_of(kLanes, columns - group);
       const BFloat16* source = static_cast<const BFloat16*>(weight.data) + (n0 + group) * k;
@@ -75,15 +79,49 @@ struct Pairs {
 };
 #endif
 
+#if defined(EFFKERNELS_ISA_AMX_BF16)
+struct PairTiles : Pairs {
+  static constexpr int64_t words(int64_t k) { return round_up(Pairs::words(k), kLanes); }
+  static void pack(const Param& weight, int64_t n0, int columns, int64_t k, float* panel) {
+    pack_words(weight, n0, columns, k, words(k), panel);
+  }
+};
+#endif
+
+// Calls visit(T{}) with the C++ type of x, if a product of this level may have it.
+template <class Visit>
+inline void with_operand_type(DType dtype, Visit visit) {
+#if defined(EFFKERNELS_ISA_AMX_BF16)
+  (void)dtype;
+  visit(BFloat16{});
+#else
+  with_type(dtype, visit);
+#endif
+}
+
+// Calls visit(P{}) with the C++ type of a parameter where x is of type T: float32 or the same.
+template <class T, class Visit>
+inline void with_parameter_type(DType dtype, Visit visit) {
+  if constexpr (!std::is_same_v<T, float>)
+    if (dtype != DType::kFloat32) return visit(T{});
+  (void)dtype;
+  visit(float{});
+}
+
 // Calls visit(form) with the form of a product of x in T by that weight.
 template <class T, class Visit>
 inline void with_form(const Param& weight, Visit visit) {
+#if defined(EFFKERNELS_ISA_AMX_BF16)
+  (void)weight;
+  visit(PairTiles{});
+#else
 #if defined(__AVX512BF16__)
   if constexpr (std::is_same_v<T, BFloat16>)
     if (weight.dtype == DType::kBFloat16) return visit(Pairs{});
 #endif
   (void)weight;
   visit(Floats{});
+#endif
 }
 
 }  // namespace effkernels::cpu::EFFKERNELS_ISA

@@ -24,7 +24,8 @@ struct Product {
   const float* packed;
   Norm norm;
   Activation activation;
-  bool past;  // the result goes past the caches
+  bool past;                   // the result goes past the caches
+  const void* rows = nullptr;  // x where tiles are read from it as it is (amx.h)
 };
 
 Grid divide(const Product& p, int threads) {
@@ -32,8 +33,8 @@ Grid divide(const Product& p, int threads) {
                         threads_for(threads, double(p.m) * double(p.n) * double(p.k)));
 }
 
-// prepare(form, first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, chunk j of row r at
-// r * row_step + j * chunk_step, and says where its rows go.
+// prepare(form, first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, if there is one, chunk j of
+// row r at r * row_step + j * chunk_step, and says where its rows go.
 template <class T, class Form, class Prepare>
 void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const int64_t panels = ceil_div(p.n, kPanel);
@@ -43,6 +44,7 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   const int64_t group = p.packed ? panels : fitting;
 
   for_shares(all, grid.count, [=](int64_t share) {
+    [[maybe_unused]] const ProductScope scope;
     const int64_t packed_size = p.packed ? 0 : group * words * kPanel, tile_size = kRows * padded_words;
     float* own = static_cast<float*>(
         scratch(size_t(packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
@@ -58,12 +60,16 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
           for (int64_t row = r.row_begin; row < r.row_end; row += kRows) {
             const int row_count = int(min_of<int64_t>(kRows, r.row_end - row));
             Row<T> rows[kRows];
-            prepare(Form{}, row, row_count, tile, kChunk, kRows * kChunk, rows);
+            const bool in_place = kByTiles && p.rows && row_count == kRows;
+            prepare(Form{}, row, row_count, in_place ? nullptr : tile, kChunk, kRows * kChunk, rows);
+            Operand operand = tile;
+            if constexpr (kByTiles)
+              if (in_place) operand = {static_cast<const T*>(p.rows) + row * p.k, p.k};
             const Multiply wide = pick_multiply<Form, kPanelVecs>(row_count);
             const Multiply narrow = pick_multiply<Form, 1>(row_count);
             for (int64_t c = 0; c < channels; c += kPanel) {
               const int columns = int(min_of<int64_t>(kPanel, channels - c));
-              (columns > kLanes ? wide : narrow)(tile, packed + c * words, words, acc);
+              (columns > kLanes ? wide : narrow)(operand, packed + c * words, words, acc);
               write<T, decltype(activation)::value>(acc, rows, row_count, first + c, columns, scale + c, shift + c,
                                                     p.past);
             }
@@ -170,7 +176,7 @@ void matmul_as_stored(const Product& p, const Parallel& all, const Prepare& prep
     float *acc = input + input_size, *scale = acc + kFewRows * kLanes, *shift = scale + kLanes;
     int64_t prepared = -1;
     Row<T> rows[kImages];
-    with_type(p.weight.dtype, [&](auto weight_type) {
+    with_parameter_type<T>(p.weight.dtype, [&](auto weight_type) {
       using W = decltype(weight_type);
       with_activation(p.activation, [&](auto activation) {
         for (int64_t at = columns.line.begin(share), end = columns.line.end(share); at < end;) {
@@ -204,7 +210,8 @@ Product product_of(const PointwiseParams& p) {
           p.packed,
           p.norm,
           p.activation,
-          is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.out_channels)};
+          is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.out_channels),
+          rows_in_place(p)};
 }
 
 Product product_of(const ConvParams& p, const void* turned_weight) {
@@ -234,9 +241,9 @@ Division divide_pointwise(const PointwiseParams& p, int threads) {
 void pointwise(const PointwiseParams& p, const Parallel& parallel) {
   const Product product = product_of(p);
   if (product.m == 0) return;
-  with_type(p.dtype, [&](auto type) {
+  with_operand_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    with_type(p.gate.dtype, [&](auto gate_type) {
+    with_parameter_type<T>(p.gate.dtype, [&](auto gate_type) {
       using G = decltype(gate_type);
       const T *x = static_cast<const T*>(p.x), *residual = static_cast<const T*>(p.residual);
       const G* gate = static_cast<const G*>(p.gate.data);
@@ -244,18 +251,18 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
                                Row<T>* rows) {
         int64_t image = first / p.pixels, pixel = first % p.pixels;
         for (int r = 0; r < count; r++) {
-          prepare_row<decltype(form)>(x + image * p.x_stride_n + pixel * p.x_stride_p,
-                                      gate ? gate + image * p.in_channels : nullptr, p.in_channels, tile + r * row_step,
-                                      chunk_step);
+          if (tile)
+            prepare_row<decltype(form)>(x + image * p.x_stride_n + pixel * p.x_stride_p,
+                                        gate ? gate + image * p.in_channels : nullptr, p.in_channels,
+                                        tile + r * row_step, chunk_step);
           rows[r].y = static_cast<T*>(p.y) + (first + r) * p.out_channels;
           rows[r].residual = residual ? residual + image * p.residual_stride_n + pixel * p.residual_stride_p : nullptr;
           if (++pixel == p.pixels) pixel = 0, image++;
         }
       };
-      if (p.pixels == 1)
-        matmul_as_stored<T>(product, parallel, prepare);
-      else
-        with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
+      if constexpr (!kByTiles)
+        if (p.pixels == 1) return matmul_as_stored<T>(product, parallel, prepare);
+      with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
     });
   });
 }
@@ -287,7 +294,7 @@ void conv_by_windows(const ConvParams& p, const Parallel& parallel) {
                                                       [](void* data) { pool().release(data); });
   with_type(p.weight.dtype, [&](auto type) { turn_weights(p, parallel, static_cast<decltype(type)*>(turned.get())); });
   const Product product = product_of(p, turned.get());
-  with_type(p.dtype, [&](auto type) {
+  with_operand_type(p.dtype, [&](auto type) {
     using T = decltype(type);
     const T* x = static_cast<const T*>(p.x);
     const auto prepare = [=](auto form, int64_t first, int count, float* tile, int64_t row_step, int64_t chunk_step,
@@ -320,9 +327,10 @@ void conv_by_windows(const ConvParams& p, const Parallel& parallel) {
   });
 }
 
-void pack(const Param& weight, int64_t rows, int64_t k, float* packed) {
-  with_type(weight.dtype, [&](auto type) {  // weights of 16 bits have the type of x
-    with_form<decltype(type)>(weight, [&](auto form) { pack_panels<decltype(form)>(weight, 0, rows, k, packed); });
+void pack(const PointwiseParams& p, float* packed) {
+  with_operand_type(p.dtype, [&](auto type) {
+    with_form<decltype(type)>(
+        p.weight, [&](auto form) { pack_panels<decltype(form)>(p.weight, 0, p.out_channels, p.in_channels, packed); });
   });
 }
 

@@ -1,19 +1,31 @@
-// Shared by the two matrix products of this folder (pointwise.cpp, conv.cpp): the size of a tile and the code that
-// writes a finished tile.
+// Shared by the two matrix products of this folder (pointwise.cpp, conv.cpp): which convolutions are which, the size of
+// a tile and the code that writes a finished tile.
 #pragma once
 #include "activation.h"
 #include "pack.h"
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
 
+#if defined(EFFKERNELS_ISA_AMX_BF16)
+inline constexpr bool kByTiles = true;  // amx.h
+inline constexpr int kRows = 32;
+#else
+inline constexpr bool kByTiles = false;
 // kRows * (kPanel / kLanes) accumulators leave room for a panel's vectors and one broadcast among 32 (AVX-512) or 16
 // registers.
 inline constexpr int kRows = kLanes == 16 ? 14 : 6;
+#endif
 inline constexpr int kPanelVecs = 2;
 inline constexpr int kPanel = kPanelVecs * kLanes;
 inline constexpr int64_t kPackedBytes = 384 * 1024;  // of the second-level cache, 1 MiB or more on current servers
 
-inline constexpr int64_t kLongestWindow = 8192;  // values of a window that is copied to the stack
+// Whether the windows of a dense convolution are copied to the rows of a product (conv.cpp).
+inline constexpr int64_t kFewestOfWindows = 5;   // input channels
+inline constexpr int64_t kLongestWindow = 8192;  // values of a window, which is copied to the stack
+inline bool goes_by_windows(const ConvParams& p) {
+  return p.x_stride_c == 1 && p.x_stride_w == p.in_channels && p.in_channels >= kFewestOfWindows &&
+         p.in_channels * p.kernel_h * p.kernel_w <= kLongestWindow;
+}
 
 inline constexpr int64_t kBlock = 128;  // products summed in one chain
 

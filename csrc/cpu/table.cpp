@@ -16,7 +16,7 @@ void scale(const ScaleParams&, const Parallel&);
 void pointwise(const PointwiseParams&, const Parallel&);
 void expand_depthwise(const ExpandDepthwiseParams&, const Parallel&);
 void conv(const ConvParams&, const Parallel&);
-void pack(const Param&, int64_t, int64_t, float*);
+void pack(const PointwiseParams&, float*);
 Division divide_depthwise(const DepthwiseParams&, int);
 Division divide_squeeze_excite(const SqueezeExciteParams&, int);
 Division divide_pointwise(const PointwiseParams&, int);

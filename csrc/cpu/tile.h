@@ -5,6 +5,9 @@
 #include "operand.h"
 #include "product.h"
 #include "shares.h"
+#if defined(EFFKERNELS_ISA_AMX_BF16)
+#include "amx.h"
+#endif
 
 namespace effkernels::cpu::EFFKERNELS_ISA {
 
@@ -41,10 +44,19 @@ inline void pack_panels(const Param& weight, int64_t n0, int64_t channels, int64
     Form::pack(weight, n0 + c, int(min_of<int64_t>(kPanel, channels - c)), k, packed + c * Form::words(k));
 }
 
-using Multiply = void (*)(const float*, const float*, int64_t, float*);
+#if defined(EFFKERNELS_ISA_AMX_BF16)
+using Operand = TileRows;
+#else
+using Operand = const float*;  // a tile
+inline const void* rows_in_place(const PointwiseParams&) { return nullptr; }
+#endif
+using Multiply = void (*)(Operand, const float*, int64_t, float*);
 
 template <class Form, int Vecs>
 inline Multiply pick_multiply(int rows) {  // the smallest that covers the rows: the others compute numbers nobody reads
+#if defined(EFFKERNELS_ISA_AMX_BF16)
+  return rows > kTileRows ? multiply_tiles<2, Vecs> : multiply_tiles<1, Vecs>;
+#else
   if constexpr (kRows > 6) {
     if (rows > 12) return multiply<Form, kRows, Vecs>;
     if (rows > 10) return multiply<Form, 12, Vecs>;
@@ -55,7 +67,15 @@ inline Multiply pick_multiply(int rows) {  // the smallest that covers the rows:
   if (rows > 4) return multiply<Form, 6, Vecs>;
   if (rows > 2) return multiply<Form, 4, Vecs>;
   return rows > 1 ? multiply<Form, 2, Vecs> : multiply<Form, 1, Vecs>;
+#endif
 }
+
+// What a thread holds while it works on a share of a product.
+#if defined(EFFKERNELS_ISA_AMX_BF16)
+using ProductScope = TileScope;
+#else
+struct ProductScope {};
+#endif
 
 // Channels of a product are divided in units of a cache line of the result, so that two threads never write the same
 // line: with AVX-512 and float32 half a panel, which is the difference between 10.5 and 11 panels of 672 channels for
@@ -64,8 +84,10 @@ inline int64_t columns_unit(DType dtype) {
   return min_of<int64_t>(kPanel, max_of<int64_t>(kLanes, dtype == DType::kFloat32 ? 16 : 32));
 }
 
-// Cycles for each word of a row: packing a panel, preparing a tile. The product of both takes kRows.
-inline constexpr double kPackingCost = 16, kPreparingCost = 3;
+// Cycles for each word of a row: packing a panel, preparing a tile, the product of both (by tiles: amx.h).
+inline constexpr double kPackingCost = 16, kPreparingCost = kByTiles ? 7 : 3, kProductCost = kByTiles ? 4 : kRows;
+// A product of fewer rows takes no less time: its chains wait for each other, or its tile is not full.
+inline constexpr double kLeastRows = kByTiles ? 16 : 4;
 
 // The smallest unit that is worth a share is half a tile by a unit of channels.
 inline constexpr int64_t kUnitRows = kRows / 2;
@@ -74,7 +96,7 @@ inline Grid divide_product(int64_t rows, int64_t channels, DType dtype, bool pac
   const int64_t unit = columns_unit(dtype);
   return divide_grid(rows, channels, unit, kRows, threads, [=](double own_rows, double units, bool cut) {
     const double panel = double(unit) / kPanel, panels = units * panel;
-    const double computed = max_of(own_rows, 4.);  // the chains of fewer rows wait for each other
+    const double computed = max_of(own_rows, kLeastRows) * kProductCost / kRows;
     return (panels + (cut ? panel : 0.)) * (packed ? 0. : kPackingCost) +
            own_rows / kRows * kPreparingCost * (cut ? 2. : 1.) + computed * panels;
   });

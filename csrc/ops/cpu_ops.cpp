@@ -26,7 +26,7 @@ cpu::Parallel torch_threads() {
 void keep_packed(PointwiseParams& p) {
   if (!is_recording() || p.batch != 1 || p.pixels == 1 || p.pixels > kFewPixels) return;
   auto* const packed = static_cast<float*>(keep_memory(size_t(cpu::packed_size(p.out_channels, p.in_channels)) * 4));
-  cpu::kernels().pack(p.weight, p.out_channels, p.in_channels, packed);
+  cpu::kernels().pack(p, packed);
   p.packed = packed;
 }
 
@@ -152,7 +152,7 @@ Tensor conv_bn_act(const ConvArguments& a) {
 std::string cpu_isa(const std::string& name) {
   STD_TORCH_CHECK(name.empty() || cpu::set_isa(name.c_str()), "cpu_isa: name='", name,
                   "' is not built or not on this machine; allowed: auto, plain, and what the processor has of avx2, "
-                  "avx512, avx512_bf16");
+                  "avx512, avx512_bf16, amx_bf16");
   return cpu::kernels().isa;
 }
 
@@ -185,7 +185,7 @@ std::vector<int64_t> times(const Tensor& recording, int64_t piece, int64_t round
 }  // namespace
 }  // namespace effkernels::ops
 
-STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
+EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, CPU, m) {
   using namespace effkernels::ops;
 #define EFFKERNELS_IMPLEMENT(op, arguments)           \
   m.impl(#op, TORCH_BOX(&signature::arguments<&op>)); \
@@ -203,7 +203,7 @@ STABLE_TORCH_LIBRARY_IMPL(effkernels, CPU, m) {
 #undef EFFKERNELS_IMPLEMENT
 }
 
-STABLE_TORCH_LIBRARY_IMPL(effkernels, CompositeExplicitAutograd, m) {
+EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&effkernels::ops::cpu_isa));
   m.impl("cpu_memory", TORCH_BOX(&effkernels::ops::cpu_memory));
   m.impl("cpu_recording", TORCH_BOX(&effkernels::ops::new_recording));

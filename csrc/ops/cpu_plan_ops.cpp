@@ -148,6 +148,6 @@ std::string cpu_plan(const std::string& op, const std::string& dtype_name, const
 }  // namespace
 }  // namespace effkernels::ops
 
-STABLE_TORCH_LIBRARY_IMPL(effkernels, CompositeExplicitAutograd, m) {
+EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_plan", TORCH_BOX(&effkernels::ops::cpu_plan));
 }

@@ -15,7 +15,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -72,35 +72,58 @@ def build(flavour: str) -> ModuleType:
 
 def compile_flavour(flavour: str) -> None:
     """Build what changed of a flavour; its tree is shared by the processes of a test run."""
-    compiler = os.environ.get("CXX", "c++")
-    if shutil.which(compiler) is None:
-        raise CannotBuild(f"the C++ compiler {compiler} was not found")
     if importlib.util.find_spec("pybind11") is None:
         raise CannotBuild("pybind11 was not found; run: pip install pybind11")
-    files = [f"{module_name(flavour)}.so"]
-    with _one_at_a_time(tree(flavour)):
-        name = build_cache.key(build_cache.sources(HERE), _facts(flavour))
-        stamp = tree(flavour) / "restored"
-        if stamp.exists() and stamp.read_text() == name:
-            return
-        if build_cache.restore("emulator", name, files, tree(flavour)):
-            stamp.write_text(name)
-            return
-        stamp.unlink(missing_ok=True)
-        _run(_configure(flavour))
-        _run([_tool("cmake"), "--build", str(tree(flavour))])
-        build_cache.keep("emulator", name, files, tree(flavour))
+    import pybind11
 
-
-def _facts(flavour: str) -> dict[str, str]:
-    """Return what a flavour is made of beside its sources."""
-    return {
+    facts = {
         "flavour": flavour,
         "flags": " ".join(_fast_flags()),
         "python": sys.version,
-        "torch": importlib.metadata.version("torch"),
         "pybind11": importlib.metadata.version("pybind11"),
     }
+    options = (
+        f"-DEFFKERNELS_FLAVOUR={flavour}",
+        f"-DPython_EXECUTABLE={sys.executable}",
+        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        f"-DEFFKERNELS_FAST_FLAGS={';'.join(_fast_flags())}",
+    )
+    compile_project("emulator", HERE, tree(flavour), f"{module_name(flavour)}.so", facts, options)
+
+
+def compile_project(
+    kind: str, project: Path, tree: Path, file: str, facts: Mapping[str, str], options: Iterable[str] = ()
+) -> None:
+    """Build what changed of a CMake project of the tests, or take it from the cache of builds.
+
+    Args:
+        kind: its name in the cache.
+        project: the folder of its CMakeLists.txt.
+        tree: the folder to build in, which the processes of a test run share.
+        file: what is built, in that folder.
+        facts: what it is made of beside its sources and torch.
+        options: of CMake.
+
+    Raises:
+        CannotBuild: there is no compiler or no build tool.
+        BuildFailed: the sources do not compile.
+    """
+    compiler = os.environ.get("CXX", "c++")
+    if shutil.which(compiler) is None:
+        raise CannotBuild(f"the C++ compiler {compiler} was not found")
+    with _one_at_a_time(tree):
+        known = {**facts, "torch": importlib.metadata.version("torch")}
+        name = build_cache.key(build_cache.sources(project), known)
+        stamp = tree / "restored"
+        if stamp.exists() and stamp.read_text() == name:
+            return
+        if build_cache.restore(kind, name, [file], tree):
+            stamp.write_text(name)
+            return
+        stamp.unlink(missing_ok=True)
+        _run(_configure(project, tree, options))
+        _run([_tool("cmake"), "--build", str(tree)])
+        build_cache.keep(kind, name, [file], tree)
 
 
 @contextmanager
@@ -111,22 +134,17 @@ def _one_at_a_time(folder: Path) -> Iterator[None]:
         yield
 
 
-def _configure(flavour: str) -> list[str]:
-    import pybind11
-
+def _configure(project: Path, tree: Path, options: Iterable[str]) -> list[str]:
     torch = importlib.util.find_spec("torch")
     assert torch is not None
     assert torch.origin is not None
     return [
         _tool("cmake"),
-        *("-S", str(HERE), "-B", str(tree(flavour)), "-G", "Ninja"),
-        f"-DEFFKERNELS_FLAVOUR={flavour}",
+        *("-S", str(project), "-B", str(tree), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={_tool('ninja')}",
-        f"-DPython_EXECUTABLE={sys.executable}",
-        f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
         f"-DEFFKERNELS_TORCH_ROOT={Path(torch.origin).parent}",
-        f"-DEFFKERNELS_FAST_FLAGS={';'.join(_fast_flags())}",
         "-DCMAKE_BUILD_TYPE=",
+        *options,
     ]
 
 
@@ -153,7 +171,7 @@ def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode != 0:
         tail = "\n".join((done.stdout + done.stderr).splitlines()[-40:])
-        raise BuildFailed(f"the emulator does not build: {' '.join(command)}\n{tail}")
+        raise BuildFailed(f"this does not build: {' '.join(command)}\n{tail}")
 
 
 def asan_environment() -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
@@ -106,27 +106,43 @@ class Emulator:
         records: list[dict[str, Any]] = self.module.launches()
         return records
 
-    @functools.cache  # noqa: B019  there is one emulator of a flavour in a process
     def operators(self) -> frozenset[str]:
         """Return the operators of the library that this one runs over emulated kernels."""
-        has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
-        names = (str(name) for name in torch._C._dispatch_get_all_op_names())
-        own = [name.split("::")[1].split(".")[0] for name in names if name.startswith(f"{self.namespace}::")]
-        return frozenset(op for op in own if has_kernel(f"{self.namespace}::{op}", "CPU"))
+        return operators_of(self.namespace, "CPU")
 
     @contextmanager
     def in_place_of_cpu(self) -> Iterator[None]:
         """Let the CPU's operators of the library run on the emulated kernels for a while."""
-        library = torch.library.Library("effkernels", "IMPL")
-        emulated = getattr(torch.ops, self.namespace)
-        try:
-            with warnings.catch_warnings():  # torch warns of the first operator that is overridden
-                warnings.simplefilter("ignore", UserWarning)
-                for op in sorted(self.operators()):
-                    library.impl(op, getattr(emulated, op).default, "CPU")
+        with in_place_of_library(self.namespace, {"CPU": self.operators()}):
             yield
-        finally:
-            library._destroy()
+
+
+@functools.cache
+def operators_of(namespace: str, key: str) -> frozenset[str]:
+    """Return the operators that a library of the tests has registered under a dispatch key."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = (str(name) for name in torch._C._dispatch_get_all_op_names())
+    own = [name.split("::")[1].split(".")[0] for name in names if name.startswith(f"{namespace}::")]
+    return frozenset(op for op in own if has_kernel(f"{namespace}::{op}", key))
+
+
+@contextmanager
+def in_place_of_library(namespace: str, operators: Mapping[str, Collection[str]]) -> Iterator[None]:
+    """Let operators of the library be computed by those of the tests' library `namespace` for a while.
+
+    Args:
+        operators: those of each dispatch key.
+    """
+    library = torch.library.Library("effkernels", "IMPL")
+    try:
+        with warnings.catch_warnings():  # torch warns of the first operator that is overridden
+            warnings.simplefilter("ignore", UserWarning)
+            for key, names in operators.items():
+                for op in sorted(names):
+                    library.impl(op, getattr(getattr(torch.ops, namespace), op).default, key)
+        yield
+    finally:
+        library._destroy()
 
 
 @functools.cache
