@@ -23,8 +23,9 @@ namespace effkernels::cpu::EFFKERNELS_ISA {
 inline constexpr int kTileRows = 16, kTileWords = 16;
 static_assert(kTileWords == kLanes && kRows == 2 * kTileRows && kPanel == 2 * kLanes && kBlock % kTileWords == 0);
 
-// Cycles by Intel's optimization manual: a product of tiles starts every 16 cycles, and one that adds to the result of
-// the last waits 52 for it. Loading a configuration takes some 200. The products of pairs in vectors count two a cycle.
+// Cycles as published for Sapphire Rapids, none of them measured here: a product of tiles starts every 16 cycles, and
+// one that adds to the result of the last waits some 52 for it. Loading a configuration takes some 200. The products of
+// pairs in vectors count two a cycle.
 inline constexpr double kTileCycles = 16, kTileLatency = 52, kConfigureCycles = 200;
 
 // Whether a product of so many pixels of an image, output channels and input channels goes by tiles: where that takes

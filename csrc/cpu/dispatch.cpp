@@ -58,6 +58,12 @@ bool has_amx_bf16() {
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;  // of EDX
   if (!has_avx512_bf16() || !__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile))
     return false;
+  // A hypervisor may name the instructions and leave out what they work on: palette 1, eight tiles of 16 rows of 64
+  // bytes. Without it every tile instruction is illegal.
+  constexpr unsigned kPalettes = 0x1d;
+  if (!__get_cpuid_count(kPalettes, 0, &a, &b, &c, &d) || a < 1) return false;
+  if (!__get_cpuid_count(kPalettes, 1, &a, &b, &c, &d) || b >> 16 < 8 || (b & 0xffff) < 64 || (c & 0xffff) < 16)
+    return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   return granted;
