@@ -23,9 +23,9 @@ namespace effkernels::cpu::EFFKERNELS_ISA {
 inline constexpr int kTileRows = 16, kTileWords = 16;
 static_assert(kTileWords == kLanes && kRows == 2 * kTileRows && kPanel == 2 * kLanes && kBlock % kTileWords == 0);
 
-// Cycles as published for Sapphire Rapids, none of them measured here: a product of tiles starts every 16 cycles, and
-// one that adds to the result of the last waits some 52 for it. Loading a configuration takes some 200. The products of
-// pairs in vectors count two a cycle.
+// Cycles, none of them measured here. Published for Sapphire Rapids: a product of tiles starts every 16 cycles, and
+// vectors of pairs make two products a cycle. Assumed: a product that adds to the result of the last waits 52 cycles for
+// it, and loading a configuration takes 200.
 inline constexpr double kTileCycles = 16, kTileLatency = 52, kConfigureCycles = 200;
 
 // Whether a product of so many pixels of an image, output channels and input channels goes by tiles: where that takes
