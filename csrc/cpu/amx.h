@@ -24,8 +24,8 @@ inline constexpr int kTileRows = 16, kTileWords = 16;
 static_assert(kTileWords == kLanes && kRows == 2 * kTileRows && kPanel == 2 * kLanes && kBlock % kTileWords == 0);
 
 // Cycles, none of them measured here. Published for Sapphire Rapids: a product of tiles starts every 16 cycles, and
-// vectors of pairs make two products a cycle. Assumed: a product that adds to the result of the last waits 52 cycles for
-// it, and loading a configuration takes 200.
+// vectors of pairs make two products a cycle. Assumed: a product that adds to the result of the last waits 52 cycles
+// for it, and loading a configuration takes 200.
 inline constexpr double kTileCycles = 16, kTileLatency = 52, kConfigureCycles = 200;
 
 // Whether a product of so many pixels of an image, output channels and input channels goes by tiles: where that takes
