@@ -64,6 +64,7 @@ def op_calls(batch: int) -> Iterator[OpCall]:
     # expand, then project, each early and late
     for channels, plane, out in ((16, 112, 96), (192, 7, 1152)):
         yield OpCall.on("pointwise_bn_act", (batch, channels, plane, plane), out_channels=out)
+    yield OpCall.on("pointwise_bn_act_pool", (batch, 320, 7, 7), out_channels=1280)
     for channels, plane, out in ((144, 56, 24), (1152, 7, 192)):
         shape = (batch, channels, plane, plane)
         yield OpCall.on("pointwise_bn_act", shape, out_channels=out, activation="identity", gated=True, residual=True)
