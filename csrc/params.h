@@ -60,10 +60,11 @@ struct ScaleParams {
   int64_t batch = 0, pixels = 0, channels = 0;
 };
 
-// y = activation(norm(w @ (x * gate))) + residual over N * P rows of Cin, P the pixels of an image.
+// y = activation(norm(w @ (x * gate))) + residual over N * P rows of Cin, P the pixels of an image; or the mean of that
+// over the pixels of each image, without gate and residual.
 struct PointwiseParams {
   const void* x = nullptr;  // row p of image n at n * x_stride_n + p * x_stride_p
-  void* y = nullptr;        // (N, P, Cout), contiguous
+  void* y = nullptr;        // (N, P, Cout), contiguous; (N, Cout) of means
   Param weight;             // (Cout, Cin)
   // The weight packed for the CPU's kernels (`pack` in csrc/cpu/kernels.h), if somebody keeps it; else null.
   const float* packed = nullptr;
@@ -73,6 +74,7 @@ struct PointwiseParams {
   DType dtype = DType::kFloat32;
   Activation activation = Activation::kIdentity;
   bool allow_tf32 = false;
+  bool pools = false;  // y is the means
   int64_t batch = 0, pixels = 0, in_channels = 0, out_channels = 0;
   int64_t x_stride_n = 0, x_stride_p = 0, residual_stride_n = 0, residual_stride_p = 0;
 };

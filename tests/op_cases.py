@@ -18,7 +18,8 @@ from effkernels.ops.call import DEPTHWISE_OPS, IMAGES, OpCall, in_float64, tenso
 
 EXPAND_OP = "expand_depthwise_squeeze"
 BLOCK_OP = "mbconv"
-IMAGE_OPS = (*DEPTHWISE_OPS, "pointwise_bn_act", "conv_bn_act", EXPAND_OP, BLOCK_OP)
+POOL_OP = "pointwise_bn_act_pool"
+IMAGE_OPS = (*DEPTHWISE_OPS, "pointwise_bn_act", POOL_OP, "conv_bn_act", EXPAND_OP, BLOCK_OP)
 ALL_OPS = (*IMAGE_OPS, "squeeze_excite_gate")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 ODD_CHANNELS = (1, 7, 8, 24, 40, 100)

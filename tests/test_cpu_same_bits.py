@@ -19,6 +19,8 @@ CASES = {
     "one tile by an odd number of vectors": FULL.with_(batch=1, height=3, width=4, channels=130, out_channels=112),
     "many tiles by a few vectors": FULL.with_(batch=3, height=13, width=14, channels=70, out_channels=40),
     "packed weights in groups": FULL.with_(batch=1, height=3, width=5, channels=384, out_channels=660),
+    "means of three images": Case(op_cases.POOL_OP, batch=3, height=7, width=7, channels=70, out_channels=200),
+    "means of one image": Case(op_cases.POOL_OP, batch=1, height=9, width=7, channels=384, out_channels=660),
     "a stem": Case("conv_bn_act", channels=3, out_channels=40, height=61, width=75, stride=2),
     "dense windows": Case("conv_bn_act", batch=2, channels=24, out_channels=40, height=13, width=15),
     "a gate": Case("squeeze_excite_gate", batch=3, channels=1000, reduced=250),
@@ -56,3 +58,12 @@ def test_the_batch_does_not_change_an_image(side: int, isa: str) -> None:
     for batch in (1, 2, 3, 4, 5, 16, 17):
         few = given | {name: given[name][:batch] for name in ("x", "gate", "residual")}
         assert torch.equal(op_cases.run(ops, case, few)[0], whole[:batch])
+
+
+@pytest.mark.parametrize("side", [1, 2, 7])
+def test_the_batch_does_not_change_the_means_of_an_image(side: int, isa: str) -> None:
+    case = Case(op_cases.POOL_OP, batch=21, height=side, width=side, channels=200, out_channels=50)
+    given = case.draw()
+    (whole,) = op_cases.run(ops, case, given)
+    for batch in (1, 2, 3, 16):
+        assert torch.equal(op_cases.run(ops, case, given | {"x": given["x"][:batch]})[0], whole[:batch])

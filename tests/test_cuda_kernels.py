@@ -32,6 +32,7 @@ CASES = {
     "pointwise_bn_act": Case(
         "pointwise_bn_act", torch.bfloat16, channels=144, out_channels=24, gated=True, residual=True
     ),
+    "pointwise_bn_act_pool": Case(op_cases.POOL_OP, torch.bfloat16, channels=40, out_channels=136, parameters="same"),
     "conv_bn_act": Case("conv_bn_act", torch.bfloat16, channels=3, out_channels=32, stride=2, layout="contiguous"),
     "expand_depthwise_squeeze": Case(
         "expand_depthwise_squeeze", torch.bfloat16, channels=24, out_channels=104, height=30, width=29
@@ -239,7 +240,9 @@ STRIDES = {
 
 
 @pytest.mark.parametrize("far_apart", STRIDES)
-@pytest.mark.parametrize("op", ["depthwise_bn_act_gate", "depthwise_bn_act_se", "pointwise_bn_act", "conv_bn_act"])
+@pytest.mark.parametrize(
+    "op", ["depthwise_bn_act_gate", "depthwise_bn_act_se", "pointwise_bn_act", op_cases.POOL_OP, "conv_bn_act"]
+)
 @pytest.mark.parametrize("channels", [16, 3])
 def test_elements_past_31_bits(op: str, channels: int, far_apart: str, emulated: Emulator) -> None:
     """Offsets beyond 2^31 elements, over a mapping that is never filled."""
@@ -353,6 +356,8 @@ def plannable(draw: strategies.DrawFn) -> tuple[str, list[int]]:
         return op, [batch, channels, reduced]
     if op == "pointwise_bn_act":
         return op, [batch, height, width, channels, out_channels, draw(yes), draw(yes), draw(yes), draw(ACTIVATIONS)]
+    if op == op_cases.POOL_OP:
+        return op, [batch, height, width, channels, out_channels, 0, 0, draw(yes), draw(ACTIVATIONS)]
     if op == "conv_bn_act":
         return op, [batch, draw(strategies.integers(1, 64)), out_channels, height, width, *kernel, stride, *padding]
     excites = op in ("depthwise_bn_act_gate", "depthwise_bn_act_se") or (op == "mbconv" and draw(yes))
@@ -466,6 +471,11 @@ def cut_cases(dtype: torch.dtype) -> list[Case]:
     for stride, half in ((1, 1), (2, 1), (1, 2), (2, 2)):
         expand = Case(op_cases.EXPAND_OP, dtype, channels=40, out_channels=104, height=29, width=27, batch=2)
         cases.append(expand.with_(kernel=(2 * half + 1,) * 2, padding=(half,) * 4, stride=stride))
+    # Tiles that end within an image, images that share a tile, and images that several blocks share.
+    pooled = Case(op_cases.POOL_OP, dtype, channels=40, out_channels=136, height=7, width=7, parameters="same")
+    cases += [pooled.with_(batch=batch, activation=a) for batch in (1, 3, 33) for a in ("silu", "gelu")]
+    cases += [pooled.with_(batch=33, height=1, width=1), pooled.with_(batch=9, height=3, width=2, out_channels=7)]
+    cases += [pooled.with_(channels=320, batch=5), pooled.with_(batch=1, height=40, width=41, out_channels=24)]
     # More slices than there are stages in the ring, and weights that are not kept.
     cases += [
         product.with_(channels=1160, out_channels=64, height=9, gated=True),

@@ -13,7 +13,7 @@ from effkernels.ops import reference
 from effkernels.ops._signature import Signature
 from effkernels.ops.call import OpCall, run, tensors
 
-MANY_CHANNELS = ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze", "mbconv")
+MANY_CHANNELS = ("pointwise_bn_act", "pointwise_bn_act_pool", "conv_bn_act", "expand_depthwise_squeeze", "mbconv")
 
 
 def call_of(op: str, **changes: Any) -> OpCall:

@@ -77,6 +77,7 @@ class Network(nn.Module):
             residual=y,
         )
         y = y + half * means[:, :, None, None]
+        y = y + ops.pointwise_bn_act_pool(y, self.project, *norm, activation="silu")[:, :, None, None]
         y = y * ops.squeeze_excite_gate(pooled, self.reduce, None, self.expand, None)[:, :, None, None]
         return ops.depthwise_bn_act_se(y, self.large, *norm, padding=same_padding(y, 5, 1), **excite)
 

@@ -11,7 +11,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
-from op_cases import ALL_OPS, DEPTHWISE_OPS, EXPAND_OP, IMAGE_OPS, Case, flat
+from op_cases import ALL_OPS, DEPTHWISE_OPS, EXPAND_OP, IMAGE_OPS, POOL_OP, Case, flat
 
 import effkernels
 from effkernels import ops
@@ -40,13 +40,17 @@ MISTAKES: list[tuple[tuple[str, ...], dict[str, Any], str]] = [
     ),
     (DEPTHWISE_OPS, {"weight": T(8, 1, 3, 0)}, "weight is a depthwise kernel of 3x0; allowed: 1 to 13 for its height"),
     (
-        ("pointwise_bn_act",),
+        ("pointwise_bn_act", POOL_OP),
         {"weight": T(5, 8, 3, 3)},
         r"weight has shape \(5, 8, 3, 3\); allowed: \(Cout, Cin, 1, 1\)",
     ),
-    (("pointwise_bn_act",), {"weight": T(5, 8)}, r"weight has shape \(5, 8\); allowed: \(Cout, Cin, 1, 1\)"),
+    (("pointwise_bn_act", POOL_OP), {"weight": T(5, 8)}, r"weight has shape \(5, 8\); allowed: \(Cout, Cin, 1, 1\)"),
     (("conv_bn_act",), {"weight": T(5, 8)}, r"weight has shape \(5, 8\); allowed: \(Cout, Cin, KH, KW\)"),
-    (("pointwise_bn_act", "conv_bn_act"), {"x": T(2, 9, 6, 7)}, r"weight has shape \(5, 8, \d, \d\); allowed"),
+    (
+        ("pointwise_bn_act", POOL_OP, "conv_bn_act"),
+        {"x": T(2, 9, 6, 7)},
+        r"weight has shape \(5, 8, \d, \d\); allowed",
+    ),
     (("pointwise_bn_act",), {"gate": T(2, 9)}, r"gate has shape \(2, 9\); allowed: \(2, 8\)"),
     (("pointwise_bn_act",), {"gate": T(2, 8, 1, 1)}, r"gate has shape \(2, 8, 1, 1\); allowed: \(2, 8\)"),
     (("pointwise_bn_act",), {"gate": T(3, 8)}, r"gate has shape \(3, 8\); allowed: \(2, 8\)"),

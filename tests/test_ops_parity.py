@@ -25,6 +25,7 @@ from op_cases import (
     ODD_CHANNELS,
     ODD_PLANES,
     OTHER_KERNELS,
+    POOL_OP,
     SQUARE_KERNELS,
     Case,
 )
@@ -239,6 +240,26 @@ def pointwise_cases() -> Iterator[Case]:
         yield from in_turn(classifier, layout=LAYOUTS, channels=[1, 7, 2100], out_channels=[1, 7], batch=[0, 1, 3, 23])
 
 
+def pool_cases() -> Iterator[Case]:
+    for dtype in DTYPES:
+        base = Case(POOL_OP, dtype, height=7, width=7, channels=40, out_channels=72, parameters="same")
+        yield from in_turn(
+            base,
+            channels=[*ODD_CHANNELS, 320],
+            out_channels=[*ODD_CHANNELS, 320],
+            activation=ACTIVATIONS,
+            norm=["none", "statistics"],
+            bias=[True],
+            parameters=["float32", "mixed"],
+            batch=[0, 1, 3, 33],
+            layout=LAYOUTS,
+        )
+        for height, width in (*ODD_PLANES, (1, 2), (8, 8), (9, 9), (10, 10), (19, 19), (33, 31)):
+            for batch in (1, 3, 33) if height * width <= 100 else (1, 2):
+                yield base.with_(height=height, width=width, batch=batch, channels=24, out_channels=136)
+        yield base.with_(channels=7, out_channels=9, height=40, width=41, batch=1)  # converts, and parts of an image
+
+
 def conv_cases() -> Iterator[Case]:
     for dtype in DTYPES:
         base = Case("conv_bn_act", dtype, channels=3, stride=2, layout="contiguous")
@@ -352,6 +373,11 @@ def test_squeeze_excite(case: Case, backend: Backend) -> None:
 
 @pytest.mark.parametrize("case", unique(pointwise_cases()))
 def test_pointwise(case: Case, backend: Backend) -> None:
+    check(case, backend)
+
+
+@pytest.mark.parametrize("case", unique(pool_cases()))
+def test_pointwise_pool(case: Case, backend: Backend) -> None:
     check(case, backend)
 
 

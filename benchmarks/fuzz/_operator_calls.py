@@ -173,13 +173,13 @@ def draw_call(seed: int, isas: list[str]) -> RandomCall:
     if op != "squeeze_excite_gate":
         height, width = _plane(rng, max(1, _MOST_ELEMENTS // channels // max(1, batch)))
         pixels, out = max(1, batch) * height * width, channels
-        if op in ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze", "mbconv"):
+        if op in ("pointwise_bn_act", "pointwise_bn_act_pool", "conv_bn_act", "expand_depthwise_squeeze", "mbconv"):
             out = _size(rng, max(1, min(2000, _MOST_ELEMENTS // pixels, _MOST_PRODUCTS // (pixels * channels))))
         sizes |= {"height": height, "width": width, "out_channels": out}
         if op == "mbconv":  # as many products in the last convolution as in the first
             sizes["expanded"] = out
             sizes["out_channels"] = rng.choice((channels, min(channels, _size(rng, 300))))
-        if op != "pointwise_bn_act":
+        if op not in ("pointwise_bn_act", "pointwise_bn_act_pool"):
             dense = max(1, min(7, int((_MOST_PRODUCTS / (pixels * channels * out)) ** 0.5)))
             largest = dense if op == "conv_bn_act" else 13
             kernel, dilation, padding = _window(rng, largest, op, max(1, batch) * out, height, width)

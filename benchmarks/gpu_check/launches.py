@@ -23,7 +23,7 @@ from effkernels.ops.call import DEPTHWISE_OPS, OpCall, prepared
 # Operators that take one launch at every size; depthwise_bn_act_se and expand_depthwise_squeeze take one or two, and
 # mbconv one or three, as their plans say.
 ONE_LAUNCH = ("depthwise_bn_act", "depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "squeeze_excite_gate",
-              "pointwise_bn_act", "conv_bn_act")  # fmt: skip
+              "pointwise_bn_act", "pointwise_bn_act_pool", "conv_bn_act")  # fmt: skip
 
 
 def cases() -> list[OpCall]:
@@ -35,6 +35,7 @@ def cases() -> list[OpCall]:
         found.append(OpCall.on("squeeze_excite_gate", (4, channels), reduced=reduced))
     found.append(OpCall.on("pointwise_bn_act", (4, 96, 56, 56), out_channels=24, activation="identity", gated=True))
     found.append(OpCall.on("pointwise_bn_act", (4, 192, 7, 7), out_channels=1152))
+    found.append(OpCall.on("pointwise_bn_act_pool", (4, 320, 7, 7), out_channels=1280))
     found.append(OpCall.on("expand_depthwise_squeeze", (4, 24, 56, 56), out_channels=144))
     found.append(OpCall.on("mbconv", (4, 112, 14, 14), 5, out_channels=112, residual=True))
     found.append(OpCall.on("mbconv", (4, 24, 56, 56), out_channels=24, residual=True))

@@ -45,7 +45,13 @@ def _expansions(calls: Sequence[OpCall]) -> Iterator[OpCall]:
 # The operators in the order of their worth: those that the targets are written for, then the other forms of the
 # depthwise operator, for what squeeze-and-excitation adds to it.
 FAMILIES = ("depthwise_bn_act_squeeze", "depthwise_bn_act_gate", "pointwise_bn_act", "conv_bn_act")
-OTHERS = ("squeeze_excite_gate", "expand_depthwise_squeeze", "depthwise_bn_act", "depthwise_bn_act_se")
+OTHERS = (
+    "squeeze_excite_gate",
+    "pointwise_bn_act_pool",
+    "expand_depthwise_squeeze",
+    "depthwise_bn_act",
+    "depthwise_bn_act_se",
+)
 _COMPILED = ("depthwise_bn_act_squeeze", "pointwise_bn_act")
 
 

@@ -25,6 +25,8 @@ def small_calls() -> Iterator[OpCall]:
         yield OpCall.on(
             "pointwise_bn_act", shape, out_channels=shape[1], activation="identity", gated=True, residual=True
         )
+        yield OpCall.on("pointwise_bn_act_pool", shape, out_channels=72)
+    yield OpCall.on("pointwise_bn_act_pool", (1, 24, 41, 40), out_channels=24)  # several blocks share an image
     yield OpCall.on("expand_depthwise_squeeze", (2, 16, 9, 10), out_channels=40)
     yield OpCall.on("expand_depthwise_squeeze", (2, 7, 5, 6), 5, out_channels=12, stride=2)
     yield OpCall.on("mbconv", (2, 16, 7, 8), out_channels=16, residual=True)

@@ -395,6 +395,7 @@ _PARTS: Mapping[str, Callable[[Kernel, Flow], Parts]] = {
     "depthwise_strips": depthwise_parts,
     "depthwise_resident": depthwise_parts,
     "pointwise": lambda _, flow: pointwise_parts(flow),
+    "pointwise_pool": lambda _, flow: pointwise_parts(flow),
     "expand_depthwise": expand_depthwise_parts,
     "mbconv": mbconv_parts,
     "mbconv_queue": lambda _, flow: mbconv_queue_parts(flow),
@@ -410,7 +411,7 @@ def counted(kernel: Kernel) -> bool:
     not."""
     if kernel.family == "depthwise_strips":
         return int(kernel.arguments[1]) > 0
-    if kernel.family == "pointwise":
+    if kernel.family in ("pointwise", "pointwise_pool"):
         return kernel.arguments[-1] == "false"
     return kernel.family in _PARTS
 

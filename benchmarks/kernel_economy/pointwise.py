@@ -1,4 +1,4 @@
-"""The tiles of the pointwise kernel, and the instructions of a warp in each part of its work.
+"""The tiles of the pointwise kernels, and the instructions of a warp in each part of its work.
 
 The kernel is a loop over tiles around a loop over steps along k. The loops before them fill the ring with the first
 stages: of the weights, then of x.
@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from benchmarks.kernel_economy.loops import Flow, Instruction, Loop, innermost, inside, loops_of, only, outermost
 from benchmarks.kernel_economy.paths import Score, around, counters, longest, plain, way, with_norm
 from benchmarks.kernel_economy.reading import SOURCES, Kernel
-from effkernels.plan.kernel_counts import Counters
+from effkernels.plan.kernel_counts import Counters, total
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,9 @@ def pointwise_parts(flow: Flow) -> dict[str, Counters]:
         stage's gates. "tile": its beginning, its end, and the addresses of its rows, which are formed in a step or in
         the first fill; "tile.gate", "tile.residual": more where there are gates, or a residual, whose copies are
         "residual". What leaves through shared memory is "value", for each value of a lane: ".plain" without special
-        functions, ".part" as a partial sum, ".other" for each block that shares a tile.
+        functions, ".part" as a partial sum, ".other" for each block that shares a tile. With pooling
+        "image": for each image that a warp has rows of in a tile, or in 8 rows of a vector of sums where those go
+        through shared memory; "mean": for each mean of a thread, once for a block.
 
     Raises:
         PartMissing: the code does not have a part.
@@ -133,21 +135,26 @@ def pointwise_parts(flow: Flow) -> dict[str, Counters]:
     parts["tile"] = beginning(gate=-1) + move + ending(residual=-1)
     parts["tile.gate"] = beginning(gate=1) - beginning(gate=-1) + step_with(move=1, gate=1) - gated_step - move
     parts["tile.residual"] = ending(residual=1) - ending(residual=-1)
-    if in_tile:
-        parts.update(_through_shared(flow, in_tile))
+    images = [one for one in innermost(in_tile) if one.count("SHFL")]
+    if images:
+        parts["image"] = total((around(flow, one), 1) for one in images)
+        after = [one for one in loops if one.first > tiles.last]
+        means = only([one for one in outermost(after) if one.count("LDS") and one.count("STG")], "over means")
+        parts["mean"] = around(flow, means)
+    vectors = [one for one in in_tile if one.count("LDS") and one not in images]
+    if vectors:
+        parts.update(_through_shared(flow, only(outermost(vectors), "over vectors of sums"), in_tile, images))
     return parts
 
 
-def _through_shared(flow: Flow, loops: Sequence[Loop]) -> dict[str, Counters]:
-    vectors = only([one for one in loops if one.count("STG") and one.count("LDS")], "over vectors of y")
+def _through_shared(flow: Flow, vectors: Loop, loops: Sequence[Loop], images: Sequence[Loop]) -> dict[str, Counters]:
     of_parts = [one for one in innermost(loops) if one.count("LDG") and not one.count("STG")]
-    path = way(flow, vectors.first, vectors.last, longest, of_parts)
+    left_out = [*of_parts, *images]
+    path = way(flow, vectors.first, vectors.last, longest, left_out)
     each = 1 / sum(one.opcode in ("MUFU.TANH", "MUFU.RCP") for one in path)  # of a value: swish has one of them
-    parts = {
-        "value": counters(path) * each,
-        "value.plain": around(flow, vectors, of_parts, plain) * each,
-        "value.part": around(flow, vectors, of_parts, lambda one: (float(one.name == "STG"), -1.0)) * each,
-    }
+    parts = {"value": counters(path) * each, "value.plain": around(flow, vectors, left_out, plain) * each}
+    if not images:
+        parts["value.part"] = around(flow, vectors, left_out, lambda one: (float(one.name == "STG"), -1.0)) * each
     if of_parts:
         parts["value.other"] = around(flow, of_parts[0]) * (1 / 4 / of_parts[0].count("LDG"))
     return parts

@@ -307,6 +307,11 @@ CLAIMS: tuple[Claim, ...] = (
         (copies_asynchronously, tensor_cores, launch_bounds_kept, one_tanh_per_element(tile_elements)),
     ),
     Claim(
+        rf"pointwise_pool<{_TYPE16}, 0, \d+, [12], false>",
+        "16-byte cp.async, tensor cores, the blocks that its tile claims, one copy of the activations",
+        (copies_asynchronously, tensor_cores, launch_bounds_kept, one_tanh_per_element(tile_elements)),
+    ),
+    Claim(
         rf"expand_depthwise<{_TYPE16}, [35], [12], [47]>",
         "16-byte cp.async, tensor cores, 16-byte stores of every pixel, 3 blocks of 128 threads; instructions within "
         "their limits",
@@ -339,6 +344,16 @@ CLAIMS: tuple[Claim, ...] = (
         (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept, resident_threads(256)),
     ),
     Claim(
+        r"pointwise_pool<float32, 1, \d+, 2, false>",
+        "16-byte cp.async, tensor cores, the blocks that its tile claims",
+        (copies_asynchronously, tensor_cores, launch_bounds_kept),
+    ),
+    Claim(
+        r"pointwise_pool<float32, 2, \d+, 2, false>",
+        "16-byte cp.async, exact multiply-adds, 3 blocks",
+        (copies_asynchronously, exact_products, launch_bounds_kept),
+    ),
+    Claim(
         r"pointwise<float32, 1, \d+, 2, false>",
         "16-byte cp.async, tensor cores, 16-byte stores, the blocks that its tile claims",
         (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept),
@@ -349,12 +364,12 @@ CLAIMS: tuple[Claim, ...] = (
         (copies_asynchronously, exact_products, wide_stores, launch_bounds_kept),
     ),
     Claim(
-        r"pointwise<\w+, [01], \d+, 2, true>",
+        r"pointwise(?:_pool)?<\w+, [01], \d+, 2, true>",
         "any type and alignment: element by element, tensor cores",
         (tensor_cores, launch_bounds_kept),
     ),
     Claim(
-        r"pointwise<float32, 2, \d+, 2, true>",
+        r"pointwise(?:_pool)?<float32, 2, \d+, 2, true>",
         "any type and alignment: element by element, exact multiply-adds",
         (exact_products, launch_bounds_kept),
     ),

@@ -67,7 +67,7 @@ def issued_lines(kernels: Sequence[Kernel]) -> list[str]:
         if "bfloat16" not in kernel.arguments:
             continue
         name = f"`{kernel.name}`"
-        if kernel.family == "pointwise":
+        if kernel.family.startswith("pointwise"):
             tile = tile_of(kernel)
             name += f", {tile.rows}x{tile.columns}, {epilogue_of(kernel)}"
         for one in issued_by(kernel):
@@ -78,7 +78,7 @@ def issued_lines(kernels: Sequence[Kernel]) -> list[str]:
 
 # Kernels of networks in bfloat16. The parts that depthwise kernels share are told for one of them.
 _HOT = (
-    r"depthwise_strips<bfloat16,[35],[12],\d>|pointwise<bfloat16,.*|conv\w*<bfloat16.*|norm_act<bfloat16,8>"
+    r"depthwise_strips<bfloat16,[35],[12],\d>|pointwise(?:_pool)?<bfloat16,.*|conv\w*<bfloat16.*|norm_act<bfloat16,8>"
     r"|scale_by_gate<bfloat16,8>"
 )
 _SHARED_PARTS_OF = "depthwise_strips<bfloat16,5,1,7>"

@@ -19,7 +19,8 @@ namespace {
 
 struct Product {
   int64_t m, n, k;
-  DType dtype;  // of x and the result
+  int64_t together;  // rows that a share has all or none of
+  DType dtype;       // of x and the result
   Param weight;
   const float* packed;
   Norm norm;
@@ -30,13 +31,30 @@ struct Product {
 
 Grid divide(const Product& p, int threads) {
   return divide_product(p.m, p.n, p.dtype, p.packed != nullptr,
-                        threads_for(threads, double(p.m) * double(p.n) * double(p.k)));
+                        threads_for(threads, double(p.m) * double(p.n) * double(p.k)), p.together);
+}
+
+// total += the sums of columns [0, columns) of activation(acc * scale + shift) over row_count rows.
+template <class T, Activation A>
+inline void add_rows(const float* acc, int row_count, int columns, const float* scale, const float* shift,
+                     double* total) {
+  const int width = int(round_up(columns, kLanes));
+  for (int c = 0; c < columns; c += kLanes) {
+    Vec sum = Vec{};
+    for (int r = 0; r < row_count; r++)
+      sum += activate<A, T>(load(acc + r * width + c) * load(scale + c) + load(shift + c));
+    float of_tile[kLanes];
+    store(of_tile, sum);
+    for (int i = 0; i < kLanes; i++) total[c + i] += of_tile[i];
+  }
 }
 
 // prepare(form, first_row, row_count, tile, row_step, chunk_step, rows): fills the tile, if there is one, chunk j of
-// row r at r * row_step + j * chunk_step, and says where its rows go.
-template <class T, class Form, class Prepare>
-void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
+// row r at r * row_step + j * chunk_step, and says where its rows go. Pools: `means` (images, N) gets the means over
+// the rows of each image, `together` of them. An image is a thread's alone, its tiles begin at its first row, and their
+// sums are added in double: the same bits for any number of threads and of images.
+template <class T, class Form, bool Pools, class Prepare>
+void matmul(const Product& p, const Parallel& all, const Prepare& prepare, T* means) {
   const int64_t panels = ceil_div(p.n, kPanel);
   const Grid grid = divide(p, all.threads);
   const int64_t words = Form::words(p.k), padded_words = round_up(words, kChunk);
@@ -46,8 +64,10 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
   for_shares(all, grid.count, [=](int64_t share) {
     [[maybe_unused]] const ProductScope scope;
     const int64_t packed_size = p.packed ? 0 : group * words * kPanel, tile_size = kRows * padded_words;
-    float* own = static_cast<float*>(
-        scratch(size_t(packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
+    const int64_t totals = Pools ? group * kPanel : 0, doubled = sizeof(double) / sizeof(float);
+    double* total = static_cast<double*>(scratch(
+        size_t(doubled * totals + packed_size + tile_size + 2 * group * kPanel + kRows * kPanel) * sizeof(float)));
+    float* own = reinterpret_cast<float*>(total + totals);
     float *tile = own + packed_size, *scale = tile + tile_size, *shift = scale + group * kPanel;
     float* acc = shift + group * kPanel;
     for (const Rectangle& r : grid.share(share))
@@ -57,22 +77,33 @@ void matmul(const Product& p, const Parallel& all, const Prepare& prepare) {
         if (!p.packed) pack_panels<Form>(p.weight, first, channels, p.k, own);
         form_scale_shift(p.norm, first, channels, scale, shift);
         with_activation(p.activation, [&](auto activation) {
-          for (int64_t row = r.row_begin; row < r.row_end; row += kRows) {
-            const int row_count = int(min_of<int64_t>(kRows, r.row_end - row));
-            Row<T> rows[kRows];
-            const bool in_place = kByTiles && p.rows && row_count == kRows;
-            prepare(Form{}, row, row_count, in_place ? nullptr : tile, kChunk, kRows * kChunk, rows);
-            Operand operand = tile;
-            if constexpr (kByTiles)
-              if (in_place) operand = {static_cast<const T*>(p.rows) + row * p.k, p.k};
-            const Multiply wide = pick_multiply<Form, kPanelVecs>(row_count);
-            const Multiply narrow = pick_multiply<Form, 1>(row_count);
-            for (int64_t c = 0; c < channels; c += kPanel) {
-              const int columns = int(min_of<int64_t>(kPanel, channels - c));
-              (columns > kLanes ? wide : narrow)(operand, packed + c * words, words, acc);
-              write<T, decltype(activation)::value>(acc, rows, row_count, first + c, columns, scale + c, shift + c,
-                                                    p.past);
+          // An image at a time, or all rows.
+          const int64_t begin = r.row_begin * p.together, end = r.row_end * p.together;
+          const int64_t run = Pools ? p.together : end - begin;
+          for (int64_t top = begin; top < end; top += run) {
+            if (Pools) std::memset(total, 0, size_t(totals) * sizeof(double));
+            for (int64_t row = top; row < top + run; row += kRows) {
+              const int row_count = int(min_of<int64_t>(kRows, top + run - row));
+              Row<T> rows[kRows];
+              const bool in_place = kByTiles && p.rows && row_count == kRows;
+              prepare(Form{}, row, row_count, in_place ? nullptr : tile, kChunk, kRows * kChunk, rows);
+              Operand operand = tile;
+              if constexpr (kByTiles)
+                if (in_place) operand = {static_cast<const T*>(p.rows) + row * p.k, p.k};
+              const Multiply wide = pick_multiply<Form, kPanelVecs>(row_count);
+              const Multiply narrow = pick_multiply<Form, 1>(row_count);
+              for (int64_t c = 0; c < channels; c += kPanel) {
+                const int columns = int(min_of<int64_t>(kPanel, channels - c));
+                (columns > kLanes ? wide : narrow)(operand, packed + c * words, words, acc);
+                constexpr Activation A = decltype(activation)::value;
+                if constexpr (Pools)
+                  add_rows<T, A>(acc, row_count, columns, scale + c, shift + c, total + c);
+                else
+                  write<T, A>(acc, rows, row_count, first + c, columns, scale + c, shift + c, p.past);
+              }
             }
+            for (int64_t c = 0; Pools && c < channels; c++)
+              means[top / p.together * p.n + first + c] = from_float<T>(float(total[c] / double(p.together)));
           }
         });
       }
@@ -205,12 +236,13 @@ Product product_of(const PointwiseParams& p) {
   return {p.batch * p.pixels,
           p.out_channels,
           p.in_channels,
+          p.pools ? p.pixels : 1,
           p.dtype,
           p.weight,
           p.packed,
           p.norm,
           p.activation,
-          is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.out_channels),
+          !p.pools && is_past_caches(p.y, p.dtype, p.batch * p.pixels, p.out_channels),
           rows_in_place(p)};
 }
 
@@ -218,6 +250,7 @@ Product product_of(const ConvParams& p, const void* turned_weight) {
   return {p.batch * p.out_height * p.out_width,
           p.out_channels,
           p.in_channels * p.kernel_h * p.kernel_w,
+          1,
           p.dtype,
           {turned_weight, p.weight.dtype},
           nullptr,
@@ -235,7 +268,7 @@ Division divide_pointwise(const PointwiseParams& p, int threads) {
     return describe(columns.line, columns.unit);
   }
   const Grid grid = divide(product, threads);
-  return describe(grid, ceil_div(grid.rows, kUnitRows) * grid.units());
+  return describe(grid, (p.pools ? grid.rows : ceil_div(grid.rows, kUnitRows)) * grid.units());
 }
 
 void pointwise(const PointwiseParams& p, const Parallel& parallel) {
@@ -255,14 +288,20 @@ void pointwise(const PointwiseParams& p, const Parallel& parallel) {
             prepare_row<decltype(form)>(x + image * p.x_stride_n + pixel * p.x_stride_p,
                                         gate ? gate + image * p.in_channels : nullptr, p.in_channels,
                                         tile + r * row_step, chunk_step);
-          rows[r].y = static_cast<T*>(p.y) + (first + r) * p.out_channels;
+          if (!p.pools || p.pixels == 1) rows[r].y = static_cast<T*>(p.y) + (first + r) * p.out_channels;
           rows[r].residual = residual ? residual + image * p.residual_stride_n + pixel * p.residual_stride_p : nullptr;
           if (++pixel == p.pixels) pixel = 0, image++;
         }
       };
       if constexpr (!kByTiles)
         if (p.pixels == 1) return matmul_as_stored<T>(product, parallel, prepare);
-      with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
+      with_form<T>(p.weight, [&](auto form) {
+        using Form = decltype(form);
+        if (p.pools)
+          matmul<T, Form, true>(product, parallel, prepare, static_cast<T*>(p.y));
+        else
+          matmul<T, Form, false>(product, parallel, prepare, static_cast<T*>(nullptr));
+      });
     });
   });
 }
@@ -323,7 +362,9 @@ void conv_by_windows(const ConvParams& p, const Parallel& parallel) {
         if (oy == p.out_height) oy = 0, image++;
       }
     };
-    with_form<T>(p.weight, [&](auto form) { matmul<T, decltype(form)>(product, parallel, prepare); });
+    with_form<T>(p.weight, [&](auto form) {
+      matmul<T, decltype(form), false>(product, parallel, prepare, static_cast<T*>(nullptr));
+    });
   });
 }
 

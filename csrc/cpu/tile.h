@@ -92,9 +92,12 @@ inline constexpr double kLeastRows = kByTiles ? 16 : 4;
 // The smallest unit that is worth a share is half a tile by a unit of channels.
 inline constexpr int64_t kUnitRows = kRows / 2;
 
-inline Grid divide_product(int64_t rows, int64_t channels, DType dtype, bool packed, int threads) {
-  const int64_t unit = columns_unit(dtype);
-  return divide_grid(rows, channels, unit, kRows, threads, [=](double own_rows, double units, bool cut) {
+// together: rows that a share has all or none of.
+inline Grid divide_product(int64_t rows, int64_t channels, DType dtype, bool packed, int threads,
+                           int64_t together = 1) {
+  const int64_t unit = columns_unit(dtype), tile = together > 1 ? 1 : kRows;
+  return divide_grid(rows / together, channels, unit, tile, threads, [=](double own, double units, bool cut) {
+    const double own_rows = own * double(together);
     const double panel = double(unit) / kPanel, panels = units * panel;
     const double computed = max_of(own_rows, kLeastRows) * kProductCost / kRows;
     return (panels + (cut ? panel : 0.)) * (packed ? 0. : kPackingCost) +

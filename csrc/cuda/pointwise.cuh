@@ -64,12 +64,18 @@ struct PointwiseTiles {
   int64_t first, distance;
   int count, first_column;
   int part;  // along k
+
+  template <class Tr>
+  __device__ __forceinline__ int64_t row(int tile) const {
+    return (first + tile * distance) * Tr::kRows;
+  }
 };
 
-// `More` is what training adds to it (training_product.cuh).
-template <class Tr, class More>
+// `More` is what training (training_product.cuh) and pooling (pointwise_pool.cuh) add to it; `Tiles`: PointwiseTiles,
+// or what has its members and function.
+template <class Tr, class More, class Tiles>
 __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const PointwisePlan& plan,
-                                               const PointwiseWork& work, const More& more, const PointwiseTiles& own) {
+                                               const PointwiseWork& work, const More& more, const Tiles& own) {
   constexpr int kStages = kPointwiseStages, kAhead = kStages - 1;
   constexpr bool kDirect = Tr::kEpilogue != PointwiseEpilogue::kAny;
   float* const scale = dynamic_shared<float>();  // kColumns scales, then kColumns shifts
@@ -78,7 +84,7 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
   unsigned char* const weights = ring + plan.ring_bytes;
   unsigned char* const residual = weights + plan.weight_bytes;
   float* const sums_at = reinterpret_cast<float*>(residual + plan.residual_bytes);
-  typename More::template Columns<Tr> columns(residual, flag);
+  typename More::template Columns<Tr> columns(plan, residual, flag);
 
   const int first_column = own.first_column, part = own.part, tiles = own.count;
   const int first_k = part * plan.steps * Tr::kStep;
@@ -101,7 +107,7 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
       of[i] = scale_shift(p.norm, first_column + column);
   }
 
-  const auto row_of = [&](int tile) { return (own.first + tile * own.distance) * Tr::kRows; };
+  const auto row_of = [&](int tile) { return own.template row<Tr>(tile); };
   int tile_to_load = 0, step_to_load = 0;
   const auto load = [&](unsigned stage, bool with_weight) {
     if (tile_to_load == tiles) return;
@@ -177,7 +183,13 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
       if constexpr (kDirect) __syncwarp();
     }
     const int row_count = rows_of_tile<Tr>(plan, first_row);
-    if constexpr (kDirect) {
+    if constexpr (More::kPools) {
+      if constexpr (kRuns) {
+        columns.pool(p, plan, more, total, place, scale, sums_at, first_row);
+      } else {
+        columns.pool(p, plan, more, acc, place, scale, sums_at, first_row);
+      }
+    } else if constexpr (kDirect) {
       const int row = place.row + place.lane / 4;
       const int64_t left = p.out_channels - (first_column + place.column);
       write_direct<Tr>(
@@ -228,17 +240,19 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
 struct NothingMore {
   template <class Tr>
   struct Columns {
-    __device__ __forceinline__ Columns(unsigned char*, unsigned*) {}
+    __device__ __forceinline__ Columns(const PointwisePlan&, unsigned char*, unsigned*) {}
     __device__ __forceinline__ void add(const PointwiseParams&, int64_t, int, int) {}
     __device__ __forceinline__ void finish(const PointwiseParams&, const PointwisePlan&, const PointwiseWork&,
                                            const NothingMore&, int64_t, int) {}
   };
   template <class Tr>
   struct Rows {
-    __device__ __forceinline__ Rows(const PointwiseParams&, const PointwisePlan&, const NothingMore&, int64_t) {}
+    template <class More>
+    __device__ __forceinline__ Rows(const PointwiseParams&, const PointwisePlan&, const More&, int64_t) {}
     __device__ __forceinline__ void prepare(unsigned char*, int) const {}
   };
   static constexpr bool kChanges = false;  // x on its way
+  static constexpr bool kPools = false;    // in place of y
 };
 
 template <class Tr>

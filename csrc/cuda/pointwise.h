@@ -1,4 +1,4 @@
-// pointwise_bn_act on CUDA, as the adaptor sees it: plain C++.
+// pointwise_bn_act and pointwise_bn_act_pool on CUDA, as the adaptor sees it: plain C++.
 #pragma once
 #include "device.h"
 
@@ -56,6 +56,14 @@ constexpr bool pointwise_tile_built(int tile, PointwiseProduct product, Pointwis
   return epilogue == PointwiseEpilogue::kSilu ? t.columns >= 64 : t.columns != 144;
 }
 
+// The kernels that are compiled with pooling (pointwise_pool.cuh): square tiles, whose rows may be of several images.
+constexpr bool pool_tile_built(int tile, PointwiseProduct product, PointwiseEpilogue epilogue, bool converts) {
+  return epilogue != PointwiseEpilogue::kIdentity && kPointwiseTiles[tile].rows == kPointwiseTiles[tile].columns &&
+         pointwise_tile_built(tile, product, epilogue, converts);
+}
+
+constexpr int64_t kMostPooledPixels = 1 << 30;  // of an image: rows of a block have 32 bits
+
 constexpr int kPointwiseStages = 4;       // slices of x on their way or in use
 constexpr int kPointwiseSliceBytes = 64;  // of a row of x or weight, per stage and warp along k
 constexpr int kPointwiseGateBytes = 80;   // of an image's gates beside a slice: images in different banks
@@ -78,8 +86,9 @@ struct PointwisePlan {
   bool x_vectors = false;     // 16-byte reads of x
   bool keeps_weight = false;  // the weights of a block's columns are loaded once, for all k
   int steps = 0;              // along the input channels, of each part
-  int parts = 1;              // blocks that share a tile along the input channels
+  int parts = 1;              // blocks that share a tile along the input channels; with pooling, those of an image
   int tiles = 1;              // row tiles of a block, at most
+  int images = 0;             // with pooling: images of a block
   int gate_images = 0;        // images of a tile, their gates beside the slices of x; 0: no gate, or while converting
   int64_t rows = 0;           // of all images
   int64_t row_tiles = 0, column_tiles = 0;
@@ -87,6 +96,7 @@ struct PointwisePlan {
   int64_t blocks = 0;
   double images_per_row = 0;              // 1 / pixels
   PointwiseDivisor by_columns, by_parts;  // block index to group, part, column
+  PointwiseDivisor by_pixels;             // with pooling: row of a block to image
   int stage_bytes = 0;                    // slices of x and their gates
   int ring_bytes = 0, weight_bytes = 0, residual_bytes = 0, sum_bytes = 0, shared_bytes = 0;
 };
@@ -108,9 +118,10 @@ constexpr bool training_tile_built(int tile, PointwiseProduct product, Pointwise
          (epilogue == PointwiseEpilogue::kIdentity || !direct) && t.columns < 128;
 }
 
-// Scratch memory of a launch whose tiles are shared by several blocks; sizes are functions of the plan.
+// Scratch memory of a launch whose tiles, or images, are shared by several blocks; sizes are functions of the plan.
 struct PointwiseWork {
-  float* partial = nullptr;      // (parts, batch * pixels, out_channels): sums over each part of the input channels
+  float* partial = nullptr;      // (parts, batch * pixels, out_channels): sums over each part of the input channels;
+                                 // with pooling (parts, batch, out_channels): over each part of the pixels
   unsigned* arrivals = nullptr;  // of every tile, zero before and after
 };
 struct PointwiseScratch {

@@ -1,4 +1,5 @@
-// The plan of pointwise_bn_act: which tile, how many of them for a block, by which product and loads.
+// The plan of pointwise_bn_act and of pointwise_bn_act_pool: which tile, how many of them for a block, by which product
+// and loads.
 #include "pointwise.h"
 
 #include <algorithm>
@@ -29,9 +30,9 @@ bool rows_even(const PointwiseParams& p, int64_t stride_n, int64_t stride_p) {
 
 int element_of(const PointwiseParams& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
 
-// A plan, and whether it is for the kernel of training.
+// A plan, and whether it is for the kernel of training or of pooling.
 struct Draft : PointwisePlan {
-  bool trains = false;
+  bool trains = false, pools = false;
 };
 
 // The layout of a tile in shared memory; the weights of its columns stay there for all k, or pass through the ring.
@@ -61,6 +62,9 @@ void lay_out(const PointwiseParams& p, bool keeps_weight, Draft* plan) {
         plan->converts ? kMomentFloats : std::max<int>(kMomentFloats, 2 * 16 / static_cast<int>(element));
     plan->residual_bytes = (kMomentFloats * shape.columns + floats * shape.threads()) * static_cast<int>(sizeof(float));
   }
+  if (plan->pools)  // of each warp that shares its columns with others
+    plan->residual_bytes =
+        shape.warps_m * shape.warps_k * plan->images * shape.columns * static_cast<int>(sizeof(float));
   plan->shared_bytes = head_bytes + plan->ring_bytes + plan->weight_bytes + plan->residual_bytes + plan->sum_bytes;
 }
 
@@ -94,8 +98,8 @@ class Cost {
     const double of_weight = columns * (plan.keeps_weight ? 1. / plan.tiles : 1.);
     const double loads = (rows + of_weight) * k * element / 32;
     const double through_shared = plan.epilogue == PointwiseEpilogue::kAny ? 8. / 128 * t.warps_k : 0.;
-    const double epilogue =
-        double(t.rows) * t.columns * (1. / 32 + through_shared) + rows * columns * (0.06 + element / 32);
+    const double stored = plan.pools ? 0. : element / 32;
+    const double epilogue = double(t.rows) * t.columns * (1. / 32 + through_shared) + rows * columns * (0.06 + stored);
     constexpr double kNotOverlapped = 0.25;
     of_tile_ = std::max(busy, loads) + kNotOverlapped * std::min(busy, loads) + epilogue;
 
@@ -103,7 +107,7 @@ class Cost {
     // of all, four at a time.
     constexpr double kArrival = 1000, kFourParts = 600;
     if (plan.parts > 1) {
-      of_tile_ += rows * columns * 4 * 2 / 32;
+      if (!plan.pools) of_tile_ += rows * columns * 4 * 2 / 32;
       arrival_ = kArrival + kFourParts * double(divide_up(plan.parts, 4));
     }
     queue_ = double(divide_up(plan.blocks, limits.multiprocessors));
@@ -141,6 +145,17 @@ int tiles_of_block(const Draft& plan, const DeviceLimits& limits) {
   return best;
 }
 
+// The rest of a plan whose tiles, parts and groups of rows are set. False where it does not fit the device.
+bool finish_cut(const PointwiseParams& p, const DeviceLimits& limits, bool keeps_weight, Draft* plan) {
+  lay_out(p, keeps_weight || plan->steps <= kPointwiseStages, plan);
+  plan->blocks = plan->row_groups * plan->parts * plan->column_tiles;
+  plan->images_per_row = 1. / double(p.pixels);
+  plan->by_columns = divisor(plan->column_tiles), plan->by_parts = divisor(plan->parts);
+  // A single block would leave the multiprocessor idle at each of its barriers.
+  if (keeps_weight && resident_blocks(*plan, limits) < 2) return false;
+  return plan->shared_bytes <= limits.shared_per_block;
+}
+
 // Cuts the product into tiles of `tile`, shared by `parts` blocks each. False where that does not fit the device, or is
 // another way to say what is tried elsewhere.
 bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int parts, bool keeps_weight, Draft* plan) {
@@ -168,18 +183,38 @@ bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int par
   if (keeps_weight && plan->tiles == 1) return false;
   plan->row_groups = divide_up(plan->row_tiles, plan->tiles);
   plan->tiles = static_cast<int>(divide_up(plan->row_tiles, plan->row_groups));
-  lay_out(p, keeps_weight || fits_ring, plan);
-  plan->blocks = plan->row_groups * plan->parts * plan->column_tiles;
-  plan->images_per_row = 1. / double(p.pixels);
-  plan->by_columns = divisor(plan->column_tiles), plan->by_parts = divisor(plan->parts);
-  // A single block would leave the multiprocessor idle at each of its barriers.
-  if (keeps_weight && resident_blocks(*plan, limits) < 2) return false;
-  return plan->shared_bytes <= limits.shared_per_block;
+  return finish_cut(p, limits, keeps_weight, plan);
+}
+
+// Cuts the rows into groups of whole images that fill `tiles` tiles, or an image into parts of so many. False as in
+// `cut`.
+bool cut_images(const PointwiseParams& p, const DeviceLimits& limits, int tile, int tiles, bool keeps_weight,
+                Draft* plan) {
+  const PointwiseTile& shape = kPointwiseTiles[tile];
+  const int64_t step = kPointwiseSliceBytes / element_of(p) * shape.warps_k;
+  plan->tile = tile;
+  plan->steps = static_cast<int>(std::max<int64_t>(divide_up(p.in_channels, step), 1));
+  const bool fits_ring = plan->steps <= kPointwiseStages;
+  if (keeps_weight && (fits_ring || tiles == 1 || plan->converts)) return false;
+  const int64_t fitting = int64_t(tiles) * shape.rows / p.pixels, of_image = divide_up(p.pixels, shape.rows);
+  plan->images = static_cast<int>(std::min(std::max<int64_t>(fitting, 1), p.batch));
+  plan->parts = fitting > 0 ? 1 : static_cast<int>(divide_up(of_image, tiles));
+  if (plan->parts > kMostParts) return false;
+  plan->tiles = static_cast<int>(divide_up(plan->images * (fitting > 0 ? p.pixels : 0), shape.rows));
+  if (fitting == 0) plan->tiles = static_cast<int>(divide_up(of_image, plan->parts));
+  if (plan->tiles != tiles) return false;
+  plan->rows = p.batch * p.pixels;
+  plan->row_groups = divide_up(p.batch, plan->images);
+  plan->row_tiles = plan->row_groups * plan->tiles;  // of each part
+  plan->column_tiles = divide_up(p.out_channels, shape.columns);
+  plan->by_pixels = divisor(p.pixels);
+  return finish_cut(p, limits, keeps_weight, plan);
 }
 
 bool tile_built(int tile, const Draft& plan) {
-  return plan.trains ? training_tile_built(tile, plan.product, plan.epilogue, plan.converts)
-                     : pointwise_tile_built(tile, plan.product, plan.epilogue, plan.converts);
+  return plan.pools    ? pool_tile_built(tile, plan.product, plan.epilogue, plan.converts)
+         : plan.trains ? training_tile_built(tile, plan.product, plan.epilogue, plan.converts)
+                       : pointwise_tile_built(tile, plan.product, plan.epilogue, plan.converts);
 }
 
 PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const Draft& plan) {
@@ -187,14 +222,16 @@ PointwiseEpilogue epilogue_of(const PointwiseParams& p, int tile, const Draft& p
   const PointwiseEpilogue own = expands                                 ? PointwiseEpilogue::kSilu
                                 : p.activation == Activation::kIdentity ? PointwiseEpilogue::kIdentity
                                                                         : PointwiseEpilogue::kAny;
-  return pointwise_tile_built(tile, plan.product, own, plan.converts) ? own : PointwiseEpilogue::kAny;
+  const bool built = plan.pools ? pool_tile_built(tile, plan.product, own, plan.converts)
+                                : pointwise_tile_built(tile, plan.product, own, plan.converts);
+  return built ? own : PointwiseEpilogue::kAny;
 }
 
 // What does not depend on the tile. `vectors`: what the kernel of training reads beside x and weight is aligned, too.
 Draft draft_of(const PointwiseParams& p, bool trains, bool vectors) {
   const int vector = p.dtype == DType::kFloat32 ? 4 : 8;
   Draft plan;
-  plan.trains = trains;
+  plan.trains = trains, plan.pools = p.pools;
   plan.product = p.dtype != DType::kFloat32 ? PointwiseProduct::kTensor16
                  : p.allow_tf32             ? PointwiseProduct::kTf32
                                             : PointwiseProduct::kMultiplyAdd;
@@ -202,8 +239,8 @@ Draft draft_of(const PointwiseParams& p, bool trains, bool vectors) {
   // By way of registers goes what is rare: other types and alignments, and parts of larger images.
   plan.converts = !vectors || !plan.x_vectors || !rows_even(p, p.x_stride_n, p.x_stride_p) ||
                   std::max(p.in_channels, p.out_channels) > kMostDistance || p.weight.dtype != p.dtype ||
-                  !aligned(p.weight.data) || p.out_channels % vector != 0 || !aligned(p.y) || !aligned(p.gate.data) ||
-                  (p.gate.data != nullptr && p.gate.dtype != p.dtype) ||
+                  !aligned(p.weight.data) || (!p.pools && (p.out_channels % vector != 0 || !aligned(p.y))) ||
+                  !aligned(p.gate.data) || (p.gate.data != nullptr && p.gate.dtype != p.dtype) ||
                   (p.residual != nullptr && !rows_even(p, p.residual_stride_n, p.residual_stride_p)) ||
                   !rows_aligned(p, p.residual, p.residual_stride_n, p.residual_stride_p, vector);
   return plan;
@@ -211,7 +248,7 @@ Draft draft_of(const PointwiseParams& p, bool trains, bool vectors) {
 
 PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const DeviceLimits& limits) {
   Draft plan = draft_of(p, trains, vectors);
-  if (p.batch * p.pixels * p.out_channels == 0) return plan;
+  if (p.batch * p.pixels * p.out_channels == 0 || (p.pools && p.pixels > kMostPooledPixels)) return plan;
 
   for (bool found = false; !found; plan.converts = true) {
     Draft best;
@@ -219,13 +256,26 @@ PointwisePlan plan_of(const PointwiseParams& p, bool trains, bool vectors, const
     for (int tile = 0; tile < kPointwiseTileCount; ++tile) {
       plan.epilogue = epilogue_of(p, tile, plan);
       if (!tile_built(tile, plan)) continue;
+      const auto consider = [&](const Draft& with) {
+        const double cycles = Cost(p, with, limits).cycles();
+        if (!found || cycles < lowest) best = with, lowest = cycles, found = true;
+      };
+      if (plan.pools) {
+        // Of an image that is too large for that, the fewest tiles of which there are not too many parts.
+        const int64_t of_image = divide_up(p.pixels, kPointwiseTiles[tile].rows);
+        const int least = static_cast<int>(divide_up(of_image, kMostParts));
+        for (int tiles = least > kMostTiles ? least : 1; tiles <= std::max(least, kMostTiles); ++tiles)
+          for (const bool keeps_weight : {false, true}) {
+            Draft with = plan;
+            if (cut_images(p, limits, tile, tiles, keeps_weight, &with)) consider(with);
+          }
+        continue;
+      }
       const bool shares = plan.epilogue == PointwiseEpilogue::kAny && !plan.converts && !trains;
       for (int parts = 1; parts <= (shares ? kMostParts : 1); ++parts)
         for (const bool keeps_weight : {false, true}) {
           Draft with = plan;
-          if (!cut(p, limits, tile, parts, keeps_weight, &with)) continue;
-          const double cycles = Cost(p, with, limits).cycles();
-          if (!found || cycles < lowest) best = with, lowest = cycles, found = true;
+          if (cut(p, limits, tile, parts, keeps_weight, &with)) consider(with);
         }
     }
     if (found) return best;
@@ -288,8 +338,8 @@ PointwiseScratch training_pointwise_scratch(const PointwiseParams& p, const Poin
 PointwiseScratch pointwise_scratch(const PointwiseParams& p, const PointwisePlan& plan) {
   PointwiseScratch scratch;
   if (plan.parts == 1) return scratch;
-  scratch.partial = product({plan.parts, p.batch, p.pixels, p.out_channels});
-  scratch.arrivals = plan.row_tiles * plan.column_tiles;
+  scratch.partial = product({plan.parts, p.batch, p.pools ? 1 : p.pixels, p.out_channels});
+  scratch.arrivals = (p.pools ? plan.row_groups : plan.row_tiles) * plan.column_tiles;
   return scratch;
 }
 
@@ -297,7 +347,7 @@ PlannedLaunches planned_launches(const PointwiseParams& p, const PointwisePlan& 
   if (p.batch * p.pixels * p.out_channels == 0) return {};
   const PointwiseScratch scratch = pointwise_scratch(p, plan);
   PlannedLaunch one;
-  one.kernel = "pointwise";
+  one.kernel = p.pools ? "pointwise_pool" : "pointwise";
   one.grid = plan.blocks;
   one.block_x = kPointwiseTiles[plan.tile].threads();
   one.shared_bytes = plan.shared_bytes;

@@ -34,7 +34,7 @@ struct TrainingProduct {
   const training::NormFold& fold;
   int fan;  // training_fan of the plan
 
-  static constexpr bool kChanges = true;
+  static constexpr bool kChanges = true, kPools = false;
 
   // `count` values of x from channel `first` on, in the way of the converter.
   template <class T, int V>
@@ -127,7 +127,7 @@ struct TrainingProduct {
     static constexpr int kLanes = Tr::kThreads / kVectors;
     static_assert(kLanes > 0 && Tr::kColumns <= Tr::kThreads, "a thread for each vector and for each column");
 
-    __device__ __forceinline__ Columns(unsigned char* memory, unsigned* flag)
+    __device__ __forceinline__ Columns(const PointwisePlan&, unsigned char* memory, unsigned* flag)
         : totals_(reinterpret_cast<Moments*>(memory)),
           sums_(reinterpret_cast<float*>(totals_ + Tr::kColumns)),
           flag_(flag) {

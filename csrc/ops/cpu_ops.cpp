@@ -94,6 +94,14 @@ Tensor pointwise_bn_act(const PointwiseArguments& a) {
   return p.y;
 }
 
+Tensor pointwise_bn_act_pool(const PointwiseArguments& a) {
+  Keep keep;
+  Pointwise p = make_pointwise_pool("pointwise_bn_act_pool", a, keep);
+  keep_packed(p.params);
+  run(cpu::kernels().pointwise, p.params, torch_threads(), keep);
+  return p.y;
+}
+
 std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& expand,
                                                     const DepthwiseOpArguments& depthwise) {
   Keep keep;
@@ -196,6 +204,7 @@ EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, CPU, m) {
   EFFKERNELS_IMPLEMENT(depthwise_bn_act_gate, depthwise_se)
   EFFKERNELS_IMPLEMENT(depthwise_bn_act_se, depthwise_se)
   EFFKERNELS_IMPLEMENT(pointwise_bn_act, pointwise)
+  EFFKERNELS_IMPLEMENT(pointwise_bn_act_pool, pointwise_pool)
   EFFKERNELS_IMPLEMENT(expand_depthwise_squeeze, expand_depthwise)
   EFFKERNELS_IMPLEMENT(mbconv, mbconv)
   EFFKERNELS_IMPLEMENT(mbconv_stack, mbconv_stack)

@@ -115,9 +115,11 @@ std::string cpu_plan(const std::string& op, const std::string& dtype_name, const
   Lines lines;
   if (op == "conv_bn_act") {
     lines.add("conv", divisions.conv(conv_of(op, dtype, s), count));
-  } else if (op == "pointwise_bn_act") {
+  } else if (op == "pointwise_bn_act" || op == "pointwise_bn_act_pool") {
     check_sizes(op, s, 5);
-    lines.add("pointwise", divisions.pointwise(pointwise_of(op, dtype, s[0], s[1] * s[2], s[3], s[4]), count));
+    PointwiseParams p = pointwise_of(op, dtype, s[0], s[1] * s[2], s[3], s[4]);
+    p.pools = op == "pointwise_bn_act_pool";
+    lines.add("pointwise", divisions.pointwise(p, count));
   } else if (op == "squeeze_excite_gate") {
     check_sizes(op, s, 3);
     lines.add("squeeze_excite", divisions.squeeze_excite(squeeze_excite_of(dtype, s[0], s[1], s[2]), count));
@@ -137,7 +139,7 @@ std::string cpu_plan(const std::string& op, const std::string& dtype_name, const
     STD_TORCH_CHECK(op == "depthwise_bn_act" || op == "depthwise_bn_act_squeeze" || op == "depthwise_bn_act_gate",
                     "cpu_plan: op='", op,
                     "'; allowed: conv_bn_act, depthwise_bn_act, depthwise_bn_act_squeeze, depthwise_bn_act_gate, "
-                    "expand_depthwise_squeeze, mbconv, pointwise_bn_act, squeeze_excite_gate");
+                    "expand_depthwise_squeeze, mbconv, pointwise_bn_act, pointwise_bn_act_pool, squeeze_excite_gate");
     lines.add("depthwise", divisions.depthwise(depthwise_of(op, dtype, s), count));
     if (s[12])
       lines.add("squeeze_excite", divisions.squeeze_excite(squeeze_excite_of(dtype, s[0], s[1], s[12]), count));

@@ -140,14 +140,23 @@ Tensor depthwise_bn_act_se(const DepthwiseOpArguments& a, const SeArguments& se)
   return d.y;
 }
 
-Tensor pointwise_bn_act(const PointwiseArguments& a) {
-  constexpr const char* op = "pointwise_bn_act";
-  Keep keep;
-  Pointwise p = make_pointwise(op, a, keep);
+Tensor run_pointwise(const char* op, const Pointwise& p, Keep& keep) {
   const OnDevice here(p.y);
   const cuda::PointwisePlan plan = cuda::plan_pointwise(p.params, limits_of(op, here));
   check_launch(op, enqueue_pointwise(op, p.params, plan, p.y, here, keep));
   return p.y;
+}
+
+Tensor pointwise_bn_act(const PointwiseArguments& a) {
+  constexpr const char* op = "pointwise_bn_act";
+  Keep keep;
+  return run_pointwise(op, make_pointwise(op, a, keep), keep);
+}
+
+Tensor pointwise_bn_act_pool(const PointwiseArguments& a) {
+  constexpr const char* op = "pointwise_bn_act_pool";
+  Keep keep;
+  return run_pointwise(op, make_pointwise_pool(op, a, keep), keep);
 }
 
 // One launch where the expanded tensor stays on the chip; else two, and it passes through memory.
@@ -331,6 +340,7 @@ EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, EFFKERNELS_CUDA_KEY, m) {
   m.impl("depthwise_bn_act_gate", TORCH_BOX(&signature::depthwise_se<&depthwise_bn_act_gate>));
   m.impl("depthwise_bn_act_se", TORCH_BOX(&signature::depthwise_se<&depthwise_bn_act_se>));
   m.impl("pointwise_bn_act", TORCH_BOX(&signature::pointwise<&pointwise_bn_act>));
+  m.impl("pointwise_bn_act_pool", TORCH_BOX(&signature::pointwise_pool<&pointwise_bn_act_pool>));
   m.impl("expand_depthwise_squeeze", TORCH_BOX(&signature::expand_depthwise<&expand_depthwise_squeeze>));
   m.impl("mbconv", TORCH_BOX(&signature::mbconv<&mbconv>));
   m.impl("mbconv_stack", TORCH_BOX(&signature::mbconv_stack<&mbconv_stack>));

@@ -203,6 +203,15 @@ Pointwise make_pointwise(const char* op, const PointwiseArguments& a, Keep& keep
   return out;
 }
 
+Pointwise make_pointwise_pool(const char* op, const PointwiseArguments& a, Keep& keep) {
+  Pointwise out = describe_pointwise(op, a, keep);
+  PointwiseParams& p = out.params;
+  p.pools = true;
+  out.y = empty_matrix(a.x, p.batch, p.out_channels, a.x.scalar_type());
+  p.y = out.y.mutable_data_ptr();
+  return out;
+}
+
 ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArguments& expand,
                                           const DepthwiseOpArguments& depthwise, Keep& keep) {
   const Tensor& x = expand.x;

@@ -102,6 +102,8 @@ struct Pointwise {
   Tensor y;
 };
 Pointwise make_pointwise(const char* op, const PointwiseArguments& arguments, Keep& keep);
+// The same with global average pooling: y is (N, Cout).
+Pointwise make_pointwise_pool(const char* op, const PointwiseArguments& arguments, Keep& keep);
 
 // Both halves of `expand_depthwise_squeeze`, whose `depthwise.x` is the x of the first half and counts for its dtype
 // and device alone. The expanded tensor between them is left out (expand.y, expand.params.y and depthwise.params.x are

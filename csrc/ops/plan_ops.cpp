@@ -95,11 +95,12 @@ std::string cut_of(const DepthwiseParams& p, const cuda::DepthwisePlan& plan) {
 std::string cut_of(const PointwiseParams& p, const cuda::PointwisePlan& plan) {
   const cuda::PointwiseTile& tile = cuda::kPointwiseTiles[plan.tile];
   std::ostringstream out;
-  out << variant("pointwise", p.dtype, static_cast<int>(plan.product), plan.tile, static_cast<int>(plan.epilogue),
-                 plan.converts)
-      << " rows=" << tile.rows << " columns=" << tile.columns << " steps=" << plan.steps << " parts=" << plan.parts
-      << " tiles=" << plan.tiles << " row_tiles=" << plan.row_tiles << " column_tiles=" << plan.column_tiles
-      << " gate_images=" << plan.gate_images << " keeps_weight=" << plan.keeps_weight << " tile=" << plan.tile
+  out << variant(p.pools ? "pointwise_pool" : "pointwise", p.dtype, static_cast<int>(plan.product), plan.tile,
+                 static_cast<int>(plan.epilogue), plan.converts)
+      << " rows=" << tile.rows << " warp_rows=" << tile.warp_rows() << " columns=" << tile.columns
+      << " steps=" << plan.steps << " parts=" << plan.parts << " tiles=" << plan.tiles
+      << " row_tiles=" << plan.row_tiles << " column_tiles=" << plan.column_tiles << " gate_images=" << plan.gate_images
+      << " images=" << plan.images << " keeps_weight=" << plan.keeps_weight << " tile=" << plan.tile
       << " epilogue=" << int(plan.epilogue) << " converts=" << plan.converts;
   return out.str();
 }
@@ -268,6 +269,9 @@ PointwiseParams pointwise_of(const std::string& op, DType dtype, const Shape& s)
   STD_TORCH_CHECK(s[3] >= 1 && s[4] >= 1, "cuda_plan: channels ", s[3], " to ", s[4], "; allowed: 1 or more");
   if (s[5]) p.gate = some(dtype);
   if (s[6]) p.residual = somewhere();
+  p.pools = op == "pointwise_bn_act_pool";
+  STD_TORCH_CHECK(!p.pools || !(s[5] || s[6]), "cuda_plan: gate ", s[5], ", residual ", s[6], " of ", op,
+                  "; allowed: 0");
   p.allow_tf32 = s[7] != 0, p.activation = activation;
   p.x_stride_p = p.in_channels, p.x_stride_n = p.pixels * p.in_channels;
   p.residual_stride_p = p.out_channels, p.residual_stride_n = p.pixels * p.out_channels;
@@ -422,7 +426,7 @@ std::string cuda_plan(const std::string& op, const std::string& dtype_name, cons
   const DType dtype = dtype_named("cuda_plan", dtype_name);
   const DeviceLimits limits = limits_of(op, limit_values);
   DescribedLaunches launches;
-  if (op == "pointwise_bn_act")
+  if (op == "pointwise_bn_act" || op == "pointwise_bn_act_pool")
     launches = plan_of_pointwise(op, dtype, shape, limits);
   else if (op == "expand_depthwise_squeeze")
     launches = plan_of_expand(op, dtype, shape, limits);

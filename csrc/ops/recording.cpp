@@ -98,8 +98,8 @@ std::string layer_of(const ScaleParams& p) {
 }
 
 std::string layer_of(const PointwiseParams& p) {
-  return line_of("pointwise", size("dtype", name_of(p.dtype)), size("batch", p.batch), size("pixels", p.pixels),
-                 size("in_channels", p.in_channels), size("out_channels", p.out_channels),
+  return line_of(p.pools ? "pointwise_pool" : "pointwise", size("dtype", name_of(p.dtype)), size("batch", p.batch),
+                 size("pixels", p.pixels), size("in_channels", p.in_channels), size("out_channels", p.out_channels),
                  size("residual", p.residual != nullptr));
 }
 

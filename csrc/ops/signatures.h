@@ -43,6 +43,15 @@ auto pointwise(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
 }
 
 template <auto op>
+auto pointwise_pool(const Tensor& x, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& norm_mean,
+                    const OptionalTensor& norm_var, const OptionalTensor& norm_weight, const OptionalTensor& norm_bias,
+                    double norm_eps, const std::string& activation, bool allow_tf32) {
+  const OptionalTensor none;
+  const NormArguments norm{bias, norm_mean, norm_var, norm_weight, norm_bias, norm_eps};
+  return op(PointwiseArguments{x, weight, norm, none, none, activation, allow_tf32});
+}
+
+template <auto op>
 auto expand_depthwise(const Tensor& x, const Tensor& expand_weight, const OptionalTensor& expand_bias,
                       const OptionalTensor& expand_norm_mean, const OptionalTensor& expand_norm_var,
                       const OptionalTensor& expand_norm_weight, const OptionalTensor& expand_norm_bias,

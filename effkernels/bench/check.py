@@ -59,6 +59,7 @@ def op_calls() -> Iterator[OpCall]:
     for shape, out in (((2, 96, 14, 14), 24), ((1, 40, 7, 9), 7)):
         yield OpCall.on("pointwise_bn_act", shape, out_channels=out)
         yield OpCall.on("pointwise_bn_act", shape, out_channels=out, activation="identity", gated=True, residual=True)
+        yield OpCall.on("pointwise_bn_act_pool", shape, out_channels=out)
     yield OpCall.on("expand_depthwise_squeeze", (2, 16, 28, 28), out_channels=96)
     yield OpCall.on("expand_depthwise_squeeze", (1, 24, 13, 14), 5, out_channels=40, stride=2)
     yield OpCall.on("mbconv", (2, 40, 14, 14), 5, out_channels=40, residual=True)

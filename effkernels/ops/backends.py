@@ -44,6 +44,7 @@ OPERATORS: tuple[str, ...] = (
     "depthwise_bn_act_gate",
     "depthwise_bn_act_se",
     "pointwise_bn_act",
+    "pointwise_bn_act_pool",
     "expand_depthwise_squeeze",
     "mbconv",
     "conv_bn_act",

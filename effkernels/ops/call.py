@@ -26,7 +26,7 @@ IMAGES = ("x", "residual")
 """The arguments that are images: (N, channels, height, width), in channels_last memory."""
 
 _OF_IMAGES = (*IMAGES, "pooled", "gate")  # the arguments that have a batch
-_MAKES_CHANNELS = ("pointwise_bn_act", "conv_bn_act", "expand_depthwise_squeeze", "mbconv")
+_MAKES_CHANNELS = ("pointwise_bn_act", "pointwise_bn_act_pool", "conv_bn_act", "expand_depthwise_squeeze", "mbconv")
 
 PreparedCall = Callable[[], tuple[Tensor, ...]]
 """A call with its arguments; returns all results as a tuple."""
@@ -169,7 +169,8 @@ class OpCall:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Return the shape of every tensor that is given, by its name in the schema, in the order of the schema."""
         channels = self._convolved
-        weights = {"pointwise_bn_act": (self.channels, 1, 1), "conv_bn_act": (self.channels, *self.kernel)}
+        weights = {"conv_bn_act": (self.channels, *self.kernel)}
+        weights |= dict.fromkeys(("pointwise_bn_act", "pointwise_bn_act_pool"), (self.channels, 1, 1))
         tail = (1, 1) if self.matrix_rank == 4 else ()
         larger: dict[str, tuple[int, ...]] = {
             "x": (self.batch, self.channels, self.height, self.width),

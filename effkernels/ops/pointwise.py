@@ -1,8 +1,8 @@
-"""1x1 convolution with gate, batch norm, activation and residual: the expand and project products of a block."""
+"""1x1 convolution with batch norm and activation: the expand and project products of a block, and a network's head."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -15,6 +15,7 @@ from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
 
 NAME = "pointwise_bn_act"
+POOL = "pointwise_bn_act_pool"
 
 
 def pointwise_bn_act(
@@ -62,6 +63,58 @@ def pointwise_bn_act(
     return run(_overloads, chosen, (x, weight, bias, *parts(norm, NAME), gate, residual, activation, tf32))
 
 
+def pointwise_bn_act_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    norm: Norm | None = None,
+    *,
+    activation: str = "identity",
+    allow_tf32: bool | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """1x1 convolution, batch norm, activation and global average pooling in one pass: the head of a network.
+
+    Equivalent PyTorch:
+
+        pointwise_bn_act(x, weight, bias, norm, activation=activation).mean((2, 3))
+
+    The kernels add the values up where they compute them, unrounded, in float32 and in a fixed order, and never write
+    them. They are for the small images at the end of a network: on a GPU at most 16 blocks share an image.
+
+    Args:
+        x: (N, C_in, H, W), float32, float16 or bfloat16; float64 and other devices run the reference. Any strides;
+            channels_last is read as it is, anything else is converted once. On a GPU H * W is at most 2^30.
+        weight, bias, norm, activation, allow_tf32, backend: as of `pointwise_bn_act`.
+
+    Returns:
+        (N, C_out) in x's dtype.
+
+    Raises:
+        ValueError, TypeError: an argument that the reference refuses (shape, device, value; dtype).
+        RuntimeError: an argument that the compiled kernel refuses, or a forced backend that cannot run.
+    """
+    chosen = choose(POOL, x, weight, 1, activation, backend)
+    tf32 = _tf32.resolve(allow_tf32, x)
+    return run(_pool_overloads, chosen, (x, weight, bias, *parts(norm, POOL), activation, tf32))
+
+
+def _check_pool(
+    op: str, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Norm | None, activation: str, allow_tf32: bool
+) -> tuple[int, ...]:
+    """Check the arguments of `pointwise_bn_act_pool`; returns the shape of its result."""
+    return _checks.pointwise(op, x, weight, bias, norm, None, None, activation)[:2]
+
+
+def _allocate_pool(shape: Sequence[int], x: Tensor, *args: Any) -> Tensor:
+    return x.new_empty(tuple(shape))
+
+
+def _flops_pool(shapes: Mapping[str, Any], results: Any) -> int:
+    flops: int = 2 * prod(shapes["x"]) * shapes["weight"][0]
+    return flops
+
+
 def _flops(shapes: Mapping[str, Any], results: Any) -> int:
     flops: int = 2 * prod(results) * shapes["weight"][1]
     return flops
@@ -75,5 +128,15 @@ _overloads = register(
         empty_image,
         _flops,
         cast=("x", "weight", "residual"),
+    )
+)
+_pool_overloads = register(
+    Operator(
+        POOL,
+        reference.pointwise_bn_act_pool,
+        _check_pool,
+        _allocate_pool,
+        _flops_pool,
+        cast=("x", "weight"),
     )
 )

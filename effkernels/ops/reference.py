@@ -218,6 +218,17 @@ def pointwise_bn_act(
     return _channels_last(z if residual is None else z + residual)
 
 
+def pointwise_bn_act_pool(*args: Any, **options: Any) -> Tensor:
+    """Compute `pointwise_bn_act` and the mean of each channel over the image: global average pooling.
+
+    Arguments and errors are those of `pointwise_bn_act`, without gate and residual.
+
+    Returns:
+        (N, C_out) in x's dtype.
+    """
+    return pointwise_bn_act(*args, **options).mean((2, 3))
+
+
 def expand_depthwise_squeeze(
     x: Tensor,
     expand_weight: Tensor,

@@ -453,8 +453,8 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
         return [*arguments["pooled"].shape, arguments["w_reduce"].shape[0]]
     batch, channels, height, width = arguments["x"].shape
     weight = arguments["weight"].shape
-    if op == "pointwise_bn_act":
-        gated, residual = arguments["gate"] is not None, arguments["residual"] is not None
+    if op in ("pointwise_bn_act", "pointwise_bn_act_pool"):
+        gated, residual = (arguments.get(name) is not None for name in ("gate", "residual"))
         activation = ACTIVATIONS.index(canonical_name(arguments["activation"]))
         return [batch, height, width, channels, weight[0], int(gated), int(residual), int(allow_tf32), activation]
     stride, padding = arguments["stride"], arguments["padding"]
@@ -522,6 +522,13 @@ def _expanded(call: RecordedCall) -> int:
     return int(batch * call.arguments["expand_weight"].shape[0] * height * width)
 
 
+def _activated(call: RecordedCall) -> int:
+    """Return the values that the activation after the last convolution is applied to."""
+    values = int(call.results[0].numel())
+    pools = call.op == f"{_NAMESPACE}pointwise_bn_act_pool"
+    return values * math.prod(call.arguments["x"].shape[2:]) if pools else values
+
+
 def moved_bytes(call: RecordedCall) -> int:
     """Return the bytes that a call cannot avoid: every argument read once, every result written once."""
     read = {id(tensor): tensor for tensor in tensors_in(call.arguments.values())}
@@ -547,6 +554,7 @@ def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
     """Return the unit that computes the FLOPs of a kernel."""
     if kernel.startswith(_PYTORCH) or kernel in (
         "pointwise",
+        "pointwise_pool",
         "expand_depthwise",
         "mbconv",
         "mbconv_queue",
@@ -557,7 +565,7 @@ def _unit(kernel: str, dtype: torch.dtype, allow_tf32: bool) -> str:
         if dtype != torch.float32:
             return "tensor"
         # PyTorch lets convolutions run in TF32 by default, and other matrix products not.
-        if allow_tf32 and kernel in ("pointwise", "aten::convolution"):
+        if allow_tf32 and kernel in ("pointwise", "pointwise_pool", "aten::convolution"):
             return "tf32"
     return "float32"
 
@@ -587,7 +595,7 @@ def special_functions(call: RecordedCall) -> int:
     if "pooled" in arguments:
         inner = "activation"
     elif "activation" in arguments:
-        count += call.results[0].numel() * special_functions_of(arguments["activation"], call.dtype)
+        count += _activated(call) * special_functions_of(arguments["activation"], call.dtype)
     if arguments.get("norm_var") is not None:
         count += arguments["norm_var"].numel()
     if _expands(call):

@@ -24,6 +24,7 @@ from effkernels.plan.kernel_counts import (
 from effkernels.plan.record import RecordedCall
 
 WARP = 32
+_ANY_EPILOGUE = 2  # of a product, whose sums go through shared memory: PointwiseEpilogue::kAny
 _EXPANDED = 48  # channels of a block of expand_depthwise: kExpandedChannels
 _FLAT = ("identity", "relu", "relu6", "hard_swish")  # no special functions
 
@@ -473,8 +474,9 @@ def _pointwise(cut: Cut, call: RecordedCall) -> Work:
     x, weight, size = call.arguments["x"], call.arguments["weight"], call.dtype.itemsize
     pixels, inner, outer = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1], weight.shape[0]
     rows, columns, steps, vector = cut["rows"], cut["columns"], cut["steps"], 16 // size
-    gated, residual = call.arguments["gate"] is not None, call.arguments["residual"] is not None
-    keeps_weight, shares = cut["keeps_weight"] == 1, cut["parts"] > 1
+    gated, residual = (call.arguments.get(name) is not None for name in ("gate", "residual"))
+    pools = cut.kernel == "pointwise_pool"
+    keeps_weight, shares = cut["keeps_weight"] == 1, cut["parts"] > 1 and not pools
     step = part("step.gated" if gated else "step")
     if not keeps_weight:
         step = step + part("step.weights")
@@ -504,13 +506,34 @@ def _pointwise(cut: Cut, call: RecordedCall) -> Work:
     y_bytes = call.results[0].numel() * size
     l2_bytes = size * pixels * inner * cut["column_tiles"] + y_bytes * (2 if residual else 1)
     readers = cut.grid / cut["column_tiles"] if keeps_weight else cut["row_tiles"] * cut["parts"]
-    l2_bytes += size * outer * inner / cut["parts"] * readers
-    if shares:
-        sums = _with_activation(cut, "value", call.arguments["activation"]) + part("value.other") * cut["parts"]
-        issued = issued + sums * (values / WARP * tiles / cut["parts"])
-        last = _chain(sums * of_thread, parameters=_ceil(cut["parts"], 2)) + Clocks(arrivals=1)
+    l2_bytes += size * outer * inner / (1 if pools else cut["parts"]) * readers
+    if pools:
+        per_warp, of_block = _pooling(cut, x.shape[2] * x.shape[3], size)
+        issued = issued + (per_warp * tiles + of_block * cut.grid) * cut.warps
+        body = body + _chain(per_warp * cut["tiles"] + of_block)
+    if cut["parts"] > 1:
+        if pools:
+            last = Clocks(0, 0, _ceil(cut["parts"], 4), 1)
+        else:
+            sums = _with_activation(cut, "value", call.arguments["activation"]) + part("value.other") * cut["parts"]
+            issued = issued + sums * (values / WARP * tiles / cut["parts"])
+            last = _chain(sums * of_thread, parameters=_ceil(cut["parts"], 2)) + Clocks(arrivals=1)
         l2_bytes += 2 * 4 * cut["parts"] * call.results[0].numel()
     return Work(issued, cut.counts.registers, l2_bytes, prologue, body, last)
+
+
+def _pooling(cut: Cut, pixels: int, size: int) -> tuple[Counters, Counters]:
+    """Return what pooling adds to a warp in a tile, and to it in a block.
+
+    A warp adds up all its rows of an image at once, or 8 of them where the sums go through shared memory.
+    """
+    part = cut.counts.part
+    means = part("mean") * _ceil(cut["images"] * cut["columns"], cut.threads)
+    if cut["epilogue"] != _ANY_EPILOGUE:
+        return part("image") * (1 + (cut["warp_rows"] - 1) / pixels), means
+    width = 8 if size == 2 and cut["columns"] > 16 else 4
+    vectors = cut["rows"] * cut["columns"] / width / cut.threads
+    return part("image") * (1 + 7 / pixels) * vectors, means
 
 
 def _stem(cut: Cut, call: RecordedCall) -> Work:
@@ -564,6 +587,7 @@ _FAMILIES: Mapping[str, Callable[[Cut, RecordedCall], Work]] = {
     "depthwise_strips": _depthwise,
     "depthwise_resident": _depthwise,
     "pointwise": _pointwise,
+    "pointwise_pool": _pointwise,
     "expand_depthwise": _expand_depthwise,
     "mbconv": _mbconv,
     "mbconv_queue": _mbconv_queue,

@@ -21,6 +21,7 @@ FAMILIES: dict[str, str] = {
     "depthwise_bn_act_gate": "depthwise",
     "depthwise_bn_act_se": "depthwise",
     "pointwise_bn_act": "pointwise",
+    "pointwise_bn_act_pool": "pointwise",
     "expand_depthwise_squeeze": "expand_depthwise",
     "mbconv": "mbconv",
     "conv_bn_act": "conv",

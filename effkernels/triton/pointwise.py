@@ -1,5 +1,5 @@
-"""`pointwise_bn_act` in Triton: a matrix product whose input is gated as it is read and whose result is finished as it
-is written.
+"""`pointwise_bn_act` and `pointwise_bn_act_pool` in Triton: a matrix product whose input is gated as it is read and
+whose result is finished as it is written, or averaged over each image in place of that.
 
 y (M x N) = epilogue((x * gate) (M x K) @ weight^T), M the pixels of all images, K and N the input and output channels,
 weight (N x K) as stored. A program computes one tile of y with all of its k; programs that share rows of x are
@@ -13,7 +13,7 @@ own test for multiples of 16 would give up.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -189,6 +189,64 @@ def _multiply(
     return total
 
 
+@triton.jit
+def _product(
+    x_rows,
+    gate_rows,
+    weight_columns,
+    row_inside,
+    column_inside,
+    in_channels,
+    GATED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    RUN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Return the products of a tile, summed over all channels, in runs of RUN of them where it is not 0."""
+    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+    if RUN > 0:
+        for first in range(0, in_channels, RUN):
+            run = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
+            total += _multiply(
+                run,
+                first,
+                tl.minimum(first + RUN, in_channels),
+                x_rows,
+                gate_rows,
+                weight_columns,
+                row_inside,
+                column_inside,
+                in_channels,
+                GATED,
+                DTYPE,
+                PRECISION,
+                ROUNDED,
+                STEP,
+            )
+    else:
+        total = _multiply(
+            total,
+            0,
+            in_channels,
+            x_rows,
+            gate_rows,
+            weight_columns,
+            row_inside,
+            column_inside,
+            in_channels,
+            GATED,
+            DTYPE,
+            PRECISION,
+            ROUNDED,
+            STEP,
+        )
+    return total
+
+
 @triton.jit(
     do_not_specialize=[
         "rows",
@@ -264,43 +322,22 @@ def pointwise_kernel(
     gate_rows = gate_ptr
     if GATED:
         gate_rows = gate_ptr + ((image * in_channels)[:, None] if SPANS else image * in_channels)
-    total = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    if RUN > 0:
-        for first in range(0, in_channels, RUN):
-            run = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-            total += _multiply(
-                run,
-                first,
-                tl.minimum(first + RUN, in_channels),
-                x_rows,
-                gate_rows,
-                weight_columns,
-                row_inside,
-                column_inside,
-                in_channels,
-                GATED,
-                DTYPE,
-                PRECISION,
-                ROUNDED,
-                STEP,
-            )
-    else:
-        total = _multiply(
-            total,
-            0,
-            in_channels,
-            x_rows,
-            gate_rows,
-            weight_columns,
-            row_inside,
-            column_inside,
-            in_channels,
-            GATED,
-            DTYPE,
-            PRECISION,
-            ROUNDED,
-            STEP,
-        )
+    total = _product(
+        x_rows,
+        gate_rows,
+        weight_columns,
+        row_inside,
+        column_inside,
+        in_channels,
+        GATED,
+        DTYPE,
+        PRECISION,
+        ROUNDED,
+        RUN,
+        ROWS,
+        COLUMNS,
+        STEP,
+    )
 
     scale, shift = _common.scale_shift(
         column, column_inside, bias_ptr, norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr, eps
@@ -311,6 +348,70 @@ def pointwise_kernel(
         residual_rows = residual_ptr + ((image * residual_image + pixel * residual_pixel) * RESIDUAL_VECTOR)[:, None]
         y += tl.load(residual_rows + column[None, :], mask=inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + (row * out_channels)[:, None] + column[None, :], y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["pixels", "column_tiles", "in_vectors", "out_channels", "x_image", "x_pixel"])
+def pointwise_pool_kernel(
+    x_ptr,
+    weight_ptr,
+    bias_ptr,
+    norm_mean_ptr,
+    norm_var_ptr,
+    norm_weight_ptr,
+    norm_bias_ptr,
+    y_ptr,
+    eps,
+    pixels,
+    column_tiles,
+    in_vectors,
+    out_channels,
+    x_image,
+    x_pixel,
+    ACTIVATION: tl.constexpr,
+    IN_VECTOR: tl.constexpr,
+    X_VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    RUN: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Compute the means of one image in a tile of columns: y (images x out_channels). Rows are walked in order."""
+    in_channels = in_vectors * IN_VECTOR
+    program = tl.program_id(0)
+    column = program % column_tiles * COLUMNS + tl.arange(0, COLUMNS)
+    column_inside = column < out_channels
+    image = (program // column_tiles).to(tl.int64)
+    weight_columns = weight_ptr + (column.to(tl.int64) * in_channels)[None, :]
+    scale, shift = _common.scale_shift(
+        column, column_inside, bias_ptr, norm_mean_ptr, norm_var_ptr, norm_weight_ptr, norm_bias_ptr, eps
+    )
+    sums = tl.zeros((COLUMNS,), dtype=tl.float32)
+    for first_pixel in range(0, pixels, ROWS):
+        pixel = first_pixel + tl.arange(0, ROWS)
+        row_inside = pixel < pixels
+        x_rows = x_ptr + ((image * x_image + pixel.to(tl.int64) * x_pixel) * X_VECTOR)[:, None]
+        total = _product(
+            x_rows,
+            None,
+            weight_columns,
+            row_inside,
+            column_inside,
+            in_channels,
+            False,
+            x_ptr.dtype.element_ty,
+            PRECISION,
+            ROUNDED,
+            RUN,
+            ROWS,
+            COLUMNS,
+            STEP,
+        )
+        y = _common.activate(total * scale[None, :] + shift[None, :], ACTIVATION)
+        sums += tl.sum(tl.where(row_inside[:, None], y, 0.0), axis=0)
+    means = sums / pixels
+    tl.store(y_ptr + image * out_channels + column, means.to(y_ptr.dtype.element_ty), mask=column_inside)
 
 
 def pointwise_bn_act(
@@ -335,8 +436,7 @@ def pointwise_bn_act(
     spans = images > 1 and pixels < FEWEST_PIXELS_OF_OWN_TILE
     rows = images * pixels
 
-    exact = x.dtype == torch.float32 and not allow_tf32
-    tf32 = x.dtype == torch.float32 and allow_tf32
+    exact, tf32 = _exactness(x.dtype, allow_tf32)
     cut = (images, pixels, in_channels, out_channels, x.dtype, exact, gate is not None, spans)
     shape = (images, pixels, in_channels, out_channels, int(exact), int(gate is not None), int(spans))
     tile = _launch.tuned("pointwise_bn_act", x, shape, lambda: candidates(*cut, multiprocessors(x.device)))
@@ -375,19 +475,73 @@ def pointwise_bn_act(
         OUT_VECTOR=out_vector,
         X_VECTOR=x_vector,
         RESIDUAL_VECTOR=residual_vector,
-        PRECISION="tf32" if tf32 else "ieee",
-        ROUNDED=tf32 and not _launch.INTERPRETED and torch.version.hip is None,
-        RUN=EXACT_RUN if exact and in_channels > EXACT_RUN else 0,
-        ROWS=tile.rows,
-        COLUMNS=tile.columns,
-        STEP=tile.step,
-        num_warps=tile.warps,
-        # 64 KB of shared memory on AMD's GPUs, whose compiler keeps one stage in registers
-        num_stages=tile.stages if torch.version.hip is None else 2,
+        **_options(tile, in_channels, exact, tf32),
     )
 
 
-OPERATORS = {"pointwise_bn_act": pointwise_bn_act}
+def pointwise_bn_act_pool(
+    out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: Norm | None,
+    activation: str,
+    allow_tf32: bool,
+) -> None:
+    """Fill `out` (N, C_out); arguments as in effkernels.ops.pointwise_bn_act_pool, checked."""
+    images, in_channels, height, width = x.shape
+    out_channels, pixels = weight.shape[0], height * width
+    x_rows = _rows(x)
+    exact, tf32 = _exactness(x.dtype, allow_tf32)
+    # A program walks over the rows of its image, so one tile of them is all that a GPU has to be filled with.
+    walked = min(pixels, 64)
+    tile = tile_of(images, walked, in_channels, out_channels, x.dtype, exact, False, False, multiprocessors(x.device))
+    column_tiles = _launch.divide_up(out_channels, tile.columns)
+    in_vector = _vector(x.dtype, in_channels)
+    x_vector = _vector(x.dtype, x_rows.image, x_rows.pixel)
+    _launch.run(
+        pointwise_pool_kernel,
+        (images * column_tiles,),
+        x_rows.data,
+        _launch.dense(weight),
+        _launch.dense(bias),
+        *_launch.dense_norm(norm),
+        out,
+        _launch.eps_of(norm),
+        pixels,
+        column_tiles,
+        in_channels // in_vector,
+        out_channels,
+        x_rows.image // x_vector,
+        x_rows.pixel // x_vector,
+        ACTIVATION=_launch.activation_for(activation, x.dtype),
+        IN_VECTOR=in_vector,
+        X_VECTOR=x_vector,
+        **_options(tile, in_channels, exact, tf32),
+    )
+
+
+OPERATORS = {"pointwise_bn_act": pointwise_bn_act, "pointwise_bn_act_pool": pointwise_bn_act_pool}
+
+
+def _exactness(dtype: torch.dtype, allow_tf32: bool) -> tuple[bool, bool]:
+    """Return whether a product is by exact multiply-adds, and whether it is in TF32."""
+    return dtype == torch.float32 and not allow_tf32, dtype == torch.float32 and allow_tf32
+
+
+def _options(tile: Tile, in_channels: int, exact: bool, tf32: bool) -> dict[str, Any]:
+    """Return what a product's tile and exactness decide for the compiler."""
+    return {
+        "PRECISION": "tf32" if tf32 else "ieee",
+        "ROUNDED": tf32 and not _launch.INTERPRETED and torch.version.hip is None,
+        "RUN": EXACT_RUN if exact and in_channels > EXACT_RUN else 0,
+        "ROWS": tile.rows,
+        "COLUMNS": tile.columns,
+        "STEP": tile.step,
+        "num_warps": tile.warps,
+        # 64 KB of shared memory on AMD's GPUs, whose compiler keeps one stage in registers
+        "num_stages": tile.stages if torch.version.hip is None else 2,
+    }
 
 
 def _rows(t: Tensor) -> Rows:

@@ -79,6 +79,20 @@ POINTWISE: tuple[CompiledCall, ...] = (
 )
 
 
+def _pool(images: int, channels: int, size: int, out: int, **others: Any) -> CompiledCall:
+    return CompiledCall.on("pointwise_bn_act_pool", (images, channels, size, size), out_channels=out, **others)
+
+
+POINTWISE_POOL: tuple[CompiledCall, ...] = (
+    _pool(256, 320, 7, 1280),
+    _pool(1, 320, 7, 1280, dtype=FLOAT16),
+    _pool(256, 448, 12, 1792, activation="hard_swish"),
+    _pool(256, 320, 7, 1280, dtype=FLOAT32),
+    _pool(1, 320, 7, 1280, dtype=FLOAT32, allow_tf32=True),
+    _pool(2, 7, 13, 100, activation="gelu_tanh"),
+)
+
+
 def _depthwise(
     which: str, images: int, channels: int, size: int, kernel: int | tuple[int, int], stride: int, **others: Any
 ) -> CompiledCall:
@@ -160,7 +174,7 @@ CONV: tuple[CompiledCall, ...] = (
     _conv((256, 24, 56, 56), 96, stride=2),
     _conv((256, 24, 56, 56), 96, dtype=FLOAT32),
 )
-CALLS: tuple[CompiledCall, ...] = (*POINTWISE, *DEPTHWISE, *EXPAND, *GATE, *CONV)
+CALLS: tuple[CompiledCall, ...] = (*POINTWISE, *POINTWISE_POOL, *DEPTHWISE, *EXPAND, *GATE, *CONV)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,6 +102,12 @@ def _pointwise(call: CompiledCall) -> Iterator[Rule]:
         yield from _swish(call)
 
 
+def _pointwise_pool(call: CompiledCall) -> Iterator[Rule]:
+    yield exact_products if call.exact else tensor_cores
+    if call.wide:
+        yield from (copies_asynchronously, no_narrow_loads)
+
+
 def _depthwise(call: CompiledCall) -> Iterator[Rule]:
     if not call.wide:
         return
@@ -197,6 +203,7 @@ def _join(call: CompiledStep) -> Iterator[Rule]:
 # By the name of the kernel: what it promises beside EVERY, for a call that launches it.
 CLAIMS: dict[str, Callable[[Any], Iterator[Rule]]] = {
     "pointwise_kernel": _pointwise,
+    "pointwise_pool_kernel": _pointwise_pool,
     "depthwise_kernel": _depthwise,
     "expand_depthwise_kernel": _expand_depthwise,
     "scale_kernel": _scale,

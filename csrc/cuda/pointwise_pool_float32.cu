@@ -1,0 +1,6 @@
+#include "pointwise_pool.cuh"
+
+namespace effkernels::cuda {
+template cudaError_t run_pointwise_pool<float>(const PointwiseParams&, const PointwisePlan&, const PointwiseWork&,
+                                               const Launch&);
+}
