@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -398,11 +399,9 @@ def _stacked_launch(
         "special": sum(launch.special_functions for launch in launches) / gpu.special_functions,
     }
     limited_by = max(floors, key=lambda name: floors[name])
-    start, end = _parent(blocks[0].layer), _parent(blocks[-1].layer)
-    shared = start.partition(".")[0] + "."
     return replace(
         first,
-        layer=f"{start}-{end.removeprefix(shared)}",
+        layer=_range_of(_parent(blocks[0].layer), _parent(blocks[-1].layer)),
         bytes=sum(launch.bytes for launch in launches),
         flops=sum(launch.flops for launch in launches),
         special_functions=sum(launch.special_functions for launch in launches),
@@ -411,6 +410,19 @@ def _stacked_launch(
         variant=f"mbconv_stack<{str(blocks[0].dtype).removeprefix('torch.')}>",
         time=one_after_the_other([launch.time for launch in launches]),
     )
+
+
+def _range_of(first: str, last: str) -> str:
+    """Return one name for the blocks from one path to another: 'blocks.3.1-6.0'; of others' paths only the numbers that
+    tell blocks apart, 'features.4.1-7.0' for 'features.4.1.block.1' and 'features.7.0.block.1'.
+    """
+    (start, from_number, rest), (other, to_number, other_rest) = (
+        re.fullmatch(r"((?:[^.\d][^.]*\.)*)([\d.]*)(.*)", path).groups()  # type: ignore[union-attr]  # matches anything
+        for path in (first, last)
+    )
+    if (start, rest) != (other, other_rest) or not from_number:
+        return f"{first}-{last}"
+    return f"{start}{from_number.rstrip('.')}-{to_number.rstrip('.')}"
 
 
 def blocks_of_stack(call: RecordedCall) -> list[RecordedCall]:
