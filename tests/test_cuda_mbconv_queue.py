@@ -125,7 +125,7 @@ class TestPlan:
 
 
 # Megabytes an image and launches: what issue 17 asks for (the result of each depthwise convolution written and read
-# once, and 15 percent) and a launch for each block.
+# once, and 15 percent), a launch for each block and one for the head.
 FLOORS = {"efficientnet_b0": 13.9, "efficientnet_b4": 111.6}
 
 
@@ -136,6 +136,6 @@ class TestNetworks:
         plan: Plan = plan_model(name, batch_size=256)
         assert plan.totals.bytes <= 1.15 * FLOORS[name] * 1e6 * 256
 
-    @pytest.mark.parametrize(("batch", "most"), [(1, 12), (256, 24)])
+    @pytest.mark.parametrize(("batch", "most"), [(1, 11), (256, 20)])
     def test_launches_of_b0(self, batch: int, most: int) -> None:
         assert plan_model("efficientnet_b0", batch_size=batch).totals.launches <= most

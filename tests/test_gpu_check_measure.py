@@ -231,7 +231,7 @@ class TestOperators:
         assert note.startswith("10 cases in ")
         (file,) = (tmp_path / "results").glob("*.jsonl")
         rows = read_rows(file)
-        assert len({row.case.split()[0] for row in rows if row.suite == "op"}) == 8
+        assert len({row.case.split()[0] for row in rows if row.suite == "op"}) == 9
         assert {row.case.split(" ", 1)[1] for row in rows if row.suite == "block"} == {
             "blocks.6.0 2x192x7x7 to 320x7x7",
             "blocks.3.0-6.0 2x40x28x28 to 320x7x7",

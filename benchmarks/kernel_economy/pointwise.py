@@ -66,6 +66,7 @@ def pointwise_parts(flow: Flow) -> dict[str, Counters]:
     loops = loops_of(flow)
     product = "HMMA" if flow.count("HMMA") else "FFMA"
     around_steps = [one for one in loops if one.count("BAR") == 1 and one.count("LDGSTS") and one.count(product)]
+    around_steps = innermost(around_steps)  # without barriers in its epilogue, the loop over tiles is among them
     most = max((one.count(product) for one in around_steps), default=0)
     steps = only([one for one in around_steps if one.count(product) == most], f"with a barrier, {product} and LDGSTS")
     tiles = only([one for one in loops if inside(steps, one)], "over tiles")
@@ -141,9 +142,11 @@ def pointwise_parts(flow: Flow) -> dict[str, Counters]:
         after = [one for one in loops if one.first > tiles.last]
         means = only([one for one in outermost(after) if one.count("LDS") and one.count("STG")], "over means")
         parts["mean"] = around(flow, means)
-    vectors = [one for one in in_tile if one.count("LDS") and one not in images]
-    if vectors:
-        parts.update(_through_shared(flow, only(outermost(vectors), "over vectors of sums"), in_tile, images))
+    # The values of a vector leave it, or its loop has one over images.
+    vectors = [one for one in in_tile if one.count("LDS") and one.count("SHFL" if images else "STG")]
+    vectors = [one for one in vectors if one not in images]
+    if vectors or (in_tile and not images):
+        parts.update(_through_shared(flow, only(vectors, "over vectors of sums"), in_tile, images))
     return parts
 
 

@@ -136,7 +136,7 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
   for (int tile = 0; tile < tiles; ++tile) {
     const int64_t first_row = row_of(tile);
     TileGate<Tr::M> gate;
-    if (Tr::kTakesMore && plan.gate_images > 0) find_images(p, plan, first_row, place, &gate);
+    if (Tr::kTakesMore && plan.images > 0) find_images(p, plan, first_row, place, &gate);
     typename More::template Rows<Tr> rows(p, plan, more, first_row);
     float acc[Tr::M][Tr::N][4] = {};
     constexpr bool kRuns = Tr::kProduct == PointwiseProduct::kMultiplyAdd;
@@ -153,8 +153,8 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
       const unsigned char* const stage = ring + in_use * plan.stage_bytes;
       const unsigned char* const weight =
           weights + ((plan.keeps_weight ? step : in_use) * Tr::kWarpsK + place.k) * Tr::kWeightSlice;
-      if (Tr::kTakesMore && plan.gate_images > 0)
-        gate.slice = stage + Tr::kWarpsK * Tr::kXSlice + place.k * plan.gate_images * kPointwiseGateBytes;
+      if (Tr::kTakesMore && plan.images > 0)
+        gate.slice = stage + Tr::kWarpsK * Tr::kXSlice + place.k * plan.images * kPointwiseGateBytes;
       multiply<Tr>(acc, stage + place.k * Tr::kXSlice + place.row * kPointwiseSliceBytes,
                    weight + place.column * kPointwiseSliceBytes, gate,
                    static_cast<int>(p.in_channels) - (first_k + step * Tr::kStep + place.k * Tr::kSlice));

@@ -150,10 +150,10 @@ class PointwiseCopier {
       x_rows_[j] = static_cast<unsigned>(row < last ? row : last) *
                    static_cast<unsigned>(p_.x_stride_p * static_cast<int>(sizeof(T)));
     }
-    if (Tr::kTakesMore && plan_.gate_images > 0) {
+    if (Tr::kTakesMore && plan_.images > 0) {
       const int64_t image = PointwiseImages<Tr>(p_, plan_, first_row).first(), left = p_.batch - 1 - image;
       gate_ = bytes_of(static_cast<const T*>(p_.gate.data) + image * p_.in_channels);
-      last_gate_ = left < plan_.gate_images ? static_cast<int>(left) : plan_.gate_images;
+      last_gate_ = left < plan_.images ? static_cast<int>(left) : plan_.images;
     }
   }
 
@@ -176,14 +176,14 @@ class PointwiseCopier {
     for (int j = 0; j < Tr::kOfX; ++j)
       if (share_.template has<Tr::kRows>(j))
         cp_async_16(to + j * Tr::kRowsAtOnce * kPointwiseSliceBytes, from + x_rows_[j], bytes);
-    if (!Tr::kTakesMore || plan_.gate_images == 0) return;
+    if (!Tr::kTakesMore || plan_.images == 0) return;
     const SharedAddress gates =
-        shared_address(stage + Tr::kWarpsK * Tr::kXSlice + share_.slice() * plan_.gate_images * kPointwiseGateBytes +
+        shared_address(stage + Tr::kWarpsK * Tr::kXSlice + share_.slice() * plan_.images * kPointwiseGateBytes +
                        share_.chunk % kSliceChunks * 16);
     const unsigned char* const gate = gate_ + (bytes > 0 ? at * sizeof(T) : 0);
     const unsigned distance = static_cast<unsigned>(p_.in_channels) * static_cast<unsigned>(sizeof(T));
 #pragma unroll 1
-    for (int i = share_.row; i < plan_.gate_images; i += Tr::kRowsAtOnce)
+    for (int i = share_.row; i < plan_.images; i += Tr::kRowsAtOnce)
       cp_async_16(gates + i * kPointwiseGateBytes,
                   gate + static_cast<unsigned>(i < last_gate_ ? i : last_gate_) * distance, bytes);
   }

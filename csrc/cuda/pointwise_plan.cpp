@@ -41,11 +41,11 @@ void lay_out(const PointwiseParams& p, bool keeps_weight, Draft* plan) {
   const int64_t steps = int64_t(plan->tiles) * plan->steps, element = element_of(p);
   const int stages = static_cast<int>(std::min<int64_t>(steps, kPointwiseStages));
   plan->keeps_weight = keeps_weight;
-  plan->gate_images = 0;
+  int gates = 0;  // images
   if (p.gate.data != nullptr && !plan->converts)
-    plan->gate_images = static_cast<int>(std::min(p.batch, divide_up(shape.rows - 1, p.pixels) + 1));
-  const int gate_bytes =
-      static_cast<int>(divide_up(plan->gate_images * shape.warps_k * kPointwiseGateBytes, 128) * 128);
+    gates = static_cast<int>(std::min(p.batch, divide_up(shape.rows - 1, p.pixels) + 1));
+  if (!plan->pools) plan->images = gates;
+  const int gate_bytes = static_cast<int>(divide_up(gates * shape.warps_k * kPointwiseGateBytes, 128) * 128);
   plan->stage_bytes = shape.rows * kPointwiseSliceBytes * shape.warps_k + gate_bytes;
   plan->ring_bytes = stages * plan->stage_bytes;
   const int64_t slots = keeps_weight ? plan->steps : stages;
@@ -207,7 +207,6 @@ bool cut_images(const PointwiseParams& p, const DeviceLimits& limits, int tile, 
   plan->row_groups = divide_up(p.batch, plan->images);
   plan->row_tiles = plan->row_groups * plan->tiles;  // of each part
   plan->column_tiles = divide_up(p.out_channels, shape.columns);
-  plan->by_pixels = divisor(p.pixels);
   return finish_cut(p, limits, keeps_weight, plan);
 }
 

@@ -198,8 +198,12 @@ struct PointwisePool : NothingMore {
       const int last = (top + 8 * kRows < of.end ? top + 8 * kRows : of.end) - 1, g = place.lane / 4;
       if (top > last) return;
       const bool single = plan.images == 1;
-      const int first_image = single ? 0 : static_cast<int>(divided(top, plan.by_pixels));
-      const int last_image = single ? 0 : static_cast<int>(divided(last, plan.by_pixels));
+      // As in PointwiseImages; a block of several images has so few rows that the quotient is exact.
+      const float images_per_row = static_cast<float>(plan.images_per_row);
+      const auto image_of = [&](int row) {
+        return single ? 0 : static_cast<int>((static_cast<float>(row) + 0.5f) * images_per_row);
+      };
+      const int first_image = image_of(top), last_image = image_of(last);
       float* to = own(plan, place) + first_image * Tr::kColumns;
       // The image's rows, counted from `top`; of a single one none is outside.
       const int pixels = single ? of.end : static_cast<int>(p.pixels);

@@ -99,9 +99,10 @@ std::string cut_of(const PointwiseParams& p, const cuda::PointwisePlan& plan) {
                  static_cast<int>(plan.epilogue), plan.converts)
       << " rows=" << tile.rows << " warp_rows=" << tile.warp_rows() << " columns=" << tile.columns
       << " steps=" << plan.steps << " parts=" << plan.parts << " tiles=" << plan.tiles
-      << " row_tiles=" << plan.row_tiles << " column_tiles=" << plan.column_tiles << " gate_images=" << plan.gate_images
-      << " images=" << plan.images << " keeps_weight=" << plan.keeps_weight << " tile=" << plan.tile
-      << " epilogue=" << int(plan.epilogue) << " converts=" << plan.converts;
+      << " row_tiles=" << plan.row_tiles << " column_tiles=" << plan.column_tiles
+      << " gate_images=" << (p.pools ? 0 : plan.images) << " images=" << (p.pools ? plan.images : 0)
+      << " keeps_weight=" << plan.keeps_weight << " tile=" << plan.tile << " epilogue=" << int(plan.epilogue)
+      << " converts=" << plan.converts;
   return out.str();
 }
 

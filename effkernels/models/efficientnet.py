@@ -22,6 +22,7 @@ from effkernels.models.config import ModelConfig
 from effkernels.models.features import FeatureInfo
 from effkernels.models.pooling import GlobalPool
 from effkernels.nn import BatchNormAct2d, ConvBnAct, DepthwiseSeparable, MBConv, PaddedConv2d, conv_bn_act
+from effkernels.nn.conv_bn_act import conv_bn_act_pool
 from effkernels.nn.norm_act import not_scriptable
 from effkernels.nn.stack import run_in_stacks
 from effkernels.ops.backends import BACKENDS
@@ -260,7 +261,12 @@ class EfficientNet(_Trunk):
         Returns:
             (N, num_classes); (N, num_features) where there is no classifier.
         """
-        y = self._features(x)
+        y = self._run(self.blocks, self._stem(x))
+        if self._fuses_pooling():
+            means = conv_bn_act_pool(y, self.conv_head, self.bn2, self.architecture.activation, self._backend or "auto")
+            if means is not None:
+                return self._classify(means)
+        y = self._head(y)
         # What is pooled has no memory format any more.
         return self.forward_head(y if self._pools() else _in_memory_format_of(x, y))
 
@@ -275,9 +281,19 @@ class EfficientNet(_Trunk):
             (N, num_classes), or (N, num_features) with pre_logits or without a classifier.
         """
         x = self.global_pool(x)
+        return self._classify(x, pre_logits)
+
+    def _classify(self, means: Tensor, pre_logits: bool = False) -> Tensor:
+        """Dropout and classifier on pooled features."""
         if self.drop_rate > 0.0:
-            x = F.dropout(x, p=self.drop_rate, training=self.training)
-        return x if pre_logits else self.classifier(x)
+            means = F.dropout(means, p=self.drop_rate, training=self.training)
+        return means if pre_logits else self.classifier(means)
+
+    def _fuses_pooling(self) -> bool:
+        """Return whether the head's convolution may compute the means itself, as far as it does not decide that."""
+        pool = self.global_pool
+        own = "forward_head" not in self.__dict__ and type(self).forward_head is EfficientNet.forward_head
+        return own and isinstance(pool, GlobalPool) and pool.is_plain_mean()
 
     def get_classifier(self) -> nn.Module:
         """Return the classifier: an `nn.Linear`, or an `nn.Identity` without classes."""

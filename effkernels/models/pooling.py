@@ -5,6 +5,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from effkernels.nn.fusible import is_untouched
+
 POOL_TYPES: tuple[str, ...] = ("avg", "max", "")
 
 
@@ -37,6 +39,19 @@ class GlobalPool(nn.Module):
         """x: (N, C, H, W), floating; returns (N, C), or x."""
         y: Tensor = self.flatten(self.pool(x))
         return y
+
+    def is_plain_mean(self) -> bool:
+        """Return whether a call is the mean over the image and nothing else: no other pooling, nothing attached."""
+        pool, flatten = self._modules.get("pool"), self._modules.get("flatten")
+        return (
+            type(self) is GlobalPool
+            and len(self._modules) == 2
+            and type(pool) is nn.AdaptiveAvgPool2d
+            and pool.output_size in (1, (1, 1))
+            and type(flatten) is nn.Flatten
+            and (flatten.start_dim, flatten.end_dim) == (1, -1)
+            and all(map(is_untouched, (self, pool, flatten)))
+        )
 
     def is_identity(self) -> bool:
         """Return whether nothing is pooled."""

@@ -12,6 +12,7 @@ from effkernels.nn.fusible import (
     is_fusible_dense,
     is_fusible_depthwise,
     is_fusible_pointwise,
+    is_watched,
 )
 from effkernels.nn.norm_act import BatchNormAct2d, norm_act, not_scriptable
 from effkernels.nn.padding import PaddedConv2d, explicit_padding
@@ -84,6 +85,27 @@ def conv_bn_act(x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, ba
             backend=backend,
         )
     return norm_act(norm, conv(x), activation)
+
+
+def conv_bn_act_pool(
+    x: Tensor, conv: nn.Module, norm: nn.Module, activation: str, backend: str = "auto"
+) -> Tensor | None:
+    """Compute the means over the image of `conv_bn_act`, as one fused operator that never writes the image.
+
+    Args:
+        x, conv, norm, activation, backend: as of `conv_bn_act`.
+
+    Returns:
+        (N, C') in x's dtype; None where the modules have to be called, where the convolution is not 1x1, and where a
+        mode watches the functions of PyTorch: whoever does that waits for the mean (as class activation maps do).
+    """
+    if is_watched() or calls_modules(x) or not is_fusible_pointwise(conv):
+        return None
+    fusible = fusible_norm(norm, activation)
+    if fusible is None:
+        return None
+    running, follows = fusible
+    return ops.pointwise_bn_act_pool(x, *conv_arguments(conv), running, activation=follows, backend=backend)
 
 
 class ConvBnAct(nn.Module):

@@ -75,6 +75,14 @@ def calls_modules(x: Tensor) -> bool:
     return not isinstance(x, Tensor) or _tracing_state() is not None
 
 
+def is_watched() -> bool:
+    """Return whether a mode sees calls of PyTorch's functions (`torch.overrides.TorchFunctionMode`).
+
+    A compiled graph makes none that it could see.
+    """
+    return not torch.compiler.is_compiling() and torch._C._is_torch_function_mode_enabled()
+
+
 def is_untouched(module: nn.Module) -> bool:
     """Return whether `module` has nothing attached that a call of it would run: no hook, no replaced method."""
     attributes = module.__dict__

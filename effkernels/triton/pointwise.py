@@ -26,6 +26,8 @@ from effkernels.triton import _common, _launch
 # One chain of additions over 1152 channels would err twice as much as PyTorch's blocked product: exact float32 sums
 # are taken in runs of so many channels. Tensor cores add several products at once and need none.
 EXACT_RUN = 128
+# Rows that a pooled tile adds up first; a divisor of every tile's rows.
+POOL_RUN = tl.constexpr(8)
 # Bytes of shared memory of a block that every GPU from compute capability 8.0 on has.
 MOST_SHARED = 99 * 1024
 # Below so many pixels per image, a tile takes rows of several images, each with a gate of its own.
@@ -409,7 +411,9 @@ def pointwise_pool_kernel(
             STEP,
         )
         y = _common.activate(total * scale[None, :] + shift[None, :], ACTIVATION)
-        sums += tl.sum(tl.where(row_inside[:, None], y, 0.0), axis=0)
+        # In two levels: one chain of additions over a tile would err more than PyTorch's mean.
+        y = tl.reshape(tl.where(row_inside[:, None], y, 0.0), (ROWS // POOL_RUN, POOL_RUN, COLUMNS))
+        sums += tl.sum(tl.sum(y, axis=1), axis=0)
     means = sums / pixels
     tl.store(y_ptr + image * out_channels + column, means.to(y_ptr.dtype.element_ty), mask=column_inside)
 
@@ -496,6 +500,8 @@ def pointwise_bn_act_pool(
     # A program walks over the rows of its image, so one tile of them is all that a GPU has to be filled with.
     walked = min(pixels, 64)
     tile = tile_of(images, walked, in_channels, out_channels, x.dtype, exact, False, False, multiprocessors(x.device))
+    if exact:  # the sums of the image are one thing more to keep: with 4 warps sm_80 spills
+        tile = tile._replace(warps=8)
     column_tiles = _launch.divide_up(out_channels, tile.columns)
     in_vector = _vector(x.dtype, in_channels)
     x_vector = _vector(x.dtype, x_rows.image, x_rows.pixel)
