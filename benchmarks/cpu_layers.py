@@ -56,7 +56,7 @@ class Layer:
     def multiply_adds(self) -> tuple[int, int]:
         """Return the multiply-adds of products, which may run in bfloat16, and of depthwise windows, in float32."""
         window = ("batch", "out_height", "out_width", "channels", "kernel_h", "kernel_w")
-        if self.kernel == "pointwise":
+        if self.kernel in ("pointwise", "pointwise_pool"):
             return self._product("batch", "pixels", "in_channels", "out_channels"), 0
         if self.kernel == "conv":
             return self._product(*window[:3], "in_channels", "out_channels", *window[4:]), 0
@@ -69,6 +69,9 @@ class Layer:
     def values(self) -> int:
         """Return how many values it has to read and write at least: images, results, weights."""
         s = self.sizes
+        if self.kernel == "pointwise_pool":
+            weights = self._product("in_channels", "out_channels")
+            return self._product("batch", "pixels", "in_channels") + self._product("batch", "out_channels") + weights
         if self.kernel == "pointwise":
             images = s["in_channels"] + s["out_channels"] * (1 + s["residual"])
             return self._product("batch", "pixels") * images + self._product("in_channels", "out_channels")
@@ -90,8 +93,9 @@ class Layer:
     def title(self) -> str:
         """Return what it computes, for a table."""
         s = self.sizes
-        if self.kernel == "pointwise":
-            return f"1x1 {s['in_channels']} -> {s['out_channels']}, {s['pixels']} pixels"
+        if self.kernel in ("pointwise", "pointwise_pool"):
+            means = ", means" if self.kernel == "pointwise_pool" else ""
+            return f"1x1 {s['in_channels']} -> {s['out_channels']}, {s['pixels']} pixels{means}"
         if self.kernel in ("squeeze_excite", "scale"):
             return f"{self.kernel.replace('_', ' ')} {s['channels']}"
         window = f"{s['kernel_h']}x{s['kernel_w']}"

@@ -230,7 +230,7 @@ def test_bench_installs_what_it_compares_with_and_builds_what_can_run(
     tmp_path: Path, gpus: str, cpu_part_alone: bool
 ) -> None:
     commands = commands_of("bench", tmp_path, gpus)
-    assert "install -c constraints.txt timm rich" in commands
+    assert "install --no-compile -c constraints.txt timm rich" in commands
     assert ".[dev]" not in commands
     assert commands.count("build_ext") == 1
     assert ("EFFKERNELS_CUDA=off" in commands) == cpu_part_alone

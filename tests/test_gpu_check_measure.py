@@ -219,7 +219,7 @@ class TestOperators:
     def test_without_time_it_is_cut_and_says_so(
         self, compiled: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
-        with pytest.raises(Cut, match="0 of 10 steps, next depthwise_bn_act_squeeze of efficientnet_b0"):
+        with pytest.raises(Cut, match="0 of 11 steps, next depthwise_bn_act_squeeze of efficientnet_b0"):
             ops.operators(Options(device="cpu", seconds=0.0, smoke=True, results=tmp_path))
         assert "for lack of time (0 s) left out" in capsys.readouterr().out
 
@@ -228,7 +228,7 @@ class TestOperators:
         """The whole part on the CPU at small sizes: a row for every operator, in the smoke test's own file."""
         monkeypatch.setattr("benchmarks.gpu_check.results.WORK", tmp_path)
         note = ops.operators(Options(device="cpu", seconds=300.0, smoke=True, results=tmp_path / "never"))
-        assert note.startswith("10 cases in ")
+        assert note.startswith("11 cases in ")
         (file,) = (tmp_path / "results").glob("*.jsonl")
         rows = read_rows(file)
         assert len({row.case.split()[0] for row in rows if row.suite == "op"}) == 9

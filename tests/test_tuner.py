@@ -76,6 +76,7 @@ SMALL = {
         OpCall.on("depthwise_bn_act_se", (3, 8, 4, 5)),
         OpCall.on("squeeze_excite_gate", (3, 8)),
         OpCall.on("pointwise_bn_act", (3, 24, 5, 5), out_channels=70, activation="identity", gated=True, residual=True),
+        OpCall.on("pointwise_bn_act_pool", (3, 24, 5, 5), out_channels=70),
         OpCall.on("expand_depthwise_squeeze", (3, 8, 4, 5), out_channels=16),
         OpCall.on("mbconv", (3, 8, 4, 5), out_channels=8, expanded=16),
         OpCall.on("conv_bn_act", (3, 3, 9, 9), out_channels=16, stride=2),
