@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import math
+import runpy
 import subprocess
 import sys
 import time
@@ -534,6 +535,19 @@ class TestConsoleExamples:
 def test_report_of_this_repository_is_up_to_date() -> None:
     """The tables of README.md and REPORT.md are those that the recorded rows give."""
     assert report.main(["--check"]) == 0
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["cpu_layers", "cpu_ratios", "fuzz", "gpu_check", "instruction_counts", "kernel_economy", "network_ratios",
+     "report", "soak"],
+)  # fmt: skip
+def test_help_of_each_program(name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module(f"benchmarks.{name}", run_name="__main__")
+    assert ended.value.code in (0, None)
+    assert capsys.readouterr().out.startswith("usage: ")
 
 
 def test_report_measures_what_bench_has(

@@ -18,7 +18,7 @@ INSTRUCTION_SETS = ("avx2", "plain")
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.instruction_counts", description=__doc__)
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--check", action="store_true", help=f"fail if a count grew by more than {ALLOWED_GROWTH:.0%}")
+    choice.add_argument("--check", action="store_true", help=f"fail if a count grew by over {ALLOWED_GROWTH:.0%}%")
     choice.add_argument("--write", action="store_true", help="renew the table")
     parser.add_argument("--isa", nargs="+", choices=INSTRUCTION_SETS, default=list(INSTRUCTION_SETS))
     options = parser.parse_args()
