@@ -49,6 +49,18 @@ def call(emulator: Emulator, op: str, arguments: dict[str, Any]) -> tuple[Tensor
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
+def check(case: Case, emulated: Emulator) -> None:
+    """Assert the tolerance rule for an operator of one result on the emulator as it is set."""
+    arguments = case.draw()
+    (result,) = call(emulated, case.op, arguments)
+    with op_cases.one_thread():
+        (truth,), (plain,) = (
+            op_cases.truth(case, arguments),
+            op_cases.run(effkernels.ops.reference, case, arguments),
+        )
+    assert_parity(result, plain, truth, str(case))
+
+
 def launches(emulator: Emulator) -> int:
     return int(getattr(torch.ops, emulator.namespace).cuda_launches())
 

@@ -8,14 +8,12 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import op_cases
 import pytest
 import torch
 from emulation.control import A100, H200, Emulation, Emulator
 from op_cases import BLOCK_OP, Case
-from parity import assert_parity
 from test_cuda_expand_depthwise import same_padding
-from test_cuda_kernels import call, launches, planned
+from test_cuda_kernels import call, check, launches, planned
 
 import effkernels
 from effkernels.models import create_model
@@ -111,17 +109,6 @@ def odd_cases() -> Iterator[tuple[str, Case]]:
     for number, case in enumerate(cases):
         yield list(DEVICES)[number % 3], case.with_(dtype=HALVES[number % 2])
     yield from ((device, base.with_(dtype=torch.float16, batch=5)) for device in DEVICES)
-
-
-def check(case: Case, emulated: Emulator) -> None:
-    arguments = case.draw()
-    (result,) = call(emulated, case.op, arguments)
-    with op_cases.one_thread():
-        (truth,), (plain,) = (
-            op_cases.truth(case, arguments),
-            op_cases.run(effkernels.ops.reference, case, arguments),
-        )
-    assert_parity(result, plain, truth, str(case))
 
 
 def plan_of(case: OpCall, limits: tuple[int, ...], dtype: str = "bfloat16") -> list[dict[str, str]]:

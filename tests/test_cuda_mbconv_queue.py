@@ -11,8 +11,8 @@ import torch
 from emulation.control import A100, H200, ORDERS, Emulation, Emulator
 from op_cases import BLOCK_OP, Case
 from test_cuda_expand_depthwise import same_padding
-from test_cuda_kernels import call, launches
-from test_cuda_mbconv import HALVES, blocks_of, case_of, check, plan_of
+from test_cuda_kernels import call, check, launches
+from test_cuda_mbconv import HALVES, blocks_of, case_of, plan_of
 
 from effkernels.plan.gpus import GPUS
 from effkernels.plan.launches import Plan, plan_model

@@ -9,8 +9,7 @@ import pytest
 import torch
 from emulation.control import A100, H200, ORDERS, Emulation, Emulator
 from op_cases import POOL_OP, Case
-from parity import assert_parity
-from test_cuda_kernels import FEW, call, launches, planned
+from test_cuda_kernels import FEW, call, check, launches, planned
 
 import effkernels
 from effkernels.plan.gpus import GPUS
@@ -80,18 +79,6 @@ class TestPlan:
         norm = 4 * 2 * 1280  # four vectors of 16 bits
         assert head.bytes - 2 * head.workspace_bytes == of_x + of_y + 2 * 320 * 1280 + norm
         assert head.flops == 2 * batch * 49 * 320 * 1280
-
-
-def check(case: Case, emulated: Emulator) -> None:
-    """Assert the tolerance rule."""
-    arguments = case.draw()
-    (result,) = call(emulated, case.op, arguments)
-    with op_cases.one_thread():
-        (truth,), (plain,) = (
-            op_cases.truth(case, arguments),
-            op_cases.run(effkernels.ops.reference, case, arguments),
-        )
-    assert_parity(result, plain, truth, str(case))
 
 
 # Sizes of the last images of networks, at batches that fill no tile, in each dtype in turn.
