@@ -11,6 +11,7 @@ compute in float32 and cast explicitly. That of Triton 3.6 also takes int() of a
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.util
 import inspect
 import os
@@ -29,6 +30,7 @@ def _hasten() -> None:
     builder.options = dataclasses.replace(builder.options, sanitize_overflow=False)
     _patch_once_a_launch(interpreter)
     _remember_types(interpreter)
+    _share_block_types(interpreter)
 
 
 def _patch_once_a_launch(interpreter: Any) -> None:
@@ -39,8 +41,12 @@ def _patch_once_a_launch(interpreter: Any) -> None:
     seen: set[int] = set()
     execute = interpreter.GridExecutor.__call__
 
+    @functools.cache
+    def langs_of(function: Any) -> frozenset[int]:
+        return frozenset(id(value) for value in function.__globals__.values() if inspect.ismodule(value))
+
     def patch_once(function: Any) -> Any:
-        langs = {id(value) for value in function.__globals__.values() if inspect.ismodule(value)}
+        langs = langs_of(function)
         if langs <= seen:
             return interpreter._LangPatchScope() if hasattr(interpreter, "_LangPatchScope") else None
         seen.update(langs)
@@ -50,6 +56,10 @@ def _patch_once_a_launch(interpreter: Any) -> None:
         seen.clear()
         return execute(self, *args, **kwargs)
 
+    # CPython keeps frames in chunks of 16 KiB, and asks the kernel for a new one at every call across the end of a
+    # chunk: where that is between two functions of the interpreter, a launch takes 1.6 times as long. A frame as large
+    # as this one gets a larger chunk, with room for all calls inside it.
+    run.__code__ = run.__code__.replace(co_stacksize=4096)
     interpreter._patch_lang = patch_once
     interpreter.GridExecutor.__call__ = run
 
@@ -72,6 +82,44 @@ def _remember_types(interpreter: Any) -> None:
     interpreter._get_np_dtype = np_dtype
 
 
+def _share_block_types(interpreter: Any) -> None:
+    """Make one block type for each element type and shape, and describe the shape of its tensors once.
+
+    Every operation of a kernel makes several. That took 38 % of the time of a launch.
+    """
+    import triton.language as tl
+
+    semantic, block_type, tensor = interpreter.TritonSemantic, tl.core.block_type, tl.core.tensor
+    make_type, make_tensor, broadcast_any = block_type.__init__, tensor.__init__, semantic.broadcast_impl_value
+    types: dict[Any, Any] = {}
+
+    def shared(cls: Any, element_type: Any, shape: Any) -> Any:
+        sizes = tuple([size.value if isinstance(size, tl.constexpr) else size for size in shape])
+        key = element_type.name, getattr(element_type, "address_space", None), sizes
+        if key not in types:
+            found = object.__new__(cls)
+            make_type(found, element_type, shape)
+            types[key] = found
+        return types[key]
+
+    def init_tensor(self: Any, handle: Any, type: Any) -> None:
+        known = type.__dict__.get("of_tensors")
+        if known is None:
+            make_tensor(self, handle, type)
+            type.of_tensors = {name: value for name, value in self.__dict__.items() if name != "handle"}
+        else:
+            self.__dict__.update(known, handle=handle)
+
+    def broadcast(self: Any, left: Any, right: Any) -> Any:
+        return (left, right) if left.type is right.type else broadcast_any(self, left, right)
+
+    block_type.__new__ = shared
+    block_type.__init__ = lambda self, element_type, shape: None
+    block_type.to_ir = lambda self, builder: self  # the interpreter's builder has no types of its own
+    tensor.__init__ = init_tensor
+    semantic.broadcast_impl_value = broadcast
+
+
 def _repair() -> None:
     import numpy as np
     import triton.language as tl
@@ -81,7 +129,7 @@ def _repair() -> None:
     dot, cast, binary = builder.create_dot, builder.cast_impl, builder.binary_op
 
     def is_bfloat16(value: Any) -> bool:
-        return bool(value.dtype.scalar == tl.bfloat16)
+        return bool(value.dtype.scalar.name == "bf16")
 
     def widened(value: Any) -> Any:
         if not is_bfloat16(value):
