@@ -16,7 +16,7 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -237,7 +237,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_emulated(item: pytest.Item) -> bool:
     chosen = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-    return "emulated" in getattr(item, "fixturenames", ()) or (
+    return not {"emulated", "every_backend"}.isdisjoint(getattr(item, "fixturenames", ())) or (
         isinstance(chosen, Backend) and chosen.emulated is not None
     )
 
@@ -407,12 +407,31 @@ def _same_numbers(request: pytest.FixtureRequest) -> None:
 def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
     """Each backend of this machine in turn, forced for the length of the test."""
     chosen: Backend = request.param
-    if chosen.emulated is not None:
-        built_emulator()
-    if chosen.isa == AMX_MODEL:
-        need_amx_model()
+    need_built(chosen)
     with chosen.active():
         yield chosen
+
+
+@pytest.fixture
+def every_backend() -> list[Backend]:
+    """All backends of this machine, for a test of many cases that has the yardsticks of one case at a time.
+
+    None of them is forced. One that cannot be built is left out: the tests of `backend` say why.
+    """
+    found = []
+    for one in available_backends():
+        with suppress(pytest.skip.Exception):
+            need_built(one)
+            found.append(one)
+    return found
+
+
+def need_built(backend: Backend) -> None:
+    """Build what a backend needs beside the library; skips the test where this machine cannot."""
+    if backend.emulated is not None:
+        built_emulator()
+    if backend.isa == AMX_MODEL:
+        need_amx_model()
 
 
 def built_emulator() -> Emulator:
