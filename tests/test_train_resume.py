@@ -1,4 +1,8 @@
-"""A training that is stopped, by a signal or in any other way, goes on bit for bit; several processes train as one."""
+"""A training that is stopped, by a signal or in any other way, goes on bit for bit; several processes train as one.
+
+What gets a signal or starts processes is a process of its own. The rest runs in that of the test, because a process
+takes three seconds to start.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +13,24 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import PROGRAM, arguments_for, assert_same_weights, log_of, make_folder, numbers_of
+from training_runs import (
+    MODEL,
+    NAME,
+    PROGRAM,
+    arguments_for,
+    assert_same_weights,
+    log_of,
+    make_folder,
+    numbers_of,
+    status_of,
+)
+
+from effkernels.models import registry
 
 # What draws random numbers or keeps a state: augmentation, dropping, averaging, loss scaling, momentum, the schedule.
 EPOCHS = 4
@@ -22,6 +38,13 @@ RECIPE = ("--epochs", str(EPOCHS), "--checkpoint-steps", "1", "--model-ema-decay
           "--precision", "amp_float16", "--augment", "randaugment", "--clip-grad", "5",
           "--img-size", "16")  # fmt: skip
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _small_network() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(registry._MODELS, NAME, MODEL)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -100,8 +123,7 @@ def stopped(
 @pytest.fixture(scope="module")
 def unbroken(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("unbroken") / "run"
-    status, _, err = finished(start(arguments_for(photos, output, *RECIPE)))
-    assert status == 0, err
+    assert status_of(arguments_for(photos, output, *RECIPE)) == 0
     return output
 
 
@@ -113,8 +135,7 @@ def test_a_killed_training_goes_on_bit_for_bit(photos: Path, unbroken: Path, tmp
     wait_for_checkpoint(output, process, 2)
     process.kill()  # a second time, unless it has ended
     finished(process)
-    status, _, err = finished(start(["train", "--resume", str(output)]))
-    assert status == 0, err
+    assert status_of(["train", "--resume", str(output)]) == 0
     assert numbers_of(output) == numbers_of(unbroken)
     assert_same_weights(output, unbroken)
 
@@ -134,18 +155,18 @@ def test_ctrl_c_keeps_the_checkpoint_and_says_how_to_go_on(photos: Path, unbroke
     assert status == 130
     assert "Traceback" not in err
     assert f"this goes on from there: effkernels train --resume {output}" in err.splitlines()[-1]
-    status, _, err = finished(start(["train", "--resume", str(output)]))
-    assert status == 0, err
+    assert status_of(["train", "--resume", str(output)]) == 0
     assert_same_weights(output, unbroken)
 
 
-def test_a_finished_training_writes_its_results_again(unbroken: Path, tmp_path: Path) -> None:
+def test_a_finished_training_writes_its_results_again(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output = tmp_path / "run"
     output.mkdir()
     (output / "checkpoint.pt").write_bytes((unbroken / "checkpoint.pt").read_bytes())
-    status, out, err = finished(start(["train", "--resume", str(output)]))
-    assert status == 0, err
-    assert f"after {EPOCHS} epochs" in out
+    assert status_of(["train", "--resume", str(output)]) == 0
+    assert f"after {EPOCHS} epochs" in capsys.readouterr().out
     assert numbers_of(output) == numbers_of(unbroken)
     assert_same_weights(output, unbroken)
 
@@ -155,27 +176,30 @@ def test_a_finished_training_writes_its_results_again(unbroken: Path, tmp_path: 
     [(b"", "is not a checkpoint of a training, or is damaged"), ("weights", "format=None; allowed: 'effkernels")],
     ids=["empty", "weights"],
 )
-def test_what_is_no_checkpoint_of_a_training(content: bytes | str, message: str, tmp_path: Path) -> None:
+def test_what_is_no_checkpoint_of_a_training(
+    content: bytes | str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if isinstance(content, bytes):
         (tmp_path / "checkpoint.pt").write_bytes(content)
     else:
         torch.save({"weight": torch.ones(1)}, tmp_path / "checkpoint.pt")
-    status, _, err = finished(start(["train", "--resume", str(tmp_path)]))
-    assert status == 2
+    assert status_of(["train", "--resume", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
     assert f"--resume {tmp_path}: " in err
     assert message in err
 
 
-def test_other_images_than_the_training_began_with(photos: Path, unbroken: Path, tmp_path: Path) -> None:
+def test_other_images_than_the_training_began_with(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "checkpoint.pt").write_bytes((unbroken / "checkpoint.pt").read_bytes())
     fewer = make_folder(tmp_path / "fewer", 8)
-    status, _, err = finished(start(["train", "--resume", str(tmp_path), "--data", str(fewer)]))
-    assert status == 2
-    assert "images to train with of 3 classes, and the training began with 39 of 3" in err
+    assert status_of(["train", "--resume", str(tmp_path), "--data", str(fewer)]) == 2
+    assert "images to train with of 3 classes, and the training began with 39 of 3" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_network(photos: Path, tmp_path: Path) -> None:
+def test_two_processes_train_as_one_network(photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "run"
     status, out, err = finished(start(arguments_for(photos, output, *RECIPE), TORCHRUN))
     assert status == 0, err
@@ -185,9 +209,8 @@ def test_two_processes_train_as_one_network(photos: Path, tmp_path: Path) -> Non
     assert state["processes"] == 2
     assert state["model"]["bn1.num_batches_tracked"] == EPOCHS * (39 // 2 // 8)
 
-    status, _, err = finished(start(["train", "--resume", str(output)]))
-    assert status == 2
-    assert "go on with torchrun --nproc-per-node 2" in err
+    assert status_of(["train", "--resume", str(output)]) == 2
+    assert "go on with torchrun --nproc-per-node 2" in capsys.readouterr().err
 
     killed = tmp_path / "killed"
     # The processes of torchrun have groups of their own, and would wait for each other.
