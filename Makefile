@@ -7,6 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check
 # Python compiles a file when it is first imported; pip would compile all of them, which takes as long as to unpack them.
 INSTALL := install --no-compile
+# And keeps it, whatever the environment says: the tests start hundreds of processes, and without what is kept each of
+# them takes half a second to compile the package, and each run of the suite four for the tests.
+unexport PYTHONDONTWRITEBYTECODE
 STAMPS := $(VENV)/.stamps
 # The library is built; with every part that this machine can build, or with the part for the CPU alone. The stamps are
 # beside the library, so that they are removed with it.
@@ -38,7 +41,7 @@ SEED ?= 0
 MINUTES ?= 9
 GPU_CHECK_ARGS ?=
 
-NATIVE_SOURCES := $(shell find csrc -type f) effkernels/ops/schemas.inc CMakeLists.txt setup.py effkernels/_version.py
+NATIVE_SOURCES := $(shell find csrc -type f ! -name '*.pyc') effkernels/ops/schemas.inc CMakeLists.txt setup.py effkernels/_version.py
 FORMATTED_SOURCES := $(shell find csrc tests benchmarks -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
