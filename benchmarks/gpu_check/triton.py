@@ -9,7 +9,7 @@ import importlib.util
 import sys
 
 from benchmarks.gpu_check.common import NotAvailable, Options, run_part
-from benchmarks.gpu_check.parity import PROCESSES
+from benchmarks.gpu_check.parity import PROCESSES, SMOKE
 from benchmarks.gpu_check.tests import FILES, run_tests
 
 
@@ -20,8 +20,8 @@ def triton(options: Options) -> str:
         raise NotAvailable(f"{sys.executable} has no triton")
     if not options.dry:
         return run_tests(options, "triton", *FILES, "-k", "triton", processes=PROCESSES)
-    chosen = ["-m", "interpreted", "-k", "test_squeeze_excite and bfloat16"]
-    return run_tests(options, "triton", FILES[0], *chosen, variables={"EFFKERNELS_TEST_FLAVOUR": "triton"})
+    chosen = [SMOKE, "-m", "interpreted", "-k", "61"]
+    return run_tests(options, "triton", *chosen, variables={"EFFKERNELS_TEST_FLAVOUR": "triton"})
 
 
 if __name__ == "__main__":
