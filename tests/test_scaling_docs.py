@@ -19,7 +19,7 @@ BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE, flags
 # What a reader runs for minutes runs for seconds here.
 SHORTER = {
     "--grid 0.2 --tolerance 0.05": "--grid 0.5 --tolerance 0.05",
-    "--trials 40 --epochs 12": "--trials 2 --epochs 1",
+    "--trials 40 --epochs 12": "--trials 1 --epochs 1",
     "--compare --epochs 10": "--compare --epochs 1",
 }
 FILES = (
