@@ -21,6 +21,9 @@ from effkernels.scaling.figures import save_figure
 from effkernels.scaling.network import Rounding, Stage, StagedNetwork, scale
 from effkernels.scaling.table import Column, Table
 
+# One worker has the tables of the fixtures: each table counts dozens of networks.
+pytestmark = pytest.mark.xdist_group("scaling-tables")
+
 SMALL = StagedNetwork(
     "small",
     16,

@@ -25,6 +25,8 @@ ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests" / "emulation"
 SOURCES = (ROOT / "tests/gpu/wrappers.cu", ROOT / "csrc/cuda/device.cu")
 
+pytestmark = pytest.mark.xdist_group("wrappers")  # one worker compiles them
+
 
 @dataclass(frozen=True)
 class Wrappers:
