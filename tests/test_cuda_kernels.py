@@ -9,6 +9,7 @@ from typing import Any
 import op_cases
 import pytest
 import torch
+from conftest import FLAVOUR
 from emulation.control import A100, H200, Emulation, Emulator
 from hypothesis import example, given, settings, strategies
 from op_cases import Case
@@ -496,19 +497,22 @@ def cut_cases(dtype: torch.dtype) -> list[Case]:
     return cases
 
 
-@pytest.mark.parametrize("order", ["forward-late", "random-early"])
+# The race and the asan flavour find in one order what they find in any.
+FEW_ORDERS = (("forward", "late"), ("random", "early")) if FLAVOUR == "plain" else (("forward", "late"),)
+
+
 @pytest.mark.parametrize("device", FEW)
 @pytest.mark.parametrize(
     "case", [pytest.param(case, id=str(case)) for dtype in op_cases.DTYPES for case in cut_cases(dtype)]
 )
-def test_parity_on_few_multiprocessors(case: Case, device: str, order: str, emulated: Emulator) -> None:
-    emulated.configure(Emulation(*order.split("-"), FEW[device], emulated.flavour))
+def test_parity_on_few_multiprocessors(case: Case, device: str, emulated: Emulator) -> None:
     arguments = case.draw()
-    result = call(emulated, case.op, arguments)
     with op_cases.one_thread():
         truth, plain = op_cases.truth(case, arguments), op_cases.run(effkernels.ops.reference, case, arguments)
-    for ours, theirs, exact in zip(result, plain, truth, strict=True):
-        assert_parity(ours, theirs, exact, str(case))
+    for order in FEW_ORDERS:
+        emulated.configure(Emulation(*order, FEW[device], emulated.flavour))
+        for ours, theirs, exact in zip(call(emulated, case.op, arguments), plain, truth, strict=True):
+            assert_parity(ours, theirs, exact, f"{case}, {order}")
 
 
 def cut_of(case: Case, limits: tuple[int, ...]) -> dict[str, str]:
@@ -555,7 +559,8 @@ def test_parity_of_blocks_that_share_input_channels(
     dtype: torch.dtype, batch: int, device: str, emulated: Emulator
 ) -> None:
     emulated.configure(Emulation("random", "late", DEVICES[device], emulated.flavour))
-    for activation in ("identity", "hard_swish") if batch == 1 else ("hard_swish",):
+    # The race and the asan flavour watch accesses, which depend on no activation.
+    for activation in ("identity", "hard_swish") if batch == 1 and FLAVOUR == "plain" else ("hard_swish",):
         case = SHARED.with_(dtype=dtype, batch=batch, activation=activation, channels=4096 - 8)
         assert int(cut_of(case, DEVICES[device])["parts"]) > 1
         arguments = case.draw()
