@@ -189,9 +189,21 @@ def available_backends() -> list[Backend]:
 
 
 def _parameters() -> list[object]:
-    found: list[object] = [pytest.param(b, id=str(b)) for b in available_backends()]
+    return [pytest.param(b, id=str(b)) for b in available_backends()] or _no_backend()
+
+
+def _groups() -> list[object]:
+    """The backends on the CPU together, for they have the same yardsticks, and each of a GPU by itself."""
+    found = available_backends()
+    on_cpu = [b for b in found if b.device == "cpu"]
+    groups: list[object] = [pytest.param(on_cpu, id="cpu")] if on_cpu else []
+    groups += [pytest.param([b], id=str(b)) for b in found if b.device != "cpu"]
+    return groups or _no_backend()
+
+
+def _no_backend() -> list[object]:
     reason = f"no backend beside the reference: {_library.load_error()}"
-    return found or [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
+    return [pytest.param(None, id="none", marks=pytest.mark.skip(reason=reason))]
 
 
 def pytest_ignore_collect(collection_path: Path) -> bool | None:
@@ -236,9 +248,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _is_emulated(item: pytest.Item) -> bool:
-    chosen = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-    return not {"emulated", "every_backend"}.isdisjoint(getattr(item, "fixturenames", ())) or (
-        isinstance(chosen, Backend) and chosen.emulated is not None
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    chosen = [parameters.get("backend"), *(parameters.get("backends_together") or ())]
+    return "emulated" in getattr(item, "fixturenames", ()) or any(
+        isinstance(one, Backend) and one.emulated is not None for one in chosen
     )
 
 
@@ -413,14 +426,14 @@ def backend(request: pytest.FixtureRequest) -> Iterator[Backend]:
         yield chosen
 
 
-@pytest.fixture
-def every_backend() -> list[Backend]:
-    """All backends of this machine, for a test of many cases that has the yardsticks of one case at a time.
+@pytest.fixture(params=_groups())
+def backends_together(request: pytest.FixtureRequest) -> list[Backend]:
+    """The backends of one device, for a test of many cases that has the yardsticks of one case at a time.
 
     None of them is forced. One that cannot be built is left out: the tests of `backend` say why.
     """
     found = []
-    for one in available_backends():
+    for one in request.param:
         with suppress(pytest.skip.Exception):
             need_built(one)
             found.append(one)

@@ -437,8 +437,8 @@ def any_case(draw) -> Case:
 
 @settings(max_examples=200)
 @given(case=any_case())
-def test_any_shape(case: Case, every_backend: list[Backend]) -> None:
-    for backend in every_backend:
+def test_any_shape(case: Case, backends_together: list[Backend]) -> None:
+    for backend in backends_together:
         if backend.runs(case.op, case.dtype).ok:
             with backend.active():
                 check(case, backend)
