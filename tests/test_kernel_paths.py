@@ -53,6 +53,10 @@ class TestThePaths:
         found = paths.counters(code)
         assert found == Counters(issued=10, fma=1, alu=1, special=1, memory=3, wavefronts=4 + 4 + 2, tensor=1, trips=0)
 
+    def test_what_is_never_executed_takes_an_issue_slot_alone(self) -> None:
+        code = instructions_of(listing("@!PT LDS RZ, [RZ]", "LDGSTS.E.BYPASS.128 [R3], [R2.64]"))
+        assert paths.counters(code) == Counters(issued=2, memory=1, wavefronts=4)
+
     def test_loads_before_a_first_use_are_one_trip(self) -> None:
         code = instructions_of(
             listing("LDG.E.128 R4, [R2.64]", "LDG.E R8, [R2.64]", "FADD R1, R1, R7", "FADD R1, R1, R8",

@@ -156,6 +156,11 @@ def depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     return parts
 
 
+def _load_parts(flow: Flow, slices: Loop, pixels: Sequence[Loop]) -> Parts:
+    """Return what loads rows of x (expand_rows.cuh): a slice of them, and LOADS_AHEAD times 16 bytes for a thread."""
+    return {"load": around(flow, slices, pixels), "load.pixels": around(flow, pixels[0])}
+
+
 def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     """Count the walk of expand_depthwise.cuh: prologue, images, groups of rows, and the loops in a group."""
     size, pixels, vector = int(kernel.arguments[1]), strip(kernel), 16 // kernel.element_bytes
@@ -169,8 +174,8 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     single, pair = (only([one for one in in_group if inside(k, one)], "over fragments of pixels") for k in slices)
     rows = only([one for one in in_group if _is(one, FFMA=size * pixels * vector, MUFU=0)], "over rows of taps")
     strips = only([one for one in in_group if inside(rows, one) and one.count("STG") == pixels], "over strips")
-    chunks = only([one for one in innermost(in_group) if one.count("LDGSTS")], "over slices of a pixel of x")
-    loads = only([one for one in in_group if inside(chunks, one)], "over pixels of x")
+    pixels_of = [one for one in innermost(in_group) if one.count("LDGSTS")]  # of whole rows, which is the shortest
+    loads = only([one for one in in_group if inside(only(pixels_of, "over pixels of x"), one)], "over slices of x")
     before = [one for one in loops if one.last < images.first]
     of_weights = [one for one in before if one.count("LDGSTS") and one.count("LDG")]
     weight = only(innermost(of_weights), "over slices of a row of weights")
@@ -189,8 +194,7 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
         "prologue": counters(way(flow, 0, images.first, with_norm, outermost(before), ends=False)),
         "weights": around(flow, weights, [weight]),
         "weights.chunk": around(flow, weight),
-        "load": around(flow, loads, [chunks]),
-        "load.chunk": around(flow, chunks) * (1 / chunks.count("LDGSTS")),
+        **_load_parts(flow, loads, pixels_of),
         "zero": around(flow, ring) * (1 / ring.count("STS")),
         "taps": around(flow, last),
         "image": around(flow, images, [groups, *of_image]),
@@ -255,8 +259,8 @@ def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
     if len(chunks) != 2:
         raise PartMissing(f"{len(chunks)} loops over slices of a row of weights; wanted: 2, of expand and project")
     weights = [only([one for one in of_weights if inside(k, one)], "over rows of weights") for k in chunks]
-    pixel_chunks = only([one for one in innermost(in_group) if one.count("LDGSTS") and not one.count("LDG")], "of x")
-    loads = only([one for one in in_group if inside(pixel_chunks, one)], "over pixels of x")
+    pixels_of = [one for one in innermost(in_group) if one.count("LDGSTS") and not one.count("LDG")]
+    loads = only([one for one in in_group if inside(only(pixels_of, "over pixels of x"), one)], "over slices of x")
     zeros = only([one for one in before if one.count("STS") > 1 and not one.count("LDG")], "over the ring")
     norms = [one for one in before if one.count("FFMA") == 1 and one.count("MUFU") and not one.count("BAR")]
     parameters = only([one for one in before if one.count("BAR")], "over the groups' parameters")
@@ -271,8 +275,7 @@ def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
         "weights.chunk": around(flow, chunks[0]),
         "project": around(flow, weights[1], [chunks[1]]),
         "project.chunk": around(flow, chunks[1]),
-        "load": around(flow, loads, [pixel_chunks]),
-        "load.chunk": around(flow, pixel_chunks) * (1 / pixel_chunks.count("LDGSTS")),
+        **_load_parts(flow, loads, pixels_of),
         "zero": around(flow, zeros) * (1 / zeros.count("STS")),
         "norm": norm_of_channel(flow, only(norms, "over norms")),
         "parameters": around(flow, parameters, outermost(taps), with_norm),

@@ -23,13 +23,15 @@ class PartMissing(Exception):
 @dataclass(frozen=True)
 class Instruction:
     """One instruction: its address, its opcode with modifiers, the branch's target (None if there is none, or where
-    it is found at run time), whether it is executed under a predicate, and its operands as written."""
+    it is found at run time), whether it is executed under a predicate, its operands as written, and whether it is never
+    executed: nvcc puts such loads in front of a cp.async that follows a branch."""
 
     address: int
     opcode: str
     target: int | None
     predicated: bool
     operands: str = ""
+    idle: bool = False
 
     @functools.cached_property
     def name(self) -> str:
@@ -49,7 +51,8 @@ def instructions_of(code: str) -> tuple[Instruction, ...]:
             target = int(match[1], 16) if match else None
             # "BRA P6, ..." and "BRA.DIV UR4, ..." are taken under a condition too.
             predicate = predicate or re.match(r"\s*(~?URZ|!?U?P\d|~?UR\d+),", operands) is not None
-        found.append(Instruction(int(address, 16), opcode, target, bool(predicate), operands))
+        idle = str(predicate).strip() == "@!PT"
+        found.append(Instruction(int(address, 16), opcode, target, bool(predicate), operands, idle))
     return tuple(found)
 
 

@@ -45,6 +45,8 @@ def counters(path: Sequence[Instruction]) -> Counters:
     """Count the instructions on a path, by unit."""
     fma = alu = special = memory = fronts = tensor = 0.0
     for one in path:
+        if one.idle:  # it takes an issue slot and nothing else
+            continue
         if one.name in _OF_MATRIX:
             tensor += 1.0
         elif one.name in _FMA:
@@ -121,7 +123,7 @@ def way(
 
 
 def _is_access(one: Instruction) -> float:
-    return float(one.name in ("LDG", "STG", "LDS", "STS", "LDSM", "LDGSTS", "HMMA"))
+    return float(one.name in ("LDG", "STG", "LDS", "STS", "LDSM", "LDGSTS", "HMMA") and not one.idle)
 
 
 def longest(one: Instruction) -> tuple[float, ...]:

@@ -45,7 +45,7 @@ __device__ __forceinline__ void load_conv_norm(const ConvParams& p, const ConvPl
   // The last threads have least to do otherwise.
   for (int i = blockDim.x - 1 - threadIdx.x; i < plan.padded_channels; i += blockDim.x) {
     ScaleShift of = {0.f, 0.f};
-    if (i < p.out_channels) of = scale_shift(p.norm, i);
+    if (i < p.out_channels) of = before_activation(scale_shift(p.norm, i), p.dtype, p.activation);
     scale[i] = of.scale, shift[i] = of.shift;
   }
 }
@@ -225,32 +225,40 @@ __device__ __forceinline__ void sum_by_tensor(const ConvPlan& plan, const ConvSh
   }
 }
 
-// One tap of the lane's four pixels by its eight channels. weights: those of the tap, from the lane's first channel on.
-__device__ __forceinline__ void multiply_add_tap(const float* weights, const float (&pixel)[2 * kConvWarpRows],
-                                                 float (&acc)[kConvWarpRows][4][4]) {
-  const float4 low = *reinterpret_cast<const float4*>(weights), high = *reinterpret_cast<const float4*>(weights + 4);
-  const float b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
-#pragma unroll
-  for (int i = 0; i < kConvWarpRows; ++i)
-#pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int e = 0; e < 8; ++e) {
-        float& sum = acc[i][e / 2][2 * half + e % 2];
-        sum = fmaf(pixel[2 * i + half], b[e], sum);
-      }
-}
-
-// The same as sum_by_tensor by multiply-adds.
+// The same as sum_by_tensor by multiply-adds. In runs, whose sums are added: one after the other, up to 147 products
+// round off more than twice as much as PyTorch's, which adds 16 sums up. Half of the channels at a time, for the
+// registers.
 __device__ __forceinline__ void sum_by_multiply_add(const ConvPlan& plan, const ConvShared<float>& shared,
                                                     const float* weights, const int (&base)[kConvWarpRows][2],
                                                     float (&acc)[kConvWarpRows][4][4]) {
-  const float* row = weights + threadIdx.x % 4 * 8;
+  constexpr int kRun = 32, kChannels = 4;
+#pragma unroll
+  for (int first_channel = 0; first_channel < 8; first_channel += kChannels) {
+    const float* row = weights + threadIdx.x % 4 * 8 + first_channel;
+#pragma unroll 1
+    for (int first = 0; first < plan.taps; first += kRun) {
+      float sum[kConvWarpRows][2][kChannels] = {};
+      const int end = min(first + kRun, plan.taps);
 #pragma unroll 2
-  for (int k = 0; k < plan.taps; ++k, row += plan.weight_stride) {
-    const float* const from = shared.window + shared.offsets[k];
-    const float pixel[2 * kConvWarpRows] = {from[base[0][0]], from[base[0][1]], from[base[1][0]], from[base[1][1]]};
-    multiply_add_tap(row, pixel, acc);
+      for (int k = first; k < end; ++k, row += plan.weight_stride) {
+        const float* const from = shared.window + shared.offsets[k];
+        const Vector<float, kChannels> weight = *reinterpret_cast<const Vector<float, kChannels>*>(row);
+#pragma unroll
+        for (int i = 0; i < kConvWarpRows; ++i)
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const float pixel = from[base[i][half]];
+#pragma unroll
+            for (int e = 0; e < kChannels; ++e) sum[i][half][e] = fmaf(pixel, weight.at[e], sum[i][half][e]);
+          }
+      }
+#pragma unroll
+      for (int i = 0; i < kConvWarpRows; ++i)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int e = 0; e < kChannels; ++e) acc[i][(first_channel + e) / 2][2 * half + e % 2] += sum[i][half][e];
+    }
   }
 }
 

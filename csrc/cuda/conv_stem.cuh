@@ -184,6 +184,22 @@ __device__ __forceinline__ void sum_stem(const ConvPlan& plan, const T* weights,
   }
 }
 
+// One tap of the lane's four pixels by its eight channels. weights: those of the tap, from the lane's first channel on.
+__device__ __forceinline__ void multiply_add_tap(const float* weights, const float (&pixel)[2 * kConvWarpRows],
+                                                 float (&acc)[kConvWarpRows][4][4]) {
+  const float4 low = *reinterpret_cast<const float4*>(weights), high = *reinterpret_cast<const float4*>(weights + 4);
+  const float b[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+  for (int i = 0; i < kConvWarpRows; ++i)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        float& sum = acc[i][e / 2][2 * half + e % 2];
+        sum = fmaf(pixel[2 * i + half], b[e], sum);
+      }
+}
+
 // The same by multiply-adds; weights and pixel: of the lane's first channel, of its first pixel.
 __device__ __forceinline__ void sum_stem(const ConvPlan& plan, const float* weights, const float* pixel,
                                          float (&acc)[kConvWarpRows][4][4]) {

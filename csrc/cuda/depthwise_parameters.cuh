@@ -85,7 +85,7 @@ __device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int ta
   else
     copy_taps<V, kTapCount>(static_cast<const T*>(p.weight.data) + first, channels, tap_count, block_channels, rows);
   if (own < channels) {
-    const ScaleShift by = scale_shift(p.norm, norm);
+    const ScaleShift by = before_activation(scale_shift(p.norm, norm), p.dtype, p.activation);
     float* scales = rows + tap_count * block_channels + place_in_row<V>(own, block_channels);
     scales[0] = by.scale, scales[block_channels] = by.shift;
   }

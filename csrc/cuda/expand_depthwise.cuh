@@ -121,6 +121,7 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
     const int64_t channel = int64_t(group) * kExpandedChannels + norm_channel;
     ScaleShift of = {0.f, 0.f};
     if (channel < p.channels) of = scale_shift(expand.norm, channel);
+    of = before_activation(of, p.dtype, expand.activation);
     norm[norm_channel] = of.scale, norm[kExpandedChannels + norm_channel] = of.shift;
   }
   clear_lanes(division, shared.lane_sums);

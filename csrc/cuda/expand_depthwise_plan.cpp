@@ -104,11 +104,11 @@ int64_t blocks_of_multiprocessor(const ExpandDepthwisePlan& plan, const DeviceLi
 
 // Instructions of a warp for its parts of a group, roughly: what the choices below weigh. A model, no measurement.
 struct Work {
-  int64_t single, pair, strip, barriers;  // of a fragment by itself, of two
+  int64_t single, pair, strip, barriers;  // of a fragment by itself and of two, what asks for their x included
 
   Work(const PointwiseParams& expand, const DepthwiseParams& p, const ExpandDepthwisePlan& plan) : barriers(120) {
     const int64_t products = divide_up(expand.in_channels, kFragment);
-    single = 200 + 19 * products, pair = 380 + 27 * products;
+    single = 175 + 30 * products, pair = 320 + 48 * products;
     const int64_t pixels = plan.depthwise.strip, inputs = (pixels - 1) * p.stride + p.kernel_w;
     strip = pixels * p.kernel_h * p.kernel_w * kVector + p.kernel_h * inputs * 9 + pixels * 40;
   }

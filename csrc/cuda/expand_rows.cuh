@@ -87,34 +87,45 @@ __device__ __forceinline__ void load_expand_weights(const PointwiseParams& p, co
   }
 }
 
-// Asks for `rows` rows of x from `first_row` on; `image`: the first pixel of the first column.
+// Asks for `rows` rows of x from `first_row` on; `image`: the first pixel of the first column. A slice after another,
+// and of each two pixels in a row: that keeps addresses to an addition or two, and the compiler puts three instructions
+// that do nothing in front of a cp.async that follows a branch.
 template <class T, int kThreads = kDepthwiseThreads>
 __device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                  const ExpandColumns& columns, const T* image, int width, int first_row,
                                                  int rows, unsigned char* stage) {
-  constexpr int kBytes = kSliceChunks * 16;
+  constexpr int kBytes = kSliceChunks * 16, kAtOnce = 2;
   const ExpandShare<kThreads> share(plan);
   const unsigned pixels = rows * columns.count, unit = pixels > kPixelsOfSingles ? 32 : 16;
   const unsigned padded = (pixels + unit - 1) / unit * unit;  // as padded_pixels of the plan
   const unsigned left_out = width - columns.count, pixel_bytes = static_cast<unsigned>(p.x_stride_p) * sizeof(T);
   const int x_bytes = static_cast<int>(p.in_channels) * static_cast<int>(sizeof(T)), end = plan.chunks * 16;
-  const int slice_bytes = plan.stage_pixels * kPointwiseSliceBytes;
-  const unsigned char* const from =
+  const unsigned char* const first =
       reinterpret_cast<const unsigned char*>(image) + int64_t(first_row * width) * pixel_bytes;
-  const SharedAddress first = shared_address(stage) +
-                              chunk_offset(static_cast<int>(share.row), static_cast<int>(share.chunk)) -
-                              share.row * kPointwiseSliceBytes;
+  const auto copy = [&](const auto& offset_of) {
+    SharedAddress of_slice =
+        shared_address(stage) + chunk_offset(static_cast<int>(share.row), static_cast<int>(share.chunk));
 #pragma unroll 1
-  for (unsigned place = share.row; place < padded; place += share.at_once) {
-    const unsigned pixel = place < pixels ? place : pixels - 1;
-    const unsigned char* const of_pixel = from + (pixel + columns.rows(pixel) * left_out) * pixel_bytes;
-    SharedAddress to = first + place * kPointwiseSliceBytes;
-#pragma unroll 2
     for (int at = static_cast<int>(share.chunk) * 16; at < end; at += kBytes) {
-      cp_async_16(to, at < x_bytes ? of_pixel + at : of_pixel, at < x_bytes ? 16 : 0);
-      to += slice_bytes;
+      const int valid = at < x_bytes ? 16 : 0;
+      const unsigned char* const from = first + (valid > 0 ? at : 0);
+      SharedAddress to = of_slice;
+#pragma unroll 1
+      for (unsigned first_place = share.row; first_place < padded; first_place += kAtOnce * share.at_once) {
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const unsigned place = first_place + i * share.at_once;
+          cp_async_16_if(place < padded, to, from + offset_of(min(place, pixels - 1)), valid);
+          to += share.at_once * kPointwiseSliceBytes;
+        }
+      }
+      of_slice += plan.stage_pixels * kPointwiseSliceBytes;
     }
-  }
+  };
+  if (left_out == 0)
+    copy([&](unsigned pixel) { return pixel * pixel_bytes; });
+  else
+    copy([&](unsigned pixel) { return (pixel + columns.rows(pixel) * left_out) * pixel_bytes; });
 }
 
 // Expands the `rows` rows in `stage` into the ring, the first into row `first_slot`; a warp M fragments at a time.

@@ -149,7 +149,8 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
   clear(shared.held, plan.held_slices * plan.held_pixels * kPointwiseSliceBytes);
   clear(reinterpret_cast<unsigned char*>(shared.gate), plan.held_slices * kPointwiseSliceBytes);
   clear_lanes(division, shared.lane_sums);
-  load_norm(expand.norm, first_channel, channels, groups * kExpandedChannels, [&](int channel, ScaleShift by) {
+  load_norm(expand.norm, first_channel, channels, groups * kExpandedChannels, [&](int channel, ScaleShift of) {
+    const ScaleShift by = before_activation(of, p.dtype, expand.activation);
     float* const to = shared.norm + channel / kExpandedChannels * 2 * kExpandedChannels + channel % kExpandedChannels;
     to[0] = by.scale, to[kExpandedChannels] = by.shift;
   });

@@ -95,7 +95,7 @@ struct Clocks {
     const int64_t expanded_pixels = of_group.stage_pixels, products = divide_up(call.expand->in_channels, 16);
     const bool pairs = expanded_pixels > kPixelsOfSingles;
     const int64_t fragments = divide_up(expanded_pixels, pairs ? 32 : 16);
-    const int64_t expand = divide_up(fragments, kWarps) * (pairs ? 380 + 27 * products : 200 + 19 * products);
+    const int64_t expand = divide_up(fragments, kWarps) * (pairs ? 320 + 26 * products : 175 + 19 * products);
     const int64_t inputs = (strip - 1) * p.stride + p.kernel_w;
     const int64_t of_strip = strip * p.kernel_h * p.kernel_w * kVector + p.kernel_h * inputs * 9 + strip * 40;
     const int64_t strips = divide_up(p.out_width, strip) * p.out_height;

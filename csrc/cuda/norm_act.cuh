@@ -18,7 +18,8 @@ __global__ void __launch_bounds__(kNormActThreads, 4) norm_act(const NormActPara
 #pragma unroll 1
   for (int i = threadIdx.y * blockDim.x + threadIdx.x; i < channels; i += threads) {
     ScaleShift of = {0.f, 0.f};
-    if (first_channel + i < p.channels) of = scale_shift(p.norm, first_channel + i);
+    if (first_channel + i < p.channels)
+      of = before_activation(scale_shift(p.norm, first_channel + i), p.dtype, p.activation);
     scale[i] = of.scale, shift[i] = of.shift;
   }
   __syncthreads();

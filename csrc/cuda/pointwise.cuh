@@ -104,7 +104,7 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
     const int column = static_cast<int>(threadIdx.x) + i * Tr::kThreads;
     of[i] = {0.f, 0.f};
     if (column < Tr::kColumns && first_column + column < p.out_channels)
-      of[i] = scale_shift(p.norm, first_column + column);
+      of[i] = before_activation(scale_shift(p.norm, first_column + column), p.dtype, p.activation);
   }
 
   const auto row_of = [&](int tile) { return own.template row<Tr>(tile); };

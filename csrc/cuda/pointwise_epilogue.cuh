@@ -79,7 +79,9 @@ __device__ __forceinline__ void write_direct(const PointwiseParams& p, const flo
   using T = typename Tr::T;
   if constexpr (kFirst < Tr::N) {
     constexpr int kGroup = Tr::template kGroup<kFirst>, kCount = 2 * kGroup;
-    const int column = kFirst * 8 + static_cast<int>(threadIdx.x) % 4 * kCount;
+    // A warp with so many sums has no register for it meanwhile.
+    const unsigned thread = Tr::N > 16 ? thread_here() : threadIdx.x;
+    const int column = kFirst * 8 + static_cast<int>(thread % 4) * kCount;
     float by[kCount], shift[kCount];
     read_floats(scale + column, by);
     read_floats(scale + Tr::kColumns + column, shift);

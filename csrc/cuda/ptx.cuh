@@ -11,6 +11,14 @@ __device__ __forceinline__ float tanh_approx(float value) {
   return result;
 }
 
+// threadIdx.x, read where it is called: what follows from it is computed there, and not in front of all loops, where it
+// would take registers.
+__device__ __forceinline__ unsigned thread_here() {
+  unsigned thread;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(thread));
+  return thread;
+}
+
 // The dynamic shared memory of the block, aligned for 16-byte accesses and for ldmatrix.
 template <class T>
 __device__ __forceinline__ T* dynamic_shared() {
@@ -30,6 +38,14 @@ __device__ __forceinline__ void cp_async_16(SharedAddress to, const void* from, 
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(__cvta_generic_to_global(from)),
                "r"(valid)
                : "memory");
+}
+// The same where `copies`; without a branch, after which the compiler would put three instructions that do nothing.
+__device__ __forceinline__ void cp_async_16_if(bool copies, SharedAddress to, const void* from, int valid) {
+  asm volatile(
+      "{\n.reg .pred copies;\nsetp.ne.b32 copies, %3, 0;\n@copies cp.async.cg.shared.global [%0], [%1], 16, %2;\n}" ::
+          "r"(to),
+      "l"(__cvta_generic_to_global(from)), "r"(valid), "r"(static_cast<int>(copies))
+      : "memory");
 }
 // Closes the group of all copies since the last one.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from effkernels.plan.kernel_counts import (
     EXPAND_AHEAD,
     HIDDEN_AHEAD,
+    LOADS_AHEAD,
     TAP_VECTORS,
     TILES_AHEAD,
     Counters,
@@ -277,6 +278,11 @@ def _depthwise(cut: Cut, call: RecordedCall) -> Work:
     return Work(issued, cut.counts.registers, l2_bytes, prologue, body, last)
 
 
+def _load(cut: Cut, slices: int, pixels: int) -> Counters:
+    """Return what a thread's share of some rows of x takes to ask for (load_expand_rows), of `pixels` in a slice."""
+    return (cut.counts.part("load") + cut.counts.part("load.pixels") * _ceil(pixels, LOADS_AHEAD)) * slices
+
+
 def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     """Follow the walk of csrc/cuda/expand_depthwise.cuh, the averages over bands and tiles for each of them."""
     part = cut.counts.part
@@ -310,7 +316,7 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     # Of a thread in a group, and once for a block: a pixel and a row of weights has as many threads as a slice chunks.
     chunks = _ceil(inner, 16) * 2
     share, of_share = min(chunks, 4), _ceil(chunks, 4)
-    load = (part("load") + part("load.chunk") * of_share) * _ceil(fragments * unit * share, cut.threads)
+    load = _load(cut, of_share, _ceil(fragments * unit * share, cut.threads))
     weights = (part("weights") + part("weights.chunk") * of_share) * _ceil(_EXPANDED * share, cut.threads)
     zeros = cut["ring_rows"] * (pixels + kernel - 1) * _EXPANDED * size / 16 / cut.threads
     taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
@@ -380,7 +386,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
     # What a block copies, of a thread: rows of `slices` or of the block's channels, four chunks each at a time.
     share, held_slices = min(_ceil(inner, 16) * 2, 4), _ceil(groups * _EXPANDED * size, 64)
     columns = _ceil(cut["pass_columns"], WARP) * WARP
-    load = (part("load") + part("load.chunk") * cut["slices"]) * _ceil(fragments * unit * share, cut.threads)
+    load = _load(cut, cut["slices"], _ceil(fragments * unit * share, cut.threads))
     expand_rows, project_rows = (_ceil(rows * 4, cut.threads) for rows in (_EXPANDED, columns))
     weights = (part("weights") + part("weights.chunk") * cut["slices"]) * expand_rows
     project = (part("project") + part("project.chunk") * held_slices) * project_rows

@@ -21,6 +21,8 @@ inline float tanh_approx(float value) {
   return result > 1.f ? 1.f : (result < -1.f ? -1.f : result);
 }
 
+inline unsigned thread_here() { return threadIdx.x; }
+
 template <class T>
 T* dynamic_shared() {
   return reinterpret_cast<T*>(emulation::shared_begin());
@@ -31,6 +33,9 @@ using SharedAddress = uint32_t;
 SharedAddress shared_address(const void* pointer, EMULATION_HERE);
 
 void cp_async_16(SharedAddress to, const void* from, int valid = 16, EMULATION_HERE);
+inline void cp_async_16_if(bool copies, SharedAddress to, const void* from, int valid, EMULATION_HERE) {
+  if (copies) cp_async_16(to, from, valid, where);
+}
 void cp_async_commit();
 void cp_async_wait_all_but(unsigned pending);
 template <int kPending>
