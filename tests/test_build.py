@@ -284,10 +284,12 @@ def test_one_worker_runs_all_tests_of_a_group(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this tree. The options of the present build are kept, so that nothing is compiled anew."""
+    """The wheel of this tree. The options of the present build are kept, so that nothing is compiled anew: they name the
+    build in the cache too, from where the library may have come.
+    """
     folder, info = tmp_path_factory.mktemp("wheel"), _library.build_info()
     archs = [arch.removesuffix("-real") for arch in info.get("cuda_archs", []) if arch.endswith("-real")]
-    options = {"EFFKERNELS_CUDA": "on" if info.get("cuda") else "off", "EFFKERNELS_CUDA_ARCHS": ";".join(archs)}
+    options = {"EFFKERNELS_CUDA_ARCHS": ";".join(archs)} if info.get("cuda") else {"EFFKERNELS_CUDA": "off"}
     flags = ["--no-build-isolation", "--no-deps", "--disable-pip-version-check", "--quiet"]
     run(sys.executable, "-m", "pip", "wheel", ROOT, *flags, "-w", folder, env={**os.environ, **options})
     [file] = folder.glob("*.whl")

@@ -154,6 +154,18 @@ def test_cp_async_writes_zeros_beyond_what_is_valid(wrappers: Wrappers) -> None:
     assert torch.equal(y.cpu(), wanted)
 
 
+def test_cp_async_under_a_predicate(wrappers: Wrappers) -> None:
+    """What is not copied keeps what was there: the number of the thread."""
+    count = 64
+    x = torch.randint(1000, 2000, (count, 4), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
+    copies = torch.arange(count, dtype=torch.int32) % 3 % 2
+    wanted = torch.where(copies[:, None] == 1, x, torch.arange(count, dtype=torch.int32)[:, None])
+    x, copies = x.to(wrappers.device), copies.to(wrappers.device)
+    y = torch.zeros_like(x)
+    wrappers.run("run_cp_async_if", x, copies, y, count)
+    assert torch.equal(y.cpu(), wanted)
+
+
 def test_cp_async_groups_land_in_order(wrappers: Wrappers) -> None:
     x = torch.randint(0, 255, (128, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(2)).to(
         wrappers.device

@@ -37,6 +37,19 @@ __global__ void cp_async_kernel(const uint4* x, const int* valid, uint4* y) {
   y[threadIdx.x] = shared[threadIdx.x];
 }
 
+// Thread i copies 16 bytes if copies[i]; else its place keeps the number of the thread.
+__global__ void cp_async_if_kernel(const uint4* x, const int* copies, uint4* y) {
+  uint4* shared = dynamic_shared<uint4>();
+  const unsigned thread = thread_here();
+  shared[thread] = make_uint4(thread, thread, thread, thread);
+  __syncthreads();
+  cp_async_16_if(copies[thread] != 0, shared_address(shared + thread), x + thread, 16);
+  cp_async_commit();
+  cp_async_wait<0>();
+  __syncthreads();
+  y[threadIdx.x] = shared[threadIdx.x];
+}
+
 // Two groups; the first has landed once only the second may be missing.
 __global__ void cp_async_groups_kernel(const uint4* x, uint4* y) {
   uint4* shared = dynamic_shared<uint4>();
@@ -162,6 +175,9 @@ int run_overlap(void* stream, uint4* x, uint4* y, int blocks, int launches) {
 }
 int run_cp_async(void* stream, const uint4* x, const int* valid, uint4* y, int count) {
   return run(cp_async_kernel, one_block(count, 16 * count), stream, x, valid, y);
+}
+int run_cp_async_if(void* stream, const uint4* x, const int* copies, uint4* y, int count) {
+  return run(cp_async_if_kernel, one_block(count, 16 * count), stream, x, copies, y);
 }
 int run_cp_async_groups(void* stream, const uint4* x, uint4* y, int count) {
   return run(cp_async_groups_kernel, one_block(count, 32 * count), stream, x, y);
