@@ -284,8 +284,8 @@ def test_one_worker_runs_all_tests_of_a_group(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this tree. The options of the present build are kept, so that nothing is compiled anew: they name the
-    build in the cache too, from where the library may have come.
+    """The wheel of this tree. The options of the present build are kept, so that nothing is compiled anew: they name
+    the build in the cache too, from where the library may have come.
     """
     folder, info = tmp_path_factory.mktemp("wheel"), _library.build_info()
     archs = [arch.removesuffix("-real") for arch in info.get("cuda_archs", []) if arch.endswith("-real")]
