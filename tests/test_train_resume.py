@@ -53,7 +53,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def heed_ctrl_c() -> None:
-    """Undo what a shell does to commands that it starts in the background: they, and the tests in them, ignore Ctrl-C."""
+    """Undo what a shell does to commands that it starts in the background: they and what they start ignore Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
