@@ -9,7 +9,7 @@ import importlib.util
 import sys
 
 from benchmarks.gpu_check.common import NotAvailable, Options, run_part
-from benchmarks.gpu_check.parity import PROCESSES, SMOKE
+from benchmarks.gpu_check.parity import PROCESSES, SMOKE, SMOKE_PLANE
 from benchmarks.gpu_check.tests import FILES, run_tests
 
 
@@ -20,7 +20,7 @@ def triton(options: Options) -> str:
         raise NotAvailable(f"{sys.executable} has no triton")
     if not options.dry:
         return run_tests(options, "triton", *FILES, "-k", "triton", processes=PROCESSES)
-    chosen = [SMOKE, "-m", "interpreted", "-k", "61"]
+    chosen = [SMOKE, "-m", "interpreted", "-k", SMOKE_PLANE]
     return run_tests(options, "triton", *chosen, variables={"EFFKERNELS_TEST_FLAVOUR": "triton"})
 
 
