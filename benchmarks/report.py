@@ -27,9 +27,9 @@ from effkernels.report.svg import standalone
 RESULTS = Path(__file__).resolve().parent / "results"
 README = RESULTS.parent.parent / "README.md"
 MEASURED = (
-    "--model efficientnet_b0 efficientnet_b4 --batch-size 1 16 --no-memory --rounds 10 "
+    "--model efficientnet_b0 efficientnet_b4 --batch-size 1 16 --no-memory --rounds 8 "
     "--contender effkernels engine optimized eager eager-channels-last compile onnxruntime openvino",
-    "--model efficientnet_b0 efficientnet_b4 --batch-size 1 16 --precision bfloat16 --no-memory --rounds 10 "
+    "--model efficientnet_b0 efficientnet_b4 --batch-size 1 16 --precision bfloat16 --no-memory --rounds 8 "
     "--contender effkernels engine optimized eager eager-channels-last compile openvino",  # ONNX Runtime has none
     "--suite layer --model efficientnet_b0 --batch-size 1 16 --contender effkernels eager-channels-last",
     "--suite overhead",
