@@ -34,6 +34,7 @@ from effkernels.commands.common import (
     writing,
 )
 from effkernels.files import check_regular
+from effkernels.report.measured import SUITE_TITLES
 
 TEXT = "Time networks, their blocks or their operators against each other, in turns in one process."
 WARMUP, ROUNDS = 3, 20
@@ -261,7 +262,7 @@ def _print_tables(measured: Sequence[tuple[SuiteCase, list[Row]]]) -> None:
         if rows and case.suite not in ("model", "latency", "layer", "paper"):
             parts.setdefault((case.suite, case.dtype, case.batch), []).append(rows)
     for (suite, dtype, batch), groups in parts.items():
-        title = f"{suite}s, batch {batch}, {dtype}, {groups[0][0].device}: microseconds"
+        title = f"{SUITE_TITLES[suite]}, batch {batch}, {dtype}, {groups[0][0].device}: microseconds"
         console.table(title, *_parts_table(groups))
     drifted = [row for _, rows in measured for row in rows if row.steady is False]
     if drifted:
