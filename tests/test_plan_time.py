@@ -19,6 +19,7 @@ from effkernels.plan.kernel_counts import Counters, KernelCounts
 from effkernels.plan.launches import Plan, PlannedLaunch, plan_call, plan_model
 from effkernels.plan.record import RecordedCall, record_calls
 from effkernels.plan.time_estimate import MODES, OVERLAPPING, TERMS, TimeEstimate, estimate, forward_us
+from effkernels.plan.work import Order
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -316,6 +317,38 @@ class TestTail:
         chain = (time.latency + time.prologue) / waves
         assert time.tail == pytest.approx(max(0.0, chain - longest * part / waves))
         assert time.tail > 0
+
+
+class TestQueueOrder:
+    """When the last item of a queue ends: by hand."""
+
+    ORDER = Order(units=3, expand_items=2, ahead=1, project_items=6, columns=2, unit_rows=10, item_rows=10)
+
+    def test_one_block_does_one_item_after_the_other(self) -> None:
+        assert self.ORDER.end(1, 5.0, 0.0, 3.0) == 6 * 5 + 6 * 3
+
+    def test_where_all_run_at_once_a_unit_is_expanded_gated_and_projected(self) -> None:
+        assert self.ORDER.end(12, 5.0, 1.0, 3.0) == 5 + 1 + 3
+
+    def test_two_blocks_share_the_items_evenly(self) -> None:
+        assert self.ORDER.end(2, 5.0, 0.0, 3.0) == 3 * 5 + 3 * 3
+
+    def test_an_item_waits_for_the_gate_of_its_unit(self) -> None:
+        # Two blocks expand units 0 and 1, project 0, expand 2, project 1 and 2. Of these, 2 waits for its gate.
+        assert self.ORDER.end(2, 5.0, 4.0, 3.0) == 5 + 5 + 3 + 5 + max(3, 4) + 3
+
+    def test_an_item_with_rows_of_two_units_waits_for_both(self) -> None:
+        order = replace(self.ORDER, units=2, project_items=2, item_rows=16)
+        # Both expand unit 0, then unit 1; all items have rows of it.
+        assert order.end(2, 5.0, 1.0, 3.0) == 5 + 5 + 1 + 3
+
+    @pytest.mark.parametrize("batch", [1, 32, 256])
+    def test_a_launch_ends_no_sooner_than_its_parts_and_its_share(self, batch: int) -> None:
+        queues = [one for one in launches_of("efficientnet_b0", batch, H200) if one.kernel == "mbconv_queue"]
+        assert queues or batch == 1
+        for one in queues:
+            assert one.time.tail >= 0
+            assert one.time.tail < 0.25 * one.time.us or batch < 256, one.layer
 
 
 # -------------------------------------------------------------------------------------------------------- the counts

@@ -132,6 +132,7 @@ def depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     if last is None:
         raise PartMissing("no loop over taps")
     parts["taps"] = around(flow, last)  # TAP_VECTORS of 16 bytes; the norm of a channel is in the prologue
+    parts.update(_scale_part(kernel, flow, before))
     lanes = [one for one in loops if one.first > strips.last and inside(one, images) and one.count("LDS")]
     sums = only(lanes, "over the lanes' sums")
     parts["lane"] = around(flow, sums) * (1 / sums.count("LDS"))
@@ -154,6 +155,20 @@ def depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
         parts["write"] = around(flow, inner) * (1 / inner.count("STG"))
     parts.update(gate_parts(kernel, flow, after, 1 if resident else 4))
     return parts
+
+
+def _scale_part(kernel: Kernel, flow: Flow, before: Sequence[Loop]) -> Parts:
+    """Return what multiplies four channels of a tap by their scales (scale_taps); float32 kernels do not."""
+    if kernel.element_bytes == 4:
+        return {}
+    scales = [one for one in before if one.count("FMUL") and one.count("LDS") and one.count("STS") == 1]
+    return {"scale": around(flow, only(innermost(scales), "over taps that are scaled"))}
+
+
+def _places(before: Sequence[Loop]) -> Loop:
+    """Return the loop that sets the places of pixels (set_places)."""
+    places = [one for one in before if any(i.opcode.startswith("STS.U16") for i in one.instructions)]
+    return only(places, "over places of pixels")
 
 
 def _load_parts(flow: Flow, slices: Loop, pixels: Sequence[Loop]) -> Parts:
@@ -196,7 +211,9 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
         "weights.chunk": around(flow, weight),
         **_load_parts(flow, loads, pixels_of),
         "zero": around(flow, ring) * (1 / ring.count("STS")),
+        "places": around(flow, _places(before)),
         "taps": around(flow, last),
+        **_scale_part(kernel, flow, before),
         "image": around(flow, images, [groups, *of_image]),
         "group": around(flow, groups, outermost(in_group)),
         "fragment": around(flow, single, slices),
@@ -277,9 +294,13 @@ def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
         "project.chunk": around(flow, chunks[1]),
         **_load_parts(flow, loads, pixels_of),
         "zero": around(flow, zeros) * (1 / zeros.count("STS")),
+        "places": around(flow, _places(before)),
         "norm": norm_of_channel(flow, only(norms, "over norms")),
-        "parameters": around(flow, parameters, outermost(taps), with_norm),
+        "parameters": around(
+            flow, parameters, outermost([one for one in before if inside(one, parameters)]), with_norm
+        ),
         "taps": around(flow, last),
+        **_scale_part(kernel, flow, before),
         "image": around(flow, images, [groups, *outermost(after)]),
         "group": around(flow, groups, outermost(in_group)),
         "fragment": around(flow, single, slices),

@@ -89,7 +89,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
     for (int round = 0; round < plan.rounds; ++round, strip.advance()) {
       if (!at.active || strip.index >= plan.strips) break;
       const int row = strip.row, column = strip.column * kStrip;
-      float acc[kStrip][V] = {}, sum[V] = {};
+      float acc[kStrip][V], sum[V];
+      start_strip<T>(my, tap_count, acc);
       const int top = row * S - p.pad_top, left = column * S - p.pad_left;
       if constexpr (K > 0)
         convolve_strip<Traits>(p, from, top, left, my, acc);
@@ -97,14 +98,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, Traits::kBlocks)
         convolve_any_strip<Traits>(p, from, top, left, my, acc);
       finish_strip<T>(my, tap_count, p.activation, acc);
       T* const first = to + (int64_t(row) * p.out_width + column) * p.channels;
-      const int pixels = static_cast<int>(p.out_width) - column;
-#pragma unroll
-      for (int ox = 0; ox < kStrip; ++ox) {
-        if (ox >= pixels) break;
-#pragma unroll
-        for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
-        store_global(first + ox * p.channels, acc[ox]);
-      }
+      store_strip(acc, static_cast<int>(p.out_width) - column, sum,
+                  [&](int ox, const float (&value)[V]) { store_global(first + ox * p.channels, value); });
       if (sums) add_to_lane(sum, my_sums);
     }
     if (sums) add_lanes(plan, shared.lane_sums, shared.sums + m * block_channels);
@@ -140,7 +135,8 @@ __global__ void __launch_bounds__(kDepthwiseThreads, 4) depthwise_any(const __gr
     for (int round = 0; round < plan.rounds; ++round, strip.advance()) {
       if (!at.active || strip.index >= plan.strips) break;
       const int row = strip.row, column = strip.column;
-      float acc[1][V] = {};
+      float acc[1][V];
+      start_strip<T>(my, tap_count, acc);
       for (int ky = 0; ky < p.kernel_h; ++ky) {
         const int iy = row * p.stride - p.pad_top + ky * p.dilation;
         if (iy < 0 || iy >= p.height) continue;

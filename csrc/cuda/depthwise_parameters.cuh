@@ -6,9 +6,9 @@
 namespace effkernels::cuda {
 
 // The block's parameters as float32 in shared memory: a row of block_channels values for each tap, one of scales and
-// one of shifts. Within a row the channels are stored in planes: first of every vector its channels 0 to 3, then of
-// every vector its channels 4 to 7. A thread reads 16 bytes of a plane, its neighbours the 16 bytes beside them,
-// without a conflict.
+// one of shifts; see kNormInTaps. Within a row the channels are stored in planes: first of every vector its channels 0
+// to 3, then of every vector its channels 4 to 7. A thread reads 16 bytes of a plane, its neighbours the 16 bytes
+// beside them, without a conflict.
 template <int V>
 constexpr int kQuad = V < 4 ? V : 4;  // channels of a vector in one plane
 
@@ -70,7 +70,32 @@ __device__ __forceinline__ void copy_taps(const W* from, int channels, int tap_c
   }
 }
 
-// A thread takes one channel's norm: its reads are under way while the taps are read.
+// Whether the taps are multiplied by the scale of the norm while they are loaded. Sums then start at the shift and end
+// at the activation: a multiply-add less for each value. float32 keeps the norm apart, because to add small products to
+// a large shift rounds more often than PyTorch does; 16-bit results do not show it.
+template <class T>
+constexpr bool kNormInTaps = sizeof(T) == 2;
+
+// Multiplies the taps in shared memory by the scales there: of some channels each, all threads. `channels`: that exist.
+template <int V>
+__device__ __forceinline__ void scale_taps(int tap_count, int channels, int block_channels, float* rows) {
+  constexpr int kPlanes = V / kQuad<V>;
+  using Quad = Vector<float, kQuad<V>>;
+  const int quads = block_channels / kQuad<V>, of_plane = quads / kPlanes, at_once = blockDim.x / quads;
+  const int quad = threadIdx.x % quads, channel = quad % of_plane * V + quad / of_plane * kQuad<V>;
+  if (channel >= channels || threadIdx.x >= at_once * quads) return;
+  const Quad scale = *reinterpret_cast<const Quad*>(rows + tap_count * block_channels + quad * kQuad<V>);
+#pragma unroll 1
+  for (int tap = threadIdx.x / quads; tap < tap_count; tap += at_once) {
+    Quad& of_tap = *reinterpret_cast<Quad*>(rows + tap * block_channels + quad * kQuad<V>);
+    Quad product = of_tap;
+#pragma unroll
+    for (int i = 0; i < kQuad<V>; ++i) product.at[i] *= scale.at[i];
+    of_tap = product;
+  }
+}
+
+// A thread takes one channel's norm: its reads are under way while the taps are read. Ends with a barrier.
 template <class T, int V, int kTapCount>
 __device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int tap_count, int64_t first_channel,
                                                 int block_channels, float* rows) {
@@ -90,6 +115,10 @@ __device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int ta
     scales[0] = by.scale, scales[block_channels] = by.shift;
   }
   __syncthreads();
+  if constexpr (kNormInTaps<T>) {
+    scale_taps<V>(kTapCount > 0 ? kTapCount : tap_count, channels, block_channels, rows);
+    __syncthreads();
+  }
 }
 
 }  // namespace effkernels::cuda

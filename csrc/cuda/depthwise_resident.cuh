@@ -74,16 +74,13 @@ __global__ void __launch_bounds__(kResidentThreads, 1)
     StripCursor strip(at.lane, plan.lanes, rows);
     for (; strip.index < strips && at.active; strip.advance()) {
       const int row = strip.row, column = strip.column * kStrip;
-      float acc[kStrip][V] = {}, sum[V] = {};
+      float acc[kStrip][V], sum[V];
+      start_strip<T>(my, K * K, acc);
       convolve_strip<Traits>(p, from, (first_row + row) * S - p.pad_top, column * S - p.pad_left, my, acc);
       finish_strip<T>(my, K * K, p.activation, acc);
-#pragma unroll
-      for (int ox = 0; ox < kStrip; ++ox) {
-        if (column + ox >= width) break;
-#pragma unroll
-        for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
-        store(held + (row * width + column + ox) * block_channels, acc[ox]);
-      }
+      store_strip(acc, width - column, sum, [&](int ox, const float (&value)[V]) {
+        store(held + (row * width + column + ox) * block_channels, value);
+      });
       add_to_lane(sum, shared.lane_sums + at.lane * block_channels + at.vector * V);
     }
     add_lanes(plan, shared.lane_sums, shared.sums + slab * block_channels);

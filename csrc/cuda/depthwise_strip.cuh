@@ -19,9 +19,24 @@ struct DepthwiseTraits {
   static_assert(kKernel == compiled_kernel(kKernel, kKernel) && kStride >= 1, "no size that a plan asks for");
 };
 
-// Adds the products of a row of inputs with row `ky` of the taps to a strip's sums. The row is as it is stored; its
-// channels are taken four at a time, so that their taps, the row and the sums stay in registers.
-template <class Traits>
+// What a strip's sums start from; `norm`: the row of scales, that of shifts is the next.
+template <class T, int kPixels, int V>
+__device__ __forceinline__ void start_strip(const ThreadParameters<V>& parameters, int norm, float (&acc)[kPixels][V]) {
+#pragma unroll
+  for (int part = 0; part < V; part += kQuad<V>) {
+    Vector<float, kQuad<V>> start = {};
+    if constexpr (kNormInTaps<T>) start = parameters(norm + 1, part);
+#pragma unroll
+    for (int pixel = 0; pixel < kPixels; ++pixel)
+#pragma unroll
+      for (int i = 0; i < kQuad<V>; ++i) acc[pixel][part + i] = start.at[i];
+  }
+}
+
+// Adds the products of a row of inputs with row `ky` of the taps to a strip's sums; those of the first row start from
+// the shift. The row is as it is stored; its channels are taken four at a time, so that their taps, the row and the
+// sums stay in registers.
+template <class Traits, bool kFirst = false>
 __device__ __forceinline__ void add_row(const Vector<typename Traits::T, Traits::kVector> (&row)[Traits::kInputs],
                                         int ky, const ThreadParameters<Traits::kVector>& taps,
                                         float (&acc)[Traits::kStrip][Traits::kVector]) {
@@ -31,6 +46,8 @@ __device__ __forceinline__ void add_row(const Vector<typename Traits::T, Traits:
     Vector<float, 4> tap[K];
 #pragma unroll
     for (int kx = 0; kx < K; ++kx) tap[kx] = taps(ky * K + kx, part);
+    Vector<float, 4> start;
+    if constexpr (kFirst) start = taps(K * K + 1, part);
 #pragma unroll
     for (int ix = 0; ix < Traits::kInputs; ++ix) {
       float value[4];
@@ -40,7 +57,8 @@ __device__ __forceinline__ void add_row(const Vector<typename Traits::T, Traits:
         const int kx = ix - ox * S;
         if (kx < 0 || kx >= K) continue;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) acc[ox][part + i] = fmaf(value[i], tap[kx].at[i], acc[ox][part + i]);
+        for (int i = 0; i < 4; ++i)
+          acc[ox][part + i] = fmaf(value[i], tap[kx].at[i], kFirst && kx == 0 ? start.at[i] : acc[ox][part + i]);
       }
     }
   }
@@ -151,20 +169,35 @@ __device__ __forceinline__ void convolve_any_strip(const DepthwiseParams& p, con
   }
 }
 
-// Norm and activation of the sums of a strip. `norm`: the row of scales; that of shifts is the next.
+// Norm, where it is not in the taps, and activation of the sums of a strip.
 template <class T, int kPixels, int V>
 __device__ __forceinline__ void finish_strip(const ThreadParameters<V>& parameters, int norm, Activation activation,
                                              float (&value)[kPixels][V]) {
+  if constexpr (!kNormInTaps<T>) {
 #pragma unroll
-  for (int part = 0; part < V; part += kQuad<V>) {
-    const Vector<float, kQuad<V>> scale = parameters(norm, part), shift = parameters(norm + 1, part);
+    for (int part = 0; part < V; part += kQuad<V>) {
+      const Vector<float, kQuad<V>> scale = parameters(norm, part), shift = parameters(norm + 1, part);
 #pragma unroll
-    for (int pixel = 0; pixel < kPixels; ++pixel)
+      for (int pixel = 0; pixel < kPixels; ++pixel)
 #pragma unroll
-      for (int i = 0; i < kQuad<V>; ++i)
-        value[pixel][part + i] = fmaf(value[pixel][part + i], scale.at[i], shift.at[i]);
+        for (int i = 0; i < kQuad<V>; ++i)
+          value[pixel][part + i] = fmaf(value[pixel][part + i], scale.at[i], shift.at[i]);
+    }
   }
   activate<T>(reinterpret_cast<float (&)[kPixels * V]>(value), activation);
+}
+
+// Passes the first `pixels` of a strip, at least one, on to `store` by number and value, and returns their sum.
+template <int kPixels, int V, class Store>
+__device__ __forceinline__ void store_strip(const float (&value)[kPixels][V], int pixels, float (&sum)[V],
+                                            const Store& store) {
+#pragma unroll
+  for (int ox = 0; ox < kPixels; ++ox) {
+    if (ox > 0 && ox >= pixels) break;
+#pragma unroll
+    for (int i = 0; i < V; ++i) sum[i] = ox == 0 ? value[ox][i] : sum[i] + value[ox][i];
+    store(ox, value[ox]);
+  }
 }
 
 }  // namespace effkernels::cuda

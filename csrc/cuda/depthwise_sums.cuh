@@ -18,8 +18,15 @@ struct DepthwiseArguments {
 // The channel sums of a thread are in shared memory, one row per lane: the convolution needs the registers.
 template <int V>
 __device__ __forceinline__ void add_to_lane(const float (&sum)[V], float* lane_sums) {
+  constexpr int kPart = V < 4 ? V : 4;
+  using Part = Vector<float, kPart>;
 #pragma unroll
-  for (int i = 0; i < V; ++i) lane_sums[i] += sum[i];
+  for (int first = 0; first < V; first += kPart) {
+    Part part = *reinterpret_cast<const Part*>(lane_sums + first);
+#pragma unroll
+    for (int i = 0; i < kPart; ++i) part.at[i] += sum[first + i];
+    *reinterpret_cast<Part*>(lane_sums + first) = part;
+  }
 }
 
 // A sum together with what its additions round off: lanes and tiles are so many that a plain sum of equal ones would

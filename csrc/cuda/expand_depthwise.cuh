@@ -26,8 +26,11 @@
 // Limits: 16-bit types, K of 3 and 5, strides 1 and 2, channels that vectors of 8 divide, two blocks on a
 // multiprocessor by their shared memory (plan_expand_depthwise); all else takes two launches.
 //
-// Shared memory: parameters, sums, flag | expand's scale and shift | weights | group of rows of x | ring.
+// Shared memory: parameters, sums, flag | expand's scale and shift | places of pixels | weights | group of rows of x |
+// ring.
 #pragma once
+#include <type_traits>
+
 #include "depthwise.cuh"
 #include "expand_rows.cuh"
 
@@ -52,16 +55,18 @@ __device__ __forceinline__ void convolve_ring(const DepthwiseParams& p, const Ex
   int slot = row - static_cast<int>(SmallDivisor(plan.by_ring_rows)(row)) * plan.ring_rows;
   const unsigned char* from = column + slot * plan.ring_row_bytes;
   const int end = static_cast<int>(p.height) - top < K ? static_cast<int>(p.height) - top : K;
-#pragma unroll 1
-  for (int ky = above; ky < end; ++ky) {
+  const auto add = [&](int ky, auto first) {
     Vector<T, V> inputs[Traits::kInputs];
 #pragma unroll
     for (int ix = 0; ix < Traits::kInputs; ++ix)
       inputs[ix] = *reinterpret_cast<const Vector<T, V>*>(from + ix * (kExpandedChannels * sizeof(T)));
-    add_row<Traits>(inputs, ky, taps, acc);
+    add_row<Traits, decltype(first)::value>(inputs, ky, taps, acc);
     from += plan.ring_row_bytes;
     if (++slot == plan.ring_rows) slot = 0, from = column;
-  }
+  };
+  add(above, std::true_type());
+#pragma unroll 1
+  for (int ky = above + 1; ky < end; ++ky) add(ky, std::false_type());
 }
 
 // The part of the result that a block computes.
@@ -87,6 +92,7 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
   float* const parameters = dynamic_shared<float>();
   unsigned char* const shared_bytes = dynamic_shared<unsigned char>();
   float* const norm = reinterpret_cast<float*>(shared_bytes + plan.norm_at);
+  uint16_t* const places = reinterpret_cast<uint16_t*>(shared_bytes + plan.places_at);
   unsigned char *const weights = shared_bytes + plan.weights_at, *const stage = shared_bytes + plan.x_at;
   unsigned char* const ring = shared_bytes + plan.ring_at;
   const SumsInShared shared(division, parameters, K * K);
@@ -114,6 +120,7 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
 
   load_expand_weights<T>(expand, plan, group * kExpandedChannels, weights);
   load_rows(first_row);
+  set_places<kDepthwiseThreads>(plan, columns, places);
   for (int i = threadIdx.x * 16; i < plan.ring_rows * plan.ring_row_bytes; i += kDepthwiseThreads * 16)
     *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
   const int norm_channel = kDepthwiseThreads - 1 - static_cast<int>(threadIdx.x);  // of threads without taps' norm
@@ -130,7 +137,9 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
   const ThreadParameters<V> my(parameters, kExpandedChannels, at.vector);
   float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;
   const int out_width = static_cast<int>(p.out_width), channels = static_cast<int>(p.channels);
-  T* y = static_cast<T*>(p.y) + int64_t(first_image) * p.out_height * p.out_width * p.channels + at.channel;
+  const unsigned pixel_bytes = channels * sizeof(T);
+  const int64_t image_bytes = p.out_height * p.out_width * p.channels * int64_t(sizeof(T));
+  unsigned char* y = static_cast<unsigned char*>(p.y) + first_image * image_bytes;
   const StripCursor first_strip(at.lane, division.lanes, plan.group_out_rows);
   const int strips_of_row = (out_columns + kStrip - 1) / kStrip;
 
@@ -142,7 +151,7 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
       const int rows = min(plan.group_rows, end_row - expanded);
       cp_async_wait<0>();
       __syncthreads();
-      expand_rows<T>(expand, plan, columns, stage, weights, norm, rows, slot, ring);
+      expand_rows<T>(expand, plan, columns, stage, weights, norm, places, rows, slot, ring);
       __syncthreads();
       expanded += rows, slot += rows;
       if (slot >= plan.ring_rows) slot -= plan.ring_rows;
@@ -160,26 +169,22 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
         for (StripCursor strip = first_strip; at.active && strip.column < strips_of_row; strip.advance()) {
           if (strip.row >= rows_here) continue;
           const int row = made + strip.row, column = strip.column * kStrip;
-          float acc[kStrip][V] = {}, sum[V] = {};
+          float acc[kStrip][V], sum[V];
           convolve_ring<Traits>(p, plan, ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
                                 row * S - p.pad_top, first_row, my, acc);
           finish_strip<T>(my, K * K, p.activation, acc);
-          T* const to = y + (row * out_width + first_column + column) * channels;
-          const int pixels = out_columns - column;
-#pragma unroll
-          for (int ox = 0; ox < kStrip; ++ox) {
-            if (ox >= pixels) break;
-#pragma unroll
-            for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
-            store_global(to + ox * channels, acc[ox]);
-          }
+          // Bytes from the image, which are less than 2^31: one addition a pixel.
+          const unsigned to = ((row * out_width + first_column + column) * channels + at.channel) * sizeof(T);
+          store_strip(acc, out_columns - column, sum, [&](int ox, const float (&value)[V]) {
+            store_global(reinterpret_cast<T*>(y + (to + ox * pixel_bytes)), value);
+          });
           add_to_lane(sum, my_sums);
         }
         made += rows_here;
       }
     }
     add_lanes(division, shared.lane_sums, shared.sums + m * kExpandedChannels);
-    y += p.out_height * p.out_width * p.channels;
+    y += image_bytes;
   }
 }
 

@@ -36,9 +36,12 @@ struct ExpandDepthwisePlan {
   int slices = 1;             // of 64 bytes of a pixel of x
   int chunks = 2;             // of 16 bytes of a pixel of x, in whole fragments of 32 bytes
   uint32_t by_ring_rows = 0;  // multiplier_of them
-  int norm_at = 0, weights_at = 0, x_at = 0, ring_at = 0;  // in shared memory, in bytes
+  int norm_at = 0, places_at = 0, weights_at = 0, x_at = 0, ring_at = 0;  // in shared memory, in bytes
   int64_t shared_bytes = 0;
 };
+
+// Of the places of the pixels of a group, one of 16 bits for each: see expand_rows.cuh.
+constexpr int64_t place_bytes(int stage_pixels) { return int64_t(stage_pixels) * 2; }
 
 // Whether expand_rows.cuh and the depthwise convolution from its rows are compiled for such a call.
 bool expands_in_shared_memory(const PointwiseParams& expand, const DepthwiseParams& depthwise);
@@ -47,8 +50,9 @@ void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& depthwi
 
 // A pure function of sizes, strides, types, the alignment of the pointers, and the limits of the device. The result of
 // `expand` and the input of `call.depthwise` are the same tensor, which is never written; their pointers do not count.
+// `beside`: the blocks are items of a queue, and its other items take so many clocks.
 ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
-                                          const DeviceLimits& limits);
+                                          const DeviceLimits& limits, const int64_t* beside = nullptr);
 // Blocks of a plan that a multiprocessor holds if each takes `shared_bytes`.
 int64_t expand_depthwise_resident(int64_t shared_bytes, const DeviceLimits& limits);
 PlannedLaunches planned_launches(const PointwiseParams& expand, const DepthwiseCall& call,

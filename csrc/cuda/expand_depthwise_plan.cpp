@@ -92,7 +92,8 @@ void lay_out(const PointwiseParams& expand, const DepthwiseCall& call, ExpandDep
 
   const auto up = [](int64_t bytes) { return static_cast<int>(divide_up(bytes, 128) * 128); };
   plan.norm_at = static_cast<int>(divide_up(sum_bytes(call, plan.depthwise), 16)) * 16;
-  plan.weights_at = up(plan.norm_at + 2 * kExpandedChannels * int64_t(sizeof(float)));
+  plan.places_at = plan.norm_at + 2 * kExpandedChannels * static_cast<int>(sizeof(float));
+  plan.weights_at = up(plan.places_at + place_bytes(plan.stage_pixels));
   plan.x_at = plan.weights_at + plan.slices * kExpandedChannels * kPointwiseSliceBytes;
   plan.ring_at = up(plan.x_at + plan.slices * int64_t(plan.stage_pixels) * kPointwiseSliceBytes);
   plan.shared_bytes = plan.ring_at + int64_t(plan.ring_rows) * plan.ring_row_bytes;
@@ -108,7 +109,7 @@ struct Work {
 
   Work(const PointwiseParams& expand, const DepthwiseParams& p, const ExpandDepthwisePlan& plan) : barriers(120) {
     const int64_t products = divide_up(expand.in_channels, kFragment);
-    single = 175 + 30 * products, pair = 320 + 48 * products;
+    single = 155 + 30 * products, pair = 275 + 48 * products;
     const int64_t pixels = plan.depthwise.strip, inputs = (pixels - 1) * p.stride + p.kernel_w;
     strip = pixels * p.kernel_h * p.kernel_w * kVector + p.kernel_h * inputs * 9 + pixels * 40;
   }
@@ -172,8 +173,9 @@ bool choose_tile(const PointwiseParams& expand, const DepthwiseCall& call, const
 
 // Bands: blocks for every multiprocessor where the images are few, although each expands the K - 1 rows above it too.
 // Several images for a block, which share its parameters and weights, where planes are small and the images many.
+// `beside`: clocks that the launch takes for other items, of which there are none where it is null.
 void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
-                   ExpandDepthwisePlan& plan) {
+                   const int64_t* beside, ExpandDepthwisePlan& plan) {
   constexpr int64_t kFixed = 2000;  // instructions of a warp for parameters and sums, and the waits for them
   const DepthwiseParams& p = *call.depthwise;
   const int64_t resident = blocks_of_multiprocessor(plan, limits);
@@ -185,11 +187,19 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
     const int64_t in_rows = std::min<int64_t>(p.height, (rows - 1) * p.stride + p.kernel_h);
     const int64_t groups = divide_up(in_rows, plan.group_rows) * images;
     const int64_t blocks = divide_up(p.batch, images) * plan.depthwise.channel_groups * plan.column_tiles * bands;
-    // Dependent instructions are two clocks apart; a multiprocessor issues four a clock.
-    const int64_t waits = divide_up(blocks, limits.multiprocessors * resident) * (kFixed + groups * chain) * 2;
-    const int64_t issues = divide_up(blocks, limits.multiprocessors) * (kFixed * kWarps + groups * all) / 4;
-    const bool less = std::max(waits, issues) < least;
-    if (less) least = std::max(waits, issues);
+    // Of one block; dependent instructions are two clocks apart, a multiprocessor issues four a clock.
+    const int64_t waits = (kFixed + groups * chain) * 2, issues = (kFixed * kWarps + groups * all) / 4;
+    const int64_t slots = limits.multiprocessors * resident;
+    int64_t clocks = std::max(divide_up(blocks, slots) * waits, divide_up(blocks, limits.multiprocessors) * issues);
+    if (beside != nullptr) {
+      // In the last wave other items run in idle places, once the first units are done; the last ones wait for its end.
+      constexpr int64_t kWaiting = 15000;
+      const int64_t item = std::max(waits, resident * issues), waves = divide_up(blocks, slots);
+      const int64_t idle = waves > 1 ? (waves * slots - blocks) * item / slots : 0;
+      clocks = waves * item + std::max(std::min(*beside, kWaiting), *beside - idle);
+    }
+    const bool less = clocks < least;
+    if (less) least = clocks;
     return less;
   };
   for (int64_t wanted = 1; wanted <= std::min<int64_t>(p.out_height, 32); wanted += wanted < 4 ? 1 : wanted / 3) {
@@ -209,7 +219,7 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
 }  // namespace
 
 ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
-                                          const DeviceLimits& limits) {
+                                          const DeviceLimits& limits, const int64_t* beside) {
   const DepthwiseParams& p = *call.depthwise;
   ExpandDepthwisePlan plan;
   if (call.gated || !expands_in_shared_memory(expand, p) || !is_aligned(p.y)) return plan;
@@ -219,7 +229,7 @@ ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const D
   d.channel_groups = static_cast<int>(divide_up(p.channels, kExpandedChannels));
   d.out_height = static_cast<int>(p.out_height);
   if (!choose_tile(expand, call, limits, plan)) return plan;
-  choose_blocks(expand, call, limits, plan);
+  choose_blocks(expand, call, limits, beside, plan);
   d.tiles = plan.bands * plan.column_tiles;
   d.units = divide_up(p.batch, d.images);
   d.strips = strips_of_row(plan) * d.out_height;

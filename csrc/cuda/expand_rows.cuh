@@ -128,16 +128,31 @@ __device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const
     copy([&](unsigned pixel) { return (pixel + columns.rows(pixel) * left_out) * pixel_bytes; });
 }
 
+// Places of the pixels of a group in the ring, in units of 16 bytes, where its first row is row 0 of the ring. All
+// threads; ends without a barrier. A place read is five instructions, a place computed some twenty.
+template <int kThreads>
+__device__ __forceinline__ void set_places(const ExpandDepthwisePlan& plan, const ExpandColumns& columns,
+                                           uint16_t* places) {
+  constexpr int kUnit = 16, kPixelUnits = kExpandedChannels * 2 / kUnit;
+  const int pixels = plan.group_rows * columns.count;
+#pragma unroll 1
+  for (int pixel = static_cast<int>(threadIdx.x); pixel < pixels; pixel += kThreads) {
+    const int row = static_cast<int>(columns.rows(pixel)), column = pixel - row * columns.count + columns.in_ring;
+    places[pixel] = static_cast<uint16_t>(row * (plan.ring_row_bytes / kUnit) + column * kPixelUnits);
+  }
+}
+
 // Expands the `rows` rows in `stage` into the ring, the first into row `first_slot`; a warp M fragments at a time.
-// `norm`: scales, then shifts.
+// `norm`: scales, then shifts; `places`: see set_places.
 template <class T, int M, int kThreads>
 __device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
-                                                 const ExpandColumns& columns, const unsigned char* stage,
-                                                 const unsigned char* weights, const float* norm, int rows,
-                                                 int first_slot, unsigned char* ring) {
+                                                 const unsigned char* stage, const unsigned char* weights,
+                                                 const float* norm, const uint16_t* places, int pixels, int first_slot,
+                                                 unsigned char* ring) {
   constexpr int kOwn = kExpandedChannels / 4, kFragments = kExpandedChannels / 8;
   const int warp = static_cast<int>(threadIdx.x) / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int pixels = rows * columns.count;
+  const unsigned ring_bytes = plan.ring_rows * plan.ring_row_bytes, start = first_slot * plan.ring_row_bytes;
+  unsigned char* const own = ring + t * kOwn * sizeof(T);
   const TileGate<M> no_gate;
 #pragma unroll 1
   for (int first = warp * 16 * M; first < pixels; first += kThreads / 32 * 16 * M) {
@@ -162,15 +177,14 @@ __device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const
           value[half][c + e] = fmaf(acc[half / 2][c / 2 + e / 2][half % 2 * 2 + e % 2], scale.at[e], shift.at[e]);
     }
     activate<T>(reinterpret_cast<float (&)[2 * M * kOwn]>(value), p.activation);
+    const uint16_t* const place = places + first + g;
+    const int inside = pixels - first - g;
 #pragma unroll
     for (int half = 0; half < 2 * M; ++half) {
-      const int pixel = first + half * 8 + g;
-      if (pixel >= pixels) break;
-      const int row = static_cast<int>(columns.rows(pixel));
-      const int column = pixel - row * columns.count + columns.in_ring;
-      int slot = first_slot + row;
-      if (slot >= plan.ring_rows) slot -= plan.ring_rows;
-      T* const to = reinterpret_cast<T*>(ring + slot * plan.ring_row_bytes) + column * kExpandedChannels + t * kOwn;
+      if (half * 8 >= inside) break;
+      // The ring's end is its beginning; below it the difference is a large number.
+      const unsigned at = place[half * 8] * 16u + start;
+      T* const to = reinterpret_cast<T*>(own + min(at, at - ring_bytes));
 #pragma unroll
       for (int c = 0; c < kOwn; c += 4) {
         float part[4];
@@ -185,12 +199,13 @@ __device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const
 template <class T, int kThreads = kDepthwiseThreads>
 __device__ __forceinline__ void expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                             const ExpandColumns& columns, const unsigned char* stage,
-                                            const unsigned char* weights, const float* norm, int rows, int first_slot,
-                                            unsigned char* ring) {
-  if (rows * columns.count > kPixelsOfSingles)
-    expand_fragments<T, 2, kThreads>(p, plan, columns, stage, weights, norm, rows, first_slot, ring);
+                                            const unsigned char* weights, const float* norm, const uint16_t* places,
+                                            int rows, int first_slot, unsigned char* ring) {
+  const int pixels = rows * columns.count;
+  if (pixels > kPixelsOfSingles)
+    expand_fragments<T, 2, kThreads>(p, plan, stage, weights, norm, places, pixels, first_slot, ring);
   else
-    expand_fragments<T, 1, kThreads>(p, plan, columns, stage, weights, norm, rows, first_slot, ring);
+    expand_fragments<T, 1, kThreads>(p, plan, stage, weights, norm, places, pixels, first_slot, ring);
 }
 
 }  // namespace effkernels::cuda

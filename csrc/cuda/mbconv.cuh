@@ -34,7 +34,8 @@
 // that fit.
 //
 // Shared memory: taps and norm of every group | sums of the lanes, of the channels | hidden values: own, of all ranks |
-// gate | expand's norm | project's norm | expand's weights | project's weights | x | held | ring, later partial sums.
+// gate | expand's norm | places of pixels | project's norm | expand's weights | project's weights | x | held | ring,
+// later partial sums.
 #pragma once
 #include "depthwise.cuh"
 #include "expand_depthwise.cuh"
@@ -52,6 +53,7 @@ struct MBConvShared {
   float* hidden;      // (R)
   T* gate;            // (groups * kExpandedChannels), zero where there are no channels
   float* norm;        // (groups, 2, kExpandedChannels)
+  uint16_t* places;   // of the pixels in the ring
   float* project_norm;
   unsigned char *weights, *project_weights, *x, *held, *ring;
   float* partial;  // (pixels, partial_stride), what the other blocks of the cluster read; in place of the ring
@@ -65,6 +67,7 @@ struct MBConvShared {
     hidden = own_hidden + (reduced + 3) / 4 * 4;
     gate = reinterpret_cast<T*>(bytes + plan.gate_at);
     norm = reinterpret_cast<float*>(bytes + plan.norm_at);
+    places = reinterpret_cast<uint16_t*>(bytes + plan.expand.places_at);
     project_norm = reinterpret_cast<float*>(bytes + plan.project_norm_at);
     weights = bytes + plan.weights_at, project_weights = bytes + plan.project_weights_at;
     x = bytes + plan.x_at, held = bytes + plan.held_at, ring = bytes + plan.ring_at;
@@ -145,6 +148,7 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
   cp_async_commit();
   load_project(0);
   cp_async_commit();
+  set_places<kThreads>(of_group, columns, shared.places);
   clear(shared.ring, ring_bytes);
   clear(shared.held, plan.held_slices * plan.held_pixels * kPointwiseSliceBytes);
   clear(reinterpret_cast<unsigned char*>(shared.gate), plan.held_slices * kPointwiseSliceBytes);
@@ -175,7 +179,7 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
       __syncthreads();
       expand_rows<T, kThreads>(expand, of_group, columns, shared.x,
                                shared.weights + (keeps_weights ? group * slot_bytes : 0),
-                               shared.norm + group * 2 * kExpandedChannels, height, 0, shared.ring);
+                               shared.norm + group * 2 * kExpandedChannels, shared.places, height, 0, shared.ring);
       __syncthreads();
       const bool ends = group + 1 == groups;
       if (!keeps_weights && (!ends || more_images)) load_weights(ends ? 0 : group + 1);
@@ -193,18 +197,14 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
 #pragma unroll 1
       for (StripCursor strip(at.lane, division.lanes, out_height); at.active && strip.column < strips_of_row;
            strip.advance()) {
-        const int column = strip.column * kStrip, pixel = strip.row * out_width + column, pixels = out_width - column;
-        float acc[kStrip][V] = {}, sum[V] = {};
+        const int column = strip.column * kStrip, pixel = strip.row * out_width + column;
+        float acc[kStrip][V], sum[V];
         convolve_ring<Traits>(p, of_group, shared.ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
                               strip.row * S - p.pad_top, 0, my, acc);
         finish_strip<T>(my, K * K, p.activation, acc);
-#pragma unroll
-        for (int ox = 0; ox < kStrip; ++ox) {
-          if (ox >= pixels) break;
-#pragma unroll
-          for (int i = 0; i < V; ++i) sum[i] += acc[ox][i];
-          store(reinterpret_cast<T*>(to + chunk_offset(pixel + ox, chunk % kSliceChunks)), acc[ox]);
-        }
+        store_strip(acc, out_width - column, sum, [&](int ox, const float (&value)[V]) {
+          store(reinterpret_cast<T*>(to + chunk_offset(pixel + ox, chunk % kSliceChunks)), value);
+        });
         if (excites) add_to_lane(sum, my_sums);
       }
       if (excites) add_lanes(division, shared.lane_sums, shared.sums + group * kExpandedChannels);

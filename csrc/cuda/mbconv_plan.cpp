@@ -64,6 +64,7 @@ void lay_out(const MBConvCall& call, MBConvPlan& plan) {
   plan.hidden_at = place(call.se == nullptr ? 0 : 2 * up(call.se->reduced, 4) * kFloat);
   plan.gate_at = place(int64_t(plan.held_slices) * kPointwiseSliceBytes);
   plan.norm_at = place(plan.groups * 2 * kExpandedChannels * kFloat);
+  plan.expand.places_at = place(place_bytes(of_group.stage_pixels));
   plan.project_norm_at = place(2 * out_channels * kFloat);
   plan.weights_at = place(int64_t(plan.weight_slots) * of_group.slices * kExpandedChannels * kPointwiseSliceBytes);
   plan.project_weights_at = place(int64_t(plan.held_slices) * plan.padded_columns * kPointwiseSliceBytes);
@@ -95,7 +96,7 @@ struct Clocks {
     const int64_t expanded_pixels = of_group.stage_pixels, products = divide_up(call.expand->in_channels, 16);
     const bool pairs = expanded_pixels > kPixelsOfSingles;
     const int64_t fragments = divide_up(expanded_pixels, pairs ? 32 : 16);
-    const int64_t expand = divide_up(fragments, kWarps) * (pairs ? 320 + 26 * products : 175 + 19 * products);
+    const int64_t expand = divide_up(fragments, kWarps) * (pairs ? 275 + 26 * products : 155 + 19 * products);
     const int64_t inputs = (strip - 1) * p.stride + p.kernel_w;
     const int64_t of_strip = strip * p.kernel_h * p.kernel_w * kVector + p.kernel_h * inputs * 9 + strip * 40;
     const int64_t strips = divide_up(p.out_width, strip) * p.out_height;

@@ -33,10 +33,12 @@ MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& li
   if (!expands_in_shared_memory(*call.expand, p))
     return refused("kernel, stride, padding or channels are not compiled");
 
-  plan.expand = plan_expand_depthwise(*call.expand, depthwise_of(call), limits);
+  const PointwiseParams project = gated_project(call);
+  const int64_t beside = clocks_of_items(
+      project, plan_pointwise_items(project, kExpandDepthwiseBlocks, limits.shared_per_block, limits), limits);
+  plan.expand = plan_expand_depthwise(*call.expand, depthwise_of(call), limits, &beside);
   if (!plan.expand.fits) return refused("a group of rows does not fit into shared memory");
   // Tiles that leave room for as many blocks as the items that expand; where shared memory is small, for fewer.
-  const PointwiseParams project = gated_project(call);
   for (int64_t resident = expand_depthwise_resident(plan.expand.shared_bytes + kItemBytes, limits);
        plan.project.blocks == 0 && resident > 0; --resident) {
     const int64_t shared = limits.shared_per_multiprocessor / resident - kOfTheSystem;
@@ -60,8 +62,11 @@ MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& li
       static_cast<int>(up(std::max<int64_t>(plan.expand.shared_bytes, plan.project.shared_bytes), kItemBytes));
   plan.shared_bytes = plan.item_at + kItemBytes;
   const int64_t at_once = limits.multiprocessors * expand_depthwise_resident(plan.shared_bytes, limits);
-  // Between the items that expand a unit and those that project it: a quarter more items than run at a time.
-  plan.ahead = static_cast<int>(std::min(d.units, divide_up(at_once + at_once / 4, plan.expand_items) + 1));
+  // Between the items that expand a unit and those that project it: a quarter more items than run at a time, so that d
+  // is read from L2 where it is small. GPUs with the memory of data centers (capability x.0) have the bandwidth for
+  // more: what is left to project when the last units are expanded then fills the multiprocessors.
+  const int64_t between = limits.capability % 10 == 0 ? 4 * at_once : at_once + at_once / 4;
+  plan.ahead = static_cast<int>(std::min(d.units, divide_up(between, plan.expand_items) + 1));
   plan.fits = true;
   return plan;
 }

@@ -192,11 +192,17 @@ __device__ __forceinline__ float clamp_to(float x, float low, float high) {
 }
 
 // Of values from `before_activation`. The switch is outside of the loop, so that it costs one uniform branch per kCount
-// values.
+// values; swish, which networks have most, is asked for first.
 template <class T, int kCount>
 __device__ __forceinline__ void activate(float (&x)[kCount], Activation activation) {
+  if (activation == Activation::kSilu) {
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) x[i] = silu<T>(x[i]);
+    return;
+  }
   switch (activation) {
     case Activation::kIdentity:
+    case Activation::kSilu:
       break;
     case Activation::kRelu:
 #pragma unroll
@@ -205,10 +211,6 @@ __device__ __forceinline__ void activate(float (&x)[kCount], Activation activati
     case Activation::kRelu6:
 #pragma unroll
       for (int i = 0; i < kCount; ++i) x[i] = clamp_to(x[i], 0.f, 6.f);
-      break;
-    case Activation::kSilu:
-#pragma unroll
-      for (int i = 0; i < kCount; ++i) x[i] = silu<T>(x[i]);
       break;
     case Activation::kHardSwish:
 #pragma unroll

@@ -143,6 +143,8 @@ constexpr bool pointwise_item_built(int tile) {
 }
 PointwisePlan plan_pointwise_items(const PointwiseParams& params, int resident, int64_t shared_bytes,
                                    const DeviceLimits& limits);
+// Clocks that these items take by themselves: a model, to weigh plans by.
+int64_t clocks_of_items(const PointwiseParams& params, const PointwisePlan& plan, const DeviceLimits& limits);
 // The same for the kernel of training, which has the statistics of its columns where others have a residual; vectors:
 // whether the vectors of its norm are aligned to 16 bytes.
 PointwisePlan plan_training_pointwise(const PointwiseParams& params, bool vectors, const DeviceLimits& limits);

@@ -3,6 +3,7 @@
 #include "pointwise.h"
 
 #include <algorithm>
+#include <cmath>
 
 #include "../sizes.h"
 
@@ -30,9 +31,9 @@ bool rows_even(const PointwiseParams& p, int64_t stride_n, int64_t stride_p) {
 
 int element_of(const PointwiseParams& p) { return p.dtype == DType::kFloat32 ? 4 : 2; }
 
-// A plan, and whether it is for the kernel of training or of pooling.
+// A plan, and whether it is for the kernel of training, of pooling, or for items of a queue.
 struct Draft : PointwisePlan {
-  bool trains = false, pools = false;
+  bool trains = false, pools = false, items = false;
 };
 
 // The layout of a tile in shared memory; the weights of its columns stay there for all k, or pass through the ring.
@@ -114,6 +115,7 @@ class Cost {
     resident_ = std::max(1., std::min(double(resident_blocks(plan, limits)), queue_));
     steps_ = plan.steps;
     tiles_ = plan.tiles;
+    items_ = plan.items;
   }
 
   double cycles() const {
@@ -122,19 +124,27 @@ class Cost {
     constexpr double kNextTile = 100;                           // its first slices are there
     const double latency =
         kFixedLatency + steps_ * kStepLatency + of_tile_ / 2 + (tiles_ - 1) * (kNextTile + of_tile_) + arrival_;
-    const double waves = double(divide_up(int64_t(queue_), int64_t(resident_)));
+    // Items of a queue fill its last wave with what is beside them.
+    const double waves = items_ ? queue_ / resident_ : double(divide_up(int64_t(queue_), int64_t(resident_)));
     return std::max(queue_ * (tiles_ * of_tile_ + kPrologue), waves * latency);
   }
 
  private:
   double of_tile_, arrival_ = 0, queue_, resident_, steps_, tiles_;
+  bool items_;
 };
 
 // Row tiles of a block. More of them share its prologue, fewer leave less for the last blocks: the least of waves *
-// (prologue + tiles), which is a model, not a measurement.
+// (prologue + tiles), which is a model, not a measurement. The items of a queue have no waves of their own, but the
+// last ones run alone: the least of what all of them take and of one more.
 int tiles_of_block(const Draft& plan, const DeviceLimits& limits) {
   constexpr double kPrologue = 0.5;  // of a tile
   const int64_t slots = int64_t(limits.multiprocessors) * resident_blocks(plan, limits);
+  if (plan.items) {
+    const double tiles = std::sqrt(double(plan.row_tiles * plan.column_tiles) * kPrologue / double(slots));
+    return std::clamp(static_cast<int>(tiles + 0.5), 1,
+                      static_cast<int>(std::min<int64_t>(kMostTiles, plan.row_tiles)));
+  }
   double least = 0;
   int best = 1;
   for (int tiles = 1; tiles <= kMostTiles && tiles <= plan.row_tiles; ++tiles) {
@@ -298,7 +308,8 @@ PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limit
 
 PointwisePlan plan_pointwise_items(const PointwiseParams& p, int resident, int64_t shared_bytes,
                                    const DeviceLimits& limits) {
-  const Draft plan = draft_of(p, false, true);
+  Draft plan = draft_of(p, false, true);
+  plan.items = true;
   Draft best;
   if (plan.converts || plan.product != PointwiseProduct::kTensor16 || p.activation != Activation::kIdentity ||
       p.batch * p.pixels * p.out_channels == 0)
@@ -317,6 +328,15 @@ PointwisePlan plan_pointwise_items(const PointwiseParams& p, int resident, int64
   best.row_groups = divide_up(best.row_tiles, best.tiles);
   best.blocks = best.row_groups * best.column_tiles;
   return best;
+}
+
+int64_t clocks_of_items(const PointwiseParams& p, const PointwisePlan& plan, const DeviceLimits& limits) {
+  constexpr double kOfEstimate = 0.5;  // Cost ranks products; the estimate of effkernels/plan is about half of it
+  if (plan.blocks == 0) return 0;
+  Draft draft = draft_of(p, false, true);
+  static_cast<PointwisePlan&>(draft) = plan;
+  draft.items = true;
+  return static_cast<int64_t>(Cost(p, draft, limits).cycles() * kOfEstimate);
 }
 
 PointwisePlan plan_training_pointwise(const PointwiseParams& p, bool vectors, const DeviceLimits& limits) {

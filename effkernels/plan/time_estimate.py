@@ -82,7 +82,7 @@ class TimeEstimate:
         fma, alu, special, tensor: instructions of one unit.
         latency: what a block waits for, times the waves of blocks.
         prologue: waits of the first blocks for parameters, before their first input is asked for.
-        tail: the last, partial wave of blocks.
+        tail: the last, partial wave of blocks; of a queue, the end of it (`work.Order`).
         last: work of the block that arrives last: means and gate of squeeze-and-excitation.
         blocks: that a multiprocessor holds at a time; 0 where the kernel is PyTorch's.
         counted: whether instructions were counted; else their terms are 0.
@@ -255,9 +255,15 @@ def _terms(
     prologue = us(replace(work.prologue, issued=0.0))
     slots = gpu.multiprocessors * blocks
     waves = max(1.0, cut.grid / slots)
-    latency = max(waves * chain - prologue, us(work.longest))
+    latency = waves * chain - prologue
     longest = max(dram, l2, latency, *of_units.values())
-    if cut.grid <= slots:
+    queue = work.queue
+    if queue is not None:
+        # Items are slower than their chains by as much as the launch is; the last ones, beside which less runs, too.
+        slower = longest / latency if cut.grid > slots else 1.0
+        times = (slower * us(chain) for chain in (queue.expand, queue.gate, queue.project))
+        tail = max(0.0, queue.order.end(slots, *times) - longest)
+    elif cut.grid <= slots:
         # The busiest multiprocessor has whole blocks.
         most = -(-cut.grid // active) * active / cut.grid
         tail = max(0.0, max(of_units.values()) * most - longest)

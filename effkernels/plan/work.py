@@ -7,6 +7,7 @@ the loops of csrc/cuda/*.cuh; what a warp issues in one pass is `effkernels.plan
 from __future__ import annotations
 
 import functools
+import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -50,6 +51,65 @@ class Clocks(Sums):
 
 
 @dataclass(frozen=True)
+class Order:
+    """The order of the items of csrc/cuda/mbconv_queue.cuh.
+
+    Attributes:
+        units, expand_items: of the expansion, and its items in each.
+        ahead: units that are expanded before the first one is projected.
+        project_items, columns: of the projection; those of the same rows.
+        unit_rows, item_rows: rows of the result in a unit, and in an item that projects.
+    """
+
+    units: int
+    expand_items: int
+    ahead: int
+    project_items: int
+    columns: int
+    unit_rows: int
+    item_rows: int
+
+    def _projected(self, units: int) -> int:
+        """Items that project rows of the first `units` units alone."""
+        return self.project_items if units >= self.units else units * self.unit_rows // self.item_rows * self.columns
+
+    @functools.cache  # noqa: B019 - an order is a few numbers
+    def end(self, slots: int, expand: float, gate: float, project: float) -> float:
+        """Return when the last item ends, if `slots` blocks run at a time and each takes the next item.
+
+        Args:
+            slots: blocks that run at a time.
+            expand, project: time of an item of each kind.
+            gate: time from the end of the last item that expands a unit to its gate.
+        """
+        free = [0.0] * slots  # a heap: when each block ends its item
+        ready = [0.0] * self.units
+        for number in range(self.units + self.ahead):
+            if number < self.units:
+                for _ in range(self.expand_items):
+                    end = free[0] + expand
+                    heapq.heapreplace(free, end)
+                    ready[number] = max(ready[number], end + gate)
+            of_round = range(*(self._projected(max(0, number - self.ahead + more)) for more in (0, 1)))
+            for item in of_round:
+                row = item // self.columns * self.item_rows
+                last = min((row + self.item_rows - 1) // self.unit_rows, self.units - 1)
+                start = max(free[0], *ready[row // self.unit_rows : last + 1])
+                heapq.heapreplace(free, start + project)
+        return max(free)
+
+
+@dataclass(frozen=True)
+class Queue:
+    """Items in their order, and the chains of one that expands, of the gate of a unit, and of one that projects."""
+
+    order: Order
+    expand: Clocks
+    gate: Clocks
+    project: Clocks
+
+
+@dataclass(frozen=True)
 class Work:
     """The work of one launch.
 
@@ -60,7 +120,7 @@ class Work:
         prologue: chain of a block before its first input.
         body: chain of a block after that.
         last: chain of the last block alone, once all others are done: squeeze-and-excitation by last arrival.
-        longest: chain of blocks that wait for each other, from the start of the launch to its end at least.
+        queue: the items whose order blocks follow, and that wait for each other.
     """
 
     issued: Counters
@@ -69,7 +129,7 @@ class Work:
     prologue: Clocks
     body: Clocks
     last: Clocks
-    longest: Clocks = Clocks()
+    queue: Queue | None = None
 
 
 @dataclass(frozen=True)
@@ -239,11 +299,12 @@ def _depthwise(cut: Cut, call: RecordedCall) -> Work:
     # A pass is TAP_VECTORS of 16 bytes a thread; where there are fewer, all are read, and the others are not written.
     taps = kernel * kernel * block_channels * size / 16 / (TAP_VECTORS * cut.threads)
     slabs = cut["slabs"] if resident else 1
-    load = replace(part("taps") * taps, trips=float(_ceil(taps, 1)))
+    scale = _scale_taps(cut, kernel, block_channels)
+    load = replace(part("taps") * taps, trips=float(_ceil(taps, 1))) + scale
     issued = issued + total(
         (
             (part("prologue"), cut.grid * cut.warps),
-            (part("taps"), cut.grid * slabs * cut.warps * taps),
+            (part("taps") * taps + scale, cut.grid * slabs * cut.warps),
             (part("slab"), cut.grid * slabs * cut.warps),
             (part("image"), cut.grid * cut["images"] * cut.warps),
             (part("lane"), cut.grid * cut["images"] * slabs * lanes * _ceil(block_channels, WARP)),
@@ -276,6 +337,13 @@ def _depthwise(cut: Cut, call: RecordedCall) -> Work:
         issued = issued + part("write") * (cut.grid * passes * warps)
         body = body + _chain(part("write") * passes)
     return Work(issued, cut.counts.registers, l2_bytes, prologue, body, last)
+
+
+def _scale_taps(cut: Cut, kernel: int, block_channels: int) -> Counters:
+    """Return what a thread's share of the taps takes to multiply by the norm's scales (scale_taps)."""
+    if "scale" not in cut.counts.parts:
+        return Counters()
+    return cut.counts.part("scale") * _ceil(kernel * kernel, cut.threads // (block_channels // 4))
 
 
 def _load(cut: Cut, slices: int, pixels: int) -> Counters:
@@ -312,7 +380,7 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
 
     fragment = _with_activation(cut, name, call.arguments["expand_activation"])
     fragment = fragment + part(f"{name}.slice") * (inner / (64 / size))
-    strip = _with_activation(cut, "strip", call.arguments["activation"]) + part("row") * (taps_inside / out_height)
+    strip = _with_activation(cut, "strip", call.arguments["activation"]) + part("row") * (taps_inside / out_height - 1)
     # Of a thread in a group, and once for a block: a pixel and a row of weights has as many threads as a slice chunks.
     chunks = _ceil(inner, 16) * 2
     share, of_share = min(chunks, 4), _ceil(chunks, 4)
@@ -320,8 +388,9 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     weights = (part("weights") + part("weights.chunk") * of_share) * _ceil(_EXPANDED * share, cut.threads)
     zeros = cut["ring_rows"] * (pixels + kernel - 1) * _EXPANDED * size / 16 / cut.threads
     taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
-    load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1)))
-    first = total(((part("prologue"), 1), (weights, 1), (load, 1), (part("zero"), zeros)))
+    load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1))) + _scale_taps(cut, kernel, _EXPANDED)
+    places = part("places") * _ceil(group_rows * pixels, cut.threads)
+    first = total(((part("prologue"), 1), (weights, 1), (load, 1), (places, 1), (part("zero"), zeros)))
     warps_of_strips = strips * (_EXPANDED * size / 16) / WARP
     group = (part("group") + load) * cut.warps + fragment * fragments + strip * warps_of_strips
     of_image = group * groups + part("image") * cut.warps + part("lane") * (lanes * _ceil(_EXPANDED, WARP))
@@ -341,8 +410,7 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
 def _mbconv_queue(cut: Cut, call: RecordedCall) -> Work:
     """Add up the items of csrc/cuda/mbconv_queue.cuh, each a block of another kernel; a block draws its item first.
 
-    A block that projects waits for one that expands. Where the GPU holds all blocks at once it waits for the whole of
-    it; else others run meanwhile, and what counts is an average item.
+    What counts is an average item, and at the end what is left to do by fewer and fewer blocks: see `Order`.
     """
     given, expand, project = call.arguments, cut.items["expand"], cut.items["project"]
     x, y = given["x"], call.results[0]
@@ -359,8 +427,15 @@ def _mbconv_queue(cut: Cut, call: RecordedCall) -> Work:
     of_draw = Clocks(draw.issued, 0, 1, 1)
     chains = (of_draw + first.prologue + first.body, of_draw + second.prologue + second.body)
     average = chains[0] * (expand.grid / cut.grid) + chains[1] * (project.grid / cut.grid)
-    both = chains[0] + first.last + chains[1]
-    return Work(issued, cut.counts.registers, first.l2_bytes + second.l2_bytes, Clocks(), average, Clocks(), both)
+    pixels = y.shape[2] * y.shape[3]
+    order = Order(
+        units=cut["units"], expand_items=expand.grid // cut["units"], ahead=cut["ahead"],
+        project_items=project.grid, columns=project["column_tiles"],
+        unit_rows=expand["images"] * int(pixels), item_rows=project["rows"] * project["tiles"],
+    )  # fmt: skip
+    queue = Queue(order, chains[0], first.last, chains[1])
+    l2_bytes = first.l2_bytes + second.l2_bytes
+    return Work(issued, cut.counts.registers, l2_bytes, Clocks(), average, Clocks(), queue)
 
 
 def _mbconv(cut: Cut, call: RecordedCall) -> Work:
@@ -379,7 +454,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
         0 <= row * stride - padding[0] + tap < height for row in range(out_height) for tap in range(kernel)
     )
     fragment = _with_activation(cut, name, given["expand_activation"]) + part(f"{name}.slice") * cut["slices"]
-    strip = _with_activation(cut, "strip", given["activation"]) + part("row") * (taps_inside / out_height)
+    strip = _with_activation(cut, "strip", given["activation"]) + part("row") * (taps_inside / out_height - 1)
     excites = given["w_reduce"] is not None
     lane = part("lane") * (lanes * excites)
 
@@ -394,7 +469,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
     held_zeros = held_slices * cut["held_pixels"] * 4 / cut.threads
     norms = _ceil(groups * _EXPANDED, cut.threads) + _ceil(outer, cut.threads)
     taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
-    load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1)))
+    load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1))) + _scale_taps(cut, kernel, _EXPANDED)
     parameters = total(((part("norm"), norms), (replace(part("parameters"), trips=0.0), groups), (load_taps, groups)))
     first = total(
         (
@@ -402,6 +477,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
             (weights, cut["weight_slots"]),
             (load, 1),
             (project, 1),
+            (part("places"), _ceil(pixels, cut.threads)),
             (part("zero"), zeros + held_zeros),
         )
     )
