@@ -210,3 +210,49 @@ class TestPlan:
         case = late_blocks("efficientnet_b0")[2].with_(batch=1)
         stacked = [line["stacked"] for line in lines_of([case] * 20, H200)]
         assert stacked == ["16"] * 16 + ["4"] * 4
+
+
+class TestKeptPlans:
+    """A plan weighs hundreds of cuts, and is kept for the next call of its shape."""
+
+    def test_a_shape_is_planned_once(self) -> None:
+        kept = torch.ops.effkernels.cuda_plans_kept
+        cases = [case.with_(batch=3) for case in of_network("efficientnet_b0")]
+        first = lines_of(cases, H200)
+        before = kept()
+        assert lines_of(cases, H200) == first
+        assert kept() == before
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"batch": 29}, {"kernel": (3, 3), "padding": (1,) * 4}, {"residual": False}, {"reduced": 0}],
+        ids=str,
+    )
+    def test_another_shape_has_its_own(self, changes: dict[str, Any]) -> None:
+        case = late_blocks("efficientnet_b0")[2].with_(batch=27)
+        assert case.residual
+        assert case.reduced > 0
+        one, other = (lines_of([case.with_(**more)], H200) for more in ({}, changes))
+        assert lines_of([case], H200) == one
+        assert lines_of([case.with_(**changes)], H200) == other
+        if "residual" not in changes:  # which takes no part in the cut
+            assert one != other
+
+    def test_another_gpu_has_its_own(self) -> None:
+        cases = [case.with_(batch=2) for case in of_network("efficientnet_b0")]
+        assert lines_of(cases, H200) != lines_of(cases, A100)
+        assert {line["kernel"] for line in lines_of(cases, A100)} == {"mbconv_queue"}
+
+    def test_they_do_not_grow_without_end(self) -> None:
+        case = late_blocks("efficientnet_b0")[0]
+        for batch in range(1, 601):
+            lines_of([case.with_(batch=batch)], H200)
+        assert 1 <= torch.ops.effkernels.cuda_plans_kept() <= 512
+
+    def test_a_launch_keeps_its_plan(self, emulated: Emulator) -> None:
+        kept = getattr(torch.ops, emulated.namespace).cuda_plans_kept
+        emulated.configure(Emulation("random", "late", H200, emulated.flavour))
+        check(chain(*SMALL["other strips"]), emulated)
+        before = kept()
+        check(chain(*SMALL["other strips"]), emulated)
+        assert kept() == before > 0

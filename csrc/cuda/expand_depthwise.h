@@ -50,7 +50,8 @@ void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& depthwi
 
 // A pure function of sizes, strides, types, the alignment of the pointers, and the limits of the device. The result of
 // `expand` and the input of `call.depthwise` are the same tensor, which is never written; their pointers do not count.
-// `beside`: the blocks are items of a queue, and its other items take so many clocks.
+// Those of the last shapes are kept (plan_memory.h). `beside`: the blocks are items of a queue, and its other items
+// take so many clocks.
 ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
                                           const DeviceLimits& limits, const int64_t* beside = nullptr);
 // Blocks of a plan that a multiprocessor holds if each takes `shared_bytes`.

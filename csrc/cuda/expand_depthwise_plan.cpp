@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../sizes.h"
+#include "plan_memory.h"
 #include "squeeze_excite.h"
 
 namespace effkernels::cuda {
@@ -218,8 +219,10 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
 
 }  // namespace
 
-ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
-                                          const DeviceLimits& limits, const int64_t* beside) {
+namespace {
+
+ExpandDepthwisePlan make_plan(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
+                              const int64_t* beside) {
   const DepthwiseParams& p = *call.depthwise;
   ExpandDepthwisePlan plan;
   if (call.gated || !expands_in_shared_memory(expand, p) || !is_aligned(p.y)) return plan;
@@ -236,6 +239,16 @@ ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const D
   d.shared_bytes = plan.shared_bytes;
   plan.fits = product({d.units, d.tiles, d.channel_groups}) <= std::numeric_limits<int32_t>::max();
   return plan;
+}
+
+}  // namespace
+
+ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
+                                          const DeviceLimits& limits, const int64_t* beside) {
+  static PlanMemory<ExpandDepthwisePlan> kept;
+  const auto& [depthwise, se, pooled, gated] = call;
+  const PlanKey key(limits, expand, depthwise, se, pooled, gated, beside == nullptr ? -1 : *beside);
+  return *kept.of(key, [&] { return make_plan(expand, call, limits, beside); });
 }
 
 PlannedLaunches planned_launches(const PointwiseParams&, const DepthwiseCall& call, const ExpandDepthwisePlan& plan) {

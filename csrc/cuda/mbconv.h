@@ -2,6 +2,7 @@
 // There are two kernels: of clusters that hold an image, and of items from a queue, where the result of the depthwise
 // convolution passes through memory.
 #pragma once
+#include <memory>
 #include <vector>
 
 #include "expand_depthwise.h"
@@ -98,7 +99,11 @@ PlannedLaunches planned_launches(const MBConvCall& call, const MBConvQueuePlan& 
 
 // Divide blocks that follow each other, the y of one being the x of the next, into stacks and single blocks: a pure
 // function. A stack is blocks that each are faster in one launch than in three, and together faster than one by one.
-std::vector<MBConvStackPlan> plan_mbconv_stack(const std::vector<MBConvCall>& calls, const DeviceLimits& limits);
+// Those of the last shapes are kept (plan_memory.h).
+using MBConvStackPlans = std::vector<MBConvStackPlan>;
+std::shared_ptr<const MBConvStackPlans> plan_mbconv_stack(const std::vector<MBConvCall>& calls,
+                                                          const DeviceLimits& limits);
+int64_t kept_stack_plans();
 PlannedLaunches planned_launches(const MBConvStackPlan& plan);
 
 // Of a plan that fits. kTeamRefused where the GPU has no room for such a cluster; nothing was launched then.

@@ -4,6 +4,7 @@
 #include <limits>
 
 #include "../sizes.h"
+#include "plan_memory.h"
 
 namespace effkernels::cuda {
 namespace {
@@ -218,7 +219,9 @@ PlannedLaunches planned_launches(const MBConvCall&, const MBConvPlan& plan) {
   return {one};
 }
 
-std::vector<MBConvStackPlan> plan_mbconv_stack(const std::vector<MBConvCall>& calls, const DeviceLimits& limits) {
+namespace {
+
+MBConvStackPlans make_stacks(const std::vector<MBConvCall>& calls, const DeviceLimits& limits) {
   // What a launch more takes, of which programmatic dependent launch hides some: an assumption, 0.5 us.
   constexpr int64_t kLaunch = 900;
   std::vector<MBConvStackPlan> found;
@@ -258,6 +261,25 @@ std::vector<MBConvStackPlan> plan_mbconv_stack(const std::vector<MBConvCall>& ca
   }
   return found;
 }
+
+PlanMemory<MBConvStackPlans>& kept_stacks() {
+  static PlanMemory<MBConvStackPlans> kept;
+  return kept;
+}
+
+}  // namespace
+
+std::shared_ptr<const MBConvStackPlans> plan_mbconv_stack(const std::vector<MBConvCall>& calls,
+                                                          const DeviceLimits& limits) {
+  PlanKey key(limits);
+  for (const MBConvCall& call : calls) {
+    const auto& [expand, depthwise, se, project] = call;
+    key.add(expand), key.add(depthwise), key.add(se), key.add(project);
+  }
+  return kept_stacks().of(key, [&] { return make_stacks(calls, limits); });
+}
+
+int64_t kept_stack_plans() { return kept_stacks().size(); }
 
 PlannedLaunches planned_launches(const MBConvStackPlan& plan) {
   PlannedLaunch one;

@@ -220,7 +220,8 @@ Tensor run_blocks(const char* op, std::vector<MBConv>& blocks, const Tensor& x, 
   Tensor y = x;  // of the last block that was launched
   for (size_t done = 0; done < blocks.size();) {
     const std::vector<cuda::MBConvCall> rest(calls.begin() + int64_t(done), calls.end());
-    for (const cuda::MBConvStackPlan& plan : cuda::plan_mbconv_stack(rest, limits)) {
+    const std::shared_ptr<const cuda::MBConvStackPlans> plans = cuda::plan_mbconv_stack(rest, limits);
+    for (const cuda::MBConvStackPlan& plan : *plans) {
       const size_t end = done + plan.blocks.size();
       Keep keep;
       Tensor input = y;

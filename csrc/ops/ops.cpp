@@ -39,6 +39,8 @@ EFFKERNELS_LIBRARY(EFFKERNELS_NAMESPACE, m) {
   m.def("cpu_recording_times(Tensor recording, int piece, int rounds) -> int[]");
   // The CUDA launches that an operator would make, one line each: plan_ops.cpp. Needs no GPU.
   m.def("cuda_plan(str op, str dtype, int[] shape, int[] limits) -> str");
+  // The plans of stacks of blocks that this process keeps, so that no call makes them again.
+  m.def("cuda_plans_kept() -> int");
   // The CUDA kernels and fills that this process has launched.
   m.def("cuda_launches() -> int");
   // The limits of a CUDA device, in the order that cuda_plan takes them.

@@ -380,7 +380,8 @@ DescribedLaunches plan_of_mbconv_stack(const std::string& op, DType dtype, const
     blocks.emplace_back(op, dtype, Shape(s.begin() + int64_t(i * kSizes), s.begin() + int64_t((i + 1) * kSizes)));
   for (const PlannedBlock& block : blocks) calls.push_back(block.call());
   DescribedLaunches launches;
-  for (const cuda::MBConvStackPlan& plan : cuda::plan_mbconv_stack(calls, limits)) {
+  const std::shared_ptr<const cuda::MBConvStackPlans> plans = cuda::plan_mbconv_stack(calls, limits);
+  for (const cuda::MBConvStackPlan& plan : *plans) {
     for (size_t i = 0; i < plan.blocks.size(); ++i) {
       const PlannedBlock& block = blocks[size_t(plan.first) + i];
       const std::string at = " at=" + std::to_string(size_t(plan.first) + i);
@@ -452,6 +453,8 @@ std::string cuda_plan(const std::string& op, const std::string& dtype_name, cons
   return out.str();
 }
 
+int64_t cuda_plans_kept() { return cuda::kept_stack_plans(); }
+
 int64_t cuda_launches() { return cuda::launch_count(); }
 
 }  // namespace
@@ -459,5 +462,6 @@ int64_t cuda_launches() { return cuda::launch_count(); }
 
 EFFKERNELS_LIBRARY_IMPL(EFFKERNELS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cuda_plan", TORCH_BOX(&effkernels::ops::cuda_plan));
+  m.impl("cuda_plans_kept", TORCH_BOX(&effkernels::ops::cuda_plans_kept));
   m.impl("cuda_launches", TORCH_BOX(&effkernels::ops::cuda_launches));
 }
