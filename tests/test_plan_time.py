@@ -17,9 +17,9 @@ from effkernels.plan import gpus, kernel_counts, time_estimate
 from effkernels.plan.gpus import GPUS, Gpu
 from effkernels.plan.kernel_counts import Counters, KernelCounts
 from effkernels.plan.launches import Plan, PlannedLaunch, plan_call, plan_model
+from effkernels.plan.queue_order import QueueOrder
 from effkernels.plan.record import RecordedCall, record_calls
 from effkernels.plan.time_estimate import MODES, OVERLAPPING, TERMS, TimeEstimate, estimate, forward_us
-from effkernels.plan.work import Order
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -322,7 +322,7 @@ class TestTail:
 class TestQueueOrder:
     """When the last item of a queue ends: by hand."""
 
-    ORDER = Order(units=3, expand_items=2, ahead=1, project_items=6, columns=2, unit_rows=10, item_rows=10)
+    ORDER = QueueOrder(units=3, expand_items=2, ahead=1, project_items=6, columns=2, unit_rows=10, item_rows=10)
 
     def test_one_block_does_one_item_after_the_other(self) -> None:
         assert self.ORDER.end(1, 5.0, 0.0, 3.0) == 6 * 5 + 6 * 3

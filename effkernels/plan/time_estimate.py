@@ -82,7 +82,7 @@ class TimeEstimate:
         fma, alu, special, tensor: instructions of one unit.
         latency: what a block waits for, times the waves of blocks.
         prologue: waits of the first blocks for parameters, before their first input is asked for.
-        tail: the last, partial wave of blocks; of a queue, the end of it (`work.Order`).
+        tail: the last, partial wave of blocks; of a queue, the end of it (`QueueOrder`).
         last: work of the block that arrives last: means and gate of squeeze-and-excitation.
         blocks: that a multiprocessor holds at a time; 0 where the kernel is PyTorch's.
         counted: whether instructions were counted; else their terms are 0.

@@ -7,7 +7,6 @@ the loops of csrc/cuda/*.cuh; what a warp issues in one pass is `effkernels.plan
 from __future__ import annotations
 
 import functools
-import heapq
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -23,6 +22,7 @@ from effkernels.plan.kernel_counts import (
     reduce_lanes,
     total,
 )
+from effkernels.plan.queue_order import QueueOrder
 from effkernels.plan.record import RecordedCall
 
 WARP = 32
@@ -51,59 +51,10 @@ class Clocks(Sums):
 
 
 @dataclass(frozen=True)
-class Order:
-    """The order of the items of csrc/cuda/mbconv_queue.cuh.
-
-    Attributes:
-        units, expand_items: of the expansion, and its items in each.
-        ahead: units that are expanded before the first one is projected.
-        project_items, columns: of the projection; those of the same rows.
-        unit_rows, item_rows: rows of the result in a unit, and in an item that projects.
-    """
-
-    units: int
-    expand_items: int
-    ahead: int
-    project_items: int
-    columns: int
-    unit_rows: int
-    item_rows: int
-
-    def _projected(self, units: int) -> int:
-        """Items that project rows of the first `units` units alone."""
-        return self.project_items if units >= self.units else units * self.unit_rows // self.item_rows * self.columns
-
-    @functools.cache  # noqa: B019 - an order is a few numbers
-    def end(self, slots: int, expand: float, gate: float, project: float) -> float:
-        """Return when the last item ends, if `slots` blocks run at a time and each takes the next item.
-
-        Args:
-            slots: blocks that run at a time.
-            expand, project: time of an item of each kind.
-            gate: time from the end of the last item that expands a unit to its gate.
-        """
-        free = [0.0] * slots  # a heap: when each block ends its item
-        ready = [0.0] * self.units
-        for number in range(self.units + self.ahead):
-            if number < self.units:
-                for _ in range(self.expand_items):
-                    end = free[0] + expand
-                    heapq.heapreplace(free, end)
-                    ready[number] = max(ready[number], end + gate)
-            of_round = range(*(self._projected(max(0, number - self.ahead + more)) for more in (0, 1)))
-            for item in of_round:
-                row = item // self.columns * self.item_rows
-                last = min((row + self.item_rows - 1) // self.unit_rows, self.units - 1)
-                start = max(free[0], *ready[row // self.unit_rows : last + 1])
-                heapq.heapreplace(free, start + project)
-        return max(free)
-
-
-@dataclass(frozen=True)
 class Queue:
     """Items in their order, and the chains of one that expands, of the gate of a unit, and of one that projects."""
 
-    order: Order
+    order: QueueOrder
     expand: Clocks
     gate: Clocks
     project: Clocks
@@ -410,7 +361,7 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
 def _mbconv_queue(cut: Cut, call: RecordedCall) -> Work:
     """Add up the items of csrc/cuda/mbconv_queue.cuh, each a block of another kernel; a block draws its item first.
 
-    What counts is an average item, and at the end what is left to do by fewer and fewer blocks: see `Order`.
+    What counts is an average item, and at the end what is left to do by fewer and fewer blocks: see `QueueOrder`.
     """
     given, expand, project = call.arguments, cut.items["expand"], cut.items["project"]
     x, y = given["x"], call.results[0]
@@ -428,7 +379,7 @@ def _mbconv_queue(cut: Cut, call: RecordedCall) -> Work:
     chains = (of_draw + first.prologue + first.body, of_draw + second.prologue + second.body)
     average = chains[0] * (expand.grid / cut.grid) + chains[1] * (project.grid / cut.grid)
     pixels = y.shape[2] * y.shape[3]
-    order = Order(
+    order = QueueOrder(
         units=cut["units"], expand_items=expand.grid // cut["units"], ahead=cut["ahead"],
         project_items=project.grid, columns=project["column_tiles"],
         unit_rows=expand["images"] * int(pixels), item_rows=project["rows"] * project["tiles"],
