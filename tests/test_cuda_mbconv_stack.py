@@ -1,4 +1,5 @@
-"""mbconv_stack on the emulator: several blocks in one launch, what shares none, and the pure function that decides."""
+"""mbconv_stack on the emulator: several blocks in one launch, in clusters or as items of a queue, what shares none, and
+the pure function that decides."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from emulation.control import A100, H200, Emulation, Emulator
+from emulation.control import A100, H200, ORDERS, Emulation, Emulator
 from op_cases import BLOCK_OP, Case, one_thread
 from parity import assert_parity
 from test_cuda_kernels import launches, planned
@@ -135,6 +136,65 @@ class TestParity:
         check(cases, emulated)
 
 
+# Without clusters all blocks are a queue; one multiprocessor runs two or three thread blocks of it at a time.
+FEW = (80, 1, *A100[2:])
+
+
+class TestQueue:
+    """More blocks of the network than there are memories that they use in turn, and what differs among them."""
+
+    BLOCKS = (
+        block(24, expanded=56, reduced=1),
+        block(24, 5, residual=True),
+        block(40, 3, stride=2, expanded=104, reduced=0, activation="hard_swish"),
+        block(40, 3, residual=True, expanded=8),
+        block(16, 5, stride=2, norm="none", bias=True),
+        block(16, 5, residual=True, expand_activation="relu6"),
+        block(136, 3, reduced=40),
+    )
+
+    @pytest.mark.parametrize("batch", [1, 5, 14])
+    def test_every_block_gives_what_it_gives_alone(self, batch: int, emulated: Emulator) -> None:
+        emulated.configure(Emulation("random", "late", (A100, FEW)[batch % 2], emulated.flavour))
+        cases = chain(self.BLOCKS[0].with_(batch=batch, height=13, width=11, dtype=HALVES[batch % 2]), *self.BLOCKS[1:])
+        check(cases, emulated)
+        before = launches(emulated)
+        check(cases, emulated)  # counters are zero again
+        assert launches(emulated) - before == 1
+
+    @pytest.mark.parametrize("at_once", [1, 2, 7])
+    def test_any_number_of_thread_blocks_may_run_at_a_time(self, at_once: int, emulated: Emulator) -> None:
+        cases = chain(self.BLOCKS[0].with_(batch=3, dtype=torch.bfloat16), *self.BLOCKS[1:5])
+        for number, order in enumerate(ORDERS):
+            emulated.configure(Emulation(order, "late", FEW, emulated.flavour, number, at_once))
+            check(cases, emulated)
+
+    def test_the_same_bits_in_every_order(self, emulated: Emulator) -> None:
+        cases = chain(self.BLOCKS[0].with_(batch=5, dtype=torch.bfloat16), *self.BLOCKS[1:])
+        drawn = [case.draw(seed=position) for position, case in enumerate(cases)]
+        blocks = [entry(case, arguments) for case, arguments in zip(cases, drawn, strict=True)]
+        run, results = getattr(torch.ops, emulated.namespace).mbconv_stack, []
+        for seed, order in enumerate((*ORDERS, "random", "random")):
+            emulated.configure(Emulation(order, "early", FEW, emulated.flavour, seed=seed))
+            results.append(run(drawn[0]["x"], *flatten(blocks), False))
+        assert all(torch.equal(results[0], other) for other in results[1:])
+
+    def test_more_blocks_than_a_launch_has(self, emulated: Emulator) -> None:
+        emulated.configure(Emulation("reverse", "early", FEW, emulated.flavour))
+        cases = chain(*[block(16, residual=number > 0, batch=2, expanded=8, height=5, width=4) for number in range(18)])
+        check(cases, emulated)
+        before = launches(emulated)
+        check(cases, emulated)
+        assert launches(emulated) - before == 2
+
+    @pytest.mark.thorough("full size")
+    def test_early_blocks_of_b0_at_full_size(self, emulated: Emulator) -> None:
+        emulated.configure(Emulation("random", "late", H200, emulated.flavour))
+        cases = of_network("efficientnet_b0")[:5]
+        assert {line["kernel"] for line in lines_of(cases, H200)} == {"mbconv_queue"}
+        check(cases, emulated)
+
+
 class TestLaunches:
     def test_a_block_that_does_not_fit_divides_a_stack(self, emulated: Emulator) -> None:
         emulated.configure(Emulation(flavour=emulated.flavour))
@@ -144,21 +204,19 @@ class TestLaunches:
         check(cases, emulated)
         assert launches(emulated) - before == 1 + 3 + 1
 
-    @pytest.mark.parametrize(("limits", "count"), [(A100, 3), (H200, 1)], ids=["A100", "H200"])
-    def test_a_gpu_without_clusters_takes_a_launch_for_each_block(
-        self, limits: tuple[int, ...], count: int, emulated: Emulator
-    ) -> None:
+    @pytest.mark.parametrize("limits", [A100, H200], ids=["A100", "H200"])
+    def test_blocks_share_a_launch_with_clusters_and_without(self, limits: tuple[int, ...], emulated: Emulator) -> None:
         cases = chain(block(16), block(24, stride=2), block(16))
         emulated.configure(Emulation("forward", "late", limits, emulated.flavour))
         check(cases, emulated)
         before = launches(emulated)
         check(cases, emulated)
-        assert launches(emulated) - before == count
+        assert launches(emulated) - before == 1
 
     def test_a_cluster_that_the_gpu_has_no_room_for_is_answered_by_a_smaller_one(self, emulated: Emulator) -> None:
         emulated.configure(Emulation(flavour=emulated.flavour))
         cases = chain(block(16, expanded=480, height=7, width=7), block(16, expanded=144))
-        for room, clusters in ((16, [10]), (9, [5]), (2, [1] * 2)):
+        for room, clusters in ((16, [10]), (9, [5]), (2, [1])):
             emulated.module.refuse_clusters_above(room)
             try:
                 check(cases, emulated)
@@ -185,9 +243,24 @@ class TestPlan:
             assert {line["at"] for line in stacked} == {str(number) for number in range(5, 15)}
             assert {line["stacked"] for line in stacked} == {"10"}
 
-    def test_many_images_are_a_queue_for_each_block(self) -> None:
+    def test_many_images_are_one_queue(self) -> None:
         lines = lines_of(of_network("efficientnet_b0", batch=256), H200)
         assert [line["kernel"] for line in lines] == ["mbconv_queue"] * 15
+        assert {line["stacked"] for line in lines} == {"15"}
+        assert len({(line["grid"], line["shared"]) for line in lines}) == 1
+        assert int(lines[0]["grid"]) == sum(int(line["items"]) for line in lines)
+
+    @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+    def test_a_multiprocessor_holds_as_many_of_a_queue_as_of_each_of_its_blocks(self, gpu: Any) -> None:
+        """Those that need more shared memory, for fewer of them, have a launch of their own."""
+        limits = tuple(gpu.limits())
+        for batch in (1, 64, 256):
+            cases = of_network("efficientnet_b4", batch=batch)
+            shared = {line["at"]: int(line["shared"]) for line in lines_of(cases, limits) if "queue" in line["kernel"]}
+            for number, of_launch in shared.items():
+                (alone,) = lines_of([cases[int(number)]], limits)
+                if alone["kernel"] == "mbconv_queue":
+                    assert limits[2] // (of_launch + 1024) >= min(3, limits[2] // (int(alone["shared"]) + 1024))
 
     @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
     def test_blocks_of_a_stack_share_the_cluster_and_each_covers_its_channels(self, gpu: Any) -> None:

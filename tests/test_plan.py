@@ -110,7 +110,7 @@ def parts_of(planned: Plan, architecture: Architecture) -> dict[str, list[str]]:
     found = {}
     for one in planned.launches:
         found[one.layer] = [one.block_of_network]
-        if one.kernel == "mbconv_stack":
+        if one.stacked > 1:
             first, last = one.layer.split("-")
             found[one.layer] = blocks[blocks.index(first) : blocks.index(f"blocks.{last}") + 1]
     return found
@@ -136,7 +136,7 @@ class TestCounts:
         one_launch = {part for one in planned.launches if one.kernel.startswith("mbconv") for part in parts[one.layer]}
         assert bool(one_launch) == (precision != "float32")
         by_hand = counted_by_hand(architecture, batch, size, PRECISIONS[precision], one_launch)
-        for stack in (one.layer for one in planned.launches if one.kernel == "mbconv_stack"):
+        for stack in (one.layer for one in planned.launches if one.stacked > 1):
             counts = [by_hand.pop(part) for part in parts[stack]]
             by_hand[stack] = Count(sum(one.bytes for one in counts), sum(one.special_functions for one in counts))
         assert {part: without_workspace(planned.launches, part) for part in planned.by_block()} == {
@@ -232,10 +232,12 @@ class TestLaunches:
 
     @pytest.mark.parametrize("batch", [1, 8, 256])
     def test_b0_on_a_gpu_with_clusters(self, batch: int) -> None:
-        """Few images: the blocks of the small planes, from blocks.3.1 on, are one launch. Many: none shares one."""
+        """Few images: clusters hold those of the small planes, from blocks.3.1 on, and those before are items of a
+        queue. Many images: all are items of one queue."""
         planned = plan_model("efficientnet_b0", gpu="h200", batch_size=batch)
-        stacks = [one.layer for one in planned.launches if one.kernel == "mbconv_stack"]
-        assert stacks == (["blocks.3.1-6.0"] if batch <= 8 else [])
+        stacks = [(one.kernel, one.layer, one.stacked) for one in planned.launches if one.stacked > 1]
+        few = [("mbconv_queue", "blocks.1.0-3.0", 5), ("mbconv_stack", "blocks.3.1-6.0", 10)]
+        assert stacks == (few if batch <= 8 else [("mbconv_queue", "blocks.1.0-6.0", 15)])
 
     def test_every_operator_of_a_forward_is_there(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Counted by PyTorch's profiler in a forward that really runs, cut into operators as on a GPU."""
@@ -304,7 +306,7 @@ class TestLaunches:
         model = model_on_meta("efficientnet_b0")
         planned = plan_model("efficientnet_b0")
         parts = parts_of(planned, model.architecture).values()
-        layers = {one.layer for one in planned.launches if one.kernel != "mbconv_stack"}
+        layers = {one.layer for one in planned.launches if one.stacked == 1}
         assert layers | {part for named in parts for part in named} <= {path for path, _ in model.named_modules()}
         assert [launch.layer for launch in planned.launches][:3] == [
             "conv_stem", "blocks.0.0.conv_dw", "blocks.0.0.conv_pw",

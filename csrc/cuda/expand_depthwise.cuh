@@ -79,10 +79,16 @@ struct ExpandDepthwiseTile {
         unit(static_cast<int>(number / division.channel_groups / division.tiles)) {}
 };
 
-// The tile and its channel sums; ends with a barrier.
-template <class Traits>
-__device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArguments& a,
-                                                      const ExpandDepthwiseTile& of) {
+// Of x nothing that has to be waited for.
+struct InputIsThere {
+  __device__ __forceinline__ void operator()(int, int) const {}
+};
+
+// The tile and its channel sums; ends with a barrier. `wait`, called by all threads with the first image and the number
+// of images, returns when x may be read and y written: the parameters are loaded meanwhile.
+template <class Traits, class Wait = InputIsThere>
+__device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArguments& a, const ExpandDepthwiseTile& of,
+                                                      const Wait& wait = Wait()) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
   const PointwiseParams& expand = a.expand;
@@ -119,7 +125,6 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
   };
 
   load_expand_weights<T>(expand, plan, group * kExpandedChannels, weights);
-  load_rows(first_row);
   set_places<kDepthwiseThreads>(plan, columns, places);
   for (int i = threadIdx.x * 16; i < plan.ring_rows * plan.ring_row_bytes; i += kDepthwiseThreads * 16)
     *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
@@ -133,6 +138,8 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
   }
   clear_lanes(division, shared.lane_sums);
   load_parameters<T, V, K * K>(p, K * K, int64_t(group) * kExpandedChannels, kExpandedChannels, parameters);
+  wait(first_image, images);
+  load_rows(first_row);
 
   const ThreadParameters<V> my(parameters, kExpandedChannels, at.vector);
   float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;

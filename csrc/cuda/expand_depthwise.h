@@ -38,6 +38,7 @@ struct ExpandDepthwisePlan {
   uint32_t by_ring_rows = 0;  // multiplier_of them
   int norm_at = 0, places_at = 0, weights_at = 0, x_at = 0, ring_at = 0;  // in shared memory, in bytes
   int64_t shared_bytes = 0;
+  int64_t clocks = 0;  // roughly, of the launch or of all items: what the plan was chosen by
 };
 
 // Of the places of the pixels of a group, one of 16 bits for each: see expand_rows.cuh.
@@ -48,12 +49,16 @@ bool expands_in_shared_memory(const PointwiseParams& expand, const DepthwisePara
 // Sets what follows from columns, strip, group_rows and ring_rows: the rows of the ring, and those of x.
 void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& depthwise, ExpandDepthwisePlan& plan);
 
+// The blocks are items of a queue: what is beside them there.
+struct BesideItems {
+  int64_t clocks = 0;  // of the items that project
+  bool more = false;   // blocks of the network
+};
 // A pure function of sizes, strides, types, the alignment of the pointers, and the limits of the device. The result of
 // `expand` and the input of `call.depthwise` are the same tensor, which is never written; their pointers do not count.
-// Those of the last shapes are kept (plan_memory.h). `beside`: the blocks are items of a queue, and its other items
-// take so many clocks.
+// Those of the last shapes are kept (plan_memory.h). `beside`: null where the blocks are a launch.
 ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
-                                          const DeviceLimits& limits, const int64_t* beside = nullptr);
+                                          const DeviceLimits& limits, const BesideItems* beside = nullptr);
 // Blocks of a plan that a multiprocessor holds if each takes `shared_bytes`.
 int64_t expand_depthwise_resident(int64_t shared_bytes, const DeviceLimits& limits);
 PlannedLaunches planned_launches(const PointwiseParams& expand, const DepthwiseCall& call,

@@ -174,9 +174,8 @@ bool choose_tile(const PointwiseParams& expand, const DepthwiseCall& call, const
 
 // Bands: blocks for every multiprocessor where the images are few, although each expands the K - 1 rows above it too.
 // Several images for a block, which share its parameters and weights, where planes are small and the images many.
-// `beside`: clocks that the launch takes for other items, of which there are none where it is null.
 void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
-                   const int64_t* beside, ExpandDepthwisePlan& plan) {
+                   const BesideItems* beside, ExpandDepthwisePlan& plan) {
   constexpr int64_t kFixed = 2000;  // instructions of a warp for parameters and sums, and the waits for them
   const DepthwiseParams& p = *call.depthwise;
   const int64_t resident = blocks_of_multiprocessor(plan, limits);
@@ -192,12 +191,22 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
     const int64_t waits = (kFixed + groups * chain) * 2, issues = (kFixed * kWarps + groups * all) / 4;
     const int64_t slots = limits.multiprocessors * resident;
     int64_t clocks = std::max(divide_up(blocks, slots) * waits, divide_up(blocks, limits.multiprocessors) * issues);
-    if (beside != nullptr) {
+    if (beside != nullptr && beside->more) {
+      // Other blocks of the network fill what waves leave idle: all items count, or the way of a unit from its input to
+      // its result where the images are few.
+      constexpr int64_t kProjects = 4000;
+      const int64_t at_once = std::min(resident, divide_up(blocks, limits.multiprocessors));
+      const int64_t item = std::max(waits, at_once * issues);
+      const int64_t reduced = call.se != nullptr ? call.se->reduced : 0;
+      const int64_t gate = 3000 + images * p.channels * (40 + 2 * reduced) / 64;
+      const int64_t way = item + gate + kProjects;
+      clocks = std::max(blocks * item / slots + beside->clocks, way) + way / 4;
+    } else if (beside != nullptr) {
       // In the last wave other items run in idle places, once the first units are done; the last ones wait for its end.
       constexpr int64_t kWaiting = 15000;
       const int64_t item = std::max(waits, resident * issues), waves = divide_up(blocks, slots);
       const int64_t idle = waves > 1 ? (waves * slots - blocks) * item / slots : 0;
-      clocks = waves * item + std::max(std::min(*beside, kWaiting), *beside - idle);
+      clocks = waves * item + std::max(std::min(beside->clocks, kWaiting), beside->clocks - idle);
     }
     const bool less = clocks < least;
     if (less) least = clocks;
@@ -207,13 +216,14 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
     const int64_t rows = divide_up(p.out_height, wanted), bands = divide_up(p.out_height, rows);
     if (is_less(bands, 1)) plan.bands = static_cast<int>(bands), plan.band_rows = static_cast<int>(rows);
   }
+  plan.clocks = least;
   if (plan.bands * plan.column_tiles > 1) return;  // the sums of blocks are added for one image
   for (int images = 2; images <= std::min<int64_t>(kMostImagesOfGate, p.batch); ++images) {
     ExpandDepthwisePlan more = plan;
     more.depthwise.images = images;
     lay_out(expand, call, more);
     if (more.shared_bytes > limits.shared_per_block || blocks_of_multiprocessor(more, limits) < resident) break;
-    if (is_less(1, images)) plan = more;
+    if (is_less(1, images)) plan = more, plan.clocks = least;
   }
 }
 
@@ -222,7 +232,7 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
 namespace {
 
 ExpandDepthwisePlan make_plan(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
-                              const int64_t* beside) {
+                              const BesideItems* beside) {
   const DepthwiseParams& p = *call.depthwise;
   ExpandDepthwisePlan plan;
   if (call.gated || !expands_in_shared_memory(expand, p) || !is_aligned(p.y)) return plan;
@@ -244,10 +254,11 @@ ExpandDepthwisePlan make_plan(const PointwiseParams& expand, const DepthwiseCall
 }  // namespace
 
 ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
-                                          const DeviceLimits& limits, const int64_t* beside) {
+                                          const DeviceLimits& limits, const BesideItems* beside) {
   static PlanMemory<ExpandDepthwisePlan> kept;
   const auto& [depthwise, se, pooled, gated] = call;
-  const PlanKey key(limits, expand, depthwise, se, pooled, gated, beside == nullptr ? -1 : *beside);
+  const PlanKey key(limits, expand, depthwise, se, pooled, gated, beside == nullptr ? -1 : beside->clocks,
+                    beside != nullptr && beside->more);
   return *kept.of(key, [&] { return make_plan(expand, call, limits, beside); });
 }
 

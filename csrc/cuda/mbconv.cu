@@ -22,20 +22,17 @@ const char* refusal_of(cudaError_t error) {
 
 }  // namespace
 
-const char* launch_mbconv(const MBConvCall& call, const MBConvPlan& plan, void* stream) {
-  const MBConvArguments arguments = arguments_of(call, plan);
-  const Launch at = launch_of(planned_launches(call, plan)[0], stream);
-  return refusal_of(call.depthwise->dtype == DType::kFloat16 ? run_mbconv<__half>(arguments, at)
-                                                             : run_mbconv<__nv_bfloat16>(arguments, at));
-}
-
-const char* launch_mbconv_stack(const MBConvCall* calls, const MBConvStackPlan& plan, void* stream) {
+const char* launch_mbconv_clusters(const MBConvCall* calls, const MBConvStackPlan& plan, void* stream) {
+  const Launch at = launch_of(planned_launches(calls, plan)[0], stream);
+  const bool half = calls[0].depthwise->dtype == DType::kFloat16;
+  if (plan.count == 1) {
+    const MBConvArguments arguments = arguments_of(calls[0], plan.clusters[0]);
+    return refusal_of(half ? run_mbconv<__half>(arguments, at) : run_mbconv<__nv_bfloat16>(arguments, at));
+  }
   MBConvStackArguments arguments;
-  arguments.count = static_cast<int>(plan.blocks.size());
-  for (int i = 0; i < arguments.count; ++i) arguments.blocks[i] = arguments_of(calls[i], plan.blocks[i]);
-  const Launch at = launch_of(planned_launches(plan)[0], stream);
-  return refusal_of(calls[0].depthwise->dtype == DType::kFloat16 ? run_mbconv_stack<__half>(arguments, at)
-                                                                 : run_mbconv_stack<__nv_bfloat16>(arguments, at));
+  arguments.count = plan.count;
+  for (int i = 0; i < plan.count; ++i) arguments.blocks[i] = arguments_of(calls[i], plan.clusters[i]);
+  return refusal_of(half ? run_mbconv_stack<__half>(arguments, at) : run_mbconv_stack<__nv_bfloat16>(arguments, at));
 }
 
 }  // namespace effkernels::cuda

@@ -15,6 +15,8 @@ constexpr int kProjectedColumns = 32;         // output channels that a warp com
 constexpr int kProjectedPixels = 32;          // and pixels
 constexpr int64_t kMostImagesOfClusters = 4;  // images that a cluster takes one after the other
 constexpr int kMostStackedBlocks = 16;        // of a launch, whose arguments are at most 32764 bytes
+constexpr int kQueueItemBytes = 16;           // of shared memory: what a thread block has to do
+constexpr int kQueueCounters = 2;             // of thread blocks that started, and of those that left
 
 // A block of the network. What is between x and y has no address while plans are made, so that neither expand->y nor
 // depthwise->x, depthwise->y, project->x and project->gate count.
@@ -61,63 +63,55 @@ struct MBConvQueuePlan {
   int expand_items = 0;                             // of a unit
   int ahead = 1;                                    // units that are expanded before the first one is projected
   int64_t unit_rows = 0;                            // of the result
+  int64_t group_rows = 0;                           // of the result, of an item that projects
   int64_t items = 0;                                // of both kinds: blocks of the launch
   PointwiseDivisor by_unit_rows;                    // from rows of the result to units,
   PointwiseDivisor by_group_rows, by_column_tiles;  // to groups; from items that project to groups
-  int item_at = 0;                                  // in shared memory, in bytes: two words
   int64_t shared_bytes = 0;
 };
 
-// How a block of the network runs by itself: one of the two fits, or neither, which is three launches.
-struct MBConvChoice {
-  MBConvPlan cluster;
-  MBConvQueuePlan queue;
-};
-
-// Consecutive blocks of a network that are one launch, or one block by itself.
+// Consecutive blocks of a network that are one launch, of clusters or of a queue; or a block that is three.
 struct MBConvStackPlan {
-  int first = 0;                   // of the blocks
-  std::vector<MBConvPlan> blocks;  // of the same cluster, units and images; one that does not fit is by itself,
-  MBConvQueuePlan queue;           // and has this plan
+  int first = 0, count = 1;          // of the blocks
+  std::vector<MBConvPlan> clusters;  // of the same cluster, units and images
+  std::vector<MBConvQueuePlan> items;
+  const char* reason = "";  // why it is neither
   int64_t shared_bytes = 0;
-
-  bool is_stack() const { return blocks.size() > 1; }
 };
 
 // Pure functions of sizes, strides, types, the alignment of the pointers, and the limits of the device.
 // Whether a block fits into a cluster at all, and how.
 MBConvPlan fit_mbconv(const MBConvCall& call, const DeviceLimits& limits);
-// `fits` where that is also faster than three launches, of pointwise_bn_act, depthwise_bn_act_gate and
-// pointwise_bn_act.
-MBConvPlan plan_mbconv_cluster(const MBConvCall& call, const DeviceLimits& limits);
 // Items of a queue: fewer bytes and launches than three of them, wherever it fits.
-MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& limits);
-// The first of them that fits.
-MBConvChoice plan_mbconv(const MBConvCall& call, const DeviceLimits& limits);
-PlannedLaunches planned_launches(const MBConvCall& call, const MBConvPlan& plan);
-PlannedLaunches planned_launches(const MBConvCall& call, const MBConvQueuePlan& plan);
+// `more`: those of other blocks of the network are in it.
+MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& limits, bool more);
 
-// Divide blocks that follow each other, the y of one being the x of the next, into stacks and single blocks: a pure
-// function. A stack is blocks that each are faster in one launch than in three, and together faster than one by one.
-// Those of the last shapes are kept (plan_memory.h).
+// Divide blocks that follow each other, the y of one being the x of the next, into launches: a pure function. Those of
+// the last shapes are kept (plan_memory.h).
 using MBConvStackPlans = std::vector<MBConvStackPlan>;
 std::shared_ptr<const MBConvStackPlans> plan_mbconv_stack(const std::vector<MBConvCall>& calls,
                                                           const DeviceLimits& limits);
 int64_t kept_stack_plans();
-PlannedLaunches planned_launches(const MBConvStackPlan& plan);
+// Empty where the block is three launches; `calls`: of its blocks.
+PlannedLaunches planned_launches(const MBConvCall* calls, const MBConvStackPlan& plan);
+PlannedLaunch planned_queue(const MBConvCall* calls, const MBConvStackPlan& plan);  // that of items
 
-// Of a plan that fits. kTeamRefused where the GPU has no room for such a cluster; nothing was launched then.
-const char* launch_mbconv(const MBConvCall& call, const MBConvPlan& plan, void* stream);
-// Scratch memory of a queue: depthwise->y and se->gate are given, and of the type of x.
+// Scratch memory of a queue. depthwise->y and se->gate are given, of the type of x; each of the blocks has its own
+// gate, but what depthwise->y and project->y point to is used again after kDepthwiseInTurn and kResultsInTurn blocks.
+constexpr size_t kDepthwiseInTurn = 2, kResultsInTurn = 3;
 struct MBConvQueueWork {
-  DepthwiseWork depthwise;
-  unsigned* counters = nullptr;  // zero before and after: mbconv_queue_counters
+  std::vector<DepthwiseWork> depthwise;  // of every block; its counters are among `counters`
+  unsigned* counters = nullptr;          // zero before and after: mbconv_queue_counters
 };
 DepthwiseScratch mbconv_queue_scratch(const MBConvCall& call, const MBConvQueuePlan& plan);
-int64_t mbconv_queue_counters(const MBConvQueuePlan& plan);
-const char* launch_mbconv_queue(const MBConvCall& call, const MBConvQueuePlan& plan, const MBConvQueueWork& work,
+int64_t mbconv_queue_counters(const MBConvCall* calls, const MBConvStackPlan& plan);
+// Bytes of scratch memory that a block of a queue writes and reads again.
+int64_t mbconv_queue_bytes(const MBConvCall& call, const MBConvQueuePlan& plan);
+
+// Of a plan of clusters. kTeamRefused where the GPU has no room for such a cluster; nothing was launched then.
+const char* launch_mbconv_clusters(const MBConvCall* calls, const MBConvStackPlan& plan, void* stream);
+// Of a plan of items.
+const char* launch_mbconv_queue(const MBConvCall* calls, const MBConvStackPlan& plan, const MBConvQueueWork& work,
                                 void* stream);
-// The same of a stack; `calls`: of its blocks.
-const char* launch_mbconv_stack(const MBConvCall* calls, const MBConvStackPlan& plan, void* stream);
 
 }  // namespace effkernels::cuda

@@ -195,68 +195,77 @@ MBConvPlan fit_mbconv(const MBConvCall& call, const DeviceLimits& limits) {
   return plan;
 }
 
-MBConvPlan plan_mbconv_cluster(const MBConvCall& call, const DeviceLimits& limits) {
-  MBConvPlan plan = fit_mbconv(call, limits);
-  if (plan.fits && clocks_of(call, plan, limits) > clocks_of_three_launches(call, limits))
-    plan.fits = false, plan.reason = "three launches are faster";
-  return plan;
-}
-
-MBConvChoice plan_mbconv(const MBConvCall& call, const DeviceLimits& limits) {
-  MBConvChoice choice;
-  choice.cluster = plan_mbconv_cluster(call, limits);
-  if (!choice.cluster.fits) choice.queue = plan_mbconv_queue(call, limits);
-  return choice;
-}
-
-PlannedLaunches planned_launches(const MBConvCall&, const MBConvPlan& plan) {
-  PlannedLaunch one;
-  one.kernel = "mbconv";
-  one.grid = plan.blocks();
-  one.block_x = kMBConvThreads;
-  one.shared_bytes = plan.shared_bytes;
-  one.cluster = plan.cluster;
-  return {one};
-}
-
 namespace {
 
-MBConvStackPlans make_stacks(const std::vector<MBConvCall>& calls, const DeviceLimits& limits) {
+// As many blocks from the first on as fit into clusters, of the same size; none where the first does not, or where a
+// queue or three launches for each are faster, together.
+MBConvStackPlan stack_of_clusters(const MBConvCall* calls, int count, const DeviceLimits& limits) {
   // What a launch more takes, of which programmatic dependent launch hides some: an assumption, 0.5 us.
   constexpr int64_t kLaunch = 900;
+  MBConvStackPlan stack;
+  int cluster = 1;
+  int64_t alone = -kLaunch, together = 0, without = 0;
+  for (int i = 0; i < std::min(count, kMostStackedBlocks); ++i) {
+    const MBConvPlan plan = fit_mbconv(calls[i], limits);
+    if (!plan.fits) break;
+    stack.clusters.push_back(plan);
+    alone += clocks_of(calls[i], plan, limits) + kLaunch;
+    cluster = std::max(cluster, plan.team);
+    const MBConvQueuePlan queue = plan_mbconv_queue(calls[i], limits, true);
+    without += queue.fits ? queue.expand.clocks : clocks_of_three_launches(calls[i], limits);
+  }
+  std::vector<MBConvPlan> shared = stack.clusters;
+  for (size_t i = 0; i < shared.size(); ++i) {
+    cut_images(calls[i], limits, shared[i], cluster);
+    together += clocks_of(calls[i], shared[i], limits);
+  }
+  if (std::min(alone, together) > without)
+    stack.clusters.clear();
+  else if (together <= alone)
+    stack.clusters = std::move(shared);
+  else
+    stack.clusters.resize(std::min<size_t>(stack.clusters.size(), 1));
+  for (const MBConvPlan& plan : stack.clusters) stack.shared_bytes = std::max(stack.shared_bytes, plan.shared_bytes);
+  stack.count = static_cast<int>(stack.clusters.size());
+  return stack;
+}
+
+// As many blocks from the first on as may be items of one queue: those of whose items a multiprocessor holds the same
+// number.
+MBConvStackPlan stack_of_items(const MBConvCall* calls, int count, const DeviceLimits& limits) {
+  MBConvStackPlan stack;
+  int64_t resident = 0, items = 0;
+  for (int i = 0; i < std::min(count, kMostStackedBlocks); ++i) {
+    const MBConvQueuePlan plan = plan_mbconv_queue(calls[i], limits, true);
+    const int64_t shared_bytes = std::max(stack.shared_bytes, plan.shared_bytes);
+    if (i == 0) resident = expand_depthwise_resident(plan.shared_bytes, limits), stack.reason = plan.reason;
+    items += plan.items;
+    if (!plan.fits || expand_depthwise_resident(plan.shared_bytes, limits) != resident ||
+        expand_depthwise_resident(shared_bytes, limits) != resident || items > std::numeric_limits<int32_t>::max())
+      break;
+    stack.items.push_back(plan);
+    stack.shared_bytes = shared_bytes;
+  }
+  stack.count = static_cast<int>(stack.items.size());
+  if (stack.count == 1) {
+    stack.items.front() = plan_mbconv_queue(calls[0], limits, false);
+    stack.shared_bytes = stack.items.front().shared_bytes;
+  }
+  return stack;
+}
+
+MBConvStackPlans make_stacks(const std::vector<MBConvCall>& calls, const DeviceLimits& limits) {
   std::vector<MBConvStackPlan> found;
-  for (size_t first = 0; first < calls.size();) {
-    MBConvStackPlan stack;
-    stack.first = static_cast<int>(first);
-    int cluster = 1;
-    int64_t alone = -kLaunch, together = 0;
-    for (size_t i = first; i < calls.size() && stack.blocks.size() < kMostStackedBlocks; ++i) {
-      const MBConvPlan plan = plan_mbconv_cluster(calls[i], limits);
-      if (!plan.fits && !stack.blocks.empty()) break;
-      stack.blocks.push_back(plan);
-      if (!plan.fits) break;
-      alone += clocks_of(calls[i], plan, limits) + kLaunch;
-      cluster = std::max(cluster, plan.team);
+  const int all = static_cast<int>(calls.size());
+  for (int first = 0; first < all; first += found.back().count) {
+    MBConvStackPlan stack = stack_of_clusters(&calls[first], all - first, limits);
+    if (stack.clusters.empty()) {
+      int end = first + 1;  // of those that are not in clusters
+      while (end < all && stack_of_clusters(&calls[end], all - end, limits).clusters.empty()) ++end;
+      stack = stack_of_items(&calls[first], end - first, limits);
+      if (stack.items.empty()) stack.count = 1;
     }
-    if (stack.is_stack()) {
-      const std::vector<MBConvPlan> singles = stack.blocks;
-      for (size_t i = 0; i < stack.blocks.size(); ++i) {
-        MBConvPlan& plan = stack.blocks[i];
-        cut_images(calls[first + i], limits, plan, cluster);
-        together += clocks_of(calls[first + i], plan, limits);
-        stack.shared_bytes = std::max(stack.shared_bytes, plan.shared_bytes);
-      }
-      if (together > alone) {
-        for (size_t i = 0; i < singles.size(); ++i)
-          found.push_back({static_cast<int>(first + i), {singles[i]}, {}, singles[i].shared_bytes});
-        first += singles.size();
-        continue;
-      }
-    } else {
-      stack.shared_bytes = stack.blocks.front().shared_bytes;
-      if (!stack.blocks.front().fits) stack.queue = plan_mbconv_queue(calls[first], limits);
-    }
-    first += stack.blocks.size();
+    stack.first = first;
     found.push_back(std::move(stack));
   }
   return found;
@@ -281,13 +290,15 @@ std::shared_ptr<const MBConvStackPlans> plan_mbconv_stack(const std::vector<MBCo
 
 int64_t kept_stack_plans() { return kept_stacks().size(); }
 
-PlannedLaunches planned_launches(const MBConvStackPlan& plan) {
+PlannedLaunches planned_launches(const MBConvCall* calls, const MBConvStackPlan& plan) {
+  if (!plan.items.empty()) return {planned_queue(calls, plan)};
+  if (plan.clusters.empty()) return {};
   PlannedLaunch one;
-  one.kernel = "mbconv_stack";
-  one.grid = plan.blocks.front().blocks();
+  one.kernel = plan.count > 1 ? "mbconv_stack" : "mbconv";
+  one.grid = plan.clusters.front().blocks();
   one.block_x = kMBConvThreads;
   one.shared_bytes = plan.shared_bytes;
-  one.cluster = plan.blocks.front().cluster;
+  one.cluster = plan.clusters.front().cluster;
   return {one};
 }
 

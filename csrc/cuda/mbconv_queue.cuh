@@ -1,42 +1,50 @@
-// A whole MBConv block in one launch, for planes that no cluster holds: expand, depthwise, squeeze-and-excitation,
-// project and residual. The expanded tensor is in no memory; the result d of the depthwise convolution is written to
-// scratch memory and read again, from the L2 cache where it is still there.
+// MBConv blocks of a network in one launch, one or several that follow each other: expand, depthwise,
+// squeeze-and-excitation, project and residual of each. The expanded tensor is in no memory; the result d of the
+// depthwise convolution is written to scratch memory and read again, from the L2 cache where it is still there.
 //
 //            an item that expands                        an item that projects
-//       x -> expand, depthwise, channel sums -> d ~~~~~> d * gate, project, + residual -> y
-//            the last one of a unit: gate       unit done
+//       x -> expand, depthwise, channel sums -> d ~~~~~> d * gate, project, + residual -> y ~~~~~> x of the next block
+//            the last one of a unit: gate       unit done                     unit written
 //
-// The work is items, a block takes one, and their order is fixed. Which item a block takes is not its index: the GPU
-// may start blocks in any order. It is the number that it draws from a queue, a counter, when it starts.
+// The work is items, a thread block takes one, and their order is fixed. Which item it takes is not its index: the GPU
+// may start thread blocks in any order. It is the number that it draws from a queue, a counter, when it starts.
 //
-// An item that expands is a block of expand_depthwise.cuh: some channels of a band of rows of a unit, which is an image
-// or a few. The last of a unit to arrive forms the gate (depthwise_sums.cuh). An item that projects is a few
-// neighbouring tiles of rows of pointwise.cuh; it waits until all units under its rows are done. The order is
+// An item that expands is a thread block of expand_depthwise.cuh: some channels of a band of rows of a unit, which is
+// an image or a few. The last of a unit to arrive forms the gate (depthwise_sums.cuh). An item that projects is a few
+// neighbouring tiles of rows of pointwise.cuh; it waits until all units under its rows are done. The order is that of
+// the network's blocks, and of each
 //
 //   round  0              1                   ahead                                  ahead + 1
 //          expand unit 0, expand unit 1, ..., expand unit ahead and project unit 0, expand ... + 1 and project unit 1,
 //          ...
 //
-// so that between the items that expand a unit and those that project it there are more items than blocks that run at a
-// time, and waits are rare. An item that projects rows of several units is one of the last of them.
+// so that between the items that expand a unit and those that project it there are more items than run at a time, and
+// waits are rare. An item that projects rows of several units is one of the last of them. What the last units of a
+// network's block leave idle, the first ones of the next block fill: an item that expands waits for the images that it
+// reads alone.
 //
-// No deadlock, for any number of blocks that run at a time. Numbers are drawn in order, by blocks that run, and only an
-// item that projects waits, for items that expand and have smaller numbers. These were drawn before, by blocks that run
-// or have ended, and they wait for nothing. So the launch needs neither clusters nor a grid that is resident as a
-// whole.
+// No deadlock, for any number of thread blocks that run at a time. Numbers are drawn in order, by those that run, and
+// an item waits for items with smaller numbers alone. These were drawn before, by thread blocks that run or have ended;
+// the smallest number that has not ended waits for nothing. So the launch needs neither clusters nor a grid that is
+// resident as a whole.
 //
-// Order between blocks. A block makes what it wrote visible and adds to the counter of the unit (release); who waits
-// reads the counter (acquire) by some threads, and all of them go on after a barrier. d and the gate are then read by
-// cp.async, from L2. The last block to leave puts all counters back to zero.
+// Order between thread blocks. One makes what it wrote visible and adds to the counter of the unit (release); who waits
+// reads the counter (acquire) by some threads, and all of them go on after a barrier. x, d, the gate and the residual
+// are then read by cp.async, from L2. The last thread block to leave puts all counters back to zero.
+//
+// Memory is used again: d of a network's block is where that of the block before the last one was, y where that of the
+// third last was. Whoever could still read these projects in the block before the last one, or earlier: an item that
+// expands waits until all of that block is projected, which it is long before.
 //
 // The same bits every time: the sums of an item do not depend on what runs beside it.
 //
 // Traffic. Memory: x, y, residual, the parameters; d once each way, but for what L2 keeps of `ahead` units. L2: x once
 // for every kExpandedChannels channels; d once for each tile of columns of y; parameters once for every item.
 //
-// Limits (plan_mbconv_queue): 16-bit types, K of 3 and 5, strides 1 and 2, channels that vectors of 8 divide.
+// Limits (plan_mbconv_queue): 16-bit types, K of 3 and 5, strides 1 and 2, channels that vectors of 8 divide;
+// kMostStackedBlocks, whose descriptions are the kernel's arguments.
 //
-// Shared memory: that of an item of either kind | its number | flag.
+// Shared memory: that of an item of either kind | its number, the network's block, a flag.
 #pragma once
 #include "expand_depthwise.cuh"
 #include "mbconv.h"
@@ -44,14 +52,24 @@
 
 namespace effkernels::cuda {
 
-struct MBConvQueueArguments {
+struct MBConvQueueBlock {
   ExpandDepthwiseArguments expand;
   PointwiseParams project;
   MBConvQueuePlan plan;
-  unsigned* counters;  // of blocks that started, of those that left, of the items of every unit that are done
-
-  __device__ __forceinline__ unsigned* done(int64_t unit) const { return counters + 2 + unit; }
+  int first_item;           // of the launch
+  unsigned* done;           // of every unit: items that expanded it
+  unsigned* written;        // of every unit: items that projected some of its rows
+  unsigned* items_written;  // of all units
 };
+
+struct MBConvQueueArguments {
+  int count;           // of the network's blocks
+  int item_at;         // in shared memory, in bytes: three words
+  int counter_count;   // of all that `counters` has
+  unsigned* counters;  // of thread blocks that started, of those that left, then those of the network's blocks
+  MBConvQueueBlock blocks[kMostStackedBlocks];
+};
+static_assert(sizeof(MBConvQueueArguments) <= 32764, "larger than the arguments of a kernel may be");
 
 // Items that project rows of the units up to `unit` alone.
 __device__ __forceinline__ int items_projected(const MBConvQueuePlan& plan, int unit) {
@@ -66,33 +84,82 @@ __device__ __forceinline__ int items_before(const MBConvQueuePlan& plan, int rou
   return min(round, units) * plan.expand_items + items_projected(plan, round - 1 - plan.ahead);
 }
 
-// The item with a number in the order: one that expands as it is counted among these, one that projects as -1 - that.
-__device__ __forceinline__ int item_of(const MBConvQueuePlan& plan, int number) {
-  const int units = static_cast<int>(plan.expand.depthwise.units);
-  int round = 0, end = units + plan.ahead;  // the item is in one of the rounds from `round` to the one before `end`
-  while (end - round > 1) {
-    const int middle = (round + end) / 2;
-    if (items_before(plan, middle) <= number) {
-      round = middle;
-    } else {
-      end = middle;
-    }
+// What the thread block has to do, in shared memory: no thread keeps it in registers meanwhile.
+struct QueueItem {
+  int item, number;  // one that expands as it is counted among these, one that projects as -1 - that; network's block
+};
+
+// Where `is_after` begins to be true of the numbers from `first` to the one before `end`; `end` where it is nowhere. By
+// a warp, which asks for 32 of them at a time.
+template <class Predicate>
+__device__ __forceinline__ int first_after(int first, int end, const Predicate& is_after) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  while (first < end) {
+    const int step = (end - first + 31) / 32, at = first + lane * step;
+    const unsigned before = __ballot_sync(0xffffffffu, at < end && !is_after(at));
+    const int count = __popc(before);
+    if (count == 0) return first;
+    end = min(first + count * step, end), first += (count - 1) * step + 1;
   }
-  const int in_round = number - items_before(plan, round), expands = round < units ? plan.expand_items : 0;
-  if (in_round < expands) return round * plan.expand_items + in_round;
-  return -1 - (items_projected(plan, round - 1 - plan.ahead) + in_round - expands);
+  return end;
+}
+
+// The item with a number in the launch; by a warp.
+__device__ __forceinline__ QueueItem item_of(const MBConvQueueArguments& a, int drawn) {
+  const int number = first_after(1, a.count, [&](int i) { return a.blocks[i].first_item > drawn; }) - 1;
+  const MBConvQueuePlan& plan = a.blocks[number].plan;
+  const int in_block = drawn - a.blocks[number].first_item, units = static_cast<int>(plan.expand.depthwise.units);
+  const int round =
+      first_after(1, units + plan.ahead, [&](int next) { return items_before(plan, next) > in_block; }) - 1;
+  const int in_round = in_block - items_before(plan, round), expands = round < units ? plan.expand_items : 0;
+  if (in_round < expands) return {round * plan.expand_items + in_round, number};
+  return {-1 - (items_projected(plan, round - 1 - plan.ahead) + in_round - expands), number};
+}
+
+// Until the counters of units are what they will be; ends without a barrier.
+__device__ __forceinline__ void wait_for(const unsigned* counter, unsigned value) {
+  while (load_acquire(counter) < value) __nanosleep(64);
+}
+
+// All threads, until what an item that expands reads is written, and what it writes to is read.
+__device__ __forceinline__ void wait_for_input(const MBConvQueueArguments& a, int number, int first_image, int images) {
+  if (number == 0) return;
+  const MBConvQueueBlock& before = a.blocks[number - 1];
+  const MBConvQueuePlan& plan = before.plan;
+  const int of_unit = plan.expand.depthwise.images, last = (first_image + images - 1) / of_unit;
+  for (int unit = first_image / of_unit + static_cast<int>(threadIdx.x); unit <= last; unit += kDepthwiseThreads) {
+    const int64_t first_row = unit * plan.unit_rows, last_row = min(first_row + plan.unit_rows, plan.project.rows) - 1;
+    const int64_t groups = divided(last_row, plan.by_group_rows) - divided(first_row, plan.by_group_rows) + 1;
+    wait_for(before.written + unit, static_cast<unsigned>(groups * plan.project.column_tiles));
+  }
+  if (number > 1 && threadIdx.x == kDepthwiseThreads - 1) {
+    const MBConvQueueBlock& readers = a.blocks[number - 2];
+    wait_for(readers.items_written, static_cast<unsigned>(readers.plan.project.blocks));
+  }
+  __syncthreads();
 }
 
 template <class Traits>
-__device__ __forceinline__ void expand_item(const MBConvQueueArguments& a, int item) {
-  const DepthwiseArguments& depthwise = a.expand.depthwise;
+__device__ __forceinline__ void expand_item_of(const MBConvQueueArguments& a, int number, int item) {
+  const MBConvQueueBlock& block = a.blocks[number];
+  const DepthwiseArguments& depthwise = block.expand.depthwise;
   const ExpandDepthwiseTile of(depthwise.plan, static_cast<unsigned>(item));
-  expand_depthwise_tile<Traits>(a.expand, of);
+  expand_depthwise_tile<Traits>(block.expand, of,
+                                [&](int first_image, int images) { wait_for_input(a, number, first_image, images); });
   if (depthwise.se.gate != nullptr)
     finish_sums<typename Traits::T>(depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) add_release(a.done(of.unit), 1u);
+}
+
+template <class T>
+__device__ __forceinline__ void expand_item(const MBConvQueueArguments& a, int number, int item) {
+  const DepthwiseParams& p = a.blocks[number].expand.depthwise.depthwise;
+  const bool small = p.kernel_w == 3;
+  if (p.stride == 1)
+    small ? expand_item_of<DepthwiseTraits<T, 3, 1>>(a, number, item)
+          : expand_item_of<DepthwiseTraits<T, 5, 1>>(a, number, item);
+  else
+    small ? expand_item_of<DepthwiseTraits<T, 3, 2>>(a, number, item)
+          : expand_item_of<DepthwiseTraits<T, 5, 2>>(a, number, item);
 }
 
 template <int kTile>
@@ -100,8 +167,19 @@ constexpr bool kIsItemTile = pointwise_item_built(kTile);
 template <class T, int kTile>
 using ItemTraits = PointwiseTraits<T, PointwiseProduct::kTensor16, kTile, pointwise_item_epilogue(kTile), false>;
 
+// The units under the rows of an item that projects.
+struct ProjectedUnits {
+  int first, last;
+
+  __device__ __forceinline__ ProjectedUnits(const MBConvQueuePlan& plan, int64_t group) {
+    const int64_t group_rows = plan.group_rows, end_row = min((group + 1) * group_rows, plan.project.rows);
+    first = static_cast<int>(divided(group * group_rows, plan.by_unit_rows));
+    last = static_cast<int>(divided(end_row - 1, plan.by_unit_rows));
+  }
+};
+
 template <class T, int kTile = 0>
-__device__ __forceinline__ void project_item(const MBConvQueueArguments& a, int item) {
+__device__ __forceinline__ void project_item(const MBConvQueueBlock& a, int item) {
   if constexpr (kTile < kPointwiseTileCount) {
     if constexpr (kIsItemTile<kTile>) {
       const PointwisePlan& plan = a.plan.project;
@@ -112,14 +190,12 @@ __device__ __forceinline__ void project_item(const MBConvQueueArguments& a, int 
         of.first = group * plan.tiles, of.distance = 1, of.part = 0;
         of.count = static_cast<int>(min(int64_t(plan.tiles), plan.row_tiles - of.first));
         of.first_column = static_cast<int>(item - group * plan.column_tiles) * Tr::kColumns;
-        const int64_t last_row = min((of.first + of.count) * Tr::kRows, plan.rows) - 1;
-        const int64_t last_unit = divided(last_row, a.plan.by_unit_rows);
-        for (int64_t unit = divided(of.first * Tr::kRows, a.plan.by_unit_rows) + threadIdx.x; unit <= last_unit;
-             unit += Tr::kThreads)
-          while (load_acquire(a.done(unit)) < static_cast<unsigned>(a.plan.expand_items)) __nanosleep(64);
+        const ProjectedUnits units(a.plan, group);
+        for (int unit = units.first + static_cast<int>(threadIdx.x); unit <= units.last; unit += Tr::kThreads)
+          wait_for(a.done + unit, static_cast<unsigned>(a.plan.expand_items));
         __syncthreads();
         PointwiseParams p = a.project;  // up to these units: the gates of the next may not be there yet
-        p.batch = min(p.batch, (last_unit + 1) * a.plan.expand.depthwise.images);
+        p.batch = min(p.batch, (int64_t(units.last) + 1) * a.plan.expand.depthwise.images);
         multiply_tiles<Tr>(p, plan, PointwiseWork(), NothingMore(), of);
         return;
       }
@@ -128,35 +204,50 @@ __device__ __forceinline__ void project_item(const MBConvQueueArguments& a, int 
   }
 }
 
-template <class Traits>
+// Makes an item's results known to those who wait for them; all threads.
+__device__ __forceinline__ void finish_item(const MBConvQueueArguments& a, const volatile QueueItem& of) {
+  __threadfence();
+  __syncthreads();
+  const int item = of.item, number = of.number;
+  const MBConvQueueBlock& block = a.blocks[number];
+  if (item >= 0) {
+    const ExpandDepthwiseTile tile(block.expand.depthwise.plan, static_cast<unsigned>(item));
+    if (threadIdx.x == 0) add_release(block.done + tile.unit, 1u);
+  } else if (number + 1 < a.count) {
+    const ProjectedUnits units(block.plan, divided(-1 - item, block.plan.by_column_tiles));
+    for (int unit = units.first + static_cast<int>(threadIdx.x); unit <= units.last; unit += kDepthwiseThreads)
+      add_release(block.written + unit, 1u);
+    if (threadIdx.x == 0) add_release(block.items_written, 1u);
+  }
+}
+
+template <class T>
 __global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
     mbconv_queue(const __grid_constant__ MBConvQueueArguments a) {
   wait_for_previous();
   allow_next();
-  int* const shared_item = reinterpret_cast<int*>(dynamic_shared<unsigned char>() + a.plan.item_at);
-  if (threadIdx.x == 0) *shared_item = item_of(a.plan, static_cast<int>(atomicAdd(a.counters, 1u)));
-  __syncthreads();
-  const int item = *shared_item;
-  if (item >= 0) {
-    expand_item<Traits>(a, item);
-  } else {
-    project_item<typename Traits::T>(a, -1 - item);
+  volatile QueueItem& of = *reinterpret_cast<QueueItem*>(dynamic_shared<unsigned char>() + a.item_at);
+  if (threadIdx.x < 32) {
+    const int drawn = threadIdx.x == 0 ? static_cast<int>(atomicAdd(a.counters, 1u)) : 0;
+    const QueueItem found = item_of(a, __shfl_sync(0xffffffffu, drawn, 0));
+    if (threadIdx.x == 0) of.item = found.item, of.number = found.number;
   }
-  if (!arrive_last(a.counters + 1, gridDim.x, reinterpret_cast<unsigned*>(shared_item + 1))) return;
-  for (int64_t unit = threadIdx.x; unit < a.plan.expand.depthwise.units; unit += kDepthwiseThreads) *a.done(unit) = 0;
-  if (threadIdx.x == 0) a.counters[0] = 0;
-}
-
-template <class T, int S>
-cudaError_t run_mbconv_queue_of(const MBConvQueueArguments& a, const Launch& at) {
-  return a.expand.depthwise.depthwise.kernel_w == 3 ? launch(mbconv_queue<DepthwiseTraits<T, 3, S>>, at, a)
-                                                    : launch(mbconv_queue<DepthwiseTraits<T, 5, S>>, at, a);
+  __syncthreads();
+  const int item = of.item, number = of.number;
+  if (item >= 0)
+    expand_item<T>(a, number, item);
+  else
+    project_item<T>(a.blocks[number], -1 - item);
+  finish_item(a, of);
+  unsigned* const flag = reinterpret_cast<unsigned*>(dynamic_shared<unsigned char>() + a.item_at + sizeof(QueueItem));
+  if (!arrive_last(a.counters + 1, gridDim.x, flag)) return;
+  for (int i = static_cast<int>(threadIdx.x); i < a.counter_count; i += kDepthwiseThreads) a.counters[i] = 0;
 }
 
 // Instantiated in one file per type.
 template <class T>
 cudaError_t run_mbconv_queue(const MBConvQueueArguments& a, const Launch& at) {
-  return a.expand.depthwise.depthwise.stride == 1 ? run_mbconv_queue_of<T, 1>(a, at) : run_mbconv_queue_of<T, 2>(a, at);
+  return launch(mbconv_queue<T>, at, a);
 }
 extern template cudaError_t run_mbconv_queue<__half>(const MBConvQueueArguments&, const Launch&);
 extern template cudaError_t run_mbconv_queue<__nv_bfloat16>(const MBConvQueueArguments&, const Launch&);

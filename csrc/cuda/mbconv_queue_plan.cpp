@@ -21,8 +21,8 @@ PointwiseParams gated_project(const MBConvCall& call) {
 
 }  // namespace
 
-MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& limits) {
-  constexpr int64_t kOfTheSystem = 1024, kItemBytes = 16;  // of shared memory, for each block
+MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& limits, bool more) {
+  constexpr int64_t kOfTheSystem = 1024;  // of shared memory, for each block
   const DepthwiseParams& p = *call.depthwise;
   MBConvQueuePlan plan;
   const auto refused = [&plan](const char* reason) {
@@ -34,16 +34,16 @@ MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& li
     return refused("kernel, stride, padding or channels are not compiled");
 
   const PointwiseParams project = gated_project(call);
-  const int64_t beside = clocks_of_items(
-      project, plan_pointwise_items(project, kExpandDepthwiseBlocks, limits.shared_per_block, limits), limits);
+  const PointwisePlan other = plan_pointwise_items(project, kExpandDepthwiseBlocks, limits.shared_per_block, limits);
+  const BesideItems beside{clocks_of_items(project, other, limits), more};
   plan.expand = plan_expand_depthwise(*call.expand, depthwise_of(call), limits, &beside);
   if (!plan.expand.fits) return refused("a group of rows does not fit into shared memory");
   // Tiles that leave room for as many blocks as the items that expand; where shared memory is small, for fewer.
-  for (int64_t resident = expand_depthwise_resident(plan.expand.shared_bytes + kItemBytes, limits);
+  for (int64_t resident = expand_depthwise_resident(plan.expand.shared_bytes + kQueueItemBytes, limits);
        plan.project.blocks == 0 && resident > 0; --resident) {
     const int64_t shared = limits.shared_per_multiprocessor / resident - kOfTheSystem;
     plan.project = plan_pointwise_items(project, static_cast<int>(resident),
-                                        std::min<int64_t>(limits.shared_per_block, shared) - kItemBytes, limits);
+                                        std::min<int64_t>(limits.shared_per_block, shared) - kQueueItemBytes, limits);
   }
   if (plan.project.blocks == 0) return refused("output channels are no vectors of 8, or the weights of another type");
 
@@ -57,10 +57,10 @@ MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& li
     return refused("more rows than 32 bits index");
   plan.by_unit_rows = divisor(plan.unit_rows);
   plan.by_group_rows = divisor(group_rows);
+  plan.group_rows = group_rows;
   plan.by_column_tiles = divisor(plan.project.column_tiles);
-  plan.item_at =
-      static_cast<int>(up(std::max<int64_t>(plan.expand.shared_bytes, plan.project.shared_bytes), kItemBytes));
-  plan.shared_bytes = plan.item_at + kItemBytes;
+  plan.shared_bytes =
+      up(std::max<int64_t>(plan.expand.shared_bytes, plan.project.shared_bytes), kQueueItemBytes) + kQueueItemBytes;
   const int64_t at_once = limits.multiprocessors * expand_depthwise_resident(plan.shared_bytes, limits);
   // Between the items that expand a unit and those that project it: a quarter more items than run at a time, so that d
   // is read from L2 where it is small. GPUs with the memory of data centers (capability x.0) have the bandwidth for
@@ -75,22 +75,41 @@ DepthwiseScratch mbconv_queue_scratch(const MBConvCall& call, const MBConvQueueP
   return depthwise_scratch(depthwise_of(call), plan.expand.depthwise);
 }
 
-// Of the queue, of the blocks that left, of every unit.
-int64_t mbconv_queue_counters(const MBConvQueuePlan& plan) { return 2 + plan.expand.depthwise.units; }
+namespace {
 
-PlannedLaunches planned_launches(const MBConvCall& call, const MBConvQueuePlan& plan) {
-  const DepthwiseParams& p = *call.depthwise;
-  const DepthwiseScratch scratch = mbconv_queue_scratch(call, plan);
+// Of its units, of all of them, of its sums.
+int64_t counters_of(const MBConvCall& call, const MBConvQueuePlan& plan) {
+  return 2 * plan.expand.depthwise.units + 1 + mbconv_queue_scratch(call, plan).arrivals;
+}
+
+}  // namespace
+
+int64_t mbconv_queue_counters(const MBConvCall* calls, const MBConvStackPlan& plan) {
+  int64_t count = kQueueCounters;
+  for (int i = 0; i < plan.count; ++i) count += counters_of(calls[i], plan.items[i]);
+  return count;
+}
+
+PlannedLaunch planned_queue(const MBConvCall* calls, const MBConvStackPlan& plan) {
   PlannedLaunch one;
   one.kernel = "mbconv_queue";
-  one.grid = plan.items;
+  one.grid = 0;
   one.block_x = kDepthwiseThreads;
   one.shared_bytes = plan.shared_bytes;
-  one.workspace_bytes =
-      (scratch.partial + scratch.hidden + scratch.arrivals + mbconv_queue_counters(plan)) * int64_t(sizeof(float));
+  one.workspace_bytes = kQueueCounters * int64_t(sizeof(unsigned));
+  for (int i = 0; i < plan.count; ++i) {
+    one.grid += plan.items[i].items;
+    one.workspace_bytes += mbconv_queue_bytes(calls[i], plan.items[i]);
+  }
+  return one;
+}
+
+int64_t mbconv_queue_bytes(const MBConvCall& call, const MBConvQueuePlan& plan) {
+  const DepthwiseParams& p = *call.depthwise;
+  const DepthwiseScratch scratch = mbconv_queue_scratch(call, plan);
   const int64_t gates = call.se != nullptr ? p.batch * p.channels : 0;
-  one.workspace_bytes += 2 * (product({p.batch, p.out_height, p.out_width, p.channels}) + gates);
-  return {one};
+  return 2 * (product({p.batch, p.out_height, p.out_width, p.channels}) + gates) +
+         (scratch.partial + scratch.hidden + counters_of(call, plan)) * int64_t(sizeof(float));
 }
 
 }  // namespace effkernels::cuda

@@ -137,8 +137,9 @@ constexpr int kPointwiseItemThreads = 128;
 constexpr PointwiseEpilogue pointwise_item_epilogue(int tile) {
   return kPointwiseTiles[tile].warps_k > 1 ? PointwiseEpilogue::kAny : PointwiseEpilogue::kIdentity;
 }
+// A wide tile leaves no register for parameters that are one of several blocks'.
 constexpr bool pointwise_item_built(int tile) {
-  return kPointwiseTiles[tile].threads() == kPointwiseItemThreads &&
+  return kPointwiseTiles[tile].threads() == kPointwiseItemThreads && kPointwiseTiles[tile].columns <= 64 &&
          pointwise_tile_built(tile, PointwiseProduct::kTensor16, pointwise_item_epilogue(tile), false);
 }
 PointwisePlan plan_pointwise_items(const PointwiseParams& params, int resident, int64_t shared_bytes,

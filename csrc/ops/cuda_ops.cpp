@@ -197,20 +197,25 @@ void enqueue_block_in_three(const char* op, MBConv& block, const Tensor& x, cons
   check_launch(op, enqueue_pointwise(op, project, cuda::plan_pointwise(project, limits), x, here, keep));
 }
 
-// One launch of items from a queue; the result of the depthwise convolution and the gate are scratch memory.
-void enqueue_block_as_items(const char* op, MBConv& block, const cuda::MBConvCall& call,
-                            const cuda::MBConvQueuePlan& plan, const Tensor& x, const OnDevice& here, Keep& keep) {
-  give_depthwise_result(block, x);
-  const cuda::DepthwiseScratch scratch = cuda::mbconv_queue_scratch(call, plan);
+// One launch of items from a queue.
+void enqueue_blocks_as_items(const char* op, MBConv* blocks, const cuda::MBConvCall* calls,
+                             const cuda::MBConvStackPlan& plan, const Tensor& x, const OnDevice& here, Keep& keep) {
+  give_memory_in_turn(blocks, size_t(plan.count), cuda::kDepthwiseInTurn, cuda::kResultsInTurn, x, keep);
   void* stream = here.stream();
   cuda::MBConvQueueWork work;
-  work.depthwise = depthwise_work(op, scratch, cuda::mbconv_queue_counters(plan), x, here, stream, keep);
-  work.counters = work.depthwise.arrivals + scratch.arrivals;
-  check_launch(op, cuda::launch_mbconv_queue(call, plan, work, stream));
+  for (int i = 0; i < plan.count; ++i) {
+    const cuda::DepthwiseScratch scratch = cuda::mbconv_queue_scratch(calls[i], plan.items[size_t(i)]);
+    work.depthwise.emplace_back();
+    work.depthwise.back().partial = scratch_floats(x, scratch.partial, keep);
+    work.depthwise.back().hidden = scratch_floats(x, scratch.hidden, keep);
+  }
+  check_launch(op,
+               cuda::acquire_counters(here.index(), stream, cuda::mbconv_queue_counters(calls, plan), &work.counters));
+  check_launch(op, cuda::launch_mbconv_queue(calls, plan, work, stream));
 }
 
-// Blocks of which each reads what the one before it wrote: one launch for several where that is faster, one for a block
-// where a cluster holds an image or a queue of items is compiled for it, else three. The first block has its input.
+// Blocks of which each reads what the one before it wrote: one launch for several, or for one, by clusters that hold an
+// image or by items of a queue; else three for a block. The first block has its input.
 Tensor run_blocks(const char* op, std::vector<MBConv>& blocks, const Tensor& x, const OnDevice& here) {
   cuda::DeviceLimits limits = limits_of(op, here);
   std::vector<cuda::MBConvCall> calls;
@@ -222,21 +227,21 @@ Tensor run_blocks(const char* op, std::vector<MBConv>& blocks, const Tensor& x, 
     const std::vector<cuda::MBConvCall> rest(calls.begin() + int64_t(done), calls.end());
     const std::shared_ptr<const cuda::MBConvStackPlans> plans = cuda::plan_mbconv_stack(rest, limits);
     for (const cuda::MBConvStackPlan& plan : *plans) {
-      const size_t end = done + plan.blocks.size();
+      const size_t end = done + size_t(plan.count);
+      const bool queue = !plan.items.empty();
       Keep keep;
       Tensor input = y;
       for (size_t i = done; i < end; ++i) {
-        if (i > 0) give_input(blocks[i], input, keep);
-        if (!blocks[i].project.y.defined()) give_result(blocks[i], x);
+        const bool between = queue && i + 1 < end;  // its result is scratch memory
+        if (i > 0 && (i == done || !queue)) give_input(blocks[i], input, keep);
+        if (!between && !blocks[i].project.y.defined()) give_result(blocks[i], x);
         input = blocks[i].project.y;
       }
       const char* error = nullptr;
-      if (plan.is_stack())
-        error = cuda::launch_mbconv_stack(&calls[done], plan, here.stream());
-      else if (plan.blocks.front().fits)
-        error = cuda::launch_mbconv(calls[done], plan.blocks.front(), here.stream());
-      else if (plan.queue.fits)
-        enqueue_block_as_items(op, blocks[done], calls[done], plan.queue, y, here, keep);
+      if (queue)
+        enqueue_blocks_as_items(op, &blocks[done], &calls[done], plan, y, here, keep);
+      else if (!plan.clusters.empty())
+        error = cuda::launch_mbconv_clusters(&calls[done], plan, here.stream());
       else
         enqueue_block_in_three(op, blocks[done], y, limits, here, keep);
       if (error == cuda::kTeamRefused && limits.largest_cluster > 1) {

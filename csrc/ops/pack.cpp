@@ -1,8 +1,10 @@
 #include "pack.h"
 
+#include <algorithm>
 #include <cmath>
 #include <sstream>
 
+#include "../sizes.h"
 #include "recording.h"
 
 namespace effkernels::ops {
@@ -360,6 +362,40 @@ void give_depthwise_result(MBConv& block, const Tensor& x) {
   if (!block.excites) return;
   give_gate(block.se, x, x.scalar_type());
   block.project.params.gate = {block.se.gate.const_data_ptr(), block.se.params.gate_dtype};
+}
+
+void give_memory_in_turn(MBConv* blocks, size_t count, size_t depthwise_in_turn, size_t results_in_turn,
+                         const Tensor& x, Keep& keep) {
+  const auto largest_of = [&](size_t first, size_t end, size_t turns, const auto& elements_of) {
+    int64_t largest = 0;
+    for (size_t i = first; i < end; i += turns) largest = std::max(largest, elements_of(blocks[i]));
+    keep.push_back(empty_matrix(x, 1, largest, x.scalar_type()));
+    return keep.back().mutable_data_ptr();
+  };
+  for (size_t turn = 0; turn < std::min(count, depthwise_in_turn); ++turn) {
+    void* const d = largest_of(turn, count, depthwise_in_turn, [](const MBConv& block) {
+      const DepthwiseParams& p = block.depthwise.params;
+      return product({p.batch, p.out_height, p.out_width, p.channels});
+    });
+    for (size_t i = turn; i < count; i += depthwise_in_turn)
+      blocks[i].depthwise.params.y = d, blocks[i].project.params.x = d;
+  }
+  for (size_t turn = 0; turn < std::min(count - 1, results_in_turn); ++turn) {
+    void* const y = largest_of(turn, count - 1, results_in_turn, [](const MBConv& block) {
+      const PointwiseParams& p = block.project.params;
+      return product({p.batch, p.pixels, p.out_channels});
+    });
+    for (size_t i = turn; i + 1 < count; i += results_in_turn) {
+      MBConv& reader = blocks[i + 1];
+      blocks[i].project.params.y = y, reader.expand.params.x = y;
+      if (reader.adds_input) reader.project.params.residual = y;
+    }
+  }
+  for (size_t i = 0; i < count; ++i) {
+    if (!blocks[i].excites) continue;
+    give_gate(blocks[i].se, x, x.scalar_type());
+    blocks[i].project.params.gate = {blocks[i].se.gate.const_data_ptr(), blocks[i].se.params.gate_dtype};
+  }
 }
 
 Conv make_conv(const char* op, const ConvArguments& a, Keep& keep) {

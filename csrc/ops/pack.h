@@ -135,6 +135,10 @@ void give_input(MBConv& block, const Tensor& x, Keep& keep);
 void give_result(MBConv& block, const Tensor& like);
 void give_expanded(MBConv& block, const Tensor& x);
 void give_depthwise_result(MBConv& block, const Tensor& x);
+// All that is between the first block's input and the last one's result: memory that they use in turn, so many for the
+// results of depthwise convolutions and of blocks, and a gate for each.
+void give_memory_in_turn(MBConv* blocks, size_t count, size_t depthwise_in_turn, size_t results_in_turn,
+                         const Tensor& x, Keep& keep);
 
 struct Conv {
   ConvParams params;

@@ -136,10 +136,10 @@ std::string cut_of(const PointwiseParams& project, const DepthwiseParams& p, con
     return out;
   };
   std::ostringstream out;
-  out << variant("mbconv_queue", p.dtype, p.kernel_h, p.stride, plan.expand.depthwise.strip)
-      << " units=" << plan.expand.depthwise.units << " ahead=" << plan.ahead << " items=" << plan.items
-      << prefixed(cut_of(p, plan.expand), "expand_") << " expand_grid=" << plan.expand.depthwise.blocks()
-      << prefixed(cut_of(project, plan.project), "project_") << " project_grid=" << plan.project.blocks;
+  out << variant("mbconv_queue", p.dtype) << " units=" << plan.expand.depthwise.units << " ahead=" << plan.ahead
+      << " items=" << plan.items << prefixed(cut_of(p, plan.expand), "expand_")
+      << " expand_grid=" << plan.expand.depthwise.blocks() << prefixed(cut_of(project, plan.project), "project_")
+      << " project_grid=" << plan.project.blocks;
   return out.str();
 }
 
@@ -335,39 +335,48 @@ struct PlannedBlock {
   cuda::MBConvCall call() const { return {&expand, &depthwise, se.reduced > 0 ? &se : nullptr, &project}; }
 };
 
-// The launches of a block by itself.
-DescribedLaunches launches_of(const PlannedBlock& block, const cuda::MBConvPlan& cluster,
-                              const cuda::MBConvQueuePlan& queue, DType dtype, const DeviceLimits& limits) {
+// A line for each launch of a part of a stack, and of a launch of several blocks one for each of them, which says how
+// many blocks the launch has; "at": the block.
+DescribedLaunches launches_of(const PlannedBlock* blocks, const std::vector<cuda::MBConvCall>& calls,
+                              const cuda::MBConvStackPlan& plan, DType dtype, const DeviceLimits& limits) {
   DescribedLaunches launches;
-  if (cluster.fits) {
-    append(launches, cuda::planned_launches(block.call(), cluster), cut_of(block.depthwise, cluster));
-    return launches;
+  const cuda::PlannedLaunches planned = cuda::planned_launches(&calls[size_t(plan.first)], plan);
+  for (int i = 0; i < plan.count && !planned.empty(); ++i) {
+    const PlannedBlock& block = blocks[plan.first + i];
+    cuda::PlannedLaunch one = planned.front();
+    std::string cut;
+    if (plan.items.empty()) {
+      cut = cut_of(block.depthwise, plan.clusters[size_t(i)]);
+    } else {
+      cut = cut_of(block.project, block.depthwise, plan.items[size_t(i)]);
+      one.workspace_bytes = cuda::mbconv_queue_bytes(block.call(), plan.items[size_t(i)]);
+    }
+    if (plan.count > 1) cut += " stacked=" + std::to_string(plan.count);
+    append(launches, {one}, cut);
   }
-  if (queue.fits) {
-    append(launches, cuda::planned_launches(block.call(), queue), cut_of(block.project, block.depthwise, queue));
-    return launches;
+  if (planned.empty()) {
+    const PlannedBlock& block = blocks[plan.first];
+    launches = plan_of_pointwise("pointwise_bn_act", dtype, block.first, limits);
+    if (!launches.empty()) {
+      std::string reason = plan.reason;
+      std::replace(reason.begin(), reason.end(), ' ', '-');
+      launches.front().cut += " reason=" + reason;
+    }
+    for (DescribedLaunch& one : plan_of_depthwise(block.depthwise_op, dtype, block.depthwise_shape, limits))
+      launches.push_back(std::move(one));
+    for (DescribedLaunch& one : plan_of_pointwise("pointwise_bn_act", dtype, block.last, limits))
+      launches.push_back(std::move(one));
   }
-  launches = plan_of_pointwise("pointwise_bn_act", dtype, block.first, limits);
-  if (!launches.empty()) {
-    std::string reason = queue.reason;
-    std::replace(reason.begin(), reason.end(), ' ', '-');
-    launches.front().cut += " reason=" + reason;
-  }
-  for (DescribedLaunch& one : plan_of_depthwise(block.depthwise_op, dtype, block.depthwise_shape, limits))
-    launches.push_back(std::move(one));
-  for (DescribedLaunch& one : plan_of_pointwise("pointwise_bn_act", dtype, block.last, limits))
-    launches.push_back(std::move(one));
   return launches;
 }
 
 DescribedLaunches plan_of_mbconv(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   const PlannedBlock block(op, dtype, s);
-  const cuda::MBConvChoice choice = cuda::plan_mbconv(block.call(), limits);
-  return launches_of(block, choice.cluster, choice.queue, dtype, limits);
+  const std::vector<cuda::MBConvCall> calls{block.call()};
+  return launches_of(&block, calls, cuda::plan_mbconv_stack(calls, limits)->front(), dtype, limits);
 }
 
-// The sizes of each block, with the activation. A line for each launch, and of a stack one for each of its blocks,
-// which says how many blocks the launch has; "at": the block.
+// The sizes of each block, with the activation.
 DescribedLaunches plan_of_mbconv_stack(const std::string& op, DType dtype, const Shape& s, const DeviceLimits& limits) {
   constexpr size_t kSizes = PlannedBlock::kSizes + 1;
   const size_t count = s.size() / kSizes;
@@ -382,18 +391,10 @@ DescribedLaunches plan_of_mbconv_stack(const std::string& op, DType dtype, const
   DescribedLaunches launches;
   const std::shared_ptr<const cuda::MBConvStackPlans> plans = cuda::plan_mbconv_stack(calls, limits);
   for (const cuda::MBConvStackPlan& plan : *plans) {
-    for (size_t i = 0; i < plan.blocks.size(); ++i) {
-      const PlannedBlock& block = blocks[size_t(plan.first) + i];
-      const std::string at = " at=" + std::to_string(size_t(plan.first) + i);
-      if (plan.is_stack()) {
-        const std::string stacked = " stacked=" + std::to_string(plan.blocks.size());
-        append(launches, cuda::planned_launches(plan), cut_of(block.depthwise, plan.blocks[i]) + stacked + at);
-        continue;
-      }
-      for (DescribedLaunch& one : launches_of(block, plan.blocks[i], plan.queue, dtype, limits)) {
-        one.cut += at;
-        launches.push_back(std::move(one));
-      }
+    DescribedLaunches of_plan = launches_of(blocks.data(), calls, plan, dtype, limits);
+    for (size_t i = 0; i < of_plan.size(); ++i) {
+      of_plan[i].cut += " at=" + std::to_string(size_t(plan.first) + (plan.count > 1 ? i : 0));
+      launches.push_back(std::move(of_plan[i]));
     }
   }
   return launches;

@@ -15,7 +15,7 @@ from effkernels import _library
 from effkernels.ops.backends import DTYPES
 from effkernels.optimize.twins import Twins, on_meta
 from effkernels.plan import gpus
-from effkernels.plan.launches import Call, moved_bytes, plan_groups, record_calls
+from effkernels.plan.launches import Call, plan_groups, record_calls
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def costs_of(forward: Forward | None, groups: Sequence[frozenset[str]]) -> list[
                 if index is not None:
                     launches[index] += len(planned) if position == 0 else 0
                     alone = len(parts) == 1
-                    moved[index] += sum(launch.bytes for launch in planned) if alone else moved_bytes(part)
+                    moved[index] += sum(one.bytes if alone else one.bytes_by_block[position] for one in planned)
     return [Cost(*pair) for pair in zip(launches, moved, strict=True)]
 
 

@@ -26,7 +26,15 @@ from effkernels.ops.reference import ACTIVATIONS, canonical_name
 from effkernels.plan import gpus
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.record import RecordedCall, record_calls, tensors_in
-from effkernels.plan.time_estimate import MODES, TimeEstimate, estimate, forward_us, one_after_the_other
+from effkernels.plan.time_estimate import (
+    MODES,
+    PartOfQueue,
+    TimeEstimate,
+    estimate,
+    estimate_queue,
+    forward_us,
+    one_after_the_other,
+)
 
 PRECISIONS: dict[str, torch.dtype] = {
     "float32": torch.float32,
@@ -74,6 +82,7 @@ class PlannedLaunch:
         limited_by: which of them that is: 'memory', the unit, or 'special'.
         variant: the kernel with its template arguments; None if PyTorch decides.
         time: an estimate of how long it takes, which counts instructions and fixed costs too.
+        bytes_by_block: where it computes several blocks of the network, those of each.
     """
 
     layer: str
@@ -93,6 +102,7 @@ class PlannedLaunch:
     limited_by: str
     variant: str | None
     time: TimeEstimate
+    bytes_by_block: tuple[int, ...] = ()
 
     @property
     def is_own(self) -> bool:
@@ -100,9 +110,14 @@ class PlannedLaunch:
         return not self.kernel.startswith(_PYTORCH)
 
     @property
+    def stacked(self) -> int:
+        """Blocks of the network that it computes; 1 where it computes one, or a part of one."""
+        return max(1, len(self.bytes_by_block))
+
+    @property
     def block_of_network(self) -> str:
         """The part of the network it belongs to: 'blocks.2.1' for 'blocks.2.1.conv_dw', 'conv_stem' for 'conv_stem'."""
-        return self.layer if self.kernel == "mbconv_stack" else _parent(self.layer)
+        return self.layer if self.stacked > 1 else _parent(self.layer)
 
 
 def _parent(layer: str) -> str:
@@ -386,12 +401,12 @@ def _stacked_launch(
 
     What a block writes for the next one is counted twice, written and read: it stays in L2 where it fits.
     """
-    launches = []
+    launches, parts = [], []
     for line, block in zip(lines, blocks, strict=True):
-        alone = {name: value for name, value in line.items() if name not in ("at", "stacked")}
-        launches.append(
-            _launch(alone, block, gpu, moved_bytes(block), block.flops, special_functions(block), allow_tf32)
-        )
+        alone = {name: value for name, value in line.items() if name != "at"}
+        moved = moved_bytes(block) + 2 * int(line["workspace"])
+        launches.append(_launch(alone, block, gpu, moved, block.flops, special_functions(block), allow_tf32))
+        parts.append(PartOfQueue(alone, block, moved))
     first = launches[0]
     floors = {
         "memory": sum(launch.bytes for launch in launches) / gpu.bandwidth,
@@ -402,13 +417,17 @@ def _stacked_launch(
     return replace(
         first,
         layer=_range_of(_parent(blocks[0].layer), _parent(blocks[-1].layer)),
+        bytes_by_block=tuple(launch.bytes for launch in launches),
         bytes=sum(launch.bytes for launch in launches),
+        workspace_bytes=sum(launch.workspace_bytes for launch in launches),
         flops=sum(launch.flops for launch in launches),
         special_functions=sum(launch.special_functions for launch in launches),
         floor_us=1e6 * floors[limited_by],
         limited_by=limited_by,
-        variant=f"mbconv_stack<{str(blocks[0].dtype).removeprefix('torch.')}>",
-        time=one_after_the_other([launch.time for launch in launches]),
+        variant=f"{first.kernel}<{str(blocks[0].dtype).removeprefix('torch.')}>",
+        time=estimate_queue(parts, gpu)
+        if first.kernel == "mbconv_queue"
+        else one_after_the_other([launch.time for launch in launches]),
     )
 
 

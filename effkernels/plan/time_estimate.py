@@ -15,6 +15,7 @@ from torch import Tensor
 from effkernels.plan import kernel_counts
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.kernel_counts import Counters, KernelCounts
+from effkernels.plan.queue_order import QueuedBlock, end_of_queue
 from effkernels.plan.record import RecordedCall, tensors_in
 from effkernels.plan.work import WARP, Clocks, Cut, Work, work_of
 
@@ -82,7 +83,7 @@ class TimeEstimate:
         fma, alu, special, tensor: instructions of one unit.
         latency: what a block waits for, times the waves of blocks.
         prologue: waits of the first blocks for parameters, before their first input is asked for.
-        tail: the last, partial wave of blocks; of a queue, the end of it (`QueueOrder`).
+        tail: the last, partial wave of blocks; of a queue, the end of it (`end_of_queue`).
         last: work of the block that arrives last: means and gate of squeeze-and-excitation.
         blocks: that a multiprocessor holds at a time; 0 where the kernel is PyTorch's.
         counted: whether instructions were counted; else their terms are 0.
@@ -142,13 +143,48 @@ def one_after_the_other(times: Sequence[TimeEstimate]) -> TimeEstimate:
     The terms are sums. The waits are those of whole parts, because no part overlaps another.
     """
     sums = {name: sum(float(getattr(time, name)) for time in times) for name in TERMS}
-    sums["latency"] = sum(float(getattr(time, time.longest)) for time in times)
+    sums["latency"] = sum(_longest(time) for time in times)
     counted = all(time.counted for time in times)
     return TimeEstimate(**sums, blocks=min(time.blocks for time in times), counted=counted)
 
 
+def _longest(time: TimeEstimate) -> float:
+    return float(getattr(time, time.longest))
+
+
 TERMS = tuple(field.name for field in fields(TimeEstimate) if field.type == "float")
 OVERLAPPING = TERMS[: TERMS.index("prologue")]
+
+
+@dataclass(frozen=True)
+class PartOfQueue:
+    """A block of a network among those of one queue: what `estimate` is given of it."""
+
+    line: Mapping[str, str]
+    call: RecordedCall
+    moved: int
+
+
+def estimate_queue(parts: Sequence[PartOfQueue], gpu: Gpu) -> TimeEstimate:
+    """Return the time of a launch whose items are those of several blocks.
+
+    The terms are sums, as of `one_after_the_other`; the tail is what the end of all items is later than that.
+    """
+    times, queued, slots = [], [], gpu.multiprocessors * max(gpu.capability.blocks_per_multiprocessor, 1)
+    for number, part in enumerate(parts):
+        own = {**part.line, "grid": part.line["items"]}  # the grid is of all blocks
+        time, block = _estimate(own, part.call, gpu, moved=part.moved, flops=part.call.flops, rate=gpu.tensor)
+        times.append(time)
+        if block is None:
+            continue
+        # An item that expands asks whether the images that it reads are written.
+        asked = L2_LATENCY * 1e6 / gpu.clock if number else 0.0
+        queued.append(replace(block, expand=block.expand + asked))
+        slots = min(slots, gpu.multiprocessors * time.blocks)
+    together = one_after_the_other(times)
+    if len(queued) < len(parts):
+        return together
+    return replace(together, tail=max(0.0, end_of_queue(slots, *queued) - together.latency))
 
 
 def resident_blocks(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
@@ -180,13 +216,21 @@ def estimate(
         flops, rate: floating-point operations, and those a second of the unit that does them.
         counts: instead of the counts that the package ships.
     """
+    return _estimate(line, call, gpu, moved=moved, flops=flops, rate=rate, counts=counts)[0]
+
+
+def _estimate(
+    line: Mapping[str, str], call: RecordedCall, gpu: Gpu, *, moved: int, flops: int, rate: float,
+    counts: Mapping[str, KernelCounts] | None = None,
+) -> tuple[TimeEstimate, QueuedBlock | None]:  # fmt: skip
+    """Return the same, and the items of a queue by themselves."""
     cached = [tensor for tensor in _images(line["kernel"], call) if tensor.nbytes <= L2_SHARE_OF_INPUT * gpu.l2]
     from_memory = max(0, moved - sum(tensor.nbytes for tensor in cached) - _read_from_l2(line, call, gpu))
     dram = 1e6 * from_memory / (COPY_SHARE * gpu.bandwidth)
     l2_rate = gpu.l2_bytes_per_clock * gpu.clock
     product = 1e6 * flops / rate
     if "grid" not in line:
-        return TimeEstimate(dram=dram, l2=1e6 * moved / l2_rate, tensor=product, latency=FOREIGN_US)
+        return TimeEstimate(dram=dram, l2=1e6 * moved / l2_rate, tensor=product, latency=FOREIGN_US), None
     counts = kernel_counts.shipped() if counts is None else counts
     variant = line.get("variant", "")
     known = counts.get(variant, KernelCounts(0, {}))
@@ -197,7 +241,7 @@ def estimate(
     blocks = resident_blocks(gpu, known.registers, cut.threads, int(line["shared"]))
     work = work_of(cut, call)
     if work is None:
-        return TimeEstimate(dram=dram, l2=1e6 * moved / l2_rate, fma=product, blocks=blocks)
+        return TimeEstimate(dram=dram, l2=1e6 * moved / l2_rate, fma=product, blocks=blocks), None
     read = call.arguments.get("x", call.results[0])
     input_latency = L2_LATENCY if any(tensor is read for tensor in cached) else MEMORY_LATENCY
     return _terms(work, cut, gpu, blocks, dram, l2_rate, input_latency)
@@ -239,7 +283,7 @@ def _images(kernel: str, call: RecordedCall) -> list[Tensor]:
 
 def _terms(
     work: Work, cut: Cut, gpu: Gpu, blocks: int, dram: float, l2_rate: float, input_latency: float
-) -> TimeEstimate:
+) -> tuple[TimeEstimate, QueuedBlock | None]:
     clocks_per_us = gpu.clock / 1e6
 
     def us(chain: Clocks) -> float:
@@ -257,12 +301,13 @@ def _terms(
     waves = max(1.0, cut.grid / slots)
     latency = waves * chain - prologue
     longest = max(dram, l2, latency, *of_units.values())
-    queue = work.queue
-    if queue is not None:
+    block: QueuedBlock | None = None
+    if work.queue is not None:
         # Items are slower than their chains by as much as the launch is; the last ones, beside which less runs, too.
-        slower = longest / latency if cut.grid > slots else 1.0
-        times = (slower * us(chain) for chain in (queue.expand, queue.gate, queue.project))
-        tail = max(0.0, queue.order.end(slots, *times) - longest)
+        slower, queue = longest / latency if cut.grid > slots else 1.0, work.queue
+        chains = (queue.start, queue.expand, queue.gate, queue.project)
+        block = QueuedBlock(queue.order, *(slower * us(one) for one in chains))
+        tail = max(0.0, end_of_queue(slots, block) - longest)
     elif cut.grid <= slots:
         # The busiest multiprocessor has whole blocks.
         most = -(-cut.grid // active) * active / cut.grid
@@ -270,10 +315,11 @@ def _terms(
     else:
         part = waves - int(waves)
         tail = max(0.0, chain - longest * part / waves) if part > 0 else 0.0
-    return TimeEstimate(
+    time = TimeEstimate(
         dram=dram, l2=l2, latency=latency, prologue=prologue, tail=tail, last=us(work.last),
         blocks=blocks, counted=True, **of_units,
     )  # fmt: skip
+    return time, block
 
 
 def _units(issued: Counters, gpu: Gpu) -> dict[str, float]:

@@ -7,6 +7,7 @@ the loops of csrc/cuda/*.cuh; what a warp issues in one pass is `effkernels.plan
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -52,9 +53,10 @@ class Clocks(Sums):
 
 @dataclass(frozen=True)
 class Queue:
-    """Items in their order, and the chains of one that expands, of the gate of a unit, and of one that projects."""
+    """Items in their order, and their chains: as of `QueuedBlock`, without the waits of `start` for an input."""
 
     order: QueueOrder
+    start: Clocks
     expand: Clocks
     gate: Clocks
     project: Clocks
@@ -361,30 +363,34 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
 def _mbconv_queue(cut: Cut, call: RecordedCall) -> Work:
     """Add up the items of csrc/cuda/mbconv_queue.cuh, each a block of another kernel; a block draws its item first.
 
-    What counts is an average item, and at the end what is left to do by fewer and fewer blocks: see `QueueOrder`.
+    What counts is an average item, and at the end what is left to do by fewer and fewer blocks: see `end_of_queue`.
     """
     given, expand, project = call.arguments, cut.items["expand"], cut.items["project"]
     x, y = given["x"], call.results[0]
     channels = given["expand_weight"].shape[0]
     between = x.new_empty((x.shape[0], channels, *y.shape[2:]), device="meta")
     gate = None if given["w_reduce"] is None else x.new_empty((x.shape[0], channels), device="meta")
-    of_project = {"x": between, "weight": given["project_weight"], "gate": gate, "residual": given["residual"]}
+    given_project = {"x": between, "weight": given["project_weight"], "gate": gate, "residual": given["residual"]}
     first = _expand_depthwise(expand, replace(call, results=[between]))
-    second = _pointwise(project, replace(call, arguments={**of_project, "activation": "identity"}))
-    steps = (cut["units"] + cut["ahead"]).bit_length()
-    draw = cut.counts.part("draw") + cut.counts.part("search") * steps
+    second = _pointwise(project, replace(call, arguments={**given_project, "activation": "identity"}))
+    # A warp looks for the item, 32 numbers at a time: the block of the network, where there are several; the round.
+    stacked, rounds = cut.sizes.get("stacked", 1), cut["units"] + cut["ahead"] - 1
+    steps = max(1, math.ceil(math.log(max(rounds, 2), WARP)))
+    draw = cut.counts.part("draw") + cut.counts.part("find") * (stacked > 1) + cut.counts.part("search") * steps
     issued = first.issued + second.issued + draw * cut.grid
-    # The number is drawn, and the item counted as done, by atomic operations.
-    of_draw = Clocks(draw.issued, 0, 1, 1)
-    chains = (of_draw + first.prologue + first.body, of_draw + second.prologue + second.body)
-    average = chains[0] * (expand.grid / cut.grid) + chains[1] * (project.grid / cut.grid)
+    # The number is drawn, and the item counted as done, by atomic operations; one that projects asks for its units.
+    drawn, ended = Clocks(draw.issued, parameters=1), Clocks(arrivals=1)
+    start = drawn + first.prologue
+    of_expand = start + first.body + ended
+    of_project = drawn + Clocks(parameters=1) + second.prologue + second.body + ended
+    average = of_expand * (expand.grid / cut.grid) + of_project * (project.grid / cut.grid)
     pixels = y.shape[2] * y.shape[3]
     order = QueueOrder(
-        units=cut["units"], expand_items=expand.grid // cut["units"], ahead=cut["ahead"],
+        units=cut["units"], images=expand["images"], expand_items=expand.grid // cut["units"], ahead=cut["ahead"],
         project_items=project.grid, columns=project["column_tiles"],
         unit_rows=expand["images"] * int(pixels), item_rows=project["rows"] * project["tiles"],
     )  # fmt: skip
-    queue = Queue(order, chains[0], first.last, chains[1])
+    queue = Queue(order, start, of_expand, first.last, of_project)
     l2_bytes = first.l2_bytes + second.l2_bytes
     return Work(issued, cut.counts.registers, l2_bytes, Clocks(), average, Clocks(), queue)
 
