@@ -270,9 +270,9 @@ class TestPointwiseByHand:
         assert time.latency == pytest.approx(clocks / CLOCKS_PER_US)
 
     def test_gates_cost_instructions_in_each_tile_and_step(self) -> None:
-        """More of a tile, another way through a step, and a pass of copies in every stage."""
+        """More of a tile, another way through a step, and a second pass of copies in every stage."""
         arguments = {**self.CALL.arguments, "gate": torch.empty(2, 128, dtype=torch.bfloat16, device="meta")}
-        line = {**self.LINE, "gate_images": "1"}
+        line = {**self.LINE, "gate_images": "33"}  # a thread copies one of 32
         call = replace(self.CALL, arguments=arguments)
         gated = estimate(line, call, H200, moved=0, flops=0, rate=1.0, counts=self.COUNTS)
         more = 3 * 17 + 2 * (110 + 4 * (1000 - 100 + 17))

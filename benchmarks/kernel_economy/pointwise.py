@@ -52,13 +52,14 @@ def pointwise_parts(flow: Flow) -> dict[str, Counters]:
 
     Returns:
         Of a block: "prologue"; for each of the first stages "weights" and "fill". "step" along k: without gates, and
-        "step.gated" with gates; "step.weights": more where the weights pass through the ring; "gate": to copy a
-        stage's gates. "tile": its beginning, its end, and the addresses of its rows, which are formed in a step or in
-        the first fill; "tile.gate", "tile.residual": more where there are gates, or a residual, whose copies are
-        "residual". What leaves through shared memory is "value", for each value of a lane: ".plain" without special
-        functions, ".part" as a partial sum, ".other" for each block that shares a tile. With pooling
-        "image": for each image that a warp has rows of in a tile, or in 8 rows of a vector of sums where those go
-        through shared memory; "mean": for each mean of a thread, once for a block.
+        "step.gated" with gates, of which a thread copies one vector at most; "step.weights": more where the weights
+        pass through the ring; "gate": to copy another vector of a stage's gates. "tile": its beginning, its end, and
+        the addresses of its rows, which are formed in a step or in the first fill; "tile.gate", "tile.residual": more
+        where there are gates, or a residual, whose copies are "residual". What leaves through shared memory is
+        "value", for each value of a lane: ".plain" without special functions, ".part" as a partial sum, ".other" for
+        each block that shares a tile. With pooling "image": for each image that a warp has rows of in a tile, or in 8
+        rows of a vector of sums where those go through shared memory; "mean": for each mean of a thread, once for a
+        block.
 
     Raises:
         PartMissing: the code does not have a part.
@@ -75,8 +76,10 @@ def pointwise_parts(flow: Flow) -> dict[str, Counters]:
     fill = only([one for one in reversed(stages) if one.count("LDGSTS") > 1], "over stages of x")
     weights = only([one for one in stages if one.first < fill.first and one.count("LDGSTS")], "over stages of weights")
     of_fill = [one for one in before if inside(one, fill)]
-    residuals = [one for one in stages if weights.last < one.first < fill.first and one.count("LDGSTS") == 1]
-    of_step = [one for one in loops if inside(one, steps)]
+    of_step = sorted((one for one in loops if inside(one, steps)), key=lambda one: one.first)
+    # The copies of the residual: at the beginning of a tile, or, where warps along k share it, in its first step.
+    at_tile = [one for one in loops if inside(one, tiles) and one.last < steps.first]
+    residuals = [one for one in (*at_tile, *of_step[:-1]) if one.count("LDGSTS") == 1]
     # Copies of a step: first those of x, as many as fill a stage of the ring, then those of weights.
     of_x = len(_copies(fill, of_fill))
     weight_loads = {one.address for one in _copies(steps, of_step)[of_x:]}
@@ -113,15 +116,14 @@ def pointwise_parts(flow: Flow) -> dict[str, Counters]:
         "step.weights": step_with(weight=1) - step,
     }
     if of_fill:  # the loop over copies of gates; in a step, that over copies of the residual comes before it
-        *others, _ = sorted(of_step, key=lambda one: one.first)
-        parts["gate"] = around(flow, steps, others, scored(gate=1)) - gated_step
+        parts["gate"] = around(flow, steps, of_step[:-1], scored(gate=1)) - gated_step
     if residuals:
         parts["residual"] = around(flow, residuals[0])
     in_tile = [one for one in loops if inside(one, tiles) and one.first > steps.last]
 
-    def beginning(gate: float) -> Counters:
+    def beginning(gate: float = -1, residual: float = -1) -> Counters:
         def score(one: Instruction) -> tuple[float, ...]:
-            return gate * (one.name == "DMUL"), -1.0
+            return gate * (one.name == "DMUL"), residual * (one.name == "LDGSTS"), -1.0
 
         return counters(way(flow, tiles.first, steps.first, score, ends=False))
 
@@ -133,9 +135,11 @@ def pointwise_parts(flow: Flow) -> dict[str, Counters]:
         return counters(way(flow, steps.last + 1, tiles.last, score, outermost(in_tile)))
 
     move = step_with(move=1) - step
-    parts["tile"] = beginning(gate=-1) + move + ending(residual=-1)
-    parts["tile.gate"] = beginning(gate=1) - beginning(gate=-1) + step_with(move=1, gate=1) - gated_step - move
+    parts["tile"] = beginning() + move + ending(residual=-1)
+    parts["tile.gate"] = beginning(gate=1) - beginning() + step_with(move=1, gate=1) - gated_step - move
     parts["tile.residual"] = ending(residual=1) - ending(residual=-1)
+    if at_tile:
+        parts["tile.residual"] = parts["tile.residual"] + beginning(residual=1) - beginning() - parts["residual"]
     images = [one for one in innermost(in_tile) if one.count("SHFL")]
     if images:
         parts["image"] = total((around(flow, one), 1) for one in images)

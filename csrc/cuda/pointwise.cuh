@@ -14,7 +14,7 @@
 // Where a single tile has so many input channels, and the GPU so few tiles, that it pays, several blocks share one
 // along k and the last of them to arrive adds up (pointwise_epilogue.cuh).
 //
-// Shared memory: scale and shift | flag | ring of stages of x and gates | weights | residual | sums in float32.
+// Shared memory: ring of stages of x and gates | weights | residual | sums in float32 | scale and shift | flag.
 // The order of every sum depends on the plan alone. Sums by multiply-add are taken in runs of kRunSteps slices: one
 // chain over 1152 channels would err twice as much as PyTorch's blocked product.
 #pragma once
@@ -22,17 +22,51 @@
 
 namespace effkernels::cuda {
 
+// The product of a warp: its rows of the slices of x by its columns of those of the weight.
 template <class Tr>
-__device__ __forceinline__ void multiply(float (&acc)[Tr::M][Tr::N][4], const unsigned char* x,
-                                         const unsigned char* weight, const TileGate<Tr::M>& gate, int left) {
-  if constexpr (Tr::kProduct == PointwiseProduct::kTensor16) {
-    multiply_tensor16<typename Tr::T>(acc, x, weight, gate, left);
-  } else if constexpr (Tr::kProduct == PointwiseProduct::kTf32) {
-    multiply_tf32(acc, x, weight, gate, left);
-  } else {
-    multiply_add(acc, x, weight, gate, left);
+class PointwiseMultiplier {
+ public:
+  // From the first slices of both on.
+  __device__ __forceinline__ PointwiseMultiplier(const PointwisePlace<Tr>& place, const unsigned char* ring,
+                                                 const unsigned char* weights)
+      : x_(ring + place.k * Tr::kXSlice + place.row * kPointwiseSliceBytes),
+        weight_(weights + place.k * Tr::kWeightSlice + place.column * kPointwiseSliceBytes),
+        product_(x_, weight_) {}
+
+  // To other slices, so many bytes further.
+  __device__ __forceinline__ void advance(int x, int weight) {
+    x_ += x, weight_ += weight;
+    product_.advance(x, weight);
   }
-}
+
+  // To a stage of x. Formed for each tile: what leads to it needs no register meanwhile.
+  __device__ __forceinline__ void move_x(const PointwisePlace<Tr>& place, const unsigned char* stage) {
+    x_ = stage + place.k * Tr::kXSlice + place.row * kPointwiseSliceBytes;
+    product_.move_x(x_);
+  }
+
+  // left: how many k of the slices there are.
+  __device__ __forceinline__ void operator()(float (&acc)[Tr::M][Tr::N][4], const TileGate<Tr::M>& gate,
+                                             int left) const {
+    if constexpr (Tr::kProduct == PointwiseProduct::kTensor16) {
+      if (Tr::kTakesMore && gate.kind == TileGates::kOne) {
+        product_.template multiply<TileGates::kOne>(acc, gate);
+      } else if (!Tr::kTakesMore || gate.kind == TileGates::kNone) {
+        product_.template multiply<TileGates::kNone>(acc, gate);
+      } else {
+        product_.template multiply<TileGates::kSeveral>(acc, gate);
+      }
+    } else if constexpr (Tr::kProduct == PointwiseProduct::kTf32) {
+      multiply_tf32(acc, x_, weight_, gate, left);
+    } else {
+      multiply_add(acc, x_, weight_, gate, left);
+    }
+  }
+
+ private:
+  const unsigned char *x_, *weight_;
+  SliceProduct<typename Tr::T, Tr::M, Tr::N> product_;
+};
 
 // Which images the thread's rows of a tile belong to.
 template <class Tr>
@@ -40,18 +74,22 @@ __device__ __forceinline__ void find_images(const PointwiseParams& p, const Poin
                                             const PointwisePlace<Tr>& place, TileGate<Tr::M>* gate) {
   const PointwiseImages<Tr> images(p, plan, first_row);
   const int last = rows_of_tile<Tr>(plan, first_row) - 1;  // rows after it: any gate that is there
-  const auto image_of = [&](int row) { return static_cast<unsigned>(images.of(row < last ? row : last)); };
-  const unsigned first = image_of(place.row);
-  gate->uniform = first == image_of(place.row + Tr::kWarpRows - 1);
+  // From the stage to the first image's gates, and there to the first k of the lane: two of 16 bits, or one in TF32.
+  const unsigned lane_offset = Tr::kWarpsK * Tr::kXSlice + place.k * plan.images * kPointwiseGateBytes +
+                               (Tr::kProduct == PointwiseProduct::kMultiplyAdd ? 0 : place.lane % 4 * 4);
+  const auto offset_of = [&](int row) {
+    return static_cast<unsigned>(images.of(row < last ? row : last)) * kPointwiseGateBytes + lane_offset;
+  };
+  static_assert(Tr::kWarpsK * (Tr::kXSlice + (Tr::kRows + 1) * kPointwiseGateBytes) < 1 << 16, "two in a word");
+  const unsigned first = offset_of(place.row);
+  gate->kind = first == offset_of(place.row + Tr::kWarpRows - 1) ? TileGates::kOne : TileGates::kSeveral;
 #pragma unroll
-  for (int i = 0; i < (Tr::M + 1) / 2; ++i) gate->images[i] = first * 0x01010101u;
-  if (gate->uniform) return;
+  for (int i = 0; i < Tr::M; ++i) gate->offsets[i] = first * 0x10001u;
+  if (gate->kind == TileGates::kOne) return;
 #pragma unroll
-  for (int i = 0; i < (Tr::M + 1) / 2; ++i) {
-    gate->images[i] = 0;
-#pragma unroll
-    for (int e = 0; e < 4; ++e)
-      if (i * 2 + e / 2 < Tr::M) gate->images[i] |= image_of(place.row + i * 32 + e * 8 + place.lane / 4) << e * 8;
+  for (int i = 0; i < Tr::M; ++i) {
+    const int row = place.row + i * 16 + place.lane / 4;
+    gate->offsets[i] = offset_of(row) | offset_of(row + 8) << 16;
   }
 }
 
@@ -76,27 +114,27 @@ struct PointwiseTiles {
 template <class Tr, class More, class Tiles>
 __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const PointwisePlan& plan,
                                                const PointwiseWork& work, const More& more, const Tiles& own) {
-  constexpr int kStages = kPointwiseStages, kAhead = kStages - 1;
+  constexpr int kStages = kPointwiseStages, kAhead = kStages - 1, kWeightStage = Tr::kWarpsK * Tr::kWeightSlice;
   constexpr bool kDirect = Tr::kEpilogue != PointwiseEpilogue::kAny;
-  float* const scale = dynamic_shared<float>();  // kColumns scales, then kColumns shifts
-  unsigned* const flag = reinterpret_cast<unsigned*>(scale + 2 * Tr::kColumns);
-  unsigned char* const ring = reinterpret_cast<unsigned char*>(flag + 4);
+  unsigned char* const ring = dynamic_shared<unsigned char>();
   unsigned char* const weights = ring + plan.ring_bytes;
   unsigned char* const residual = weights + plan.weight_bytes;
   float* const sums_at = reinterpret_cast<float*>(residual + plan.residual_bytes);
+  // kColumns scales, then kColumns shifts
+  float* const scale = reinterpret_cast<float*>(residual + plan.residual_bytes + plan.sum_bytes);
+  unsigned* const flag = reinterpret_cast<unsigned*>(scale + 2 * Tr::kColumns);
   typename More::template Columns<Tr> columns(plan, residual, flag);
 
   const int first_column = own.first_column, part = own.part, tiles = own.count;
   const int first_k = part * plan.steps * Tr::kStep;
   const PointwisePlace<Tr> place;
   std::conditional_t<Tr::kConverts, PointwiseConverter<Tr, More>, PointwiseCopier<Tr>> loader(p, plan, first_column,
-                                                                                              more);
+                                                                                              ring, weights, more);
 
   // Weights and norm first: they are the same for all tiles.
 #pragma unroll 1
   for (int stage = 0; stage < kAhead; ++stage)
-    if (stage < plan.steps)
-      loader.load_weight(weights + stage * (Tr::kWarpsK * Tr::kWeightSlice), first_k + stage * Tr::kStep);
+    if (stage < plan.steps) loader.load_weight(first_k + stage * Tr::kStep);
   constexpr int kOwnColumns = (Tr::kColumns + Tr::kThreads - 1) / Tr::kThreads;
   ScaleShift of[kOwnColumns];
 #pragma unroll
@@ -108,20 +146,27 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
   }
 
   const auto row_of = [&](int tile) { return own.template row<Tr>(tile); };
-  int tile_to_load = 0, step_to_load = 0;
+  int tiles_moved = 0, left_to_load = 0;  // along k
+  bool loads_more = true;                 // than x and its first gates
   const auto load = [&](unsigned stage, bool with_weight) {
-    if (tile_to_load == tiles) return;
-    if (step_to_load == 0) loader.move(row_of(tile_to_load));
-    const int k = first_k + step_to_load * Tr::kStep;
-    loader.load_x(ring + stage * plan.stage_bytes, k);
-    if (with_weight && (!plan.keeps_weight || tile_to_load == 0))
-      loader.load_weight(weights + (plan.keeps_weight ? step_to_load : stage) * (Tr::kWarpsK * Tr::kWeightSlice), k);
-    if (++step_to_load == plan.steps) step_to_load = 0, ++tile_to_load;
+    if (left_to_load == 0) {
+      if (tiles_moved == tiles) return;
+      loads_more = !plan.keeps_weight || tiles_moved == 0 || (Tr::kTakesMore && plan.images > Tr::kRowsAtOnce);
+      loader.move(row_of(tiles_moved++), first_k);
+      left_to_load = plan.steps * Tr::kStep;
+    }
+    const int k = first_k + plan.steps * Tr::kStep - left_to_load;
+    loader.load_x(stage, k);
+    if (loads_more) {
+      if (with_weight && (!plan.keeps_weight || tiles_moved == 1)) loader.load_weight_too(k);
+      loader.load_more_gates();
+    }
+    left_to_load -= Tr::kStep;
   };
-  if (Tr::kTakesMore && plan.residual_bytes > 0) load_residual(p, plan, row_of(0), first_column, place, residual);
 #pragma unroll 1
   for (unsigned stage = 0; stage < kAhead; ++stage) {
-    load(stage, false);
+    load(stage * plan.stage_bytes, false);
+    loader.advance(plan.stage_bytes);
     cp_async_commit();
   }
 #pragma unroll
@@ -130,37 +175,48 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
     if (column < Tr::kColumns) scale[column] = of[i].scale, scale[Tr::kColumns + column] = of[i].shift;
   }
 
-  static_assert((kStages & kAhead) == 0, "a power of two");
-  unsigned in_use = 0;  // stage
+  PointwiseMultiplier<Tr> multiply(place, ring, weights);
+  unsigned stage = 0, free_stage = kAhead * plan.stage_bytes;  // the one in use, the next to load; in bytes
+  const int weight_ring_bytes = plan.keeps_weight ? 0 : plan.weight_bytes;
+  constexpr bool kOwnResidual = Tr::kWarpsK == 1;  // a warp loads what it reads itself
 #pragma unroll 1
   for (int tile = 0; tile < tiles; ++tile) {
     const int64_t first_row = row_of(tile);
+    multiply.move_x(place, ring + stage);
+    loader.move_stage(ring + free_stage);
     TileGate<Tr::M> gate;
+    gate.kind = TileGates::kNone;
     if (Tr::kTakesMore && plan.images > 0) find_images(p, plan, first_row, place, &gate);
+    if (kOwnResidual && Tr::kTakesMore && plan.residual_bytes > 0) {
+      __syncwarp();
+      load_residual(p, plan, first_row, first_column, place, residual);
+    }
     typename More::template Rows<Tr> rows(p, plan, more, first_row);
     float acc[Tr::M][Tr::N][4] = {};
     constexpr bool kRuns = Tr::kProduct == PointwiseProduct::kMultiplyAdd;
     float total[kRuns ? Tr::M : 1][kRuns ? Tr::N : 1][4] = {};
+    int left = static_cast<int>(p.in_channels) - first_k - place.k * Tr::kSlice;
 #pragma unroll 1
-    for (int step = 0; step < plan.steps; ++step) {
+    for (int steps = plan.steps; steps > 0; --steps) {
       cp_async_wait<kStages - 2>();
-      rows.prepare(ring + in_use * plan.stage_bytes, first_k + step * Tr::kStep);
+      rows.prepare(ring + stage, first_k + (plan.steps - steps) * Tr::kStep);
       __syncthreads();
-      if (Tr::kTakesMore && plan.residual_bytes > 0 && step == 0 && tile > 0)
+      if (!kOwnResidual && Tr::kTakesMore && plan.residual_bytes > 0 && steps == plan.steps)
         load_residual(p, plan, first_row, first_column, place, residual);
-      load((in_use + kAhead) % kStages, true);
+      load(free_stage, true);
+      loader.advance(static_cast<int>(stage - free_stage));
+      free_stage = stage;
       cp_async_commit();
-      const unsigned char* const stage = ring + in_use * plan.stage_bytes;
-      const unsigned char* const weight =
-          weights + ((plan.keeps_weight ? step : in_use) * Tr::kWarpsK + place.k) * Tr::kWeightSlice;
-      if (Tr::kTakesMore && plan.images > 0)
-        gate.slice = stage + Tr::kWarpsK * Tr::kXSlice + place.k * plan.images * kPointwiseGateBytes;
-      multiply<Tr>(acc, stage + place.k * Tr::kXSlice + place.row * kPointwiseSliceBytes,
-                   weight + place.column * kPointwiseSliceBytes, gate,
-                   static_cast<int>(p.in_channels) - (first_k + step * Tr::kStep + place.k * Tr::kSlice));
-      in_use = (in_use + 1) % kStages;
+      if (Tr::kTakesMore && (Tr::kProduct == PointwiseProduct::kTensor16 || plan.images > 0)) gate.slice = ring + stage;
+      multiply(acc, gate, left);
+      left -= Tr::kStep;
+      const unsigned next = stage + plan.stage_bytes;
+      const bool last = next == static_cast<unsigned>(plan.ring_bytes);
+      const int to_next = static_cast<int>((last ? 0 : next) - stage);
+      stage += to_next;
+      multiply.advance(to_next, kWeightStage - (last ? weight_ring_bytes : 0));
       if constexpr (kRuns) {
-        if (step % Tr::kRunSteps == Tr::kRunSteps - 1 || step == plan.steps - 1) {
+        if ((plan.steps - steps) % Tr::kRunSteps == Tr::kRunSteps - 1 || steps == 1) {
 #pragma unroll
           for (int i = 0; i < Tr::M; ++i)
 #pragma unroll
@@ -174,6 +230,7 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
       }
     }
 
+    if (plan.keeps_weight) multiply.advance(0, -plan.weight_bytes);
     if (Tr::kTakesMore && plan.residual_bytes > 0) {  // its copies were committed in the first step of the tile
       if (plan.steps < kAhead) {
         cp_async_wait<0>();

@@ -24,12 +24,12 @@ struct PointwisePlace {
   int lane, k, row, column;  // k: of the warps along k; row, column: the warp's first of the tile
 
   __device__ __forceinline__ PointwisePlace() {
-    const int warp = static_cast<int>(threadIdx.x) / 32;
-    constexpr int kM = Tr::kShape.warps_m, kN = Tr::kShape.warps_n;
-    lane = static_cast<int>(threadIdx.x) % 32;
-    k = warp / (kM * kN);
-    row = warp % kM * Tr::kWarpRows;
-    column = warp / kM % kN * Tr::kWarpColumns;
+    const unsigned warp = threadIdx.x / 32;
+    constexpr unsigned kM = Tr::kShape.warps_m, kN = Tr::kShape.warps_n;
+    lane = static_cast<int>(threadIdx.x % 32);
+    k = Tr::kWarpsK == 1 ? 0 : static_cast<int>(warp / (kM * kN));
+    row = static_cast<int>(kN * Tr::kWarpsK == 1 ? warp : warp % kM) * Tr::kWarpRows;
+    column = static_cast<int>(warp / kM % kN) * Tr::kWarpColumns;
   }
 };
 
@@ -86,6 +86,8 @@ __device__ __forceinline__ void write_direct(const PointwiseParams& p, const flo
     read_floats(scale + column, by);
     read_floats(scale + Tr::kColumns + column, shift);
     const int rows_here = column < columns ? rows : 0;
+    const unsigned distance = 8 * static_cast<unsigned>(p.out_channels);
+    T* to = y + column;
 #pragma unroll
     for (int i = 0; i < Tr::M; ++i)
 #pragma unroll
@@ -97,8 +99,8 @@ __device__ __forceinline__ void write_direct(const PointwiseParams& p, const flo
         activate<T>(value, Tr::kActivation);
         if (Tr::kTakesMore && p.residual != nullptr)
           add_residual<T>(residual + (row * Tr::kColumns + column) * sizeof(T), value);
-        if (row < rows_here)
-          store_global(y + (static_cast<unsigned>(row) * static_cast<unsigned>(p.out_channels) + column), value);
+        if (row < rows_here) store_global(to, value);
+        to += distance;
       }
     write_direct<Tr, kFirst + kGroup>(p, acc, scale, residual, y, rows, columns);
   }

@@ -110,10 +110,10 @@ struct PointwiseShare {
   int in_slice;  // offset of the first one in a slice, in bytes
 
   __device__ __forceinline__ PointwiseShare()
-      : row(static_cast<int>(threadIdx.x) / Tr::kChunks), chunk(static_cast<int>(threadIdx.x) % Tr::kChunks) {
+      : row(static_cast<int>(threadIdx.x / Tr::kChunks)), chunk(static_cast<int>(threadIdx.x % Tr::kChunks)) {
     in_slice = chunk_offset(row, chunk % kSliceChunks);
   }
-  __device__ __forceinline__ int slice() const { return chunk / kSliceChunks; }
+  __device__ __forceinline__ int slice() const { return Tr::kWarpsK == 1 ? 0 : chunk / kSliceChunks; }
   // True if the thread has a load `j` of `rows` rows; a constant where all threads load as much.
   template <int kRows>
   __device__ __forceinline__ bool has(int j) const {
@@ -128,8 +128,10 @@ class PointwiseCopier {
 
   template <class More>
   __device__ __forceinline__ PointwiseCopier(const PointwiseParams& p, const PointwisePlan& plan, int first_column,
-                                             const More&)
-      : p_(p), plan_(plan) {
+                                             unsigned char* ring, unsigned char* weights, const More&)
+      : p_(p), plan_(plan), weights_(weights) {
+    move_stage(ring);
+    to_weight_ = first_weight();
     weight_ = bytes_of(static_cast<const T*>(p.weight.data) + first_column * p.in_channels);
     const int last = static_cast<int>(p.out_channels) - 1 - first_column;
 #pragma unroll
@@ -140,8 +142,9 @@ class PointwiseCopier {
     }
   }
 
-  // To the tile of rows from `first_row` on.
-  __device__ __forceinline__ void move(int64_t first_row) {
+  // To the tile of rows from `first_row` on, and to the first k of them.
+  __device__ __forceinline__ void move(int64_t first_row, int first_k) {
+    at_ = static_cast<unsigned>(first_k + share_.chunk * Tr::kVector) * static_cast<unsigned>(sizeof(T));
     const int last = rows_of_tile<Tr>(plan_, first_row) - 1;
     x_ = bytes_of(static_cast<const T*>(p_.x) + first_row * p_.x_stride_p);
 #pragma unroll
@@ -154,52 +157,102 @@ class PointwiseCopier {
       const int64_t image = PointwiseImages<Tr>(p_, plan_, first_row).first(), left = p_.batch - 1 - image;
       gate_ = bytes_of(static_cast<const T*>(p_.gate.data) + image * p_.in_channels);
       last_gate_ = left < plan_.images ? static_cast<int>(left) : plan_.images;
+      gate_row_ = gate_offset(share_.row);
     }
   }
 
-  // `k`: the first of the stage.
-  __device__ __forceinline__ void load_weight(unsigned char* slices, int k) const {
-    const SharedAddress to = shared_address(slices + share_.slice() * Tr::kWeightSlice + share_.in_slice);
-    const int at = k + share_.chunk * Tr::kVector, bytes = at < static_cast<int>(p_.in_channels) ? 16 : 0;
-    const unsigned char* const from = weight_ + (bytes > 0 ? at * sizeof(T) : 0);
-#pragma unroll
-    for (int j = 0; j < Tr::kOfWeight; ++j)
-      if (share_.template has<Tr::kColumns>(j))
-        cp_async_16(to + j * Tr::kRowsAtOnce * kPointwiseSliceBytes, from + weight_rows_[j], bytes);
+  // To the next stage. `k`: the first of it.
+  __device__ __forceinline__ void load_weight(int k) {
+    const unsigned chunk = static_cast<unsigned>(k + share_.chunk * Tr::kVector);
+    copy_weight(Inside(p_, chunk * static_cast<unsigned>(sizeof(T))));
+  }
+  // The same after load_x of this k. The tile of 40 columns has no register to keep the chunk's place in meanwhile.
+  __device__ __forceinline__ void load_weight_too(int k) {
+    if constexpr (Tr::kColumns == 40) {
+      load_weight(k);
+    } else {
+      copy_weight(inside_);
+    }
   }
 
-  __device__ __forceinline__ void load_x(unsigned char* stage, int k) const {
-    const SharedAddress to = shared_address(stage + share_.slice() * Tr::kXSlice + share_.in_slice);
-    const int at = k + share_.chunk * Tr::kVector, bytes = at < static_cast<int>(p_.in_channels) ? 16 : 0;
-    const unsigned char* const from = x_ + (bytes > 0 ? at * sizeof(T) : 0);
+  // To a stage of the ring. Formed for each tile: what leads to it needs no register meanwhile.
+  __device__ __forceinline__ void move_stage(unsigned char* stage) {
+    to_x_ = shared_address(stage + share_.slice() * Tr::kXSlice + share_.in_slice);
+    to_gates_ = shared_address(stage + Tr::kWarpsK * Tr::kXSlice + share_.chunk % kSliceChunks * 16) +
+                (share_.slice() * plan_.images + share_.row) * kPointwiseGateBytes;
+  }
+  // To another stage, `bytes` further.
+  __device__ __forceinline__ void advance(int bytes) {
+    to_x_ += bytes;
+    if (Tr::kTakesMore) to_gates_ += bytes;
+  }
+
+  // No branch in the code between the copies: the compiler puts three instructions that do nothing in front of one that
+  // follows a branch.
+  __device__ __forceinline__ void load_x(unsigned, int) {
+    inside_ = Inside(p_, at_);
+    at_ += Tr::kStep * sizeof(T);
 #pragma unroll
     for (int j = 0; j < Tr::kOfX; ++j)
-      if (share_.template has<Tr::kRows>(j))
-        cp_async_16(to + j * Tr::kRowsAtOnce * kPointwiseSliceBytes, from + x_rows_[j], bytes);
-    if (!Tr::kTakesMore || plan_.images == 0) return;
-    const SharedAddress gates =
-        shared_address(stage + Tr::kWarpsK * Tr::kXSlice + share_.slice() * plan_.images * kPointwiseGateBytes +
-                       share_.chunk % kSliceChunks * 16);
-    const unsigned char* const gate = gate_ + (bytes > 0 ? at * sizeof(T) : 0);
-    const unsigned distance = static_cast<unsigned>(p_.in_channels) * static_cast<unsigned>(sizeof(T));
+      cp_async_16_if(share_.template has<Tr::kRows>(j), to_x_ + j * Tr::kRowsAtOnce * kPointwiseSliceBytes,
+                     x_ + x_rows_[j] + inside_.at, inside_.bytes);
+    if constexpr (Tr::kTakesMore)
+      cp_async_16_if(share_.row < plan_.images, to_gates_, gate_ + gate_row_ + inside_.at, inside_.bytes);
+  }
+
+  // Those of images after the first kRowsAtOnce, after load_x of the same k.
+  __device__ __forceinline__ void load_more_gates() const {
+    if (!Tr::kTakesMore || plan_.images <= Tr::kRowsAtOnce) return;
 #pragma unroll 1
-    for (int i = share_.row; i < plan_.images; i += Tr::kRowsAtOnce)
-      cp_async_16(gates + i * kPointwiseGateBytes,
-                  gate + static_cast<unsigned>(i < last_gate_ ? i : last_gate_) * distance, bytes);
+    for (int i = share_.row + Tr::kRowsAtOnce; i < plan_.images; i += Tr::kRowsAtOnce)
+      cp_async_16(to_gates_ + (i - share_.row) * kPointwiseGateBytes, gate_ + gate_offset(i) + inside_.at,
+                  inside_.bytes);
   }
 
  private:
   static __device__ __forceinline__ const unsigned char* bytes_of(const T* at) {
     return reinterpret_cast<const unsigned char*>(at);
   }
+  __device__ __forceinline__ SharedAddress first_weight() const {
+    return shared_address(weights_ + share_.slice() * Tr::kWeightSlice + share_.in_slice);
+  }
+  // The thread's chunk of a stage in a row: its place and its bytes, or 0 and 0 outside.
+  struct Inside {
+    unsigned at = 0;
+    int bytes = 0;
+
+    Inside() = default;
+    __device__ __forceinline__ Inside(const PointwiseParams& p, unsigned wanted) {
+      const bool inside = wanted < static_cast<unsigned>(p.in_channels) * static_cast<unsigned>(sizeof(T));
+      at = inside ? wanted : 0u, bytes = inside ? 16 : 0;
+    }
+  };
+  __device__ __forceinline__ void copy_weight(const Inside& inside) {
+#pragma unroll
+    for (int j = 0; j < Tr::kOfWeight; ++j)
+      cp_async_16_if(share_.template has<Tr::kColumns>(j), to_weight_ + j * Tr::kRowsAtOnce * kPointwiseSliceBytes,
+                     weight_ + weight_rows_[j] + inside.at, inside.bytes);
+    to_weight_ += Tr::kWarpsK * Tr::kWeightSlice;
+    if (to_weight_ == first_weight() + plan_.weight_bytes) to_weight_ = first_weight();
+  }
+  __device__ __forceinline__ unsigned gate_offset(int image) const {
+    return static_cast<unsigned>(image < last_gate_ ? image : last_gate_) *
+           (static_cast<unsigned>(p_.in_channels) * static_cast<unsigned>(sizeof(T)));
+  }
 
   PointwiseShare<Tr> share_;
+  SharedAddress to_x_, to_gates_;                           // the thread's places in the next stage to load
+  SharedAddress to_weight_;                                 // the same of the weights
   const unsigned char *x_, *weight_;                        // of the tile's first row, of the block's first column
   unsigned x_rows_[Tr::kOfX], weight_rows_[Tr::kOfWeight];  // from there, in bytes: see kMostDistance of the plan
   const unsigned char* gate_ = nullptr;                     // of the tile's first image
   int last_gate_ = 0;                                       // the last image, counted from the first
+  unsigned at_ = 0;                                         // the thread's chunk of the next slice, in a row
+  Inside inside_;                                           // the thread's chunk of the last slice of x
+  unsigned gate_row_ = 0;                                   // of the thread's first image, from gate_
   const PointwiseParams& p_;
   const PointwisePlan& plan_;
+  unsigned char* const weights_;
 };
 
 // Any strides, types and alignment. Also multiplies the gate in, and changes x as training does (`More`).
@@ -210,14 +263,14 @@ class PointwiseConverter {
   using Chunk = Vector<T, Tr::kVector>;
 
   __device__ __forceinline__ PointwiseConverter(const PointwiseParams& p, const PointwisePlan& plan, int first_column,
-                                                const More& more)
-      : p_(p), plan_(plan), more_(more), first_column_(first_column) {}
+                                                unsigned char* ring, unsigned char* weights, const More& more)
+      : p_(p), plan_(plan), more_(more), ring_(ring), weights_(weights), first_column_(first_column) {}
 
-  __device__ __forceinline__ void move(int64_t first_row) { first_row_ = first_row; }
+  __device__ __forceinline__ void move(int64_t first_row, int) { first_row_ = first_row; }
 
-  __device__ __forceinline__ void load_weight(unsigned char* slices, int first_k) const {
+  __device__ __forceinline__ void load_weight(int first_k) {
     const int64_t k = first_k + share_.chunk * Tr::kVector;
-    unsigned char* to = slices + share_.slice() * Tr::kWeightSlice + share_.in_slice;
+    unsigned char* to = weights_ + weight_stage_ + share_.slice() * Tr::kWeightSlice + share_.in_slice;
 #pragma unroll 1
     for (int row = share_.row; row < Tr::kColumns;
          row += Tr::kRowsAtOnce, to += Tr::kRowsAtOnce * kPointwiseSliceBytes) {
@@ -231,13 +284,20 @@ class PointwiseConverter {
       }
       *reinterpret_cast<Chunk*>(to) = chunk;
     }
+    weight_stage_ += Tr::kWarpsK * Tr::kWeightSlice;
+    if (weight_stage_ == static_cast<unsigned>(plan_.weight_bytes)) weight_stage_ = 0;
   }
 
-  __device__ __forceinline__ void load_x(unsigned char* stage, int first_k) const {
+  __device__ __forceinline__ void load_weight_too(int k) { load_weight(k); }
+  __device__ __forceinline__ void load_more_gates() const {}
+  __device__ __forceinline__ void advance(int) {}
+  __device__ __forceinline__ void move_stage(unsigned char*) {}
+
+  __device__ __forceinline__ void load_x(unsigned stage, int first_k) const {
     const int64_t k = first_k + share_.chunk * Tr::kVector;
     const int count = k + Tr::kVector <= p_.in_channels ? Tr::kVector : static_cast<int>(p_.in_channels - k);
     const int rows = rows_of_tile<Tr>(plan_, first_row_);
-    unsigned char* to = stage + share_.slice() * Tr::kXSlice + share_.in_slice;
+    unsigned char* to = ring_ + stage + share_.slice() * Tr::kXSlice + share_.in_slice;
 #pragma unroll 1
     for (int row = share_.row; row < Tr::kRows; row += Tr::kRowsAtOnce, to += Tr::kRowsAtOnce * kPointwiseSliceBytes) {
       Chunk chunk = zeros();
@@ -280,6 +340,8 @@ class PointwiseConverter {
   const PointwiseParams& p_;
   const PointwisePlan& plan_;
   const More& more_;
+  unsigned char *ring_, *weights_;
+  unsigned weight_stage_ = 0;
   int first_column_;
   int64_t first_row_ = 0;
 };

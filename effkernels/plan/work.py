@@ -525,7 +525,7 @@ def _pointwise(cut: Cut, call: RecordedCall) -> Work:
     of_thread = values / min(cut.threads, values / 4)
     tile = total(((part("tile"), 1), (part("tile.gate"), gated), (part("tile.residual"), residual)))
     slices = min(3, steps)
-    gates = _ceil(cut["gate_images"] * 4, cut.threads) if gated else 0
+    gates = _ceil(cut["gate_images"] * 4, cut.threads) - 1 if gated else 0  # vectors of a thread after the first
     residuals = rows * columns / vector / cut.threads if residual else 0.0
     load = total(
         (
