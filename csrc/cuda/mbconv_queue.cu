@@ -10,7 +10,6 @@ const char* launch_mbconv_queue(const MBConvCall* calls, const MBConvStackPlan& 
   arguments.count = plan.count;
   arguments.item_at = static_cast<int>(planned.shared_bytes - kQueueItemBytes);
   arguments.counters = work.counters;
-  arguments.counter_count = static_cast<int>(mbconv_queue_counters(calls, plan));
   int64_t first_item = 0;
   unsigned* counters = work.counters + kQueueCounters;
   for (int i = 0; i < plan.count; ++i) {
@@ -30,8 +29,11 @@ const char* launch_mbconv_queue(const MBConvCall* calls, const MBConvStackPlan& 
     first_item += of_block.items;
     block.done = counters, block.written = counters + units, block.items_written = counters + 2 * units;
     counters += 2 * units + 1;
-    block.expand.depthwise.work.arrivals = counters;
-    counters += mbconv_queue_scratch(call, of_block).arrivals;
+  }
+  arguments.waited_end = static_cast<int>(counters - work.counters);
+  for (int i = 0; i < plan.count; ++i) {
+    arguments.blocks[i].expand.depthwise.work.arrivals = counters;
+    counters += mbconv_queue_scratch(calls[i], plan.items[i]).arrivals;
   }
   const Launch at = launch_of(planned, stream);
   const cudaError_t error = calls[0].depthwise->dtype == DType::kFloat16

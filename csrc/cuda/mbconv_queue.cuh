@@ -63,9 +63,9 @@ struct MBConvQueueBlock {
 };
 
 struct MBConvQueueArguments {
-  int count;           // of the network's blocks
-  int item_at;         // in shared memory, in bytes: three words
-  int counter_count;   // of all that `counters` has
+  int count;       // of the network's blocks
+  int item_at;     // in shared memory, in bytes: three words
+  int waited_end;  // of the counters that are waited for; those of arrivals, which follow, are zero again by themselves
   unsigned* counters;  // of thread blocks that started, of those that left, then those of the network's blocks
   MBConvQueueBlock blocks[kMostStackedBlocks];
 };
@@ -241,7 +241,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
   finish_item(a, of);
   unsigned* const flag = reinterpret_cast<unsigned*>(dynamic_shared<unsigned char>() + a.item_at + sizeof(QueueItem));
   if (!arrive_last(a.counters + 1, gridDim.x, flag)) return;
-  for (int i = static_cast<int>(threadIdx.x); i < a.counter_count; i += kDepthwiseThreads) a.counters[i] = 0;
+  for (int i = kQueueCounters + static_cast<int>(threadIdx.x); i < a.waited_end; i += kDepthwiseThreads)
+    a.counters[i] = 0;
+  if (threadIdx.x == 0) a.counters[0] = 0;
 }
 
 // Instantiated in one file per type.
