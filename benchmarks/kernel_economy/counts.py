@@ -25,7 +25,7 @@ from benchmarks.kernel_economy.loops import (
 from benchmarks.kernel_economy.paths import Score, around, counters, longest, plain, way, with_norm
 from benchmarks.kernel_economy.pointwise import pointwise_parts
 from benchmarks.kernel_economy.reading import Kernel
-from effkernels.plan.kernel_counts import EXPAND_AHEAD, TILES_AHEAD, Counters, KernelCounts, reduce_lanes
+from effkernels.plan.kernel_counts import EXPAND_AHEAD, LOADS_AHEAD, TILES_AHEAD, Counters, KernelCounts, reduce_lanes
 
 Parts = dict[str, Counters]
 
@@ -165,15 +165,30 @@ def _scale_part(kernel: Kernel, flow: Flow, before: Sequence[Loop]) -> Parts:
     return {"scale": around(flow, only(innermost(scales), "over taps that are scaled"))}
 
 
-def _places(before: Sequence[Loop]) -> Loop:
-    """Return the loop that sets the places of pixels (set_places)."""
+def _around(inner: Loop, loops: Sequence[Loop]) -> list[Loop]:
+    """Return the loops that a loop is in, the shortest first."""
+    return [one for one in loops if inside(inner, one)]
+
+
+def _clears(loop: Loop) -> bool:
+    """Return whether a loop stores 16 bytes of shared memory, and reads nothing."""
+    stores = [one for one in loop.instructions if one.opcode.startswith("STS.128")]
+    return bool(stores) and not any(loop.count(name) for name in ("LDG", "LDS", "LDGSTS"))
+
+
+def _places_parts(flow: Flow, before: Sequence[Loop]) -> Parts:
+    """Return what sets the places of a warp's pixels (set_places): 32 of them, and what is around them for a row."""
     places = [one for one in before if any(i.opcode.startswith("STS.U16") for i in one.instructions)]
-    return only(places, "over places of pixels")
+    pixels = only(places, "over places of pixels")
+    rows = only(_around(pixels, places), "over rows of places")
+    return {"places": around(flow, pixels), "places.row": around(flow, rows, [pixels])}
 
 
-def _load_parts(flow: Flow, slices: Loop, pixels: Sequence[Loop]) -> Parts:
-    """Return what loads rows of x (expand_rows.cuh): a slice of them, and LOADS_AHEAD times 16 bytes for a thread."""
-    return {"load": around(flow, slices, pixels), "load.pixels": around(flow, pixels[0])}
+def _load_parts(flow: Flow, passes: Loop, slices: Loop) -> Parts:
+    """Return what loads rows of x (expand_rows.cuh): a pass over LOADS_AHEAD pixels of a thread, where rows are whole,
+    and 16 bytes of each of them."""
+    copies = around(flow, slices) * (LOADS_AHEAD / slices.count("LDGSTS"))
+    return {"load": around(flow, passes, [slices], plain), "load.pixels": copies}
 
 
 def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
@@ -189,13 +204,12 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     single, pair = (only([one for one in in_group if inside(k, one)], "over fragments of pixels") for k in slices)
     rows = only([one for one in in_group if _is(one, FFMA=size * pixels * vector, MUFU=0)], "over rows of taps")
     strips = only([one for one in in_group if inside(rows, one) and one.count("STG") == pixels], "over strips")
-    pixels_of = [one for one in innermost(in_group) if one.count("LDGSTS")]  # of whole rows, which is the shortest
-    loads = only([one for one in in_group if inside(only(pixels_of, "over pixels of x"), one)], "over slices of x")
+    chunks = only([one for one in innermost(in_group) if one.count("LDGSTS")], "over slices of x")
+    loads = only([one for one in in_group if inside(chunks, one)], "over pixels of x")
     before = [one for one in loops if one.last < images.first]
-    of_weights = [one for one in before if one.count("LDGSTS") and one.count("LDG")]
-    weight = only(innermost(of_weights), "over slices of a row of weights")
-    weights = only([one for one in of_weights if inside(weight, one)], "over rows of weights")
-    ring = only([one for one in before if one.count("STS") > 1 and not one.count("LDG")], "over the ring")
+    weight = only([one for one in innermost(before) if one.count("LDGSTS") == 1], "over slices of a row of weights")
+    weights = only(_around(weight, before), "over rows of weights")
+    ring = only([one for one in innermost(before) if _clears(one) and _around(one, before)], "over columns of padding")
     taps = [one for one in before if one.count("LDG") and not one.count("LDGSTS")]
     last = max(taps, key=lambda one: one.first, default=None)  # of weights in the images' type
     if last is None:
@@ -209,9 +223,10 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
         "prologue": counters(way(flow, 0, images.first, with_norm, outermost(before), ends=False)),
         "weights": around(flow, weights, [weight]),
         "weights.chunk": around(flow, weight),
-        **_load_parts(flow, loads, pixels_of),
-        "zero": around(flow, ring) * (1 / ring.count("STS")),
-        "places": around(flow, _places(before)),
+        **_load_parts(flow, loads, chunks),
+        "zero": around(flow, ring),
+        "zero.row": around(flow, only(_around(ring, before), "over rows of padding"), [ring]),
+        **_places_parts(flow, before),
         "taps": around(flow, last),
         **_scale_part(kernel, flow, before),
         "image": around(flow, images, [groups, *of_image]),
@@ -272,13 +287,14 @@ def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
         "over the ranks' hidden values",
     )
     of_hidden = only([one for one in in_image if inside(hidden, one)], "over hidden values")
-    of_weights = [one for one in before if one.count("LDGSTS") and one.count("LDG")]
-    chunks = sorted(innermost(of_weights), key=lambda one: one.first)
+    chunks = sorted([one for one in innermost(before) if one.count("LDGSTS") == 1], key=lambda one: one.first)
     if len(chunks) != 2:
         raise PartMissing(f"{len(chunks)} loops over slices of a row of weights; wanted: 2, of expand and project")
-    weights = [only([one for one in of_weights if inside(k, one)], "over rows of weights") for k in chunks]
-    pixels_of = [one for one in innermost(in_group) if one.count("LDGSTS") and not one.count("LDG")]
-    loads = only([one for one in in_group if inside(only(pixels_of, "over pixels of x"), one)], "over slices of x")
+    weights = [only(_around(k, before), "over rows of weights") for k in chunks]
+    of_x = only(
+        [one for one in innermost(in_group) if one.count("LDGSTS") and not one.count("LDG")], "over slices of x"
+    )
+    loads = only([one for one in in_group if inside(of_x, one)], "over pixels of x")
     zeros = only([one for one in before if one.count("STS") > 1 and not one.count("LDG")], "over the ring")
     norms = [one for one in before if one.count("FFMA") == 1 and one.count("MUFU") and not one.count("BAR")]
     parameters = only([one for one in before if one.count("BAR")], "over the groups' parameters")
@@ -293,9 +309,9 @@ def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
         "weights.chunk": around(flow, chunks[0]),
         "project": around(flow, weights[1], [chunks[1]]),
         "project.chunk": around(flow, chunks[1]),
-        **_load_parts(flow, loads, pixels_of),
+        **_load_parts(flow, loads, of_x),
         "zero": around(flow, zeros) * (1 / zeros.count("STS")),
-        "places": around(flow, _places(before)),
+        **_places_parts(flow, before),
         "norm": norm_of_channel(flow, only(norms, "over norms")),
         "parameters": around(
             flow, parameters, outermost([one for one in before if inside(one, parameters)]), with_norm

@@ -28,7 +28,7 @@ _STRIP = {(3, 1): 24, (3, 2): 31, (5, 1): 48, (5, 2): 60}
 _SHORT_STRIP = {3: 48, 5: 109}
 # Of expand_depthwise: a value of a strip by size and stride, and its product.
 _EXPAND_STRIP = {(3, 1): 20, (3, 2): 25, (5, 1): 42, (5, 2): 51}
-_EXPANDED_VALUE, _EXPAND_CHUNK = 6, 14
+_EXPANDED_VALUE, _EXPAND_CHUNK = 6, 4
 _EXPAND_SLICE, _EXPAND_PAIR_SLICE = 40, 55
 _STEM_VALUE, _STEM_BLOCK = 13, 480
 _POINTWISE_BLOCK = 795

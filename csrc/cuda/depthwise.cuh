@@ -53,6 +53,15 @@ struct StripCursor {
         step_rows(step_ % rows_),
         step_columns(step_ / rows_),
         rows(rows_) {}
+  // The same where a plan has the quotients; without an index.
+  __device__ __forceinline__ StripCursor(int row_, int column_, int step_rows_, int step_columns_, int rows_)
+      : index(0),
+        row(row_),
+        column(column_),
+        step(0),
+        step_rows(step_rows_),
+        step_columns(step_columns_),
+        rows(rows_) {}
   __device__ __forceinline__ void advance() {
     index += step, row += step_rows, column += step_columns;
     if (row >= rows) row -= rows, ++column;

@@ -95,30 +95,44 @@ __device__ __forceinline__ void scale_taps(int tap_count, int channels, int bloc
   }
 }
 
-// A thread takes one channel's norm: its reads are under way while the taps are read. Ends with a barrier.
-template <class T, int V, int kTapCount>
+// A thread takes the norm of channel `own` of the block, where there is one: its reads are under way while the taps are
+// read. keep(own, scale and shift) gets it, as it is before `activation`, and zeros after the last channel. Ends with a
+// barrier.
+template <class T, int V, int kTapCount, class Keep>
 __device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int tap_count, int64_t first_channel,
-                                                int block_channels, float* rows) {
+                                                int block_channels, float* rows, const Norm& norm, int own,
+                                                Activation activation, const Keep& keep) {
   const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
   const int64_t first = first_channel * tap_count;
-  const int own = threadIdx.x;
-  StoredNorm norm = {};
-  if (own < channels) norm = stored_norm(p.norm, first_channel + own);
+  StoredNorm stored = {};
+  if (own < channels) stored = stored_norm(norm, first_channel + own);
   if (p.weight.dtype == DType::kFloat32)
     copy_taps<V, kTapCount>(static_cast<const float*>(p.weight.data) + first, channels, tap_count, block_channels,
                             rows);
   else
     copy_taps<V, kTapCount>(static_cast<const T*>(p.weight.data) + first, channels, tap_count, block_channels, rows);
-  if (own < channels) {
-    const ScaleShift by = before_activation(scale_shift(p.norm, norm), p.dtype, p.activation);
-    float* scales = rows + tap_count * block_channels + place_in_row<V>(own, block_channels);
-    scales[0] = by.scale, scales[block_channels] = by.shift;
+  if (own < block_channels) {
+    ScaleShift by = {0.f, 0.f};
+    if (own < channels) by = before_activation(scale_shift(norm, stored), p.dtype, activation);
+    keep(own, by);
   }
   __syncthreads();
   if constexpr (kNormInTaps<T>) {
     scale_taps<V>(kTapCount > 0 ? kTapCount : tap_count, channels, block_channels, rows);
     __syncthreads();
   }
+}
+
+// The same where the first threads take the norms.
+template <class T, int V, int kTapCount>
+__device__ __forceinline__ void load_parameters(const DepthwiseParams& p, int tap_count, int64_t first_channel,
+                                                int block_channels, float* rows) {
+  load_parameters<T, V, kTapCount>(p, tap_count, first_channel, block_channels, rows, p.norm,
+                                   static_cast<int>(threadIdx.x), p.activation, [&](int own, ScaleShift by) {
+                                     float* scales =
+                                         rows + tap_count * block_channels + place_in_row<V>(own, block_channels);
+                                     scales[0] = by.scale, scales[block_channels] = by.shift;
+                                   });
 }
 
 }  // namespace effkernels::cuda

@@ -49,9 +49,10 @@ __device__ __forceinline__ double double_of(const ExactSum& sum) {
 }
 
 // Adds the lanes' sums of one image in lane order into `sums`, (block_channels), and clears them for the next image.
-// Called by all threads; ends with a barrier.
+// Called by all threads; ends with a barrier. kChannels: of a block, if they are known where it is compiled.
+template <int kChannels = 0>
 __device__ __forceinline__ void add_lanes(const DepthwisePlan& plan, float* lane_sums, float* sums) {
-  const int block_channels = plan.channel_vectors * plan.vector;
+  const int block_channels = kChannels > 0 ? kChannels : plan.channel_vectors * plan.vector;
   __syncthreads();
   if (threadIdx.x < block_channels) {
     ExactSum total;
@@ -72,8 +73,10 @@ struct SumsInShared {
   unsigned* flag;    // one word
   float* hidden;     // (images, R), at a multiple of 16 bytes
 
-  __device__ __forceinline__ SumsInShared(const DepthwisePlan& plan, float* parameters, int tap_count) {
-    const int block_channels = plan.channel_vectors * plan.vector;
+  __device__ __forceinline__ SumsInShared(const DepthwisePlan& plan, float* parameters, int tap_count)
+      : SumsInShared(plan, parameters, tap_count, plan.channel_vectors * plan.vector) {}
+  __device__ __forceinline__ SumsInShared(const DepthwisePlan& plan, float* parameters, int tap_count,
+                                          int block_channels) {
     const int of_lanes = (tap_count + 2) * block_channels, of_images = of_lanes + plan.lanes * block_channels;
     const int of_flag = of_images + plan.images * block_channels;
     lane_sums = parameters + of_lanes;
@@ -89,15 +92,16 @@ __device__ __forceinline__ void clear_lanes(const DepthwisePlan& plan, float* la
 }
 
 // From the sums of this block to the means, and from the means to the gate, by the blocks that come last. All threads.
-template <class T>
+// kChannels as above.
+template <class T, int kChannels = 0>
 __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group, int tile, int64_t unit,
                                          float* parameters) {
   const DepthwiseParams& p = a.depthwise;
   const SqueezeExciteParams& se = a.se;
   const DepthwisePlan& plan = a.plan;
   const DepthwiseWork& work = a.work;
-  const SumsInShared shared(plan, parameters, p.kernel_h * p.kernel_w);
-  const int block_channels = plan.channel_vectors * plan.vector;
+  const int block_channels = kChannels > 0 ? kChannels : plan.channel_vectors * plan.vector;
+  const SumsInShared shared(plan, parameters, p.kernel_h * p.kernel_w, block_channels);
   const int64_t first_channel = int64_t(group) * block_channels, first_image = unit * plan.images;
   const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
   const int images = static_cast<int>(min(int64_t(plan.images), p.batch - first_image));
@@ -130,6 +134,7 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
     __syncthreads();
     if (threadIdx.x < channels) {
       ExactSum total;
+#pragma unroll 1
       for (int from = 0; from < parts; ++from) total.add(shared.lane_sums[from * block_channels + threadIdx.x]);
       shared.sums[threadIdx.x] = total.result();
     }
@@ -137,6 +142,7 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
   }
 
   const float pixels = static_cast<float>(p.out_height * p.out_width);
+#pragma unroll 1
   for (int at = threadIdx.x; at < images * block_channels; at += kDepthwiseThreads) {
     const float mean = shared.sums[at] / pixels;
     shared.sums[at] = mean;

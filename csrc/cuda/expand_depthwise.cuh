@@ -69,14 +69,38 @@ __device__ __forceinline__ void convolve_ring(const DepthwiseParams& p, const Ex
   for (int ky = above + 1; ky < end; ++ky) add(ky, std::false_type());
 }
 
+// The share of a thread in the depthwise convolution of a block's channels: see DepthwiseLane and StripCursor.
+template <int V>
+struct ExpandedLane {
+  int vector, lane, channel;  // of the block; along the strips; first of the thread's vector
+  bool active;
+
+  __device__ __forceinline__ ExpandedLane(const DepthwisePlan& division, int group, int channels) {
+    constexpr unsigned kVectors = kExpandedChannels / V;
+    vector = static_cast<int>(threadIdx.x % kVectors), lane = static_cast<int>(threadIdx.x / kVectors);
+    channel = group * kExpandedChannels + vector * V;
+    active = channel < channels && lane < division.lanes;
+  }
+  __device__ __forceinline__ StripCursor first_strip(const ExpandDepthwisePlan& plan) const {
+    const int column = static_cast<int>(SmallDivisor(plan.by_group_out_rows)(lane));
+    return StripCursor(lane - column * plan.group_out_rows, column, plan.strip_rows, plan.strip_columns,
+                       plan.group_out_rows);
+  }
+};
+
 // The part of the result that a block computes.
 struct ExpandDepthwiseTile {
   int group, tile, unit;  // of channels, of the image, of images
 
-  __device__ __forceinline__ ExpandDepthwiseTile(const DepthwisePlan& division, unsigned number)
-      : group(static_cast<int>(number % division.channel_groups)),
-        tile(static_cast<int>(number / division.channel_groups % division.tiles)),
-        unit(static_cast<int>(number / division.channel_groups / division.tiles)) {}
+  __device__ __forceinline__ ExpandDepthwiseTile(const ExpandDepthwisePlan& plan, unsigned number) {
+    const auto divided = [](unsigned value, const PointwiseDivisor& by) {
+      return static_cast<unsigned>(static_cast<uint64_t>(value) * by.multiplier >> by.shift);
+    };
+    const unsigned of_groups = divided(number, plan.by_channel_groups), of_tiles = divided(of_groups, plan.by_tiles);
+    group = static_cast<int>(number - of_groups * plan.depthwise.channel_groups);
+    tile = static_cast<int>(of_groups - of_tiles * plan.depthwise.tiles);
+    unit = static_cast<int>(of_tiles);
+  }
 };
 
 // Of x nothing that has to be waited for.
@@ -101,13 +125,15 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
   uint16_t* const places = reinterpret_cast<uint16_t*>(shared_bytes + plan.places_at);
   unsigned char *const weights = shared_bytes + plan.weights_at, *const stage = shared_bytes + plan.x_at;
   unsigned char* const ring = shared_bytes + plan.ring_at;
-  const SumsInShared shared(division, parameters, K * K);
+  const SumsInShared shared(division, parameters, K * K, kExpandedChannels);
 
   const int group = of.group, tile = of.tile;
-  const DepthwiseLane at(p, division, group, tile, of.unit);
-  const int first_image = at.unit * division.images,
+  const int channels = static_cast<int>(p.channels);
+  const ExpandedLane<V> at(division, group, channels);
+  const int first_image = of.unit * division.images,
             images = min(division.images, static_cast<int>(p.batch) - first_image);
-  const int band = tile / plan.column_tiles, first_column = tile % plan.column_tiles * plan.columns;
+  const int band = static_cast<int>(SmallDivisor(plan.by_column_tiles)(tile));
+  const int first_column = (tile - band * plan.column_tiles) * plan.columns;
   const int out_columns = min(plan.columns, static_cast<int>(p.out_width) - first_column);
   const ExpandColumns columns(p, first_column, out_columns);
 
@@ -116,59 +142,67 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
             out_end = min(first_out + plan.band_rows, static_cast<int>(p.out_height));
   const int first_row = max(first_out * S - p.pad_top, 0);
   const int end_row = min((out_end - 1) * S - p.pad_top + K, static_cast<int>(p.height));
-  const T* x =
-      static_cast<const T*>(expand.x) + int64_t(first_image) * expand.x_stride_n + columns.first * expand.x_stride_p;
-  const int width = static_cast<int>(p.width);
-  const auto load_rows = [&](int row) {
-    load_expand_rows(expand, plan, columns, x, width, row, min(plan.group_rows, end_row - row), stage);
+  const unsigned char* x = static_cast<const unsigned char*>(expand.x) +
+                           (int64_t(first_image) * expand.x_stride_n +
+                            (int64_t(first_row) * static_cast<int>(p.width) + columns.first) * expand.x_stride_p) *
+                               sizeof(T);
+  const int left_out = static_cast<int>(p.width) - columns.count;
+  const unsigned row_bytes = static_cast<unsigned>(p.width) * static_cast<unsigned>(expand.x_stride_p) * sizeof(T);
+  const int all_rows = end_row - first_row;
+  int rows = min(plan.group_rows, all_rows);  // of the next group
+  const auto load_rows = [&](int before) {    // before it
+    load_expand_rows<T>(expand, plan, columns, product_after(x, before, row_bytes), left_out, rows, stage);
     cp_async_commit();
   };
 
   load_expand_weights<T>(expand, plan, group * kExpandedChannels, weights);
+  clear_odd_chunk<T>(expand, plan, stage);
   set_places<kDepthwiseThreads>(plan, columns, places);
-  for (int i = threadIdx.x * 16; i < plan.ring_rows * plan.ring_row_bytes; i += kDepthwiseThreads * 16)
-    *reinterpret_cast<uint4*>(ring + i) = make_uint4(0, 0, 0, 0);
-  const int norm_channel = kDepthwiseThreads - 1 - static_cast<int>(threadIdx.x);  // of threads without taps' norm
-  if (norm_channel < kExpandedChannels) {
-    const int64_t channel = int64_t(group) * kExpandedChannels + norm_channel;
-    ScaleShift of = {0.f, 0.f};
-    if (channel < p.channels) of = scale_shift(expand.norm, channel);
-    of = before_activation(of, p.dtype, expand.activation);
-    norm[norm_channel] = of.scale, norm[kExpandedChannels + norm_channel] = of.shift;
-  }
-  clear_lanes(division, shared.lane_sums);
-  load_parameters<T, V, K * K>(p, K * K, int64_t(group) * kExpandedChannels, kExpandedChannels, parameters);
+  clear_padding<kDepthwiseThreads>(plan, columns, ring);
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < division.lanes * kExpandedChannels; i += kDepthwiseThreads * 4)
+    *reinterpret_cast<float4*>(shared.lane_sums + i) = make_float4(0.f, 0.f, 0.f, 0.f);
+  // The first half of the threads takes the norm after the taps, the second half that of the expansion.
+  constexpr unsigned kNorms = kDepthwiseThreads / 2;
+  static_assert(kExpandedChannels <= kNorms, "a channel for each thread");
+  const bool of_expand = threadIdx.x >= kNorms;
+  const int own = static_cast<int>(threadIdx.x % kNorms);
+  load_parameters<T, V, K * K>(
+      p, K * K, int64_t(group) * kExpandedChannels, kExpandedChannels, parameters, of_expand ? expand.norm : p.norm,
+      own, of_expand ? expand.activation : p.activation, [&](int channel, ScaleShift by) {
+        float* const to = of_expand
+                              ? norm + channel
+                              : parameters + K * K * kExpandedChannels + place_in_row<V>(channel, kExpandedChannels);
+        to[0] = by.scale, to[kExpandedChannels] = by.shift;
+      });
   wait(first_image, images);
-  load_rows(first_row);
+  load_rows(0);
 
   const ThreadParameters<V> my(parameters, kExpandedChannels, at.vector);
   float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;
-  const int out_width = static_cast<int>(p.out_width), channels = static_cast<int>(p.channels);
-  const unsigned pixel_bytes = channels * sizeof(T);
-  const int64_t image_bytes = p.out_height * p.out_width * p.channels * int64_t(sizeof(T));
-  unsigned char* y = static_cast<unsigned char*>(p.y) + first_image * image_bytes;
-  const StripCursor first_strip(at.lane, division.lanes, plan.group_out_rows);
+  const int out_width = static_cast<int>(p.out_width);
+  const unsigned image_size = static_cast<unsigned>(p.out_height) * out_width * channels;  // less than 2^30
+  T* y = static_cast<T*>(p.y) + uint64_t(static_cast<unsigned>(first_image)) * image_size;
+  const StripCursor first_strip = at.first_strip(plan);
   const int strips_of_row = (out_columns + kStrip - 1) / kStrip;
 
 #pragma unroll 1
   for (int m = 0; m < images; ++m) {
     int made = first_out, slot = 0;  // rows of y; of the ring, for the first row of the group
 #pragma unroll 1
-    for (int expanded = first_row; expanded < end_row;) {
-      const int rows = min(plan.group_rows, end_row - expanded);
+    for (int left = all_rows; left > 0;) {
       cp_async_wait<0>();
       __syncthreads();
       expand_rows<T>(expand, plan, columns, stage, weights, norm, places, rows, slot, ring);
       __syncthreads();
-      expanded += rows, slot += rows;
+      left -= rows, slot += rows;
       if (slot >= plan.ring_rows) slot -= plan.ring_rows;
-      const bool ends = expanded == end_row;
-      if (ends) x += expand.x_stride_n;
-      if (!ends || m + 1 < images) load_rows(ends ? first_row : expanded);
-
       // Rows of y whose windows are complete: all where nothing of x is left.
-      const int below = expanded + p.pad_top - K;
-      const int possible = ends ? out_end : below < 0 ? 0 : min(below / S + 1, out_end);
+      const int possible = left == 0 ? out_end : (end_row - left + p.pad_top + S - K) >> (S / 2);
+      if (left == 0) x += expand.x_stride_n * sizeof(T);
+      const int before = left == 0 ? 0 : all_rows - left;
+      rows = min(plan.group_rows, all_rows - before);
+      if (left > 0 || m + 1 < images) load_rows(before);
+
 #pragma unroll 1
       while (made < possible) {
         const int rows_here = min(plan.group_out_rows, possible - made);
@@ -180,18 +214,17 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
           convolve_ring<Traits>(p, plan, ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
                                 row * S - p.pad_top, first_row, my, acc);
           finish_strip<T>(my, K * K, p.activation, acc);
-          // Bytes from the image, which are less than 2^31: one addition a pixel.
-          const unsigned to = ((row * out_width + first_column + column) * channels + at.channel) * sizeof(T);
-          store_strip(acc, out_columns - column, sum, [&](int ox, const float (&value)[V]) {
-            store_global(reinterpret_cast<T*>(y + (to + ox * pixel_bytes)), value);
-          });
+          // Elements from the image, in 32 bits: one addition a pixel.
+          const unsigned to = (row * out_width + first_column + column) * channels + at.channel;
+          store_strip(acc, out_columns - column, sum,
+                      [&](int ox, const float (&value)[V]) { store_global(y + (to + ox * channels), value); });
           add_to_lane(sum, my_sums);
         }
         made += rows_here;
       }
     }
-    add_lanes(division, shared.lane_sums, shared.sums + m * kExpandedChannels);
-    y += image_bytes;
+    add_lanes<kExpandedChannels>(division, shared.lane_sums, shared.sums + m * kExpandedChannels);
+    y += image_size;
   }
 }
 
@@ -200,9 +233,9 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
     expand_depthwise(const __grid_constant__ ExpandDepthwiseArguments a) {
   wait_for_previous();
   allow_next();
-  const ExpandDepthwiseTile of(a.depthwise.plan, blockIdx.x);
+  const ExpandDepthwiseTile of(a.plan, blockIdx.x);
   expand_depthwise_tile<Traits>(a, of);
-  finish_sums<typename Traits::T>(a.depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
+  finish_sums<typename Traits::T, kExpandedChannels>(a.depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
 }
 
 template <class T, int S>

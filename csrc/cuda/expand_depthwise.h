@@ -36,6 +36,11 @@ struct ExpandDepthwisePlan {
   int slices = 1;             // of 64 bytes of a pixel of x
   int chunks = 2;             // of 16 bytes of a pixel of x, in whole fragments of 32 bytes
   uint32_t by_ring_rows = 0;  // multiplier_of them
+  // From a block's number to its channels and tile, from there to its columns; from a lane to its first strip, and from
+  // one of its strips to the next (StripCursor).
+  PointwiseDivisor by_channel_groups, by_tiles;
+  uint32_t by_column_tiles = 0, by_group_out_rows = 0;  // multiplier_of
+  int strip_rows = 0, strip_columns = 0;
   int norm_at = 0, places_at = 0, weights_at = 0, x_at = 0, ring_at = 0;  // in shared memory, in bytes
   int64_t shared_bytes = 0;
   int64_t clocks = 0;  // roughly, of the launch or of all items: what the plan was chosen by

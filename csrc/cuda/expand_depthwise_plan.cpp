@@ -18,7 +18,8 @@ constexpr int kFragment = 16;                     // pixels
 constexpr int64_t kMostPixels = 256;              // of a group
 constexpr int64_t kFewestColumns = 12;            // of a tile: narrower ones would expand their borders too often
 constexpr int64_t kMostRows = 1 << 21;            // and columns: of x; times a row of the ring they stay below 2^31
-constexpr int64_t kMostBytes = int64_t(1) << 31;  // of an image, so that offsets in it have 32 bits
+constexpr int64_t kMostBytes = int64_t(1) << 31;  // of an image, so that offsets in it have 32 bits,
+constexpr int64_t kMostStage = 8192;              // and of pixels in shared memory, and some more
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -48,7 +49,8 @@ bool expands_in_shared_memory(const PointwiseParams& expand, const DepthwisePara
   const int compiled = compiled_kernel(p.kernel_h, p.kernel_w);
   return p.dtype != DType::kFloat32 && (compiled == 3 || compiled == 5) && (p.stride == 1 || p.stride == 2) &&
          p.dilation == 1 && std::max(p.height, p.width) <= kMostRows && p.batch > 0 && expand.pixels > 0 &&
-         windows_meet_image(p) && product({p.height, p.width, expand.x_stride_p, 2}) < kMostBytes &&
+         windows_meet_image(p) &&
+         product({std::max(p.height * p.width, kMostStage), expand.x_stride_p, 2}) < kMostBytes &&
          product({p.out_height, p.out_width, p.channels}) < kMostBytes && vectors_fit(expand, p);
 }
 
@@ -68,6 +70,9 @@ void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& p, Expa
   plan.chunks = static_cast<int>(divide_up(expand.in_channels, kFragment)) * 2;
   plan.slices = (plan.chunks + 3) / 4;
   plan.by_ring_rows = multiplier_of(plan.ring_rows);
+  plan.by_group_out_rows = multiplier_of(plan.group_out_rows);
+  plan.strip_rows = plan.depthwise.lanes % plan.group_out_rows;
+  plan.strip_columns = plan.depthwise.lanes / plan.group_out_rows;
 }
 
 namespace {
@@ -244,6 +249,8 @@ ExpandDepthwisePlan make_plan(const PointwiseParams& expand, const DepthwiseCall
   if (!choose_tile(expand, call, limits, plan)) return plan;
   choose_blocks(expand, call, limits, beside, plan);
   d.tiles = plan.bands * plan.column_tiles;
+  plan.by_channel_groups = divisor(d.channel_groups), plan.by_tiles = divisor(d.tiles);
+  plan.by_column_tiles = multiplier_of(plan.column_tiles);
   d.units = divide_up(p.batch, d.images);
   d.strips = strips_of_row(plan) * d.out_height;
   d.shared_bytes = plan.shared_bytes;

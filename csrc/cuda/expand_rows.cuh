@@ -60,85 +60,154 @@ struct ExpandShare {
   }
 };
 
-// Weights of T by cp.async, float32 ones through registers. Channels after the last one repeat it.
+// Weights of T by cp.async, float32 ones through registers. Channels after the last one repeat it; after an odd number
+// of chunks of input channels is one of zeros.
 template <class T, int kThreads = kDepthwiseThreads>
 __device__ __forceinline__ void load_expand_weights(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                     int first_channel, unsigned char* weights) {
-  constexpr int V = kVectorOf<T>;
+  constexpr int V = kVectorOf<T>, kSlice = kExpandedChannels * kPointwiseSliceBytes;
   const ExpandShare<kThreads> share(plan);
-  const int in_channels = static_cast<int>(p.in_channels), last = static_cast<int>(p.out_channels) - 1;
+  const int last = static_cast<int>(p.out_channels) - 1;
+  const unsigned in_channels = static_cast<unsigned>(p.in_channels), first = share.chunk * V;
+  const auto each_row = [&](const auto& copy) {
 #pragma unroll 1
-  for (unsigned row = share.row; row < kExpandedChannels; row += share.at_once) {
-    const int wanted = first_channel + expanded_channel_of(static_cast<int>(row));
-    const int64_t from = int64_t(wanted < last ? wanted : last) * in_channels;
-    unsigned char* to = weights + chunk_offset(static_cast<int>(row), static_cast<int>(share.chunk));
+    for (unsigned row = share.row; row < kExpandedChannels; row += share.at_once) {
+      const int channel = min(first_channel + expanded_channel_of(static_cast<int>(row)), last);
+      unsigned char* to = weights + chunk_offset(static_cast<int>(row), static_cast<int>(share.chunk));
+      const unsigned end = copy(channel, to);
+      if (end < plan.chunks * V) *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+    }
+  };
+  if (p.weight.dtype != DType::kFloat32) {
+    const unsigned char* const of_chunk = static_cast<const unsigned char*>(p.weight.data) + share.chunk * 16;
+    each_row([&](int channel, unsigned char*& to) {
+      const unsigned char* from = product_after(of_chunk, channel, in_channels * sizeof(T));
+      unsigned k = first;
 #pragma unroll 1
-    for (int chunk = static_cast<int>(share.chunk); chunk < plan.chunks; chunk += kSliceChunks) {
-      const int k = chunk * V, inside = k < in_channels ? k : 0, valid = k < in_channels ? 16 : 0;
-      if (p.weight.dtype != DType::kFloat32) {
-        cp_async_16(shared_address(to), static_cast<const T*>(p.weight.data) + (from + inside), valid);
-      } else {
-        float value[V] = {};
-        if (valid > 0) load(static_cast<const float*>(p.weight.data) + (from + inside), value);
-        store(reinterpret_cast<T*>(to), value);
+      for (; k < in_channels; k += kSliceChunks * V) {
+        cp_async_16(shared_address(to), from);
+        from += kSliceChunks * 16, to += kSlice;
       }
-      to += kExpandedChannels * kPointwiseSliceBytes;
+      return k;
+    });
+  } else {
+    each_row([&](int channel, unsigned char*& to) {
+      unsigned k = first;
+#pragma unroll 1
+      for (; k < in_channels; k += kSliceChunks * V) {
+        float value[V];
+        load(static_cast<const float*>(p.weight.data) + int64_t(channel) * in_channels + k, value);
+        store(reinterpret_cast<T*>(to), value);
+        to += kSlice;
+      }
+      return k;
+    });
+  }
+}
+
+// Asks for `rows` rows of x, of which `first` is the first pixel of the first column; `left_out`: columns between the
+// last one and the first one of the next row. A thread takes four pixels at a time and their slices one after another:
+// the compiler puts three instructions that do nothing in front of a cp.async that follows a branch. All of the stage
+// is written, whatever the number of rows; the chunk after an odd number of them is not, see clear_odd_chunk.
+template <class T, int kThreads = kDepthwiseThreads>
+__device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
+                                                 const ExpandColumns& columns, const unsigned char* first, int left_out,
+                                                 int rows, unsigned char* stage) {
+  constexpr int kDistance = kThreads / kSliceChunks, kAtOnce = 4, kBytes = kSliceChunks * 16;
+  const unsigned thread = thread_here();
+  unsigned pixel = thread / kSliceChunks, chunk = thread % kSliceChunks;
+  int step = kAtOnce * kDistance;
+  if (plan.chunks == 2) pixel += chunk / 2 * step, chunk %= 2, step *= 2;  // two threads for a pixel
+  const int stage_pixels = plan.stage_pixels, last = rows * columns.count - 1;
+  const int own_bytes = static_cast<int>(p.in_channels * sizeof(T)) - static_cast<int>(chunk) * 16;
+  const int pixel_bytes = static_cast<int>(p.x_stride_p * sizeof(T)), last_bytes = last * pixel_bytes;
+  SharedAddress to_first = shared_address(stage) + chunk_offset(static_cast<int>(pixel), static_cast<int>(chunk));
+  int next = static_cast<int>(pixel) * pixel_bytes;
+  first += chunk * 16;
+#pragma unroll 1
+  for (int left = own_bytes > 0 ? stage_pixels - static_cast<int>(pixel) : 0; left > 0; left -= step) {
+    int offset[kAtOnce];
+    if (left_out == 0) {
+      offset[0] = min(next, last_bytes);
+#pragma unroll
+      for (int i = 1; i < kAtOnce; ++i) offset[i] = min(offset[i - 1] + kDistance * pixel_bytes, last_bytes);
+      next += step * pixel_bytes;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        const int at = min(stage_pixels - left + i * kDistance, last);
+        offset[i] = (at + static_cast<int>(columns.rows(at)) * left_out) * pixel_bytes;
+      }
+    }
+    SharedAddress to = to_first;
+    const unsigned char* from = first;
+    const auto copy = [&](int ahead) {
+#pragma unroll
+      for (int i = kAtOnce - 1; i > 0; --i)
+        cp_async_16_if(left > i * kDistance, to + i * kDistance * kPointwiseSliceBytes,
+                       from + static_cast<unsigned>(offset[i]) + ahead);
+      cp_async_16(to, from + static_cast<unsigned>(offset[0]) + ahead);
+    };
+#pragma unroll 1
+    for (int bytes = own_bytes;; bytes -= 2 * kBytes) {
+      copy(0);
+      if (bytes <= kBytes) break;
+      to += stage_pixels * kPointwiseSliceBytes;
+      copy(kBytes);
+      if (bytes <= 2 * kBytes) break;
+      to += stage_pixels * kPointwiseSliceBytes, from += 2 * kBytes;
+    }
+    to_first += step * kPointwiseSliceBytes;
+  }
+}
+
+// Zeros after an odd number of chunks of 8 input channels, which are multiplied 16 at a time. Nothing else writes
+// there. All threads; ends without a barrier.
+template <class T, int kThreads = kDepthwiseThreads>
+__device__ __forceinline__ void clear_odd_chunk(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
+                                                unsigned char* stage) {
+  const int chunk = static_cast<int>(p.in_channels) / kVectorOf<T>;
+  if (chunk == plan.chunks) return;
+  unsigned char* const slice = stage + chunk / kSliceChunks * plan.stage_pixels * kPointwiseSliceBytes;
+#pragma unroll 1
+  for (int row = static_cast<int>(threadIdx.x); row < plan.stage_pixels; row += kThreads)
+    *reinterpret_cast<uint4*>(slice + chunk_offset(row, chunk % kSliceChunks)) = make_uint4(0, 0, 0, 0);
+}
+
+// Places of the pixels of a group in the ring, in units of 16 bytes, where its first row is row 0 of the ring. All
+// threads, a row for a warp at a time; ends without a barrier. A place read is five instructions, a place computed some
+// twenty.
+template <int kThreads>
+__device__ __forceinline__ void set_places(const ExpandDepthwisePlan& plan, const ExpandColumns& columns,
+                                           uint16_t* places) {
+  constexpr unsigned kUnit = 16, kPixelUnits = kExpandedChannels * 2 / kUnit;
+  const unsigned count = columns.count, row_units = plan.ring_row_bytes / kUnit, lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (unsigned row = threadIdx.x / 32; row < plan.group_rows; row += kThreads / 32) {
+    uint16_t* to = places + row * count + lane;
+    unsigned place = row * row_units + (columns.in_ring + lane) * kPixelUnits;
+#pragma unroll 1
+    for (unsigned column = lane; column < count; column += 32) {
+      *to = static_cast<uint16_t>(place);
+      to += 32, place += 32 * kPixelUnits;
     }
   }
 }
 
-// Asks for `rows` rows of x from `first_row` on; `image`: the first pixel of the first column. A slice after another,
-// and of each two pixels in a row: that keeps addresses to an addition or two, and the compiler puts three instructions
-// that do nothing in front of a cp.async that follows a branch.
-template <class T, int kThreads = kDepthwiseThreads>
-__device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
-                                                 const ExpandColumns& columns, const T* image, int width, int first_row,
-                                                 int rows, unsigned char* stage) {
-  constexpr int kBytes = kSliceChunks * 16, kAtOnce = 2;
-  const ExpandShare<kThreads> share(plan);
-  const unsigned pixels = rows * columns.count, unit = pixels > kPixelsOfSingles ? 32 : 16;
-  const unsigned padded = (pixels + unit - 1) / unit * unit;  // as padded_pixels of the plan
-  const unsigned left_out = width - columns.count, pixel_bytes = static_cast<unsigned>(p.x_stride_p) * sizeof(T);
-  const int x_bytes = static_cast<int>(p.in_channels) * static_cast<int>(sizeof(T)), end = plan.chunks * 16;
-  const unsigned char* const first =
-      reinterpret_cast<const unsigned char*>(image) + int64_t(first_row * width) * pixel_bytes;
-  const auto copy = [&](const auto& offset_of) {
-    SharedAddress of_slice =
-        shared_address(stage) + chunk_offset(static_cast<int>(share.row), static_cast<int>(share.chunk));
-#pragma unroll 1
-    for (int at = static_cast<int>(share.chunk) * 16; at < end; at += kBytes) {
-      const int valid = at < x_bytes ? 16 : 0;
-      const unsigned char* const from = first + (valid > 0 ? at : 0);
-      SharedAddress to = of_slice;
-#pragma unroll 1
-      for (unsigned first_place = share.row; first_place < padded; first_place += kAtOnce * share.at_once) {
-#pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {
-          const unsigned place = first_place + i * share.at_once;
-          cp_async_16_if(place < padded, to, from + offset_of(min(place, pixels - 1)), valid);
-          to += share.at_once * kPointwiseSliceBytes;
-        }
-      }
-      of_slice += plan.stage_pixels * kPointwiseSliceBytes;
-    }
-  };
-  if (left_out == 0)
-    copy([&](unsigned pixel) { return pixel * pixel_bytes; });
-  else
-    copy([&](unsigned pixel) { return (pixel + columns.rows(pixel) * left_out) * pixel_bytes; });
-}
-
-// Places of the pixels of a group in the ring, in units of 16 bytes, where its first row is row 0 of the ring. All
-// threads; ends without a barrier. A place read is five instructions, a place computed some twenty.
+// Zeros left and right of the columns in the ring: the padding, and what strips read beyond it. All threads, a row for
+// a warp at a time; ends without a barrier.
 template <int kThreads>
-__device__ __forceinline__ void set_places(const ExpandDepthwisePlan& plan, const ExpandColumns& columns,
-                                           uint16_t* places) {
-  constexpr int kUnit = 16, kPixelUnits = kExpandedChannels * 2 / kUnit;
-  const int pixels = plan.group_rows * columns.count;
+__device__ __forceinline__ void clear_padding(const ExpandDepthwisePlan& plan, const ExpandColumns& columns,
+                                              unsigned char* ring) {
+  constexpr unsigned kUnit = 16, kPixelUnits = kExpandedChannels * 2 / kUnit;
+  const unsigned left = columns.in_ring * kPixelUnits, between = columns.count * kPixelUnits;
+  const unsigned count = plan.ring_row_bytes / kUnit - between;
 #pragma unroll 1
-  for (int pixel = static_cast<int>(threadIdx.x); pixel < pixels; pixel += kThreads) {
-    const int row = static_cast<int>(columns.rows(pixel)), column = pixel - row * columns.count + columns.in_ring;
-    places[pixel] = static_cast<uint16_t>(row * (plan.ring_row_bytes / kUnit) + column * kPixelUnits);
+  for (unsigned row = threadIdx.x / 32; row < plan.ring_rows; row += kThreads / 32) {
+    uint4* const to = reinterpret_cast<uint4*>(ring + row * plan.ring_row_bytes);
+#pragma unroll 1
+    for (unsigned unit = threadIdx.x % 32; unit < count; unit += 32)
+      to[unit < left ? unit : unit + between] = make_uint4(0, 0, 0, 0);
   }
 }
 

@@ -126,7 +126,7 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
   const int first_channel = first_group * kExpandedChannels;
   const int channels = groups == 0 ? 0 : min(groups * kExpandedChannels, static_cast<int>(p.channels) - first_channel);
   const int height = static_cast<int>(p.height), width = static_cast<int>(p.width);
-  const int out_height = static_cast<int>(p.out_height), out_width = static_cast<int>(p.out_width);
+  const int out_width = static_cast<int>(p.out_width);
   const ExpandColumns columns(p, 0, out_width);
   const bool keeps_weights = plan.weight_slots == plan.groups;
   const int slot_bytes = of_group.slices * kExpandedChannels * kPointwiseSliceBytes;
@@ -134,7 +134,10 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
 
   const T* x =
       static_cast<const T*>(expand.x) + int64_t(first_image) * expand.x_stride_n + columns.first * expand.x_stride_p;
-  const auto load_x = [&] { load_expand_rows<T, kThreads>(expand, of_group, columns, x, width, 0, height, shared.x); };
+  const auto load_x = [&] {
+    load_expand_rows<T, kThreads>(expand, of_group, columns, reinterpret_cast<const unsigned char*>(x),
+                                  width - columns.count, height, shared.x);
+  };
   const auto load_weights = [&](int group) {
     load_expand_weights<T, kThreads>(expand, of_group, (first_group + group) * kExpandedChannels,
                                      shared.weights + (keeps_weights ? group * slot_bytes : 0));
@@ -148,6 +151,7 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
   cp_async_commit();
   load_project(0);
   cp_async_commit();
+  clear_odd_chunk<T, kThreads>(expand, of_group, shared.x);
   set_places<kThreads>(of_group, columns, shared.places);
   clear(shared.ring, ring_bytes);
   clear(shared.held, plan.held_slices * plan.held_pixels * kPointwiseSliceBytes);
@@ -189,14 +193,13 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
       }
       cp_async_commit();
 
-      const DepthwiseLane at(p, division, first_group + group, 0, unit);
+      const ExpandedLane<V> at(division, first_group + group, static_cast<int>(p.channels));
       const ThreadParameters<V> my(shared.parameters + group * kParameters, kExpandedChannels, at.vector);
       float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;
       const int chunk = group * (kExpandedChannels / V) + at.vector;  // of the block's channels
       unsigned char* const to = shared.held + chunk / kSliceChunks * plan.held_pixels * kPointwiseSliceBytes;
 #pragma unroll 1
-      for (StripCursor strip(at.lane, division.lanes, out_height); at.active && strip.column < strips_of_row;
-           strip.advance()) {
+      for (StripCursor strip = at.first_strip(of_group); at.active && strip.column < strips_of_row; strip.advance()) {
         const int column = strip.column * kStrip, pixel = strip.row * out_width + column;
         float acc[kStrip][V], sum[V];
         convolve_ring<Traits>(p, of_group, shared.ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
@@ -207,7 +210,7 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
         });
         if (excites) add_to_lane(sum, my_sums);
       }
-      if (excites) add_lanes(division, shared.lane_sums, shared.sums + group * kExpandedChannels);
+      if (excites) add_lanes<kExpandedChannels>(division, shared.lane_sums, shared.sums + group * kExpandedChannels);
     }
     if (excites) gate_of_cluster(a.se, plan, shared, first_channel, channels, p.out_height * p.out_width);
     project<T>(a, rank, first_image + m, channels, more_images, excites ? shared.gate : nullptr, shared.held,

@@ -142,12 +142,9 @@ __device__ __forceinline__ void wait_for_input(const MBConvQueueArguments& a, in
 template <class Traits>
 __device__ __forceinline__ void expand_item_of(const MBConvQueueArguments& a, int number, int item) {
   const MBConvQueueBlock& block = a.blocks[number];
-  const DepthwiseArguments& depthwise = block.expand.depthwise;
-  const ExpandDepthwiseTile of(depthwise.plan, static_cast<unsigned>(item));
+  const ExpandDepthwiseTile of(block.expand.plan, static_cast<unsigned>(item));
   expand_depthwise_tile<Traits>(block.expand, of,
                                 [&](int first_image, int images) { wait_for_input(a, number, first_image, images); });
-  if (depthwise.se.gate != nullptr)
-    finish_sums<typename Traits::T>(depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
 }
 
 template <class T>
@@ -204,6 +201,15 @@ __device__ __forceinline__ void project_item(const MBConvQueueBlock& a, int item
   }
 }
 
+// Channel sums of an item that expands, and the gate by the last one.
+template <class T>
+__device__ __forceinline__ void finish_expansion(const MBConvQueueArguments& a, const volatile QueueItem& item) {
+  const ExpandDepthwiseArguments& expand = a.blocks[item.number].expand;
+  if (expand.depthwise.se.gate == nullptr) return;
+  const ExpandDepthwiseTile of(expand.plan, static_cast<unsigned>(item.item));
+  finish_sums<T, kExpandedChannels>(expand.depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
+}
+
 // Makes an item's results known to those who wait for them; all threads.
 __device__ __forceinline__ void finish_item(const MBConvQueueArguments& a, const volatile QueueItem& of) {
   __threadfence();
@@ -211,7 +217,7 @@ __device__ __forceinline__ void finish_item(const MBConvQueueArguments& a, const
   const int item = of.item, number = of.number;
   const MBConvQueueBlock& block = a.blocks[number];
   if (item >= 0) {
-    const ExpandDepthwiseTile tile(block.expand.depthwise.plan, static_cast<unsigned>(item));
+    const ExpandDepthwiseTile tile(block.expand.plan, static_cast<unsigned>(item));
     if (threadIdx.x == 0) add_release(block.done + tile.unit, 1u);
   } else if (number + 1 < a.count) {
     const ProjectedUnits units(block.plan, divided(-1 - item, block.plan.by_column_tiles));
@@ -234,10 +240,12 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
   }
   __syncthreads();
   const int item = of.item, number = of.number;
-  if (item >= 0)
+  if (item >= 0) {
     expand_item<T>(a, number, item);
-  else
+    finish_expansion<T>(a, of);
+  } else {
     project_item<T>(a.blocks[number], -1 - item);
+  }
   finish_item(a, of);
   unsigned* const flag = reinterpret_cast<unsigned*>(dynamic_shared<unsigned char>() + a.item_at + sizeof(QueueItem));
   if (!arrive_last(a.counters + 1, gridDim.x, flag)) return;

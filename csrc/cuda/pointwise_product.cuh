@@ -90,14 +90,15 @@ class SliceProduct {
   __device__ __forceinline__ void read(uint32_t (&a)[M][4], int k, const TileGate<M>& gate) const {
 #pragma unroll
     for (int i = 0; i < M; ++i) ldmatrix_x4(a[i], half_of(x_, k) + i * 16 * kPointwiseSliceBytes);
-    if constexpr (kGates == TileGates::kNone) return;
+    if constexpr (kGates != TileGates::kNone) {
 #pragma unroll
-    for (int i = 0; i < M; ++i)
+      for (int i = 0; i < M; ++i)
 #pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const unsigned char* const gates = kGates == TileGates::kOne ? gate.of(0, 1) : gate.of(i, e % 2);
-        a[i][e] = multiply_pair(a[i][e], reinterpret_cast<const T*>(gates + k * 32) + e / 2 * 8);
-      }
+        for (int e = 0; e < 4; ++e) {
+          const unsigned char* const gates = kGates == TileGates::kOne ? gate.of(0, 1) : gate.of(i, e % 2);
+          a[i][e] = multiply_pair(a[i][e], reinterpret_cast<const T*>(gates + k * 32) + e / 2 * 8);
+        }
+    }
   }
 
   static __device__ __forceinline__ void multiply_half(float (&acc)[M][N][4], const uint32_t (&a)[M][4],

@@ -16,7 +16,7 @@ from typing import TypeVar
 # How csrc/cuda has it: the vectors of taps that a thread reads at once (copy_taps), those of a row of w_expand
 # (expand_product), the hidden values and the sums of tiles that are added at once (finish_sums), and the pixels of x
 # that a thread asks for at once (load_expand_rows).
-TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD, TILES_AHEAD, LOADS_AHEAD = 4, 6, 12, 8, 2
+TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD, TILES_AHEAD, LOADS_AHEAD = 4, 6, 12, 8, 4
 
 
 def reduce_lanes(kernel: str) -> int:

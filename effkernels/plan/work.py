@@ -301,7 +301,13 @@ def _scale_taps(cut: Cut, kernel: int, block_channels: int) -> Counters:
 
 def _load(cut: Cut, slices: int, pixels: int) -> Counters:
     """Return what a thread's share of some rows of x takes to ask for (load_expand_rows), of `pixels` in a slice."""
-    return (cut.counts.part("load") + cut.counts.part("load.pixels") * _ceil(pixels, LOADS_AHEAD)) * slices
+    return (cut.counts.part("load") + cut.counts.part("load.pixels") * slices) * _ceil(pixels, LOADS_AHEAD)
+
+
+def _places(cut: Cut, rows: int, pixels: float) -> Counters:
+    """Return what a warp's share of the places of pixels takes to set (set_places), of `pixels` in a row."""
+    of_row = cut.counts.part("places.row") + cut.counts.part("places") * _ceil(pixels, WARP)
+    return of_row * _ceil(rows, cut.warps)
 
 
 def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
@@ -339,11 +345,12 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     share, of_share = min(chunks, 4), _ceil(chunks, 4)
     load = _load(cut, of_share, _ceil(fragments * unit * share, cut.threads))
     weights = (part("weights") + part("weights.chunk") * of_share) * _ceil(_EXPANDED * share, cut.threads)
-    zeros = cut["ring_rows"] * (pixels + kernel - 1) * _EXPANDED * size / 16 / cut.threads
+    padding = _ceil((kernel - 1) * _EXPANDED * size / 16, WARP)
+    zeros = (part("zero.row") + part("zero") * padding) * _ceil(cut["ring_rows"], cut.warps)
     taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
     load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1))) + _scale_taps(cut, kernel, _EXPANDED)
-    places = part("places") * _ceil(group_rows * pixels, cut.threads)
-    first = total(((part("prologue"), 1), (weights, 1), (load, 1), (places, 1), (part("zero"), zeros)))
+    places = _places(cut, group_rows, pixels)
+    first = total(((part("prologue"), 1), (weights, 1), (load, 1), (places, 1), (zeros, 1)))
     warps_of_strips = strips * (_EXPANDED * size / 16) / WARP
     group = (part("group") + load) * cut.warps + fragment * fragments + strip * warps_of_strips
     of_image = group * groups + part("image") * cut.warps + part("lane") * (lanes * _ceil(_EXPANDED, WARP))
@@ -434,7 +441,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
             (weights, cut["weight_slots"]),
             (load, 1),
             (project, 1),
-            (part("places"), _ceil(pixels, cut.threads)),
+            (_places(cut, height, width), 1),
             (part("zero"), zeros + held_zeros),
         )
     )

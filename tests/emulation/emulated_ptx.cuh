@@ -22,6 +22,9 @@ inline float tanh_approx(float value) {
 }
 
 inline unsigned thread_here() { return threadIdx.x; }
+inline const unsigned char* product_after(const unsigned char* from, unsigned a, unsigned b) {
+  return from + uint64_t(a) * b;
+}
 
 template <class T>
 T* dynamic_shared() {
@@ -35,6 +38,9 @@ SharedAddress shared_address(const void* pointer, EMULATION_HERE);
 void cp_async_16(SharedAddress to, const void* from, int valid = 16, EMULATION_HERE);
 inline void cp_async_16_if(bool copies, SharedAddress to, const void* from, int valid, EMULATION_HERE) {
   if (copies) cp_async_16(to, from, valid, where);
+}
+inline void cp_async_16_if(bool copies, SharedAddress to, const void* from, EMULATION_HERE) {
+  if (copies) cp_async_16(to, from, 16, where);
 }
 void cp_async_commit();
 void cp_async_wait_all_but(unsigned pending);

@@ -155,14 +155,28 @@ def test_cp_async_writes_zeros_beyond_what_is_valid(wrappers: Wrappers) -> None:
 
 
 def test_cp_async_under_a_predicate(wrappers: Wrappers) -> None:
-    """What is not copied keeps what was there: the number of the thread."""
+    """What is not copied keeps what was there, the number of the thread; what is copied is all, or valid in part."""
     count = 64
     x = torch.randint(1000, 2000, (count, 4), dtype=torch.int32, generator=torch.Generator().manual_seed(3))
     copies = torch.arange(count, dtype=torch.int32) % 3 % 2
-    wanted = torch.where(copies[:, None] == 1, x, torch.arange(count, dtype=torch.int32)[:, None])
-    x, copies = x.to(wrappers.device), copies.to(wrappers.device)
-    y = torch.zeros_like(x)
-    wrappers.run("run_cp_async_if", x, copies, y, count)
+    valid = torch.arange(count, dtype=torch.int32) % 5 * 4
+    kept = torch.arange(count, dtype=torch.int32)[:, None]
+    in_part = torch.where(torch.arange(4) * 4 < valid[:, None], x, 0)
+    wanted = torch.cat([torch.where(copies[:, None] == 1, copied, kept) for copied in (x, in_part)])
+    x, copies, valid = (one.to(wrappers.device) for one in (x, copies, valid))
+    y = x.new_zeros(2 * count, 4)
+    wrappers.run("run_cp_async_if", x, copies, valid, y, count)
+    assert torch.equal(y.cpu(), wanted)
+
+
+def test_an_address_a_product_further(wrappers: Wrappers) -> None:
+    count = 64
+    x = torch.randint(0, 255, (1 << 16,), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    a, b = torch.arange(count, dtype=torch.int32), 1000 - torch.arange(count, dtype=torch.int32)
+    wanted = x[(a * b).long()].int()
+    x, a, b = (one.to(wrappers.device) for one in (x, a, b))
+    y = torch.zeros_like(a)
+    wrappers.run("run_product_after", x, a, b, y, count)
     assert torch.equal(y.cpu(), wanted)
 
 

@@ -37,17 +37,23 @@ __global__ void cp_async_kernel(const uint4* x, const int* valid, uint4* y) {
   y[threadIdx.x] = shared[threadIdx.x];
 }
 
-// Thread i copies 16 bytes if copies[i]; else its place keeps the number of the thread.
-__global__ void cp_async_if_kernel(const uint4* x, const int* copies, uint4* y) {
+// Thread i copies 16 bytes if copies[i], and once more valid[i] of them; else its places keep the number of the thread.
+__global__ void cp_async_if_kernel(const uint4* x, const int* copies, const int* valid, uint4* y) {
   uint4* shared = dynamic_shared<uint4>();
-  const unsigned thread = thread_here();
-  shared[thread] = make_uint4(thread, thread, thread, thread);
+  const unsigned thread = thread_here(), threads = blockDim.x;
+  shared[thread] = shared[threads + thread] = make_uint4(thread, thread, thread, thread);
   __syncthreads();
-  cp_async_16_if(copies[thread] != 0, shared_address(shared + thread), x + thread, 16);
+  cp_async_16_if(copies[thread] != 0, shared_address(shared + thread), x + thread);
+  cp_async_16_if(copies[thread] != 0, shared_address(shared + threads + thread), x + thread, valid[thread]);
   cp_async_commit();
   cp_async_wait<0>();
   __syncthreads();
-  y[threadIdx.x] = shared[threadIdx.x];
+  y[threadIdx.x] = shared[threadIdx.x], y[threads + threadIdx.x] = shared[threads + threadIdx.x];
+}
+
+// y[i]: the byte a[i] * b[i] bytes after x.
+__global__ void product_after_kernel(const unsigned char* x, const unsigned* a, const unsigned* b, int* y) {
+  y[threadIdx.x] = *product_after(x, a[threadIdx.x], b[threadIdx.x]);
 }
 
 // Two groups; the first has landed once only the second may be missing.
@@ -176,8 +182,11 @@ int run_overlap(void* stream, uint4* x, uint4* y, int blocks, int launches) {
 int run_cp_async(void* stream, const uint4* x, const int* valid, uint4* y, int count) {
   return run(cp_async_kernel, one_block(count, 16 * count), stream, x, valid, y);
 }
-int run_cp_async_if(void* stream, const uint4* x, const int* copies, uint4* y, int count) {
-  return run(cp_async_if_kernel, one_block(count, 16 * count), stream, x, copies, y);
+int run_product_after(void* stream, const unsigned char* x, const unsigned* a, const unsigned* b, int* y, int count) {
+  return run(product_after_kernel, one_block(count, 0), stream, x, a, b, y);
+}
+int run_cp_async_if(void* stream, const uint4* x, const int* copies, const int* valid, uint4* y, int count) {
+  return run(cp_async_if_kernel, one_block(count, 32 * count), stream, x, copies, valid, y);
 }
 int run_cp_async_groups(void* stream, const uint4* x, uint4* y, int count) {
   return run(cp_async_groups_kernel, one_block(count, 32 * count), stream, x, y);
