@@ -124,8 +124,7 @@ class TestPlan:
         assert result < int(line["workspace"]) < 1.02 * result
 
 
-# Megabytes an image and launches: what issue 17 asks for (the result of each depthwise convolution written and read
-# once, and 15 percent), a launch for each block and one for the head.
+# Megabytes an image: the result of each depthwise convolution written and read once, and 15 percent on top.
 FLOORS = {"efficientnet_b0": 13.9, "efficientnet_b4": 111.6}
 
 
@@ -136,6 +135,6 @@ class TestNetworks:
         plan: Plan = plan_model(name, batch_size=256)
         assert plan.totals.bytes <= 1.15 * FLOORS[name] * 1e6 * 256
 
-    @pytest.mark.parametrize(("batch", "most"), [(1, 11), (256, 20)])
+    @pytest.mark.parametrize(("batch", "most"), [(1, 7), (256, 6)])
     def test_launches_of_b0(self, batch: int, most: int) -> None:
         assert plan_model("efficientnet_b0", batch_size=batch).totals.launches <= most

@@ -10,10 +10,12 @@ namespace effkernels::cuda {
 constexpr int kExpandedChannels = 48;
 constexpr int kExpandDepthwiseBlocks = 3;  // of kDepthwiseThreads, on a multiprocessor: 168 registers for a thread
 
-// Pixels of a group up to which a warp multiplies one fragment of 16 at a time, above that two.
-constexpr int kPixelsOfSingles = kDepthwiseThreads / 32 * 16;
-constexpr int padded_pixels(int pixels) {
-  const int unit = pixels > kPixelsOfSingles ? 32 : 16;
+// Pixels of a group up to which a warp multiplies one fragment of 16 at a time, above that two, which read the weights
+// once: so many that each warp has some, or, where there are more blocks than run at a time, one fragment.
+constexpr int kFragmentPixels = 16;
+constexpr int kPixelsOfSingles = kDepthwiseThreads / 32 * kFragmentPixels;
+constexpr int padded_pixels(int pixels, int pixels_of_singles) {
+  const int unit = pixels > pixels_of_singles ? 2 * kFragmentPixels : kFragmentPixels;
   return (pixels + unit - 1) / unit * unit;
 }
 
@@ -32,6 +34,7 @@ struct ExpandDepthwisePlan {
   int group_out_rows = 1;   // rows of y that they make possible
   int ring_rows = 1;        // rows of the expanded tensor in shared memory
   int ring_row_bytes = 0;
+  int pixels_of_singles = kPixelsOfSingles;
   int stage_pixels = 0;       // of x in shared memory: those of a group, padded_pixels
   int slices = 1;             // of 64 bytes of a pixel of x
   int chunks = 2;             // of 16 bytes of a pixel of x, in whole fragments of 32 bytes

@@ -14,7 +14,7 @@ constexpr int kVector = 8;  // channels of a thread: 16 bytes
 constexpr int kVectors = kExpandedChannels / kVector;
 constexpr int kWarps = kDepthwiseThreads / 32;
 constexpr int kPixelBytes = kExpandedChannels * 2;
-constexpr int kFragment = 16;                     // pixels
+constexpr int kFragment = kFragmentPixels;
 constexpr int64_t kMostPixels = 256;              // of a group
 constexpr int64_t kFewestColumns = 12;            // of a tile: narrower ones would expand their borders too often
 constexpr int64_t kMostRows = 1 << 21;            // and columns: of x; times a row of the ring they stay below 2^31
@@ -66,7 +66,8 @@ void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& p, Expa
   int units = pixels * kPixelBytes / 16;
   while (units * p.stride % 8 != 6) ++units;
   plan.ring_row_bytes = units * 16;
-  plan.stage_pixels = padded_pixels(static_cast<int>(plan.group_rows * in_columns(p, plan.columns)));
+  plan.stage_pixels =
+      padded_pixels(static_cast<int>(plan.group_rows * in_columns(p, plan.columns)), plan.pixels_of_singles);
   plan.chunks = static_cast<int>(divide_up(expand.in_channels, kFragment)) * 2;
   plan.slices = (plan.chunks + 3) / 4;
   plan.by_ring_rows = multiplier_of(plan.ring_rows);
@@ -113,9 +114,9 @@ int64_t blocks_of_multiprocessor(const ExpandDepthwisePlan& plan, const DeviceLi
 struct Work {
   int64_t single, pair, strip, barriers;  // of a fragment by itself and of two, what asks for their x included
 
-  Work(const PointwiseParams& expand, const DepthwiseParams& p, const ExpandDepthwisePlan& plan) : barriers(120) {
+  Work(const PointwiseParams& expand, const DepthwiseParams& p, const ExpandDepthwisePlan& plan) : barriers(105) {
     const int64_t products = divide_up(expand.in_channels, kFragment);
-    single = 155 + 30 * products, pair = 275 + 48 * products;
+    single = 155 + 23 * products, pair = 275 + 34 * products;
     const int64_t pixels = plan.depthwise.strip, inputs = (pixels - 1) * p.stride + p.kernel_w;
     strip = pixels * p.kernel_h * p.kernel_w * kVector + p.kernel_h * inputs * 9 + pixels * 40;
   }
@@ -181,7 +182,7 @@ bool choose_tile(const PointwiseParams& expand, const DepthwiseCall& call, const
 // Several images for a block, which share its parameters and weights, where planes are small and the images many.
 void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
                    const BesideItems* beside, ExpandDepthwisePlan& plan) {
-  constexpr int64_t kFixed = 2000;  // instructions of a warp for parameters and sums, and the waits for them
+  constexpr int64_t kFixed = 1500;  // instructions of a warp for parameters and sums, and the waits for them
   const DepthwiseParams& p = *call.depthwise;
   const int64_t resident = blocks_of_multiprocessor(plan, limits);
   const Work work(expand, p, plan);
@@ -205,7 +206,7 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
       const int64_t reduced = call.se != nullptr ? call.se->reduced : 0;
       const int64_t gate = 3000 + images * p.channels * (40 + 2 * reduced) / 64;
       const int64_t way = item + gate + kProjects;
-      clocks = std::max(blocks * item / slots + beside->clocks, way) + way / 4;
+      clocks = std::max(blocks * item / slots + beside->clocks, way) + way / 3;
     } else if (beside != nullptr) {
       // In the last wave other items run in idle places, once the first units are done; the last ones wait for its end.
       constexpr int64_t kWaiting = 15000;
@@ -222,14 +223,23 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
     if (is_less(bands, 1)) plan.bands = static_cast<int>(bands), plan.band_rows = static_cast<int>(rows);
   }
   plan.clocks = least;
-  if (plan.bands * plan.column_tiles > 1) return;  // the sums of blocks are added for one image
-  for (int images = 2; images <= std::min<int64_t>(kMostImagesOfGate, p.batch); ++images) {
+  const auto fits = [&](ExpandDepthwisePlan& one) {
+    lay_out(expand, call, one);
+    return one.shared_bytes <= limits.shared_per_block && blocks_of_multiprocessor(one, limits) >= resident;
+  };
+  // The sums of several blocks are added for one image.
+  const int64_t most_images = plan.bands * plan.column_tiles > 1 ? 1 : kMostImagesOfGate;
+  for (int images = 2; images <= std::min<int64_t>(most_images, p.batch); ++images) {
     ExpandDepthwisePlan more = plan;
     more.depthwise.images = images;
-    lay_out(expand, call, more);
-    if (more.shared_bytes > limits.shared_per_block || blocks_of_multiprocessor(more, limits) < resident) break;
+    if (!fits(more)) break;
     if (is_less(1, images)) plan = more, plan.clocks = least;
   }
+  const int64_t tiles = int64_t(plan.bands) * plan.column_tiles * plan.depthwise.channel_groups;
+  if (divide_up(p.batch, plan.depthwise.images) * tiles <= limits.multiprocessors * resident) return;
+  ExpandDepthwisePlan pairs = plan;
+  pairs.pixels_of_singles = kFragment;
+  if (fits(pairs)) plan = pairs;
 }
 
 }  // namespace

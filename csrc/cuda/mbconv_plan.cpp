@@ -197,22 +197,33 @@ MBConvPlan fit_mbconv(const MBConvCall& call, const DeviceLimits& limits) {
 
 namespace {
 
+// What a block may be a part of.
+struct Candidate {
+  MBConvPlan cluster;
+  MBConvQueuePlan queue;
+  int64_t without_cluster;  // clocks
+
+  Candidate(const MBConvCall& call, const DeviceLimits& limits)
+      : cluster(fit_mbconv(call, limits)), queue(plan_mbconv_queue(call, limits, true)) {
+    without_cluster = queue.fits ? queue.expand.clocks : clocks_of_three_launches(call, limits);
+  }
+};
+
 // As many blocks from the first on as fit into clusters, of the same size; none where the first does not, or where a
 // queue or three launches for each are faster, together.
-MBConvStackPlan stack_of_clusters(const MBConvCall* calls, int count, const DeviceLimits& limits) {
+MBConvStackPlan stack_of_clusters(const MBConvCall* calls, const Candidate* candidates, int count,
+                                  const DeviceLimits& limits) {
   // What a launch more takes, of which programmatic dependent launch hides some: an assumption, 0.5 us.
   constexpr int64_t kLaunch = 900;
   MBConvStackPlan stack;
   int cluster = 1;
   int64_t alone = -kLaunch, together = 0, without = 0;
-  for (int i = 0; i < std::min(count, kMostStackedBlocks); ++i) {
-    const MBConvPlan plan = fit_mbconv(calls[i], limits);
-    if (!plan.fits) break;
+  for (int i = 0; i < std::min(count, kMostStackedBlocks) && candidates[i].cluster.fits; ++i) {
+    const MBConvPlan& plan = candidates[i].cluster;
     stack.clusters.push_back(plan);
     alone += clocks_of(calls[i], plan, limits) + kLaunch;
     cluster = std::max(cluster, plan.team);
-    const MBConvQueuePlan queue = plan_mbconv_queue(calls[i], limits, true);
-    without += queue.fits ? queue.expand.clocks : clocks_of_three_launches(calls[i], limits);
+    without += candidates[i].without_cluster;
   }
   std::vector<MBConvPlan> shared = stack.clusters;
   for (size_t i = 0; i < shared.size(); ++i) {
@@ -232,16 +243,19 @@ MBConvStackPlan stack_of_clusters(const MBConvCall* calls, int count, const Devi
 
 // As many blocks from the first on as may be items of one queue: those of whose items a multiprocessor holds the same
 // number.
-MBConvStackPlan stack_of_items(const MBConvCall* calls, int count, const DeviceLimits& limits) {
+MBConvStackPlan stack_of_items(const MBConvCall* calls, const Candidate* candidates, int count,
+                               const DeviceLimits& limits) {
+  const auto resident = [&](int64_t shared_bytes) { return expand_depthwise_resident(shared_bytes, limits); };
   MBConvStackPlan stack;
-  int64_t resident = 0, items = 0;
+  stack.reason = candidates[0].queue.reason;
+  int64_t items = 0;
   for (int i = 0; i < std::min(count, kMostStackedBlocks); ++i) {
-    const MBConvQueuePlan plan = plan_mbconv_queue(calls[i], limits, true);
-    const int64_t shared_bytes = std::max(stack.shared_bytes, plan.shared_bytes);
-    if (i == 0) resident = expand_depthwise_resident(plan.shared_bytes, limits), stack.reason = plan.reason;
+    const MBConvQueuePlan& plan = candidates[i].queue;
+    const int64_t shared_bytes = std::max(stack.shared_bytes, plan.shared_bytes),
+                  first = candidates[0].queue.shared_bytes;
     items += plan.items;
-    if (!plan.fits || expand_depthwise_resident(plan.shared_bytes, limits) != resident ||
-        expand_depthwise_resident(shared_bytes, limits) != resident || items > std::numeric_limits<int32_t>::max())
+    if (!plan.fits || resident(plan.shared_bytes) != resident(first) || resident(shared_bytes) != resident(first) ||
+        items > std::numeric_limits<int32_t>::max())
       break;
     stack.items.push_back(plan);
     stack.shared_bytes = shared_bytes;
@@ -255,14 +269,19 @@ MBConvStackPlan stack_of_items(const MBConvCall* calls, int count, const DeviceL
 }
 
 MBConvStackPlans make_stacks(const std::vector<MBConvCall>& calls, const DeviceLimits& limits) {
-  std::vector<MBConvStackPlan> found;
+  std::vector<Candidate> candidates;
+  for (const MBConvCall& call : calls) candidates.emplace_back(call, limits);
   const int all = static_cast<int>(calls.size());
+  const auto clusters_from = [&](int first) {
+    return stack_of_clusters(&calls[first], &candidates[first], all - first, limits);
+  };
+  std::vector<MBConvStackPlan> found;
   for (int first = 0; first < all; first += found.back().count) {
-    MBConvStackPlan stack = stack_of_clusters(&calls[first], all - first, limits);
+    MBConvStackPlan stack = clusters_from(first);
     if (stack.clusters.empty()) {
       int end = first + 1;  // of those that are not in clusters
-      while (end < all && stack_of_clusters(&calls[end], all - end, limits).clusters.empty()) ++end;
-      stack = stack_of_items(&calls[first], end - first, limits);
+      while (end < all && clusters_from(end).clusters.empty()) ++end;
+      stack = stack_of_items(&calls[first], &candidates[first], end - first, limits);
       if (stack.items.empty()) stack.count = 1;
     }
     stack.first = first;

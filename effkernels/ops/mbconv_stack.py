@@ -43,9 +43,9 @@ def mbconv_stack(
             x = mbconv(x, **{**block, "residual": x if block.get("residual") else None})
         return x
 
-    On a GPU with clusters of blocks (compute capability 9.0), neighbours that each fit `mbconv` are one launch, in
-    which a cluster keeps its images from block to block, where the plan estimates that this is faster: few images. The
-    other blocks are one launch each, or three, as of `mbconv`.
+    On a GPU, in float16 and bfloat16, up to 16 neighbours that `mbconv` would each compute in a launch are one launch:
+    in clusters of thread blocks that keep their images from block to block (compute capability 9.0), where the plan
+    estimates that this is faster, for few images; else as items of one queue.
 
     Args:
         x: as of `mbconv`; of the first block.

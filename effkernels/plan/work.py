@@ -299,9 +299,15 @@ def _scale_taps(cut: Cut, kernel: int, block_channels: int) -> Counters:
     return cut.counts.part("scale") * _ceil(kernel * kernel, cut.threads // (block_channels // 4))
 
 
-def _load(cut: Cut, slices: int, pixels: int) -> Counters:
-    """Return what a thread's share of some rows of x takes to ask for (load_expand_rows), of `pixels` in a slice."""
-    return (cut.counts.part("load") + cut.counts.part("load.pixels") * slices) * _ceil(pixels, LOADS_AHEAD)
+def _load(cut: Cut, slices: int, pixels: float) -> Counters:
+    """Return what a thread's share of some rows of x takes to ask for (load_expand_rows), of `pixels` in a slice.
+
+    Copies of a pass that have no pixel are issued, and go no further.
+    """
+    part, passes = cut.counts.part("load.pixels"), _ceil(pixels, LOADS_AHEAD)
+    copies = pixels / (LOADS_AHEAD * passes)
+    part = replace(part, memory=part.memory * copies, wavefronts=part.wavefronts * copies)
+    return (cut.counts.part("load") + part * slices) * passes
 
 
 def _places(cut: Cut, rows: int, pixels: float) -> Counters:
@@ -328,8 +334,8 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     rows = sum(under(*band, padding[0], height) for band in bands) / len(bands)
     groups = sum(_ceil(under(*band, padding[0], height), group_rows) for band in bands) / len(bands)
     pixels = sum(under(*one, padding[2], width) for one in columns) / tiles  # of a row
-    # A warp multiplies one fragment of 16 pixels at a time, or two where every warp has some.
-    name, unit = ("pair", 32) if rows / groups * pixels > 16 * cut.warps else ("fragment", 16)
+    # A warp multiplies one fragment of 16 pixels at a time, or two.
+    name, unit = ("pair", 32) if rows / groups * pixels > cut["pixels_of_singles"] else ("fragment", 16)
     fragments = _ceil(rows / groups * pixels, unit)
     strips = sum(_ceil(end - first, cut["strip"]) for first, end in columns) / tiles * out_height / len(bands) / groups
     rounds = _ceil(strips, lanes)
@@ -343,7 +349,7 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     # Of a thread in a group, and once for a block: a pixel and a row of weights has as many threads as a slice chunks.
     chunks = _ceil(inner, 16) * 2
     share, of_share = min(chunks, 4), _ceil(chunks, 4)
-    load = _load(cut, of_share, _ceil(fragments * unit * share, cut.threads))
+    load = _load(cut, of_share, fragments * unit * share / cut.threads)
     weights = (part("weights") + part("weights.chunk") * of_share) * _ceil(_EXPANDED * share, cut.threads)
     padding = _ceil((kernel - 1) * _EXPANDED * size / 16, WARP)
     zeros = (part("zero.row") + part("zero") * padding) * _ceil(cut["ring_rows"], cut.warps)
@@ -425,7 +431,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
     # What a block copies, of a thread: rows of `slices` or of the block's channels, four chunks each at a time.
     share, held_slices = min(_ceil(inner, 16) * 2, 4), _ceil(groups * _EXPANDED * size, 64)
     columns = _ceil(cut["pass_columns"], WARP) * WARP
-    load = _load(cut, cut["slices"], _ceil(fragments * unit * share, cut.threads))
+    load = _load(cut, cut["slices"], fragments * unit * share / cut.threads)
     expand_rows, project_rows = (_ceil(rows * 4, cut.threads) for rows in (_EXPANDED, columns))
     weights = (part("weights") + part("weights.chunk") * cut["slices"]) * expand_rows
     project = (part("project") + part("project.chunk") * held_slices) * project_rows
