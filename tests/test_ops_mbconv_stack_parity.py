@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from conftest import Backend, need
@@ -12,22 +14,34 @@ from effkernels._norm import gather_norms
 from effkernels.ops import reference
 from effkernels.ops.call import OpCall, in_float64
 
-# Two late blocks of B0, on small planes and with fewer channels: one launch where there are clusters.
-CALLS = (
-    OpCall.on("mbconv", (2, 32, 7, 7), 5, out_channels=32, expanded=192, reduced=8, residual=True, activation="silu"),
-    OpCall.on("mbconv", (2, 32, 7, 7), 3, out_channels=48, expanded=192, reduced=8, activation="silu"),
-)
+
+def chain(channels: tuple[int, ...], plane: tuple[int, int], expansion: int) -> tuple[OpCall, ...]:
+    """Return blocks of two images that follow each other, with kernels of 5x5 and 3x3 in turn."""
+    blocks = []
+    for number, (given, made) in enumerate(pairwise(channels)):
+        sizes = {"out_channels": made, "expanded": given * expansion, "reduced": 8, "residual": given == made}
+        blocks.append(OpCall.on("mbconv", (2, given, *plane), (5, 3)[number % 2], activation="silu", **sizes))
+    return tuple(blocks)
+
+
+# In one launch each: two late blocks of B0, with fewer channels, in clusters where there are any; and more blocks than
+# the memories that the items of a queue use in turn, on planes that no cluster holds.
+STACKS = {"clusters": chain((32, 32, 48), (7, 7), 6), "queue": chain((16, 16, 24, 24, 24, 8, 16), (40, 44), 6)}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_two_blocks(backend: Backend, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", STACKS)
+def test_blocks_that_follow_each_other(backend: Backend, name: str, dtype: torch.dtype) -> None:
     need(backend, "mbconv", dtype)
-    drawn = [call.arguments(dtype, backend.device, seed=seed) for seed, call in enumerate(CALLS)]
+    if name == "queue" and backend.name.startswith("triton"):
+        pytest.skip("Triton runs the blocks one by one: the first stack shows it")
+    calls = STACKS[name]
+    drawn = [call.arguments(dtype, backend.device, seed=seed) for seed, call in enumerate(calls)]
     x = drawn[0]["x"]
 
     def stacked(exact: bool) -> list[dict[str, object]]:
         blocks = []
-        for call, arguments in zip(CALLS, drawn, strict=True):
+        for call, arguments in zip(calls, drawn, strict=True):
             given = gather_norms(in_float64(arguments) if exact else arguments)
             blocks.append(
                 {name: a for name, a in given.items() if name not in ("x", "allow_tf32")} | {"residual": call.residual}

@@ -10,14 +10,10 @@ namespace effkernels::cuda {
 constexpr int kExpandedChannels = 48;
 constexpr int kExpandDepthwiseBlocks = 3;  // of kDepthwiseThreads, on a multiprocessor: 168 registers for a thread
 
-// Pixels of a group up to which a warp multiplies one fragment of 16 at a time, above that two, which read the weights
-// once: so many that each warp has some, or, where there are more blocks than run at a time, one fragment.
+// A warp multiplies two fragments of 16 pixels at a time, which read the weights once, or one: two where each warp has
+// some, and where there are more blocks than run at a time two of any two.
 constexpr int kFragmentPixels = 16;
-constexpr int kPixelsOfSingles = kDepthwiseThreads / 32 * kFragmentPixels;
-constexpr int padded_pixels(int pixels, int pixels_of_singles) {
-  const int unit = pixels > pixels_of_singles ? 2 * kFragmentPixels : kFragmentPixels;
-  return (pixels + unit - 1) / unit * unit;
-}
+constexpr int kPixelsOfSingles = kDepthwiseThreads / 32 * kFragmentPixels;  // of a group, at most
 
 // n / divisor for n * divisor < 2^31 by a multiply: n * multiplier >> 31.
 constexpr uint32_t multiplier_of(int divisor) { return (1u << 31) / static_cast<uint32_t>(divisor) + 1; }
@@ -34,11 +30,12 @@ struct ExpandDepthwisePlan {
   int group_out_rows = 1;   // rows of y that they make possible
   int ring_rows = 1;        // rows of the expanded tensor in shared memory
   int ring_row_bytes = 0;
-  int pixels_of_singles = kPixelsOfSingles;
-  int stage_pixels = 0;       // of x in shared memory: those of a group, padded_pixels
-  int slices = 1;             // of 64 bytes of a pixel of x
-  int chunks = 2;             // of 16 bytes of a pixel of x, in whole fragments of 32 bytes
-  uint32_t by_ring_rows = 0;  // multiplier_of them
+  int pixels_of_singles = kPixelsOfSingles;  // of a group, at most, where a warp multiplies one fragment at a time
+  bool pairs = false;                        // more than that
+  int stage_pixels = 0;                      // of x in shared memory: those of a group, in whole fragments or pairs
+  int slices = 1;                            // of 64 bytes of a pixel of x
+  int chunks = 2;                            // of 16 bytes of a pixel of x, in whole fragments of 32 bytes
+  uint32_t by_ring_rows = 0;                 // multiplier_of them
   // From a block's number to its channels and tile, from there to its columns; from a lane to its first strip, and from
   // one of its strips to the next (StripCursor).
   PointwiseDivisor by_channel_groups, by_tiles;

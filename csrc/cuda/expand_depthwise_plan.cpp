@@ -66,8 +66,10 @@ void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& p, Expa
   int units = pixels * kPixelBytes / 16;
   while (units * p.stride % 8 != 6) ++units;
   plan.ring_row_bytes = units * 16;
-  plan.stage_pixels =
-      padded_pixels(static_cast<int>(plan.group_rows * in_columns(p, plan.columns)), plan.pixels_of_singles);
+  const int64_t group_pixels = plan.group_rows * in_columns(p, plan.columns);
+  plan.pairs = group_pixels > plan.pixels_of_singles;
+  const int64_t unit = plan.pairs ? 2 * kFragment : kFragment;
+  plan.stage_pixels = static_cast<int>(divide_up(group_pixels, unit) * unit);
   plan.chunks = static_cast<int>(divide_up(expand.in_channels, kFragment)) * 2;
   plan.slices = (plan.chunks + 3) / 4;
   plan.by_ring_rows = multiplier_of(plan.ring_rows);

@@ -271,7 +271,7 @@ __device__ __forceinline__ void expand_rows(const PointwiseParams& p, const Expa
                                             const unsigned char* weights, const float* norm, const uint16_t* places,
                                             int rows, int first_slot, unsigned char* ring) {
   const int pixels = rows * columns.count;
-  if (pixels > plan.pixels_of_singles)
+  if (plan.pairs)
     expand_fragments<T, 2, kThreads>(p, plan, stage, weights, norm, places, pixels, first_slot, ring);
   else
     expand_fragments<T, 1, kThreads>(p, plan, stage, weights, norm, places, pixels, first_slot, ring);

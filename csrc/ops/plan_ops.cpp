@@ -113,8 +113,7 @@ std::string cut_of(const DepthwiseParams& p, const cuda::ExpandDepthwisePlan& pl
       << " strip=" << d.strip << " images=" << d.images << " channel_groups=" << d.channel_groups
       << " tiles=" << d.tiles << " bands=" << plan.bands << " band_rows=" << plan.band_rows
       << " column_tiles=" << plan.column_tiles << " columns=" << plan.columns << " group_rows=" << plan.group_rows
-      << " ring_rows=" << plan.ring_rows << " slices=" << plan.slices
-      << " pixels_of_singles=" << plan.pixels_of_singles;
+      << " ring_rows=" << plan.ring_rows << " slices=" << plan.slices << " pairs=" << plan.pairs;
   return out.str();
 }
 

@@ -335,7 +335,7 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     groups = sum(_ceil(under(*band, padding[0], height), group_rows) for band in bands) / len(bands)
     pixels = sum(under(*one, padding[2], width) for one in columns) / tiles  # of a row
     # A warp multiplies one fragment of 16 pixels at a time, or two.
-    name, unit = ("pair", 32) if rows / groups * pixels > cut["pixels_of_singles"] else ("fragment", 16)
+    name, unit = ("pair", 32) if cut["pairs"] else ("fragment", 16)
     fragments = _ceil(rows / groups * pixels, unit)
     strips = sum(_ceil(end - first, cut["strip"]) for first, end in columns) / tiles * out_height / len(bands) / groups
     rounds = _ceil(strips, lanes)
