@@ -208,6 +208,7 @@ class Plan:
             block = fields.pop("block")
             time = fields.pop("time")
             del time["us"], time["longest"]
+            fields["bytes_by_block"] = tuple(fields["bytes_by_block"])
             launches.append(
                 PlannedLaunch(block=None if block is None else tuple(block), time=TimeEstimate(**time), **fields)
             )
