@@ -28,12 +28,11 @@ from effkernels.plan.gpus import Gpu
 from effkernels.plan.record import RecordedCall, record_calls, tensors_in
 from effkernels.plan.time_estimate import (
     MODES,
-    PartOfQueue,
+    StackedBlock,
     TimeEstimate,
     estimate,
-    estimate_queue,
+    estimate_stack,
     forward_us,
-    one_after_the_other,
 )
 
 PRECISIONS: dict[str, torch.dtype] = {
@@ -338,9 +337,11 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
 
 
 def _launch(
-    line: Mapping[str, str], call: RecordedCall, gpu: Gpu, moved: int, flops: int, special: int, allow_tf32: bool
-) -> PlannedLaunch:
-    """Return the launch that a line of `cuda_plan` describes; the others as of `PlannedLaunch`."""
+    line: Mapping[str, str], call: RecordedCall, gpu: Gpu, moved: int, flops: int, special: int, allow_tf32: bool,
+    time: TimeEstimate | None = None,
+) -> PlannedLaunch:  # fmt: skip
+    """Return the launch that a line of `cuda_plan` describes; the others as of `PlannedLaunch`; without a time, it
+    is estimated."""
     kernel = line["kernel"]
     unit = _unit(kernel, call.dtype, allow_tf32)
     rate = {"tensor": gpu.tensor, "tf32": gpu.tf32, "float32": gpu.float32}[unit]
@@ -368,7 +369,7 @@ def _launch(
         floor_us=1e6 * times[limited_by],
         limited_by=limited_by,
         variant=line.get("variant"),
-        time=estimate(line, call, gpu, moved=moved, flops=flops, rate=rate),
+        time=estimate(line, call, gpu, moved=moved, flops=flops, rate=rate) if time is None else time,
     )
 
 
@@ -402,33 +403,24 @@ def _stacked_launch(
 
     What a block writes for the next one is counted twice, written and read: it stays in L2 where it fits.
     """
-    launches, parts = [], []
-    for line, block in zip(lines, blocks, strict=True):
-        alone = {name: value for name, value in line.items() if name != "at"}
-        moved = moved_bytes(block) + 2 * int(line["workspace"])
-        launches.append(_launch(alone, block, gpu, moved, block.flops, special_functions(block), allow_tf32))
-        parts.append(PartOfQueue(alone, block, moved))
-    first = launches[0]
-    floors = {
-        "memory": sum(launch.bytes for launch in launches) / gpu.bandwidth,
-        "tensor": sum(launch.flops for launch in launches) / gpu.tensor,
-        "special": sum(launch.special_functions for launch in launches) / gpu.special_functions,
-    }
-    limited_by = max(floors, key=lambda name: floors[name])
+    workspaces = [int(line["workspace"]) for line in lines]
+    moved = [moved_bytes(block) + 2 * workspace for block, workspace in zip(blocks, workspaces, strict=True)]
+    launch = _launch(
+        lines[0],
+        blocks[0],
+        gpu,
+        sum(moved),
+        sum(block.flops for block in blocks),
+        sum(map(special_functions, blocks)),
+        allow_tf32,
+        estimate_stack([StackedBlock(*one) for one in zip(lines, blocks, moved, strict=True)], gpu),
+    )
     return replace(
-        first,
+        launch,
         layer=_range_of(_parent(blocks[0].layer), _parent(blocks[-1].layer)),
-        bytes_by_block=tuple(launch.bytes for launch in launches),
-        bytes=sum(launch.bytes for launch in launches),
-        workspace_bytes=sum(launch.workspace_bytes for launch in launches),
-        flops=sum(launch.flops for launch in launches),
-        special_functions=sum(launch.special_functions for launch in launches),
-        floor_us=1e6 * floors[limited_by],
-        limited_by=limited_by,
-        variant=f"{first.kernel}<{str(blocks[0].dtype).removeprefix('torch.')}>",
-        time=estimate_queue(parts, gpu)
-        if first.kernel == "mbconv_queue"
-        else one_after_the_other([launch.time for launch in launches]),
+        workspace_bytes=sum(workspaces),
+        variant=f"{launch.kernel}<{str(blocks[0].dtype).removeprefix('torch.')}>",
+        bytes_by_block=tuple(moved),
     )
 
 

@@ -63,7 +63,7 @@ class QueuedBlock:
     project: float
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def end_of_queue(slots: int, *blocks: QueuedBlock) -> float:
     """Return when the last item ends, if `slots` blocks of threads run at a time and each takes the next item."""
     free = [0.0] * slots  # a heap: when each ends its item

@@ -110,9 +110,14 @@ class TimeEstimate:
         return max(OVERLAPPING, key=lambda name: float(getattr(self, name)))
 
     @property
+    def longest_us(self) -> float:
+        """The term that counts."""
+        return float(getattr(self, self.longest))
+
+    @property
     def us(self) -> float:
         """The whole time."""
-        return float(getattr(self, self.longest)) + self.prologue + self.tail + self.last
+        return self.longest_us + self.prologue + self.tail + self.last
 
 
 def forward_us(times: Iterable[TimeEstimate], mode: str) -> float:
@@ -143,13 +148,9 @@ def one_after_the_other(times: Sequence[TimeEstimate]) -> TimeEstimate:
     The terms are sums. The waits are those of whole parts, because no part overlaps another.
     """
     sums = {name: sum(float(getattr(time, name)) for time in times) for name in TERMS}
-    sums["latency"] = sum(_longest(time) for time in times)
+    sums["latency"] = sum(time.longest_us for time in times)
     counted = all(time.counted for time in times)
     return TimeEstimate(**sums, blocks=min(time.blocks for time in times), counted=counted)
-
-
-def _longest(time: TimeEstimate) -> float:
-    return float(getattr(time, time.longest))
 
 
 TERMS = tuple(field.name for field in fields(TimeEstimate) if field.type == "float")
@@ -157,34 +158,33 @@ OVERLAPPING = TERMS[: TERMS.index("prologue")]
 
 
 @dataclass(frozen=True)
-class PartOfQueue:
-    """A block of a network among those of one queue: what `estimate` is given of it."""
+class StackedBlock:
+    """A block of a network among those of one launch: what `estimate` is given of it."""
 
     line: Mapping[str, str]
     call: RecordedCall
     moved: int
 
 
-def estimate_queue(parts: Sequence[PartOfQueue], gpu: Gpu) -> TimeEstimate:
-    """Return the time of a launch whose items are those of several blocks.
+def estimate_stack(blocks: Sequence[StackedBlock], gpu: Gpu) -> TimeEstimate:
+    """Return the time of a launch of several blocks of a network.
 
-    The terms are sums, as of `one_after_the_other`; the tail is what the end of all items is later than that.
+    The terms are sums, as of `one_after_the_other`; the tail of a queue is by how much all items end later.
     """
-    times, queued, slots = [], [], gpu.multiprocessors * max(gpu.capability.blocks_per_multiprocessor, 1)
-    for number, part in enumerate(parts):
-        own = {**part.line, "grid": part.line["items"]}  # the grid is of all blocks
-        time, block = _estimate(own, part.call, gpu, moved=part.moved, flops=part.call.flops, rate=gpu.tensor)
+    times, queued = [], []
+    for number, one in enumerate(blocks):
+        line = {**one.line, "grid": one.line.get("items", one.line["grid"])}  # the grid of a queue is of all blocks
+        time, items = _estimate(line, one.call, gpu, moved=one.moved, flops=one.call.flops, rate=gpu.tensor)
         times.append(time)
-        if block is None:
-            continue
-        # An item that expands asks whether the images that it reads are written.
-        asked = L2_LATENCY * 1e6 / gpu.clock if number else 0.0
-        queued.append(replace(block, expand=block.expand + asked))
-        slots = min(slots, gpu.multiprocessors * time.blocks)
+        if items is not None:
+            # An item that expands asks whether the images that it reads are written.
+            asked = L2_LATENCY * 1e6 / gpu.clock if number else 0.0
+            queued.append(replace(items, expand=items.expand + asked))
     together = one_after_the_other(times)
-    if len(queued) < len(parts):
+    if not queued:
         return together
-    return replace(together, tail=max(0.0, end_of_queue(slots, *queued) - together.latency))
+    end = end_of_queue(gpu.multiprocessors * together.blocks, *queued)
+    return replace(together, tail=max(0.0, end - together.latency))
 
 
 def resident_blocks(gpu: Gpu, registers: int, threads: int, shared_bytes: int) -> int:
