@@ -105,12 +105,41 @@ __device__ __forceinline__ void gate_of_cluster(const SqueezeExciteParams& se, c
                     });
 }
 
-// The whole work of a block of the team. All threads of the cluster; ends with a barrier of the cluster.
+// The depthwise convolution of a group of channels, from the ring into `held`, with the sums of each lane.
 template <class Traits>
-__device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
+__device__ __forceinline__ void convolve_group(const MBConvArguments& a, const MBConvShared<typename Traits::T>& shared,
+                                               int first_group, int group) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
-  constexpr int kParameters = (K * K + 2) * kExpandedChannels, kThreads = kMBConvThreads;
+  const DepthwiseParams& p = a.depthwise;
+  const ExpandDepthwisePlan& of_group = a.plan.expand;
+  const int out_width = static_cast<int>(p.out_width), strips_of_row = (out_width + kStrip - 1) / kStrip;
+  const ExpandedLane<V> at(of_group.depthwise, first_group + group, static_cast<int>(p.channels));
+  const ThreadParameters<V> my(shared.parameters + group * ((K * K + 2) * kExpandedChannels), kExpandedChannels,
+                               at.vector);
+  float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;
+  const int chunk = group * (kExpandedChannels / V) + at.vector;  // of the block's channels
+  unsigned char* const to = shared.held + chunk / kSliceChunks * a.plan.held_pixels * kPointwiseSliceBytes;
+#pragma unroll 1
+  for (StripCursor strip = at.first_strip(of_group); at.active && strip.column < strips_of_row; strip.advance()) {
+    const int column = strip.column * kStrip, pixel = strip.row * out_width + column;
+    float acc[kStrip][V], sum[V];
+    convolve_ring<Traits>(p, of_group, shared.ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
+                          strip.row * S - p.pad_top, 0, my, acc);
+    finish_strip<T>(my, K * K, p.activation, acc);
+    store_strip(acc, out_width - column, sum, [&](int ox, const float (&value)[V]) {
+      store(reinterpret_cast<T*>(to + chunk_offset(pixel + ox, chunk % kSliceChunks)), value);
+    });
+    if (a.se.reduced > 0) add_to_lane(sum, my_sums);
+  }
+}
+
+// The whole work of a block of the team. `with_traits(f)` calls f with the traits of the convolution: one in mbconv,
+// and one of all in mbconv_stack, whose code for the rest is then there once. All threads of the cluster; ends with a
+// barrier of the cluster.
+template <class T, class WithTraits>
+__device__ __forceinline__ void compute_mbconv(const MBConvArguments& a, const WithTraits& with_traits) {
+  constexpr int kThreads = kMBConvThreads;
   const PointwiseParams& expand = a.expand;
   const DepthwiseParams& p = a.depthwise;
   const MBConvPlan& plan = a.plan;
@@ -126,8 +155,7 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
   const int first_channel = first_group * kExpandedChannels;
   const int channels = groups == 0 ? 0 : min(groups * kExpandedChannels, static_cast<int>(p.channels) - first_channel);
   const int height = static_cast<int>(p.height), width = static_cast<int>(p.width);
-  const int out_width = static_cast<int>(p.out_width);
-  const ExpandColumns columns(p, 0, out_width);
+  const ExpandColumns columns(p, 0, static_cast<int>(p.out_width));
   const bool keeps_weights = plan.weight_slots == plan.groups;
   const int slot_bytes = of_group.slices * kExpandedChannels * kPointwiseSliceBytes;
   const int ring_bytes = height * of_group.ring_row_bytes;
@@ -166,11 +194,14 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
   load_norm(a.project.norm, 0, out_channels, out_channels, [&](int channel, ScaleShift by) {
     shared.project_norm[channel] = by.scale, shared.project_norm[out_channels + channel] = by.shift;
   });
-  for (int group = 0; group < groups; ++group)
-    load_parameters<T, V, K * K>(p, K * K, first_channel + group * kExpandedChannels, kExpandedChannels,
-                                 shared.parameters + group * kParameters);
+  with_traits([&](auto traits) {
+    using Traits = decltype(traits);
+    constexpr int kTaps = Traits::kKernel * Traits::kKernel;
+    for (int group = 0; group < groups; ++group)
+      load_parameters<T, Traits::kVector, kTaps>(p, kTaps, first_channel + group * kExpandedChannels, kExpandedChannels,
+                                                 shared.parameters + group * ((kTaps + 2) * kExpandedChannels));
+  });
 
-  const int strips_of_row = (out_width + kStrip - 1) / kStrip;
 #pragma unroll 1
   for (int m = 0; m < images; ++m) {
     const bool more_images = m + 1 < images;
@@ -193,23 +224,7 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a) {
       }
       cp_async_commit();
 
-      const ExpandedLane<V> at(division, first_group + group, static_cast<int>(p.channels));
-      const ThreadParameters<V> my(shared.parameters + group * kParameters, kExpandedChannels, at.vector);
-      float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;
-      const int chunk = group * (kExpandedChannels / V) + at.vector;  // of the block's channels
-      unsigned char* const to = shared.held + chunk / kSliceChunks * plan.held_pixels * kPointwiseSliceBytes;
-#pragma unroll 1
-      for (StripCursor strip = at.first_strip(of_group); at.active && strip.column < strips_of_row; strip.advance()) {
-        const int column = strip.column * kStrip, pixel = strip.row * out_width + column;
-        float acc[kStrip][V], sum[V];
-        convolve_ring<Traits>(p, of_group, shared.ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
-                              strip.row * S - p.pad_top, 0, my, acc);
-        finish_strip<T>(my, K * K, p.activation, acc);
-        store_strip(acc, out_width - column, sum, [&](int ox, const float (&value)[V]) {
-          store(reinterpret_cast<T*>(to + chunk_offset(pixel + ox, chunk % kSliceChunks)), value);
-        });
-        if (excites) add_to_lane(sum, my_sums);
-      }
+      with_traits([&](auto traits) { convolve_group<decltype(traits)>(a, shared, first_group, group); });
       if (excites) add_lanes<kExpandedChannels>(division, shared.lane_sums, shared.sums + group * kExpandedChannels);
     }
     if (excites) gate_of_cluster(a.se, plan, shared, first_channel, channels, p.out_height * p.out_width);
@@ -223,7 +238,7 @@ template <class Traits>
 __global__ void __launch_bounds__(kMBConvThreads, 1) mbconv(const __grid_constant__ MBConvArguments a) {
   wait_for_previous();
   allow_next();
-  compute_mbconv<Traits>(a);
+  compute_mbconv<typename Traits::T>(a, [](const auto& of) { of(Traits()); });
 }
 
 template <class T, int K, int S>

@@ -29,12 +29,21 @@ struct MBConvStackArguments {
 };
 static_assert(sizeof(MBConvStackArguments) <= 32764, "larger than the arguments of a kernel may be");
 
-template <class T, int K, int S>
-__device__ __forceinline__ void compute_stacked_of(const MBConvArguments& a) {
+// Calls f with the traits of a convolution.
+template <class T, int K, int S, class Work>
+__device__ __forceinline__ void with_strip(const MBConvArguments& a, const Work& f) {
   if (a.plan.expand.depthwise.strip == kShortStrip)
-    compute_mbconv<DepthwiseTraits<T, K, S, kShortStrip>>(a);
+    f(DepthwiseTraits<T, K, S, kShortStrip>());
   else
-    compute_mbconv<DepthwiseTraits<T, K, S>>(a);
+    f(DepthwiseTraits<T, K, S>());
+}
+template <class T, class Work>
+__device__ __forceinline__ void with_traits_of(const MBConvArguments& a, const Work& f) {
+  const bool small = a.depthwise.kernel_w == 3;
+  if (a.depthwise.stride == 1)
+    small ? with_strip<T, 3, 1>(a, f) : with_strip<T, 5, 1>(a, f);
+  else
+    small ? with_strip<T, 3, 2>(a, f) : with_strip<T, 5, 2>(a, f);
 }
 
 template <class T>
@@ -42,14 +51,8 @@ __global__ void __launch_bounds__(kMBConvThreads, 1) mbconv_stack(const __grid_c
   wait_for_previous();
   allow_next();
 #pragma unroll 1
-  for (int i = 0; i < a.count; ++i) {
-    const MBConvArguments& block = a.blocks[i];
-    const bool small = block.depthwise.kernel_w == 3;
-    if (block.depthwise.stride == 1)
-      small ? compute_stacked_of<T, 3, 1>(block) : compute_stacked_of<T, 5, 1>(block);
-    else
-      small ? compute_stacked_of<T, 3, 2>(block) : compute_stacked_of<T, 5, 2>(block);
-  }
+  for (int i = 0; i < a.count; ++i)
+    compute_mbconv<T>(a.blocks[i], [&](const auto& of) { with_traits_of<T>(a.blocks[i], of); });
 }
 
 // Instantiated in one file per type.
