@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +76,27 @@ def test_seeds_differ_and_leave_the_generator() -> None:
     assert not torch.equal(inside, wanted)
 
 
+# A process that is joined with itself alone: what threads of the group it has inside, and after.
+JOINED = """
+import os, torch
+from effkernels.train.processes import Processes
+
+def of_group():
+    names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+    return sum("gloo" in name for name in names)
+
+initialize = torch.distributed.init_process_group
+torch.distributed.init_process_group = lambda *of, **_: initialize(*of, rank=0, world_size=1)
+processes = Processes(rank=0, count=2)
+with processes.joined(torch.device("cpu")):
+    model = processes.wrapped(torch.nn.Linear(2, 2), torch.device("cpu"))
+    model(torch.ones(1, 2)).sum().backward()
+    del model
+    inside = of_group()
+print(inside > 0, of_group())
+"""
+
+
 class TestProcesses:
     def test_without_torchrun_there_is_one(self) -> None:
         assert Processes.of_environment({}) == Processes(0, 1, 0)
@@ -93,6 +118,15 @@ class TestProcesses:
     def test_what_does_not_fit(self, environment: dict[str, str], message: str) -> None:
         with pytest.raises(ValueError, match=message):
             Processes.of_environment(environment)
+
+    @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="names of threads are read from /proc")
+    def test_no_thread_of_a_group_is_left(self) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        environment = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        run = [sys.executable, "-c", JOINED]
+        assert subprocess.run(run, env=environment, capture_output=True, text=True, check=True).stdout == "True 0\n"
 
 
 class TestOptions:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -54,16 +56,24 @@ class Processes:
 
     @contextmanager
     def joined(self, device: torch.device) -> Iterator[None]:
-        """Let the processes talk to each other inside the block: by NCCL for GPUs, by gloo for CPUs."""
+        """Let the processes talk to each other inside the block: by NCCL for GPUs, by gloo for CPUs.
+
+        Whoever uses a wrapped model inside drops it before the end: the group's threads end with the last of those that
+        hold the group, and a thread that still runs when Python ends takes the process with it.
+        """
         if self.count == 1:
             yield
             return
+        # Its functions have the group of all processes as a default, if there is one when they are first imported, and
+        # would hold it to the end of Python.
+        importlib.import_module("torch.distributed.nn.functional")
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=self.rank, world_size=self.count)
         try:
             yield
         finally:
+            gc.collect()  # a wrapped model refers to itself
             dist.destroy_process_group()
 
     def wrapped(self, model: nn.Module, device: torch.device) -> nn.Module:

@@ -229,8 +229,11 @@ class Training:
                 for name in FILES:  # of another training; one that is stopped before its first checkpoint leaves none
                     (self._folder / name).unlink(missing_ok=True)
             self._log = Log(self._folder / LOG, self.history)
-        while self._epoch < self.options.epochs:
-            self._train_epoch(advance)
+        try:
+            while self._epoch < self.options.epochs:
+                self._train_epoch(advance)
+        finally:
+            self._wrapped = self._model  # see Processes.joined
         if self._processes.is_first:
             self._write_results()
         self._processes.wait()
