@@ -65,7 +65,7 @@ struct ScaleParams {
 struct PointwiseParams {
   const void* x = nullptr;  // row p of image n at n * x_stride_n + p * x_stride_p
   void* y = nullptr;        // (N, P, Cout), contiguous; (N, Cout) of means
-  Param weight;             // (Cout, Cin)
+  Param weight;             // (Cout, Cin); not given: y is x, and Cout is Cin (of blocks without expansion alone)
   // The weight packed for the CPU's kernels (`pack` in csrc/cpu/kernels.h), if somebody keeps it; else null.
   const float* packed = nullptr;
   Norm norm;

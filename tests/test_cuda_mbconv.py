@@ -17,7 +17,7 @@ from test_cuda_kernels import call, check, launches, planned
 
 import effkernels
 from effkernels.models import create_model
-from effkernels.nn import MBConv, SqueezeExcite
+from effkernels.nn import DepthwiseSeparable, MBConv, SqueezeExcite
 from effkernels.nn.padding import explicit_padding
 from effkernels.ops.call import OpCall
 from effkernels.plan.gpus import GPUS
@@ -29,20 +29,20 @@ DEVICES = {"H200": H200, "portable": (*H200[:7], 8), "few": (90, 1, *H200[2:]), 
 
 
 @cache
-def blocks_of(model: str) -> tuple[OpCall, ...]:
-    """Return the distinct MBConv blocks of a network at its own resolution."""
+def blocks_of(model: str, *, expand: bool = True) -> tuple[OpCall, ...]:
+    """Return the distinct blocks of a network at its own resolution, those with expansion or those without."""
     network = create_model(model, device="meta", backend="cpu").eval()
     found: dict[OpCall, None] = {}
 
-    def note(block: MBConv, arguments: tuple[torch.Tensor, ...]) -> None:
+    def note(block: MBConv | DepthwiseSeparable, arguments: tuple[torch.Tensor, ...]) -> None:
         _, channels, height, width = arguments[0].shape
         se, conv = block.se, block.conv_dw
         found[
             OpCall(
                 BLOCK_OP,
                 channels=channels,
-                expanded=block.conv_pw.out_channels,
-                out_channels=block.conv_pwl.out_channels,
+                expanded=block.conv_pw.out_channels if isinstance(block, MBConv) else 0,
+                out_channels=(block.conv_pwl if isinstance(block, MBConv) else block.conv_pw).out_channels,
                 reduced=se.conv_reduce.out_channels if isinstance(se, SqueezeExcite) else 0,
                 height=height,
                 width=width,
@@ -54,7 +54,7 @@ def blocks_of(model: str) -> tuple[OpCall, ...]:
         ] = None
 
     for module in network.modules():
-        if type(module) is MBConv:
+        if type(module) is (MBConv if expand else DepthwiseSeparable):
             module.register_forward_pre_hook(note)
     size = effkernels.models.model_config(model).input_size[-1]
     network(torch.empty(1, 3, size, size, device="meta"))
@@ -114,7 +114,10 @@ def odd_cases() -> Iterator[tuple[str, Case]]:
 def plan_of(case: OpCall, limits: tuple[int, ...], dtype: str = "bfloat16") -> list[dict[str, str]]:
     activation = effkernels.ops.reference.ACTIVATIONS.index(case.expand_activation)
     shape = [case.batch, case.expanded, case.height, case.width, *case.kernel, case.stride, case.dilation]
-    others = [case.reduced, case.channels, case.out_channels, int(case.residual), 0, activation]
+    inner = case.channels
+    if not case.expanded:
+        shape[1], inner, activation = case.channels, 0, 0
+    others = [case.reduced, inner, case.out_channels, int(case.residual), 0, activation]
     return planned(BLOCK_OP, [*shape, *case.padding, *others], limits, dtype)
 
 
@@ -157,6 +160,30 @@ class TestParity:
             case = Case(BLOCK_OP, torch.float16, channels=16, expanded=48 * largest, out_channels=24, height=6, width=5)
             check(case, emulated)
             assert [one["cluster"] for one in emulated.launches()] == [largest]
+
+    @pytest.mark.parametrize("parameters", ["same", "float32"])
+    def test_more_taps_and_norms_than_a_thread_reads_ahead(self, parameters: str, emulated: Emulator) -> None:
+        """Four vectors of taps of 5x5 for each of 256 threads, and 32 norms a warp for 2 times 8 warps."""
+        limits = (90, 1, *H200[2:7], 2)
+        emulated.configure(Emulation("random", "late", limits, emulated.flavour))
+        sizes = {"channels": 16, "expanded": 48 * 14, "out_channels": 24, "height": 5, "width": 5}
+        case = Case(BLOCK_OP, torch.bfloat16, **sizes, kernel=(5, 5), padding=(2, 2, 2, 2), parameters=parameters)
+        (line,) = plan_of(case, limits)
+        assert (line["kernel"], int(line["groups"])) == ("mbconv", 7)
+        check(case, emulated)
+
+    def test_taps_that_are_not_aligned_are_read_one_by_one(self, emulated: Emulator) -> None:
+        emulated.configure(Emulation("random", "late", H200, emulated.flavour))
+        for parameters in ("same", "float32"):
+            case = Case(BLOCK_OP, torch.float16, channels=16, expanded=104, out_channels=24, parameters=parameters)
+            arguments = case.draw()
+            (expected,) = call(emulated, case.op, arguments)
+            weight = arguments["weight"]
+            moved = torch.empty(weight.numel() + 1, dtype=weight.dtype)[1:].view(weight.shape)
+            before = launches(emulated)
+            (result,) = call(emulated, case.op, {**arguments, "weight": moved.copy_(weight)})
+            assert launches(emulated) - before == 1
+            assert torch.equal(result, expected)
 
     def test_several_passes_and_one_slot_of_weights(self, emulated: Emulator) -> None:
         """Where the sums of all output channels, or the weights of all groups, do not fit beside the rest."""

@@ -74,13 +74,17 @@ class TestBlocks:
         assert found[0].case(2) == "efficientnet_b0 blocks.0.0 2x32x112x112 to 16x112x112"
 
     def test_bytes_are_those_of_its_calls(self, compiled: None) -> None:
-        """Depthwise reads and writes 32 channels, project reads them and writes 16; weights come on top."""
+        """One operator, which reads 32 channels and writes 16; in float32 two, with the 32 between them."""
         block = blocks.blocks_of("efficientnet_b0")[0]
-        images = [block.bytes_moved(batch, torch.bfloat16) for batch in (1, 2)]
         pixels = 112 * 112
-        gate = 2 * 32 * 2  # written by one call and read by the next
-        assert images[1] - images[0] == 2 * pixels * (32 + 32 + 32 + 16) + gate
-        assert images[0] > images[1] - images[0]
+        gate = 2 * 32 * 4  # written by one call and read by the next
+        for dtype, wanted in (
+            (torch.bfloat16, 2 * pixels * (32 + 16)),
+            (torch.float32, 4 * pixels * (32 + 32 + 32 + 16) + gate),
+        ):
+            images = [block.bytes_moved(batch, dtype) for batch in (1, 2)]
+            assert images[1] - images[0] == wanted
+            assert images[0] > wanted  # weights come on top
 
     def test_a_stack_is_the_blocks_from_a_stage_on(self, compiled: None, one_thread: None) -> None:
         """One operator on a GPU in 16-bit types, which reads no tensor between its blocks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import op_cases
 import pytest
 import torch
 from torch import Tensor
@@ -33,6 +34,7 @@ def blocks() -> Blocks:
         entry(0, 16, out_channels=24, expanded=40, stride=2, bias=True),
         entry(1, 24, out_channels=24, expanded=48, kernel=5, residual=True, activation="hard_swish"),
         entry(2, 24, out_channels=8, expanded=56, reduced=0, norm="statistics"),
+        entry(3, 8, out_channels=8, expanded=0, reduced=2, residual=True),
     )
 
 
@@ -118,15 +120,45 @@ def test_triton_runs_block_by_block(x: Tensor, blocks: Blocks, interpreted: None
         ({"stride": 2}, ValueError, "residual has shape"),
         ({"expand_weight": torch.zeros(48, 16, 1, 1)}, ValueError, "expand_weight has shape"),
         ({"activation": "tanh"}, ValueError, "activation='tanh' is not known"),
+        ({"expand_weight": None}, ValueError, "expand_norm needs expand_weight, which is None; allowed: None"),
+        (
+            {"expand_weight": None, "expand_norm": None},
+            ValueError,
+            "expand_activation='silu' needs expand_weight, which is None; allowed: 'identity'",
+        ),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_a_block_refuses_is_named(
     way: str, changes: dict[str, Any], error: type[Exception], message: str, x: Tensor, blocks: Blocks
 ) -> None:
-    wrong = [blocks[0], {**blocks[1], **changes}, blocks[2]]
+    wrong = [blocks[0], {**blocks[1], **changes}, *blocks[2:]]
     with pytest.raises(error, match=rf"^mbconv(_stack: block 1)?.*{message}"):
         ops.mbconv_stack(x, wrong, backend="auto" if way == "compiled" else way)
+
+
+@pytest.mark.usefixtures("compiled")
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"expand_bias": torch.zeros(16)}, "expand_bias (and expand_norm )?needs? expand_weight, which is None"),
+        ({"expand_norm": ops.Norm(torch.zeros(16), torch.ones(16))}, "expand_norm needs? expand_weight"),
+        ({"expand_activation": "relu"}, "expand_activation='relu' needs expand_weight, which is None; allowed: "),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
+)
+def test_what_belongs_to_an_expansion_needs_one(changes: dict[str, Any], message: str, x: Tensor) -> None:
+    call = OpCall("mbconv", channels=16, out_channels=8, height=9, width=8)
+    given = {name: a for name, a in call.arguments().items() if name not in ("x", "allow_tf32")}
+    for backend in ("auto", "reference"):
+        with pytest.raises(ValueError, match=f"^mbconv: {message}"):
+            ops.mbconv(x, **{**gather_norms(given), **changes}, backend=backend)
+    flat = {"x": x, **given}
+    flat["expand_activation"] = "relu"
+    with pytest.raises(
+        RuntimeError, match="expand_activation='relu' needs expand_weight, which is None; allowed: identity"
+    ):
+        torch.ops.effkernels.mbconv(*op_cases.positional("mbconv", flat))
 
 
 @pytest.mark.usefixtures("compiled")
@@ -134,5 +166,5 @@ def test_lists_of_the_schema_fit_each_other(x: Tensor, blocks: Blocks) -> None:
     with pytest.raises(ValueError, match="blocks is empty; allowed: at least one"):
         ops.mbconv_stack(x, [])
     tensors, epsilons, sizes, activations = flatten(blocks)
-    with pytest.raises(RuntimeError, match="norm_eps has 8 elements; allowed: 3 for each of the blocks"):
+    with pytest.raises(RuntimeError, match="norm_eps has 11 elements; allowed: 3 for each of the blocks"):
         torch.ops.effkernels.mbconv_stack(x, tensors, epsilons[1:], sizes, activations, False)

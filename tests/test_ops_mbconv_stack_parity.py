@@ -25,8 +25,13 @@ def chain(channels: tuple[int, ...], plane: tuple[int, int], expansion: int) -> 
 
 
 # In one launch each: two late blocks of B0, with fewer channels, in clusters where there are any; and more blocks than
-# the memories that the items of a queue use in turn, on planes that no cluster holds.
-STACKS = {"clusters": chain((32, 32, 48), (7, 7), 6), "queue": chain((16, 16, 24, 24, 24, 8, 16), (40, 44), 6)}
+# the memories that the items of a queue use in turn, on planes that no cluster holds, of which the first has no
+# expansion.
+FIRST = OpCall.on("mbconv", (2, 32, 40, 44), expanded=0, out_channels=16, reduced=8)
+STACKS = {
+    "clusters": chain((32, 32, 48), (7, 7), 6),
+    "queue": (FIRST, *chain((16, 16, 24, 24, 24, 8, 16), (40, 44), 6)),
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

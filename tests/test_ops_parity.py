@@ -328,7 +328,7 @@ def block_cases() -> Iterator[Case]:
         yield from in_turn(
             base,
             channels=ODD_CHANNELS,
-            expanded=[7, 48, 100],
+            expanded=[0, 7, 48, 100],
             out_channels=[1, 7, 8, 40],
             reduced=[0, 1, 3, 8],
             kernel=[(5, 5), (7, 7), (1, 7), (2, 4)],
@@ -350,6 +350,19 @@ def block_cases() -> Iterator[Case]:
         )
         for height, width in ODD_PLANES:
             yield base.with_(height=height, width=width, stride=2, residual=True, padding=(1, 2, 1, 2))
+        yield from in_turn(
+            base.with_(expanded=0),
+            channels=ODD_CHANNELS,
+            kernel=[(5, 5), (2, 4)],
+            stride=[2],
+            padding=[(2, 0, 2, 1)],
+            reduced=[0],
+            norm=["none"],
+            parameters=["same"],
+            batch=[0, 3],
+            layout=LAYOUTS,
+            residual=[True],
+        )
 
 
 def unique(cases: Iterator[Case]) -> list[object]:

@@ -295,6 +295,59 @@ class TestPointwiseByHand:
         assert self.time().blocks == 4  # by 51,024 of 233,472 bytes
 
 
+class TestMBConvByHand:
+    """A block of 32 to 96 to `outer` channels at 7x7, 3x3, by two blocks of a cluster of 48 expanded channels."""
+
+    COUNTS = counts_of(
+        {
+            "prologue": Counters(issued=500, trips=3),
+            "norm": Counters(issued=100),
+            "taps": Counters(issued=80, trips=1),
+            "scale": Counters(issued=20),
+            "add": Counters(issued=110, trips=1),
+            "add.other": Counters(issued=15, trips=1),
+        }
+    )
+
+    def time(self, outer: int, kernel: int = 3) -> TimeEstimate:
+        x = torch.empty(1, 32, 7, 7, dtype=torch.bfloat16, device="meta")
+        arguments: dict[str, Any] = {
+            "x": x, "weight": torch.empty(96, 1, kernel, kernel, dtype=torch.bfloat16, device="meta"), "stride": 1,
+            "padding": [kernel // 2] * 4, "expand_activation": "silu", "activation": "silu", "w_reduce": None,
+        }  # fmt: skip
+        y = torch.empty(1, outer, 7, 7, dtype=torch.bfloat16, device="meta")
+        sizes = {
+            "grid": 2, "shared": 100_000, "team": 2, "cluster": 2, "groups": 1, "passes": 1, "images": 1, "lanes": 7,
+            "strip": 7, "slices": 1, "weight_slots": 1, "pass_columns": outer, "ring_row_bytes": 1056,
+            "held_pixels": 64,
+        }  # fmt: skip
+        line = {name: str(value) for name, value in sizes.items()}
+        line |= {"kernel": "mbconv", "variant": "counted", "block": "256,1"}
+        call = RecordedCall("effkernels::mbconv", "layer", arguments, [y], 0)
+        return estimate(line, call, H200, moved=0, flops=0, rate=1.0, counts=self.COUNTS)
+
+    def test_latency(self) -> None:
+        # 4 warps take the norms of 48 channels of the first two stages, 2 those of 64 output channels. 9 taps of 48
+        # channels are 54 vectors, and are scaled at once. 49 pixels of 8 vectors are fewer than two blocks' threads.
+        issued = 500 + 100 + 80 + 20 + (110 + 2 * 15)
+        waits = 1 + 2 + 1  # for x, for both blocks twice, for the sums of both
+        clocks = issued * time_estimate.CLOCKS_PER_INSTRUCTION + waits * time_estimate.L2_LATENCY
+        assert self.time(64).latency == pytest.approx(clocks / CLOCKS_PER_US)
+
+    def test_a_warp_waits_for_no_parameters_before_its_third_norm(self) -> None:
+        """The first and second one are asked for before weights and x."""
+        assert self.time(4 * 32).prologue == 0  # 8 warps with one norm each,
+        assert self.time(12 * 32).prologue == 0  # with two,
+        waits = time_estimate.L2_LATENCY / CLOCKS_PER_US
+        assert self.time(13 * 32).prologue == pytest.approx(waits)  # and one with three
+
+    def test_large_kernels_have_more_taps_to_scale(self) -> None:
+        more = (
+            20 * time_estimate.CLOCKS_PER_INSTRUCTION
+        )  # 25 rows of taps by 21 rows of threads; still a vector a thread
+        assert self.time(64, kernel=5).latency - self.time(64).latency == pytest.approx(more / CLOCKS_PER_US)
+
+
 class TestTail:
     CALL = depthwise_call(64)
     COUNTS = TestDepthwiseByHand.COUNTS

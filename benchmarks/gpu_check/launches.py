@@ -39,6 +39,7 @@ def cases() -> list[OpCall]:
     found.append(OpCall.on("expand_depthwise_squeeze", (4, 24, 56, 56), out_channels=144))
     found.append(OpCall.on("mbconv", (4, 112, 14, 14), 5, out_channels=112, residual=True))
     found.append(OpCall.on("mbconv", (4, 24, 56, 56), out_channels=24, residual=True))
+    found.append(OpCall.on("mbconv", (4, 32, 112, 112), expanded=0, out_channels=16))
     found.append(OpCall.on("conv_bn_act", (4, 3, 224, 224), out_channels=32, stride=2))
     return found
 

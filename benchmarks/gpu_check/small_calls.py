@@ -32,6 +32,8 @@ def small_calls() -> Iterator[OpCall]:
     yield OpCall.on("mbconv", (2, 16, 7, 8), out_channels=16, residual=True)
     yield OpCall.on("mbconv", (3, 24, 45, 50), out_channels=24, residual=True)  # no cluster holds it
     yield OpCall.on("mbconv", (2, 7, 5, 6), 5, out_channels=12, stride=2)
+    yield OpCall.on("mbconv", (2, 40, 23, 20), expanded=0, out_channels=16)
+    yield OpCall.on("mbconv", (2, 32, 9, 8), 5, expanded=0, out_channels=16)
     yield OpCall.on("conv_bn_act", (2, 3, 17, 19), out_channels=32, stride=2)
     yield OpCall.on("conv_bn_act", (1, 8, 7, 7), out_channels=12, stride=2)
 

@@ -7,7 +7,7 @@ of a product has the tensor instructions. `effkernels.plan.time_estimate` says h
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from benchmarks.kernel_economy.loops import (
@@ -25,7 +25,15 @@ from benchmarks.kernel_economy.loops import (
 from benchmarks.kernel_economy.paths import Score, around, counters, longest, plain, way, with_norm
 from benchmarks.kernel_economy.pointwise import pointwise_parts
 from benchmarks.kernel_economy.reading import Kernel
-from effkernels.plan.kernel_counts import EXPAND_AHEAD, LOADS_AHEAD, TILES_AHEAD, Counters, KernelCounts, reduce_lanes
+from effkernels.plan.kernel_counts import (
+    EXPAND_AHEAD,
+    LOADS_AHEAD,
+    TAP_VECTORS,
+    TILES_AHEAD,
+    Counters,
+    KernelCounts,
+    reduce_lanes,
+)
 
 Parts = dict[str, Counters]
 
@@ -49,6 +57,16 @@ def norm_of_channel(flow: Flow, loop: Loop) -> Counters:
 
 def _is(loop: Loop, **wanted: int) -> bool:
     return all(loop.count(name) == times for name, times in wanted.items())
+
+
+def _taps(kernel: Kernel, loops: Iterable[Loop]) -> Loop:
+    """Return the loop over TAP_VECTORS vectors of taps of a thread, in the type of the images (copy_taps): the last of
+    two in float32, whose weights have one type."""
+    stores = 16 // kernel.element_bytes * TAP_VECTORS
+    found = [one for one in loops if _is(one, LDG=TAP_VECTORS, STS=stores)]
+    if not found:
+        raise PartMissing("no loop over vectors of taps")
+    return max(found, key=lambda one: one.first)
 
 
 def gate_parts(kernel: Kernel, flow: Flow, loops: Sequence[Loop], images: int = 4) -> Parts:
@@ -127,11 +145,7 @@ def depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
         parts["row"], parts["row.border"] = sorted((around(flow, row) for row in rows), key=lambda row: row.issued)
     resident = kernel.family == "depthwise_resident"
     before = [one for one in loops if (inside(one, images) if resident else True) and one.last < strips.first]
-    taps = [one for one in before if one.count("LDG") and not one.count("FFMA") and not one.count("MUFU")]
-    last = max(taps, key=lambda one: one.first, default=None)  # of weights in the images' type
-    if last is None:
-        raise PartMissing("no loop over taps")
-    parts["taps"] = around(flow, last)  # TAP_VECTORS of 16 bytes; the norm of a channel is in the prologue
+    parts["taps"] = around(flow, _taps(kernel, before))  # the norm of a channel is in the prologue
     parts.update(_scale_part(kernel, flow, before))
     lanes = [one for one in loops if one.first > strips.last and inside(one, images) and one.count("LDS")]
     sums = only(lanes, "over the lanes' sums")
@@ -210,10 +224,6 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     weight = only([one for one in innermost(before) if one.count("LDGSTS") == 1], "over slices of a row of weights")
     weights = only(_around(weight, before), "over rows of weights")
     ring = only([one for one in innermost(before) if _clears(one) and _around(one, before)], "over columns of padding")
-    taps = [one for one in before if one.count("LDG") and not one.count("LDGSTS")]
-    last = max(taps, key=lambda one: one.first, default=None)  # of weights in the images' type
-    if last is None:
-        raise PartMissing("no loop over taps")
     of_image = [one for one in loops if inside(one, images) and one.first > groups.last]
     sums = only([one for one in of_image if one.count("LDS")], "over the lanes' sums")
     after = [one for one in loops if one.first > images.last]
@@ -227,7 +237,7 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
         "zero": around(flow, ring),
         "zero.row": around(flow, only(_around(ring, before), "over rows of padding"), [ring]),
         **_places_parts(flow, before),
-        "taps": around(flow, last),
+        "taps": around(flow, _taps(kernel, before)),
         **_scale_part(kernel, flow, before),
         "image": around(flow, images, [groups, *of_image]),
         "group": around(flow, groups, outermost(in_group)),
@@ -248,13 +258,27 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
 
 
 def mbconv_queue_parts(flow: Flow) -> Parts:
-    """Count what a block of mbconv_queue does beside its item, which is a block of another kernel: it looks for it."""
-    find, search = sorted(loops_of(flow), key=lambda one: one.first)[:2]
+    """Count what a block of mbconv_queue does beside its item, which is a block of another kernel: it looks for it; and
+    copies pixels where the block of the network has no expansion, which no other kernel does."""
+    loops = sorted(loops_of(flow), key=lambda one: one.first)
+    find, search = loops[:2]
+    # For every vector its place and itself are read; one loop for each stride, which are alike.
+    copies = [
+        one for one in innermost(loops) if one.count("STS") and _is(one, LDS=2 * one.count("STS"), FADD=0, FMUL=0)
+    ]
+    if not copies:
+        raise PartMissing("no loop over the pixels of a block without expansion")
     return {
         "draw": counters(way(flow, 0, search.first, longest, (find,), ends=False)),
         "find": around(flow, find),
         "search": around(flow, search),
+        "copy": around(flow, copies[0]) * (1 / copies[0].count("STS")),
     }
+
+
+def _no_norm(one: Instruction) -> tuple[float, ...]:
+    """Score for the way of a warp that takes no norm, whose values are read one by one."""
+    return -float(one.opcode == "MUFU.RSQ"), -float(one.name == "LDG" and not one.opcode.endswith("128")), 1.0
 
 
 def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
@@ -287,36 +311,31 @@ def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
         "over the ranks' hidden values",
     )
     of_hidden = only([one for one in in_image if inside(hidden, one)], "over hidden values")
-    chunks = sorted([one for one in innermost(before) if one.count("LDGSTS") == 1], key=lambda one: one.first)
-    if len(chunks) != 2:
-        raise PartMissing(f"{len(chunks)} loops over slices of a row of weights; wanted: 2, of expand and project")
+    copies = [one for one in innermost(before) if one.count("LDGSTS") and not one.count("LDG")]
+    chunks = [only([one for one in copies if one.count("LDGSTS") == rows], "over slices of weights") for rows in (1, 2)]
     weights = [only(_around(k, before), "over rows of weights") for k in chunks]
     of_x = only(
         [one for one in innermost(in_group) if one.count("LDGSTS") and not one.count("LDG")], "over slices of x"
     )
     loads = only([one for one in in_group if inside(of_x, one)], "over pixels of x")
-    zeros = only([one for one in before if one.count("STS") > 1 and not one.count("LDG")], "over the ring")
-    norms = [one for one in before if one.count("FFMA") == 1 and one.count("MUFU") and not one.count("BAR")]
-    parameters = only([one for one in before if one.count("BAR")], "over the groups' parameters")
-    taps = [one for one in before if inside(one, parameters) and one.count("LDG")]
-    last = max(taps, key=lambda one: one.first, default=None)  # of weights in the images' type
-    if last is None:
-        raise PartMissing("no loop over taps")
+    zeros = max((one for one in outermost(before) if _clears(one)), key=lambda one: one.first, default=None)
+    prologue = [
+        counters(way(flow, 0, images.first, one, outermost(before), ends=False)) for one in (_no_norm, with_norm)
+    ]
+    if zeros is None:
+        raise PartMissing("no loop that clears")
     after = [one for one in in_image if one.first > groups.last]
     return {
-        "prologue": counters(way(flow, 0, images.first, with_norm, outermost(before), ends=False)),
+        "prologue": prologue[0],
         "weights": around(flow, weights[0], [chunks[0]]),
         "weights.chunk": around(flow, chunks[0]),
-        "project": around(flow, weights[1], [chunks[1]]),
+        "project": around(flow, weights[1], [one for one in before if inside(one, weights[1])]),
         "project.chunk": around(flow, chunks[1]),
         **_load_parts(flow, loads, of_x),
-        "zero": around(flow, zeros) * (1 / zeros.count("STS")),
+        "zero": around(flow, zeros),
         **_places_parts(flow, before),
-        "norm": norm_of_channel(flow, only(norms, "over norms")),
-        "parameters": around(
-            flow, parameters, outermost([one for one in before if inside(one, parameters)]), with_norm
-        ),
-        "taps": around(flow, last),
+        "norm": replace(prologue[1] - prologue[0], trips=0.0) * (1 / 2),  # two are asked for ahead
+        "taps": around(flow, _taps(kernel, before)) * (1 / TAP_VECTORS),
         **_scale_part(kernel, flow, before),
         "image": around(flow, images, [groups, *outermost(after)]),
         "group": around(flow, groups, outermost(in_group)),

@@ -202,7 +202,8 @@ def strip_stored_wide(kernel: Kernel) -> str | None:
     return None if found >= strip(kernel) else f"{found} stores of 16 bytes for {strip(kernel)} pixels of a strip"
 
 
-QUEUE_STRIPS = (7, 4, 7, 4)  # pixels of the strips of mbconv_queue
+QUEUE_STRIPS = (7, 4, 7, 4)  # pixels of the strips of mbconv_queue, with expansion
+COPIED_STRIPS = (7, 7)  # the same without, of 32 channels and of 48
 
 
 def group_elements(kernel: Kernel) -> int:
@@ -212,9 +213,10 @@ def group_elements(kernel: Kernel) -> int:
 
 
 def queue_elements(kernel: Kernel) -> int:
-    """Elements that mbconv_queue activates in its code: those of every expand_depthwise, and a vector of a thread in
-    each of the tiles whose sums go through shared memory (pointwise_item_built in pointwise.h)."""
-    return sum(3 * EXPANDED_VALUES + 8 * pixels for pixels in QUEUE_STRIPS) + 2 * 8
+    """Elements that mbconv_queue activates in its code: those of every expand_depthwise, of strips without expansion,
+    and a vector of a thread in each of the tiles whose sums go through shared memory (pointwise_item_built in
+    pointwise.h)."""
+    return sum(3 * EXPANDED_VALUES + 8 * pixels for pixels in QUEUE_STRIPS) + 8 * sum(COPIED_STRIPS) + 2 * 8
 
 
 def tile_stored_wide(kernel: Kernel) -> str | None:

@@ -61,10 +61,20 @@ __device__ __forceinline__ void copy_taps(const W* from, int channels, int tap_c
       const int at = first + j * E * blockDim.x;
       if (at >= count) break;
       int channel = at / tap_count, tap = at % tap_count;
+      if constexpr (kTapCount >= E) {
+        // Of one channel, or of two that follow each other.
+        float value[E];
+        unpack(raw[j], 0, value);
+        float* const one = rows + tap * block_channels + place_in_row<V>(channel, block_channels);
+        float* const next = rows + (tap - tap_count) * block_channels + place_in_row<V>(channel + 1, block_channels);
 #pragma unroll
-      for (int e = 0; e < E; ++e) {
-        rows[tap * block_channels + place_in_row<V>(channel, block_channels)] = to_float(raw[j].at[e]);
-        if (++tap == tap_count) tap = 0, ++channel;
+        for (int e = 0; e < E; ++e) (tap + e < tap_count ? one : next)[e * block_channels] = value[e];
+      } else {
+#pragma unroll
+        for (int e = 0; e < E; ++e) {
+          rows[tap * block_channels + place_in_row<V>(channel, block_channels)] = to_float(raw[j].at[e]);
+          if (++tap == tap_count) tap = 0, ++channel;
+        }
       }
     }
   }

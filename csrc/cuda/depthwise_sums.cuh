@@ -112,8 +112,8 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
     if (threadIdx.x < channels) partial[tile * p.channels + threadIdx.x] = shared.sums[threadIdx.x];
     if (!arrive_last(work.arrivals + unit * plan.channel_groups + group, plan.tiles, shared.flag)) return;
     unit_arrivals += plan.units * plan.channel_groups;
-    // Threads that are not needed for a channel of their own share the tiles.
-    const int parts = kDepthwiseThreads / block_channels, part = threadIdx.x / block_channels;
+    // Threads that are not needed for a channel of their own share the tiles, where the sums of the lanes were.
+    const int parts = min(kDepthwiseThreads / block_channels, plan.lanes), part = threadIdx.x / block_channels;
     const int channel = threadIdx.x % block_channels;
     if (part < parts && channel < channels) {
       constexpr int kAtOnce = 8;  // reads that are under way together

@@ -13,8 +13,9 @@
 // shared memory, into the ring (expand_rows.cuh), and the rows of y that it makes possible are computed from the ring.
 //
 // Each row of x is expanded once for a band, so that the window's overlap costs nothing along the walk; bands and tiles
-// of columns expand their borders again. The padding of e is zero, not activation(shift): its columns in the ring are
-// zeroed once and never written, its rows are skipped.
+// of columns expand their borders again. In a block without expansion (mbconv_queue.cuh) e is x: its channels are
+// copied to the ring. The padding of e is zero, not activation(shift): its columns in the ring are zeroed once and
+// never written, its rows are skipped.
 //
 // Threads of the depthwise convolution are those of depthwise.cuh: kExpandedChannels / 8 along the channels, times
 // lanes, each a strip of neighbouring pixels; lanes that follow each other take strips below each other. e is rounded
@@ -44,7 +45,7 @@ struct ExpandDepthwiseArguments {
 
 // One strip from the ring, whose first output looks at row `top` of x and the following; `first_row`: of the band.
 // Columns outside of x are zeros in the ring.
-template <class Traits>
+template <class Traits, int kChannels = kExpandedChannels>
 __device__ __forceinline__ void convolve_ring(const DepthwiseParams& p, const ExpandDepthwisePlan& plan,
                                               const unsigned char* column, int top, int first_row,
                                               const ThreadParameters<Traits::kVector>& taps,
@@ -59,7 +60,7 @@ __device__ __forceinline__ void convolve_ring(const DepthwiseParams& p, const Ex
     Vector<T, V> inputs[Traits::kInputs];
 #pragma unroll
     for (int ix = 0; ix < Traits::kInputs; ++ix)
-      inputs[ix] = *reinterpret_cast<const Vector<T, V>*>(from + ix * (kExpandedChannels * sizeof(T)));
+      inputs[ix] = *reinterpret_cast<const Vector<T, V>*>(from + ix * (kChannels * sizeof(T)));
     add_row<Traits, decltype(first)::value>(inputs, ky, taps, acc);
     from += plan.ring_row_bytes;
     if (++slot == plan.ring_rows) slot = 0, from = column;
@@ -70,15 +71,15 @@ __device__ __forceinline__ void convolve_ring(const DepthwiseParams& p, const Ex
 }
 
 // The share of a thread in the depthwise convolution of a block's channels: see DepthwiseLane and StripCursor.
-template <int V>
+template <int V, int kChannels = kExpandedChannels>
 struct ExpandedLane {
   int vector, lane, channel;  // of the block; along the strips; first of the thread's vector
   bool active;
 
   __device__ __forceinline__ ExpandedLane(const DepthwisePlan& division, int group, int channels) {
-    constexpr unsigned kVectors = kExpandedChannels / V;
+    constexpr unsigned kVectors = kChannels / V;
     vector = static_cast<int>(threadIdx.x % kVectors), lane = static_cast<int>(threadIdx.x / kVectors);
-    channel = group * kExpandedChannels + vector * V;
+    channel = group * kChannels + vector * V;
     active = channel < channels && lane < division.lanes;
   }
   __device__ __forceinline__ StripCursor first_strip(const ExpandDepthwisePlan& plan) const {
@@ -110,11 +111,13 @@ struct InputIsThere {
 
 // The tile and its channel sums; ends with a barrier. `wait`, called by all threads with the first image and the number
 // of images, returns when x may be read and y written: the parameters are loaded meanwhile.
-template <class Traits, class Wait = InputIsThere>
+// `kChannels`: of the block; less than kExpandedChannels only without expansion.
+template <class Traits, bool kExpands = true, int kChannels = kExpandedChannels, class Wait = InputIsThere>
 __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArguments& a, const ExpandDepthwiseTile& of,
                                                       const Wait& wait = Wait()) {
   using T = typename Traits::T;
   constexpr int K = Traits::kKernel, S = Traits::kStride, V = Traits::kVector, kStrip = Traits::kStrip;
+  static_assert(kExpands ? kChannels == kExpandedChannels : kChannels <= kExpandedChannels, "not compiled");
   const PointwiseParams& expand = a.expand;
   const DepthwiseParams& p = a.depthwise.depthwise;
   const DepthwisePlan& division = a.depthwise.plan;
@@ -125,11 +128,11 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
   uint16_t* const places = reinterpret_cast<uint16_t*>(shared_bytes + plan.places_at);
   unsigned char *const weights = shared_bytes + plan.weights_at, *const stage = shared_bytes + plan.x_at;
   unsigned char* const ring = shared_bytes + plan.ring_at;
-  const SumsInShared shared(division, parameters, K * K, kExpandedChannels);
+  const SumsInShared shared(division, parameters, K * K, kChannels);
 
   const int group = of.group, tile = of.tile;
   const int channels = static_cast<int>(p.channels);
-  const ExpandedLane<V> at(division, group, channels);
+  const ExpandedLane<V, kChannels> at(division, group, channels);
   const int first_image = of.unit * division.images,
             images = min(division.images, static_cast<int>(p.batch) - first_image);
   const int band = static_cast<int>(SmallDivisor(plan.by_column_tiles)(tile));
@@ -146,39 +149,43 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
                            (int64_t(first_image) * expand.x_stride_n +
                             (int64_t(first_row) * static_cast<int>(p.width) + columns.first) * expand.x_stride_p) *
                                sizeof(T);
-  const int left_out = static_cast<int>(p.width) - columns.count;
-  const unsigned row_bytes = static_cast<unsigned>(p.width) * static_cast<unsigned>(expand.x_stride_p) * sizeof(T);
+  const int own_channels = min(kChannels, channels - group * kChannels);
+  if (!kExpands) x += group * (kChannels * sizeof(T));
   const int all_rows = end_row - first_row;
   int rows = min(plan.group_rows, all_rows);  // of the next group
   const auto load_rows = [&](int before) {    // before it
-    load_expand_rows<T>(expand, plan, columns, product_after(x, before, row_bytes), left_out, rows, stage);
+    const unsigned row_bytes = static_cast<unsigned>(p.width) * static_cast<unsigned>(expand.x_stride_p) * sizeof(T);
+    const int left_out = static_cast<int>(p.width) - columns.count;
+    load_expand_rows<T>(expand, plan, columns, product_after(x, before, row_bytes), left_out, rows,
+                        kExpands ? static_cast<int>(expand.in_channels) : own_channels, stage);
     cp_async_commit();
   };
 
-  load_expand_weights<T>(expand, plan, group * kExpandedChannels, weights);
-  clear_odd_chunk<T>(expand, plan, stage);
-  set_places<kDepthwiseThreads>(plan, columns, places);
-  clear_padding<kDepthwiseThreads>(plan, columns, ring);
-  for (int i = static_cast<int>(threadIdx.x) * 4; i < division.lanes * kExpandedChannels; i += kDepthwiseThreads * 4)
+  if (kExpands) {
+    load_expand_weights<T>(expand, plan, group * kChannels, weights);
+    clear_odd_chunk<T>(expand, plan, stage);
+  }
+  set_places<kDepthwiseThreads, kChannels>(plan, columns, places);
+  clear_padding<kDepthwiseThreads, kChannels>(plan, columns, ring);
+  for (int i = static_cast<int>(threadIdx.x) * 4; i < division.lanes * kChannels; i += kDepthwiseThreads * 4)
     *reinterpret_cast<float4*>(shared.lane_sums + i) = make_float4(0.f, 0.f, 0.f, 0.f);
   // The first half of the threads takes the norm after the taps, the second half that of the expansion.
   constexpr unsigned kNorms = kDepthwiseThreads / 2;
-  static_assert(kExpandedChannels <= kNorms, "a channel for each thread");
-  const bool of_expand = threadIdx.x >= kNorms;
-  const int own = static_cast<int>(threadIdx.x % kNorms);
+  static_assert(kChannels <= kNorms, "a channel for each thread");
+  const bool of_expand = kExpands && threadIdx.x >= kNorms;
+  const int own = static_cast<int>(kExpands ? threadIdx.x % kNorms : threadIdx.x);
   load_parameters<T, V, K * K>(
-      p, K * K, int64_t(group) * kExpandedChannels, kExpandedChannels, parameters, of_expand ? expand.norm : p.norm,
-      own, of_expand ? expand.activation : p.activation, [&](int channel, ScaleShift by) {
-        float* const to = of_expand
-                              ? norm + channel
-                              : parameters + K * K * kExpandedChannels + place_in_row<V>(channel, kExpandedChannels);
-        to[0] = by.scale, to[kExpandedChannels] = by.shift;
+      p, K * K, int64_t(group) * kChannels, kChannels, parameters, of_expand ? expand.norm : p.norm, own,
+      of_expand ? expand.activation : p.activation, [&](int channel, ScaleShift by) {
+        float* const to =
+            of_expand ? norm + channel : parameters + K * K * kChannels + place_in_row<V>(channel, kChannels);
+        to[0] = by.scale, to[kChannels] = by.shift;
       });
   wait(first_image, images);
   load_rows(0);
 
-  const ThreadParameters<V> my(parameters, kExpandedChannels, at.vector);
-  float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;
+  const ThreadParameters<V> my(parameters, kChannels, at.vector);
+  float* const my_sums = shared.lane_sums + at.lane * kChannels + at.vector * V;
   const int out_width = static_cast<int>(p.out_width);
   const unsigned image_size = static_cast<unsigned>(p.out_height) * out_width * channels;  // less than 2^30
   T* y = static_cast<T*>(p.y) + uint64_t(static_cast<unsigned>(first_image)) * image_size;
@@ -192,7 +199,10 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
     for (int left = all_rows; left > 0;) {
       cp_async_wait<0>();
       __syncthreads();
-      expand_rows<T>(expand, plan, columns, stage, weights, norm, places, rows, slot, ring);
+      if (kExpands)
+        expand_rows<T>(expand, plan, columns, stage, weights, norm, places, rows, slot, ring);
+      else
+        copy_rows(plan, stage, places, own_channels / V, rows * columns.count, slot, ring);
       __syncthreads();
       left -= rows, slot += rows;
       if (slot >= plan.ring_rows) slot -= plan.ring_rows;
@@ -211,8 +221,8 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
           if (strip.row >= rows_here) continue;
           const int row = made + strip.row, column = strip.column * kStrip;
           float acc[kStrip][V], sum[V];
-          convolve_ring<Traits>(p, plan, ring + (column * S * kExpandedChannels + at.vector * V) * sizeof(T),
-                                row * S - p.pad_top, first_row, my, acc);
+          convolve_ring<Traits, kChannels>(p, plan, ring + (column * S * kChannels + at.vector * V) * sizeof(T),
+                                           row * S - p.pad_top, first_row, my, acc);
           finish_strip<T>(my, K * K, p.activation, acc);
           // Elements from the image, in 32 bits: one addition a pixel.
           const unsigned to = (row * out_width + first_column + column) * channels + at.channel;
@@ -223,7 +233,7 @@ __device__ __forceinline__ void expand_depthwise_tile(const ExpandDepthwiseArgum
         made += rows_here;
       }
     }
-    add_lanes<kExpandedChannels>(division, shared.lane_sums, shared.sums + m * kExpandedChannels);
+    add_lanes<kChannels>(division, shared.lane_sums, shared.sums + m * kChannels);
     y += image_size;
   }
 }

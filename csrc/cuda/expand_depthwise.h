@@ -1,5 +1,6 @@
 // expand_depthwise_squeeze on CUDA in one launch, as the adaptor sees it: plain C++.
 #pragma once
+#include "../sizes.h"
 #include "depthwise.h"
 #include "pointwise.h"
 
@@ -20,15 +21,16 @@ constexpr uint32_t multiplier_of(int divisor) { return (1u << 31) / static_cast<
 
 // The division of the work; expand_depthwise.cuh explains the terms.
 struct ExpandDepthwisePlan {
-  bool fits = false;        // else two launches: pointwise and depthwise
-  DepthwisePlan depthwise;  // threads along the channels and strips; blocks; tiles are bands * column_tiles
-  int bands = 1;            // blocks along the rows of one image
-  int band_rows = 1;        // output rows of a band, at most
-  int column_tiles = 1;     // blocks along the columns of one image
-  int columns = 1;          // output columns of a tile, at most
-  int group_rows = 1;       // rows of x between two barriers
-  int group_out_rows = 1;   // rows of y that they make possible
-  int ring_rows = 1;        // rows of the expanded tensor in shared memory
+  bool fits = false;                 // else two launches: pointwise and depthwise
+  DepthwisePlan depthwise;           // threads along the channels and strips; blocks; tiles are bands * column_tiles
+  int channels = kExpandedChannels;  // of a block; without expansion kCopiedChannels where fewer are left over
+  int bands = 1;                     // blocks along the rows of one image
+  int band_rows = 1;                 // output rows of a band, at most
+  int column_tiles = 1;              // blocks along the columns of one image
+  int columns = 1;                   // output columns of a tile, at most
+  int group_rows = 1;                // rows of x between two barriers
+  int group_out_rows = 1;            // rows of y that they make possible
+  int ring_rows = 1;                 // rows of the expanded tensor in shared memory
   int ring_row_bytes = 0;
   int pixels_of_singles = kPixelsOfSingles;  // of a group, at most, where a warp multiplies one fragment at a time
   bool pairs = false;                        // more than that
@@ -49,10 +51,21 @@ struct ExpandDepthwisePlan {
 // Of the places of the pixels of a group, one of 16 bits for each: see expand_rows.cuh.
 constexpr int64_t place_bytes(int stage_pixels) { return int64_t(stage_pixels) * 2; }
 
+// Of a block without expansion the result of `expand` is its x. Such blocks are items of a queue alone, for kernels of
+// 3x3 and stride 1, which the first blocks of networks have, and of so many channels for a thread block.
+constexpr int kCopiedChannels = 32;
+inline bool expands(const PointwiseParams& expand) { return expand.weight.data != nullptr; }
 // Whether expand_rows.cuh and the depthwise convolution from its rows are compiled for such a call.
 bool expands_in_shared_memory(const PointwiseParams& expand, const DepthwiseParams& depthwise);
 // Sets what follows from columns, strip, group_rows and ring_rows: the rows of the ring, and those of x.
 void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& depthwise, ExpandDepthwisePlan& plan);
+
+// Of the results of a block without expansion, between its two kinds of items: half of the L2 of an H100 or H200. Such
+// a block has few instructions for a byte.
+constexpr int64_t kBytesInFlight = int64_t(25) << 20;
+inline int64_t bytes_in_flight(const DepthwiseParams& p, int64_t images) {
+  return product({images < p.batch ? images : p.batch, p.out_height, p.out_width, p.channels, 2});
+}
 
 // The blocks are items of a queue: what is beside them there.
 struct BesideItems {
@@ -64,6 +77,10 @@ struct BesideItems {
 // Those of the last shapes are kept (plan_memory.h). `beside`: null where the blocks are a launch.
 ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
                                           const DeviceLimits& limits, const BesideItems* beside = nullptr);
+// Clocks of a plan's blocks as items of a queue; of one with the gate that the last of a unit forms. A model, to weigh
+// plans by.
+ItemClocks clocks_of_items(const PointwiseParams& expand, const DepthwiseCall& call, const ExpandDepthwisePlan& plan,
+                           const DeviceLimits& limits);
 // Blocks of a plan that a multiprocessor holds if each takes `shared_bytes`.
 int64_t expand_depthwise_resident(int64_t shared_bytes, const DeviceLimits& limits);
 PlannedLaunches planned_launches(const PointwiseParams& expand, const DepthwiseCall& call,

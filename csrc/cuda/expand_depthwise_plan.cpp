@@ -11,9 +11,7 @@ namespace effkernels::cuda {
 namespace {
 
 constexpr int kVector = 8;  // channels of a thread: 16 bytes
-constexpr int kVectors = kExpandedChannels / kVector;
 constexpr int kWarps = kDepthwiseThreads / 32;
-constexpr int kPixelBytes = kExpandedChannels * 2;
 constexpr int kFragment = kFragmentPixels;
 constexpr int64_t kMostPixels = 256;              // of a group
 constexpr int64_t kFewestColumns = 12;            // of a tile: narrower ones would expand their borders too often
@@ -39,6 +37,19 @@ int64_t in_columns(const DepthwiseParams& p, int64_t out_columns) {
   return std::min<int64_t>(p.width, (out_columns - 1) * p.stride + p.kernel_w);
 }
 
+// Of a block: as many as leave fewer over.
+int channels_of(const PointwiseParams& expand) {
+  const auto covered = [&](int channels) { return divide_up(expand.out_channels, channels) * channels; };
+  return expands(expand) || covered(kExpandedChannels) < covered(kCopiedChannels) ? kExpandedChannels : kCopiedChannels;
+}
+
+// Of 16 bytes of a pixel of x that a block reads, in whole fragments.
+int chunks_of(const PointwiseParams& expand) {
+  const int64_t read =
+      expands(expand) ? expand.in_channels : std::min<int64_t>(expand.in_channels, channels_of(expand));
+  return static_cast<int>(divide_up(read, kFragment)) * 2;
+}
+
 int strips_of_row(const ExpandDepthwisePlan& plan) {
   return static_cast<int>(divide_up(plan.columns, plan.depthwise.strip));
 }
@@ -47,9 +58,9 @@ int strips_of_row(const ExpandDepthwisePlan& plan) {
 
 bool expands_in_shared_memory(const PointwiseParams& expand, const DepthwiseParams& p) {
   const int compiled = compiled_kernel(p.kernel_h, p.kernel_w);
-  return p.dtype != DType::kFloat32 && (compiled == 3 || compiled == 5) && (p.stride == 1 || p.stride == 2) &&
-         p.dilation == 1 && std::max(p.height, p.width) <= kMostRows && p.batch > 0 && expand.pixels > 0 &&
-         windows_meet_image(p) &&
+  return p.dtype != DType::kFloat32 && (compiled == 3 || (compiled == 5 && expands(expand))) &&
+         (p.stride == 1 || (p.stride == 2 && expands(expand))) && p.dilation == 1 &&
+         std::max(p.height, p.width) <= kMostRows && p.batch > 0 && expand.pixels > 0 && windows_meet_image(p) &&
          product({std::max(p.height * p.width, kMostStage), expand.x_stride_p, 2}) < kMostBytes &&
          product({p.out_height, p.out_width, p.channels}) < kMostBytes && vectors_fit(expand, p);
 }
@@ -60,17 +71,18 @@ int64_t expand_depthwise_resident(int64_t shared_bytes, const DeviceLimits& limi
 }
 
 void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& p, ExpandDepthwisePlan& plan) {
-  // Lanes that follow each other take strips below each other. Their 96 bytes are in different banks if the distance
-  // of these rows is 96 more than a multiple of 128.
+  // Lanes that follow each other take strips below each other. Their 96 (or 64) bytes are in different banks if the
+  // distance of these rows is so many more than a multiple of 128.
+  const int pixel_units = plan.channels * 2 / 16;
   const int pixels = (strips_of_row(plan) * plan.depthwise.strip - 1) * p.stride + p.kernel_w;
-  int units = pixels * kPixelBytes / 16;
-  while (units * p.stride % 8 != 6) ++units;
+  int units = pixels * pixel_units;
+  while (units * p.stride % 8 != pixel_units) ++units;
   plan.ring_row_bytes = units * 16;
   const int64_t group_pixels = plan.group_rows * in_columns(p, plan.columns);
   plan.pairs = group_pixels > plan.pixels_of_singles;
   const int64_t unit = plan.pairs ? 2 * kFragment : kFragment;
   plan.stage_pixels = static_cast<int>(divide_up(group_pixels, unit) * unit);
-  plan.chunks = static_cast<int>(divide_up(expand.in_channels, kFragment)) * 2;
+  plan.chunks = chunks_of(expand);
   plan.slices = (plan.chunks + 3) / 4;
   plan.by_ring_rows = multiplier_of(plan.ring_rows);
   plan.by_group_out_rows = multiplier_of(plan.group_out_rows);
@@ -83,7 +95,7 @@ namespace {
 // Taps, scale and shift, sums of the lanes, of the block, a flag, hidden values: see SumsInShared.
 int64_t sum_bytes(const DepthwiseCall& call, const DepthwisePlan& plan) {
   const int64_t taps = int64_t(call.depthwise->kernel_h) * call.depthwise->kernel_w;
-  int64_t floats = (taps + 2 + plan.lanes + plan.images) * kExpandedChannels + 4;
+  int64_t floats = (taps + 2 + plan.lanes + plan.images) * plan.channel_vectors * kVector + 4;
   if (call.se != nullptr) floats += plan.images * call.se->reduced;
   return floats * int64_t(sizeof(float));
 }
@@ -95,7 +107,7 @@ void lay_out(const PointwiseParams& expand, const DepthwiseCall& call, ExpandDep
   plan.column_tiles = static_cast<int>(divide_up(p.out_width, plan.columns));
   plan.group_out_rows = plan.group_rows / stride;
   plan.ring_rows = plan.group_rows + p.kernel_h - 1;
-  plan.depthwise.lanes = std::min(kDepthwiseThreads / kVectors, strips * plan.group_out_rows);
+  plan.depthwise.lanes = std::min(kDepthwiseThreads / plan.depthwise.channel_vectors, strips * plan.group_out_rows);
 
   lay_out_group(expand, p, plan);
 
@@ -103,7 +115,7 @@ void lay_out(const PointwiseParams& expand, const DepthwiseCall& call, ExpandDep
   plan.norm_at = static_cast<int>(divide_up(sum_bytes(call, plan.depthwise), 16)) * 16;
   plan.places_at = plan.norm_at + 2 * kExpandedChannels * static_cast<int>(sizeof(float));
   plan.weights_at = up(plan.places_at + place_bytes(plan.stage_pixels));
-  plan.x_at = plan.weights_at + plan.slices * kExpandedChannels * kPointwiseSliceBytes;
+  plan.x_at = plan.weights_at + (expands(expand) ? plan.slices * kExpandedChannels * kPointwiseSliceBytes : 0);
   plan.ring_at = up(plan.x_at + plan.slices * int64_t(plan.stage_pixels) * kPointwiseSliceBytes);
   plan.shared_bytes = plan.ring_at + int64_t(plan.ring_rows) * plan.ring_row_bytes;
 }
@@ -119,6 +131,7 @@ struct Work {
   Work(const PointwiseParams& expand, const DepthwiseParams& p, const ExpandDepthwisePlan& plan) : barriers(105) {
     const int64_t products = divide_up(expand.in_channels, kFragment);
     single = 155 + 23 * products, pair = 275 + 34 * products;
+    if (!expands(expand)) single = 6 * chunks_of(expand), pair = 12 * chunks_of(expand);
     const int64_t pixels = plan.depthwise.strip, inputs = (pixels - 1) * p.stride + p.kernel_w;
     strip = pixels * p.kernel_h * p.kernel_w * kVector + p.kernel_h * inputs * 9 + pixels * 40;
   }
@@ -136,7 +149,7 @@ struct Work {
     const int64_t strips = int64_t(plan.group_out_rows) * strips_of_row(plan);
     const int64_t products =
         pixels > kPixelsOfSingles ? divide_up(pixels, 2 * kFragment) * pair : divide_up(pixels, kFragment) * single;
-    return products + divide_up(strips * kVectors, 32) * strip + kWarps * barriers;
+    return products + divide_up(strips * plan.depthwise.channel_vectors, 32) * strip + kWarps * barriers;
   }
 };
 
@@ -180,35 +193,63 @@ bool choose_tile(const PointwiseParams& expand, const DepthwiseCall& call, const
   return least < std::numeric_limits<int64_t>::max();
 }
 
+// Of the blocks of a plan with other bands and images.
+struct BlockClocks {
+  int64_t blocks, waits, issues;  // of one; dependent instructions are two clocks apart, a multiprocessor issues four
+  int64_t gate;                   // of a unit
+
+  BlockClocks(const PointwiseParams& expand, const DepthwiseCall& call, const ExpandDepthwisePlan& plan, int64_t bands,
+              int64_t images) {
+    constexpr int64_t kFixed = 1500;  // instructions of a warp for parameters and sums, and the waits for them
+    const DepthwiseParams& p = *call.depthwise;
+    const Work work(expand, p, plan);
+    const int64_t rows = divide_up(p.out_height, bands);
+    const int64_t in_rows = std::min<int64_t>(p.height, (rows - 1) * p.stride + p.kernel_h);
+    const int64_t groups = divide_up(in_rows, plan.group_rows) * images;
+    blocks = divide_up(p.batch, images) * plan.depthwise.channel_groups * plan.column_tiles * bands;
+    waits = (kFixed + groups * work.chain(p, plan)) * 2, issues = (kFixed * kWarps + groups * work.all(p, plan)) / 4;
+    const int64_t reduced = call.se != nullptr ? call.se->reduced : 0;
+    gate = 3000 + images * p.channels * (40 + 2 * reduced) / 64;
+  }
+
+  // Of one among other items of a queue; alone on a multiprocessor where there are few.
+  int64_t item(int64_t resident, const DeviceLimits& limits) const {
+    return std::max(waits, (2 * blocks >= limits.multiprocessors ? resident : 1) * issues);
+  }
+};
+
 // Bands: blocks for every multiprocessor where the images are few, although each expands the K - 1 rows above it too.
 // Several images for a block, which share its parameters and weights, where planes are small and the images many.
 void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
                    const BesideItems* beside, ExpandDepthwisePlan& plan) {
-  constexpr int64_t kFixed = 1500;  // instructions of a warp for parameters and sums, and the waits for them
   const DepthwiseParams& p = *call.depthwise;
+  constexpr int64_t kFewestRows = 6;  // of a band, to read from L2: shorter ones read their borders too often
   const int64_t resident = blocks_of_multiprocessor(plan, limits);
-  const Work work(expand, p, plan);
-  const int64_t chain = work.chain(p, plan), all = work.all(p, plan);
-  int64_t least = std::numeric_limits<int64_t>::max();
+  int64_t least = std::numeric_limits<int64_t>::max(), plan_clocks = least;
   const auto is_less = [&](int64_t bands, int64_t images) {
-    const int64_t rows = divide_up(p.out_height, bands);
-    const int64_t in_rows = std::min<int64_t>(p.height, (rows - 1) * p.stride + p.kernel_h);
-    const int64_t groups = divide_up(in_rows, plan.group_rows) * images;
-    const int64_t blocks = divide_up(p.batch, images) * plan.depthwise.channel_groups * plan.column_tiles * bands;
-    // Of one block; dependent instructions are two clocks apart, a multiprocessor issues four a clock.
-    const int64_t waits = (kFixed + groups * chain) * 2, issues = (kFixed * kWarps + groups * all) / 4;
+    const BlockClocks one(expand, call, plan, bands, images);
+    const auto [blocks, waits, issues, gate] = one;
     const int64_t slots = limits.multiprocessors * resident;
+    int64_t against_others = 0;  // where other launches are weighed against the queue, without idle places
     int64_t clocks = std::max(divide_up(blocks, slots) * waits, divide_up(blocks, limits.multiprocessors) * issues);
     if (beside != nullptr && beside->more) {
-      // Other blocks of the network fill what waves leave idle: all items count, or the way of a unit from its input to
-      // its result where the images are few.
+      // Among other blocks of the network: all items count and what these leave idle, or the way of a unit from its
+      // input to its result where the images are few.
       constexpr int64_t kProjects = 4000;
-      const int64_t at_once = std::min(resident, divide_up(blocks, limits.multiprocessors));
-      const int64_t item = std::max(waits, at_once * issues);
-      const int64_t reduced = call.se != nullptr ? call.se->reduced : 0;
-      const int64_t gate = 3000 + images * p.channels * (40 + 2 * reduced) / 64;
-      const int64_t way = item + gate + kProjects;
-      clocks = std::max(blocks * item / slots + beside->clocks, way) + way / 3;
+      if (expands(expand)) {
+        const int64_t item = one.item(resident, limits), way = item + gate + kProjects;
+        // While the last wave is expanded, the other places project the units of the waves before, if there are enough.
+        const int64_t last = blocks % slots, before = blocks - last;
+        int64_t idle = gate;
+        if (last > 0)
+          idle = std::max<int64_t>(0, (slots - last) * (item + gate) / slots - beside->clocks * before / blocks);
+        clocks = std::max(blocks * item / slots + beside->clocks + idle, way) + way / 5;
+        against_others = std::max(blocks * item / slots + beside->clocks, way) + way / 3;
+      } else {
+        const int64_t at_once = std::min(resident, divide_up(blocks, limits.multiprocessors));
+        const int64_t item = std::max(waits, at_once * issues), way = item + gate + kProjects;
+        clocks = std::max(blocks * item / slots + beside->clocks, way) + way / 3;
+      }
     } else if (beside != nullptr) {
       // In the last wave other items run in idle places, once the first units are done; the last ones wait for its end.
       constexpr int64_t kWaiting = 15000;
@@ -217,14 +258,25 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
       clocks = waves * item + std::max(std::min(beside->clocks, kWaiting), beside->clocks - idle);
     }
     const bool less = clocks < least;
-    if (less) least = clocks;
+    if (less) least = clocks, plan_clocks = against_others > 0 ? against_others : clocks;
     return less;
   };
-  for (int64_t wanted = 1; wanted <= std::min<int64_t>(p.out_height, 32); wanted += wanted < 4 ? 1 : wanted / 3) {
-    const int64_t rows = divide_up(p.out_height, wanted), bands = divide_up(p.out_height, rows);
-    if (is_less(bands, 1)) plan.bands = static_cast<int>(bands), plan.band_rows = static_cast<int>(rows);
+  // Without expansion first bands so short that the results in flight stay in L2, if they are not too short for that.
+  const auto stays_in_l2 = [&](int64_t bands) {
+    const int64_t items = bands * plan.column_tiles * plan.depthwise.channel_groups;
+    return bytes_in_flight(p, limits.multiprocessors * resident / items + 2) <= kBytesInFlight;
+  };
+  bool found = false;
+  for (const bool in_l2 : {!expands(expand), false}) {
+    for (int64_t wanted = 1; wanted <= std::min<int64_t>(p.out_height, 64); wanted += wanted < 4 ? 1 : wanted / 3) {
+      const int64_t rows = divide_up(p.out_height, wanted), bands = divide_up(p.out_height, rows);
+      if (in_l2 && !(stays_in_l2(1) || (rows >= kFewestRows && stays_in_l2(bands)))) continue;
+      if (is_less(bands, 1)) plan.bands = static_cast<int>(bands), plan.band_rows = static_cast<int>(rows);
+      found = true;
+    }
+    if (found) break;
   }
-  plan.clocks = least;
+  plan.clocks = plan_clocks;
   const auto fits = [&](ExpandDepthwisePlan& one) {
     lay_out(expand, call, one);
     return one.shared_bytes <= limits.shared_per_block && blocks_of_multiprocessor(one, limits) >= resident;
@@ -235,7 +287,7 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
     ExpandDepthwisePlan more = plan;
     more.depthwise.images = images;
     if (!fits(more)) break;
-    if (is_less(1, images)) plan = more, plan.clocks = least;
+    if (is_less(1, images)) plan = more, plan.clocks = plan_clocks;
   }
   const int64_t tiles = int64_t(plan.bands) * plan.column_tiles * plan.depthwise.channel_groups;
   if (divide_up(p.batch, plan.depthwise.images) * tiles <= limits.multiprocessors * resident) return;
@@ -253,10 +305,12 @@ ExpandDepthwisePlan make_plan(const PointwiseParams& expand, const DepthwiseCall
   const DepthwiseParams& p = *call.depthwise;
   ExpandDepthwisePlan plan;
   if (call.gated || !expands_in_shared_memory(expand, p) || !is_aligned(p.y)) return plan;
+  if (!expands(expand) && beside == nullptr) return plan;
   DepthwisePlan& d = plan.depthwise;
-  d.vector = kVector, d.channel_vectors = kVectors, d.unrolled = true;
+  plan.channels = channels_of(expand);
+  d.vector = kVector, d.channel_vectors = plan.channels / kVector, d.unrolled = true;
   d.strip = depthwise_strip(compiled_kernel(p.kernel_h, p.kernel_w), p.stride);
-  d.channel_groups = static_cast<int>(divide_up(p.channels, kExpandedChannels));
+  d.channel_groups = static_cast<int>(divide_up(p.channels, plan.channels));
   d.out_height = static_cast<int>(p.out_height);
   if (!choose_tile(expand, call, limits, plan)) return plan;
   choose_blocks(expand, call, limits, beside, plan);
@@ -271,6 +325,14 @@ ExpandDepthwisePlan make_plan(const PointwiseParams& expand, const DepthwiseCall
 }
 
 }  // namespace
+
+ItemClocks clocks_of_items(const PointwiseParams& expand, const DepthwiseCall& call, const ExpandDepthwisePlan& plan,
+                           const DeviceLimits& limits) {
+  const int64_t resident = blocks_of_multiprocessor(plan, limits);
+  const BlockClocks one(expand, call, plan, plan.bands, plan.depthwise.images);
+  const int64_t item = one.item(resident, limits);
+  return {one.blocks * item / (limits.multiprocessors * resident), item + one.gate};
+}
 
 ExpandDepthwisePlan plan_expand_depthwise(const PointwiseParams& expand, const DepthwiseCall& call,
                                           const DeviceLimits& limits, const BesideItems* beside) {

@@ -108,18 +108,19 @@ __device__ __forceinline__ void load_expand_weights(const PointwiseParams& p, co
 // Asks for `rows` rows of x, of which `first` is the first pixel of the first column; `left_out`: columns between the
 // last one and the first one of the next row. A thread takes four pixels at a time and their slices one after another:
 // the compiler puts three instructions that do nothing in front of a cp.async that follows a branch. All of the stage
-// is written, whatever the number of rows; the chunk after an odd number of them is not, see clear_odd_chunk.
+// is written for `channels` of x, whatever the number of rows; the chunk after an odd number of them is not, see
+// clear_odd_chunk.
 template <class T, int kThreads = kDepthwiseThreads>
 __device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                  const ExpandColumns& columns, const unsigned char* first, int left_out,
-                                                 int rows, unsigned char* stage) {
+                                                 int rows, int channels, unsigned char* stage) {
   constexpr int kDistance = kThreads / kSliceChunks, kAtOnce = 4, kBytes = kSliceChunks * 16;
   const unsigned thread = thread_here();
   unsigned pixel = thread / kSliceChunks, chunk = thread % kSliceChunks;
   int step = kAtOnce * kDistance;
   if (plan.chunks == 2) pixel += chunk / 2 * step, chunk %= 2, step *= 2;  // two threads for a pixel
   const int stage_pixels = plan.stage_pixels, last = rows * columns.count - 1;
-  const int own_bytes = static_cast<int>(p.in_channels * sizeof(T)) - static_cast<int>(chunk) * 16;
+  const int own_bytes = channels * static_cast<int>(sizeof(T)) - static_cast<int>(chunk) * 16;
   const int pixel_bytes = static_cast<int>(p.x_stride_p * sizeof(T)), last_bytes = last * pixel_bytes;
   SharedAddress to_first = shared_address(stage) + chunk_offset(static_cast<int>(pixel), static_cast<int>(chunk));
   int next = static_cast<int>(pixel) * pixel_bytes;
@@ -177,10 +178,10 @@ __device__ __forceinline__ void clear_odd_chunk(const PointwiseParams& p, const 
 // Places of the pixels of a group in the ring, in units of 16 bytes, where its first row is row 0 of the ring. All
 // threads, a row for a warp at a time; ends without a barrier. A place read is five instructions, a place computed some
 // twenty.
-template <int kThreads>
+template <int kThreads, int kChannels = kExpandedChannels>
 __device__ __forceinline__ void set_places(const ExpandDepthwisePlan& plan, const ExpandColumns& columns,
                                            uint16_t* places) {
-  constexpr unsigned kUnit = 16, kPixelUnits = kExpandedChannels * 2 / kUnit;
+  constexpr unsigned kUnit = 16, kPixelUnits = kChannels * 2 / kUnit;
   const unsigned count = columns.count, row_units = plan.ring_row_bytes / kUnit, lane = threadIdx.x % 32;
 #pragma unroll 1
   for (unsigned row = threadIdx.x / 32; row < plan.group_rows; row += kThreads / 32) {
@@ -196,10 +197,10 @@ __device__ __forceinline__ void set_places(const ExpandDepthwisePlan& plan, cons
 
 // Zeros left and right of the columns in the ring: the padding, and what strips read beyond it. All threads, a row for
 // a warp at a time; ends without a barrier.
-template <int kThreads>
+template <int kThreads, int kChannels = kExpandedChannels>
 __device__ __forceinline__ void clear_padding(const ExpandDepthwisePlan& plan, const ExpandColumns& columns,
                                               unsigned char* ring) {
-  constexpr unsigned kUnit = 16, kPixelUnits = kExpandedChannels * 2 / kUnit;
+  constexpr unsigned kUnit = 16, kPixelUnits = kChannels * 2 / kUnit;
   const unsigned left = columns.in_ring * kPixelUnits, between = columns.count * kPixelUnits;
   const unsigned count = plan.ring_row_bytes / kUnit - between;
 #pragma unroll 1
@@ -209,6 +210,13 @@ __device__ __forceinline__ void clear_padding(const ExpandDepthwisePlan& plan, c
     for (unsigned unit = threadIdx.x % 32; unit < count; unit += 32)
       to[unit < left ? unit : unit + between] = make_uint4(0, 0, 0, 0);
   }
+}
+
+// Where a pixel of the group is in the ring, whose end is its beginning; `start`: of the group's first row. Below the
+// ring's end the difference is a large number.
+__device__ __forceinline__ unsigned place_in_ring(const uint16_t* place, unsigned start, unsigned ring_bytes) {
+  const unsigned at = *place * 16u + start;
+  return min(at, at - ring_bytes);
 }
 
 // Expands the `rows` rows in `stage` into the ring, the first into row `first_slot`; a warp M fragments at a time.
@@ -251,9 +259,7 @@ __device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const
 #pragma unroll
     for (int half = 0; half < 2 * M; ++half) {
       if (half * 8 >= inside) break;
-      // The ring's end is its beginning; below it the difference is a large number.
-      const unsigned at = place[half * 8] * 16u + start;
-      T* const to = reinterpret_cast<T*>(own + min(at, at - ring_bytes));
+      T* const to = reinterpret_cast<T*>(own + place_in_ring(place + half * 8, start, ring_bytes));
 #pragma unroll
       for (int c = 0; c < kOwn; c += 4) {
         float part[4];
@@ -262,6 +268,26 @@ __device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const
         store(to + c, part);
       }
     }
+  }
+}
+
+// A block without expansion: `chunks` of 16 bytes of every pixel in `stage` go into the ring as they are.
+template <int kThreads = kDepthwiseThreads>
+__device__ __forceinline__ void copy_rows(const ExpandDepthwisePlan& plan, const unsigned char* stage,
+                                          const uint16_t* places, int chunks, int pixels, int first_slot,
+                                          unsigned char* ring) {
+  const unsigned ring_bytes = plan.ring_rows * plan.ring_row_bytes, start = first_slot * plan.ring_row_bytes;
+  const int first = static_cast<int>(threadIdx.x) / kSliceChunks;
+#pragma unroll 1
+  for (int chunk = static_cast<int>(threadIdx.x) % kSliceChunks; chunk < chunks; chunk += kSliceChunks) {
+    const unsigned char* from = stage + chunk_offset(first, chunk % kSliceChunks);  // rows that far apart are alike
+#pragma unroll 2
+    for (int pixel = first; pixel < pixels; pixel += kThreads / kSliceChunks) {
+      unsigned char* const to = ring + place_in_ring(places + pixel, start, ring_bytes);
+      *reinterpret_cast<uint4*>(to + chunk * 16) = *reinterpret_cast<const uint4*>(from);
+      from += kThreads / kSliceChunks * kPointwiseSliceBytes;
+    }
+    stage += plan.stage_pixels * kPointwiseSliceBytes;
   }
 }
 

@@ -25,6 +25,8 @@
 // team of another size adds in another order.
 //
 // A cluster takes several images after each other where there are many; weights that fit stay in shared memory.
+// Before the first image a thread asks for taps and norms (mbconv_parameters.cuh), for weights and x, then it keeps the
+// former.
 //
 // Traffic. Memory: x, y, residual, the parameters. L2: x once for every block, the weights once for every cluster.
 // Between multiprocessors: `team` float32 values for every element of y. Barriers of the cluster: one for
@@ -33,10 +35,12 @@
 // Limits (fit_mbconv): sm_90, 16-bit types, K of 3 and 5, strides 1 and 2, channels that vectors of 8 divide, planes
 // that fit.
 //
-// Shared memory: taps and norm of every group | sums of the lanes, of the channels | hidden values: own, of all ranks |
-// gate | expand's norm | places of pixels | project's norm | expand's weights | project's weights | x | held | ring,
-// later partial sums.
+// Shared memory: taps and norm of every group | expand's norm | places of pixels | project's norm | expand's weights |
+// project's weights | x | sums of the lanes, of the channels | hidden values: own, of all ranks | gate | held | ring,
+// later partial sums. What is after x starts as zeros.
 #pragma once
+#include <type_traits>
+
 #include "depthwise.cuh"
 #include "expand_depthwise.cuh"
 #include "mbconv_project.cuh"
@@ -46,29 +50,27 @@ namespace effkernels::cuda {
 // Shared memory of a block; lay_out of the plan counts it.
 template <class T>
 struct MBConvShared {
-  float* parameters;  // (groups, K * K + 2, kExpandedChannels): see load_parameters
+  MBConvParameters parameters;
   float* lane_sums;   // (lanes, kExpandedChannels)
   float* sums;        // (groups * kExpandedChannels)
   float* own_hidden;  // (R), what the other blocks of the cluster read
   float* hidden;      // (R)
   T* gate;            // (groups * kExpandedChannels), zero where there are no channels
-  float* norm;        // (groups, 2, kExpandedChannels)
   uint16_t* places;   // of the pixels in the ring
-  float* project_norm;
   unsigned char *weights, *project_weights, *x, *held, *ring;
   float* partial;  // (pixels, partial_stride), what the other blocks of the cluster read; in place of the ring
 
   __device__ __forceinline__ MBConvShared(const MBConvPlan& plan, int reduced) {
     unsigned char* const bytes = dynamic_shared<unsigned char>();
-    parameters = dynamic_shared<float>();
+    parameters.taps = dynamic_shared<float>();
+    parameters.norm = reinterpret_cast<float*>(bytes + plan.norm_at);
+    parameters.project_norm = reinterpret_cast<float*>(bytes + plan.project_norm_at);
     lane_sums = reinterpret_cast<float*>(bytes + plan.sums_at);
     sums = lane_sums + plan.expand.depthwise.lanes * kExpandedChannels;
     own_hidden = reinterpret_cast<float*>(bytes + plan.hidden_at);
     hidden = own_hidden + (reduced + 3) / 4 * 4;
     gate = reinterpret_cast<T*>(bytes + plan.gate_at);
-    norm = reinterpret_cast<float*>(bytes + plan.norm_at);
     places = reinterpret_cast<uint16_t*>(bytes + plan.expand.places_at);
-    project_norm = reinterpret_cast<float*>(bytes + plan.project_norm_at);
     weights = bytes + plan.weights_at, project_weights = bytes + plan.project_weights_at;
     x = bytes + plan.x_at, held = bytes + plan.held_at, ring = bytes + plan.ring_at;
     partial = reinterpret_cast<float*>(ring);
@@ -76,6 +78,7 @@ struct MBConvShared {
 };
 
 __device__ __forceinline__ void clear(unsigned char* from, int bytes) {
+#pragma unroll 1
   for (int at = threadIdx.x * 16; at < bytes; at += kMBConvThreads * 16)
     *reinterpret_cast<uint4*>(from + at) = make_uint4(0, 0, 0, 0);
 }
@@ -85,6 +88,7 @@ template <class T>
 __device__ __forceinline__ void gate_of_cluster(const SqueezeExciteParams& se, const MBConvPlan& plan,
                                                 const MBConvShared<T>& shared, int first_channel, int channels,
                                                 int64_t pixels) {
+  constexpr int kAtOnce = 16;  // ranks whose values are under way together
   const int reduced = static_cast<int>(se.reduced);
   for (int at = threadIdx.x; at < channels; at += kMBConvThreads) shared.sums[at] /= static_cast<float>(pixels);
   __syncthreads();
@@ -92,8 +96,16 @@ __device__ __forceinline__ void gate_of_cluster(const SqueezeExciteParams& se, c
   cluster_sync();
   for (int at = threadIdx.x; at < reduced; at += kMBConvThreads) {
     float total = 0.f;
-#pragma unroll 4
-    for (int other = 0; other < plan.team; ++other) total += *cluster_map(shared.own_hidden + at, other);
+#pragma unroll 1
+    for (int first = 0; first < plan.team; first += kAtOnce) {
+      float value[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (first + i < plan.team) value[i] = *cluster_map(shared.own_hidden + at, first + i);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+        if (first + i < plan.team) total += value[i];
+    }
     shared.hidden[at] = total;
   }
   __syncthreads();
@@ -115,7 +127,7 @@ __device__ __forceinline__ void convolve_group(const MBConvArguments& a, const M
   const ExpandDepthwisePlan& of_group = a.plan.expand;
   const int out_width = static_cast<int>(p.out_width), strips_of_row = (out_width + kStrip - 1) / kStrip;
   const ExpandedLane<V> at(of_group.depthwise, first_group + group, static_cast<int>(p.channels));
-  const ThreadParameters<V> my(shared.parameters + group * ((K * K + 2) * kExpandedChannels), kExpandedChannels,
+  const ThreadParameters<V> my(shared.parameters.taps + group * ((K * K + 2) * kExpandedChannels), kExpandedChannels,
                                at.vector);
   float* const my_sums = shared.lane_sums + at.lane * kExpandedChannels + at.vector * V;
   const int chunk = group * (kExpandedChannels / V) + at.vector;  // of the block's channels
@@ -134,11 +146,25 @@ __device__ __forceinline__ void convolve_group(const MBConvArguments& a, const M
   }
 }
 
-// The whole work of a block of the team. `with_traits(f)` calls f with the traits of the convolution: one in mbconv,
-// and one of all in mbconv_stack, whose code for the rest is then there once. All threads of the cluster; ends with a
-// barrier of the cluster.
-template <class T, class WithTraits>
-__device__ __forceinline__ void compute_mbconv(const MBConvArguments& a, const WithTraits& with_traits) {
+// The convolution of mbconv: calls f with its traits, and with the number of its taps.
+template <int kTaps>
+using TapCount = std::integral_constant<int, kTaps>;
+template <class Traits>
+struct OneConvolution {
+  template <class F>
+  __device__ __forceinline__ void with_traits(const F& f) const {
+    f(Traits());
+  }
+  template <class F>
+  __device__ __forceinline__ void with_taps(const F& f) const {
+    f(TapCount<Traits::kKernel * Traits::kKernel>());
+  }
+};
+
+// The whole work of a block of the team. `which`: the convolution, one in mbconv, and one of all in mbconv_stack, whose
+// code for the rest is then there once. All threads of the cluster; ends with a barrier of the cluster.
+template <class T, class Convolution>
+__device__ __forceinline__ void compute_mbconv(const MBConvArguments& a, const Convolution& which) {
   constexpr int kThreads = kMBConvThreads;
   const PointwiseParams& expand = a.expand;
   const DepthwiseParams& p = a.depthwise;
@@ -164,7 +190,7 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a, const W
       static_cast<const T*>(expand.x) + int64_t(first_image) * expand.x_stride_n + columns.first * expand.x_stride_p;
   const auto load_x = [&] {
     load_expand_rows<T, kThreads>(expand, of_group, columns, reinterpret_cast<const unsigned char*>(x),
-                                  width - columns.count, height, shared.x);
+                                  width - columns.count, height, static_cast<int>(expand.in_channels), shared.x);
   };
   const auto load_weights = [&](int group) {
     load_expand_weights<T, kThreads>(expand, of_group, (first_group + group) * kExpandedChannels,
@@ -174,32 +200,22 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a, const W
     load_project_weights<T>(a.project, plan, pass, first_channel, channels, shared.project_weights);
   };
 
+  MBConvParameterReads<T> reads(a, first_channel, channels, groups);
   for (int group = 0; group < min(groups, plan.weight_slots); ++group) load_weights(group);
   if (groups > 0) load_x();
   cp_async_commit();
+  reads.next_norms(shared.parameters);
   load_project(0);
   cp_async_commit();
   clear_odd_chunk<T, kThreads>(expand, of_group, shared.x);
   set_places<kThreads>(of_group, columns, shared.places);
-  clear(shared.ring, ring_bytes);
-  clear(shared.held, plan.held_slices * plan.held_pixels * kPointwiseSliceBytes);
-  clear(reinterpret_cast<unsigned char*>(shared.gate), plan.held_slices * kPointwiseSliceBytes);
-  clear_lanes(division, shared.lane_sums);
-  load_norm(expand.norm, first_channel, channels, groups * kExpandedChannels, [&](int channel, ScaleShift of) {
-    const ScaleShift by = before_activation(of, p.dtype, expand.activation);
-    float* const to = shared.norm + channel / kExpandedChannels * 2 * kExpandedChannels + channel % kExpandedChannels;
-    to[0] = by.scale, to[kExpandedChannels] = by.shift;
-  });
-  const int out_channels = static_cast<int>(a.project.out_channels);
-  load_norm(a.project.norm, 0, out_channels, out_channels, [&](int channel, ScaleShift by) {
-    shared.project_norm[channel] = by.scale, shared.project_norm[out_channels + channel] = by.shift;
-  });
-  with_traits([&](auto traits) {
-    using Traits = decltype(traits);
-    constexpr int kTaps = Traits::kKernel * Traits::kKernel;
-    for (int group = 0; group < groups; ++group)
-      load_parameters<T, Traits::kVector, kTaps>(p, kTaps, first_channel + group * kExpandedChannels, kExpandedChannels,
-                                                 shared.parameters + group * ((kTaps + 2) * kExpandedChannels));
+  unsigned char* const zeros = reinterpret_cast<unsigned char*>(shared.lane_sums);
+  clear(zeros, plan.ring_at - plan.sums_at + ring_bytes);
+  reads.keep_norms(shared.parameters);
+  which.with_taps([&](auto taps) {
+    reads.template keep_taps<decltype(taps)::value>(shared.parameters);
+    __syncthreads();
+    reads.template scale_taps<decltype(taps)::value>(shared.parameters);
   });
 
 #pragma unroll 1
@@ -212,9 +228,9 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a, const W
       else
         cp_async_wait<0>();
       __syncthreads();
-      expand_rows<T, kThreads>(expand, of_group, columns, shared.x,
-                               shared.weights + (keeps_weights ? group * slot_bytes : 0),
-                               shared.norm + group * 2 * kExpandedChannels, shared.places, height, 0, shared.ring);
+      expand_rows<T, kThreads>(
+          expand, of_group, columns, shared.x, shared.weights + (keeps_weights ? group * slot_bytes : 0),
+          shared.parameters.norm + group * 2 * kExpandedChannels, shared.places, height, 0, shared.ring);
       __syncthreads();
       const bool ends = group + 1 == groups;
       if (!keeps_weights && (!ends || more_images)) load_weights(ends ? 0 : group + 1);
@@ -224,12 +240,12 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a, const W
       }
       cp_async_commit();
 
-      with_traits([&](auto traits) { convolve_group<decltype(traits)>(a, shared, first_group, group); });
+      which.with_traits([&](auto traits) { convolve_group<decltype(traits)>(a, shared, first_group, group); });
       if (excites) add_lanes<kExpandedChannels>(division, shared.lane_sums, shared.sums + group * kExpandedChannels);
     }
     if (excites) gate_of_cluster(a.se, plan, shared, first_channel, channels, p.out_height * p.out_width);
     project<T>(a, rank, first_image + m, channels, more_images, excites ? shared.gate : nullptr, shared.held,
-               shared.project_weights, shared.project_norm, shared.partial, load_project);
+               shared.project_weights, shared.parameters.project_norm, shared.partial, load_project);
     if (more_images) clear(shared.ring, ring_bytes);
   }
 }
@@ -238,7 +254,7 @@ template <class Traits>
 __global__ void __launch_bounds__(kMBConvThreads, 1) mbconv(const __grid_constant__ MBConvArguments a) {
   wait_for_previous();
   allow_next();
-  compute_mbconv<typename Traits::T>(a, [](const auto& of) { of(Traits()); });
+  compute_mbconv<typename Traits::T>(a, OneConvolution<Traits>());
 }
 
 template <class T, int K, int S>

@@ -14,7 +14,7 @@ constexpr int kMBConvThreads = 256;           // one such block on a multiproces
 constexpr int kProjectedColumns = 32;         // output channels that a warp computes at a time,
 constexpr int kProjectedPixels = 32;          // and pixels
 constexpr int64_t kMostImagesOfClusters = 4;  // images that a cluster takes one after the other
-constexpr int kMostStackedBlocks = 16;        // of a launch, whose arguments are at most 32764 bytes
+constexpr int kMostStackedBlocks = 20;        // of a launch, whose arguments are at most 32764 bytes
 constexpr int kQueueItemBytes = 16;           // of shared memory: what a thread block has to do
 constexpr int kQueueCounters = 2;             // of thread blocks that started, and of those that left
 

@@ -27,6 +27,7 @@ const char* problem_of(const MBConvCall& call, const DeviceLimits& limits) {
   const DepthwiseParams& p = *call.depthwise;
   if (p.dtype == DType::kFloat32) return "float32";
   if (limits.largest_cluster <= 1) return "the GPU has no clusters";
+  if (!expands(expand)) return "the block has no expansion";
   if (!expands_in_shared_memory(expand, p)) return "kernel, stride, padding or channels are not compiled";
   const bool vectors =
       project.out_channels % kVector == 0 && is_aligned(project.weight.data) && is_aligned(project.y) &&
@@ -61,15 +62,15 @@ void lay_out(const MBConvCall& call, MBConvPlan& plan) {
     return static_cast<int>(here);
   };
   place(plan.groups * (taps + 2) * kExpandedChannels * kFloat);
-  plan.sums_at = place((of_group.depthwise.lanes + plan.groups) * kExpandedChannels * kFloat);
-  plan.hidden_at = place(call.se == nullptr ? 0 : 2 * up(call.se->reduced, 4) * kFloat);
-  plan.gate_at = place(int64_t(plan.held_slices) * kPointwiseSliceBytes);
   plan.norm_at = place(plan.groups * 2 * kExpandedChannels * kFloat);
   plan.expand.places_at = place(place_bytes(of_group.stage_pixels));
   plan.project_norm_at = place(2 * out_channels * kFloat);
   plan.weights_at = place(int64_t(plan.weight_slots) * of_group.slices * kExpandedChannels * kPointwiseSliceBytes);
   plan.project_weights_at = place(int64_t(plan.held_slices) * plan.padded_columns * kPointwiseSliceBytes);
   plan.x_at = place(int64_t(of_group.slices) * of_group.stage_pixels * kPointwiseSliceBytes);
+  plan.sums_at = place((of_group.depthwise.lanes + plan.groups) * kExpandedChannels * kFloat);
+  plan.hidden_at = place(call.se == nullptr ? 0 : 2 * up(call.se->reduced, 4) * kFloat);
+  plan.gate_at = place(int64_t(plan.held_slices) * kPointwiseSliceBytes);
   plan.held_at = place(int64_t(plan.held_slices) * plan.held_pixels * kPointwiseSliceBytes);
   plan.ring_at = place(std::max(p.height * of_group.ring_row_bytes, pixels * plan.partial_stride * kFloat));
   plan.shared_bytes = at;
@@ -112,7 +113,7 @@ struct Clocks {
     instructions += plan.passes * (divide_up(tiles, kWarps) * (150 + 60 * plan.groups) +
                                    divide_up(vectors, plan.cluster * kMBConvThreads) * (90 + 14 * plan.team));
     image = 2 * instructions + (2 * plan.passes + (call.se != nullptr)) * kClusterBarrier;
-    const int64_t weights = plan.held_at - plan.weights_at;
+    const int64_t weights = plan.sums_at - plan.weights_at;
     prologue = kFirstInput + weights / kBytesOfClock + plan.groups * 400;
     if (plan.weight_slots < plan.groups) image += plan.groups * 500;
     if (plan.passes > 1) image += plan.passes * 500;
@@ -125,7 +126,8 @@ int64_t clocks_of_three_launches(const MBConvCall& call, const DeviceLimits& lim
   constexpr int64_t kFixed = 17000;
   const DepthwiseParams& p = *call.depthwise;
   const int64_t pixels = p.height * p.width, out_pixels = p.out_height * p.out_width;
-  const int64_t products = p.channels * (pixels * call.expand->in_channels + out_pixels * call.project->out_channels);
+  const int64_t inner = expands(*call.expand) ? call.expand->in_channels : 0;
+  const int64_t products = p.channels * (pixels * inner + out_pixels * call.project->out_channels);
   const int64_t depthwise = p.channels * (out_pixels * (p.kernel_w == 3 ? 300 : 450)) / 1000;
   return kFixed + p.batch * (products / 650 + depthwise) / limits.multiprocessors;
 }

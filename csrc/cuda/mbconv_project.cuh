@@ -9,50 +9,53 @@
 //
 // Traffic. Weights once for each image where there are several passes, else once for each cluster; residual and y once.
 #pragma once
-#include "expand_rows.cuh"
-#include "mbconv.h"
+#include "mbconv_parameters.cuh"
 #include "squeeze_excite.cuh"
 
 namespace effkernels::cuda {
 
-struct MBConvArguments {
-  PointwiseParams expand;
-  DepthwiseParams depthwise;
-  SqueezeExciteParams se;  // without it reduced is 0; its gate does not count
-  PointwiseParams project;
-  MBConvPlan plan;
-};
-
-// write(i, norm of channel first + i), for i below `padded`; zeros from `count` on.
-template <class Write>
-__device__ __forceinline__ void load_norm(const Norm& norm, int first, int count, int padded, Write write) {
-  for (int at = threadIdx.x; at < padded; at += kMBConvThreads)
-    write(at, at < count ? scale_shift(norm, int64_t(first) + at) : ScaleShift{0.f, 0.f});
-}
-
 // The block's columns of the weights of a pass: by cp.async, float32 ones through registers. Output channels after the
-// last one repeat it, expanded channels after the block's are zero.
+// last one repeat it, expanded channels after the block's are zero. A thread takes two rows at a time.
 template <class T>
 __device__ __forceinline__ void load_project_weights(const PointwiseParams& p, const MBConvPlan& plan, int pass,
                                                      int first_channel, int channels, unsigned char* weights) {
-  constexpr int V = kVectorOf<T>, kAtOnce = kMBConvThreads / kSliceChunks;
-  const int chunk = threadIdx.x % kSliceChunks;
+  constexpr int V = kVectorOf<T>, kDistance = kMBConvThreads / kSliceChunks, kRows = 2;
+  const int chunk = threadIdx.x % kSliceChunks, slice_bytes = plan.padded_columns * kPointwiseSliceBytes;
   const int first_row = pass * plan.pass_columns, last = static_cast<int>(p.out_channels) - 1;
+  const bool in_type = p.weight.dtype != DType::kFloat32;
+  const unsigned size = in_type ? sizeof(T) : sizeof(float), row_bytes = static_cast<unsigned>(p.in_channels) * size;
+  const unsigned char* const of_chunk =
+      static_cast<const unsigned char*>(p.weight.data) + (first_channel + chunk * V) * size;
 #pragma unroll 1
-  for (int row = threadIdx.x / kSliceChunks; row < plan.padded_columns; row += kAtOnce) {
-    const int64_t from = int64_t(min(first_row + row, last)) * p.in_channels + first_channel;
+  for (int row = threadIdx.x / kSliceChunks; row < plan.padded_columns; row += kRows * kDistance) {
+    const bool both = row + kDistance < plan.padded_columns;
+    const unsigned char* one = product_after(of_chunk, min(first_row + row, last), row_bytes);
+    const unsigned char* other = product_after(of_chunk, min(first_row + row + kDistance, last), row_bytes);
     unsigned char* to = weights + chunk_offset(row, chunk);
+    int left = plan.held_slices, k = chunk * V;
+    if (in_type) {
 #pragma unroll 1
-    for (int slice = 0; slice < plan.held_slices; ++slice) {
-      const int k = (slice * kSliceChunks + chunk) * V, inside = k < channels ? k : 0, valid = k < channels ? 16 : 0;
-      if (p.weight.dtype != DType::kFloat32) {
-        cp_async_16(shared_address(to), static_cast<const T*>(p.weight.data) + (from + inside), valid);
-      } else {
-        float value[V] = {};
-        if (valid > 0) load(static_cast<const float*>(p.weight.data) + (from + inside), value);
-        store(reinterpret_cast<T*>(to), value);
+      for (; k < channels; k += kSliceChunks * V, --left) {
+        cp_async_16_if(both, shared_address(to) + kDistance * kPointwiseSliceBytes, other);
+        cp_async_16(shared_address(to), one);
+        one += kSliceChunks * V * sizeof(T), other += kSliceChunks * V * sizeof(T), to += slice_bytes;
       }
-      to += plan.padded_columns * kPointwiseSliceBytes;
+    } else {
+#pragma unroll 1
+      for (; k < channels; k += kSliceChunks * V, --left) {
+        float value[V];
+        load(reinterpret_cast<const float*>(one), value);
+        store(reinterpret_cast<T*>(to), value);
+        load(reinterpret_cast<const float*>(other), value);
+        if (both) store(reinterpret_cast<T*>(to + kDistance * kPointwiseSliceBytes), value);
+        one += kSliceChunks * V * sizeof(float), other += kSliceChunks * V * sizeof(float), to += slice_bytes;
+      }
+    }
+#pragma unroll 1
+    for (; left > 0; --left) {
+      *reinterpret_cast<uint4*>(to) = make_uint4(0, 0, 0, 0);
+      if (both) *reinterpret_cast<uint4*>(to + kDistance * kPointwiseSliceBytes) = make_uint4(0, 0, 0, 0);
+      to += slice_bytes;
     }
   }
 }
@@ -98,7 +101,7 @@ __device__ __forceinline__ void multiply_held(const MBConvPlan& plan, int pixels
 template <class T>
 __device__ __forceinline__ void add_partial(const PointwiseParams& p, const MBConvPlan& plan, int rank, int64_t image,
                                             int pass, const float* norm, float* partial) {
-  constexpr int V = kVectorOf<T>, kAtOnce = 4;  // ranks whose sums are under way together
+  constexpr int V = kVectorOf<T>, kAtOnce = 8;  // ranks whose sums are under way together
   const int out_channels = static_cast<int>(p.out_channels), first_column = pass * plan.pass_columns;
   const int vectors = plan.pass_columns / V, items = static_cast<int>(p.pixels) * vectors;
   const SmallDivisor by_vectors(plan.by_vectors);

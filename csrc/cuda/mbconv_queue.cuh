@@ -10,9 +10,10 @@
 // may start thread blocks in any order. It is the number that it draws from a queue, a counter, when it starts.
 //
 // An item that expands is a thread block of expand_depthwise.cuh: some channels of a band of rows of a unit, which is
-// an image or a few. The last of a unit to arrive forms the gate (depthwise_sums.cuh). An item that projects is a few
-// neighbouring tiles of rows of pointwise.cuh; it waits until all units under its rows are done. The order is that of
-// the network's blocks, and of each
+// an image or a few. In a block of the network without expansion it has these channels of x itself. The last of a unit
+// to arrive forms the gate (depthwise_sums.cuh). An item that projects is a few neighbouring tiles of rows of
+// pointwise.cuh; it waits until all units under its rows are done. The order is that of the network's blocks, and of
+// each
 //
 //   round  0              1                   ahead                                  ahead + 1
 //          expand unit 0, expand unit 1, ..., expand unit ahead and project unit 0, expand ... + 1 and project unit 1,
@@ -41,8 +42,8 @@
 // Traffic. Memory: x, y, residual, the parameters; d once each way, but for what L2 keeps of `ahead` units. L2: x once
 // for every kExpandedChannels channels; d once for each tile of columns of y; parameters once for every item.
 //
-// Limits (plan_mbconv_queue): 16-bit types, K of 3 and 5, strides 1 and 2, channels that vectors of 8 divide;
-// kMostStackedBlocks, whose descriptions are the kernel's arguments.
+// Limits (plan_mbconv_queue): 16-bit types, K of 3 and 5, strides 1 and 2, without expansion K of 3 and stride 1;
+// channels that vectors of 8 divide; kMostStackedBlocks, whose descriptions are the kernel's arguments.
 //
 // Shared memory: that of an item of either kind | its number, the network's block, a flag.
 #pragma once
@@ -139,24 +140,29 @@ __device__ __forceinline__ void wait_for_input(const MBConvQueueArguments& a, in
   __syncthreads();
 }
 
-template <class Traits>
+template <class Traits, bool kExpands = true, int kChannels = kExpandedChannels>
 __device__ __forceinline__ void expand_item_of(const MBConvQueueArguments& a, int number, int item) {
   const MBConvQueueBlock& block = a.blocks[number];
   const ExpandDepthwiseTile of(block.expand.plan, static_cast<unsigned>(item));
-  expand_depthwise_tile<Traits>(block.expand, of,
-                                [&](int first_image, int images) { wait_for_input(a, number, first_image, images); });
+  expand_depthwise_tile<Traits, kExpands, kChannels>(
+      block.expand, of, [&](int first_image, int images) { wait_for_input(a, number, first_image, images); });
 }
 
 template <class T>
 __device__ __forceinline__ void expand_item(const MBConvQueueArguments& a, int number, int item) {
   const DepthwiseParams& p = a.blocks[number].expand.depthwise.depthwise;
-  const bool small = p.kernel_w == 3;
-  if (p.stride == 1)
-    small ? expand_item_of<DepthwiseTraits<T, 3, 1>>(a, number, item)
-          : expand_item_of<DepthwiseTraits<T, 5, 1>>(a, number, item);
-  else
-    small ? expand_item_of<DepthwiseTraits<T, 3, 2>>(a, number, item)
-          : expand_item_of<DepthwiseTraits<T, 5, 2>>(a, number, item);
+  const ExpandDepthwiseArguments& of = a.blocks[number].expand;
+  if (of.expand.weight.data == nullptr) {
+    using Traits = DepthwiseTraits<T, 3, 1>;
+    of.plan.channels == kCopiedChannels ? expand_item_of<Traits, false, kCopiedChannels>(a, number, item)
+                                        : expand_item_of<Traits, false>(a, number, item);
+  } else if (p.stride == 1) {
+    p.kernel_w == 3 ? expand_item_of<DepthwiseTraits<T, 3, 1>>(a, number, item)
+                    : expand_item_of<DepthwiseTraits<T, 5, 1>>(a, number, item);
+  } else {
+    p.kernel_w == 3 ? expand_item_of<DepthwiseTraits<T, 3, 2>>(a, number, item)
+                    : expand_item_of<DepthwiseTraits<T, 5, 2>>(a, number, item);
+  }
 }
 
 template <int kTile>
@@ -207,7 +213,10 @@ __device__ __forceinline__ void finish_expansion(const MBConvQueueArguments& a, 
   const ExpandDepthwiseArguments& expand = a.blocks[item.number].expand;
   if (expand.depthwise.se.gate == nullptr) return;
   const ExpandDepthwiseTile of(expand.plan, static_cast<unsigned>(item.item));
-  finish_sums<T, kExpandedChannels>(expand.depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
+  if (expand.plan.channels == kExpandedChannels)
+    finish_sums<T, kExpandedChannels>(expand.depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
+  else
+    finish_sums<T>(expand.depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
 }
 
 // Makes an item's results known to those who wait for them; all threads.

@@ -38,12 +38,14 @@ MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& li
   const BesideItems beside{clocks_of_items(project, other, limits), more};
   plan.expand = plan_expand_depthwise(*call.expand, depthwise_of(call), limits, &beside);
   if (!plan.expand.fits) return refused("a group of rows does not fit into shared memory");
+  const ItemClocks expanding = clocks_of_items(*call.expand, depthwise_of(call), plan.expand, limits);
   // Tiles that leave room for as many blocks as the items that expand; where shared memory is small, for fewer.
   for (int64_t resident = expand_depthwise_resident(plan.expand.shared_bytes + kQueueItemBytes, limits);
        plan.project.blocks == 0 && resident > 0; --resident) {
     const int64_t shared = limits.shared_per_multiprocessor / resident - kOfTheSystem;
     plan.project = plan_pointwise_items(project, static_cast<int>(resident),
-                                        std::min<int64_t>(limits.shared_per_block, shared) - kQueueItemBytes, limits);
+                                        std::min<int64_t>(limits.shared_per_block, shared) - kQueueItemBytes, limits,
+                                        more ? &expanding : nullptr);
   }
   if (plan.project.blocks == 0) return refused("output channels are no vectors of 8, or the weights of another type");
 
@@ -64,8 +66,12 @@ MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& li
   const int64_t at_once = limits.multiprocessors * expand_depthwise_resident(plan.shared_bytes, limits);
   // Between the items that expand a unit and those that project it: a quarter more items than run at a time, so that d
   // is read from L2 where it is small. GPUs with the memory of data centers (capability x.0) have the bandwidth for
-  // more: what is left to project when the last units are expanded then fills the multiprocessors.
-  const int64_t between = limits.capability % 10 == 0 ? 4 * at_once : at_once + at_once / 4;
+  // more: what is left to project when the last units are expanded then fills the multiprocessors. A block without
+  // expansion has few instructions for a byte: where its d is large and what is
+  // in flight is not, it needs L2 all the same.
+  const bool needs_l2 = !expands(*call.expand) && bytes_in_flight(p, p.batch) > kBytesInFlight &&
+                        bytes_in_flight(p, at_once / plan.expand_items + 2) <= kBytesInFlight;
+  const int64_t between = needs_l2 ? at_once : limits.capability % 10 == 0 ? 4 * at_once : at_once + at_once / 4;
   plan.ahead = static_cast<int>(std::min(d.units, divide_up(between, plan.expand_items) + 1));
   plan.fits = true;
   return plan;

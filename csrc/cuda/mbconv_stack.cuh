@@ -29,30 +29,43 @@ struct MBConvStackArguments {
 };
 static_assert(sizeof(MBConvStackArguments) <= 32764, "larger than the arguments of a kernel may be");
 
-// Calls f with the traits of a convolution.
-template <class T, int K, int S, class Work>
-__device__ __forceinline__ void with_strip(const MBConvArguments& a, const Work& f) {
-  if (a.plan.expand.depthwise.strip == kShortStrip)
-    f(DepthwiseTraits<T, K, S, kShortStrip>());
-  else
-    f(DepthwiseTraits<T, K, S>());
-}
-template <class T, class Work>
-__device__ __forceinline__ void with_traits_of(const MBConvArguments& a, const Work& f) {
-  const bool small = a.depthwise.kernel_w == 3;
-  if (a.depthwise.stride == 1)
-    small ? with_strip<T, 3, 1>(a, f) : with_strip<T, 5, 1>(a, f);
-  else
-    small ? with_strip<T, 3, 2>(a, f) : with_strip<T, 5, 2>(a, f);
-}
+// The convolution of a block: calls f with its traits, and with the number of its taps.
+template <class T>
+struct AnyConvolution {
+  const MBConvArguments& a;
+
+  template <class F>
+  __device__ __forceinline__ void with_traits(const F& f) const {
+    const bool small = a.depthwise.kernel_w == 3;
+    if (a.depthwise.stride == 1)
+      small ? with_strip<3, 1>(f) : with_strip<5, 1>(f);
+    else
+      small ? with_strip<3, 2>(f) : with_strip<5, 2>(f);
+  }
+  template <class F>
+  __device__ __forceinline__ void with_taps(const F& f) const {
+    if (a.depthwise.kernel_w == 3)
+      f(TapCount<3 * 3>());
+    else
+      f(TapCount<5 * 5>());
+  }
+
+ private:
+  template <int K, int S, class F>
+  __device__ __forceinline__ void with_strip(const F& f) const {
+    if (a.plan.expand.depthwise.strip == kShortStrip)
+      f(DepthwiseTraits<T, K, S, kShortStrip>());
+    else
+      f(DepthwiseTraits<T, K, S>());
+  }
+};
 
 template <class T>
 __global__ void __launch_bounds__(kMBConvThreads, 1) mbconv_stack(const __grid_constant__ MBConvStackArguments a) {
   wait_for_previous();
   allow_next();
 #pragma unroll 1
-  for (int i = 0; i < a.count; ++i)
-    compute_mbconv<T>(a.blocks[i], [&](const auto& of) { with_traits_of<T>(a.blocks[i], of); });
+  for (int i = 0; i < a.count; ++i) compute_mbconv<T>(a.blocks[i], AnyConvolution<T>{a.blocks[i]});
 }
 
 // Instantiated in one file per type.

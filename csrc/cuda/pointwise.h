@@ -130,6 +130,11 @@ struct PointwiseScratch {
 
 // A pure function of params (sizes, strides, types, alignment of the pointers) and limits.
 PointwisePlan plan_pointwise(const PointwiseParams& params, const DeviceLimits& limits);
+// Of items of a queue, all that they are: clocks of all of them where they fill the GPU, and of one from its first
+// instruction to the last.
+struct ItemClocks {
+  int64_t all = 0, one = 0;
+};
 // The same for a product whose tiles are items of another launch, whose blocks have kPointwiseItemThreads threads, keep
 // to `shared_bytes` and are `resident` on a multiprocessor (mbconv_queue.cuh): row_groups of `tiles` neighbouring row
 // tiles each, or fewer in the last. blocks is 0 where no such tile is compiled or fits.
@@ -142,8 +147,9 @@ constexpr bool pointwise_item_built(int tile) {
   return kPointwiseTiles[tile].threads() == kPointwiseItemThreads && kPointwiseTiles[tile].columns <= 64 &&
          pointwise_tile_built(tile, PointwiseProduct::kTensor16, pointwise_item_epilogue(tile), false);
 }
+// `beside`: what expands for them, in a queue of several blocks of a network; null where it is not known, or alone.
 PointwisePlan plan_pointwise_items(const PointwiseParams& params, int resident, int64_t shared_bytes,
-                                   const DeviceLimits& limits);
+                                   const DeviceLimits& limits, const ItemClocks* beside = nullptr);
 // Clocks that these items take by themselves: a model, to weigh plans by.
 int64_t clocks_of_items(const PointwiseParams& params, const PointwisePlan& plan, const DeviceLimits& limits);
 // The same for the kernel of training, which has the statistics of its columns where others have a residual; vectors:

@@ -13,6 +13,8 @@ namespace {
 constexpr int64_t kMostDistance = 1 << 23;  // of two rows of x, y or weight, in elements: 127 of them have 32 bits
 constexpr int kMostTiles = 16;              // of a block
 constexpr int kMostParts = 16;              // of a tile, along k
+constexpr int kMostTilesOfItem = 8;         // of a queue of several blocks of a network
+constexpr double kOfEstimate = 0.5;         // Cost ranks products; the estimate of effkernels/plan is about half of it
 constexpr int kReservedShared = 1024;       // of every block, by the system
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
@@ -34,6 +36,7 @@ int element_of(const PointwiseParams& p) { return p.dtype == DType::kFloat32 ? 4
 // A plan, and whether it is for the kernel of training, of pooling, or for items of a queue.
 struct Draft : PointwisePlan {
   bool trains = false, pools = false, items = false;
+  int tiles_of_item = 0;  // where they are given
 };
 
 // The layout of a tile in shared memory; the weights of its columns stay there for all k, or pass through the ring.
@@ -111,6 +114,8 @@ class Cost {
       if (!plan.pools) of_tile_ += rows * columns * 4 * 2 / 32;
       arrival_ = kArrival + kFourParts * double(divide_up(plan.parts, 4));
     }
+    blocks_ = double(plan.blocks) / limits.multiprocessors;
+    most_ = double(resident_blocks(plan, limits));
     queue_ = double(divide_up(plan.blocks, limits.multiprocessors));
     resident_ = std::max(1., std::min(double(resident_blocks(plan, limits)), queue_));
     steps_ = plan.steps;
@@ -119,18 +124,27 @@ class Cost {
   }
 
   double cycles() const {
-    constexpr double kPrologue = 150;  // of instruction issue: some 150 instructions of 4 warps
-    constexpr double kFixedLatency = 2000, kStepLatency = 250;  // a third of a read's: three stages are on their way
-    constexpr double kNextTile = 100;                           // its first slices are there
-    const double latency =
-        kFixedLatency + steps_ * kStepLatency + of_tile_ / 2 + (tiles_ - 1) * (kNextTile + of_tile_) + arrival_;
     // Items of a queue fill its last wave with what is beside them.
     const double waves = items_ ? queue_ / resident_ : double(divide_up(int64_t(queue_), int64_t(resident_)));
-    return std::max(queue_ * (tiles_ * of_tile_ + kPrologue), waves * latency);
+    return std::max(queue_ * (tiles_ * of_tile_ + kPrologue), waves * latency());
+  }
+
+  // Of one block.
+  double latency() const {
+    constexpr double kFixedLatency = 2000, kStepLatency = 250;  // a third of a read's: three stages are on their way
+    constexpr double kNextTile = 100;                           // its first slices are there
+    return kFixedLatency + steps_ * kStepLatency + of_tile_ / 2 + (tiles_ - 1) * (kNextTile + of_tile_) + arrival_;
+  }
+
+  // Of items among others of a queue, which fill the last wave, and of which a multiprocessor has `resident`.
+  double among_others(int resident) const {
+    return std::max(blocks_ * (tiles_ * of_tile_ + kPrologue), blocks_ / std::min<double>(resident, most_) * latency());
   }
 
  private:
-  double of_tile_, arrival_ = 0, queue_, resident_, steps_, tiles_;
+  static constexpr double kPrologue = 150;  // of instruction issue: some 150 instructions of 4 warps
+
+  double of_tile_, arrival_ = 0, blocks_, most_, queue_, resident_, steps_, tiles_;
   bool items_;
 };
 
@@ -188,7 +202,10 @@ bool cut(const PointwiseParams& p, const DeviceLimits& limits, int tile, int par
   if (parts == 1 && !plan->converts && plan->row_tiles * plan->column_tiles > limits.multiprocessors) {
     plan->tiles = kMostTiles;
     lay_out(p, keeps_weight || fits_ring, plan);
-    plan->tiles = plan->shared_bytes <= limits.shared_per_block ? tiles_of_block(*plan, limits) : 1;
+    if (plan->tiles_of_item > 0)
+      plan->tiles = static_cast<int>(std::min<int64_t>(plan->tiles_of_item, plan->row_tiles));
+    else
+      plan->tiles = plan->shared_bytes <= limits.shared_per_block ? tiles_of_block(*plan, limits) : 1;
   }
   if (keeps_weight && plan->tiles == 1) return false;
   plan->row_groups = divide_up(plan->row_tiles, plan->tiles);
@@ -307,23 +324,31 @@ PointwisePlan plan_pointwise(const PointwiseParams& p, const DeviceLimits& limit
 }
 
 PointwisePlan plan_pointwise_items(const PointwiseParams& p, int resident, int64_t shared_bytes,
-                                   const DeviceLimits& limits) {
+                                   const DeviceLimits& limits, const ItemClocks* beside) {
   Draft plan = draft_of(p, false, true);
   plan.items = true;
   Draft best;
   if (plan.converts || plan.product != PointwiseProduct::kTensor16 || p.activation != Activation::kIdentity ||
       p.batch * p.pixels * p.out_channels == 0)
     return best;
+  // Where all that expands is little beside the way of one unit, other items wait for this one.
+  const double latency_counts = beside != nullptr && double(beside->one) > 0.7 * double(beside->all) ? 1.0 : 0.1;
+  const int first_tiles = beside != nullptr ? 1 : 0, most_tiles = beside != nullptr ? kMostTilesOfItem : 0;
   double lowest = 0;
   for (int tile = 0; tile < kPointwiseTileCount; ++tile) {
     if (!pointwise_item_built(tile) || kPointwiseTiles[tile].resident < resident) continue;
-    for (const bool keeps_weight : {false, true}) {
+    const auto consider = [&](bool keeps_weight, int tiles_of_item) {
       Draft with = plan;
-      with.epilogue = pointwise_item_epilogue(tile);
-      if (!cut(p, limits, tile, 1, keeps_weight, &with) || with.shared_bytes > shared_bytes) continue;
-      const double cycles = Cost(p, with, limits).cycles();
+      with.epilogue = pointwise_item_epilogue(tile), with.tiles_of_item = tiles_of_item;
+      if (!cut(p, limits, tile, 1, keeps_weight, &with) || with.shared_bytes > shared_bytes) return;
+      const Cost cost(p, with, limits);
+      const double cycles = beside == nullptr
+                                ? cost.cycles()
+                                : kOfEstimate * cost.among_others(resident) + latency_counts * cost.latency();
       if (best.blocks == 0 || cycles < lowest) best = with, lowest = cycles;
-    }
+    };
+    for (const bool keeps_weight : {false, true})
+      for (int tiles = first_tiles; tiles <= most_tiles; ++tiles) consider(keeps_weight, tiles);
   }
   best.row_groups = divide_up(best.row_tiles, best.tiles);
   best.blocks = best.row_groups * best.column_tiles;
@@ -331,7 +356,6 @@ PointwisePlan plan_pointwise_items(const PointwiseParams& p, int resident, int64
 }
 
 int64_t clocks_of_items(const PointwiseParams& p, const PointwisePlan& plan, const DeviceLimits& limits) {
-  constexpr double kOfEstimate = 0.5;  // Cost ranks products; the estimate of effkernels/plan is about half of it
   if (plan.blocks == 0) return 0;
   Draft draft = draft_of(p, false, true);
   static_cast<PointwisePlan&>(draft) = plan;

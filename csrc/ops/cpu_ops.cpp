@@ -112,7 +112,7 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& ex
   return {e.depthwise.y, e.pooled};
 }
 
-// Three kernels: expand and depthwise, the gate, project. `x`: of the block.
+// Three kernels: depthwise, with the expansion where there is one, the gate, project. `x`: of the block.
 void run_block(MBConv& block, const Tensor& x, const Keep& keep) {
   give_depthwise_result(block, x);
   DepthwiseParams& depthwise = block.depthwise.params;
@@ -122,9 +122,14 @@ void run_block(MBConv& block, const Tensor& x, const Keep& keep) {
     depthwise.pooled = static_cast<float*>(pooled.mutable_data_ptr());
     block.se.params.pooled = depthwise.pooled;
   }
-  keep_packed(block.expand.params);
-  run(cpu::kernels().expand_depthwise, cpu::ExpandDepthwiseParams{block.expand.params, depthwise}, torch_threads(),
-      keep);
+  if (block.expand.params.weight.data != nullptr) {
+    keep_packed(block.expand.params);
+    run(cpu::kernels().expand_depthwise, cpu::ExpandDepthwiseParams{block.expand.params, depthwise}, torch_threads(),
+        keep);
+  } else {
+    give_expanded(block, x);
+    run(cpu::kernels().depthwise, depthwise, torch_threads(), keep);
+  }
   if (block.excites) run(cpu::kernels().squeeze_excite, block.se.params, torch_threads(), keep);
   keep_packed(block.project.params);
   run(cpu::kernels().pointwise, block.project.params, torch_threads(), keep);
@@ -133,7 +138,7 @@ void run_block(MBConv& block, const Tensor& x, const Keep& keep) {
 Tensor mbconv(const MBConvArguments& a) {
   Keep keep;
   MBConv block = describe_mbconv("mbconv", a, keep);
-  run_block(block, a.expand.x, keep);
+  run_block(block, a.x, keep);
   return block.project.y;
 }
 

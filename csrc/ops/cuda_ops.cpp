@@ -184,7 +184,7 @@ std::tuple<Tensor, Tensor> expand_depthwise_squeeze(const PointwiseArguments& ex
   return {y, e.pooled};
 }
 
-// Three launches: expand, depthwise with the gate, project.
+// Three launches, or two without expansion: expand, depthwise with the gate, project.
 void enqueue_block_in_three(const char* op, MBConv& block, const Tensor& x, const cuda::DeviceLimits& limits,
                             const OnDevice& here, Keep& keep) {
   give_expanded(block, x);
@@ -192,7 +192,8 @@ void enqueue_block_in_three(const char* op, MBConv& block, const Tensor& x, cons
   const cuda::DepthwiseCall depthwise{&block.depthwise.params, block.excites ? &block.se.params : nullptr, false,
                                       false};
   const PointwiseParams &expand = block.expand.params, &project = block.project.params;
-  check_launch(op, enqueue_pointwise(op, expand, cuda::plan_pointwise(expand, limits), x, here, keep));
+  if (expand.weight.data != nullptr)
+    check_launch(op, enqueue_pointwise(op, expand, cuda::plan_pointwise(expand, limits), x, here, keep));
   check_launch(op, enqueue_depthwise(op, depthwise, cuda::plan_depthwise(depthwise, limits), x, here, keep));
   check_launch(op, enqueue_pointwise(op, project, cuda::plan_pointwise(project, limits), x, here, keep));
 }
@@ -264,7 +265,7 @@ Tensor mbconv(const MBConvArguments& a) {
   Keep keep;
   std::vector<MBConv> blocks{describe_mbconv(op, a, keep)};
   const Tensor y = blocks.front().project.y;
-  return y.size(0) == 0 ? y : run_blocks(op, blocks, a.expand.x, OnDevice(y));
+  return y.size(0) == 0 ? y : run_blocks(op, blocks, a.x, OnDevice(y));
 }
 
 Tensor mbconv_stack(const MBConvStackArguments& a) {

@@ -231,9 +231,14 @@ ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArgumen
 namespace {
 
 void give_expanded_to(Depthwise& depthwise, Pointwise& expand, const Tensor& x) {
+  DepthwiseParams& d = depthwise.params;
+  if (expand.params.weight.data == nullptr) {
+    const PointwiseParams& p = expand.params;
+    d.x = p.x, d.x_stride_n = p.x_stride_n, d.x_stride_h = d.width * p.x_stride_p, d.x_stride_w = p.x_stride_p;
+    return;
+  }
   give_result(expand, x, x.size(2), x.size(3));
   const Tensor& expanded = expand.y;
-  DepthwiseParams& d = depthwise.params;
   d.x = expanded.const_data_ptr();
   d.x_stride_n = expanded.stride(0), d.x_stride_h = expanded.stride(2), d.x_stride_w = expanded.stride(3);
 }
@@ -245,12 +250,33 @@ void give_expanded(MBConv& block, const Tensor& x) { give_expanded_to(block.dept
 
 namespace {
 
+// The first convolution of a block of an (n, c, h, w) tensor.
+Pointwise describe_expansion(const char* op, const MBConvArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
+                             Keep& keep) {
+  const OptionalExpandArguments& given = a.expand;
+  const OptionalTensor none;
+  if (given.weight)
+    return describe_pointwise(op, {a.x, *given.weight, given.norm, none, none, given.activation, a.project.allow_tf32},
+                              n, c, h, w, keep);
+  const NormArguments& norm = given.norm;
+  STD_TORCH_CHECK(!(norm.conv_bias || norm.mean || norm.var || norm.weight || norm.bias), op,
+                  ": expand_bias and expand_norm need expand_weight, which is None; allowed: None");
+  Pointwise out;
+  PointwiseParams& p = out.params;
+  p.activation = activation_of(op, "expand_activation", given.activation);
+  STD_TORCH_CHECK(p.activation == Activation::kIdentity, op, ": expand_activation='", given.activation,
+                  "' needs expand_weight, which is None; allowed: identity");
+  p.dtype = dtype_of(op, "x", a.x);
+  p.batch = n, p.pixels = h * w, p.in_channels = p.out_channels = c;
+  return out;
+}
+
 // Everything of a block of an (n, c, h, w) tensor but the addresses of it and of the result.
 MBConv describe_mbconv(const char* op, const MBConvArguments& a, int64_t n, int64_t c, int64_t h, int64_t w,
                        Keep& keep) {
-  const Tensor& x = a.expand.x;
+  const Tensor& x = a.x;
   MBConv out;
-  out.expand = describe_pointwise(op, a.expand, n, c, h, w, keep);
+  out.expand = describe_expansion(op, a, n, c, h, w, keep);
   const int64_t channels = out.expand.params.out_channels;
   out.depthwise = describe_depthwise(op, a.depthwise, n, channels, h, w, keep);
   const DepthwiseParams& d = out.depthwise.params;
@@ -279,7 +305,7 @@ void give_input(Pointwise& expand, const Tensor& x, Keep& keep) {
 }  // namespace
 
 MBConv describe_mbconv(const char* op, const MBConvArguments& a, Keep& keep) {
-  const Tensor& x = a.expand.x;
+  const Tensor& x = a.x;
   check_image(op, "x", x);
   MBConv out = describe_mbconv(op, a, x.size(0), x.size(1), x.size(2), x.size(3), keep);
   give_input(out.expand, x, keep);
@@ -312,14 +338,14 @@ std::vector<MBConv> describe_mbconv_stack(const char* op, const MBConvStackArgum
     const double* const eps = a.norm_eps.data() + i * A::kNorms;
     const int64_t* const sizes = a.sizes.data() + i * A::kSizes;
     const std::string* const activations = a.activations.data() + i * A::kActivations;
-    STD_TORCH_CHECK(t[0] && t[6] && t[16], name,
-                    ": expand_weight, weight or project_weight is None; allowed: a tensor");
+    STD_TORCH_CHECK(t[6] && t[16], name, ": weight or project_weight is None; allowed: a tensor");
     const std::vector<int64_t> padding(sizes + 1, sizes + 5);
     const NormArguments expand_norm{t[1], t[2], t[3], t[4], t[5], eps[0], "expand_"};
     const NormArguments norm{t[7], t[8], t[9], t[10], t[11], eps[1]};
     const NormArguments project_norm{t[17], t[18], t[19], t[20], t[21], eps[2], "project_"};
     MBConv block = describe_mbconv(name.c_str(),
-                                   {{a.x, *t[0], expand_norm, none, none, activations[0], a.allow_tf32},
+                                   {a.x,
+                                    {t[0], expand_norm, activations[0]},
                                     {a.x, *t[6], norm, sizes[0], padding, sizes[5], activations[1]},
                                     {t[12], t[13], t[14], t[15], activations[2], activations[3]},
                                     {a.x, *t[16], project_norm, none, none, identity, a.allow_tf32}},

@@ -50,9 +50,17 @@ struct OptionalSeArguments {
   const std::string &activation, &gate_activation;
 };
 
-// Of the x of `depthwise` and `project` only the dtype and the device count.
+// The first convolution of a block, that may be left out.
+struct OptionalExpandArguments {
+  const OptionalTensor& weight;
+  NormArguments norm;
+  const std::string& activation;
+};
+
+// Of the x of `depthwise` and `project` only the dtype and the device count; `project` has allow_tf32 for both.
 struct MBConvArguments {
-  PointwiseArguments expand;
+  const Tensor& x;
+  OptionalExpandArguments expand;
   DepthwiseOpArguments depthwise;
   OptionalSeArguments se;
   PointwiseArguments project;
@@ -118,7 +126,8 @@ ExpandDepthwise describe_expand_depthwise(const char* op, const PointwiseArgumen
 void give_expanded(ExpandDepthwise& both, const Tensor& x);
 
 // A whole block. What is between x and y (expand.y, depthwise.y and se.gate, and their addresses in the params) is left
-// out until give_expanded and give_depthwise_result allocate it.
+// out until give_expanded and give_depthwise_result allocate it. Without expansion `expand` has no weight, and its
+// result is its x.
 struct MBConv {
   Pointwise expand;
   Depthwise depthwise;

@@ -111,9 +111,10 @@ std::string cut_of(const DepthwiseParams& p, const cuda::ExpandDepthwisePlan& pl
   std::ostringstream out;
   out << variant("expand_depthwise", p.dtype, p.kernel_h, p.stride, d.strip) << " lanes=" << d.lanes
       << " strip=" << d.strip << " images=" << d.images << " channel_groups=" << d.channel_groups
-      << " tiles=" << d.tiles << " bands=" << plan.bands << " band_rows=" << plan.band_rows
-      << " column_tiles=" << plan.column_tiles << " columns=" << plan.columns << " group_rows=" << plan.group_rows
-      << " ring_rows=" << plan.ring_rows << " slices=" << plan.slices << " pairs=" << plan.pairs;
+      << " tiles=" << d.tiles << " channels=" << plan.channels << " bands=" << plan.bands
+      << " band_rows=" << plan.band_rows << " column_tiles=" << plan.column_tiles << " columns=" << plan.columns
+      << " group_rows=" << plan.group_rows << " ring_rows=" << plan.ring_rows << " slices=" << plan.slices
+      << " pairs=" << plan.pairs;
   return out.str();
 }
 
@@ -309,8 +310,8 @@ DescribedLaunches plan_of_expand(const std::string& op, DType dtype, const Shape
 }
 
 // A block by its sizes: those of the depthwise operator, x's channels being the expanded ones and without
-// squeeze-and-excitation reduced 0; then the input channels, the output channels, whether there is a residual,
-// allow_tf32 and the first product's activation.
+// squeeze-and-excitation reduced 0; then the input channels, 0 without expansion, the output channels, whether there is
+// a residual, allow_tf32 and the first product's activation.
 struct PlannedBlock {
   static constexpr size_t kSizes = 17;  // and the activation
 
@@ -325,9 +326,13 @@ struct PlannedBlock {
     depthwise_shape.assign(s.begin(), s.begin() + 13);
     depthwise_op = s[12] > 0 ? "depthwise_bn_act_gate" : "depthwise_bn_act";
     depthwise = depthwise_of(depthwise_op, dtype, depthwise_shape);
-    first = {s[0], s[2], s[3], s[13], s[1], 0, 0, s[16], activation};
+    const bool expands = s[13] > 0;
+    STD_TORCH_CHECK(expands || activation == 0, "cuda_plan: activation ", activation, " of ", op,
+                    " without input channels; allowed: 0");
+    first = {s[0], s[2], s[3], expands ? s[13] : s[1], s[1], 0, 0, s[16], activation};
     last = {s[0], depthwise.out_height, depthwise.out_width, s[1], s[14], s[12] > 0, s[15], s[16]};
     expand = pointwise_of("pointwise_bn_act", dtype, first);
+    if (!expands) expand.weight = Param(), expand.norm = Norm();
     project = pointwise_of("pointwise_bn_act", dtype, last);
     se.batch = s[0], se.channels = s[1], se.reduced = s[12];
   }
@@ -356,14 +361,14 @@ DescribedLaunches launches_of(const PlannedBlock* blocks, const std::vector<cuda
   }
   if (planned.empty()) {
     const PlannedBlock& block = blocks[plan.first];
-    launches = plan_of_pointwise("pointwise_bn_act", dtype, block.first, limits);
+    if (cuda::expands(block.expand)) launches = plan_of_pointwise("pointwise_bn_act", dtype, block.first, limits);
+    for (DescribedLaunch& one : plan_of_depthwise(block.depthwise_op, dtype, block.depthwise_shape, limits))
+      launches.push_back(std::move(one));
     if (!launches.empty()) {
       std::string reason = plan.reason;
       std::replace(reason.begin(), reason.end(), ' ', '-');
       launches.front().cut += " reason=" + reason;
     }
-    for (DescribedLaunch& one : plan_of_depthwise(block.depthwise_op, dtype, block.depthwise_shape, limits))
-      launches.push_back(std::move(one));
     for (DescribedLaunch& one : plan_of_pointwise("pointwise_bn_act", dtype, block.last, limits))
       launches.push_back(std::move(one));
   }

@@ -69,7 +69,7 @@ auto expand_depthwise(const Tensor& x, const Tensor& expand_weight, const Option
 }
 
 template <auto op>
-auto mbconv(const Tensor& x, const Tensor& expand_weight, const OptionalTensor& expand_bias,
+auto mbconv(const Tensor& x, const OptionalTensor& expand_weight, const OptionalTensor& expand_bias,
             const OptionalTensor& expand_norm_mean, const OptionalTensor& expand_norm_var,
             const OptionalTensor& expand_norm_weight, const OptionalTensor& expand_norm_bias, double expand_norm_eps,
             const std::string& expand_activation, const Tensor& weight, const OptionalTensor& bias,
@@ -89,7 +89,8 @@ auto mbconv(const Tensor& x, const Tensor& expand_weight, const OptionalTensor& 
   const NormArguments norm{bias, norm_mean, norm_var, norm_weight, norm_bias, norm_eps};
   const NormArguments project_norm{project_bias,      project_norm_mean, project_norm_var, project_norm_weight,
                                    project_norm_bias, project_norm_eps,  "project_"};
-  return op(MBConvArguments{{x, expand_weight, expand_norm, none, none, expand_activation, allow_tf32},
+  return op(MBConvArguments{x,
+                            {expand_weight, expand_norm, expand_activation},
                             {x, weight, norm, stride, padding, dilation, activation},
                             {w_reduce, b_reduce, w_expand, b_expand, se_activation, gate_activation},
                             {x, project_weight, project_norm, none, residual, identity, allow_tf32}});

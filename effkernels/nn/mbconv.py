@@ -3,7 +3,7 @@
 In eval mode a block is two or three fused operators: the 1x1 expand, the depthwise convolution with its norm,
 activation and the squeeze-and-excitation gate, and the 1x1 project that multiplies by the gate as it reads and adds the
 residual as it writes. On the CPU they are cut elsewhere: expand and depthwise in one, the gate by itself, the project.
-On a GPU in 16-bit types an MBConv block is one operator, which plans whether it is one launch or three.
+On a GPU in 16-bit types a block is one operator, which plans whether it is one launch or several.
 In training mode a block is one operator, forward and backward (`effkernels.nn.training`).
 """
 
@@ -32,9 +32,8 @@ from effkernels.nn.squeeze_excite import SqueezeExcite, SqueezeExciteArguments, 
 from effkernels.nn.training import train_block
 from effkernels.ops import backends
 
-# Of an MBConv: the 1x1 expansion and its norm, the depthwise convolution and its norm, squeeze-and-excitation, the 1x1
-# projection and its norm.
-_FusibleParts = tuple[nn.Conv2d, NormAct, nn.Conv2d, NormAct, SqueezeExciteArguments | None, nn.Conv2d, NormAct]
+# The depthwise convolution of a block and its norm, squeeze-and-excitation, the 1x1 projection and its norm.
+_FusibleParts = tuple[nn.Conv2d, NormAct, SqueezeExciteArguments | None, nn.Conv2d, NormAct]
 
 
 class DepthwiseSeparable(nn.Module):
@@ -113,23 +112,32 @@ class DepthwiseSeparable(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (N, in_channels, H, W); returns (N, out_channels, H', W'), channels_last where it ran fused."""
-        parts = self._modules
-        depthwise, project = parts["conv_dw"], parts["conv_pw"]
-        norm1, norm2 = fusible_norm(parts["bn1"], self._activation), fusible_norm(parts["bn2"], "identity")
-        se = fusible_squeeze_excite(parts["se"])
-        if (
-            norm1 is None
-            or norm2 is None
-            or (se is None and not _is_nothing(parts["se"]))
-            or not is_fusible_depthwise(depthwise)
-            or not is_fusible_pointwise(project)
-            or not _is_idle(parts["drop_path"])
-            or calls_modules(x)
-        ):
+        parts = None if calls_modules(x) else self._fusible_parts()
+        if parts is None:
             y = train_block(self, x)
             return self._forward_plain(x) if y is None else y
-        y, gate = _depthwise(x, depthwise, norm1, se, self.backend)
-        return _project(y, project, norm2, gate, x if self.has_skip else None, self.backend)
+        backend, residual = self.backend, x if self.has_skip else None
+        if backends.takes_block(x, backend):
+            arguments = _block_arguments(parts, x.shape[2], x.shape[3])
+            return ops.mbconv(x, expand_weight=None, **arguments, residual=residual, backend=backend)
+        depthwise, norm1, se, project, norm2 = parts
+        y, gate = _depthwise(x, depthwise, norm1, se, backend)
+        return _project(y, project, norm2, gate, residual, backend)
+
+    def operator_arguments(self, height: int, width: int) -> dict[str, Any] | None:
+        """Return the arguments of the block as an entry of `effkernels.ops.mbconv_stack`, for x: (N, C, height, width).
+
+        None where a module of the block has to be called: a hook, training mode, a replaced part.
+        """
+        parts = self._fusible_parts()
+        return None if parts is None else {**_block_arguments(parts, height, width), "residual": self.has_skip}
+
+    def _fusible_parts(self) -> _FusibleParts | None:
+        """Return what the operators take in place of calls of the block's modules; None where one has to be called."""
+        of = self._modules
+        return _fusible_parts(
+            of["conv_dw"], of["bn1"], of["se"], of["conv_pw"], of["bn2"], of["drop_path"], self._activation
+        )
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         y = norm_act(self.bn1, self.conv_dw(x), self._activation)
@@ -220,9 +228,11 @@ class MBConv(nn.Module):
             return self._forward_plain(x) if y is None else y
         backend = self.backend
         residual = x if self.has_skip else None
+        expand, norm1, others = parts
         if backends.takes_block(x, backend):
-            return ops.mbconv(x, **_block_arguments(parts, x.shape[2], x.shape[3]), residual=residual, backend=backend)
-        expand, norm1, depthwise, norm2, se, project, norm3 = parts
+            arguments = {**_expand_arguments(expand, norm1), **_block_arguments(others, x.shape[2], x.shape[3])}
+            return ops.mbconv(x, **arguments, residual=residual, backend=backend)
+        depthwise, norm2, se, project, norm3 = others
         if _keeps_expanded(x, backend):
             y, gate = _expand_depthwise(x, expand, norm1, depthwise, norm2, se, backend)
         else:
@@ -237,27 +247,22 @@ class MBConv(nn.Module):
         None where a module of the block has to be called: a hook, training mode, a replaced part.
         """
         parts = self._fusible_parts()
-        return None if parts is None else {**_block_arguments(parts, height, width), "residual": self.has_skip}
-
-    def _fusible_parts(self) -> _FusibleParts | None:
-        """Return what the operators take in place of calls of the block's modules; None where one has to be called."""
-        parts = self._modules
-        expand, depthwise, project = parts["conv_pw"], parts["conv_dw"], parts["conv_pwl"]
-        norm1, norm2 = fusible_norm(parts["bn1"], self._activation), fusible_norm(parts["bn2"], self._activation)
-        norm3 = fusible_norm(parts["bn3"], "identity")
-        se = fusible_squeeze_excite(parts["se"])
-        if (
-            norm1 is None
-            or norm2 is None
-            or norm3 is None
-            or (se is None and not _is_nothing(parts["se"]))
-            or not is_fusible_pointwise(expand)
-            or not is_fusible_depthwise(depthwise)
-            or not is_fusible_pointwise(project)
-            or not _is_idle(parts["drop_path"])
-        ):
+        if parts is None:
             return None
-        return expand, norm1, depthwise, norm2, se, project, norm3
+        expand, norm1, others = parts
+        arguments = {**_expand_arguments(expand, norm1), **_block_arguments(others, height, width)}
+        return {**arguments, "residual": self.has_skip}
+
+    def _fusible_parts(self) -> tuple[nn.Conv2d, NormAct, _FusibleParts] | None:
+        """Return what the operators take in place of calls of the block's modules; None where one has to be called."""
+        of = self._modules
+        others = _fusible_parts(
+            of["conv_dw"], of["bn2"], of["se"], of["conv_pwl"], of["bn3"], of["drop_path"], self._activation
+        )
+        expand, norm1 = of["conv_pw"], fusible_norm(of["bn1"], self._activation)
+        if others is None or norm1 is None or not is_fusible_pointwise(expand):
+            return None
+        return expand, norm1, others
 
     def _forward_plain(self, x: Tensor) -> Tensor:
         y = norm_act(self.bn1, self.conv_pw(x), self._activation)
@@ -280,6 +285,29 @@ def _squeeze_excite(
     return SqueezeExcite(
         channels, se_channels, activation=activation, gate_activation=gate_activation, **factory_kwargs
     )
+
+
+def _fusible_parts(
+    depthwise: nn.Module | None,
+    norm: nn.Module | None,
+    se: nn.Module | None,
+    project: nn.Module | None,
+    project_norm: nn.Module | None,
+    drop_path: nn.Module | None,
+    activation: str,
+) -> _FusibleParts | None:
+    found, found_project = fusible_norm(norm, activation), fusible_norm(project_norm, "identity")
+    excitation = fusible_squeeze_excite(se)
+    if (
+        found is None
+        or found_project is None
+        or (excitation is None and not _is_nothing(se))
+        or not is_fusible_depthwise(depthwise)
+        or not is_fusible_pointwise(project)
+        or not _is_idle(drop_path)
+    ):
+        return None
+    return depthwise, found, excitation, project, found_project
 
 
 def _is_nothing(module: nn.Module | None) -> bool:
@@ -333,17 +361,12 @@ def _project(
 
 
 def _block_arguments(parts: _FusibleParts, height: int, width: int) -> dict[str, Any]:
-    """Return the arguments of `effkernels.ops.mbconv` but x and residual, for x: (N, C, height, width)."""
-    expand, expand_norm, conv, norm, se, project, project_norm = parts
-    expand_weight, expand_bias = conv_arguments(expand)
+    """Return the arguments of `effkernels.ops.mbconv` but x, expansion and residual, for x: (N, C, height, width)."""
+    conv, norm, se, project, project_norm = parts
     weight, bias = conv_arguments(conv)
     project_weight, project_bias = conv_arguments(project)
     excitation: dict[str, Any] = {} if se is None else dict(se)
     return {
-        "expand_weight": expand_weight,
-        "expand_bias": expand_bias,
-        "expand_norm": expand_norm[0],
-        "expand_activation": expand_norm[1],
         "weight": weight,
         "bias": bias,
         "norm": norm[0],
@@ -356,6 +379,11 @@ def _block_arguments(parts: _FusibleParts, height: int, width: int) -> dict[str,
         "project_bias": project_bias,
         "project_norm": project_norm[0],
     }
+
+
+def _expand_arguments(expand: nn.Conv2d, norm: NormAct) -> dict[str, Any]:
+    weight, bias = conv_arguments(expand)
+    return {"expand_weight": weight, "expand_bias": bias, "expand_norm": norm[0], "expand_activation": norm[1]}
 
 
 def _keeps_expanded(x: Tensor, backend: str) -> bool:

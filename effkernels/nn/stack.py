@@ -12,12 +12,16 @@ from torch import Tensor, nn
 
 from effkernels import ops
 from effkernels.nn.fusible import calls_modules, is_untouched
-from effkernels.nn.mbconv import MBConv
+from effkernels.nn.mbconv import DepthwiseSeparable, MBConv
 from effkernels.ops import backends
+
+_Block = DepthwiseSeparable | MBConv
+_BLOCKS = (DepthwiseSeparable, MBConv)
 
 
 def run_in_stacks(blocks: nn.Module, x: Tensor) -> Tensor:
-    """Return `blocks(x)`; consecutive `MBConv` among its modules run as one operator where a block would be one.
+    """Return `blocks(x)`; consecutive blocks among its modules, with expansion or without, run as one operator where a
+    block would be one.
 
     Args:
         blocks: an `nn.Sequential` of blocks, or of such; anything else is called.
@@ -46,11 +50,11 @@ def modules_of(module: nn.Module) -> Iterator[nn.Module]:
 
 
 def stacks_of(modules: Iterable[nn.Module]) -> list[list[nn.Module]]:
-    """Divide modules that follow each other: `MBConv` of one backend share a list, everything else is by itself."""
+    """Divide modules that follow each other: blocks of one backend share a list, everything else is by itself."""
     stacks: list[list[nn.Module]] = []
     open_for: str | None = None  # the backend of the last list, where it may grow
     for module in modules:
-        backend = module.backend if isinstance(module, MBConv) and _is_block(module) else None
+        backend = module.backend if isinstance(module, _BLOCKS) and _is_block(module) else None
         if backend is not None and backend == open_for:
             stacks[-1].append(module)
         else:
@@ -64,17 +68,17 @@ def _is_sequence(module: nn.Module) -> bool:
 
 
 def _is_block(module: nn.Module) -> bool:
-    return type(module) is MBConv and is_untouched(module)
+    return type(module) in _BLOCKS and is_untouched(module)
 
 
 def _takes_stack(stack: list[nn.Module], x: Tensor) -> bool:
-    return len(stack) > 1 and isinstance(stack[0], MBConv) and backends.takes_block(x, stack[0].backend)
+    return len(stack) > 1 and isinstance(stack[0], _BLOCKS) and backends.takes_block(x, stack[0].backend)
 
 
 def _run(stack: list[nn.Module], x: Tensor) -> Tensor:
     first = stack[0]
-    if len(stack) > 1 and isinstance(first, MBConv):
-        return run_blocks(x, stack, first.backend, lambda block, *size: cast(MBConv, block).operator_arguments(*size))
+    if len(stack) > 1 and isinstance(first, _BLOCKS):
+        return run_blocks(x, stack, first.backend, lambda block, *size: cast(_Block, block).operator_arguments(*size))
     y: Tensor = first(x)
     return y
 

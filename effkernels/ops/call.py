@@ -45,7 +45,7 @@ class OpCall:
         batch: images of x.
         channels: of x or pooled.
         out_channels: of the result of a 1x1 or a dense convolution, of `expand_depthwise_squeeze` and of `mbconv`.
-        expanded: channels between the 1x1 convolutions of `mbconv`.
+        expanded: channels between the 1x1 convolutions of `mbconv`; 0: it has no expansion.
         reduced: channels between the two products of squeeze-and-excitation; 0 leaves it out of `mbconv`.
         height, width: of x, in pixels.
         kernel: height and width of the convolution's kernel.
@@ -125,7 +125,10 @@ class OpCall:
             fields["norm"] = "full" if "norm_weight" in shapes else "statistics" if "norm_mean" in shapes else "none"
             fields["bias"] = "bias" in shapes
             if op == "mbconv":
-                fields |= {"expanded": shapes["weight"][0], "out_channels": shapes["project_weight"][0]}
+                expanded = shapes["weight"][0] if "expand_weight" in shapes else 0
+                fields |= {"expanded": expanded, "out_channels": shapes["project_weight"][0]}
+                if not expanded:
+                    del fields["expand_activation"]
             elif op in _MAKES_CHANNELS:
                 fields["out_channels"] = shapes["weight"][0]
             if "padding" in fields:
@@ -147,7 +150,7 @@ class OpCall:
         words = f"{self.op} {self.size}"
         to = f" to {self.out_channels}" if self.op in _MAKES_CHANNELS else ""
         if self.op in ("expand_depthwise_squeeze", "mbconv"):
-            through = f" through {self.expanded}" if self.op == "mbconv" else ""
+            through = f" through {self.expanded}" if self.op == "mbconv" and self.expanded else ""
             words += f"{through}{to}, {self.window}"
         else:
             words += f" {self.window}{to}" if self.window else to
@@ -182,7 +185,7 @@ class OpCall:
             "w_reduce": (self.reduced, self._excited, *tail),
             "b_reduce": (self.reduced,),
             "w_expand": (self._excited, self.reduced, *tail),
-            "project_weight": (self.out_channels, self.expanded, 1, 1),
+            "project_weight": (self.out_channels, channels, 1, 1),
         }
         names = [name for name, is_tensor in _arguments(self.op).items() if is_tensor and self._has(name)]
         vectors = {name: (self.out_channels if name.startswith("project_") else channels,) for name in names}
@@ -192,13 +195,13 @@ class OpCall:
     def _convolved(self) -> int:
         """The channels of the result of the convolution whose weight is called `weight`."""
         if self.op == "mbconv":
-            return self.expanded
+            return self.expanded or self.channels
         return self.out_channels if self.op in _MAKES_CHANNELS else self.channels
 
     @property
     def _excited(self) -> int:
         """The channels of the gate."""
-        return self.expanded if self.op == "mbconv" else self.channels
+        return self._convolved if self.op == "mbconv" else self.channels
 
     @property
     def _result_size(self) -> tuple[int, int]:
@@ -215,8 +218,14 @@ class OpCall:
         )
         return height, width
 
+    @property
+    def _lacks_expansion(self) -> bool:
+        return self.op == "mbconv" and not self.expanded
+
     def _has(self, name: str) -> bool:
         """Return whether a tensor of the schema is given."""
+        if self._lacks_expansion and name.startswith("expand_"):
+            return False
         if name.endswith(("norm_mean", "norm_var")):
             return self.norm != "none"
         if name.endswith(("norm_weight", "norm_bias")):
@@ -233,6 +242,8 @@ class OpCall:
         """Return the arguments that are no tensors, by name; those that it does not set keep their defaults."""
         names = (name for name, is_tensor in _arguments(self.op).items() if not is_tensor)
         found = {name: getattr(self, name) for name in names if not name.endswith("norm_eps")}
+        if self._lacks_expansion:
+            found["expand_activation"] = "identity"
         return {name: value for name, value in found.items() if value is not None}
 
     def arguments(
@@ -255,6 +266,8 @@ class OpCall:
         """
         generator = torch.Generator().manual_seed(seed)
         absent = {name: None for name, is_tensor in _arguments(self.op).items() if is_tensor and name.startswith("b_")}
+        if self._lacks_expansion:
+            absent["expand_weight"] = None
         arguments: dict[str, Any] = {**absent, **self.options()}
         for name, shape in self.shapes().items():
             is_vector = len(shape) == 1 or name == "pooled"

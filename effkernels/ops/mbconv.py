@@ -13,13 +13,14 @@ from effkernels.ops import _checks, _tf32, reference
 from effkernels.ops._registration import Operator, empty_image, register, run
 from effkernels.ops._signature import parts
 from effkernels.ops.backends import choose
+from effkernels.ops.reference import canonical_name
 
 NAME = "mbconv"
 
 
 def mbconv(
     x: Tensor,
-    expand_weight: Tensor,
+    expand_weight: Tensor | None,
     weight: Tensor,
     project_weight: Tensor,
     *,
@@ -54,18 +55,21 @@ def mbconv(
 
     or, without squeeze-and-excitation, `depthwise_bn_act` and no gate.
 
-    On a GPU it is one launch in float16 and bfloat16, for kernels of 3x3 and 5x5 without dilation and channels that 8
-    divides: by clusters of blocks (compute capability 9.0) where a cluster's shared memory holds an image and the plan
-    estimates that this is faster, which are the small planes of late blocks and few images; else with the result of the
-    depthwise convolution as scratch memory. All else is three launches on a GPU, and three kernels on the CPU.
+    On a GPU it is one launch in float16 and bfloat16, for kernels of 3x3 and, with expansion, 5x5, without dilation,
+    and channels that 8 divides: by clusters of blocks (compute capability 9.0) where a cluster's shared memory holds an
+    image and the plan estimates that this is faster, which are the small planes of late blocks and few images; else
+    with the result of the depthwise convolution as scratch memory. All else is three launches on a GPU (two without
+    expansion), and three kernels on the CPU.
 
     Args:
         x: (N, C_in, H, W), float32, float16 or bfloat16; float64 and other devices run the reference. Any strides;
             channels_last is read as it is, anything else is converted once.
-        expand_weight: (C, C_in, 1, 1). This and every parameter below is float32 or of x's dtype.
+        expand_weight: (C, C_in, 1, 1); None: the block has no expansion, e is x and C is C_in. This and every parameter
+            below is float32 or of x's dtype.
         weight: (C, 1, KH, KW), KH and KW from 1 to 13.
         project_weight: (C_out, C, 1, 1).
         expand_bias, expand_norm, expand_activation: of the first convolution, as in `pointwise_bn_act`; of C channels.
+            None, None and "identity" without expansion.
         bias, norm, stride, padding, dilation, activation: of the depthwise convolution, as in `depthwise_bn_act`.
         w_reduce, b_reduce, w_expand, b_expand, se_activation, gate_activation: of squeeze-and-excitation, as in
             `depthwise_bn_act_gate`. Neither matrix: the block has none.
@@ -92,7 +96,7 @@ def mbconv(
 def _check(
     op: str,
     x: Tensor,
-    expand_weight: Tensor,
+    expand_weight: Tensor | None,
     expand_bias: Tensor | None,
     expand_norm: Norm | None,
     expand_activation: str,
@@ -100,11 +104,18 @@ def _check(
 ) -> tuple[int, ...]:
     """Check the arguments; returns the shape of the result."""
     conv, excite, project = others[:7], others[7:13], others[13:17]
-    _checks.pointwise(op, x, expand_weight, expand_bias, expand_norm, None, None, expand_activation, prefix="expand_")
-    batch, _, height, width = x.shape
-    channels = expand_weight.shape[0]
-    expanded = x.new_empty(()).expand(batch, channels, height, width)  # of one element
-    shape = _checks.depthwise(op, expanded, *conv, channels_of="expand_weight")
+    if expand_weight is None:
+        _check_no_expansion(op, expand_bias, expand_norm, expand_activation)
+        shape = _checks.depthwise(op, x, *conv)
+        channels = x.shape[1]
+    else:
+        _checks.pointwise(
+            op, x, expand_weight, expand_bias, expand_norm, None, None, expand_activation, prefix="expand_"
+        )
+        batch, _, height, width = x.shape
+        channels = expand_weight.shape[0]
+        expanded = x.new_empty(()).expand(batch, channels, height, width)  # of one element
+        shape = _checks.depthwise(op, expanded, *conv, channels_of="expand_weight")
     w_reduce, b_reduce, w_expand, b_expand = excite[:4]
     if w_reduce is not None and w_expand is not None:
         _checks.squeeze_excite(op, channels, x.device, x.dtype, *excite)
@@ -123,10 +134,22 @@ def _check(
     )
 
 
+def _check_no_expansion(op: str, bias: Tensor | None, norm: Norm | None, activation: str) -> None:
+    for name, given in (("expand_bias", bias), ("expand_norm", norm)):
+        if given is not None:
+            raise ValueError(f"{op}: {name} needs expand_weight, which is None; allowed: None")
+    if canonical_name(activation) != "identity":
+        raise ValueError(
+            f"{op}: expand_activation={activation!r} needs expand_weight, which is None; allowed: 'identity'"
+        )
+
+
 def _flops(shapes: Mapping[str, Any], result: Any) -> int:
     batch, _, height, width = shapes["x"]
     out_pixels = batch * prod(result[2:])
-    flops: int = 2 * batch * height * width * prod(shapes["expand_weight"][:2])
+    flops: int = 0
+    if shapes["expand_weight"] is not None:
+        flops += 2 * batch * height * width * prod(shapes["expand_weight"][:2])
     flops += 2 * out_pixels * (prod(shapes["weight"]) + prod(shapes["project_weight"][:2]))
     if shapes.get("w_reduce") is not None:
         flops += 2 * batch * (prod(shapes["w_reduce"]) + prod(shapes["w_expand"]))

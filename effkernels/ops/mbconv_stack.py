@@ -43,14 +43,14 @@ def mbconv_stack(
             x = mbconv(x, **{**block, "residual": x if block.get("residual") else None})
         return x
 
-    On a GPU, in float16 and bfloat16, up to 16 neighbours that `mbconv` would each compute in a launch are one launch:
+    On a GPU, in float16 and bfloat16, up to 20 neighbours that `mbconv` would each compute in a launch are one launch:
     in clusters of thread blocks that keep their images from block to block (compute capability 9.0), where the plan
     estimates that this is faster, for few images; else as items of one queue.
 
     Args:
         x: as of `mbconv`; of the first block.
         blocks: at least one; the arguments of `mbconv` of each by name, without x, allow_tf32 and backend. `residual`
-            is whether the block adds its input to its result.
+            is whether the block adds its input to its result. Without expand_weight a block has no expansion.
         allow_tf32: as of `mbconv`.
         backend: that runs this call, one of `effkernels.ops.backends.BACKENDS`; "auto": as `effkernels.backend` asks.
 
@@ -67,7 +67,7 @@ def mbconv_stack(
         if unknown := set(block) - _ALLOWED:
             allowed = ", ".join(sorted(_ALLOWED))
             raise TypeError(f"{NAME}: block {position} has the argument {sorted(unknown)[0]!r}; allowed: {allowed}")
-        if missing := [name for name in ("expand_weight", "weight", "project_weight") if block.get(name) is None]:
+        if missing := [name for name in ("weight", "project_weight") if block.get(name) is None]:
             raise TypeError(f"{NAME}: block {position} has no {missing[0]}; allowed: a tensor")
     first = blocks[0]
     chosen = choose(BLOCK, x, first["weight"], first.get("stride", 1), first.get("activation", "identity"), backend)
@@ -95,7 +95,7 @@ def mbconv_stack(
 def _one_by_one(x: Tensor, blocks: Sequence[Mapping[str, Any]], allow_tf32: bool | None, backend: str) -> Tensor:
     for block in blocks:
         residual = x if block.get("residual") else None
-        x = mbconv(x, **{**block, "residual": residual}, allow_tf32=allow_tf32, backend=backend)
+        x = mbconv(x, **{"expand_weight": None, **block, "residual": residual}, allow_tf32=allow_tf32, backend=backend)
     return x
 
 
@@ -111,7 +111,7 @@ def flatten(blocks: Sequence[Mapping[str, Any]]) -> tuple[list[Tensor | None], l
             epsilons.append(of_norm.pop())
             if prefix == "project_":
                 tensors += [block.get(name) for name in ("w_reduce", "b_reduce", "w_expand", "b_expand")]
-            tensors += [block[f"{prefix}weight"], block.get(f"{prefix}bias"), *of_norm]
+            tensors += [block.get(f"{prefix}weight"), block.get(f"{prefix}bias"), *of_norm]
         sizes += [block.get("stride", 1), *block.get("padding", (0, 0, 0, 0)), block.get("dilation", 1)]
         sizes.append(int(bool(block.get("residual"))))
         activations += [

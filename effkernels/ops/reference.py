@@ -255,7 +255,7 @@ def expand_depthwise_squeeze(
 
 def mbconv(
     x: Tensor,
-    expand_weight: Tensor,
+    expand_weight: Tensor | None,
     weight: Tensor,
     project_weight: Tensor,
     *,
@@ -277,13 +277,15 @@ def mbconv(
     """Compute an MBConv block: `pointwise_bn_act` with the `expand_` arguments, `depthwise_bn_act_gate` of its result,
     then `pointwise_bn_act` with the gate, the `project_` arguments and the residual.
 
-    Arguments and errors are those of the three. Without w_reduce and w_expand there is no gate, and
-    `depthwise_bn_act` in its place.
+    Arguments and errors are those of the three. Without expand_weight the first is left out. Without w_reduce and
+    w_expand there is no gate, and `depthwise_bn_act` in its place.
 
     Returns:
         (N, C_out, H', W') in x's dtype, C_out the rows of project_weight.
     """
-    y = pointwise_bn_act(x, expand_weight, expand_bias, expand_norm, activation=expand_activation)
+    y = x
+    if expand_weight is not None:
+        y = pointwise_bn_act(x, expand_weight, expand_bias, expand_norm, activation=expand_activation)
     gate = None
     if w_reduce is None or w_expand is None:
         y = depthwise_bn_act(y, weight, **options)
@@ -315,7 +317,8 @@ def mbconv_stack(x: Tensor, blocks: Sequence[Mapping[str, Any]], *, allow_tf32: 
         (N, C_out, H', W') of the last block in x's dtype.
     """
     for block in blocks:
-        x = mbconv(x, **{**block, "residual": x if block.get("residual") else None}, allow_tf32=allow_tf32)
+        residual = x if block.get("residual") else None
+        x = mbconv(x, **{"expand_weight": None, **block, "residual": residual}, allow_tf32=allow_tf32)
     return x
 
 

@@ -105,12 +105,15 @@ class _Writer:
             self._lines.append(f"del {', '.join(gone)}")
 
     def _mbconv_blocks(self) -> dict[Step, Step]:
-        """Return the expanded depthwise convolution in front of each 1x1 one, where the three are an MBConv block."""
+        """Return the depthwise convolution in front of each 1x1 one, where they are an MBConv block, with expansion or
+        without."""
         found = {}
-        by_result = {step.result: step for step in self._expansions}
+        by_result = {step.result: step for step in self._match.steps if _begins_block(step)}
         for step in self._match.steps:
             depthwise = by_result.get(step.source)
             if depthwise is None or step.conv.op != "pointwise_bn_act" or step.gate is not depthwise.gate:
+                continue
+            if depthwise.is_bare and step.is_bare:
                 continue
             inside = step.nodes if step.gate is None else {*step.nodes, *step.gate.nodes}
             if step.activation == "identity" and self._readers(depthwise.result) <= inside:
@@ -125,7 +128,7 @@ class _Writer:
         image, *others, output = order
         return (
             others == [step.result]
-            and self._expansions[depthwise].source is image
+            and self._expansions.get(depthwise, depthwise).source is image
             and step.residual in (None, image)
             and output.args[0] is step.result
         )
@@ -204,7 +207,8 @@ class _Writer:
             return list(self._stacks[node][0].all_input_nodes)
         step = self._steps.get(node)
         if step in self._blocks:
-            return [*self._expansions[self._blocks[step]].reads, *step.reads[1:]]
+            depthwise = self._blocks[step]
+            return [*self._expansions.get(depthwise, depthwise).reads, *step.reads[1:]]
         if step is not None:
             return self._expansions.get(step, step).reads
         if node in self._gates_alone:
@@ -332,26 +336,27 @@ class _Writer:
     def _write_step(self, step: Step, value: str) -> None:
         block = self._blocks.get(step)
         expansion = self._expansions.get(block or step)
-        source = self._values[(expansion or step).source]
-        if expansion is None and step.is_optional:
+        source = self._values[(expansion or block or step).source]
+        if block is not None:
+            self._write_block(expansion, block, step, source, value)
+        elif expansion is None and step.is_optional:
             self._lines += [f"if takes_bare({source}):", _INDENT + self._call(step, source, value)]
             self._lines += ["else:", f"{_INDENT}{value} = {self._part(step.conv.path, 'module')}({source})"]
         elif expansion is None:
             self._lines.append(self._call(step, source, value))
-        elif block is None:
-            self._lines += self._expanded(expansion, step, source, value)
         else:
-            self._write_block(expansion, block, step, source, value)
+            self._lines += self._expanded(expansion, step, source, value)
         if self._is_bound:
             self._lines.append(f"{value} = like({value}, {source}, nchw)")
 
-    def _write_block(self, expansion: Step, depthwise: Step, step: Step, source: str, value: str) -> None:
+    def _write_block(self, expansion: Step | None, depthwise: Step, step: Step, source: str, value: str) -> None:
         """Write a whole block: one operator where that may be one launch, else its parts."""
         weights = ("expand_weight", "weight", "project_weight")
-        parts = [self._conv(one.conv.path) for one in (expansion, depthwise, step)]
+        parts = [["None"] * 2 if one is None else self._conv(one.conv.path) for one in (expansion, depthwise, step)]
         size = "size" if self._is_block else f"{source}.shape"
         arguments = [f"{name}={weight}" for name, (weight, _) in zip(weights, parts, strict=True)]
-        arguments += self._of_expanded(expansion, depthwise, size)
+        arguments += [] if expansion is None else self._of_expansion(expansion)
+        arguments += self._of_depthwise(depthwise, size)
         if depthwise.gate is not None:
             arguments += self._of_gate(depthwise.gate)
         arguments += [f"project_bias={parts[-1][1]}", f"project_norm={self._norm(step.norm)}"]
@@ -362,7 +367,9 @@ class _Writer:
             arguments = [f"**block({source}.shape, {source}, parts, {self._backend!r})"]
         self._lines += [f"if takes_block({source}, {self._backend!r}):"]
         self._lines += [f"{_INDENT}{value} = mbconv({', '.join((source, *arguments, *self._forced()))})", "else:"]
-        apart = self._expanded(expansion, depthwise, source, "d")
+        apart = [self._call(depthwise, source, "d")]
+        if expansion is not None:
+            apart = self._expanded(expansion, depthwise, source, "d")
         apart += [self._call(step, "d", value), "del d"]
         if depthwise.gate is not None:
             apart.append(f"del {self._gate_names[depthwise.gate]}")
@@ -394,15 +401,16 @@ class _Writer:
             arguments = [given, *(f"{_checked(name)}={one}" for name, one in others.items())]
             self._lines.append(f"{_INDENT}{value} = {block}({', '.join(arguments)})")
 
-    def _of_expanded(self, expansion: Step, step: Step, size: str) -> list[str]:
-        """Return what the operators that begin with both take beside images and weights."""
-        return [
-            *(f"expand_bias={self._conv(expansion.conv.path)[1]}", f"bias={self._conv(step.conv.path)[1]}"),
-            *(f"expand_norm={self._norm(expansion.norm)}", f"norm={self._norm(step.norm)}"),
-            *(f"expand_activation={expansion.activation!r}", f"activation={step.activation!r}"),
-            *(f"stride={step.conv.stride}", f"padding={self._padding(step, size)}"),
-            f"dilation={step.conv.dilation}",
-        ]
+    def _of_expansion(self, step: Step) -> list[str]:
+        """Return what the operators that begin with an expansion take of it beside images and weights."""
+        bias, norm = self._conv(step.conv.path)[1], self._norm(step.norm)
+        return [f"expand_bias={bias}", f"expand_norm={norm}", f"expand_activation={step.activation!r}"]
+
+    def _of_depthwise(self, step: Step, size: str) -> list[str]:
+        """Return the same of a depthwise convolution."""
+        bias, norm, padding = self._conv(step.conv.path)[1], self._norm(step.norm), self._padding(step, size)
+        arguments = [f"bias={bias}", f"norm={norm}", f"activation={step.activation!r}"]
+        return [*arguments, f"stride={step.conv.stride}", f"padding={padding}", f"dilation={step.conv.dilation}"]
 
     def _of_gate(self, gate: Gate) -> list[str]:
         """Return squeeze-and-excitation as arguments of the operators that compute it."""
@@ -413,7 +421,7 @@ class _Writer:
     def _expanded(self, expansion: Step, step: Step, source: str, value: str) -> list[str]:
         """Return the lines of a 1x1 and a depthwise convolution: one operator where that is faster, else two."""
         arguments = [source, self._conv(expansion.conv.path)[0], self._conv(step.conv.path)[0]]
-        arguments += [*self._of_expanded(expansion, step, f"{source}.shape"), *self._forced()]
+        arguments += [*self._of_expansion(expansion), *self._of_depthwise(step, f"{source}.shape"), *self._forced()]
         together = [f"{value}, means = expand_depthwise_squeeze({', '.join(arguments)})"]
         if step.gate is not None:
             together.append(self._excite_alone(step.gate, "means"))
@@ -546,6 +554,10 @@ def _expansions(match: Match) -> dict[Step, Step]:
         if simple and set(before.result.users) <= step.nodes:
             found[step] = before
     return found
+
+
+def _begins_block(step: Step) -> bool:
+    return step.conv.op == "depthwise_bn_act" and not step.applies_gate and step.conv.padding_mode == "zeros"
 
 
 def _is_dense(module: nn.Module) -> bool:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import TypeVar
 
 # How csrc/cuda has it: the vectors of taps that a thread reads at once (copy_taps), those of a row of w_expand
-# (expand_product), the hidden values and the sums of tiles that are added at once (finish_sums), and the pixels of x
-# that a thread asks for at once (load_expand_rows).
+# (expand_product), the hidden values and the sums of tiles that are added at once (finish_sums), the pixels of x that a
+# thread asks for at once (load_expand_rows); and the blocks of a cluster whose sums of y, or hidden values, it asks for
+# at once (add_partial, gate_of_cluster).
 TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD, TILES_AHEAD, LOADS_AHEAD = 4, 6, 12, 8, 4
+RANKS_AHEAD, HIDDEN_RANKS_AHEAD = 8, 16
 
 
 def reduce_lanes(kernel: str) -> int:

@@ -306,9 +306,9 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
     reading and writing it: the norm and activation after a convolution of PyTorch's, or the product with the gate in
     `depthwise_bn_act_se`, which goes from the first to the second. The two of `expand_depthwise_squeeze`, where it is
     not one, are its two convolutions, and the expanded tensor goes from the first to the second. `mbconv` may have the
-    result of its depthwise convolution as scratch memory. The three of `mbconv`,
-    where it is not one, are those of three operators. `mbconv_stack` is the launches of its blocks, and one launch for
-    all blocks of a stack.
+    result of its depthwise convolution as scratch memory. The three of `mbconv` (without expansion two), where it is
+    not one, are those of so many operators. `mbconv_stack` is the launches of its blocks, and one launch for all blocks
+    of a stack.
     """
     if call.op == _STACK:
         groups = plan_groups(call, gpu, allow_tf32=allow_tf32)
@@ -316,8 +316,8 @@ def plan_call(call: RecordedCall, gpu: Gpu, *, allow_tf32: bool) -> list[Planned
     lines = [{"kernel": call.op}]
     if call.op.startswith(_NAMESPACE):
         lines = cuda_plan(call, gpu, allow_tf32=allow_tf32)
-    if call.op == _BLOCK and len(lines) == 3:
-        parts = (plan_call(part, gpu, allow_tf32=allow_tf32) for part in _three_calls(call))
+    if call.op == _BLOCK and len(lines) > 1:
+        parts = (plan_call(part, gpu, allow_tf32=allow_tf32) for part in _calls_of_parts(call))
         return [replace(launch, op=call.op) for launches in parts for launch in launches]
     kernels = [line["kernel"] for line in lines]
     activating = next((kernel for kernel in kernels if not kernel.startswith(_PYTORCH)), None)
@@ -426,10 +426,10 @@ def _stacked_launch(
 
 def _range_of(first: str, last: str) -> str:
     """Return one name for the blocks from one path to another: 'blocks.3.1-6.0'; of others' paths only the numbers that
-    tell blocks apart, 'features.4.1-7.0' for 'features.4.1.block.1' and 'features.7.0.block.1'.
+    tell blocks apart, 'features.4.1-7.0' for 'features.4.1.block.1' and 'features.7.0.block.1', or '.block.0'.
     """
     (start, from_number, rest), (other, to_number, other_rest) = (
-        re.fullmatch(r"((?:[^.\d][^.]*\.)*)([\d.]*)(.*)", path).groups()  # type: ignore[union-attr]  # matches anything
+        re.fullmatch(r"((?:[^.\d][^.]*\.)*)([\d.]*)(.*?)[\d.]*", path).groups()  # type: ignore[union-attr]  # any path
         for path in (first, last)
     )
     if (start, rest) != (other, other_rest) or not from_number:
@@ -490,18 +490,19 @@ def _shape(op: str, arguments: Mapping[str, Any], allow_tf32: bool) -> list[int]
         sizes = [batch, weight[0], height, width, weight[2], weight[3], stride, arguments["dilation"], *padding]
         out_channels, residual = arguments["project_weight"].shape[0], arguments["residual"] is not None
         activation = ACTIVATIONS.index(canonical_name(arguments["expand_activation"]))
-        return [*sizes, reduced, channels, out_channels, int(residual), int(allow_tf32), activation]
+        inner = 0 if arguments["expand_weight"] is None else channels
+        return [*sizes, reduced, inner, out_channels, int(residual), int(allow_tf32), activation]
     if op == "conv_bn_act":
         return [batch, channels, weight[0], height, width, weight[2], weight[3], stride, *padding]
     reduced = arguments["w_reduce"].shape[0] if "w_reduce" in arguments else 0
     return [batch, channels, height, width, weight[2], weight[3], stride, arguments["dilation"], *padding, reduced]
 
 
-def _three_calls(call: RecordedCall) -> list[RecordedCall]:
+def _calls_of_parts(call: RecordedCall) -> list[RecordedCall]:
     """Return the operators that `mbconv` takes where it is no launch of its own: expand, depthwise, project."""
     given = call.arguments
-    x, result = given["x"], call.results[0]
-    channels = given["expand_weight"].shape[0]
+    x, result, expands = given["x"], call.results[0], _expands(call)
+    channels = given["weight"].shape[0]
     expanded = x.new_empty((x.shape[0], channels, *x.shape[2:]), device="meta")
     y = x.new_empty((x.shape[0], channels, *result.shape[2:]), device="meta")
     excites = given["w_reduce"] is not None
@@ -523,12 +524,12 @@ def _three_calls(call: RecordedCall) -> list[RecordedCall]:
     depthwise = RecordedCall(
         f"{_NAMESPACE}depthwise_bn_act{'_gate' if excites else ''}",
         call.layer,
-        {**own, "x": expanded},
+        {**own, "x": expanded if expands else x},
         [y] if gate is None else [y, gate],
         2 * y.numel() * math.prod(given["weight"].shape[2:]) + 2 * x.shape[0] * products,
     )
     project = pointwise("project_", y, result, gate=gate, residual=given["residual"])
-    return [pointwise("expand_", x, expanded), depthwise, project]
+    return [pointwise("expand_", x, expanded), depthwise, project] if expands else [depthwise, project]
 
 
 def _stored_bytes(tensor: Tensor) -> int:
@@ -537,7 +538,7 @@ def _stored_bytes(tensor: Tensor) -> int:
 
 
 def _expands(call: RecordedCall) -> bool:
-    return "expand_weight" in call.arguments
+    return call.arguments.get("expand_weight") is not None
 
 
 def _expanded(call: RecordedCall) -> int:
@@ -613,7 +614,7 @@ def special_functions(call: RecordedCall) -> int:
         return 0
     arguments = call.arguments
     if call.op == _BLOCK:
-        return sum(special_functions(part) for part in _three_calls(call))
+        return sum(special_functions(part) for part in _calls_of_parts(call))
     count = 0
     inner = "se_activation"
     if "pooled" in arguments:

@@ -267,7 +267,7 @@ def _read_from_l2(line: Mapping[str, str], call: RecordedCall, gpu: Gpu) -> int:
     if "ahead" not in line:
         return 0
     batch, _, height, width = call.results[0].shape
-    between = int(batch * call.arguments["expand_weight"].shape[0] * height * width * call.dtype.itemsize)
+    between = int(batch * call.arguments["weight"].shape[0] * height * width * call.dtype.itemsize)
     kept = L2_SHARE_OF_INPUT * gpu.l2
     if between <= kept:
         return 2 * between

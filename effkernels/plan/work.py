@@ -14,7 +14,9 @@ from dataclasses import dataclass, field, replace
 from effkernels.plan.kernel_counts import (
     EXPAND_AHEAD,
     HIDDEN_AHEAD,
+    HIDDEN_RANKS_AHEAD,
     LOADS_AHEAD,
+    RANKS_AHEAD,
     TAP_VECTORS,
     TILES_AHEAD,
     Counters,
@@ -316,13 +318,18 @@ def _places(cut: Cut, rows: int, pixels: float) -> Counters:
     return of_row * _ceil(rows, cut.warps)
 
 
-def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
-    """Follow the walk of csrc/cuda/expand_depthwise.cuh, the averages over bands and tiles for each of them."""
+def _expand_depthwise(cut: Cut, call: RecordedCall, copy: Counters | None = None) -> Work:
+    """Follow the walk of csrc/cuda/expand_depthwise.cuh, the averages over bands and tiles for each of them.
+
+    Without expansion a block reads its own channels of x alone, and copies a vector of a pixel into the ring by `copy`.
+    """
     part = cut.counts.part
-    batch, inner, height, width = (int(side) for side in call.arguments["x"].shape)
+    batch, inner, height, in_width = (int(side) for side in call.arguments["x"].shape)
     out_height, out_width = (int(side) for side in call.results[0].shape[2:])
     channels, stride, padding = int(call.results[0].shape[1]), int(call.arguments["stride"]), call.arguments["padding"]
-    kernel, size = int(call.arguments["weight"].shape[2]), call.dtype.itemsize
+    kernel, size, width = int(call.arguments["weight"].shape[2]), call.dtype.itemsize, cut["channels"]
+    if copy is not None:
+        inner = min(inner, width)
     group_rows, lanes, tiles = cut["group_rows"], cut["lanes"], cut["column_tiles"]
 
     def under(first: int, end: int, before: int, most: int) -> int:
@@ -333,7 +340,7 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     columns = [(first, min(first + cut["columns"], out_width)) for first in range(0, out_width, cut["columns"])]
     rows = sum(under(*band, padding[0], height) for band in bands) / len(bands)
     groups = sum(_ceil(under(*band, padding[0], height), group_rows) for band in bands) / len(bands)
-    pixels = sum(under(*one, padding[2], width) for one in columns) / tiles  # of a row
+    pixels = sum(under(*one, padding[2], in_width) for one in columns) / tiles  # of a row
     # A warp multiplies one fragment of 16 pixels at a time, or two.
     name, unit = ("pair", 32) if cut["pairs"] else ("fragment", 16)
     fragments = _ceil(rows / groups * pixels, unit)
@@ -343,23 +350,26 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
         0 <= row * stride - padding[0] + tap < height for row in range(out_height) for tap in range(kernel)
     )
 
-    fragment = _with_activation(cut, name, call.arguments["expand_activation"])
-    fragment = fragment + part(f"{name}.slice") * (inner / (64 / size))
+    if copy is None:
+        fragment = _with_activation(cut, name, call.arguments["expand_activation"])
+        fragment = fragment + part(f"{name}.slice") * (inner / (64 / size))
+    else:
+        fragment = copy * (unit * inner / 8 / WARP)
     strip = _with_activation(cut, "strip", call.arguments["activation"]) + part("row") * (taps_inside / out_height - 1)
     # Of a thread in a group, and once for a block: a pixel and a row of weights has as many threads as a slice chunks.
     chunks = _ceil(inner, 16) * 2
     share, of_share = min(chunks, 4), _ceil(chunks, 4)
     load = _load(cut, of_share, fragments * unit * share / cut.threads)
-    weights = (part("weights") + part("weights.chunk") * of_share) * _ceil(_EXPANDED * share, cut.threads)
-    padding = _ceil((kernel - 1) * _EXPANDED * size / 16, WARP)
+    weights = (part("weights") + part("weights.chunk") * of_share) * _ceil(width * share, cut.threads)
+    padding = _ceil((kernel - 1) * width * size / 16, WARP)
     zeros = (part("zero.row") + part("zero") * padding) * _ceil(cut["ring_rows"], cut.warps)
-    taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
-    load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1))) + _scale_taps(cut, kernel, _EXPANDED)
+    taps = kernel * kernel * width * size / 16 / (TAP_VECTORS * cut.threads)
+    load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1))) + _scale_taps(cut, kernel, width)
     places = _places(cut, group_rows, pixels)
-    first = total(((part("prologue"), 1), (weights, 1), (load, 1), (places, 1), (zeros, 1)))
-    warps_of_strips = strips * (_EXPANDED * size / 16) / WARP
+    first = total(((part("prologue"), 1), (weights, copy is None), (load, 1), (places, 1), (zeros, 1)))
+    warps_of_strips = strips * (width * size / 16) / WARP
     group = (part("group") + load) * cut.warps + fragment * fragments + strip * warps_of_strips
-    of_image = group * groups + part("image") * cut.warps + part("lane") * (lanes * _ceil(_EXPANDED, WARP))
+    of_image = group * groups + part("image") * cut.warps + part("lane") * (lanes * _ceil(width, WARP))
     images = batch / _ceil(batch, cut["images"])
     issued = ((first + load_taps) * cut.warps + of_image * images) * cut.grid
     chain = part("group") + load + fragment * _ceil(fragments, cut.warps) + strip * rounds
@@ -367,9 +377,12 @@ def _expand_depthwise(cut: Cut, call: RecordedCall) -> Work:
     body = _chain((chain * groups + part("image") + part("lane") * lanes) * images, inputs=1)
     excites = call.arguments.get("w_reduce") is not None
     reduced = call.arguments["w_reduce"].shape[0] if excites else 0
-    more, in_body, last = _arrival_tail(cut, reduced, channels, _EXPANDED, size)
+    more, in_body, last = _arrival_tail(cut, reduced, channels, width, size)
     prologue = _chain(first) + _chain(load_taps, parameters=load_taps.trips)
-    l2_bytes = cut.grid * (images * rows * pixels + _EXPANDED) * inner * size + call.results[0].numel() * size
+    # Without expansion the groups of channels share those of x.
+    read = inner if copy is None else channels / cut["channel_groups"]
+    l2_bytes = cut.grid * (images * rows * pixels + (width if copy is None else 0)) * read * size
+    l2_bytes += call.results[0].numel() * size
     return Work(issued + more, cut.counts.registers, l2_bytes, prologue, body + in_body, last)
 
 
@@ -380,11 +393,12 @@ def _mbconv_queue(cut: Cut, call: RecordedCall) -> Work:
     """
     given, expand, project = call.arguments, cut.items["expand"], cut.items["project"]
     x, y = given["x"], call.results[0]
-    channels = given["expand_weight"].shape[0]
+    channels = given["weight"].shape[0]
     between = x.new_empty((x.shape[0], channels, *y.shape[2:]), device="meta")
     gate = None if given["w_reduce"] is None else x.new_empty((x.shape[0], channels), device="meta")
     given_project = {"x": between, "weight": given["project_weight"], "gate": gate, "residual": given["residual"]}
-    first = _expand_depthwise(expand, replace(call, results=[between]))
+    copy = None if given["expand_weight"] is not None else cut.counts.part("copy")
+    first = _expand_depthwise(expand, replace(call, results=[between]), copy)
     second = _pointwise(project, replace(call, arguments={**given_project, "activation": "identity"}))
     # A warp looks for the item, 32 numbers at a time: the block of the network, where there are several; the round.
     stacked, rounds = cut.sizes.get("stacked", 1), cut["units"] + cut["ahead"] - 1
@@ -434,13 +448,15 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
     load = _load(cut, cut["slices"], fragments * unit * share / cut.threads)
     expand_rows, project_rows = (_ceil(rows * 4, cut.threads) for rows in (_EXPANDED, columns))
     weights = (part("weights") + part("weights.chunk") * cut["slices"]) * expand_rows
-    project = (part("project") + part("project.chunk") * held_slices) * project_rows
-    zeros = height * cut["ring_row_bytes"] / 16 / cut.threads
-    held_zeros = held_slices * cut["held_pixels"] * 4 / cut.threads
-    norms = _ceil(groups * _EXPANDED, cut.threads) + _ceil(outer, cut.threads)
-    taps = kernel * kernel * _EXPANDED * size / 16 / (TAP_VECTORS * cut.threads)
-    load_taps = replace(part("taps") * taps, trips=float(_ceil(taps, 1))) + _scale_taps(cut, kernel, _EXPANDED)
-    parameters = total(((part("norm"), norms), (replace(part("parameters"), trips=0.0), groups), (load_taps, groups)))
+    project = (part("project") + part("project.chunk") * held_slices) * _ceil(project_rows, 2)  # two rows at a time
+    lane_sums = (lanes + groups) * _EXPANDED * 4
+    cleared = lane_sums + held_slices * (cut["held_pixels"] + 1) * 64 + height * cut["ring_row_bytes"]
+    # The first norms and taps of a thread are asked for before weights or x, which takes longer than they do.
+    norms = _ceil(2 * _ceil(groups * _EXPANDED, WARP) + _ceil(outer, WARP), cut.warps)
+    taps = _ceil(kernel * kernel * groups * _EXPANDED * size / 16, cut.threads)
+    scale = part("scale") * _ceil(groups * kernel * kernel, cut.threads // (_EXPANDED // 4))
+    parameters = total(((part("norm"), norms), (replace(part("taps"), trips=0.0), taps), (scale, 1)))
+    parameters = replace(parameters, trips=float(max(0, norms - 2) + _ceil(taps, TAP_VECTORS) - 1))
     first = total(
         (
             (part("prologue"), 1),
@@ -448,7 +464,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
             (load, 1),
             (project, 1),
             (_places(cut, height, width), 1),
-            (part("zero"), zeros + held_zeros),
+            (part("zero"), _ceil(cleared / 16, cut.threads)),
         )
     )
 
@@ -464,7 +480,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
     chain = (part("group") + fragment * _ceil(fragments, cut.warps) + strip * _ceil(strips, lanes) + lane) * groups
     adds = _ceil(vectors, cluster * cut.threads)
     chain = chain + (part("pass") + tile * _ceil(tiles, cut.warps) + add * adds) * passes + part("image")
-    waits = passes * (2 + adds * _ceil(team, 4))
+    waits = passes * (2 + adds * _ceil(team, RANKS_AHEAD))
     body = _chain(chain, inputs=1, parameters=waits)
     if excites:
         reduced, own = given["w_reduce"].shape[0], groups * _EXPANDED
@@ -472,7 +488,7 @@ def _mbconv(cut: Cut, call: RecordedCall) -> Work:
         expand, of_expand = _expand_product(cut, 1, reduced, own, size)
         hidden = (part("hidden") + part("hidden.other") * team) * _ceil(reduced, cut.threads)
         of_image = of_image + product + expand + hidden * _ceil(reduced, WARP)
-        body = body + of_product + of_expand + _chain(hidden, parameters=1 + _ceil(team, 4))
+        body = body + of_product + of_expand + _chain(hidden, parameters=1 + _ceil(team, HIDDEN_RANKS_AHEAD))
     images = batch / _ceil(batch, cut["images"])
     issued = ((first + parameters) * cut.warps + of_image * images) * (cut.grid * team / cluster)
     prologue = _chain(first) + _chain(parameters, parameters=parameters.trips)

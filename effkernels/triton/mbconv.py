@@ -1,4 +1,4 @@
-"""A whole MBConv block by three Triton kernels: expand, depthwise with the gate, project.
+"""A whole MBConv block by three Triton kernels: expand, depthwise with the gate, project; without expansion by two.
 
 No kernel here holds an image between the stages, which takes blocks that read each other's shared memory; so what is
 between x and the result passes through memory.
@@ -15,14 +15,16 @@ from effkernels.triton.pointwise import pointwise_bn_act
 
 
 def mbconv(
-    out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, norm: Any, activation: str, *others: Any
+    out: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Any, activation: str, *others: Any
 ) -> None:
     """Fill `out`; the arguments are those of the operator, `weight` to `activation` of its first convolution."""
     conv, excite, project, allow_tf32 = others[:7], others[7:13], others[13:17], others[17]
-    batch, _, height, width = x.shape
-    channels = weight.shape[0]
-    expanded = _empty(x, batch, channels, height, width)
-    pointwise_bn_act(expanded, x, weight, bias, norm, None, None, activation, allow_tf32)
+    batch, channels, height, width = x.shape
+    expanded = x
+    if weight is not None:
+        channels = weight.shape[0]
+        expanded = _empty(x, batch, channels, height, width)
+        pointwise_bn_act(expanded, x, weight, bias, norm, None, None, activation, allow_tf32)
     y = _empty(x, batch, channels, *out.shape[2:])
     gate = None
     if excite[0] is None:
