@@ -103,7 +103,7 @@ def gate_parts(kernel: Kernel, flow: Flow, loops: Sequence[Loop], images: int = 
     # Two rows in the code, one after the other, for each of the two loops over them.
     shuffles = {4: 2, 16: 4}[reduce_lanes(kernel.family)]
     add("reduce.row", rows, [reduce], "SHFL", max(1, rows.count("SHFL") // (2 * shuffles * images)))
-    for width in (each, 2, 1):
+    for width in dict.fromkeys((each, 4, 2, 1)):
         found = [
             one
             for one in innermost(loops)

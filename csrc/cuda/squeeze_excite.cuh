@@ -153,6 +153,8 @@ __device__ void expand_product_of(const SqueezeExciteParams& p, int64_t first, i
   const bool aligned = reinterpret_cast<uintptr_t>(p.w_expand.data) % 16 == 0;
   if (aligned && p.reduced % kWidest == 0)
     expand_rows<W, kWidest>(p, first, count, hidden, images, write);
+  else if (kWidest > 4 && aligned && p.reduced % 4 == 0)
+    expand_rows<W, 4>(p, first, count, hidden, images, write);
   else if (aligned && p.reduced % 2 == 0)
     expand_rows<W, 2>(p, first, count, hidden, images, write);
   else

@@ -217,7 +217,7 @@ def _gate_products(cut: Cut, images: int, reduced: int, channels: int, size: int
 def _expand_product(cut: Cut, images: int, reduced: int, channels: int, size: int) -> tuple[Counters, Clocks]:
     """Return the second product by one block, a channel a thread: by all warps, and its chain."""
     widest = 16 // size
-    width = next(one for one in (widest, 2, 1) if reduced % one == 0)
+    width = next(one for one in (widest, 4, 2, 1) if reduced % one == 0)
     part, vectors = cut.counts.part, reduced // width
     one = total(
         (
