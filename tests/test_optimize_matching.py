@@ -237,7 +237,7 @@ CHAINS: dict[str, tuple[Callable[[], nn.Module], str]] = {
             lambda m, x: m.d(m.c(_excite_in_place(m, m.b(m.a(x)).relu()))),
             a=_depthwise(), b=nn.BatchNorm2d(8), **_excite(), c=nn.Conv2d(8, 4, 1), d=nn.BatchNorm2d(4),
         ),
-        "depthwise_bn_act_gate pointwise_bn_act",
+        "mbconv depthwise_bn_act_gate pointwise_bn_act",
     ),
     "excited_in_one": (
         lambda: Chain(

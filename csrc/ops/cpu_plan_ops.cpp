@@ -127,8 +127,12 @@ std::string cpu_plan(const std::string& op, const std::string& dtype_name, const
     const bool block = op == "mbconv";
     check_sizes(op, s, block ? 15 : 14);
     const DepthwiseParams depthwise = depthwise_of(op, dtype, s);
-    const PointwiseParams expand = pointwise_of(op, dtype, s[0], s[2] * s[3], s[13], s[1]);
-    lines.add("expand_depthwise", divisions.expand_depthwise({expand, depthwise}, count));
+    if (block && s[13] == 0) {  // without expansion
+      lines.add("depthwise", divisions.depthwise(depthwise, count));
+    } else {
+      const PointwiseParams expand = pointwise_of(op, dtype, s[0], s[2] * s[3], s[13], s[1]);
+      lines.add("expand_depthwise", divisions.expand_depthwise({expand, depthwise}, count));
+    }
     if (block && s[12])
       lines.add("squeeze_excite", divisions.squeeze_excite(squeeze_excite_of(dtype, s[0], s[1], s[12]), count));
     if (block) {
