@@ -493,6 +493,7 @@ def cut_cases(dtype: torch.dtype) -> list[Case]:
     cases += [
         product.with_(channels=1160, out_channels=64, height=9, gated=True),
         product.with_(channels=32, out_channels=8, height=30, residual=True),
+        product.with_(channels=32, out_channels=16, height=37, width=41, gated=True, activation="identity"),
     ]
     return cases
 
@@ -531,6 +532,7 @@ def test_few_multiprocessors_meet_every_way_of_the_product() -> None:
     found = [(case, cut_of(case, limits)) for case in cases for limits in FEW.values()]
     sixteen = {(one["tile"], one["epilogue"]) for case, one in found if case.dtype != torch.float32}
     assert len(sixteen) >= 12, sorted(sixteen)
+    assert {int(tile) for tile, _ in sixteen} >= {*range(9), 12, 13}  # the others are for single images
     assert len({one["tile"] for case, one in found if case.dtype == torch.float32}) >= 2
     assert {int(one["tiles"]) for _, one in found} >= {1, 2, 3}
     assert {(one["keeps_weight"], int(one["steps"]) > 4) for _, one in found} >= {("0", True), ("1", True)}

@@ -66,6 +66,15 @@ def cases() -> Iterator[tuple[str, Case]]:
     ]
     for number, case in enumerate(found):
         yield list(DEVICES)[number % 2], case.with_(dtype=HALVES[number // 2 % 2])
+    yield from (("few", case.with_(dtype=dtype)) for case, dtype in zip(MANY_ROWS, HALVES, strict=True))
+
+
+# Tiles of 192 and of 256 rows, some of two images, the last one partly filled.
+_ROWS = Case(BLOCK_OP, out_channels=24, batch=3, parameters="same")
+MANY_ROWS = (
+    _ROWS.with_(channels=24, expanded=104, residual=True, height=30, width=29),
+    _ROWS.with_(channels=32, expanded=0, out_channels=16, height=37, width=41),
+)
 
 
 class TestParity:
@@ -121,6 +130,10 @@ class TestParity:
 
 @pytest.mark.usefixtures("compiled")
 class TestPlan:
+    def test_many_rows_take_large_tiles(self) -> None:
+        cuts = [cut_of(plan_of(case.with_(dtype=torch.bfloat16), FEW)[0]) for case in MANY_ROWS]
+        assert [(cut["project_rows"], cut["project_columns"]) for cut in cuts] == [(192, 24), (256, 16)]
+
     @pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
     def test_the_items_cover_the_block(self, gpu: Any) -> None:
         limits = tuple(gpu.limits())

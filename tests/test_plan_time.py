@@ -17,7 +17,7 @@ from effkernels.plan import gpus, kernel_counts, time_estimate
 from effkernels.plan.gpus import GPUS, Gpu
 from effkernels.plan.kernel_counts import Counters, KernelCounts
 from effkernels.plan.launches import Plan, PlannedLaunch, plan_call, plan_model
-from effkernels.plan.queue_order import QueuedBlock, QueueOrder, end_of_queue
+from effkernels.plan.queue_order import QueuedBlock, QueueOrder, end_of_queue, in_order
 from effkernels.plan.record import RecordedCall, record_calls
 from effkernels.plan.time_estimate import MODES, OVERLAPPING, TERMS, TimeEstimate, estimate, forward_us
 
@@ -372,15 +372,28 @@ class TestTail:
         assert time.tail > 0
 
 
+def units_in(order: QueueOrder, units: slice) -> set[int]:
+    return set(range(order.units)[units])
+
+
 class TestQueueOrder:
     """When the last item of a queue ends: by hand."""
 
     ORDER = QueueOrder(
-        units=3, images=1, expand_items=2, ahead=1, project_items=6, columns=2, unit_rows=10, item_rows=10
+        units=3,
+        images=1,
+        expand_items=2,
+        ahead=1,
+        first_round=0,
+        project_items=6,
+        columns=2,
+        unit_rows=10,
+        item_rows=10,
     )
+    NEXT = replace(ORDER, first_round=4)
 
     def end(self, slots: int, expand: float, gate: float, project: float, **changes: int) -> float:
-        return end_of_queue(slots, QueuedBlock(replace(self.ORDER, **changes), 0.0, expand, gate, project))
+        return end_of_queue(slots, QueuedBlock(replace(self.ORDER, **changes), 0.0, expand, gate, 0.0, project, 0.0))
 
     def test_one_block_does_one_item_after_the_other(self) -> None:
         assert self.end(1, 5.0, 0.0, 3.0) == 6 * 5 + 6 * 3
@@ -400,19 +413,71 @@ class TestQueueOrder:
         assert self.end(2, 5.0, 1.0, 3.0, units=2, project_items=2, item_rows=16) == 5 + 5 + 1 + 3
 
     def test_blocks_of_a_network_follow_each_other_where_all_run_at_once(self) -> None:
-        """The second one starts before its input is there, and waits for it."""
-        blocks = [QueuedBlock(self.ORDER, 2.0, 5.0, 1.0, 3.0), QueuedBlock(self.ORDER, 2.0, 7.0, 1.0, 3.0)]
-        assert end_of_queue(24, *blocks) == (5 + 1 + 3) + (7 - 2 + 1 + 3)
+        """Items start before their input is there, and wait for it."""
+        first = QueuedBlock(self.ORDER, 2.0, 5.0, 1.0, 1.0, 3.0, 0.25)
+        second = QueuedBlock(self.NEXT, 2.0, 7.0, 1.0, 0.5, 3.0, 0.25)
+        assert end_of_queue(24, first, second) == (5 + 1 + 3 - 1) + (7 - 2 + 1 + 3 - 0.5) + 0.25
 
     def test_a_block_of_a_network_fills_the_end_of_the_one_before(self) -> None:
         """Two do one item after the other, without a wait: eighteen items of each block of the network are nine."""
-        blocks = [QueuedBlock(self.ORDER, 0.0, 5.0, 0.0, 5.0)] * 2
-        assert end_of_queue(2, *blocks) == 2 * (6 + 6) * 5 / 2
+        blocks = [QueuedBlock(order, 0.0, 5.0, 0.0, 0.0, 4.0, 1.0) for order in (self.ORDER, self.NEXT)]
+        assert end_of_queue(2, *blocks) == 2 * (6 * 6 + 6 * 5) / 2
+
+    def test_what_a_block_still_projects_comes_between_what_the_next_one_expands(self) -> None:
+        first, second = replace(self.ORDER, ahead=3), replace(self.NEXT, ahead=3)
+        found = [f"{of.block}{'p' if of.unit is None else of.unit}" for of in in_order([first, second])]
+        # Rounds 0, 1, 2, 3: one each; 4 and 5: what is projected, then what is expanded; 6 to 9: one each.
+        assert found == ["00", "01", "02", "0p", "0p", "10", "0p", "11", "12", "1p", "1p", "1p"]
 
     def test_images_of_a_unit_may_be_of_several_units_before(self) -> None:
         before, order = replace(self.ORDER, units=6, images=2), replace(self.ORDER, units=3, images=5)
         assert [order.units_before(unit, before) for unit in range(3)] == [slice(0, 3), slice(2, 5), slice(5, 6)]
         assert [before.units_before(unit, order) for unit in (0, 2, 5)] == [slice(0, 1), slice(0, 2), slice(2, 3)]
+
+    @pytest.mark.parametrize("gpu", ["h200", "a100", "l4"])
+    @pytest.mark.parametrize(
+        ("name", "batch"), [("efficientnet_b0", 1), ("efficientnet_b0", 61), ("efficientnet_b4", 7)]
+    )
+    def test_an_item_waits_for_items_before_it_alone(
+        self, name: str, batch: int, gpu: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """So that a queue ends whatever number of thread blocks runs at a time."""
+        queues: list[list[QueueOrder]] = []
+
+        def keep(_: int, *blocks: QueuedBlock) -> float:
+            queues.append([block.order for block in blocks])
+            return 0.0
+
+        monkeypatch.setattr(time_estimate, "end_of_queue", keep)
+        launches_of(name, batch, gpus.find(gpu))
+        assert max(map(len, queues)) > 1
+        for orders in queues:
+            self.check_order(orders)
+
+    def check_order(self, orders: list[QueueOrder]) -> None:
+        expanded: list[set[int]] = [set() for _ in orders]
+        projected: list[set[int]] = [set() for _ in orders]
+        for of in in_order(orders):
+            number, order = of.block, orders[of.block]
+            if of.unit is None:
+                for item in of.items:
+                    assert expanded[number].issuperset(units_in(order, order.units_under(item)))
+                    assert item not in projected[number]
+                    projected[number].add(item)
+                continue
+            assert of.unit not in expanded[number]
+            expanded[number].add(of.unit)
+            if number > 0:
+                before = orders[number - 1]
+                units = units_in(before, order.units_before(of.unit, before))
+                read = {
+                    item for item in range(before.project_items) if units & units_in(before, before.units_under(item))
+                }
+                assert projected[number - 1] >= read
+            if number > 1:  # whose memory is used again
+                assert len(projected[number - 2]) == orders[number - 2].project_items
+        assert [len(one) for one in expanded] == [order.units for order in orders]
+        assert [len(one) for one in projected] == [order.project_items for order in orders]
 
     @pytest.mark.parametrize("batch", [1, 32, 256])
     def test_a_launch_ends_no_sooner_than_its_parts_and_its_share(self, batch: int) -> None:

@@ -238,12 +238,14 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
       constexpr int64_t kProjects = 4000;
       if (expands(expand)) {
         const int64_t item = one.item(resident, limits), way = item + gate + kProjects;
-        // While the last wave is expanded, the other places project the units of the waves before, if there are enough.
+        // While the last wave is expanded, the other places project the units of the waves before, if there are enough,
+        // and expand those of the next block: where there is more than a wave or two, all that is left; else half.
         const int64_t last = blocks % slots, before = blocks - last;
         int64_t idle = gate;
         if (last > 0)
           idle = std::max<int64_t>(0, (slots - last) * (item + gate) / slots - beside->clocks * before / blocks);
-        clocks = std::max(blocks * item / slots + beside->clocks + idle, way) + way / 5;
+        if (blocks >= 2 * slots) idle = 0;
+        clocks = std::max(blocks * item / slots + beside->clocks + idle / 2, way) + way / 8;
         against_others = std::max(blocks * item / slots + beside->clocks, way) + way / 3;
       } else {
         const int64_t at_once = std::min(resident, divide_up(blocks, limits.multiprocessors));

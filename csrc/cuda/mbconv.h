@@ -62,10 +62,11 @@ struct MBConvQueuePlan {
   PointwisePlan project;                            // its blocks are the items that project
   int expand_items = 0;                             // of a unit
   int ahead = 1;                                    // units that are expanded before the first one is projected
+  int first_round = 0, first_item = 0;              // of the launch: where the block begins
   int64_t unit_rows = 0;                            // of the result
   int64_t group_rows = 0;                           // of the result, of an item that projects
   int64_t items = 0;                                // of both kinds: blocks of the launch
-  PointwiseDivisor by_unit_rows;                    // from rows of the result to units,
+  PointwiseDivisor by_images, by_unit_rows;         // from images, and from rows of the result, to units,
   PointwiseDivisor by_group_rows, by_column_tiles;  // to groups; from items that project to groups
   int64_t shared_bytes = 0;
 };
@@ -85,6 +86,8 @@ MBConvPlan fit_mbconv(const MBConvCall& call, const DeviceLimits& limits);
 // Items of a queue: fewer bytes and launches than three of them, wherever it fits.
 // `more`: those of other blocks of the network are in it.
 MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& limits, bool more);
+// Sets where the blocks of one queue begin in its order. False where it has more rounds than 32 bits count.
+bool order_blocks(const DeviceLimits& limits, int64_t shared_bytes, std::vector<MBConvQueuePlan>& blocks);
 
 // Divide blocks that follow each other, the y of one being the x of the next, into launches: a pure function. Those of
 // the last shapes are kept (plan_memory.h).

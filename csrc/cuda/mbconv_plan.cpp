@@ -260,6 +260,10 @@ MBConvStackPlan stack_of_items(const MBConvCall* calls, const Candidate* candida
         items > std::numeric_limits<int32_t>::max())
       break;
     stack.items.push_back(plan);
+    if (!order_blocks(limits, shared_bytes, stack.items)) {
+      stack.items.pop_back();
+      break;
+    }
     stack.shared_bytes = shared_bytes;
   }
   stack.count = static_cast<int>(stack.items.size());

@@ -10,7 +10,6 @@ const char* launch_mbconv_queue(const MBConvCall* calls, const MBConvStackPlan& 
   arguments.count = plan.count;
   arguments.item_at = static_cast<int>(planned.shared_bytes - kQueueItemBytes);
   arguments.counters = work.counters;
-  int64_t first_item = 0;
   unsigned* counters = work.counters + kQueueCounters;
   for (int i = 0; i < plan.count; ++i) {
     const MBConvCall& call = calls[i];
@@ -25,8 +24,6 @@ const char* launch_mbconv_queue(const MBConvCall* calls, const MBConvStackPlan& 
     block.expand.plan = of_block.expand;
     block.project = *call.project;
     block.plan = of_block;
-    block.first_item = static_cast<int>(first_item);
-    first_item += of_block.items;
     block.done = counters, block.written = counters + units, block.items_written = counters + 2 * units;
     counters += 2 * units + 1;
   }

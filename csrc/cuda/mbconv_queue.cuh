@@ -12,26 +12,28 @@
 // An item that expands is a thread block of expand_depthwise.cuh: some channels of a band of rows of a unit, which is
 // an image or a few. In a block of the network without expansion it has these channels of x itself. The last of a unit
 // to arrive forms the gate (depthwise_sums.cuh). An item that projects is a few neighbouring tiles of rows of
-// pointwise.cuh; it waits until all units under its rows are done. The order is that of the network's blocks, and of
-// each
+// pointwise.cuh; it waits until all units under its rows are done. The order is that of rounds, one for each image that
+// is expanded or projected:
 //
-//   round  0              1                   ahead                                  ahead + 1
-//          expand unit 0, expand unit 1, ..., expand unit ahead and project unit 0, expand ... + 1 and project unit 1,
-//          ...
+//   round      first_round      ... + ahead                 that of the next block       ... + all rounds of this one
+//   expanded   unit 0   unit 1  ...      last unit          unit 0 of the next  unit 1 ...
+//   projected                   unit 0   unit 1  ...                                     last unit
 //
 // so that between the items that expand a unit and those that project it there are more items than run at a time, and
-// waits are rare. An item that projects rows of several units is one of the last of them. What the last units of a
-// network's block leave idle, the first ones of the next block fill: an item that expands waits for the images that it
-// reads alone.
+// about as many between those that project an image and those of the next block of the network that read it
+// (order_blocks). Waits are rare: while the last units of a block wait for their gates, the next one begins. Of a
+// round, what the block before projects comes first, then what is expanded, then what is projected. An item that
+// projects rows of several units is one of the last of them.
 //
 // No deadlock, for any number of thread blocks that run at a time. Numbers are drawn in order, by those that run, and
 // an item waits for items with smaller numbers alone. These were drawn before, by thread blocks that run or have ended;
 // the smallest number that has not ended waits for nothing. So the launch needs neither clusters nor a grid that is
 // resident as a whole.
 //
-// Order between thread blocks. One makes what it wrote visible and adds to the counter of the unit (release); who waits
-// reads the counter (acquire) by some threads, and all of them go on after a barrier. x, d, the gate and the residual
-// are then read by cp.async, from L2. The last thread block to leave puts all counters back to zero.
+// Order between thread blocks. Some threads of one add to the counter of the unit (release) after a barrier, which
+// makes what all threads wrote visible; who waits reads the counter (acquire) by some threads, and all of them go on
+// after a barrier. x, d, the gate and the residual are then read by cp.async, from L2. The last thread block to leave
+// puts all counters back to zero.
 //
 // Memory is used again: d of a network's block is where that of the block before the last one was, y where that of the
 // third last was. Whoever could still read these projects in the block before the last one, or earlier: an item that
@@ -57,7 +59,6 @@ struct MBConvQueueBlock {
   ExpandDepthwiseArguments expand;
   PointwiseParams project;
   MBConvQueuePlan plan;
-  int first_item;           // of the launch
   unsigned* done;           // of every unit: items that expanded it
   unsigned* written;        // of every unit: items that projected some of its rows
   unsigned* items_written;  // of all units
@@ -72,17 +73,18 @@ struct MBConvQueueArguments {
 };
 static_assert(sizeof(MBConvQueueArguments) <= 32764, "larger than the arguments of a kernel may be");
 
-// Items that project rows of the units up to `unit` alone.
-__device__ __forceinline__ int items_projected(const MBConvQueuePlan& plan, int unit) {
-  if (unit < 0) return 0;
-  if (unit + 1 >= plan.expand.depthwise.units) return static_cast<int>(plan.project.blocks);
-  return static_cast<int>(divided((unit + 1) * plan.unit_rows, plan.by_group_rows) * plan.project.column_tiles);
+// Units whose round is before the block's round `rounds`.
+__device__ __forceinline__ int units_before(const MBConvQueuePlan& plan, int rounds) {
+  const DepthwisePlan& d = plan.expand.depthwise;
+  return static_cast<int>(min(divided(max(rounds, 0) + d.images - 1, plan.by_images), int64_t(d.units)));
 }
 
-// Items of the rounds before `round`.
-__device__ __forceinline__ int items_before(const MBConvQueuePlan& plan, int round) {
-  const int units = static_cast<int>(plan.expand.depthwise.units);
-  return min(round, units) * plan.expand_items + items_projected(plan, round - 1 - plan.ahead);
+// Items that project before the block's round `rounds`: those with rows of the first units alone.
+__device__ __forceinline__ int projected_before(const MBConvQueuePlan& plan, int rounds) {
+  const DepthwisePlan& d = plan.expand.depthwise;
+  const int units = units_before(plan, rounds - plan.ahead * d.images);
+  if (units >= d.units) return static_cast<int>(plan.project.blocks);
+  return static_cast<int>(divided(units * plan.unit_rows, plan.by_group_rows) * plan.project.column_tiles);
 }
 
 // What the thread block has to do, in shared memory: no thread keeps it in registers meanwhile.
@@ -107,14 +109,26 @@ __device__ __forceinline__ int first_after(int first, int end, const Predicate& 
 
 // The item with a number in the launch; by a warp.
 __device__ __forceinline__ QueueItem item_of(const MBConvQueueArguments& a, int drawn) {
-  const int number = first_after(1, a.count, [&](int i) { return a.blocks[i].first_item > drawn; }) - 1;
-  const MBConvQueuePlan& plan = a.blocks[number].plan;
-  const int in_block = drawn - a.blocks[number].first_item, units = static_cast<int>(plan.expand.depthwise.units);
-  const int round =
-      first_after(1, units + plan.ahead, [&](int next) { return items_before(plan, next) > in_block; }) - 1;
-  const int in_round = in_block - items_before(plan, round), expands = round < units ? plan.expand_items : 0;
-  if (in_round < expands) return {round * plan.expand_items + in_round, number};
-  return {-1 - (items_projected(plan, round - 1 - plan.ahead) + in_round - expands), number};
+  const int number = first_after(1, a.count, [&](int i) { return a.blocks[i].plan.first_item > drawn; }) - 1;
+  const MBConvQueuePlan &plan = a.blocks[number].plan, &before = a.blocks[max(number - 1, 0)].plan;
+  // What is left to project of the block before, whose rounds began so much earlier; of the first one nothing is.
+  const int earlier = number > 0 ? plan.first_round - before.first_round : -(1 << 30);
+  const int done_before = projected_before(before, earlier);
+  const auto items_before = [&](int round) {
+    return projected_before(before, earlier + round) - done_before + units_before(plan, round) * plan.expand_items +
+           projected_before(plan, round);
+  };
+  const int in_block = drawn - plan.first_item, images = plan.expand.depthwise.images;
+  const int rounds = (static_cast<int>(plan.expand.depthwise.units) + plan.ahead) * images;
+  const int round = first_after(1, rounds, [&](int next) { return items_before(next) > in_block; }) - 1;
+  int in_round = in_block - items_before(round);
+  const int of_before = projected_before(before, earlier + round), first = units_before(plan, round);
+  const int still = projected_before(before, earlier + round + 1) - of_before;
+  if (in_round < still) return {-1 - (of_before + in_round), number - 1};
+  in_round -= still;
+  const int expands = (units_before(plan, round + 1) - first) * plan.expand_items;
+  if (in_round < expands) return {first * plan.expand_items + in_round, number};
+  return {-1 - (projected_before(plan, round) + in_round - expands), number};
 }
 
 // Until the counters of units are what they will be; ends without a barrier.
@@ -194,12 +208,13 @@ __device__ __forceinline__ void project_item(const MBConvQueueBlock& a, int item
         of.count = static_cast<int>(min(int64_t(plan.tiles), plan.row_tiles - of.first));
         of.first_column = static_cast<int>(item - group * plan.column_tiles) * Tr::kColumns;
         const ProjectedUnits units(a.plan, group);
-        for (int unit = units.first + static_cast<int>(threadIdx.x); unit <= units.last; unit += Tr::kThreads)
-          wait_for(a.done + unit, static_cast<unsigned>(a.plan.expand_items));
-        __syncthreads();
         PointwiseParams p = a.project;  // up to these units: the gates of the next may not be there yet
         p.batch = min(p.batch, (int64_t(units.last) + 1) * a.plan.expand.depthwise.images);
-        multiply_tiles<Tr>(p, plan, PointwiseWork(), NothingMore(), of);
+        multiply_tiles<Tr>(p, plan, PointwiseWork(), NothingMore(), of, [&] {
+          for (int unit = units.first + static_cast<int>(threadIdx.x); unit <= units.last; unit += Tr::kThreads)
+            wait_for(a.done + unit, static_cast<unsigned>(a.plan.expand_items));
+          __syncthreads();
+        });
         return;
       }
     }
@@ -219,9 +234,9 @@ __device__ __forceinline__ void finish_expansion(const MBConvQueueArguments& a, 
     finish_sums<T>(expand.depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
 }
 
-// Makes an item's results known to those who wait for them; all threads.
+// Makes an item's results known to those who wait for them; all threads. What a thread releases after the barrier is
+// what all of them wrote, and read.
 __device__ __forceinline__ void finish_item(const MBConvQueueArguments& a, const volatile QueueItem& of) {
-  __threadfence();
   __syncthreads();
   const int item = of.item, number = of.number;
   const MBConvQueueBlock& block = a.blocks[number];

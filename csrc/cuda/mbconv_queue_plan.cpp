@@ -57,6 +57,7 @@ MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& li
   if (plan.project.rows + group_rows + plan.unit_rows > std::numeric_limits<int32_t>::max() ||
       plan.items > std::numeric_limits<int32_t>::max())
     return refused("more rows than 32 bits index");
+  plan.by_images = divisor(d.images);
   plan.by_unit_rows = divisor(plan.unit_rows);
   plan.by_group_rows = divisor(group_rows);
   plan.group_rows = group_rows;
@@ -67,14 +68,55 @@ MBConvQueuePlan plan_mbconv_queue(const MBConvCall& call, const DeviceLimits& li
   // Between the items that expand a unit and those that project it: a quarter more items than run at a time, so that d
   // is read from L2 where it is small. GPUs with the memory of data centers (capability x.0) have the bandwidth for
   // more: what is left to project when the last units are expanded then fills the multiprocessors. A block without
-  // expansion has few instructions for a byte: where its d is large and what is
-  // in flight is not, it needs L2 all the same.
+  // expansion has few instructions for a byte: where its d is large and what is in flight is not, it needs L2 all the
+  // same.
   const bool needs_l2 = !expands(*call.expand) && bytes_in_flight(p, p.batch) > kBytesInFlight &&
                         bytes_in_flight(p, at_once / plan.expand_items + 2) <= kBytesInFlight;
   const int64_t between = needs_l2 ? at_once : limits.capability % 10 == 0 ? 4 * at_once : at_once + at_once / 4;
   plan.ahead = static_cast<int>(std::min(d.units, divide_up(between, plan.expand_items) + 1));
   plan.fits = true;
   return plan;
+}
+
+namespace {
+
+// Rounds from the first projection of a block to the first expansion of the next. An image is projected one round
+// after the other, but in items that have rows of several, and a unit has several images, so that the last round whose
+// results a unit of the next block reads is so much later than its own. As many items as run at a time come between,
+// which hides most of the way to these results.
+int64_t rounds_between(const MBConvQueuePlan& block, const MBConvQueuePlan& next, int64_t at_once) {
+  const int64_t images = block.expand.depthwise.images, next_images = next.expand.depthwise.images;
+  const int64_t pixels = block.unit_rows / images, rounds = block.expand.depthwise.units * images;
+  const int64_t needed = images + next_images - 2 + divide_up(block.group_rows - 1, pixels);
+  const double of_round =
+      double(next.expand_items) / double(next_images) + double(block.project.blocks) / double(rounds);
+  return std::min(std::max(needed, static_cast<int64_t>(double(at_once) / of_round)), rounds);
+}
+
+// Items of a block that come before a round, which is not its first one, and in which all of it is expanded.
+int64_t items_before(const MBConvQueuePlan& block, int64_t round) {
+  const int64_t images = block.expand.depthwise.images, units = block.expand.depthwise.units;
+  const int64_t done = divide_up(std::max<int64_t>(round - block.first_round - block.ahead * images, 0), images);
+  if (done >= units) return block.items;
+  return units * block.expand_items + done * block.unit_rows / block.group_rows * block.project.column_tiles;
+}
+
+}  // namespace
+
+bool order_blocks(const DeviceLimits& limits, int64_t shared_bytes, std::vector<MBConvQueuePlan>& blocks) {
+  const int64_t at_once = limits.multiprocessors * expand_depthwise_resident(shared_bytes, limits);
+  int64_t round = 0, items = 0;  // items: of the blocks before
+  for (size_t i = 0; i < blocks.size(); ++i) {
+    MBConvQueuePlan& block = blocks[i];
+    const int64_t images = block.expand.depthwise.images, rounds = block.expand.depthwise.units * images;
+    if (round + 2 * rounds > std::numeric_limits<int32_t>::max()) return false;
+    block.first_round = static_cast<int>(round), block.first_item = static_cast<int>(items);
+    if (i > 0) block.first_item -= static_cast<int>(blocks[i - 1].items - items_before(blocks[i - 1], round));
+    if (i + 1 == blocks.size()) break;
+    round += std::max(rounds, block.ahead * images + rounds_between(block, blocks[i + 1], at_once));
+    items += block.items;
+  }
+  return true;
 }
 
 DepthwiseScratch mbconv_queue_scratch(const MBConvCall& call, const MBConvQueuePlan& plan) {

@@ -109,11 +109,18 @@ struct PointwiseTiles {
   }
 };
 
+// Of x and the gates nothing that has to be waited for.
+struct ProductIsReady {
+  __device__ __forceinline__ void operator()() const {}
+};
+
 // `More` is what training (training_product.cuh) and pooling (pointwise_pool.cuh) add to it; `Tiles`: PointwiseTiles,
-// or what has its members and function.
-template <class Tr, class More, class Tiles>
+// or what has its members and function. `wait`, called by all threads, returns when x, the gates and the residual may
+// be read and y written: the weights and the norm are loaded meanwhile.
+template <class Tr, class More, class Tiles, class Wait = ProductIsReady>
 __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const PointwisePlan& plan,
-                                               const PointwiseWork& work, const More& more, const Tiles& own) {
+                                               const PointwiseWork& work, const More& more, const Tiles& own,
+                                               const Wait& wait = Wait()) {
   constexpr int kStages = kPointwiseStages, kAhead = kStages - 1, kWeightStage = Tr::kWarpsK * Tr::kWeightSlice;
   constexpr bool kDirect = Tr::kEpilogue != PointwiseEpilogue::kAny;
   unsigned char* const ring = dynamic_shared<unsigned char>();
@@ -144,6 +151,7 @@ __device__ __forceinline__ void multiply_tiles(const PointwiseParams& p, const P
     if (column < Tr::kColumns && first_column + column < p.out_channels)
       of[i] = before_activation(scale_shift(p.norm, first_column + column), p.dtype, p.activation);
   }
+  wait();
 
   const auto row_of = [&](int tile) { return own.template row<Tr>(tile); };
   int tiles_moved = 0, left_to_load = 0;  // along k

@@ -24,12 +24,13 @@ struct PointwiseTile {
   constexpr int warp_columns() const { return columns / warps_n; }
 };
 // 32x64 or 32x96 of y per warp where there is enough work: 16 multiply instructions for 6 reads of shared memory, and
-// two fragments of x for the gate. Few columns are for the project convolutions, which read x only once then; 144 for
-// the expansion of 24 channels. The last three are for single images.
+// two fragments of x for the gate. Few columns are for the project convolutions, which read x only once then, and more
+// rows where there are many, because a tile takes some 200 instructions whatever its rows; 144 for the expansion of 24
+// channels. Warps along k are for single images.
 constexpr PointwiseTile kPointwiseTiles[] = {
-    {128, 128, 4, 2, 1, 2}, {128, 96, 4, 1, 1, 3}, {64, 144, 4, 1, 1, 4}, {128, 64, 4, 1, 1, 4},
-    {128, 40, 4, 1, 1, 5},  {128, 32, 4, 1, 1, 5}, {128, 24, 4, 1, 1, 6}, {128, 16, 4, 1, 1, 6},
-    {64, 64, 2, 2, 1, 5},   {32, 32, 1, 1, 4, 4},  {16, 32, 1, 1, 4, 4},  {16, 16, 1, 1, 8, 3},
+    {128, 128, 4, 2, 1, 2}, {128, 96, 4, 1, 1, 3}, {64, 144, 4, 1, 1, 4}, {128, 64, 4, 1, 1, 4}, {128, 40, 4, 1, 1, 5},
+    {128, 32, 4, 1, 1, 5},  {128, 24, 4, 1, 1, 6}, {128, 16, 4, 1, 1, 6}, {64, 64, 2, 2, 1, 5},  {32, 32, 1, 1, 4, 4},
+    {16, 32, 1, 1, 4, 4},   {16, 16, 1, 1, 8, 3},  {192, 24, 4, 1, 1, 4}, {256, 16, 4, 1, 1, 4},
 };
 constexpr int kPointwiseTileCount = sizeof(kPointwiseTiles) / sizeof(kPointwiseTiles[0]);
 
@@ -115,7 +116,7 @@ constexpr bool training_tile_built(int tile, PointwiseProduct product, Pointwise
   const PointwiseTile t = kPointwiseTiles[tile];
   const bool direct = pointwise_tile_built(tile, product, PointwiseEpilogue::kIdentity, converts);
   return epilogue != PointwiseEpilogue::kSilu && pointwise_tile_built(tile, product, epilogue, converts) &&
-         (epilogue == PointwiseEpilogue::kIdentity || !direct) && t.columns < 128;
+         (epilogue == PointwiseEpilogue::kIdentity || !direct) && t.columns < 128 && t.rows <= 128;
 }
 
 // Scratch memory of a launch whose tiles, or images, are shared by several blocks; sizes are functions of the plan.

@@ -138,7 +138,7 @@ std::string cut_of(const PointwiseParams& project, const DepthwiseParams& p, con
   };
   std::ostringstream out;
   out << variant("mbconv_queue", p.dtype) << " units=" << plan.expand.depthwise.units << " ahead=" << plan.ahead
-      << " items=" << plan.items << prefixed(cut_of(p, plan.expand), "expand_")
+      << " first_round=" << plan.first_round << " items=" << plan.items << prefixed(cut_of(p, plan.expand), "expand_")
       << " expand_grid=" << plan.expand.depthwise.blocks() << prefixed(cut_of(project, plan.project), "project_")
       << " project_grid=" << plan.project.blocks;
   return out.str();

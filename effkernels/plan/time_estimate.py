@@ -305,7 +305,7 @@ def _terms(
     if work.queue is not None:
         # Items are slower than their chains by as much as the launch is; the last ones, beside which less runs, too.
         slower, queue = longest / latency if cut.grid > slots else 1.0, work.queue
-        chains = (queue.start, queue.expand, queue.gate, queue.project)
+        chains = (queue.start, queue.expand, queue.gate, queue.project_start, queue.project, queue.leave)
         block = QueuedBlock(queue.order, *(slower * us(one) for one in chains))
         tail = max(0.0, end_of_queue(slots, block) - longest)
     elif cut.grid <= slots:

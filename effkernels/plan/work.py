@@ -55,13 +55,15 @@ class Clocks(Sums):
 
 @dataclass(frozen=True)
 class Queue:
-    """Items in their order, and their chains: as of `QueuedBlock`, without the waits of `start` for an input."""
+    """Items in their order, and their chains: as of `QueuedBlock`."""
 
     order: QueueOrder
     start: Clocks
     expand: Clocks
     gate: Clocks
+    project_start: Clocks
     project: Clocks
+    leave: Clocks
 
 
 @dataclass(frozen=True)
@@ -318,6 +320,26 @@ def _places(cut: Cut, rows: int, pixels: float) -> Counters:
     return of_row * _ceil(rows, cut.warps)
 
 
+@functools.cache
+def _rows_made(
+    first: int, end: int, height: int, before: int, kernel: int, stride: int, group_rows: int
+) -> tuple[int, ...]:
+    """Return how often the threads of a block go over the strips of a group of rows, for each group of a band.
+
+    Args:
+        first, end: rows of the result.
+        before: rows of padding above.
+    """
+    top = max(0, first * stride - before)
+    bottom = min((end - 1) * stride - before + kernel, height)
+    made, passes = first, []
+    for read in (*range(top + group_rows, bottom, group_rows), bottom):
+        possible = end if read == bottom else max(made, (read + before - kernel) // stride + 1)
+        passes.append(_ceil(possible - made, group_rows // stride))
+        made = possible
+    return tuple(passes)
+
+
 def _expand_depthwise(cut: Cut, call: RecordedCall, copy: Counters | None = None) -> Work:
     """Follow the walk of csrc/cuda/expand_depthwise.cuh, the averages over bands and tiles for each of them.
 
@@ -340,12 +362,14 @@ def _expand_depthwise(cut: Cut, call: RecordedCall, copy: Counters | None = None
     columns = [(first, min(first + cut["columns"], out_width)) for first in range(0, out_width, cut["columns"])]
     rows = sum(under(*band, padding[0], height) for band in bands) / len(bands)
     groups = sum(_ceil(under(*band, padding[0], height), group_rows) for band in bands) / len(bands)
+    made = sum(sum(_rows_made(*band, height, padding[0], kernel, stride, group_rows)) for band in bands) / len(bands)
     pixels = sum(under(*one, padding[2], in_width) for one in columns) / tiles  # of a row
     # A warp multiplies one fragment of 16 pixels at a time, or two.
     name, unit = ("pair", 32) if cut["pairs"] else ("fragment", 16)
     fragments = _ceil(rows / groups * pixels, unit)
-    strips = sum(_ceil(end - first, cut["strip"]) for first, end in columns) / tiles * out_height / len(bands) / groups
-    rounds = _ceil(strips, lanes)
+    of_row = sum(_ceil(end - first, cut["strip"]) for first, end in columns) / tiles
+    strips = of_row * out_height / len(bands)
+    rounds = made * _ceil(of_row * (group_rows // stride), lanes)
     taps_inside = sum(
         0 <= row * stride - padding[0] + tap < height for row in range(out_height) for tap in range(kernel)
     )
@@ -368,13 +392,14 @@ def _expand_depthwise(cut: Cut, call: RecordedCall, copy: Counters | None = None
     places = _places(cut, group_rows, pixels)
     first = total(((part("prologue"), 1), (weights, copy is None), (load, 1), (places, 1), (zeros, 1)))
     warps_of_strips = strips * (width * size / 16) / WARP
-    group = (part("group") + load) * cut.warps + fragment * fragments + strip * warps_of_strips
-    of_image = group * groups + part("image") * cut.warps + part("lane") * (lanes * _ceil(width, WARP))
+    group = (part("group") + load) * cut.warps + fragment * fragments
+    of_image = group * groups + strip * warps_of_strips
+    of_image = of_image + part("image") * cut.warps + part("lane") * (lanes * _ceil(width, WARP))
     images = batch / _ceil(batch, cut["images"])
     issued = ((first + load_taps) * cut.warps + of_image * images) * cut.grid
-    chain = part("group") + load + fragment * _ceil(fragments, cut.warps) + strip * rounds
+    chain = (part("group") + load + fragment * _ceil(fragments, cut.warps)) * groups + strip * rounds
     # The rows of x of a group are asked for while the strips of the one before it are computed.
-    body = _chain((chain * groups + part("image") + part("lane") * lanes) * images, inputs=1)
+    body = _chain((chain + part("image") + part("lane") * lanes) * images, inputs=1)
     excites = call.arguments.get("w_reduce") is not None
     reduced = call.arguments["w_reduce"].shape[0] if excites else 0
     more, in_body, last = _arrival_tail(cut, reduced, channels, width, size)
@@ -401,23 +426,25 @@ def _mbconv_queue(cut: Cut, call: RecordedCall) -> Work:
     first = _expand_depthwise(expand, replace(call, results=[between]), copy)
     second = _pointwise(project, replace(call, arguments={**given_project, "activation": "identity"}))
     # A warp looks for the item, 32 numbers at a time: the block of the network, where there are several; the round.
-    stacked, rounds = cut.sizes.get("stacked", 1), cut["units"] + cut["ahead"] - 1
+    stacked, rounds = cut.sizes.get("stacked", 1), (cut["units"] + cut["ahead"]) * expand["images"] - 1
     steps = max(1, math.ceil(math.log(max(rounds, 2), WARP)))
     draw = cut.counts.part("draw") + cut.counts.part("find") * (stacked > 1) + cut.counts.part("search") * steps
     issued = first.issued + second.issued + draw * cut.grid
-    # The number is drawn, and the item counted as done, by atomic operations; one that projects asks for its units.
-    drawn, ended = Clocks(draw.issued, parameters=1), Clocks(arrivals=1)
+    # The number is drawn by an atomic operation; the item is counted as done by another one, after a fence, and the
+    # block then leaves by a last one, after a fence that waits for both. One that projects asks for its units.
+    drawn, ended, left = Clocks(draw.issued, parameters=1), Clocks(parameters=2), Clocks(parameters=1)
     start = drawn + first.prologue
     of_expand = start + first.body + ended
-    of_project = drawn + Clocks(parameters=1) + second.prologue + second.body + ended
-    average = of_expand * (expand.grid / cut.grid) + of_project * (project.grid / cut.grid)
+    start_of_project = drawn + second.prologue - _chain(_product_fill(project, gated=gate is not None)[1])
+    of_project = drawn + second.prologue + Clocks(parameters=1) + second.body + ended
+    average = of_expand * (expand.grid / cut.grid) + of_project * (project.grid / cut.grid) + left
     pixels = y.shape[2] * y.shape[3]
     order = QueueOrder(
         units=cut["units"], images=expand["images"], expand_items=expand.grid // cut["units"], ahead=cut["ahead"],
-        project_items=project.grid, columns=project["column_tiles"],
+        first_round=cut["first_round"], project_items=project.grid, columns=project["column_tiles"],
         unit_rows=expand["images"] * int(pixels), item_rows=project["rows"] * project["tiles"],
     )  # fmt: skip
-    queue = Queue(order, start, of_expand, first.last, of_project)
+    queue = Queue(order, start, of_expand, first.last, start_of_project, of_project, left)
     l2_bytes = first.l2_bytes + second.l2_bytes
     return Work(issued, cut.counts.registers, l2_bytes, Clocks(), average, Clocks(), queue)
 
@@ -537,6 +564,13 @@ def _resident_tail(
     return issued, chain + exchange + gate, Clocks()
 
 
+def _product_fill(cut: Cut, *, gated: bool) -> tuple[int, Counters]:
+    """Return the vectors of gates that a thread copies after the first, and what asks for the first stages of x."""
+    part, slices = cut.counts.part, min(3, cut["steps"])
+    gates = _ceil(cut["gate_images"] * 4, cut.threads) - 1 if gated else 0
+    return gates, part("fill") * slices + part("gate") * (slices * gates)
+
+
 def _pointwise(cut: Cut, call: RecordedCall) -> Work:
     part = cut.counts.part
     x, weight, size = call.arguments["x"], call.arguments["weight"], call.dtype.itemsize
@@ -553,17 +587,9 @@ def _pointwise(cut: Cut, call: RecordedCall) -> Work:
     of_value = part("value.part") if shares else _with_activation(cut, "value", call.arguments["activation"])
     of_thread = values / min(cut.threads, values / 4)
     tile = total(((part("tile"), 1), (part("tile.gate"), gated), (part("tile.residual"), residual)))
-    slices = min(3, steps)
-    gates = _ceil(cut["gate_images"] * 4, cut.threads) - 1 if gated else 0  # vectors of a thread after the first
+    gates, fill = _product_fill(cut, gated=gated)
     residuals = rows * columns / vector / cut.threads if residual else 0.0
-    load = total(
-        (
-            (part("prologue"), 1),
-            (part("weights"), slices),
-            (part("fill"), slices),
-            (part("gate"), slices * gates),
-        )
-    )
+    load = total(((part("prologue"), 1), (part("weights"), min(3, steps)), (fill, 1)))
     one = total(((step, steps), (part("gate"), steps * gates), (tile, 1), (part("residual"), residuals)))
     tiles = cut["row_tiles"] * cut["column_tiles"] * cut["parts"]
     issued = load * (cut.grid * cut.warps) + (one * cut.warps + of_value * (values / WARP)) * tiles
