@@ -174,7 +174,7 @@ def section(kernels: Sequence[Kernel], folder: Path) -> str:
         "\n".join(activation_lines(folder)),
         "### Instructions of a warp in each part of a kernel\n\nIn one pass through the part, counted in the "
         "disassembly along the way that a network takes; `effkernels/plan/kernel_counts.py` says what the columns are, "
-        "`effkernels/plan/work.py` how often each part runs.",
+        "`effkernels/plan/work.py` and the files beside it how often each part runs.",
         "\n".join(part_lines(shown)),
         "### Estimated time of each launch: EfficientNet-B0 at batch 256, bfloat16, on an H200\n\nMicroseconds, as "
         "`effkernels explain --model-time` prints them: the longest of the first nine terms, in bold, and the others "

@@ -13,11 +13,12 @@ from dataclasses import dataclass, fields, replace
 from torch import Tensor
 
 from effkernels.plan import kernel_counts
+from effkernels.plan.cut import WARP, Clocks, Cut, Work
 from effkernels.plan.gpus import Gpu
 from effkernels.plan.kernel_counts import Counters, KernelCounts
 from effkernels.plan.queue_order import QueuedBlock, end_of_queue
 from effkernels.plan.record import RecordedCall, tensors_in
-from effkernels.plan.work import WARP, Clocks, Cut, Work, work_of
+from effkernels.plan.work import work_of
 
 # Clocks of a multiprocessor for one instruction of a warp (CUDA C++ Programming Guide, "Throughput of Native Arithmetic
 # Instructions": 4 schedulers, 128 results of float32 multiply-adds a clock, 64 of integer and bit operations and of
