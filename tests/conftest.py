@@ -10,6 +10,7 @@ import triton_interpreter  # first: it decides what the import of effkernels fin
 # isort: split
 import ctypes
 import functools
+import gc
 import os
 import platform
 import sys
@@ -32,6 +33,10 @@ from hypothesis.internal.conjecture import providers
 from effkernels import _library
 from effkernels.ops import backends
 from effkernels.ops.parity import full_float32
+
+# A collection of cycles goes through a million objects, the tests and the libraries, and takes half a second. With
+# Python's own threshold of 700 it does so every few seconds: a fifth of the time of tests that trace networks.
+gc.set_threshold(20_000)
 
 # Every float32 comparison of the tests; TF32 has cases and a yardstick of its own in tests/gpu/test_tf32.py.
 full_float32()
@@ -224,7 +229,7 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what runs on the emulator, leave out what a flavour cannot show, and give tests that differ only in the
-    backend to one worker, one after the other, so that they share one yardstick.
+    backend or the instruction set to one worker, one after the other, so that they share one yardstick.
     """
     for item in items:
         if _is_emulated(item):
@@ -403,9 +408,10 @@ def _case_of(item: pytest.Item) -> op_cases.Case | None:
 
 
 def _apart_from_backend(item: pytest.Item) -> str:
-    """Return the id of a test without the id of its backend."""
-    backend = getattr(getattr(item, "callspec", None), "params", {}).get("backend")
-    return item.nodeid if backend is None else item.nodeid.replace(f"[{backend}-", "[").replace(f"[{backend}]", "")
+    """Return the id of a test without the id of its backend or instruction set."""
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    chosen = parameters.get("backend", parameters.get("isa"))
+    return item.nodeid if chosen is None else item.nodeid.replace(f"[{chosen}-", "[").replace(f"[{chosen}]", "")
 
 
 @pytest.fixture(scope="session", autouse=True)

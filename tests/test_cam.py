@@ -460,7 +460,7 @@ class TestDigits:
 
     @pytest.mark.slow
     def test_maps_sit_on_the_digit(self) -> None:
-        model = train_on_digits(DIGITS_NETWORK, epochs=6)
+        model = train_on_digits(DIGITS_NETWORK, epochs=5)
         found = look_at_digits(model, hide_digits(False, torch.Generator().manual_seed(1)), 64)
         assert found["accuracy"] > 0.5
         assert found["peak_on_digit"] > 3 * found["digit_area"]

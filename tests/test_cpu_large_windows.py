@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import op_cases
 import pytest
 import torch
 from op_cases import Case
 from parity import assert_parity
+from torch import Tensor
 
 from effkernels import _library, ops
 from effkernels.ops import reference
@@ -32,18 +36,29 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", CASES)
-def test_values(name: str, dtype: torch.dtype, isa: str) -> None:
-    case = CASES[name].with_(dtype=dtype)
+@lru_cache(maxsize=1)  # every instruction set is held against the same: see pytest_collection_modifyitems
+def drawn(case: Case) -> tuple[dict[str, Any], Sequence[Tensor], Sequence[Tensor]]:
+    """Arguments, and the results of plain PyTorch and of float64."""
     arguments = case.draw()
-    outputs = op_cases.run(ops, case, arguments)
     with op_cases.one_thread():
-        plain, truth = op_cases.run(reference, case, arguments), op_cases.truth(case, arguments)
+        return arguments, op_cases.run(reference, case, arguments), op_cases.truth(case, arguments)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case.with_(dtype=dtype), id=f"{name}-{dtype}")
+        for dtype in (torch.float32, torch.bfloat16)
+        for name, case in CASES.items()
+    ],
+)
+def test_values(case: Case, isa: str) -> None:
+    arguments, plain, truth = drawn(case)
+    outputs = op_cases.run(ops, case, arguments)
     assert_parity(outputs[0], plain[0], truth[0], str(case))
     for pooled, wanted in zip(outputs[1:], truth[1:], strict=True):
         # By two or three means the rule would judge luck (test_ops_pooled_means.py has enough of them): one rounding.
-        torch.testing.assert_close(pooled.double(), wanted, rtol=torch.finfo(dtype).eps / 2 + 1e-6, atol=1e-6)
+        torch.testing.assert_close(pooled.double(), wanted, rtol=torch.finfo(case.dtype).eps / 2 + 1e-6, atol=1e-6)
 
 
 MEMORY = """

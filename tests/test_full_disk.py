@@ -48,7 +48,7 @@ def status_of(arguments: list[str]) -> int:
         (["convert", "WEIGHTS", "--to", "torchvision", "--force", "--output", "OUT"], "new.safetensors", ""),
         ([*CAM, "--weights", "WEIGHTS", "--force", "--output", "OUT"], "map.png", "peak"),
         (["scale", "--network", "efficientnet_b0", "--phi", "1", "--force", "--save", "OUT"], "b1.json", "GFLOPs"),
-        (["scale", "--table", "variants", "--output", "FOLDER"], "variants.md", "Table 2"),
+        (["scale", "--table", "equation3", "--output", "FOLDER"], "equation3.md", "Equation 3"),
         ([*SEARCH, "--force", "--save", "OUT"], "best.json", "alpha"),
         ([*SEARCH, "--force", "--plot", "OUT"], "plot.png", "alpha"),
     ],

@@ -310,7 +310,7 @@ progress.note("fake", done="a", wrong="")
 progress.note("fake", begun="b", left=2.0)
 """
         begin = time.monotonic()
-        outcome = self.run(tmp_path, monkeypatch, note + body + "\ntime.sleep(60)", seconds=4.0)
+        outcome = self.run(tmp_path, monkeypatch, note + body + "\ntime.sleep(60)", seconds=2.0)
         assert (outcome.result, outcome.note) == ("cut", "1 of 3 steps, then in b")
         assert time.monotonic() - begin < 30
 

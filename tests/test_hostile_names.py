@@ -98,7 +98,7 @@ def test_cam(album: Path, tmp_path: Path) -> None:
         ["cam", "--example", "--output", "NAME"],
         ["scale", "--network", "NAME.json"],
         ["scale", "--network", "NAME"],
-        ["scale", "--table", "growth", "--png", "--output", "folder", "--accuracy", "NAME"],
+        ["scale", "--table", "growth", "--growth-phi", "1", "--png", "--output", "folder", "--accuracy", "NAME"],
         ["search", "--network", "NAME"],
         ["search", "--evaluate", "NAME"],
         ["search", "--evaluate", "none", "--save", "NAME"],

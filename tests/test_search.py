@@ -318,7 +318,7 @@ class TestDigits:
     def test_two_candidates_learn_the_same_every_time(self) -> None:
         pytest.importorskip("sklearn", reason="the extra `scaling` is not installed")
         wanted = {"constraint": 2.25, "grid": 0.5, "tolerance": 0.05, "rounding": DIGITS_ROUNDING}
-        evaluate = DigitsEvaluation(seeds=1, epochs=8)
+        evaluate = DigitsEvaluation(seeds=1, epochs=6)
         first, second = (
             search(DIGITS_NETWORK, evaluate, num_classes=10, in_chans=1, threads=1, **wanted) for _ in range(2)
         )

@@ -148,8 +148,7 @@ def test_a_killed_training_goes_on_bit_for_bit(photos: Path, unbroken: Path, tmp
 
 def test_the_number_of_workers_changes_no_bit(photos: Path, unbroken: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
-    status, _, err = finished(start(arguments_for(photos, output, *RECIPE, "--workers", "2")))
-    assert status == 0, err
+    assert status_of(arguments_for(photos, output, *RECIPE, "--workers", "2")) == 0
     assert_same_weights(output, unbroken)
 
 

@@ -16,6 +16,7 @@ from effkernels.models import Architecture, EfficientNet, Stage
 from effkernels.nn import training_report
 
 STEPS, BATCH, RATE = 200, 48, 5e-3
+COMPARED = 80  # steps that plain PyTorch trains too, in float64 at three times the cost; the loss falls to a tenth
 NETWORK = Architecture(16, (Stage(1, 3, 1, 16, 1), Stage(4, 5, 2, 24, 2), Stage(4, 3, 1, 32, 2)), 96)
 
 
@@ -93,8 +94,10 @@ def test_the_loss_falls_as_in_plain_pytorch_and_the_digits_are_learned() -> None
     plain = copy.deepcopy(model)
     plain.backend = "reference"
     channels_last, exact = copy.deepcopy(plain).to(memory_format=torch.channels_last), copy.deepcopy(plain).double()
-    losses, own, other, truth = (Training(one).run(STEPS) for one in (model, plain, channels_last, exact))
-    assert_parity(losses, [own, other], truth, "losses")
+    losses = Training(model).run(STEPS)
+    own, other, truth = (Training(one).run(COMPARED) for one in (plain, channels_last, exact))
+    assert float(truth[-20:].mean()) < 0.1 * float(truth[0])
+    assert_parity(losses[:COMPARED], [own, other], truth, "losses")
     assert float(losses[-20:].mean()) < 0.05 < 2 < float(losses[0])
     assert accuracy(model) >= 0.97
 
