@@ -27,6 +27,7 @@ from benchmarks.kernel_economy.pointwise import pointwise_parts
 from benchmarks.kernel_economy.reading import Kernel
 from effkernels.plan.kernel_counts import (
     EXPAND_AHEAD,
+    HIDDEN_AHEAD,
     LOADS_AHEAD,
     TAP_VECTORS,
     TILES_AHEAD,
@@ -163,11 +164,26 @@ def depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
     tiles = [one for one in innermost(after) if one.count("LDG") == TILES_AHEAD and not one.count("FFMA")]
     if tiles:
         parts["tile"] = around(flow, tiles[0]) * (1 / TILES_AHEAD)
+    if not resident:
+        parts.update(_hidden_parts(flow, after))
     stores = [one for one in after if one.count("STG") and one.count("LDS") and one.count("FMUL")]
     if resident and stores:
         inner = innermost(stores)[0]
         parts["write"] = around(flow, inner) * (1 / inner.count("STG"))
     parts.update(gate_parts(kernel, flow, after, 1 if resident else 4))
+    return parts
+
+
+def _hidden_parts(flow: Flow, after: Sequence[Loop]) -> Parts:
+    """Return what adds the product of one block to a hidden value, and to four of them (add_hidden)."""
+    found = [one for one in innermost(after) if one.count("LDG") == HIDDEN_AHEAD and not one.count("FFMA")]
+    wide = [any(i.opcode.startswith("LDG") and "128" in i.opcode for i in one.instructions) for one in found]
+    parts = {}
+    for name, of in (("hidden", False), ("hidden.4", True)):
+        one = only(
+            [loop for loop, is_wide in zip(found, wide, strict=True) if is_wide == of], "over blocks' hidden values"
+        )
+        parts[name] = around(flow, one) * (1 / HIDDEN_AHEAD)
     return parts
 
 
@@ -253,6 +269,7 @@ def expand_depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
         "lane": around(flow, sums) * (1 / sums.count("LDS")),
         "finish": counters(way(flow, called, None, longest, outermost(after))),
         "tile": around(flow, tiles) * (1 / TILES_AHEAD),
+        **_hidden_parts(flow, after),
         **gate_parts(kernel, flow, after),  # of mbconv_queue, whose items are these blocks
     }
 

@@ -35,9 +35,10 @@ struct DepthwisePlan {
 
 // The results of the launch beside y, and the scratch memory it needs: sizes are functions of the plan.
 struct DepthwiseWork {
-  float* partial = nullptr;      // (batch * tiles, channels): the channel sums of every block, where tiles > 1
-  float* hidden = nullptr;       // (batch * hidden_rows, R): w_reduce times the means of every channel group
-  unsigned* arrivals = nullptr;  // zero before and after: of the tiles of (unit, group), then of the groups of a unit
+  // Of every block: its channel sums, (batch * tiles, channels), where means are asked for and tiles > 1; or where it
+  // is the gate, w_reduce times its share of the means, (batch * blocks of an image, R).
+  float *partial = nullptr, *hidden = nullptr;
+  unsigned* arrivals = nullptr;  // zero before and after: of the tiles of (unit, group), or of the blocks of a unit
 };
 struct DepthwiseScratch {
   int64_t partial = 0, hidden = 0, arrivals = 0;  // elements

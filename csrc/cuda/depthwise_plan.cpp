@@ -178,14 +178,12 @@ DepthwiseScratch depthwise_scratch(const DepthwiseCall& call, const DepthwisePla
       scratch.hidden = product({p.batch, plan.team, call.se->reduced}), scratch.arrivals = 2 * p.batch;
     return scratch;
   }
-  const bool sums = call.pooled || call.se != nullptr;
-  if (sums && plan.tiles > 1) {
+  if (call.se != nullptr) {
+    scratch.hidden = product({p.batch, plan.channel_groups, plan.tiles, call.se->reduced});
+    scratch.arrivals = plan.units;
+  } else if (call.pooled && plan.tiles > 1) {
     scratch.partial = product({p.batch, plan.tiles, p.channels});
     scratch.arrivals = plan.units * plan.channel_groups;
-  }
-  if (call.se != nullptr) {
-    scratch.hidden = product({p.batch, plan.channel_groups, call.se->reduced});
-    scratch.arrivals += plan.units;
   }
   return scratch;
 }

@@ -1,6 +1,10 @@
-// Channel sums of the results of a depthwise block, and what the blocks that come last make of them: the channel means,
-// and by squeeze-and-excitation the gate. A thread adds its strips in order, the block its lanes in order, the last
-// block to arrive the blocks of the image in order.
+// Channel sums of the results of a depthwise block, and what the block that comes last makes of them: the channel
+// means, or by squeeze-and-excitation the gate. A thread adds its strips in order, the block its lanes in order, the
+// last block to arrive the blocks of the image in order.
+//
+// For the means blocks arrive that have the same channels of an image. For the gate all of its blocks arrive, once: its
+// first product is linear, so that each multiplies its own sums by its columns of w_reduce, and the last one adds up R
+// values of each block.
 #pragma once
 #include "depthwise.h"
 #include "squeeze_excite.cuh"
@@ -91,27 +95,16 @@ __device__ __forceinline__ void clear_lanes(const DepthwisePlan& plan, float* la
   for (int at = threadIdx.x; at < count; at += blockDim.x) lane_sums[at] = 0.f;
 }
 
-// From the sums of this block to the means, and from the means to the gate, by the blocks that come last. All threads.
-// kChannels as above.
-template <class T, int kChannels = 0>
-__device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group, int tile, int64_t unit,
-                                         float* parameters) {
+// Adds up the tiles of the block's channels, in the block that comes last, into the means. All threads.
+__device__ __forceinline__ void finish_means(const DepthwiseArguments& a, const SumsInShared& shared, int group,
+                                             int tile, int64_t unit, int block_channels, int channels, int images) {
   const DepthwiseParams& p = a.depthwise;
-  const SqueezeExciteParams& se = a.se;
   const DepthwisePlan& plan = a.plan;
-  const DepthwiseWork& work = a.work;
-  const int block_channels = kChannels > 0 ? kChannels : plan.channel_vectors * plan.vector;
-  const SumsInShared shared(plan, parameters, p.kernel_h * p.kernel_w, block_channels);
   const int64_t first_channel = int64_t(group) * block_channels, first_image = unit * plan.images;
-  const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
-  const int images = static_cast<int>(min(int64_t(plan.images), p.batch - first_image));
-
-  unsigned* unit_arrivals = work.arrivals + unit;
   if (plan.tiles > 1) {
-    float* partial = work.partial + unit * plan.tiles * p.channels + first_channel;
+    float* partial = a.work.partial + unit * plan.tiles * p.channels + first_channel;
     if (threadIdx.x < channels) partial[tile * p.channels + threadIdx.x] = shared.sums[threadIdx.x];
-    if (!arrive_last(work.arrivals + unit * plan.channel_groups + group, plan.tiles, shared.flag)) return;
-    unit_arrivals += plan.units * plan.channel_groups;
+    if (!arrive_last(a.work.arrivals + unit * plan.channel_groups + group, plan.tiles, shared.flag)) return;
     // Threads that are not needed for a channel of their own share the tiles, where the sums of the lanes were.
     const int parts = min(kDepthwiseThreads / block_channels, plan.lanes), part = threadIdx.x / block_channels;
     const int channel = threadIdx.x % block_channels;
@@ -140,40 +133,104 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
     }
     __syncthreads();
   }
-
   const float pixels = static_cast<float>(p.out_height * p.out_width);
 #pragma unroll 1
   for (int at = threadIdx.x; at < images * block_channels; at += kDepthwiseThreads) {
-    const float mean = shared.sums[at] / pixels;
-    shared.sums[at] = mean;
     const int channel = at % block_channels;
     if (p.pooled != nullptr && channel < channels)
-      p.pooled[(first_image + at / block_channels) * p.channels + first_channel + channel] = mean;
+      p.pooled[(first_image + at / block_channels) * p.channels + first_channel + channel] = shared.sums[at] / pixels;
   }
-  if (se.gate == nullptr) return;
-  __syncthreads();
+}
 
-  const int reduced = static_cast<int>(se.reduced);
-  float* hidden = work.hidden + first_image * plan.channel_groups * reduced;  // (images, groups, R)
-  reduce_product<kReduceLanesOfBlock, T>(se, first_channel, channels, shared.sums, block_channels, images,
-                                         hidden + group * reduced, int64_t(plan.channel_groups) * reduced);
-  if (!arrive_last(unit_arrivals, plan.channel_groups, shared.flag)) return;
-  for (int at = threadIdx.x; at < images * reduced; at += kDepthwiseThreads) {
-    const float* from = hidden + (at / reduced * plan.channel_groups) * reduced + at % reduced;
-    constexpr int kAtOnce = 12;  // reads that are under way together
-    float total = 0.f;
+// What other blocks wrote: past L1, which may hold older values.
+template <int kWidth>
+__device__ __forceinline__ Vector<float, kWidth> load_sums(const float* from) {
+  static_assert(kWidth == 1 || kWidth == 4, "one read");
+  Vector<float, kWidth> values;
+  if constexpr (kWidth == 1) {
+    values.at[0] = __ldcg(from);
+  } else {
+    const float4 all = __ldcg(reinterpret_cast<const float4*>(from));
+    values.at[0] = all.x, values.at[1] = all.y, values.at[2] = all.z, values.at[3] = all.w;
+  }
+  return values;
+}
+
+// Adds up the first products of all blocks of the images into the hidden values, kWidth of which a thread takes at a
+// time. Of each some threads have a share, in place of the sums of the lanes. All threads; ends with a barrier.
+template <int kWidth>
+__device__ __forceinline__ void add_hidden(const float* from, int blocks, int images, int reduced, int lane_floats,
+                                           const SumsInShared& shared) {
+  constexpr int kAtOnce = 12;  // reads that are under way together
+  using Values = Vector<float, kWidth>;
+  const int vectors = images * reduced / kWidth;
+  const int parts = max(1, min(kDepthwiseThreads / vectors, lane_floats / (images * reduced)));
+  const int part = parts > 1 ? static_cast<int>(threadIdx.x) / vectors : 0;
+  float* const to = parts > 1 ? shared.lane_sums + part * images * reduced : shared.hidden;
 #pragma unroll 1
-    for (int first = 0; first < plan.channel_groups; first += kAtOnce) {
-      float of_group[kAtOnce];
+  for (int at = static_cast<int>(threadIdx.x) - part * vectors; at < vectors && part < parts; at += kDepthwiseThreads) {
+    const int value = at * kWidth;
+    const float* const of = from + (value / reduced * int64_t(blocks)) * reduced + value % reduced;
+    ExactSum total[kWidth];
+#pragma unroll 1
+    for (int first = part; first < blocks; first += kAtOnce * parts) {
+      Values of_block[kAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        of_block[i] = {};
+        if (first + i * parts < blocks) of_block[i] = load_sums<kWidth>(of + int64_t(first + i * parts) * reduced);
+      }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i)
-        of_group[i] = first + i < plan.channel_groups ? __ldcg(from + (first + i) * reduced) : 0.f;
 #pragma unroll
-      for (int i = 0; i < kAtOnce; ++i) total += of_group[i];
+        for (int e = 0; e < kWidth; ++e) total[e].add(of_block[i].at[e]);
     }
-    shared.hidden[at] = total;
+#pragma unroll
+    for (int e = 0; e < kWidth; ++e) to[value + e] = total[e].result();
   }
   __syncthreads();
+  if (parts == 1) return;
+  for (int at = static_cast<int>(threadIdx.x); at < images * reduced; at += kDepthwiseThreads) {
+    ExactSum total;
+#pragma unroll 1
+    for (int from_part = 0; from_part < parts; ++from_part)
+      total.add(shared.lane_sums[from_part * images * reduced + at]);
+    shared.hidden[at] = total.result();
+  }
+  __syncthreads();
+}
+
+// From the sums of this block to the means, or to the gate, by the block that comes last. All threads. kChannels as
+// above.
+template <class T, int kChannels = 0>
+__device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group, int tile, int64_t unit,
+                                         float* parameters) {
+  const DepthwiseParams& p = a.depthwise;
+  const SqueezeExciteParams& se = a.se;
+  const DepthwisePlan& plan = a.plan;
+  const int block_channels = kChannels > 0 ? kChannels : plan.channel_vectors * plan.vector;
+  const SumsInShared shared(plan, parameters, p.kernel_h * p.kernel_w, block_channels);
+  const int64_t first_channel = int64_t(group) * block_channels, first_image = unit * plan.images;
+  const int channels = static_cast<int>(min(int64_t(block_channels), p.channels - first_channel));
+  const int images = static_cast<int>(min(int64_t(plan.images), p.batch - first_image));
+  if (se.gate == nullptr) {
+    finish_means(a, shared, group, tile, unit, block_channels, channels, images);
+    return;
+  }
+
+  const float pixels = static_cast<float>(p.out_height * p.out_width);
+#pragma unroll 1
+  for (int at = threadIdx.x; at < images * block_channels; at += kDepthwiseThreads) shared.sums[at] /= pixels;
+  __syncthreads();
+  const int reduced = static_cast<int>(se.reduced), blocks = plan.channel_groups * plan.tiles;
+  float* hidden = a.work.hidden + first_image * blocks * reduced;  // (images, blocks, R)
+  reduce_product<kReduceLanesOfBlock, T>(se, first_channel, channels, shared.sums, block_channels, images,
+                                         hidden + (group * plan.tiles + tile) * reduced, int64_t(blocks) * reduced);
+  if (!arrive_last(a.work.arrivals + unit, static_cast<unsigned>(blocks), shared.flag)) return;
+  if (reduced % 4 == 0)
+    add_hidden<4>(hidden, blocks, images, reduced, plan.lanes * block_channels, shared);
+  else
+    add_hidden<1>(hidden, blocks, images, reduced, plan.lanes * block_channels, shared);
   activate_hidden(se, images, shared.hidden);
   T* gate = static_cast<T*>(se.gate) + first_image * p.channels;
   const int64_t stride = p.channels;

@@ -47,26 +47,29 @@ def expand_product(cut: Cut, images: int, reduced: int, channels: int, size: int
 def arrival_tail(
     cut: Cut, reduced: int, channels: int, block_channels: int, size: int
 ) -> tuple[Counters, Clocks, Clocks]:
-    """Means and gate by last arrival: issued by all, in the body of each block, and after the last one."""
+    """Means, or the gate, by last arrival: issued by all, in the body of each block, and after the last one."""
     part, images, groups, tiles = cut.counts.part, cut["images"], cut["channel_groups"], cut["tiles"]
     units = cut.grid // max(1, groups * tiles)
-    issued = part("finish") * (cut.grid * cut.warps)
-    means = Clocks(part("finish").issued)
-    if tiles > 1:
+    issued, own = part("finish") * (cut.grid * cut.warps), Clocks(part("finish").issued)
+    if not reduced:
+        if tiles == 1:
+            return issued, own, Clocks()
         # Threads that have no channel of their own share the tiles.
         shared = ceil_divide(tiles, max(1, cut.threads // block_channels))
         issued = issued + part("tile") * (units * groups * cut.warps * shared)
-        means = means + Clocks(part("tile").issued * shared, 0, ceil_divide(shared, TILES_AHEAD), 1)
-    if not reduced:
-        return issued, Clocks(), means
+        last = Clocks(part("tile").issued * shared, parameters=ceil_divide(shared, TILES_AHEAD))
+        return issued, own + Clocks(arrivals=1), last
     product, chain = reduce_product(cut, images, reduced, min(block_channels, channels), size)
     expand, gate = expand_product(cut, images, reduced, channels, size)
-    issued = issued + product * (units * groups) + expand * units
-    sums = ceil_divide(images * reduced, cut.threads)
-    hidden = Clocks(0, 0, sums * ceil_divide(groups, HIDDEN_AHEAD) + sums, 1)
-    if tiles > 1:
-        return issued, Clocks(), means + chain + hidden + gate
-    return issued, means + chain, hidden + gate
+    # Threads share the blocks whose products are added up, of four values where they can, and then add up their shares.
+    name, width = ("hidden.4", 4) if reduced % 4 == 0 else ("hidden", 1)
+    vectors = images * reduced // width
+    parts = max(1, min(cut.threads // vectors, cut["lanes"] * block_channels // (images * reduced)))
+    of_part, rounds = ceil_divide(groups * tiles, parts), ceil_divide(vectors, cut.threads)
+    added, trips = part(name) * (of_part * rounds), ceil_divide(of_part, HIDDEN_AHEAD) * rounds
+    issued = issued + product * cut.grid + (added * cut.warps + expand) * units
+    last = Clocks(added.issued, parameters=trips + ceil_divide(images * reduced, cut.threads))
+    return issued, own + chain + Clocks(arrivals=1), last + gate
 
 
 def resident_tail(
