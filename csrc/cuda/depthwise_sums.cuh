@@ -225,7 +225,8 @@ __device__ __noinline__ void finish_sums(const DepthwiseArguments& a, int group,
   const int reduced = static_cast<int>(se.reduced), blocks = plan.channel_groups * plan.tiles;
   float* hidden = a.work.hidden + first_image * blocks * reduced;  // (images, blocks, R)
   reduce_product<kReduceLanesOfBlock, T>(se, first_channel, channels, shared.sums, block_channels, images,
-                                         hidden + (group * plan.tiles + tile) * reduced, int64_t(blocks) * reduced);
+                                         hidden + int64_t(group * plan.tiles + tile) * reduced,
+                                         int64_t(blocks) * reduced);
   if (!arrive_last(a.work.arrivals + unit, static_cast<unsigned>(blocks), shared.flag)) return;
   if (reduced % 4 == 0)
     add_hidden<4>(hidden, blocks, images, reduced, plan.lanes * block_channels, shared);
