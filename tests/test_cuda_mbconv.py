@@ -121,6 +121,16 @@ def plan_of(case: OpCall, limits: tuple[int, ...], dtype: str = "bfloat16") -> l
     return planned(BLOCK_OP, [*shape, *case.padding, *others], limits, dtype)
 
 
+def reference_of(case: Case, arguments: dict[str, Any]) -> torch.Tensor:
+    """Return the block without norms and gate, in float64, what is between its stages rounded as the operator does."""
+    conv2d, channels = torch.nn.functional.conv2d, case.expanded
+    expanded = conv2d(arguments["x"].double(), arguments["expand_weight"].double()).to(case.dtype).double()
+    weight, padding = arguments["weight"].double(), case.padding[0]
+    convolved = conv2d(expanded, weight, stride=case.stride, padding=padding, groups=channels)
+    convolved = convolved.clamp(0, 6).to(case.dtype).double()
+    return conv2d(convolved, arguments["project_weight"].double())
+
+
 def named(cases: Iterator[Case]) -> list[object]:
     return [pytest.param(case, id=str(case)) for case in dict.fromkeys(cases)]
 
@@ -172,18 +182,74 @@ class TestParity:
         assert (line["kernel"], int(line["groups"])) == ("mbconv", 7)
         check(case, emulated)
 
-    def test_taps_that_are_not_aligned_are_read_one_by_one(self, emulated: Emulator) -> None:
+    @pytest.mark.parametrize("name", ["weight", "w_reduce", "w_expand"])
+    def test_parameters_that_are_not_aligned_are_read_one_by_one(self, name: str, emulated: Emulator) -> None:
         emulated.configure(Emulation("random", "late", H200, emulated.flavour))
         for parameters in ("same", "float32"):
             case = Case(BLOCK_OP, torch.float16, channels=16, expanded=104, out_channels=24, parameters=parameters)
             arguments = case.draw()
             (expected,) = call(emulated, case.op, arguments)
-            weight = arguments["weight"]
-            moved = torch.empty(weight.numel() + 1, dtype=weight.dtype)[1:].view(weight.shape)
+            parameter = arguments[name]
+            moved = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)[1:].view(parameter.shape)
             before = launches(emulated)
-            (result,) = call(emulated, case.op, {**arguments, "weight": moved.copy_(weight)})
+            (result,) = call(emulated, case.op, {**arguments, name: moved.copy_(parameter)})
             assert launches(emulated) - before == 1
             assert torch.equal(result, expected)
+
+    @pytest.mark.parametrize("reduced", [1, 3, 6, 300])
+    def test_any_number_of_hidden_values(self, reduced: int, emulated: Emulator) -> None:
+        """Rows of w_expand of any length; more hidden values than threads."""
+        emulated.configure(Emulation("random", "late", H200, emulated.flavour))
+        sizes = {"channels": 16, "expanded": 104, "out_channels": 24, "height": 5, "width": 6, "batch": 1}
+        for parameters in ("same", "float32"):
+            case = Case(BLOCK_OP, torch.bfloat16, **sizes, reduced=reduced, parameters=parameters)
+            (line,) = plan_of(case, H200)
+            assert line["kernel"] == "mbconv"
+            check(case, emulated)
+
+    @pytest.mark.parametrize(
+        ("size", "windows"),
+        [((14, 14), 14), ((14, 13), 14), ((16, 12), 14), ((17, 29), 14), ((7, 7), 4), ((8, 4), 4), ((9, 5), 4)],
+    )
+    def test_windows_of_both_widths(self, size: tuple[int, int], windows: int, emulated: Emulator) -> None:
+        """Two parts of 8 rows by 14 or 4 columns each: whole ones, and some that are cut or not there."""
+        emulated.configure(Emulation("random", "late", H200, emulated.flavour))
+        for kernel, dtype in ((3, torch.float16), (5, torch.bfloat16)):
+            half = (kernel // 2,) * 4
+            sizes = {"channels": 8, "expanded": 56, "out_channels": 8, "height": size[0], "width": size[1]}
+            case = Case(BLOCK_OP, dtype, **sizes, kernel=(kernel, kernel), padding=half, batch=1, parameters="same")
+            (line,) = plan_of(case, H200, str(dtype).removeprefix("torch."))
+            assert (line["kernel"], int(line["window_columns"])) == ("mbconv", windows)
+            check(case, emulated)
+
+    @pytest.mark.parametrize("kernel", [3, 5])
+    @pytest.mark.parametrize("stride", [1, 2])
+    @pytest.mark.parametrize("plane", [7, 14])
+    def test_an_infinite_channel_spoils_no_other(
+        self, kernel: int, stride: int, plane: int, emulated: Emulator
+    ) -> None:
+        """Its tensor cores multiply it by the zeros between the taps of other channels, which is NaN. ReLU6 makes
+        finite values of it again; the largest numbers are infinite once they are rounded to float16."""
+        emulated.configure(Emulation("random", "late", H200, emulated.flavour))
+        half = (kernel // 2,) * 4
+        sizes = {"channels": 8, "expanded": 56, "out_channels": 8, "height": plane, "width": plane, "reduced": 0}
+        case = Case(BLOCK_OP, torch.float16, **sizes, kernel=(kernel, kernel), stride=stride, padding=half, batch=1,
+                    parameters="same", norm="none", expand_activation="identity", activation="relu6")  # fmt: skip
+        arguments = case.draw()
+        (line,) = plan_of(case, H200, "float16")
+        assert line["kernel"] == "mbconv"
+        arguments["x"][:, :, plane // 2, plane // 3] = 300
+        arguments["expand_weight"].fill_(0.125)
+        arguments["expand_weight"][10] = -300
+        arguments["expand_weight"][19] = 300
+        (result,) = call(emulated, case.op, arguments)
+        expanded = torch.nn.functional.conv2d(arguments["x"].double(), arguments["expand_weight"].double()).half()
+        assert expanded[:, 10].isinf().any()
+        assert expanded[:, 19].isinf().any()
+        assert expanded.isfinite().sum() > 0.9 * expanded.numel()
+        truth = reference_of(case, arguments)
+        assert truth.isfinite().all()
+        torch.testing.assert_close(result.double(), truth, rtol=4e-3, atol=4e-3)
 
     def test_several_passes_and_one_slot_of_weights(self, emulated: Emulator) -> None:
         """Where the sums of all output channels, or the weights of all groups, do not fit beside the rest."""
@@ -302,6 +368,9 @@ class TestPlan:
                 assert cut["channel_groups"] == -(-block.expanded // 48)
                 assert cut["grid"] == -(-batch // cut["images"]) * team
                 assert cut["weight_slots"] in (1, groups)
+                assert cut["ring_slots"] in (1, groups)
+                assert cut["ring_slots"] == 1 or cut["weight_slots"] == groups
+                assert cut["tile_columns"] <= (96, 112)[cut["projected"]]
                 assert (cut["passes"] - 1) * cut["pass_columns"] < block.out_channels
                 assert block.out_channels <= cut["passes"] * cut["pass_columns"]
                 assert cut["shared"] <= limits[3]

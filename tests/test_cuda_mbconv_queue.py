@@ -86,6 +86,25 @@ class TestParity:
         check(case, emulated)  # counters are zero again
         assert launches(emulated) - before == 1
 
+    @pytest.mark.parametrize(
+        ("expanded", "kernel", "stride"), [(104, 3, 1), (104, 3, 2), (104, 5, 1), (104, 5, 2), (0, 3, 1)]
+    )
+    def test_short_strips(self, expanded: int, kernel: int, stride: int, emulated: Emulator) -> None:
+        """Where the images are few, the work of a plane has to suffice for all threads of the GPU."""
+        found = 0
+        for size in (20, 33, 61):
+            sizes = {"channels": 24, "expanded": expanded, "out_channels": 16, "height": size, "width": size - 5}
+            half = (kernel // 2,) * 4
+            case = Case(BLOCK_OP, torch.float16, **sizes, kernel=(kernel, kernel), stride=stride, padding=half, batch=1,
+                        parameters="same")  # fmt: skip
+            (line,) = plan_of(case, A100, "float16")
+            if (line["kernel"], line.get("expand_strip")) != ("mbconv_queue", "2"):
+                continue
+            found += 1
+            emulated.configure(Emulation("random", "late", A100, emulated.flavour))
+            check(case, emulated)
+        assert found
+
     @pytest.mark.parametrize("at_once", [1, 2, 7])
     def test_any_number_of_blocks_may_run_at_a_time(self, at_once: int, emulated: Emulator) -> None:
         """One block by itself never waits: what it would wait for has a smaller number."""

@@ -106,7 +106,17 @@ SMALL = {
         block(24, 5, residual=True, reduced=0),
         block(40, 3, expanded=104, activation="hard_swish"),
     ),
-    "other strips": (block(24, 5, width=30, height=5, expanded=48), block(24, 5, residual=True), block(8, 3, stride=2)),
+    "other windows": (
+        block(24, 5, width=30, height=5, expanded=48),
+        block(24, 5, residual=True),
+        block(8, 3, stride=2),
+    ),
+    "wide windows": (
+        block(16, 3, height=14, width=14),
+        block(24, 5),
+        block(24, 5, residual=True),
+        block(8, 3, stride=2),
+    ),
 }
 
 
@@ -132,6 +142,18 @@ class TestParity:
         ]
         assert {line["images"] for line in lines} == {"3"}
         check(cases, emulated)
+
+    def test_parameters_of_the_next_block_where_others_still_read(self, emulated: Emulator) -> None:
+        """They are asked for before the last barrier of a block ends, unless they would be where its sums are."""
+        emulated.configure(Emulation("random", "late", H200, emulated.flavour))
+        small = {"height": 4, "width": 4, "reduced": 0}
+        cases = chain(block(16, expanded=96, **small), block(320, expanded=480, reduced=0), block(16, expanded=96))
+        lines = lines_of(cases, H200, "float16")
+        assert {line["kernel"] for line in lines} == {"mbconv_stack"}
+        assert [line["waits_first"] for line in lines] == ["0", "1", "0"]
+        for order in ORDERS:
+            emulated.configure(Emulation(order, "late", H200, emulated.flavour))
+            check(cases, emulated)
 
     @pytest.mark.slow
     def test_last_blocks_of_b0_at_full_size(self, emulated: Emulator) -> None:
@@ -332,7 +354,7 @@ class TestKeptPlans:
     def test_a_launch_keeps_its_plan(self, emulated: Emulator) -> None:
         kept = getattr(torch.ops, emulated.namespace).cuda_plans_kept
         emulated.configure(Emulation("random", "late", H200, emulated.flavour))
-        check(chain(*SMALL["other strips"]), emulated)
+        check(chain(*SMALL["other windows"]), emulated)
         before = kept()
-        check(chain(*SMALL["other strips"]), emulated)
+        check(chain(*SMALL["other windows"]), emulated)
         assert kept() == before > 0

@@ -38,6 +38,9 @@ from effkernels.plan.kernel_counts import (
 
 Parts = dict[str, Counters]
 
+# kProjectedTiles of mbconv.h: columns of 8 output channels in a tile.
+PROJECTED_COLUMNS = (12, 14)
+
 
 def strip(kernel: Kernel) -> int:
     """Return the output pixels of a depthwise thread."""
@@ -175,7 +178,8 @@ def depthwise_parts(kernel: Kernel, flow: Flow) -> Parts:
 
 
 def _hidden_parts(flow: Flow, after: Sequence[Loop]) -> Parts:
-    """Return what adds the product of one block to a hidden value, and to four of them (add_hidden)."""
+    """Return what adds the product of one block to a hidden value, and to four of them, and a share of blocks to their
+    sum (add_hidden)."""
     found = [one for one in innermost(after) if one.count("LDG") == HIDDEN_AHEAD and not one.count("FFMA")]
     wide = [any(i.opcode.startswith("LDG") and "128" in i.opcode for i in one.instructions) for one in found]
     parts = {}
@@ -184,6 +188,9 @@ def _hidden_parts(flow: Flow, after: Sequence[Loop]) -> Parts:
             [loop for loop, is_wide in zip(found, wide, strict=True) if is_wide == of], "over blocks' hidden values"
         )
         parts[name] = around(flow, one) * (1 / HIDDEN_AHEAD)
+    shares = [one for one in innermost(after) if one.count("LDS") and not (one.count("LDG") or one.count("STS"))]
+    share = _first([one for one in shares if one.count("FADD") == one.count("LDS")], "over shares of blocks")
+    parts["hidden.share"] = around(flow, share) * (1 / share.count("LDS"))
     return parts
 
 
@@ -298,29 +305,40 @@ def _no_norm(one: Instruction) -> tuple[float, ...]:
     return -float(one.opcode == "MUFU.RSQ"), -float(one.name == "LDG" and not one.opcode.endswith("128")), 1.0
 
 
+def _reads_taps(loop: Loop) -> bool:
+    """Return whether a loop reads taps as they are stored (depthwise_product.cuh)."""
+    return any(one.opcode.startswith("LDS.U16") for one in loop.instructions)
+
+
 def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
     """Count the walk of mbconv.cuh: prologue, images, groups of channels, the gate, passes over output channels."""
-    size, pixels, vector = int(kernel.arguments[1]), strip(kernel), 16 // kernel.element_bytes
     loops = loops_of(flow)
-    images = only([one for one in outermost(loops) if one.count("HMMA")], "over images")
+    # Ways back from code after the function's end look like loops over what follows the groups.
+    images = _first([one for one in outermost(loops) if one.count("HMMA")], "over images")
     in_image = [one for one in loops if inside(one, images)]
     before = [one for one in loops if one.last < images.first]
-    groups = only([one for one in in_image if one.count("LDGSTS") and one.count("MUFU") > 1], "over groups of channels")
+    found = [one for one in in_image if one.count("HMMA") and one.count("LDGSTS") and one.count("MUFU") > 1]
+    groups = _first(found, "over groups of channels")
     in_group = [one for one in in_image if inside(one, groups)]
-    slices = sorted((one for one in innermost(in_group) if one.count("HMMA")), key=lambda one: one.count("HMMA"))
+    products = [one for one in innermost(in_group) if one.count("HMMA")]
+    rows = only([one for one in products if _reads_taps(one)], "over rows of taps")
+    slices = sorted((one for one in products if one is not rows), key=lambda one: one.count("HMMA"))
     if len(slices) != 2:
         raise PartMissing(f"{len(slices)} loops over slices of input channels; wanted: 2, of one fragment and of two")
     single, pair = (only([one for one in in_group if inside(k, one)], "over fragments of pixels") for k in slices)
-    rows = only([one for one in in_group if _is(one, FFMA=size * pixels * vector, MUFU=0)], "over rows of taps")
-    strips = only([one for one in in_group if inside(rows, one)], "over strips")
-    sums = only([one for one in innermost(in_group) if one.first > strips.last], "over the lanes' sums")
+    windows = only([one for one in in_group if inside(rows, one)], "over pairs of parts")
+    sums = only([one for one in innermost(in_group) if one.first > windows.last], "over the lanes' sums")
     passes = only(
         [one for one in in_image if one.first > groups.last and one.count("HMMA") and one.count("STG")],
         "over passes",
     )
     in_pass = [one for one in in_image if inside(one, passes)]
-    step = only([one for one in innermost(in_pass) if one.count("HMMA")], "over slices of gated channels")
-    tile = only([one for one in in_pass if inside(step, one)], "over tiles of the project product")
+    steps = sorted((one for one in innermost(in_pass) if one.count("HMMA")), key=lambda one: one.count("HMMA"))
+    if len(steps) != 2:
+        raise PartMissing(f"{len(steps)} loops over slices of gated channels; wanted: 2, of each tile")
+    tiles = [
+        max((one for one in in_pass if inside(step, one)), key=lambda one: len(one.instructions)) for step in steps
+    ]
     add = only([one for one in in_pass if one.count("STG")], "over vectors of y")
     ranks = only([one for one in innermost(in_pass) if inside(one, add)], "over the ranks' sums of y")
     hidden = only(
@@ -329,52 +347,130 @@ def mbconv_parts(kernel: Kernel, flow: Flow) -> Parts:
     )
     of_hidden = only([one for one in in_image if inside(hidden, one)], "over hidden values")
     copies = [one for one in innermost(before) if one.count("LDGSTS") and not one.count("LDG")]
-    chunks = [only([one for one in copies if one.count("LDGSTS") == rows], "over slices of weights") for rows in (1, 2)]
+    copies.sort(key=lambda one: one.first)
+    nested = [one for one in copies if _around(one, before)]
+    in_rows = [one for one in nested if one.count("LDGSTS") == 1]
+    vectors = [one for one in copies if one not in nested]
+    if (len(in_rows), len(vectors)) != (2, 2):
+        raise PartMissing(
+            f"{len(in_rows)} and {len(vectors)} loops that copy parameters; wanted: 2 over rows, 2 others"
+        )
+    chunks = [in_rows[0], only([one for one in nested if one.count("LDGSTS") == 2], "over slices of weights")]
     weights = [only(_around(k, before), "over rows of weights") for k in chunks]
-    of_x = only(
-        [one for one in innermost(in_group) if one.count("LDGSTS") and not one.count("LDG")], "over slices of x"
+    of_x = [
+        one for one in innermost(in_group) if one.count("LDGSTS") and not one.count("LDG") and _around(one, in_group)
+    ]
+    of_x = [one for one in of_x if one.count("LDGSTS") in (2, 2 * LOADS_AHEAD)]
+    of_few, of_many = (
+        only([one for one in of_x if one.count("LDGSTS") == 2 * ahead], f"over slices of x, {ahead} pixels at a time")
+        for ahead in (1, LOADS_AHEAD)
     )
-    loads = only([one for one in in_group if inside(of_x, one)], "over pixels of x")
+    loads, few_loads = (
+        only([one for one in in_group if inside(k, one)], "over pixels of x") for k in (of_many, of_few)
+    )
     zeros = max((one for one in outermost(before) if _clears(one)), key=lambda one: one.first, default=None)
+    copied = [one for one in outermost(before) if 0 < one.count("LDGSTS") <= 2]  # parameters, and not x in two ways
     prologue = [
-        counters(way(flow, 0, images.first, one, outermost(before), ends=False)) for one in (_no_norm, with_norm)
+        counters(_way_through(flow, images.first, one, copied, outermost(before))) for one in (_no_norm, with_norm)
     ]
     if zeros is None:
         raise PartMissing("no loop that clears")
     after = [one for one in in_image if one.first > groups.last]
+    without_loads = around(flow, groups, outermost(in_group), _without_loads(groups))
+    tile_parts: Parts = {}
+    for number, (step, tile) in enumerate(zip(steps, tiles, strict=True)):
+        columns = PROJECTED_COLUMNS[number]
+        tile_parts |= _by_columns(f"tile.{number}", columns, flow, tile, [step])
+        tile_parts |= _by_columns(f"tile.{number}.slice", columns, flow, step)
     return {
         "prologue": prologue[0],
         "weights": around(flow, weights[0], [chunks[0]]),
         "weights.chunk": around(flow, chunks[0]),
         "project": around(flow, weights[1], [one for one in before if inside(one, weights[1])]),
         "project.chunk": around(flow, chunks[1]),
-        **_load_parts(flow, loads, of_x),
+        **_load_parts(flow, loads, of_many),
+        "load.few": around(flow, few_loads, [of_few], plain),
+        "load.few.pixels": around(flow, of_few) * 0.5,  # of two slices
         "zero": around(flow, zeros),
         **_places_parts(flow, before),
         "norm": replace(prologue[1] - prologue[0], trips=0.0) * (1 / 2),  # two are asked for ahead
-        "taps": around(flow, _taps(kernel, before)) * (1 / TAP_VECTORS),
-        **_scale_part(kernel, flow, before),
+        "copy": around(flow, vectors[0]),
+        "gate.load": around(flow, in_rows[1]),
+        "gate.load.row": around(flow, only(_around(in_rows[1], before), "over rows of w_reduce"), [in_rows[1]]),
         "image": around(flow, images, [groups, *outermost(after)]),
-        "group": around(flow, groups, outermost(in_group)),
+        "group": without_loads,
+        "group.load": around(flow, groups, outermost(in_group)) - without_loads,
         "fragment": around(flow, single, slices),
         "fragment.plain": around(flow, single, slices, plain),
         "fragment.slice": around(flow, slices[0]),
         "pair": around(flow, pair, slices),
         "pair.plain": around(flow, pair, slices, plain),
         "pair.slice": around(flow, slices[1]),
-        "strip": around(flow, strips, [rows]),
-        "strip.plain": around(flow, strips, [rows], plain),
-        "row": around(flow, rows),
+        "window": around(flow, windows, [rows]),
+        "window.plain": around(flow, windows, [rows], plain),
+        "window.row": around(flow, rows),
         "lane": around(flow, sums) * (1 / sums.count("LDS")),
         "hidden": around(flow, of_hidden, [hidden]),
         "hidden.other": around(flow, hidden) * (1 / hidden.count("LD")),
         "pass": around(flow, passes, outermost(in_pass)),
-        "tile": around(flow, tile, [step]),
-        "tile.slice": around(flow, step),
+        **tile_parts,
         "add": around(flow, add, [ranks]),
         "add.other": around(flow, ranks) * (2 / ranks.count("LD")),
-        **gate_parts(kernel, flow, after, 1),
+        **_held_gate_parts(flow, after),
     }
+
+
+def _held_gate_parts(flow: Flow, loops: Sequence[Loop]) -> Parts:
+    """Return the two products of squeeze-and-excitation from shared memory (mbconv_gate.cuh): 8 values of a row of
+    w_reduce, 4 of one of w_expand, and what is around them for some rows or channels."""
+    parts: Parts = {}
+    for name, values in (("reduce", 8), ("expand", 4)):
+        found = [one for one in innermost(loops) if _is(one, FFMA=values, LDS=1 + values // 4, LDG=0)]
+        inner = only(found, f"over a row of w_{name} in shared memory")
+        rows = only([one for one in _around(inner, loops) if one.count("SHFL")], f"over rows of w_{name}")
+        parts |= {f"gate.{name}": around(flow, inner), f"gate.{name}.rows": around(flow, rows, [inner])}
+    return parts
+
+
+def _first(loops: Sequence[Loop], words: str) -> Loop:
+    """Return the loop that begins first."""
+    return only(sorted(loops, key=lambda one: one.first)[:1], words)
+
+
+def _way_through(
+    flow: Flow, last: int, score: Score, loops: Sequence[Loop], left_out: Sequence[Loop]
+) -> list[Instruction]:
+    """Return the best-scoring path from the beginning to a block that passes through some of the loops that are left
+    out: what is copied asynchronously, not the loops for parameters of another type beside them."""
+    path, at = [], 0
+    for one in sorted(loops, key=lambda loop: loop.first):
+        path += way(flow, at, one.first, score, left_out, ends=False)
+        at = one.last
+    return path + way(flow, at, last, score, left_out, ends=False)
+
+
+def _without_loads(groups: Loop) -> Score:
+    """Return the score for the way of a group after which no weights and no x are asked for: between the expand product
+    and the end of what is copied asynchronously."""
+    end = min(one.address for one in groups.instructions if one.name == "LDGDEPBAR")
+    start = max(one.address for one in groups.instructions if one.name == "BAR" and one.address < end)
+
+    def score(one: Instruction) -> tuple[float, ...]:
+        counts = longest(one)
+        return tuple(-1.0 for _ in counts) if start < one.address < end else counts
+
+    return score
+
+
+def _no_columns(one: Instruction) -> tuple[float, ...]:
+    """Score for the way without products and without their results, but with all else."""
+    return -float(one.name == "HMMA"), -float(one.opcode.startswith("STS.64")), *longest(one)
+
+
+def _by_columns(name: str, columns: int, flow: Flow, loop: Loop, left_out: Sequence[Loop] = ()) -> Parts:
+    """Count what a loop takes without columns of 8 output channels, of which it may have so many, and for each."""
+    none = around(flow, loop, left_out, _no_columns)
+    return {name: none, f"{name}.columns": (around(flow, loop, left_out) - none) * (1 / columns)}
 
 
 def _called(flow: Flow, after: int, before: int) -> int:

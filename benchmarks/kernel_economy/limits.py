@@ -20,6 +20,8 @@ LANE_VALUES = 2 * 16 * 32 // 32
 _STAGES_AHEAD = 3
 # kExpandedChannels of expand_depthwise.h by a fragment of 16 pixels, for the 32 lanes of a warp.
 EXPANDED_VALUES = 48 * 16 // 32
+# Of a column of the windows of mbconv.h: 16 rows and 8 channels, likewise.
+WINDOW_VALUES = 16 * 8 // 32
 # Weights of the stem that a thread copies at once: the 3x3 window of an input channel.
 _STEM_WINDOW = 9
 
@@ -28,6 +30,7 @@ _STRIP = {(3, 1): 24, (3, 2): 31, (5, 1): 48, (5, 2): 60}
 _SHORT_STRIP = {3: 48, 5: 109}
 # Of expand_depthwise: a value of a strip by size and stride, and its product.
 _EXPAND_STRIP = {(3, 1): 20, (3, 2): 25, (5, 1): 42, (5, 2): 51}
+_EXPAND_SHORT_STRIP = {(3, 1): 28, (3, 2): 30, (5, 1): 59, (5, 2): 62}
 _EXPANDED_VALUE, _EXPAND_CHUNK = 6, 4
 _EXPAND_SLICE, _EXPAND_PAIR_SLICE = 40, 55
 _STEM_VALUE, _STEM_BLOCK = 13, 480
@@ -125,7 +128,7 @@ def _expand_depthwise(kernel: Kernel, parts: Mapping[str, Counters]) -> list[Iss
     size, stride = int(kernel.arguments[1]), int(kernel.arguments[2])
     value = (parts["strip"] + parts["row"] * (size - 1)) * (1 / strip_elements(kernel))  # the first row is in the strip
     return [
-        Issued("value", value, _EXPAND_STRIP.get((size, stride))),
+        Issued("value", value, (_EXPAND_SHORT_STRIP if strip(kernel) == 2 else _EXPAND_STRIP).get((size, stride))),
         Issued("expanded value, but for products", parts["pair"] * (1 / 2 / EXPANDED_VALUES), _EXPANDED_VALUE),
         Issued("16 pixels by 32 input channels", parts["fragment.slice"], _EXPAND_SLICE),
         Issued("32 pixels by 32 input channels", parts["pair.slice"], _EXPAND_PAIR_SLICE),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.kernel_economy.counts import strip, strip_elements
-from benchmarks.kernel_economy.limits import EXPANDED_VALUES, LANE_VALUES, issued_by
+from benchmarks.kernel_economy.limits import EXPANDED_VALUES, LANE_VALUES, WINDOW_VALUES, issued_by
 from benchmarks.kernel_economy.pointwise import epilogue_of, tile_of
 from benchmarks.kernel_economy.reading import Kernel
 
@@ -202,14 +202,18 @@ def strip_stored_wide(kernel: Kernel) -> str | None:
     return None if found >= strip(kernel) else f"{found} stores of 16 bytes for {strip(kernel)} pixels of a strip"
 
 
-QUEUE_STRIPS = (7, 4, 7, 4)  # pixels of the strips of mbconv_queue, with expansion
-COPIED_STRIPS = (7, 7)  # the same without, of 32 channels and of 48
+QUEUE_STRIPS = (7, 2, 4, 2, 7, 2, 4, 2)  # pixels of the strips of mbconv_queue, with expansion
+COPIED_STRIPS = (7, 2, 7, 2)  # the same without, of 32 channels and of 48
 
 
 def group_elements(kernel: Kernel) -> int:
-    """Elements that expand_depthwise and mbconv activate in their code: a thread's of one fragment, of two, and of a
-    strip."""
+    """Elements that expand_depthwise activates in its code: a thread's of one fragment, of two, and of a strip."""
     return 3 * EXPANDED_VALUES + strip_elements(kernel)
+
+
+def mbconv_elements(kernel: Kernel) -> int:
+    """The same of mbconv, with a thread's of the depthwise convolution by tensor cores."""
+    return 3 * EXPANDED_VALUES + int(kernel.arguments[3]) * WINDOW_VALUES
 
 
 def queue_elements(kernel: Kernel) -> int:
@@ -317,7 +321,7 @@ CLAIMS: tuple[Claim, ...] = (
         (copies_asynchronously, tensor_cores, launch_bounds_kept, one_tanh_per_element(tile_elements)),
     ),
     Claim(
-        rf"expand_depthwise<{_TYPE16}, [35], [12], [47]>",
+        rf"expand_depthwise<{_TYPE16}, [35], [12], [247]>",
         "16-byte cp.async, tensor cores, 16-byte stores of every pixel, 3 blocks of 128 threads; instructions within "
         "their limits",
         (
@@ -335,17 +339,17 @@ CLAIMS: tuple[Claim, ...] = (
         ),
     ),
     Claim(
-        rf"mbconv<{_TYPE16}, [35], [12], [247]>",
+        rf"mbconv<{_TYPE16}, [35], [12], (?:4|14)>",
         "16-byte cp.async, tensor cores, 16-byte stores, one block of 256 threads beside the image that it holds",
         (
             *(copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept, resident_threads(256)),
-            one_tanh_per_element(group_elements),
+            one_tanh_per_element(mbconv_elements),
         ),
     ),
     Claim(
         rf"mbconv_stack<{_TYPE16}>",
         "16-byte cp.async, tensor cores, 16-byte stores, one block of 256 threads; the code of mbconv for "
-        "every kernel size, stride and strip",
+        "every kernel size, stride and window",
         (copies_asynchronously, tensor_cores, wide_stores, launch_bounds_kept, resident_threads(256)),
     ),
     Claim(

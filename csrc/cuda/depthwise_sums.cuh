@@ -164,7 +164,9 @@ __device__ __forceinline__ void add_hidden(const float* from, int blocks, int im
   constexpr int kAtOnce = 12;  // reads that are under way together
   using Values = Vector<float, kWidth>;
   const int vectors = images * reduced / kWidth;
-  const int parts = max(1, min(kDepthwiseThreads / vectors, lane_floats / (images * reduced)));
+  // No more shares than leave each one read of kAtOnce: they are added one after another.
+  const int room = min(kDepthwiseThreads / vectors, lane_floats / (images * reduced));
+  const int parts = max(1, min(room, (blocks + kAtOnce - 1) / kAtOnce));
   const int part = parts > 1 ? static_cast<int>(threadIdx.x) / vectors : 0;
   float* const to = parts > 1 ? shared.lane_sums + part * images * reduced : shared.hidden;
 #pragma unroll 1
@@ -191,11 +193,11 @@ __device__ __forceinline__ void add_hidden(const float* from, int blocks, int im
   __syncthreads();
   if (parts == 1) return;
   for (int at = static_cast<int>(threadIdx.x); at < images * reduced; at += kDepthwiseThreads) {
-    ExactSum total;
-#pragma unroll 1
-    for (int from_part = 0; from_part < parts; ++from_part)
-      total.add(shared.lane_sums[from_part * images * reduced + at]);
-    shared.hidden[at] = total.result();
+    const float* share = shared.lane_sums + at;
+    float total = 0.f;  // of few: nothing that counts is rounded off
+#pragma unroll 4
+    for (int left = parts; left > 0; --left, share += images * reduced) total += *share;
+    shared.hidden[at] = total;
   }
   __syncthreads();
 }

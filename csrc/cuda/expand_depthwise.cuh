@@ -18,8 +18,8 @@
 // never written, its rows are skipped.
 //
 // Threads of the depthwise convolution are those of depthwise.cuh: kExpandedChannels / 8 along the channels, times
-// lanes, each a strip of neighbouring pixels; lanes that follow each other take strips below each other. e is rounded
-// to the type of x as the two launches round it.
+// lanes, each a strip of neighbouring pixels, a short one where the images are few; lanes that follow each other take
+// strips below each other. e is rounded to the type of x as the two launches round it.
 //
 // Traffic. Memory: x, y, the parameters. L2: x once for every kExpandedChannels channels. Two barriers a group. Sums as
 // in depthwise_sums.cuh: the same bits every time.
@@ -248,17 +248,19 @@ __global__ void __launch_bounds__(kDepthwiseThreads, kExpandDepthwiseBlocks)
   finish_sums<typename Traits::T, kExpandedChannels>(a.depthwise, of.group, of.tile, of.unit, dynamic_shared<float>());
 }
 
-template <class T, int S>
+template <class T, int K, int S>
 cudaError_t run_expand_depthwise_of(const ExpandDepthwiseArguments& a, const Launch& at) {
-  return a.depthwise.depthwise.kernel_w == 3 ? launch(expand_depthwise<DepthwiseTraits<T, 3, S>>, at, a)
-                                             : launch(expand_depthwise<DepthwiseTraits<T, 5, S>>, at, a);
+  return a.depthwise.plan.strip == kShortStrip ? launch(expand_depthwise<DepthwiseTraits<T, K, S, kShortStrip>>, at, a)
+                                               : launch(expand_depthwise<DepthwiseTraits<T, K, S>>, at, a);
 }
 
 // Instantiated in one file per type.
 template <class T>
 cudaError_t run_expand_depthwise(const ExpandDepthwiseArguments& a, const Launch& at) {
-  return a.depthwise.depthwise.stride == 1 ? run_expand_depthwise_of<T, 1>(a, at)
-                                           : run_expand_depthwise_of<T, 2>(a, at);
+  const bool small = a.depthwise.depthwise.kernel_w == 3;
+  if (a.depthwise.depthwise.stride == 1)
+    return small ? run_expand_depthwise_of<T, 3, 1>(a, at) : run_expand_depthwise_of<T, 5, 1>(a, at);
+  return small ? run_expand_depthwise_of<T, 3, 2>(a, at) : run_expand_depthwise_of<T, 5, 2>(a, at);
 }
 extern template cudaError_t run_expand_depthwise<__half>(const ExpandDepthwiseArguments&, const Launch&);
 extern template cudaError_t run_expand_depthwise<__nv_bfloat16>(const ExpandDepthwiseArguments&, const Launch&);

@@ -57,8 +57,8 @@ constexpr int kCopiedChannels = 32;
 inline bool expands(const PointwiseParams& expand) { return expand.weight.data != nullptr; }
 // Whether expand_rows.cuh and the depthwise convolution from its rows are compiled for such a call.
 bool expands_in_shared_memory(const PointwiseParams& expand, const DepthwiseParams& depthwise);
-// Sets what follows from columns, strip, group_rows and ring_rows: the rows of the ring, and those of x.
-void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& depthwise, ExpandDepthwisePlan& plan);
+// Sets what follows from columns and group_rows: how x is kept in shared memory.
+void lay_out_x(const PointwiseParams& expand, const DepthwiseParams& depthwise, ExpandDepthwisePlan& plan);
 
 // Of the results of a block without expansion, between its two kinds of items: half of the L2 of an H100 or H200. Such
 // a block has few instructions for a byte.

@@ -70,24 +70,13 @@ int64_t expand_depthwise_resident(int64_t shared_bytes, const DeviceLimits& limi
   return std::min<int64_t>(kExpandDepthwiseBlocks, limits.shared_per_multiprocessor / (shared_bytes + kOfTheSystem));
 }
 
-void lay_out_group(const PointwiseParams& expand, const DepthwiseParams& p, ExpandDepthwisePlan& plan) {
-  // Lanes that follow each other take strips below each other. Their 96 (or 64) bytes are in different banks if the
-  // distance of these rows is so many more than a multiple of 128.
-  const int pixel_units = plan.channels * 2 / 16;
-  const int pixels = (strips_of_row(plan) * plan.depthwise.strip - 1) * p.stride + p.kernel_w;
-  int units = pixels * pixel_units;
-  while (units * p.stride % 8 != pixel_units) ++units;
-  plan.ring_row_bytes = units * 16;
+void lay_out_x(const PointwiseParams& expand, const DepthwiseParams& p, ExpandDepthwisePlan& plan) {
   const int64_t group_pixels = plan.group_rows * in_columns(p, plan.columns);
   plan.pairs = group_pixels > plan.pixels_of_singles;
   const int64_t unit = plan.pairs ? 2 * kFragment : kFragment;
   plan.stage_pixels = static_cast<int>(divide_up(group_pixels, unit) * unit);
   plan.chunks = chunks_of(expand);
   plan.slices = (plan.chunks + 3) / 4;
-  plan.by_ring_rows = multiplier_of(plan.ring_rows);
-  plan.by_group_out_rows = multiplier_of(plan.group_out_rows);
-  plan.strip_rows = plan.depthwise.lanes % plan.group_out_rows;
-  plan.strip_columns = plan.depthwise.lanes / plan.group_out_rows;
 }
 
 namespace {
@@ -100,16 +89,33 @@ int64_t sum_bytes(const DepthwiseCall& call, const DepthwisePlan& plan) {
   return floats * int64_t(sizeof(float));
 }
 
-// Sets what follows from columns and group_rows.
+// Sets what follows from columns, strip, group_rows and ring_rows: how strips are read from the ring.
+void lay_out_ring(const DepthwiseParams& p, ExpandDepthwisePlan& plan) {
+  // Lanes that follow each other take strips below each other. Their 96 (or 64) bytes are in different banks if the
+  // distance of these rows is so many more than a multiple of 128.
+  const int pixel_units = plan.channels * 2 / 16;
+  const int pixels = (strips_of_row(plan) * plan.depthwise.strip - 1) * p.stride + p.kernel_w;
+  int units = pixels * pixel_units;
+  while (units * p.stride % 8 != pixel_units) ++units;
+  plan.ring_row_bytes = units * 16;
+  plan.by_ring_rows = multiplier_of(plan.ring_rows);
+  plan.by_group_out_rows = multiplier_of(plan.group_out_rows);
+  plan.strip_rows = plan.depthwise.lanes % plan.group_out_rows;
+  plan.strip_columns = plan.depthwise.lanes / plan.group_out_rows;
+}
+
+// Sets what follows from columns, group_rows and, once they are known, band_rows.
 void lay_out(const PointwiseParams& expand, const DepthwiseCall& call, ExpandDepthwisePlan& plan) {
   const DepthwiseParams& p = *call.depthwise;
   const int strips = strips_of_row(plan), stride = p.stride;
   plan.column_tiles = static_cast<int>(divide_up(p.out_width, plan.columns));
   plan.group_out_rows = plan.group_rows / stride;
+  if (plan.band_rows > 0) plan.group_out_rows = std::min(plan.group_out_rows, plan.band_rows);
   plan.ring_rows = plan.group_rows + p.kernel_h - 1;
   plan.depthwise.lanes = std::min(kDepthwiseThreads / plan.depthwise.channel_vectors, strips * plan.group_out_rows);
 
-  lay_out_group(expand, p, plan);
+  lay_out_x(expand, p, plan);
+  lay_out_ring(p, plan);
 
   const auto up = [](int64_t bytes) { return static_cast<int>(divide_up(bytes, 128) * 128); };
   plan.norm_at = static_cast<int>(divide_up(sum_bytes(call, plan.depthwise), 16)) * 16;
@@ -136,12 +142,13 @@ struct Work {
     strip = pixels * p.kernel_h * p.kernel_w * kVector + p.kernel_h * inputs * 9 + pixels * 40;
   }
 
-  // Of the warp that has most, one after the other, in a steady group.
-  int64_t chain(const DepthwiseParams& p, const ExpandDepthwisePlan& plan) const {
+  // Of the warp that has most, one after the other, in a steady group of a band of so many rows.
+  int64_t chain(const DepthwiseParams& p, const ExpandDepthwisePlan& plan, int64_t band_rows) const {
     const int64_t pixels = plan.group_rows * in_columns(p, plan.columns);
-    const int64_t strips = int64_t(plan.group_out_rows) * strips_of_row(plan);
+    const int64_t strips = std::min<int64_t>(plan.group_out_rows, band_rows) * strips_of_row(plan);
+    const int64_t lanes = std::min<int64_t>(kDepthwiseThreads / plan.depthwise.channel_vectors, strips);
     const int64_t products = pixels > kPixelsOfSingles ? divide_up(pixels, 2 * kFragment * kWarps) * pair : single;
-    return products + divide_up(strips, plan.depthwise.lanes) * strip + barriers;
+    return products + divide_up(strips, lanes) * strip + barriers;
   }
   // Of all warps of a block.
   int64_t all(const DepthwiseParams& p, const ExpandDepthwisePlan& plan) const {
@@ -156,7 +163,7 @@ struct Work {
 // Clocks of a multiprocessor full of blocks for a row of the result: what its blocks wait for, whose dependent
 // instructions are two clocks apart, or the instructions that it issues, four a clock.
 int64_t clocks_of_row(const Work& work, const DepthwiseParams& p, const ExpandDepthwisePlan& plan, int64_t resident) {
-  const int64_t group = std::max(2 * work.chain(p, plan) / resident, work.all(p, plan) / 4);
+  const int64_t group = std::max(2 * work.chain(p, plan, p.out_height) / resident, work.all(p, plan) / 4);
   return group * plan.column_tiles / plan.group_out_rows;
 }
 
@@ -206,22 +213,26 @@ struct BlockClocks {
     const int64_t rows = divide_up(p.out_height, bands);
     const int64_t in_rows = std::min<int64_t>(p.height, (rows - 1) * p.stride + p.kernel_h);
     const int64_t groups = divide_up(in_rows, plan.group_rows) * images;
-    blocks = divide_up(p.batch, images) * plan.depthwise.channel_groups * plan.column_tiles * bands;
-    waits = (kFixed + groups * work.chain(p, plan)) * 2, issues = (kFixed * kWarps + groups * work.all(p, plan)) / 4;
+    const int64_t of_unit = plan.depthwise.channel_groups * plan.column_tiles * bands;
+    blocks = divide_up(p.batch, images) * of_unit;
+    waits = (kFixed + groups * work.chain(p, plan, rows)) * 2,
+    issues = (kFixed * kWarps + groups * work.all(p, plan)) / 4;
     const int64_t reduced = call.se != nullptr ? call.se->reduced : 0;
-    gate = 3000 + images * p.channels * (40 + 2 * reduced) / 64;
+    // The block that comes last adds the hidden values of all.
+    gate = 3000 + images * p.channels * (40 + 2 * reduced) / 64 + of_unit * reduced * 7 / 16;
   }
 
-  // Of one among other items of a queue; alone on a multiprocessor where there are few.
+  // Of one among other items of a queue, with as many of them on a multiprocessor as there are.
   int64_t item(int64_t resident, const DeviceLimits& limits) const {
-    return std::max(waits, (2 * blocks >= limits.multiprocessors ? resident : 1) * issues);
+    return std::max(waits, std::min(resident, divide_up(blocks, limits.multiprocessors)) * issues);
   }
 };
 
 // Bands: blocks for every multiprocessor where the images are few, although each expands the K - 1 rows above it too.
 // Several images for a block, which share its parameters and weights, where planes are small and the images many.
-void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
-                   const BesideItems* beside, ExpandDepthwisePlan& plan) {
+// Returns the clocks that it was chosen by.
+int64_t choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
+                      const BesideItems* beside, ExpandDepthwisePlan& plan) {
   const DepthwiseParams& p = *call.depthwise;
   constexpr int64_t kFewestRows = 6;  // of a band, to read from L2: shorter ones read their borders too often
   const int64_t resident = blocks_of_multiprocessor(plan, limits);
@@ -237,7 +248,9 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
       // input to its result where the images are few.
       constexpr int64_t kProjects = 4000;
       if (expands(expand)) {
-        const int64_t item = one.item(resident, limits), way = item + gate + kProjects;
+        const int64_t item = one.item(resident, limits);
+        const int64_t turns = divide_up(blocks / divide_up(p.batch, images), slots);  // of a unit
+        const int64_t way = turns * item + gate + kProjects;
         // While the last wave is expanded, the other places project the units of the waves before, if there are enough,
         // and expand those of the next block: where there is more than a wave or two, all that is left; else half.
         const int64_t last = blocks % slots, before = blocks - last;
@@ -279,6 +292,7 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
     if (found) break;
   }
   plan.clocks = plan_clocks;
+  lay_out(expand, call, plan);
   const auto fits = [&](ExpandDepthwisePlan& one) {
     lay_out(expand, call, one);
     return one.shared_bytes <= limits.shared_per_block && blocks_of_multiprocessor(one, limits) >= resident;
@@ -292,10 +306,48 @@ void choose_blocks(const PointwiseParams& expand, const DepthwiseCall& call, con
     if (is_less(1, images)) plan = more, plan.clocks = plan_clocks;
   }
   const int64_t tiles = int64_t(plan.bands) * plan.column_tiles * plan.depthwise.channel_groups;
-  if (divide_up(p.batch, plan.depthwise.images) * tiles <= limits.multiprocessors * resident) return;
+  if (divide_up(p.batch, plan.depthwise.images) * tiles <= limits.multiprocessors * resident) return least;
   ExpandDepthwisePlan pairs = plan;
   pairs.pixels_of_singles = kFragment;
   if (fits(pairs)) plan = pairs;
+  return least;
+}
+
+// Tiles and blocks. Where the images are few, any tiles, groups of rows and strips: those with the shortest way from
+// the input to the result.
+bool choose_cut(const PointwiseParams& expand, const DepthwiseCall& call, const DeviceLimits& limits,
+                const BesideItems* beside, ExpandDepthwisePlan& plan) {
+  constexpr int64_t kFewestColumnsOfFew = 7;
+  const DepthwiseParams& p = *call.depthwise;
+  plan.band_rows = 0;
+  ExpandDepthwisePlan one = plan;
+  if (!choose_tile(expand, call, limits, plan)) return false;
+  int64_t least = choose_blocks(expand, call, limits, beside, plan);
+  const int64_t resident = blocks_of_multiprocessor(plan, limits);
+  const int64_t blocks =
+      divide_up(p.batch, plan.depthwise.images) * plan.bands * plan.column_tiles * plan.depthwise.channel_groups;
+  if (2 * blocks > limits.multiprocessors * resident) return true;
+  const int64_t most_rows = divide_up(p.height, p.stride) * p.stride;
+  const int long_strip = plan.depthwise.strip;
+  for (const int strip : {long_strip, kShortStrip}) {
+    one.depthwise.strip = strip;
+    for (int64_t tiles = 1, before = 0; tiles <= p.out_width; ++tiles) {
+      const int64_t columns = divide_up(divide_up(p.out_width, tiles), strip) * strip, pixels = in_columns(p, columns);
+      if (tiles > 1 && columns < kFewestColumnsOfFew) break;
+      if (columns == before || pixels * p.stride > 2 * kMostPixels) continue;
+      before = columns;
+      for (int64_t rows = p.stride; rows <= most_rows; rows += p.stride) {
+        if (rows > p.stride && rows * pixels > kMostPixels) break;
+        one.columns = static_cast<int>(columns), one.group_rows = static_cast<int>(rows);
+        lay_out(expand, call, one);
+        if (one.shared_bytes > limits.shared_per_block || blocks_of_multiprocessor(one, limits) < resident) break;
+        ExpandDepthwisePlan cut = one;
+        const int64_t clocks = choose_blocks(expand, call, limits, beside, cut);
+        if (clocks < least) least = clocks, plan = cut;
+      }
+    }
+  }
+  return true;
 }
 
 }  // namespace
@@ -314,8 +366,7 @@ ExpandDepthwisePlan make_plan(const PointwiseParams& expand, const DepthwiseCall
   d.strip = depthwise_strip(compiled_kernel(p.kernel_h, p.kernel_w), p.stride);
   d.channel_groups = static_cast<int>(divide_up(p.channels, plan.channels));
   d.out_height = static_cast<int>(p.out_height);
-  if (!choose_tile(expand, call, limits, plan)) return plan;
-  choose_blocks(expand, call, limits, beside, plan);
+  if (!choose_cut(expand, call, limits, beside, plan)) return plan;
   d.tiles = plan.bands * plan.column_tiles;
   plan.by_channel_groups = divisor(d.channel_groups), plan.by_tiles = divisor(d.tiles);
   plan.by_column_tiles = multiplier_of(plan.column_tiles);

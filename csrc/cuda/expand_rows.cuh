@@ -32,13 +32,16 @@ struct ExpandColumns {
   int in_ring;        // of the first of them; what is left and right of them in the ring is padding
   SmallDivisor rows;  // from pixels of a group to rows
 
-  __device__ __forceinline__ ExpandColumns(const DepthwiseParams& p, int first_out, int out_count) : rows(0) {
+  // `by_count`: multiplier_of the count, if it is known.
+  __device__ __forceinline__ ExpandColumns(const DepthwiseParams& p, int first_out, int out_count,
+                                           uint32_t by_count = 0)
+      : rows(by_count) {
     const int left = first_out * p.stride - p.pad_left, end = left + (out_count - 1) * p.stride + p.kernel_w;
     const int width = static_cast<int>(p.width);
     first = left > 0 ? left : 0;
     count = (end < width ? end : width) - first;
     in_ring = first - left;
-    rows = SmallDivisor((1u << 31) / static_cast<unsigned>(count) + 1);
+    if (by_count == 0) rows = SmallDivisor((1u << 31) / static_cast<unsigned>(count) + 1);
   }
 };
 
@@ -106,15 +109,15 @@ __device__ __forceinline__ void load_expand_weights(const PointwiseParams& p, co
 }
 
 // Asks for `rows` rows of x, of which `first` is the first pixel of the first column; `left_out`: columns between the
-// last one and the first one of the next row. A thread takes four pixels at a time and their slices one after another:
-// the compiler puts three instructions that do nothing in front of a cp.async that follows a branch. All of the stage
-// is written for `channels` of x, whatever the number of rows; the chunk after an odd number of them is not, see
-// clear_odd_chunk.
-template <class T, int kThreads = kDepthwiseThreads>
+// last one and the first one of the next row. A thread takes kAtOnce pixels at a time and their slices one after
+// another: the compiler puts three instructions that do nothing in front of a cp.async that follows a branch. All of
+// the stage is written for `channels` of x, whatever the number of rows; the chunk after an odd number of them is not,
+// see clear_odd_chunk.
+template <class T, int kThreads = kDepthwiseThreads, int kAtOnce = 4>
 __device__ __forceinline__ void load_expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                  const ExpandColumns& columns, const unsigned char* first, int left_out,
                                                  int rows, int channels, unsigned char* stage) {
-  constexpr int kDistance = kThreads / kSliceChunks, kAtOnce = 4, kBytes = kSliceChunks * 16;
+  constexpr int kDistance = kThreads / kSliceChunks, kBytes = kSliceChunks * 16;
   const unsigned thread = thread_here();
   unsigned pixel = thread / kSliceChunks, chunk = thread % kSliceChunks;
   int step = kAtOnce * kDistance;
@@ -225,9 +228,9 @@ template <class T, int M, int kThreads>
 __device__ __forceinline__ void expand_fragments(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                                  const unsigned char* stage, const unsigned char* weights,
                                                  const float* norm, const uint16_t* places, int pixels, int first_slot,
-                                                 unsigned char* ring) {
+                                                 unsigned char* ring, int warp) {
   constexpr int kOwn = kExpandedChannels / 4, kFragments = kExpandedChannels / 8;
-  const int warp = static_cast<int>(threadIdx.x) / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
   const unsigned ring_bytes = plan.ring_rows * plan.ring_row_bytes, start = first_slot * plan.ring_row_bytes;
   unsigned char* const own = ring + t * kOwn * sizeof(T);
   const TileGate<M> no_gate;
@@ -291,16 +294,18 @@ __device__ __forceinline__ void copy_rows(const ExpandDepthwisePlan& plan, const
   }
 }
 
+// `warp`: which one the warp is; as long as each has another number, any.
 template <class T, int kThreads = kDepthwiseThreads>
 __device__ __forceinline__ void expand_rows(const PointwiseParams& p, const ExpandDepthwisePlan& plan,
                                             const ExpandColumns& columns, const unsigned char* stage,
                                             const unsigned char* weights, const float* norm, const uint16_t* places,
-                                            int rows, int first_slot, unsigned char* ring) {
+                                            int rows, int first_slot, unsigned char* ring,
+                                            int warp = static_cast<int>(threadIdx.x) / 32) {
   const int pixels = rows * columns.count;
   if (plan.pairs)
-    expand_fragments<T, 2, kThreads>(p, plan, stage, weights, norm, places, pixels, first_slot, ring);
+    expand_fragments<T, 2, kThreads>(p, plan, stage, weights, norm, places, pixels, first_slot, ring, warp);
   else
-    expand_fragments<T, 1, kThreads>(p, plan, stage, weights, norm, places, pixels, first_slot, ring);
+    expand_fragments<T, 1, kThreads>(p, plan, stage, weights, norm, places, pixels, first_slot, ring, warp);
 }
 
 }  // namespace effkernels::cuda

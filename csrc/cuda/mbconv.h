@@ -11,12 +11,19 @@
 namespace effkernels::cuda {
 
 constexpr int kMBConvThreads = 256;           // one such block on a multiprocessor: 255 registers for a thread
-constexpr int kProjectedColumns = 32;         // output channels that a warp computes at a time,
-constexpr int kProjectedPixels = 32;          // and pixels
+constexpr int kProjectedColumns = 8;          // output channels of one matrix product
 constexpr int64_t kMostImagesOfClusters = 4;  // images that a cluster takes one after the other
 constexpr int kMostStackedBlocks = 20;        // of a launch, whose arguments are at most 32764 bytes
 constexpr int kQueueItemBytes = 16;           // of shared memory: what a thread block has to do
 constexpr int kQueueCounters = 2;             // of thread blocks that started, and of those that left
+
+// What a warp of mbconv computes at a time. Of the project product: pixels, and output channels at most.
+struct ProjectedTile {
+  int pixels, columns;
+};
+inline constexpr ProjectedTile kProjectedTiles[] = {{16, 96}, {32, 112}};
+// Of the depthwise convolution: two parts of so many rows and columns; wide ones at stride 1.
+constexpr int kWindowRows = 8, kNarrowWindow = 4, kWideWindow = 14;
 
 // A block of the network. What is between x and y has no address while plans are made, so that neither expand->y nor
 // depthwise->x, depthwise->y, project->x and project->gate count.
@@ -31,25 +38,34 @@ struct MBConvCall {
 struct MBConvPlan {
   bool fits = false;
   const char* reason = "";     // why it does not, or why several launches are faster
-  ExpandDepthwisePlan expand;  // of a group of channels: all rows of x are one group
-  int team = 1;                // blocks of a cluster that have channels
-  int cluster = 1;             // blocks of a cluster: in a stack there may be more than the team
-  int groups = 1;              // of kExpandedChannels, of a block
-  int all_groups = 1;          // of the expanded channels
-  int images = 1;              // of a cluster, one after the other
-  int64_t units = 0;           // clusters
-  int weight_slots = 1;        // groups whose weights are in shared memory: all, which stay there, or one
-  int passes = 1;              // over the output channels
-  int pass_columns = 0;        // output channels of a pass
-  int padded_columns = 0;      // the same in whole kProjectedColumns
-  int held_pixels = 0;         // of the depthwise result, in whole kProjectedPixels
-  int held_slices = 1;         // of 64 bytes of the block's channels
-  int partial_stride = 0;      // floats of a pixel in the partial sums
-  uint32_t by_vectors = 0;     // multiplier_of the vectors of a pixel in a pass
+  ExpandDepthwisePlan expand;  // of a group of channels: all rows of x are one group; its lanes are pairs of parts
+  int window_columns = kNarrowWindow;
+  int parts = 1;                // of the depthwise result: kWindowRows by window_columns
+  int column_parts = 1;         // of its width
+  int team = 1;                 // blocks of a cluster that have channels
+  int cluster = 1;              // blocks of a cluster: in a stack there may be more than the team
+  int groups = 1;               // of kExpandedChannels, of a block
+  int all_groups = 1;           // of the expanded channels
+  int images = 1;               // of a cluster, one after the other
+  int64_t units = 0;            // clusters
+  int ring_slots = 1;           // groups that are computed at once: all, or one
+  int weight_slots = 1;         // groups whose weights are in shared memory: all, which stay there, or one
+  int passes = 1;               // over the output channels
+  int pass_columns = 0;         // output channels of a pass
+  int padded_columns = 0;       // the same in pairs of kProjectedColumns
+  int projected = 0;            // of kProjectedTiles
+  int tile_columns = 0;         // output channels of a tile: no more than kProjectedTiles says
+  int held_pixels = 0;          // of the depthwise result, in whole tiles of the product
+  int held_slices = 1;          // of 64 bytes of the block's channels
+  int partial_stride = 0;       // floats of a pixel in the partial sums
+  PointwiseDivisor by_cluster;  // from blocks to units
+  // multiplier_of: parts in a row, pairs of them, columns of x, vectors of a pixel in a pass.
+  uint32_t by_column_parts = 0, by_lanes = 0, by_in_columns = 0, by_vectors = 0;
   // In shared memory, in bytes.
   int sums_at = 0, hidden_at = 0, gate_at = 0, norm_at = 0, project_norm_at = 0, weights_at = 0;
-  int project_weights_at = 0, x_at = 0, held_at = 0, ring_at = 0;
+  int project_weights_at = 0, gate_weights_at = 0, x_at = 0, held_at = 0, ring_at = 0;
   int64_t shared_bytes = 0;
+  bool waits_first = false;  // in a stack: its parameters would be where the sums of the block before are
 
   int64_t blocks() const { return units * cluster; }
 };

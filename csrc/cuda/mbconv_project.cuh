@@ -1,7 +1,7 @@
 // The project product of mbconv.cuh: y = norm(gated * weight^T) + residual, split over the expanded
 // channels, of which each block of a cluster has some.
 //
-// Threads and data. Product: a warp takes kProjectedPixels pixels and kProjectedColumns output channels at a time;
+// Threads and data. Product: a warp takes a tile of kProjectedTiles at a time, as wide as leaves all warps one or few;
 // gated channels and weights are in slices of 64 bytes (pointwise_product.cuh), the sums go to shared memory as
 // float32. Sum: a thread takes 8 output channels of a pixel, adds the sums of all blocks in the order of their ranks
 // and writes y. Rows of the sums are 8 or 24 floats more than a multiple of 32 apart, so that the four rows that a warp
@@ -10,7 +10,7 @@
 // Traffic. Weights once for each image where there are several passes, else once for each cluster; residual and y once.
 #pragma once
 #include "mbconv_parameters.cuh"
-#include "squeeze_excite.cuh"
+#include "pointwise_product.cuh"
 
 namespace effkernels::cuda {
 
@@ -60,25 +60,29 @@ __device__ __forceinline__ void load_project_weights(const PointwiseParams& p, c
   }
 }
 
-// The block's sums of all pixels and of the output channels of a pass.
-template <class T>
-__device__ __forceinline__ void multiply_held(const MBConvPlan& plan, int pixels, int channels, const T* gate,
-                                              const unsigned char* held, const unsigned char* weights, float* partial) {
-  constexpr int M = kProjectedPixels / 16, N = kProjectedColumns / 8, kSlice = kSliceChunks * kVectorOf<T>;
+// The block's sums of all pixels and of the output channels of a pass, by tiles of kProjectedTiles[kTile].
+template <class T, int kTile>
+__device__ __forceinline__ void multiply_held_by(const MBConvPlan& plan, int pixels, int channels, const T* gate,
+                                                 const unsigned char* held, const unsigned char* weights,
+                                                 float* partial) {
+  constexpr int kPixels = kProjectedTiles[kTile].pixels, M = kPixels / 16, N = kProjectedTiles[kTile].columns / 8;
+  constexpr int kSlice = kSliceChunks * kVectorOf<T>;
   const int warp = static_cast<int>(threadIdx.x) / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-  const int pixel_tiles = plan.held_pixels / kProjectedPixels;
-  const int tiles = pixel_tiles * (plan.padded_columns / kProjectedColumns);
+  // The warps go along the pixels, then along the columns.
+  int pixel = warp * kPixels, column = 0;
 #pragma unroll 1
-  for (int tile = warp; tile < tiles; tile += kMBConvThreads / 32) {
-    const int pixel = tile % pixel_tiles * kProjectedPixels, column = tile / pixel_tiles * kProjectedColumns;
+  while (true) {
+    while (pixel >= plan.held_pixels) pixel -= plan.held_pixels, column += plan.tile_columns;
+    if (column >= plan.padded_columns) break;
     const unsigned char* x = held + pixel * kPointwiseSliceBytes;
     const unsigned char* weight = weights + column * kPointwiseSliceBytes;
+    const int columns = min(plan.tile_columns, plan.pass_columns - column);
     TileGate<M> gates;
     gates.slice = reinterpret_cast<const unsigned char*>(gate);
     float acc[M][N][4] = {};
 #pragma unroll 1
     for (int left = channels; left > 0; left -= kSlice) {
-      multiply_tensor16<T>(acc, x, weight, gates, left);
+      multiply_tensor16<T>(acc, x, weight, gates, left, columns);
       x += plan.held_pixels * kPointwiseSliceBytes, weight += plan.padded_columns * kPointwiseSliceBytes;
       if (gate != nullptr) gates.slice += kPointwiseSliceBytes;
     }
@@ -90,18 +94,29 @@ __device__ __forceinline__ void multiply_held(const MBConvPlan& plan, int pixels
         if (row >= pixels) continue;
         float* const to = partial + row * plan.partial_stride + column + 2 * t;
 #pragma unroll
-        for (int j = 0; j < N; ++j)
-          if (column + j * 8 < plan.pass_columns)
-            *reinterpret_cast<float2*>(to + j * 8) = make_float2(acc[i][j][half * 2], acc[i][j][half * 2 + 1]);
+        for (int j = 0; j < N; ++j) {
+          if (j * 8 >= columns) break;
+          *reinterpret_cast<float2*>(to + j * 8) = make_float2(acc[i][j][half * 2], acc[i][j][half * 2 + 1]);
+        }
       }
+    pixel += kMBConvThreads / 32 * kPixels;
   }
+}
+
+template <class T>
+__device__ __forceinline__ void multiply_held(const MBConvPlan& plan, int pixels, int channels, const T* gate,
+                                              const unsigned char* held, const unsigned char* weights, float* partial) {
+  if (plan.projected == 0)
+    multiply_held_by<T, 0>(plan, pixels, channels, gate, held, weights, partial);
+  else
+    multiply_held_by<T, 1>(plan, pixels, channels, gate, held, weights, partial);
 }
 
 // The block's share of y in a pass: the sums of all ranks, norm, activation and residual.
 template <class T>
 __device__ __forceinline__ void add_partial(const PointwiseParams& p, const MBConvPlan& plan, int rank, int64_t image,
                                             int pass, const float* norm, float* partial) {
-  constexpr int V = kVectorOf<T>, kAtOnce = 8;  // ranks whose sums are under way together
+  constexpr int V = kVectorOf<T>, kAtOnce = 16;  // ranks whose sums are under way together
   const int out_channels = static_cast<int>(p.out_channels), first_column = pass * plan.pass_columns;
   const int vectors = plan.pass_columns / V, items = static_cast<int>(p.pixels) * vectors;
   const SmallDivisor by_vectors(plan.by_vectors);
@@ -125,14 +140,20 @@ __device__ __forceinline__ void add_partial(const PointwiseParams& p, const MBCo
       }
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
-        if (first + i >= plan.team) break;
-        total[0] += low[i].x, total[1] += low[i].y, total[2] += low[i].z, total[3] += low[i].w;
-        total[4] += high[i].x, total[5] += high[i].y, total[6] += high[i].z, total[7] += high[i].w;
+        if (first + i < plan.team) {
+          total[0] += low[i].x, total[1] += low[i].y, total[2] += low[i].z, total[3] += low[i].w;
+          total[4] += high[i].x, total[5] += high[i].y, total[6] += high[i].z, total[7] += high[i].w;
+        }
       }
     }
 #pragma unroll
-    for (int i = 0; i < V; ++i)
-      total[i] = fmaf(total[i], norm[first_column + column + i], norm[out_channels + first_column + column + i]);
+    for (int part = 0; part < V; part += 4) {
+      const float* const of = norm + first_column + column + part;
+      const Vector<float, 4> scale = *reinterpret_cast<const Vector<float, 4>*>(of);
+      const Vector<float, 4> shift = *reinterpret_cast<const Vector<float, 4>*>(of + out_channels);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) total[part + i] = fmaf(total[part + i], scale.at[i], shift.at[i]);
+    }
     if (residual != nullptr) {
       float of[V];
       load(residual + pixel * p.residual_stride_p + column, of);
@@ -143,7 +164,8 @@ __device__ __forceinline__ void add_partial(const PointwiseParams& p, const MBCo
   }
 }
 
-// All threads of the cluster. When it returns, nobody reads or writes the block's `partial` any more.
+// All threads of the cluster. After the last image it ends with the first step of a barrier of the cluster, after which
+// nobody reads or writes the block's `partial` any more; before another one with both.
 template <class T, class Load>
 __device__ __forceinline__ void project(const MBConvArguments& a, int rank, int64_t image, int channels,
                                         bool more_images, const T* gate, const unsigned char* held,
@@ -161,7 +183,8 @@ __device__ __forceinline__ void project(const MBConvArguments& a, int rank, int6
       cp_async_commit();
     }
     add_partial<T>(a.project, plan, rank, image, pass, norm, partial);
-    cluster_sync();
+    cluster_arrive();
+    if (pass + 1 < plan.passes || more_images) cluster_wait();
   }
 }
 

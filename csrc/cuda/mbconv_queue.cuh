@@ -162,20 +162,28 @@ __device__ __forceinline__ void expand_item_of(const MBConvQueueArguments& a, in
       block.expand, of, [&](int first_image, int images) { wait_for_input(a, number, first_image, images); });
 }
 
+template <class Traits, bool kExpands = true, int kChannels = kExpandedChannels>
+__device__ __forceinline__ void expand_item_of_strip(const MBConvQueueArguments& a, int number, int item) {
+  using Short = DepthwiseTraits<typename Traits::T, Traits::kKernel, Traits::kStride, kShortStrip>;
+  a.blocks[number].expand.depthwise.plan.strip == kShortStrip
+      ? expand_item_of<Short, kExpands, kChannels>(a, number, item)
+      : expand_item_of<Traits, kExpands, kChannels>(a, number, item);
+}
+
 template <class T>
 __device__ __forceinline__ void expand_item(const MBConvQueueArguments& a, int number, int item) {
   const DepthwiseParams& p = a.blocks[number].expand.depthwise.depthwise;
   const ExpandDepthwiseArguments& of = a.blocks[number].expand;
   if (of.expand.weight.data == nullptr) {
     using Traits = DepthwiseTraits<T, 3, 1>;
-    of.plan.channels == kCopiedChannels ? expand_item_of<Traits, false, kCopiedChannels>(a, number, item)
-                                        : expand_item_of<Traits, false>(a, number, item);
+    of.plan.channels == kCopiedChannels ? expand_item_of_strip<Traits, false, kCopiedChannels>(a, number, item)
+                                        : expand_item_of_strip<Traits, false>(a, number, item);
   } else if (p.stride == 1) {
-    p.kernel_w == 3 ? expand_item_of<DepthwiseTraits<T, 3, 1>>(a, number, item)
-                    : expand_item_of<DepthwiseTraits<T, 5, 1>>(a, number, item);
+    p.kernel_w == 3 ? expand_item_of_strip<DepthwiseTraits<T, 3, 1>>(a, number, item)
+                    : expand_item_of_strip<DepthwiseTraits<T, 5, 1>>(a, number, item);
   } else {
-    p.kernel_w == 3 ? expand_item_of<DepthwiseTraits<T, 3, 2>>(a, number, item)
-                    : expand_item_of<DepthwiseTraits<T, 5, 2>>(a, number, item);
+    p.kernel_w == 3 ? expand_item_of_strip<DepthwiseTraits<T, 3, 2>>(a, number, item)
+                    : expand_item_of_strip<DepthwiseTraits<T, 5, 2>>(a, number, item);
   }
 }
 

@@ -10,7 +10,8 @@
 // are no other cluster's, so that no block waits for more than its own cluster.
 //
 // What passes from one block of the network to the next is written to memory and read again by the same cluster, from
-// L2: the last barrier of a block makes it visible. No launch is between them.
+// L2: the last barrier of a block makes it visible. No launch is between them. Between the two steps of that barrier
+// the parameters of the next block are asked for, where its memory for them is no memory that other blocks still read.
 //
 // Traffic: that of mbconv for each block. Saved are the launches: their start, their end, the gaps between them.
 //
@@ -29,34 +30,23 @@ struct MBConvStackArguments {
 };
 static_assert(sizeof(MBConvStackArguments) <= 32764, "larger than the arguments of a kernel may be");
 
-// The convolution of a block: calls f with its traits, and with the number of its taps.
-template <class T>
+// The convolution of a block: calls f with its size, stride and window.
 struct AnyConvolution {
   const MBConvArguments& a;
 
   template <class F>
-  __device__ __forceinline__ void with_traits(const F& f) const {
-    const bool small = a.depthwise.kernel_w == 3;
-    if (a.depthwise.stride == 1)
-      small ? with_strip<3, 1>(f) : with_strip<5, 1>(f);
-    else
-      small ? with_strip<3, 2>(f) : with_strip<5, 2>(f);
-  }
-  template <class F>
-  __device__ __forceinline__ void with_taps(const F& f) const {
-    if (a.depthwise.kernel_w == 3)
-      f(TapCount<3 * 3>());
-    else
-      f(TapCount<5 * 5>());
+  __device__ __forceinline__ void operator()(const F& f) const {
+    a.depthwise.kernel_w == 3 ? of_size<3>(f) : of_size<5>(f);
   }
 
  private:
-  template <int K, int S, class F>
-  __device__ __forceinline__ void with_strip(const F& f) const {
-    if (a.plan.expand.depthwise.strip == kShortStrip)
-      f(DepthwiseTraits<T, K, S, kShortStrip>());
+  template <int K, class F>
+  __device__ __forceinline__ void of_size(const F& f) const {
+    if (a.depthwise.stride == 2)
+      f(Convolution<K, 2, kNarrowWindow>());
     else
-      f(DepthwiseTraits<T, K, S>());
+      a.plan.window_columns == kWideWindow ? f(Convolution<K, 1, kWideWindow>())
+                                           : f(Convolution<K, 1, kNarrowWindow>());
   }
 };
 
@@ -65,7 +55,17 @@ __global__ void __launch_bounds__(kMBConvThreads, 1) mbconv_stack(const __grid_c
   wait_for_previous();
   allow_next();
 #pragma unroll 1
-  for (int i = 0; i < a.count; ++i) compute_mbconv<T>(a.blocks[i], AnyConvolution<T>{a.blocks[i]});
+  for (int i = 0; i < a.count; ++i) {
+    bool waits = i > 0;
+    if (waits) {
+      __syncthreads();  // parameters of the block before are not read any more
+      if (a.blocks[i].plan.waits_first) cluster_wait(), waits = false;
+    }
+    compute_mbconv<T>(a.blocks[i], AnyConvolution{a.blocks[i]}, [waits] {
+      if (waits) cluster_wait();
+    });
+  }
+  cluster_wait();
 }
 
 // Instantiated in one file per type.

@@ -121,12 +121,13 @@ class Cost {
     steps_ = plan.steps;
     tiles_ = plan.tiles;
     items_ = plan.items;
+    if (plan.pools) prologue_ = 150. * (t.threads() / 32);
   }
 
   double cycles() const {
     // Items of a queue fill its last wave with what is beside them.
     const double waves = items_ ? queue_ / resident_ : double(divide_up(int64_t(queue_), int64_t(resident_)));
-    return std::max(queue_ * (tiles_ * of_tile_ + kPrologue), waves * latency());
+    return std::max(queue_ * (tiles_ * of_tile_ + prologue_), waves * latency());
   }
 
   // Of one block.
@@ -138,12 +139,11 @@ class Cost {
 
   // Of items among others of a queue, which fill the last wave, and of which a multiprocessor has `resident`.
   double among_others(int resident) const {
-    return std::max(blocks_ * (tiles_ * of_tile_ + kPrologue), blocks_ / std::min<double>(resident, most_) * latency());
+    return std::max(blocks_ * (tiles_ * of_tile_ + prologue_), blocks_ / std::min<double>(resident, most_) * latency());
   }
 
  private:
-  static constexpr double kPrologue = 150;  // of instruction issue: some 150 instructions of 4 warps
-
+  double prologue_ = 150;  // of instruction issue; of a block that pools some 600 instructions of each warp
   double of_tile_, arrival_ = 0, blocks_, most_, queue_, resident_, steps_, tiles_;
   bool items_;
 };

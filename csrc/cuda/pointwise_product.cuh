@@ -140,10 +140,11 @@ class SliceProduct {
 };
 
 // The same with all addresses formed here, and the fragments of one half of k at a time. x, weight: the warp's first
-// row and first column of the slice. left: how many of its k there are.
+// row and first column of the slice. left: how many of its k there are; columns: how many of N * 8, in pairs of 8.
 template <class T, int M, int N>
 __device__ __forceinline__ void multiply_tensor16(float (&acc)[M][N][4], const unsigned char* x,
-                                                  const unsigned char* weight, const TileGate<M>& gate, int left) {
+                                                  const unsigned char* weight, const TileGate<M>& gate, int left,
+                                                  int columns = N * 8) {
   const int lane = threadIdx.x % 32;
   const SharedAddress x_rows = shared_address(x), weight_rows = shared_address(weight);
   const int x_row = lane % 16, x_chunk = lane / 16;
@@ -165,6 +166,7 @@ __device__ __forceinline__ void multiply_tensor16(float (&acc)[M][N][4], const u
     }
 #pragma unroll
     for (int j = 0; j < N; j += 2) {
+      if (j * 8 >= columns) break;
       uint32_t b[4];
       if (j + 1 < N) {
         ldmatrix_x4(b, weight_rows + chunk_offset(j * 8 + weight_row, 2 * k + weight_chunk));

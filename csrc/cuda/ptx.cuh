@@ -160,6 +160,9 @@ __device__ __forceinline__ void allow_next() {
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
 }
+// The same in two steps: what is between them must not depend on the other blocks, nor they on it.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 __device__ __forceinline__ unsigned cluster_rank() {
   unsigned rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
@@ -174,6 +177,8 @@ __device__ __forceinline__ T* cluster_map(T* pointer, unsigned rank) {
 }
 #else
 __device__ __forceinline__ void cluster_sync() { __trap(); }
+__device__ __forceinline__ void cluster_arrive() { __trap(); }
+__device__ __forceinline__ void cluster_wait() { __trap(); }
 __device__ __forceinline__ unsigned cluster_rank() {
   __trap();
   return 0;

@@ -113,19 +113,22 @@ std::string cut_of(const DepthwiseParams& p, const cuda::ExpandDepthwisePlan& pl
       << " strip=" << d.strip << " images=" << d.images << " channel_groups=" << d.channel_groups
       << " tiles=" << d.tiles << " channels=" << plan.channels << " bands=" << plan.bands
       << " band_rows=" << plan.band_rows << " column_tiles=" << plan.column_tiles << " columns=" << plan.columns
-      << " group_rows=" << plan.group_rows << " ring_rows=" << plan.ring_rows << " slices=" << plan.slices
-      << " pairs=" << plan.pairs;
+      << " group_rows=" << plan.group_rows << " group_out_rows=" << plan.group_out_rows
+      << " ring_rows=" << plan.ring_rows << " slices=" << plan.slices << " pairs=" << plan.pairs;
   return out.str();
 }
 
 std::string cut_of(const DepthwiseParams& p, const cuda::MBConvPlan& plan) {
   const cuda::DepthwisePlan& d = plan.expand.depthwise;
   std::ostringstream out;
-  out << variant("mbconv", p.dtype, p.kernel_h, p.stride, d.strip) << " lanes=" << d.lanes << " strip=" << d.strip
+  out << variant("mbconv", p.dtype, p.kernel_h, p.stride, plan.window_columns) << " lanes=" << d.lanes
       << " team=" << plan.team << " groups=" << plan.groups << " channel_groups=" << plan.all_groups
       << " images=" << plan.images << " weight_slots=" << plan.weight_slots << " passes=" << plan.passes
       << " pass_columns=" << plan.pass_columns << " held_pixels=" << plan.held_pixels
-      << " slices=" << plan.expand.slices << " ring_row_bytes=" << plan.expand.ring_row_bytes;
+      << " slices=" << plan.expand.slices << " ring_rows=" << plan.expand.ring_rows << " ring_slots=" << plan.ring_slots
+      << " window_columns=" << plan.window_columns << " projected=" << plan.projected
+      << " tile_columns=" << plan.tile_columns << " waits_first=" << plan.waits_first
+      << " ring_row_bytes=" << plan.expand.ring_row_bytes;
   return out.str();
 }
 

@@ -18,7 +18,7 @@ from typing import TypeVar
 # thread asks for at once (load_expand_rows); and the blocks of a cluster whose sums of y, or hidden values, it asks for
 # at once (add_partial, gate_of_cluster).
 TAP_VECTORS, EXPAND_AHEAD, HIDDEN_AHEAD, TILES_AHEAD, LOADS_AHEAD = 4, 6, 12, 8, 4
-RANKS_AHEAD, HIDDEN_RANKS_AHEAD = 8, 16
+RANKS_AHEAD, HIDDEN_RANKS_AHEAD = 16, 16
 
 
 def reduce_lanes(kernel: str) -> int:

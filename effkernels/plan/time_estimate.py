@@ -175,6 +175,7 @@ def estimate_stack(blocks: Sequence[StackedBlock], gpu: Gpu) -> TimeEstimate:
     times, queued = [], []
     for number, one in enumerate(blocks):
         line = {**one.line, "grid": one.line.get("items", one.line["grid"])}  # the grid of a queue is of all blocks
+        line["follows"] = str(int(number > 0))
         time, items = _estimate(line, one.call, gpu, moved=one.moved, flops=one.call.flops, rate=gpu.tensor)
         times.append(time)
         if items is not None:

@@ -20,7 +20,7 @@ from effkernels.plan.kernel_counts import (
 from effkernels.plan.queue_order import QueueOrder
 from effkernels.plan.record import RecordedCall
 from effkernels.plan.work_pointwise import pointwise_work, product_fill
-from effkernels.plan.work_squeeze import arrival_tail, expand_product, reduce_product
+from effkernels.plan.work_squeeze import arrival_tail
 
 _EXPANDED = 48  # channels of a block of expand_depthwise: kExpandedChannels
 
@@ -32,15 +32,19 @@ def scale_taps(cut: Cut, kernel: int, block_channels: int) -> Counters:
     return cut.counts.part("scale") * ceil_divide(kernel * kernel, cut.threads // (block_channels // 4))
 
 
-def _load(cut: Cut, slices: int, pixels: float) -> Counters:
+def _load(cut: Cut, slices: int, pixels: float, ahead: int = LOADS_AHEAD) -> Counters:
     """Return what a thread's share of some rows of x takes to ask for (load_expand_rows), of `pixels` in a slice.
 
     Copies of a pass that have no pixel are issued, and go no further.
+
+    Args:
+        ahead: pixels of a pass: `LOADS_AHEAD`, or one where mbconv has few.
     """
-    part, passes = cut.counts.part("load.pixels"), ceil_divide(pixels, LOADS_AHEAD)
-    copies = pixels / (LOADS_AHEAD * passes)
+    name = "load" if ahead == LOADS_AHEAD else "load.few"
+    part, passes = cut.counts.part(f"{name}.pixels"), ceil_divide(pixels, ahead)
+    copies = pixels / (ahead * passes)
     part = replace(part, memory=part.memory * copies, wavefronts=part.wavefronts * copies)
-    return (cut.counts.part("load") + part * slices) * passes
+    return (cut.counts.part(name) + part * slices) * passes
 
 
 def _places(cut: Cut, rows: int, pixels: float) -> Counters:
@@ -51,20 +55,21 @@ def _places(cut: Cut, rows: int, pixels: float) -> Counters:
 
 @functools.cache
 def _rows_made(
-    first: int, end: int, height: int, before: int, kernel: int, stride: int, group_rows: int
+    first: int, end: int, height: int, before: int, kernel: int, stride: int, group_rows: int, at_once: int
 ) -> tuple[int, ...]:
     """Return how often the threads of a block go over the strips of a group of rows, for each group of a band.
 
     Args:
         first, end: rows of the result.
         before: rows of padding above.
+        at_once: rows of the result that the threads go over together.
     """
     top = max(0, first * stride - before)
     bottom = min((end - 1) * stride - before + kernel, height)
     made, passes = first, []
     for read in (*range(top + group_rows, bottom, group_rows), bottom):
         possible = end if read == bottom else max(made, (read + before - kernel) // stride + 1)
-        passes.append(ceil_divide(possible - made, group_rows // stride))
+        passes.append(ceil_divide(possible - made, at_once))
         made = possible
     return tuple(passes)
 
@@ -82,6 +87,7 @@ def expand_depthwise_work(cut: Cut, call: RecordedCall, copy: Counters | None = 
     if copy is not None:
         inner = min(inner, width)
     group_rows, lanes, tiles = cut["group_rows"], cut["lanes"], cut["column_tiles"]
+    at_once = cut["group_out_rows"]
 
     def under(first: int, end: int, before: int, most: int) -> int:
         """Return the rows or columns of x under some of y."""
@@ -91,14 +97,16 @@ def expand_depthwise_work(cut: Cut, call: RecordedCall, copy: Counters | None = 
     columns = [(first, min(first + cut["columns"], out_width)) for first in range(0, out_width, cut["columns"])]
     rows = sum(under(*band, padding[0], height) for band in bands) / len(bands)
     groups = sum(ceil_divide(under(*band, padding[0], height), group_rows) for band in bands) / len(bands)
-    made = sum(sum(_rows_made(*band, height, padding[0], kernel, stride, group_rows)) for band in bands) / len(bands)
+    made = sum(sum(_rows_made(*band, height, padding[0], kernel, stride, group_rows, at_once)) for band in bands) / len(
+        bands
+    )
     pixels = sum(under(*one, padding[2], in_width) for one in columns) / tiles  # of a row
     # A warp multiplies one fragment of 16 pixels at a time, or two.
     name, unit = ("pair", 32) if cut["pairs"] else ("fragment", 16)
     fragments = ceil_divide(rows / groups * pixels, unit)
     of_row = sum(ceil_divide(end - first, cut["strip"]) for first, end in columns) / tiles
     strips = of_row * out_height / len(bands)
-    rounds = made * ceil_divide(of_row * (group_rows // stride), lanes)
+    rounds = made * ceil_divide(of_row * at_once, lanes)
     taps_inside = sum(
         0 <= row * stride - padding[0] + tap < height for row in range(out_height) for tap in range(kernel)
     )
@@ -178,6 +186,22 @@ def mbconv_queue_work(cut: Cut, call: RecordedCall) -> Work:
     return Work(issued, cut.counts.registers, l2_bytes, Clocks(), average, Clocks(), queue)
 
 
+def _gate_of_cluster(cut: Cut, own: int, reduced: int) -> tuple[Counters, Clocks]:
+    """Return squeeze-and-excitation by a block of a cluster that has `own` channels (csrc/cuda/mbconv_gate.cuh): by all
+    of its warps, and its chain."""
+    part, team = cut.counts.part, cut["team"]
+    # 4 threads share a row of w_reduce, 2 a channel of w_expand, of which they take 4 values at a time where they can.
+    of_rows = part("gate.reduce.rows") + part("gate.reduce") * ceil_divide(own / 8, 4)
+    width = 4 if reduced % 4 == 0 else 1
+    of_channels = part("gate.expand.rows") + part("gate.expand") * ceil_divide(reduced / width, 2)
+    hidden = part("hidden") + part("hidden.other") * team
+    issued, chain = Counters(), Clocks(parameters=1 + ceil_divide(team, HIDDEN_RANKS_AHEAD))
+    for one, threads in ((of_rows, reduced * 4), (of_channels, own * 2), (hidden, reduced)):
+        issued = issued + one * ceil_divide(threads, WARP)
+        chain = chain + chain_of(one * ceil_divide(threads, cut.threads))
+    return issued, chain
+
+
 def mbconv_work(cut: Cut, call: RecordedCall) -> Work:
     """Follow the walk of csrc/cuda/mbconv.cuh. What passes between the blocks of a cluster counts as bytes of L2, and
     a wait for it, or for all of them, as one for L2."""
@@ -186,70 +210,81 @@ def mbconv_work(cut: Cut, call: RecordedCall) -> Work:
     given, size = call.arguments, call.dtype.itemsize
     batch, inner, height, width = (int(side) for side in given["x"].shape)
     _, outer, out_height, out_width = (int(side) for side in call.results[0].shape)
-    kernel, stride, padding = int(given["weight"].shape[2]), int(given["stride"]), given["padding"]
+    kernel = int(given["weight"].shape[2])
     pixels, out_pixels, lanes = height * width, out_height * out_width, cut["lanes"]
     name, unit = ("pair", 32) if pixels > 64 else ("fragment", 16)
-    fragments, strips = ceil_divide(pixels, unit), ceil_divide(out_width, cut["strip"]) * out_height
-    taps_inside = sum(
-        0 <= row * stride - padding[0] + tap < height for row in range(out_height) for tap in range(kernel)
-    )
+    fragments, windows = ceil_divide(pixels, unit), lanes * (_EXPANDED * size // 16)  # 8 channels of two parts
+    slots = cut["ring_slots"]
+    turns = ceil_divide(groups, slots)
     fragment = with_activation(cut, name, given["expand_activation"]) + part(f"{name}.slice") * cut["slices"]
-    strip = with_activation(cut, "strip", given["activation"]) + part("row") * (taps_inside / out_height - 1)
+    window = with_activation(cut, "window", given["activation"]) + part("window.row") * kernel
     excites = given["w_reduce"] is not None
     lane = part("lane") * (lanes * excites)
+    # More than the first weights and x: those of the next groups, where not all are kept, and of the next image.
+    images = batch / ceil_divide(batch, cut["images"])
+    loads = part("group.load") * ((turns if cut["weight_slots"] < groups else 1) * (images > 1))
 
     # What a block copies, of a thread: rows of `slices` or of the block's channels, four chunks each at a time.
     share, held_slices = min(ceil_divide(inner, 16) * 2, 4), ceil_divide(groups * _EXPANDED * size, 64)
-    columns = ceil_divide(cut["pass_columns"], WARP) * WARP
-    load = _load(cut, cut["slices"], fragments * unit * share / cut.threads)
+    columns = ceil_divide(cut["pass_columns"], 16) * 16
+    ahead = LOADS_AHEAD if name == "pair" else 1
+    load = _load(cut, cut["slices"], fragments * unit * share / cut.threads, ahead)
     expand_rows, project_rows = (ceil_divide(rows * 4, cut.threads) for rows in (_EXPANDED, columns))
     weights = (part("weights") + part("weights.chunk") * cut["slices"]) * expand_rows
     project = (part("project") + part("project.chunk") * held_slices) * ceil_divide(
         project_rows, 2
     )  # two rows at a time
-    lane_sums = (lanes + groups) * _EXPANDED * 4
-    cleared = lane_sums + held_slices * (cut["held_pixels"] + 1) * 64 + height * cut["ring_row_bytes"]
-    # The first norms and taps of a thread are asked for before weights or x, which takes longer than they do.
+    lane_sums = (slots * lanes + groups) * _EXPANDED * 4
+    ring = slots * cut["ring_rows"] * cut["ring_row_bytes"]
+    cleared = lane_sums + held_slices * (cut["held_pixels"] + 1) * 64 + ring
+    # The first norms of a thread are asked for before weights or x, which takes longer than they do.
     norms = ceil_divide(2 * ceil_divide(groups * _EXPANDED, WARP) + ceil_divide(outer, WARP), cut.warps)
-    taps = ceil_divide(kernel * kernel * groups * _EXPANDED * size / 16, cut.threads)
-    scale = part("scale") * ceil_divide(groups * kernel * kernel, cut.threads // (_EXPANDED // 4))
-    parameters = total(((part("norm"), norms), (replace(part("taps"), trips=0.0), taps), (scale, 1)))
-    parameters = replace(parameters, trips=float(max(0, norms - 2) + ceil_divide(taps, TAP_VECTORS) - 1))
+    own = groups * _EXPANDED
+    copies = ceil_divide(kernel * kernel * own * size / 16, cut.threads)
+    parameters = part("norm") * norms
+    parameters = replace(parameters, trips=float(max(0, norms - 2)))
+    reduced = given["w_reduce"].shape[0] if excites else 0
+    # Rows of w_reduce have 8 threads each, w_expand is copied as it is.
+    gate_rows, gate_chunks = ceil_divide(reduced * 8, cut.threads), ceil_divide(own * size / 16, 8)
+    gate_weights = (part("gate.load.row") + part("gate.load") * gate_chunks) * gate_rows
+    copies += ceil_divide(reduced * own * size / 16, cut.threads)
     first = total(
         (
             (part("prologue"), 1),
             (weights, cut["weight_slots"]),
             (load, 1),
             (project, 1),
+            (gate_weights, 1),
+            (part("copy"), copies),
             (_places(cut, height, width), 1),
             (part("zero"), ceil_divide(cleared / 16, cut.threads)),
         )
     )
 
-    tiles = cut["held_pixels"] // WARP * (columns // WARP)
-    tile = part("tile") + part("tile.slice") * held_slices
+    # A tile of the project product: 16 or 32 pixels, and columns of 8 output channels, of a share of all.
+    high, rows = f"tile.{cut['projected']}", (16, 32)[cut["projected"]]
+    across = ceil_divide(columns, cut["tile_columns"])
+    tiles, wide = cut["held_pixels"] // rows * across, columns / across / 8
+    tile = part(high) + part(f"{high}.columns") * wide
+    tile = tile + (part(f"{high}.slice") + part(f"{high}.slice.columns") * wide) * held_slices
     vectors = out_pixels * cut["pass_columns"] / 8
     add = part("add") + part("add.other") * team
     # Of all warps of a block; every thread of a warp that has any work issues along.
-    of_group = (part("group") + load * (1 / groups)) * cut.warps + fragment * fragments
-    of_group = of_group + strip * (strips * (_EXPANDED * size / 16) / WARP) + lane * ceil_divide(_EXPANDED, WARP)
+    of_group = fragment * fragments + window * windows + lane * ceil_divide(_EXPANDED, WARP)
     of_pass = part("pass") * cut.warps + tile * tiles + add * (vectors / WARP / team)
-    of_image = of_group * groups + of_pass * passes + part("image") * cut.warps
-    chain = (
-        part("group") + fragment * ceil_divide(fragments, cut.warps) + strip * ceil_divide(strips, lanes) + lane
-    ) * groups
+    of_image = of_group * groups + of_pass * passes
+    of_image = of_image + (part("image") + part("group") * turns + loads + load * (1 - 1 / images)) * cut.warps
+    fragment_turns, window_turns = (ceil_divide(slots * of_one, cut.warps) for of_one in (fragments, windows))
+    chain = (part("group") + fragment * fragment_turns + window * window_turns + lane) * turns + loads
     adds = ceil_divide(vectors, cluster * cut.threads)
     chain = chain + (part("pass") + tile * ceil_divide(tiles, cut.warps) + add * adds) * passes + part("image")
     waits = passes * (2 + adds * ceil_divide(team, RANKS_AHEAD))
+    # In a stack the parameters are asked for while the block waits for the results of the one before.
+    waits -= 1 if cut.sizes.get("follows", 0) and not cut["waits_first"] else 0
     body = chain_of(chain, inputs=1, parameters=waits)
     if excites:
-        reduced, own = given["w_reduce"].shape[0], groups * _EXPANDED
-        product, of_product = reduce_product(cut, 1, reduced, own, size)
-        expand, of_expand = expand_product(cut, 1, reduced, own, size)
-        hidden = (part("hidden") + part("hidden.other") * team) * ceil_divide(reduced, cut.threads)
-        of_image = of_image + product + expand + hidden * ceil_divide(reduced, WARP)
-        body = body + of_product + of_expand + chain_of(hidden, parameters=1 + ceil_divide(team, HIDDEN_RANKS_AHEAD))
-    images = batch / ceil_divide(batch, cut["images"])
+        gate, of_gate = _gate_of_cluster(cut, own, reduced)
+        of_image, body = of_image + gate, body + of_gate
     issued = ((first + parameters) * cut.warps + of_image * images) * (cut.grid * team / cluster)
     prologue = chain_of(first) + chain_of(parameters, parameters=parameters.trips)
     of_weights = (inner * groups * _EXPANDED + groups * _EXPANDED * outer) * size

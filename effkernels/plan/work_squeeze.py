@@ -64,9 +64,12 @@ def arrival_tail(
     # Threads share the blocks whose products are added up, of four values where they can, and then add up their shares.
     name, width = ("hidden.4", 4) if reduced % 4 == 0 else ("hidden", 1)
     vectors = images * reduced // width
-    parts = max(1, min(cut.threads // vectors, cut["lanes"] * block_channels // (images * reduced)))
+    room = min(cut.threads // vectors, cut["lanes"] * block_channels // (images * reduced))
+    parts = max(1, min(room, ceil_divide(groups * tiles, HIDDEN_AHEAD)))
     of_part, rounds = ceil_divide(groups * tiles, parts), ceil_divide(vectors, cut.threads)
     added, trips = part(name) * (of_part * rounds), ceil_divide(of_part, HIDDEN_AHEAD) * rounds
+    if parts > 1:
+        added = added + part("hidden.share") * (parts * ceil_divide(images * reduced, cut.threads))
     issued = issued + product * cut.grid + (added * cut.warps + expand) * units
     last = Clocks(added.issued, parameters=trips + ceil_divide(images * reduced, cut.threads))
     return issued, own + chain + Clocks(arrivals=1), last + gate

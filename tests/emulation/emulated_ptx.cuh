@@ -77,6 +77,10 @@ unsigned load_acquire(const unsigned* from, EMULATION_HERE);
 void add_release(unsigned* to, unsigned value, EMULATION_HERE);
 
 void cluster_sync(EMULATION_HERE);
+// Both steps are the second one: what a thread does between them is then ordered as if it came before the first. A
+// thread that uses what another one does there is not found; one that writes to the same place is.
+inline void cluster_arrive() {}
+inline void cluster_wait(EMULATION_HERE) { cluster_sync(where); }
 unsigned cluster_rank();
 void* cluster_map_bytes(const void* pointer, unsigned rank, emulation::Where where);
 template <class T>

@@ -228,7 +228,9 @@ def test_release_and_acquire(wrappers: Wrappers) -> None:
 
 @pytest.mark.parametrize("cluster", [2, 4, 8, 16])
 def test_clusters(wrappers: Wrappers, cluster: int) -> None:
-    """cluster_rank counts along x, cluster_map reaches the other block's shared memory, cluster_sync orders both."""
+    """cluster_rank counts along x, cluster_map reaches the other block's shared memory, cluster_sync orders both, as
+    its two steps cluster_arrive and cluster_wait do.
+    """
     if wrappers.device.type == "cuda" and torch.cuda.get_device_capability() < (9, 0):
         pytest.skip("clusters need compute capability 9.0")
     if wrappers.device.type == "cuda" and cluster > (largest := wrappers.limits(0)[-1]):

@@ -141,7 +141,8 @@ __global__ void cluster_kernel(unsigned* y, unsigned cluster) {
   shared[threadIdx.x] = 1000 * blockIdx.x + threadIdx.x;
   cluster_sync();
   y[blockIdx.x * blockDim.x + threadIdx.x] = cluster_map(shared, (rank + 1) % cluster)[threadIdx.x];
-  cluster_sync();  // nobody leaves while another still reads from it
+  cluster_arrive();
+  cluster_wait();  // nobody leaves while another still reads from it
 }
 
 template <class... Parameters, class... Arguments>
