@@ -164,9 +164,8 @@ __device__ __forceinline__ void add_hidden(const float* from, int blocks, int im
   constexpr int kAtOnce = 12;  // reads that are under way together
   using Values = Vector<float, kWidth>;
   const int vectors = images * reduced / kWidth;
-  // No more shares than leave each one read of kAtOnce: they are added one after another.
   const int room = min(kDepthwiseThreads / vectors, lane_floats / (images * reduced));
-  const int parts = max(1, min(room, (blocks + kAtOnce - 1) / kAtOnce));
+  const int parts = max(1, min(room, blocks));
   const int part = parts > 1 ? static_cast<int>(threadIdx.x) / vectors : 0;
   float* const to = parts > 1 ? shared.lane_sums + part * images * reduced : shared.hidden;
 #pragma unroll 1

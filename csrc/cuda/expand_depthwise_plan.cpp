@@ -219,7 +219,7 @@ struct BlockClocks {
     issues = (kFixed * kWarps + groups * work.all(p, plan)) / 4;
     const int64_t reduced = call.se != nullptr ? call.se->reduced : 0;
     // The block that comes last adds the hidden values of all.
-    gate = 3000 + images * p.channels * (40 + 2 * reduced) / 64 + of_unit * reduced * 7 / 16;
+    gate = 3000 + images * p.channels * (40 + 2 * reduced) / 64 + of_unit * reduced / 4;
   }
 
   // Of one among other items of a queue, with as many of them on a multiprocessor as there are.

@@ -65,7 +65,7 @@ def arrival_tail(
     name, width = ("hidden.4", 4) if reduced % 4 == 0 else ("hidden", 1)
     vectors = images * reduced // width
     room = min(cut.threads // vectors, cut["lanes"] * block_channels // (images * reduced))
-    parts = max(1, min(room, ceil_divide(groups * tiles, HIDDEN_AHEAD)))
+    parts = max(1, min(room, groups * tiles))
     of_part, rounds = ceil_divide(groups * tiles, parts), ceil_divide(vectors, cut.threads)
     added, trips = part(name) * (of_part * rounds), ceil_divide(of_part, HIDDEN_AHEAD) * rounds
     if parts > 1:
