@@ -251,6 +251,7 @@ __device__ __forceinline__ void compute_mbconv(const MBConvArguments& a, const W
   unsigned char* const zeros = reinterpret_cast<unsigned char*>(shared.lane_sums);
   clear(zeros, plan.ring_at - plan.sums_at + plan.ring_slots * ring_bytes);
   reads.keep_norms(shared.parameters);
+  if (groups == 0) __syncthreads();  // no group's barrier comes before its hidden values, which were cleared
 
 #pragma unroll 1
   for (int m = 0; m < images; ++m) {
